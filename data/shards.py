@@ -1,8 +1,8 @@
 """The shard format: token files that the trainer maps into memory.
 
-A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by exactly that
-many little-endian uint16 token ids. A document begins with the beginning-of-sequence id: 50256 for GPT-2 tokens, 256 for
-bytes. The format is the one of llm.c and modded-nanogpt, so their FineWeb shards can be read as they are.
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by exactly
+that many little-endian uint16 token ids. A document begins with the beginning-of-sequence id: 50256 for GPT-2 tokens,
+256 for bytes. The format is the one of llm.c and modded-nanogpt, so their FineWeb shards can be read as they are.
 
     python data/shards.py FILE...     what is in these files: tokens, documents, lengths, first text, SHA-256
 
@@ -28,7 +28,7 @@ CHUNK = 1 << 22  # tokens looked at in one go: 8 MiB, so that scanning a mapped 
 
 
 class ShardError(ValueError):
-    """A file is not a shard that can be used; the message says what was expected, what was found and what to do next."""
+    """A file is not a shard that can be used; the message says what was expected, what was found, what to do next."""
 
 
 def write_shard(path, tokens) -> Path:
@@ -49,7 +49,7 @@ def write_shard(path, tokens) -> Path:
         tokens = tokens.astype(TOKEN_DTYPE)
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # the same folder, because a rename cannot cross disks
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: a rename cannot cross disks
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -64,14 +64,15 @@ def write_shard(path, tokens) -> Path:
             raise
     except OSError as error:
         raise ShardError(f"{path}: expected to write {HEADER_BYTES + 2 * tokens.size:,} bytes, found "
-                         f"\"{error.strerror or error}\"; nothing was left behind, free some space or choose another folder "
-                         f"with DATA_PATH") from error
+                         f"\"{error.strerror or error}\"; nothing was left behind, free some space or choose another "
+                         f"folder with DATA_PATH") from error
     return path
 
 
 def num_tokens(path) -> int:
-    """The number of tokens in a shard, after checking that the file is one, whole: magic, version, count and exact size.
-    Reads only the header. Raises ShardError for a file that is missing, empty, cut short, too long or something else."""
+    """The number of tokens in a shard, after checking that the file is one and whole: magic, version, count, size.
+    Reads only the header. Raises ShardError for a file that is missing, empty, cut short, too long or something else.
+    """
     path, again = Path(path), "run the script in data/ that makes it again"
     try:
         with open(path, "rb") as file:
@@ -80,14 +81,14 @@ def num_tokens(path) -> int:
     except FileNotFoundError:
         raise ShardError(f"{path}: expected a token shard, found no such file; {again}, or correct the name") from None
     except OSError as error:
-        raise ShardError(f"{path}: expected a readable token shard, found \"{error.strerror}\"; correct the name or its "
+        raise ShardError(f"{path}: expected a readable token shard, found \"{error.strerror}\"; correct its name or "
                          f"permissions") from error
     if size == 0:
         raise ShardError(f"{path}: expected a token shard, found an empty file; delete it and {again}")
     if len(head) >= 4 and int.from_bytes(head[:4], "little", signed=True) != MAGIC:
         found = int.from_bytes(head[:4], "little", signed=True)
-        raise ShardError(f"{path}: expected magic {MAGIC}, found {found}; this is not a token shard: give a file made by a "
-                         f"script in data/")
+        raise ShardError(f"{path}: expected magic {MAGIC}, found {found}; this is not a token shard: give a file made "
+                         f"by a script in data/")
     if len(head) < HEADER_BYTES:
         raise ShardError(f"{path}: expected a header of {HEADER_BYTES} bytes, found a file of {size}; it is cut short, "
                          f"delete it and {again}")
@@ -95,7 +96,8 @@ def num_tokens(path) -> int:
     if version != VERSION:
         raise ShardError(f"{path}: expected shard version {VERSION}, found {version}; {again} with this repository")
     if count < 1:
-        raise ShardError(f"{path}: expected a token count of at least 1 in the header, found {count}; delete it and {again}")
+        raise ShardError(f"{path}: expected a token count of at least 1 in the header, found {count}; delete it and "
+                         f"{again}")
     expected = HEADER_BYTES + TOKEN_DTYPE.itemsize * count
     if size != expected:
         if size < expected:
@@ -104,8 +106,8 @@ def num_tokens(path) -> int:
             why = f"it holds {(size - HEADER_BYTES) // count} bytes per token instead of {TOKEN_DTYPE.itemsize}"
         else:
             why = "it has foreign bytes at its end"
-        raise ShardError(f"{path}: expected {expected:,} bytes for {count:,} tokens, found {size:,}; {why}, delete it and "
-                         f"{again}")
+        raise ShardError(f"{path}: expected {expected:,} bytes for {count:,} tokens, found {size:,}; {why}, delete it "
+                         f"and {again}")
     return count
 
 
@@ -128,9 +130,9 @@ def check_ids(tokens, vocab_size: int, path) -> None:
         chunk = tokens[first:first + CHUNK]
         if chunk.max() >= vocab_size:
             at = int(np.argmax(chunk >= vocab_size))
-            raise ShardError(f"{path}: expected token ids below the vocabulary size {vocab_size:,}, found {int(chunk[at])} at "
-                             f"position {first + at:,}; these tokens are of another vocabulary, choose the data or the "
-                             f"track that fits")
+            raise ShardError(f"{path}: expected token ids below the vocabulary size {vocab_size:,}, found "
+                             f"{int(chunk[at])} at position {first + at:,}; these tokens are of another vocabulary, "
+                             f"choose the data or the track that fits")
 
 
 def sha256_of(path) -> str:
@@ -179,8 +181,8 @@ def describe(path) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Say what is in token shards: tokens, documents, document lengths in tokens, "
-                                     "first text, SHA-256. Exit 2 if any file is not a whole shard.")
+    parser = argparse.ArgumentParser(description="Say what is in token shards: tokens, documents, document lengths in "
+                                     "tokens, first text, SHA-256. Exit 2 if any file is not a whole shard.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="shards (.bin) made by the scripts in data/")
     status = 0
     for path in parser.parse_args(argv).files:
