@@ -178,7 +178,9 @@ def test_second_start_installs_nothing_and_a_new_pin_is_installed_once(repo):
     assert (first.code, json.loads(first.out)) == (0, AWKWARD), first.err
     assert "installing requirements.txt" in first.err
     assert repo.calls() == ["venv", "pip"]
+    (repo.path / ".venv.lock").unlink()
     second = repo.run("run.sh", *AWKWARD)
+    assert not (repo.path / ".venv.lock").exists()  # nor does it wait for others, or need a writable folder
     assert (second.code, json.loads(second.out), second.err, repo.calls()) == (0, AWKWARD, "", [])
 
     repo.write("requirements.txt", "one==1.0\ntwo==2.0\nfour==4.0\n")
