@@ -341,7 +341,7 @@ class Muon(torch.optim.Optimizer):
         units = [(i, p, index) for i, group in enumerate(self.param_groups) for p in group["params"]
                  for index in range(bank_shape(p)[0])]
         self.plan = plan_units([(*bank_shape(p)[1:], self.param_groups[i]["ns_steps"]) for i, p, _ in units],
-                               self.world_size, int(self.bucket_mb * 2**20 / 4))
+                               self.world_size, int(self.bucket_mb * 1e6 / 4))
         self.buckets = [Bucket([[units[u] for u in ids] for ids in bucket], self.deterministic)
                         for bucket in self.plan.buckets]
         self._scatter_state(state)

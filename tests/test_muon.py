@@ -1,0 +1,598 @@
+"""muon.py in one process: every formula against a slow one in float64, every refusal by its sentence."""
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+
+import muon
+from muon import COEFFICIENTS, Muon, orthogonalize, plan_units
+
+FP32 = dict(rtol=1e-5, atol=1e-5)  # single precision through five Newton-Schulz steps; measured about 2e-6
+SHAPES = [(24, 40), (40, 24), (32, 32), (3, 16, 24), (2, 24, 16), (12, 5, 3, 3), (60, 2, 3, 3)]
+
+
+def triples(name, steps):
+    safety, rows = COEFFICIENTS[name]
+    return safety, [rows[min(i, len(rows) - 1)] for i in range(steps)]
+
+
+def with_spectrum(values, m, n, seed=0):
+    """U S V^T in float64 with the given singular values, and U, V^T."""
+    generator = torch.Generator().manual_seed(seed)
+    U = torch.linalg.qr(torch.randn(m, len(values), generator=generator, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=torch.float64))[0]
+    return U @ torch.diag(values.double()) @ V.T, U, V.T
+
+
+def oracle(W, gradients, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, ns_steps=5, coefficients="polar",
+           scale=lambda m, n: math.sqrt(max(1, m / n)), cautious=False, beta2=None):
+    """Muon on one matrix in float64, one line per formula. lr and momentum: one value, or one per step."""
+    W, M, V = W.double(), 0.0, 0.0
+    for t, G in enumerate(gradients):
+        rate, mu = (x[t] if isinstance(x, list) else x for x in (lr, momentum))
+        M = mu * M + (1 - mu) * G.double()
+        X = (1 - mu) * G.double() + mu * M if nesterov else M
+        safety, steps = triples(coefficients, ns_steps)
+        X = X / (safety * X.norm())
+        for a, b, c in steps:
+            A = X @ X.T
+            X = a * X + (b * A + c * A @ A) @ X
+        if beta2 is not None:
+            V = beta2 * V + (1 - beta2) * (X**2).mean(1 if W.size(0) >= W.size(1) else 0, keepdim=True)
+            X = X / V.sqrt() * (X.norm() / (X / V.sqrt()).norm())
+        decay = rate * weight_decay * ((X * W >= 0) if cautious else 1)
+        W = W - decay * W - rate * scale(*W.shape) * X
+    return W
+
+
+def matrices(x):
+    """The list of (m, n) matrices that a parameter-shaped tensor stands for."""
+    return list(x) if x.ndim == 3 else [x.flatten(1)]
+
+
+def make(shapes, seed=0, dtype=torch.float32, steps=3):
+    """Parameters of size 0.1 and, for each step, their gradients: Gaussian, but with a spectrum far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def gradient(shape):
+        def one(m, n):
+            G = torch.randn(m, n, generator=generator)
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+            return U @ torch.diag(torch.linspace(0.2, 1, min(m, n))) @ Vh
+        probe = torch.empty(shape)
+        return torch.stack([one(*x.shape) for x in matrices(probe)]).reshape(shape).to(dtype)
+    params = [torch.nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(dtype)) for s in shapes]
+    return params, [[gradient(s) for s in shapes] for _ in range(steps)]
+
+
+def feed(params, gradients):
+    for p, g in zip(params, gradients):
+        p.grad = None if g is None else g.clone()
+
+
+def train(params, gradients, lrs=None, **settings):
+    """Run all steps; returns the optimizer."""
+    optimizer = Muon(params, **settings)
+    for t, step in enumerate(gradients):
+        if lrs:
+            optimizer.param_groups[0]["lr"] = lrs[t]
+        feed(params, step)
+        optimizer.step()
+    return optimizer
+
+
+def same(a, b):
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(actual.double(), expected.double(), **(tolerance or FP32))
+
+
+# --- orthogonalize ---
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("m, n", [(24, 56), (56, 24), (32, 32)])
+def test_every_singular_value_goes_through_the_polynomial(name, m, n):
+    values = torch.logspace(-3, 0, min(m, n), dtype=torch.float64)
+    G, U, Vh = with_spectrum(values, m, n)
+    safety, steps = triples(name, 5)
+    x = values / (values.norm() * safety)
+    for a, b, c in steps:
+        x = a * x + b * x**3 + c * x**5
+    close(orthogonalize(G.float(), 5, name), U @ torch.diag(x) @ Vh, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, low, high", [("jordan", 0.682, 1.134), ("quintic", 0.978, 1.032),
+                                             ("polar", 0.859, 1.141)])
+def test_five_steps_end_in_the_known_band(name, low, high):
+    """The bands that the three schedules reach from values in 0.01 .. 1: a wrong digit in a table leaves them."""
+    safety, steps = triples(name, 5)
+    x = torch.logspace(-2, 0, 20001, dtype=torch.float64) / safety
+    for a, b, c in steps:
+        x = a * x + b * x**3 + c * x**5
+    assert abs(x.min() - low) < 6e-4 and abs(x.max() - high) < 6e-4
+
+
+def test_more_steps_than_triples_repeat_the_last_and_fewer_use_the_first():
+    G, rows = with_spectrum(torch.linspace(0.1, 1, 8), 8, 12)[0].float(), COEFFICIENTS["quintic"][1]
+    assert same(orthogonalize(G, 7, "quintic"), orthogonalize(G, 7, [*rows, rows[-1], rows[-1]]))
+    assert same(orthogonalize(G, 2, "quintic"), orthogonalize(G, 2, rows[:2]))
+
+
+def test_bf16_iteration_stays_near_the_fp32_one():
+    G = with_spectrum(torch.linspace(0.05, 1, 48), 48, 96)[0].float()
+    exact, rounded = orthogonalize(G, dtype=torch.float32), orthogonalize(G, dtype=torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() / exact.norm() < 0.05  # measured 0.02 (MUON.md 3.4: 1.6 to 4.7 %)
+
+
+def test_a_stack_equals_its_matrices_one_by_one():
+    G = torch.stack([with_spectrum(torch.linspace(0.1, 1, 16), 16, 24, seed)[0].float() for seed in range(6)])
+    expected = torch.stack([orthogonalize(g) for g in G])
+    close(orthogonalize(G), expected)
+    close(orthogonalize(G.view(2, 3, 16, 24)), expected.view(2, 3, 16, 24))
+
+
+def test_tall_is_wide_transposed():
+    G = with_spectrum(torch.linspace(0.1, 1, 16), 40, 16)[0].float()
+    close(orthogonalize(G), orthogonalize(G.T.contiguous()).T)
+
+
+def test_zero_stays_zero_beside_others_and_the_input_is_kept():
+    G = torch.stack([torch.zeros(6, 9), with_spectrum(torch.linspace(0.1, 1, 6), 6, 9)[0].float()])
+    before = G.clone()
+    O = orthogonalize(G)
+    assert same(O[0], torch.zeros(6, 9)) and same(G, before)
+    close(O[1], orthogonalize(G[1]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e-8, 1e4, 1e25, 1e30])
+def test_the_scale_of_the_gradient_does_not_matter(scale):
+    G = with_spectrum(torch.linspace(0.1, 1, 16), 16, 24)[0].float()
+    close(orthogonalize(G * scale), orthogonalize(G))
+    results = []
+    for k in (1.0, scale):
+        params, gradients = make([(10, 14)])
+        train(params, [[g * k for g in step] for step in gradients])
+        results.append(params[0].detach())
+    close(*results)
+
+
+# --- the whole update ---
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(nesterov=False, weight_decay=0.1), dict(coefficients="jordan", ns_steps=6), dict(coefficients="quintic"),
+    dict(weight_decay=0.3, cautious=True), dict(normuon_beta2=0.9),
+    dict(normuon_beta2=0.95, cautious=True, weight_decay=0.2, momentum=0.8)], ids=str)
+def test_three_steps_equal_the_oracle_for_every_shape(settings):
+    params, gradients = make(SHAPES)
+    start = [p.detach().clone() for p in params]
+    lrs = [0.02, 0.05, 0.01]
+    train(params, gradients, lrs=lrs, **settings)
+    slow = {("beta2" if key == "normuon_beta2" else key): value for key, value in settings.items()}
+    for i, p in enumerate(params):
+        for k, W in enumerate(matrices(p.detach())):
+            close(W, oracle(matrices(start[i])[k], [matrices(step[i])[k] for step in gradients], lr=lrs, **slow))
+
+
+@pytest.mark.parametrize("adjust_lr, factor", [
+    ("original", lambda m, n: math.sqrt(max(1, m / n))), ("match_rms_adamw", lambda m, n: 0.2 * math.sqrt(max(m, n))),
+    ("spectral", lambda m, n: math.sqrt(m / n)), (None, lambda m, n: 1)])
+def test_lr_conventions_scale_the_update_and_leave_the_decay_alone(adjust_lr, factor):
+    params, gradients = make(SHAPES, steps=1)
+    start = [p.detach().clone() for p in params]
+    train(params, gradients, lr=0.5, adjust_lr=adjust_lr)
+    for p, before, g in zip(params, start, gradients[0]):
+        for W, old, G in zip(matrices(p.detach()), matrices(before), matrices(g)):
+            close(W, oracle(old, [G], lr=0.5, scale=factor))
+    still = [torch.nn.Parameter(before.clone()) for before in start]
+    train(still, [[torch.zeros_like(p) for p in still]], lr=0.5, weight_decay=0.25, adjust_lr=adjust_lr)
+    assert all(same(p.detach(), before * (1 - 0.5 * 0.25)) for p, before in zip(still, start))
+
+
+def test_match_rms_adamw_gives_updates_of_rms_one_fifth():
+    for shape in SHAPES[:3]:
+        (p,), ((g,),) = make([shape], steps=1)
+        before = p.detach().clone()
+        train([p], [[g]], lr=1.0, adjust_lr="match_rms_adamw", coefficients=[(2, -1.5, 0.5)], ns_steps=20)
+        assert abs((p.detach() - before).square().mean().sqrt() - 0.2) < 1e-4
+
+
+def test_each_matrix_of_a_bank_is_a_parameter_of_its_own():
+    (bank,), gradients = make([(5, 12, 20)])
+    parts = [torch.nn.Parameter(x.clone()) for x in bank.detach()]
+    train([bank], gradients, weight_decay=0.1, normuon_beta2=0.9)
+    train(parts, [list(step[0]) for step in gradients], weight_decay=0.1, normuon_beta2=0.9)
+    close(bank.detach(), torch.stack([p.detach() for p in parts]))
+
+
+def test_three_equal_convolutions_are_three_matrices_in_any_memory_format():
+    shapes = [(64, 3, 3, 3)] * 3 + [(8, 1, 3, 3)]
+    plain, gradients = make(shapes)
+    last = [torch.nn.Parameter(p.detach().clone(memory_format=torch.channels_last)) for p in plain]
+    flat = [torch.nn.Parameter(p.detach().flatten(1).clone()) for p in plain]
+    train(plain, gradients, normuon_beta2=0.9)
+    train(last, [[g.to(memory_format=torch.channels_last) for g in step] for step in gradients], normuon_beta2=0.9)
+    train(flat, [[g.flatten(1) for g in step] for step in gradients], normuon_beta2=0.9)
+    for p, q, r in zip(plain, last, flat):
+        close(p.detach(), q.detach())
+        close(p.detach().flatten(1), r.detach())
+
+
+def test_transposed_weights_and_gradients_are_read_and_written_where_they_lie():
+    (p,), gradients = make([(10, 16)])
+    odd = torch.nn.Parameter(p.detach().T.contiguous().T)
+    assert not odd.is_contiguous()
+    train([p], gradients)
+    train([odd], [[g.T.contiguous().T] for (g,) in gradients])
+    close(odd.detach(), p.detach())
+
+
+def test_groups_keep_their_own_settings_and_changes_between_steps_count():
+    params, gradients = make([(12, 8), (12, 8)], steps=3)
+    start = [p.detach().clone() for p in params]
+    optimizer = Muon([dict(params=params[:1], lr=0.1), dict(params=params[1:], weight_decay=0.5, coefficients="jordan")])
+    plan = optimizer.plan
+    for t, step in enumerate(gradients):
+        for group in optimizer.param_groups:
+            group["momentum"] = [0.8, 0.9, 0.95][t]
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1 / (t + 1))
+        optimizer.param_groups[1]["ns_steps"] = 5
+        feed(params, step)
+        optimizer.step()
+    mus = [0.8, 0.9, 0.95]
+    close(params[0].detach(), oracle(start[0], [s[0] for s in gradients], lr=[0.1, 0.05, 0.1 / 3], momentum=mus))
+    close(params[1].detach(), oracle(start[1], [s[1] for s in gradients], momentum=mus, weight_decay=0.5,
+                                     coefficients="jordan"))
+    assert optimizer.plan is plan
+
+
+def test_normuon_and_masters_can_be_switched_on_later():
+    params, gradients = make([(12, 8)], dtype=torch.bfloat16, steps=2)
+    optimizer = train(params, gradients)
+    optimizer.param_groups[0].update(normuon_beta2=0.9, split_mantissa=True)
+    feed(params, gradients[0])
+    optimizer.step()
+    assert {"momentum_buffer", "second_moment", "mantissa"} == set(optimizer.state_dict()["state"][0])
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(weight_decay=0.1, cautious=True, normuon_beta2=0.9)], ids=str)
+def test_split_mantissa_equals_fp32_masters_bit_for_bit(settings):
+    shapes = [(24, 40), (40, 24), (3, 16, 24), (12, 5, 3, 3)]
+    halves, gradients = make(shapes, dtype=torch.bfloat16, steps=25)
+    full = [torch.nn.Parameter(p.detach().float()) for p in halves]
+    optimizer = train(halves, gradients, lr=1e-3, split_mantissa=True, **settings)
+    train(full, [[g.float() for g in step] for step in gradients], lr=1e-3, **settings)
+    for p, q, state in zip(halves, full, optimizer.state_dict()["state"].values()):
+        bits = (p.detach().view(torch.int16).int() << 16) | (state["mantissa"].int() & 0xFFFF)
+        assert same(bits.view(torch.float32), q.detach())
+        assert state["mantissa"].dtype == torch.int16 and state["mantissa"].unique().numel() > 100
+
+
+def test_bf16_weights_are_rounded_once_per_step():
+    (p,), ((g,),) = make([(24, 40)], dtype=torch.bfloat16, steps=1)
+    exact = torch.nn.Parameter(p.detach().float())
+    train([p], [[g]], weight_decay=0.1)
+    train([exact], [[g.float()]], weight_decay=0.1)
+    assert same(p.detach(), exact.detach().bfloat16())
+
+
+# --- gradients: read only, missing, not finite ---
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_gradients_are_not_written_and_momentum_is_the_closed_form(dtype, nesterov):
+    params, gradients = make(SHAPES, dtype=dtype)
+    optimizer = Muon(params, momentum=0.9, nesterov=nesterov)
+    for step in gradients:
+        feed(params, step)
+        optimizer.step()
+        assert all(same(p.grad, g) for p, g in zip(params, step))
+    for i, state in optimizer.state_dict()["state"].items():
+        closed = sum(0.1 * 0.9 ** (2 - t) * gradients[t][i].float() for t in range(3))
+        assert state["momentum_buffer"].dtype == torch.float32
+        close(state["momentum_buffer"], closed, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+def test_a_bad_gradient_skips_its_matrix_alone(bad):
+    shapes = [(12, 8), (12, 8), (3, 12, 8), (8, 12)]
+    settings = dict(weight_decay=0.1, normuon_beta2=0.9, split_mantissa=True, deterministic=True)
+    runs = {}
+    for spoil in (False, True):
+        params, gradients = make(shapes, dtype=torch.bfloat16, steps=4)
+        if spoil:
+            gradients[2][1] = None
+            if bad is None:
+                gradients[2][0] = None
+            else:
+                gradients[2][0].view(-1)[5] = bad
+                gradients[2][2][1, 3, 3] = bad
+        optimizer = Muon(params, **settings)
+        history = []
+        for step in gradients:
+            feed(params, step)
+            optimizer.step()
+            history.append(([p.detach().clone() for p in params], optimizer.state_dict()["state"]))
+        runs[spoil] = history, optimizer.skipped
+    (good, none), (spoiled, skipped) = runs[False], runs[True]
+    assert none == 0 and skipped == (2 if bad is None else 3)
+    untouched = {(0, 0), (1, 0)} | (set() if bad is None else {(2, 1)})
+    for i, p in enumerate(good[2][0]):
+        for k in range(len(matrices(p))):
+            expected = spoiled[1] if (i, k) in untouched else good[2]  # as before the step, or as if all had been well
+            assert same(matrices(spoiled[2][0][i])[k], matrices(expected[0][i])[k])
+            for key, value in spoiled[2][1][i].items():
+                assert same(matrices(value)[k], matrices(expected[1][i][key])[k]), key
+            moved = not same(matrices(spoiled[3][0][i])[k], matrices(spoiled[2][0][i])[k])
+            assert moved  # and the next good gradient moves it again
+
+
+def test_a_zero_gradient_only_decays_and_is_no_skip():
+    params, _ = make([(12, 8), (3, 8, 12)])
+    before = [p.detach().clone() for p in params]
+    optimizer = train(params, [[torch.zeros_like(p) for p in params]] * 2, normuon_beta2=0.9, lr=0.5, weight_decay=0.5)
+    assert all(same(p.detach(), b * 0.75 * 0.75) for p, b in zip(params, before)) and optimizer.skipped == 0
+
+
+# --- refusals ---
+
+@pytest.mark.parametrize("value, sentence", [
+    (torch.zeros(7), "w: expected a matrix, a bank or a convolution, found shape (7,); give it to AdamW"),
+    (torch.zeros(()), "w: expected a matrix, a bank or a convolution, found shape (); give it to AdamW"),
+    (torch.zeros(4, 0), "w: expected at least one element, found shape (4, 0); leave it out"),
+    (torch.zeros(0, 4, 4), "w: expected at least one element, found shape (0, 4, 4); leave it out"),
+    (torch.zeros(4, 4, dtype=torch.complex64), "w: expected a real floating-point parameter, found torch.complex64"),
+    (torch.zeros(4, 4, dtype=torch.int32), "w: expected a real floating-point parameter, found torch.int32")])
+def test_a_parameter_it_cannot_take_is_refused_by_name(value, sentence):
+    good = torch.nn.Parameter(torch.zeros(4, 4))
+    for params in ([("good", good), ("w", value)], [dict(params=[("good", good)]), dict(params=[("w", value)])]):
+        with pytest.raises(ValueError) as error:
+            Muon(params)
+        assert sentence in str(error.value)
+    with pytest.raises(ValueError) as error:
+        Muon([good, value])
+    assert sentence.replace("w:", "parameter 1 of group 0:") in str(error.value)
+
+
+def test_a_parameter_twice_is_refused_by_name():
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    for params in ([p, p], [dict(params=[p]), dict(params=p)]):
+        with pytest.raises(ValueError, match="parameter . of group .: expected each parameter once"):
+            Muon(params)
+
+
+def test_split_mantissa_on_fp32_is_refused_by_name():
+    with pytest.raises(ValueError, match="w: expected bfloat16, as split_mantissa is on, found torch.float32"):
+        Muon([("w", torch.nn.Parameter(torch.zeros(4, 4)))], split_mantissa=True)
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("lr", -0.1), ("lr", torch.tensor([0.1, 0.2])), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1),
+    ("ns_steps", 0), ("ns_steps", 2.5), ("coefficients", "cubic"), ("coefficients", []),
+    ("coefficients", (3.4, -4.7, 2.0)), ("coefficients", [(1, 2)]), ("adjust_lr", "rms"), ("normuon_beta2", 1.0)])
+def test_a_setting_out_of_range_is_refused_by_name(setting, value):
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=f"Muon: {setting} of group 0: expected .*, found .*; correct it"):
+        Muon([p], **{setting: value})
+    with pytest.raises(ValueError, match=f"Muon: {setting} of group 1: expected .*, found .*; correct it"):
+        Muon([dict(params=[p]), {"params": [torch.nn.Parameter(torch.zeros(4, 4))], setting: value}])
+
+
+def test_ns_dtype_and_bucket_size_are_checked():
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    for settings in (dict(ns_dtype=torch.float16), dict(bucket_mb=0)):
+        with pytest.raises(ValueError, match="expected ns_dtype .* and bucket_mb above 0, found"):
+            Muon([p], **settings)
+
+
+# --- plan ---
+
+GPT2 = [shape for _ in range(12) for shape in ((2304, 768, 5), (768, 768, 5), (3072, 768, 5), (768, 3072, 5))]
+
+
+def test_the_plan_of_gpt2_on_eight_ranks_is_balanced():
+    plan = plan_units(GPT2, 8, 4_000_000)
+    assert plan.efficiency >= 0.97 and max(plan.loads) / 1e9 == pytest.approx(194.8, abs=0.1)
+    fills = [[sum(GPT2[u][0] * GPT2[u][1] for u in ids) for ids in bucket] for bucket in plan.buckets]
+    assert len(fills) == 3 and sum(map(max, fills)) * 8 == sum(map(sum, fills))  # three buckets without padding
+    assert max(fills[-1]) == 1769472  # the gather that nothing hides
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 61])
+@pytest.mark.parametrize("cap", [1, 5000, 10**9])
+def test_every_unit_is_placed_once_within_the_lpt_bound(world_size, cap):
+    generator = torch.Generator().manual_seed(world_size)
+    units = [(*(int(x) for x in torch.randint(2, 90, (2,), generator=generator)), 5) for _ in range(60)]
+    plan = plan_units(units, world_size, cap)
+    flat = [u for bucket in plan.buckets for ids in bucket for u in ids]
+    assert sorted(flat) == list(range(60))
+    flops = [5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for m, n, _ in units]
+    loads = [sum(flops[u] for bucket in plan.buckets for u in bucket[r]) for r in range(world_size)]
+    assert loads == plan.loads and plan.efficiency == pytest.approx(sum(flops) / world_size / max(loads))
+    lower = max(max(flops), sum(flops) / world_size)
+    assert max(loads) <= lower + (1 - 1 / world_size) * max(flops[u] for u in flat)
+    order = [max(flops[u] for ids in bucket for u in ids) for bucket in plan.buckets]
+    assert order == sorted(order, reverse=True)
+    for bucket in plan.buckets[:-1]:
+        assert all(sum(units[u][0] * units[u][1] for u in ids) >= cap for ids in bucket)
+
+
+def test_lpt_is_within_its_bound_of_the_best_placement():
+    units = [(7, 9, 5), (8, 8, 5), (5, 12, 5), (6, 6, 5), (9, 9, 5), (4, 20, 5), (10, 3, 5)]
+    flops = [5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for m, n, _ in units]
+    for R in (2, 3):
+        best = min(max(sum(f for f, r in zip(flops, ranks) if r == rank) for rank in range(R))
+                   for ranks in itertools.product(range(R), repeat=len(units)))
+        assert max(plan_units(units, R, 1).loads) <= (4 / 3 - 1 / (3 * R)) * best
+
+
+def test_the_number_of_buckets_does_not_change_a_bit():
+    results = []
+    for bucket_mb in (16, 1e-9, 4e-3):
+        params, gradients = make(SHAPES)
+        optimizer = train(params, gradients, bucket_mb=bucket_mb, deterministic=True, normuon_beta2=0.9)
+        results.append(params)
+        assert (len(optimizer.buckets) == 1) == (bucket_mb == 16)
+    for a, b, c in zip(*results):
+        assert same(a.detach(), b.detach()) and same(a.detach(), c.detach())
+
+
+# --- surroundings: closures, schedulers, checkpoints, compile ---
+
+def test_it_trains_under_a_scheduler_with_a_closure():
+    X, target = with_spectrum(torch.linspace(0.2, 1, 8), 64, 8)[0].float(), torch.randn(64, 4)
+    W = torch.nn.Parameter(torch.zeros(8, 4))
+    optimizer = Muon([W], lr=0.3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=60)
+
+    def loss():
+        optimizer.zero_grad()
+        value = (X @ W - target).square().sum()
+        value.backward()
+        return value
+    losses = []
+    for _ in range(60):
+        losses.append(optimizer.step(loss).item())
+        schedule.step()
+    best = (X @ torch.linalg.lstsq(X, target).solution - target).square().sum().item()
+    assert losses[-1] - best < 0.02 * (losses[0] - best)
+
+
+def save_and_load(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_resume_is_bit_exact_and_keeps_fp32_momentum_of_bf16_weights():
+    settings = dict(weight_decay=0.1, normuon_beta2=0.9, split_mantissa=True, coefficients=[(3.4, -4.7, 2.0)])
+    straight, gradients = make(SHAPES, dtype=torch.bfloat16, steps=6)
+    broken, _ = make(SHAPES, dtype=torch.bfloat16)
+    train(straight, gradients, **settings)
+    saved = save_and_load(train(broken, gradients[:3], lr=0.05, **settings).state_dict())
+    assert saved["state"][3]["momentum_buffer"].shape == (3, 16, 24)
+    assert saved["state"][3]["second_moment"].shape == (3, 1, 24) and saved["state"][4]["second_moment"].shape == (2, 24, 1)
+    broken, _ = make(SHAPES, dtype=torch.bfloat16)
+    train(broken, gradients[:3], **settings)
+    saved = save_and_load(train(make(SHAPES, dtype=torch.bfloat16)[0], gradients[:3], **settings).state_dict())
+    resumed = Muon(broken, lr=7.0, **settings)
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["lr"] == 0.02
+    for step in gradients[3:]:
+        feed(broken, step)
+        resumed.step()
+    assert all(same(p.detach(), q.detach()) for p, q in zip(straight, broken))
+    assert {v["momentum_buffer"].dtype for v in resumed.state_dict()["state"].values()} == {torch.float32}
+
+
+def test_a_state_dict_is_a_copy_that_later_steps_leave_alone():
+    params, gradients = make([(12, 8)])
+    optimizer = train(params, gradients[:1])
+    state = optimizer.state_dict()
+    before = copy.deepcopy(state)
+    feed(params, gradients[1])
+    optimizer.step()
+    assert same(state["state"][0]["momentum_buffer"], before["state"][0]["momentum_buffer"])
+
+
+def test_a_state_of_another_shape_is_refused_by_name():
+    params, gradients = make([(12, 8)])
+    state = train(params, gradients).state_dict()
+    other = Muon([("w", torch.nn.Parameter(torch.zeros(8, 12)))])
+    with pytest.raises(ValueError, match=r"w: expected a momentum_buffer of shape \(8, 12\), found \(12, 8\)"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+def test_a_torch_muon_checkpoint_continues_here(adjust):
+    shapes = [(24, 40), (40, 24), (32, 32)]
+    theirs, gradients = make(shapes, steps=6)
+    ours, _ = make(shapes, steps=0)
+    peer = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn=adjust)
+    for step in gradients[:3]:
+        feed(theirs, step)
+        peer.step()
+    for p, q in zip(ours, theirs):
+        p.data.copy_(q.data)
+    optimizer = Muon(ours, lr=1.0, coefficients="polar", ns_dtype=torch.bfloat16)
+    optimizer.load_state_dict(peer.state_dict())
+    for i, state in optimizer.state_dict()["state"].items():
+        assert same(state["momentum_buffer"], peer.state[theirs[i]]["momentum_buffer"])
+    moved = [p.detach().clone() for p in theirs]
+    for step in gradients[3:]:
+        feed(theirs, step)
+        feed(ours, step)
+        peer.step()
+        optimizer.step()
+    for p, q, start in zip(ours, theirs, moved):
+        difference, distance = (p.detach() - q.detach()).norm(), (q.detach() - start).norm()
+        assert difference < 0.03 * distance  # two bf16 iterations, normalized in different precision
+
+
+def test_a_new_group_keeps_the_state_of_the_old_ones():
+    params, gradients = make([(12, 8), (3, 8, 12)], steps=4)
+    together, _ = make([(12, 8), (3, 8, 12)])
+    optimizer = Muon(params[:1], deterministic=True)
+    reference = Muon(together, deterministic=True)
+    for t, step in enumerate(gradients):
+        if t == 2:
+            optimizer.add_param_group(dict(params=params[1:]))
+        feed(params, step)
+        feed(together, step if t >= 2 else [step[0], None])
+        optimizer.step()
+        reference.step()
+    assert all(same(p.detach(), q.detach()) for p, q in zip(params, together))
+
+
+def test_compiled_functions_agree_and_schedules_do_not_recompile(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=counter, **options))
+    torch._dynamo.reset()
+    shapes = [(24, 40), (40, 24), (3, 16, 24)]
+    settings = dict(weight_decay=0.1, cautious=True, normuon_beta2=0.9, split_mantissa=True)
+    fused, gradients = make(shapes, dtype=torch.bfloat16, steps=6)
+    plain, _ = make(shapes, dtype=torch.bfloat16)
+    optimizer, counts = Muon(fused, compile=True, **settings), []
+    reference = Muon(plain, **settings)
+    for t, step in enumerate(gradients):
+        for each in (optimizer, reference):
+            each.param_groups[0].update(lr=0.02 / (t + 1), momentum=0.9 + t / 100, weight_decay=0.1 * t)
+        feed(fused, step)
+        feed(plain, step)
+        optimizer.step()
+        reference.step()
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts == counts[:1] * 6
+    for p, q in zip(fused, plain):
+        close(p.detach(), q.detach(), rtol=1e-2, atol=1e-4)  # a bf16 step at most: fp32 and fp64 scalars round apart
+
+
+def test_the_step_never_waits_for_the_device(monkeypatch):
+    """No tensor becomes a Python number inside step(): on CUDA that would stop the host."""
+    params, gradients = make(SHAPES)
+    optimizer = Muon(params, weight_decay=0.1, cautious=True, normuon_beta2=0.9)
+    feed(params, gradients[0])
+
+    def wait(self, *_):
+        raise AssertionError("a tensor was read on the host")
+    for method in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, method, wait)
+    optimizer.step()
+    monkeypatch.undo()
+    assert optimizer.skipped == 0
+
+
+def test_nothing_but_torch_and_the_standard_library_is_imported():
+    import ast
+    import sys
+    tree = ast.parse(open(muon.__file__).read())
+    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} - {"torch"} <= set(sys.stdlib_module_names)
