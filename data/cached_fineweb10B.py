@@ -57,19 +57,18 @@ def is_verified(folder: Path, entry: dict | None) -> bool:
         return False
 
 
-def download(num_train: int, folder: Path) -> list[dict]:
-    """Make sure that the validation shard and num_train training shards are in folder, and return their manifest
-    entries. Needs no network for files that were verified before. Raises FetchError or ShardError."""
+def download(num_train: int, folder: Path):
+    """Make sure that the validation shard and num_train training shards are in folder, and yield the manifest entry of
+    each as soon as it is. Needs no network for files that were verified before. Raises FetchError or ShardError."""
     entries = read_manifest(folder)
-    for name in (names := shard_names(num_train)):
-        if is_verified(folder, entries.get(name)):
-            continue
-        sha256 = fetch_hub(REPO, name, folder / name, check=num_tokens)
-        tokens = num_tokens(folder / name)
-        entries[name] = {"name": name, "tokens": tokens, "bytes": HEADER_BYTES + TOKEN_DTYPE.itemsize * tokens,
-                         "sha256": sha256}
-        write_manifest(folder, entries)  # after each file, so that what is done stays done
-    return [entries[name] for name in names]
+    for name in shard_names(num_train):
+        if not is_verified(folder, entries.get(name)):
+            sha256 = fetch_hub(REPO, name, folder / name, check=num_tokens)
+            tokens = num_tokens(folder / name)
+            entries[name] = {"name": name, "tokens": tokens, "bytes": HEADER_BYTES + TOKEN_DTYPE.itemsize * tokens,
+                             "sha256": sha256}
+            write_manifest(folder, entries)  # after each file, so that what is done stays done
+        yield entries[name]
 
 
 def main(argv=None) -> int:
@@ -82,8 +81,11 @@ def main(argv=None) -> int:
     if num_train is not None and num_train < 1:
         parser.error(f"expected N of at least 1, found {num_train}; leave N out for what the track `small` consumes")
     folder = Path(os.environ.get("DATA_PATH", "."), "data", "fineweb10B")
+    files = total = 0
     try:
-        entries = download(shards_of_small_track() if num_train is None else num_train, folder)
+        for entry in download(shards_of_small_track() if num_train is None else num_train, folder):
+            print(f"{folder / entry['name']}: {entry['tokens']:,} tokens, sha256 {entry['sha256']}", flush=True)
+            files, total = files + 1, total + entry["tokens"]
     except (FetchError, ShardError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -94,10 +96,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; start again to continue where this ended", file=sys.stderr)
         return 130
-    for entry in entries:
-        print(f"{folder / entry['name']}: {entry['tokens']:,} tokens, sha256 {entry['sha256']}")
-    total = sum(entry["tokens"] for entry in entries)
-    print(f"{total:,} tokens in {len(entries)} files, listed in {folder / MANIFEST}")
+    print(f"{total:,} tokens in {files} files, listed in {folder / MANIFEST}")
     return 0
 
 

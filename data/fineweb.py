@@ -408,13 +408,13 @@ def main(argv=None) -> int:
     try:
         for file in args.files:  # before any work: a wrong name should not turn up after an hour
             if Path(file).suffix not in (".txt", ".jsonl", ".parquet"):
-                raise TextError(f"{file}: expected a name ending in .txt, .jsonl or .parquet, found another; convert or "
-                                f"rename it")
+                raise TextError(f"{file}: expected a name ending in .txt, .jsonl or .parquet, found another; convert "
+                                f"or rename it")
             if not Path(file).is_file():
                 raise TextError(f"{file}: expected a text file, found none of that name; correct it")
         if earlier and not args.overwrite:  # a shorter run would leave some among its own, and both would be trained on
-            raise TextError(f"{folder}: expected no shards named {name}, found {len(earlier)}; choose another --name or "
-                            f"--out, or replace them with --overwrite")
+            raise TextError(f"{folder}: expected no shards named {name}, found {len(earlier)}; choose another --name "
+                            f"or --out, or replace them with --overwrite")
         from tqdm import tqdm
         encoding = gpt2_encoding()
         for path in earlier:

@@ -176,7 +176,8 @@ def test_second_run_needs_no_network_and_no_time(made):
     assert done.returncode == 0 and done.stdout == made[0]
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 0.8  # 0.17 s measured; building takes 1.3 s
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data.shakespeare import ensure\n"
-            f"ensure({str(made[1])!r}); print([m for m in ('torch', 'tiktoken', 'huggingface_hub', 'pyarrow') if m in sys.modules])")
+            f"ensure({str(made[1])!r})\n"
+            f"print([m for m in ('torch', 'tiktoken', 'huggingface_hub', 'pyarrow') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -167,6 +167,7 @@ def test_cli_reports_bad_files_in_a_line_each_and_goes_on(tmp_path):
 
 def test_importing_needs_numpy_and_the_standard_library_only():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import numpy; before = set(sys.modules)\n"
-            f"import data.shards; print({{m.split('.')[0] for m in set(sys.modules) - before}} - set(sys.stdlib_module_names))")
+            f"import data.shards\n"
+            f"print({{m.split('.')[0] for m in set(sys.modules) - before}} - set(sys.stdlib_module_names))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "{'data'}", done.stdout + done.stderr

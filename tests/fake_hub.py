@@ -1,0 +1,98 @@
+"""A Hugging Face hub on loopback, as far as huggingface_hub 2.4.0 asks: metadata, lists of files, ranges of bytes."""
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub:
+    """files: {"owner/name/path": bytes}. What is served can be spoiled by name of the file:
+    damage: the content arrives with one byte changed. cut: {name: [n, ...]} each transfer in turn ends after n bytes;
+    stall: {name: n} the transfer stops after n bytes with the connection open, until the hub closes."""
+
+    def __init__(self, files):
+        self.files, self.damage, self.cut, self.stall = files, set(), {}, {}
+        self.requests = []  # (method, path, Range header or None)
+        self.stalled, self.closing = threading.Event(), threading.Event()
+
+    def gets(self, name):
+        """The Range headers of all transfers of a file."""
+        return [header for method, path, header in self.requests if method == "GET" and path.endswith(name)]
+
+
+@contextlib.contextmanager
+def serve(files):
+    """A running FakeHub; its address for HF_ENDPOINT is hub.endpoint."""
+    hub = FakeHub(files)
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def reply(self, status, body=b"", **headers):
+            self.send_response(status)
+            for name, value in ({"Content-Length": len(body)} | headers).items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # a client that was killed
+                self.wfile.write(body if self.command == "GET" else b"")
+
+        def do_GET(self):
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((self.command, path, self.headers.get("Range")))
+            if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+                return self.file(f"{match[1]}/{match[2]}", match[2].split("/")[-1])
+            if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/(.+)", path):
+                prefix = f"{match[1]}/{match[2]}/"
+                tree = [{"type": "file", "path": name[len(match[1]) + 1:], "size": len(body), "oid": "0" * 40}
+                        for name, body in hub.files.items() if name.startswith(prefix)]
+                return self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
+            if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
+                body = json.dumps({"id": match[1], "sha": REVISION}).encode()
+                return self.reply(200, body, Content_Type="application/json")
+            self.reply(404)
+
+        do_HEAD = do_GET
+
+        def file(self, key, name):
+            body = hub.files.get(key)
+            if body is None:
+                return self.reply(404, X_Error_Code="EntryNotFound")
+            sha256 = hashlib.sha256(body).hexdigest()
+            about = {"X-Repo-Commit": REVISION, "X-Linked-Size": len(body), "X-Linked-Etag": f'"{sha256}"',
+                     "ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}
+            if name in hub.damage:
+                body = bytes([body[0] ^ 1]) + body[1:]
+            first = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) if self.headers.get("Range") else 0
+            status = 206 if first else 200
+            if first:
+                about["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+            body = body[first:]
+            if self.command == "GET" and (hub.cut.get(name) or name in hub.stall):
+                stop = hub.cut[name].pop(0) if hub.cut.get(name) else hub.stall[name]
+                about["Content-Length"] = len(body)
+                self.reply(status, body[:stop], **about)
+                if name in hub.stall:
+                    self.wfile.flush()
+                    hub.stalled.set()
+                    hub.closing.wait(60)
+                self.close_connection = True
+                return
+            self.reply(status, body, **about)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        hub.closing.set()
+        server.shutdown()
+        server.server_close()
