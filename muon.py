@@ -341,7 +341,7 @@ class Muon(torch.optim.Optimizer):
         units = [(i, p, index) for i, group in enumerate(self.param_groups) for p in group["params"]
                  for index in range(bank_shape(p)[0])]
         self.plan = plan_units([(*bank_shape(p)[1:], self.param_groups[i]["ns_steps"]) for i, p, _ in units],
-                               self.world_size, int(self.bucket_mb * 1e6 / 4))
+                               self.world_size, max(1, int(self.bucket_mb * 1e6 / 4)))
         self.buckets = [Bucket([[units[u] for u in ids] for ids in bucket], self.deterministic)
                         for bucket in self.plan.buckets]
         self._scatter_state(state)
@@ -454,16 +454,17 @@ class Muon(torch.optim.Optimizer):
         """Launch the exchange of a bucket: (bucket, handle, results of all ranks, which are there after the wait)."""
         if self.world_size == 1:
             return bucket, None, results
-        dtype, device = self.ns_dtype or wire_dtype(results[0][0].param.device), results[0][0].param.device
-        mine = torch.empty(bucket.num_elements + bucket.num_flags, dtype=dtype, device=device)
-        gathered = torch.empty(self.world_size * len(mine), dtype=dtype, device=device)
+        device = next(iter(self._names)).device
+        size, dtype = bucket.num_elements + bucket.num_flags, self.ns_dtype or wire_dtype(device)
+        mine = torch.empty(size, dtype=dtype, device=device)
+        gathered = torch.empty(self.world_size * size, dtype=dtype, device=device)
         mine[bucket.num_elements:] = 0
         for run, value, ok in results:
             run.slot(mine).copy_(value)
             mine[bucket.num_elements + run.flag:][:run.count].copy_(ok)
         handle = _all_gather(gathered, mine, group=self.process_group, async_op=True)
         return bucket, handle, [(run, run.slot(part), part[bucket.num_elements + run.flag:][:run.count])
-                                for part, runs in zip(gathered.view(-1, len(mine)), bucket.runs) for run in runs]
+                                for part, runs in zip(gathered.view(-1, size), bucket.runs) for run in runs]
 
     def _apply(self, bucket: Bucket, handle, results: list) -> None:
         """Change the weights of a bucket, on every rank with the same numbers."""

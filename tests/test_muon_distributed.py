@@ -1,0 +1,395 @@
+"""muon.py over 2, 3 and 4 gloo processes against one process: the number of ranks must not show in the result.
+
+Each world is started once and runs all scenarios; the tests below then look at what the ranks brought back."""
+import functools
+import hashlib
+import math
+import os
+import tempfile
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import muon
+from dist import run_ranks
+from muon import Muon
+from test_muon import close, feed, make, same
+
+CASES = {
+    "five equal": [(12, 8)] * 5,
+    "tall, wide and square": [(24, 8), (8, 24), (12, 12), (20, 6), (5, 9), (8, 3, 3, 3), (8, 24)],
+    "one matrix": [(10, 6)],
+    "fewer matrices than ranks": [(8, 8), (6, 10)],
+    "a bank": [(7, 10, 6), (6, 10), (2, 6, 10)],
+}
+STEPS = 4
+SETTINGS = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True)
+WORLDS = [2, 3, 4]
+
+
+def rank_gradients(shapes, rank, dtype=torch.float32):
+    return make(shapes, seed=100 + rank, steps=STEPS, dtype=dtype)[1]
+
+
+def mean_gradients(shapes, world_size):
+    ranks = [rank_gradients(shapes, rank) for rank in range(world_size)]
+    return [[torch.stack(gs).mean(0) for gs in zip(*steps)] for steps in zip(*ranks)]
+
+
+def train(shapes, gradients, after=None, dtype=torch.float32, **settings):
+    """A run under schedules of lr and momentum. after: called with the optimizer after each step."""
+    params, _ = make(shapes, steps=0, dtype=dtype)
+    optimizer = Muon(params, **settings)
+    for t, step in enumerate(gradients):
+        optimizer.param_groups[0].update(lr=0.05 / (t + 1), momentum=0.9 + t / 100)
+        feed(params, step)
+        if t % 2:
+            optimizer.start()
+        optimizer.step()
+        for p, g in zip(params, step):
+            assert g is None or same(p.grad, g) or not g.isfinite().all()
+        if after:
+            after(optimizer)
+    return [p.detach() for p in params], optimizer
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in tensors)).hexdigest()
+
+
+def deterministic_run(shapes, bucket_mb, dtype=torch.float32, **settings):
+    """Equal gradients on all ranks; (weights' digest, number of buckets)."""
+    gradients = make(shapes, steps=STEPS, dtype=dtype)[1]
+    params, optimizer = train(shapes, gradients, bucket_mb=bucket_mb, deterministic=True, dtype=dtype, **settings)
+    return digest(params), len(optimizer.buckets)
+
+
+DETERMINISTIC = {
+    "plain": dict(),
+    "everything": SETTINGS,
+    "no nesterov": dict(nesterov=False),
+    "bf16 wire": dict(ns_dtype=torch.bfloat16, **SETTINGS),
+    "masters": dict(dtype=torch.bfloat16, split_mantissa=True, **SETTINGS),
+    "masters, bf16 wire": dict(dtype=torch.bfloat16, split_mantissa=True, ns_dtype=torch.bfloat16, normuon_beta2=0.9),
+}
+
+
+def all_deterministic_runs():
+    return {(case, name, mb): deterministic_run(shapes, mb, **settings) for case, shapes in CASES.items()
+            for name, settings in DETERMINISTIC.items() for mb in (16, 1e-9)
+            if name == "everything" or case == ("a bank" if "bf16" in name else "tall, wide and square")}
+
+
+def spoiled_gradients(shapes, rank, kind):
+    """Gradients in which rank 1 has something wrong with parameter 1 at step 2."""
+    gradients = rank_gradients(shapes, rank)
+    if rank == 1:
+        gradients[2][1] = None if kind == "missing" else torch.full_like(gradients[2][1], math.nan)
+    return gradients
+
+
+def expected_without_unit(shapes, world_size):
+    """One process on the mean gradients, parameter 1 left out at step 2."""
+    gradients = mean_gradients(shapes, world_size)
+    gradients[2][1] = None
+    return train(shapes, gradients, **SETTINGS)
+
+
+def continue_from(state, shapes=CASES["a bank"], first=2, dtype=torch.bfloat16):
+    """Load weights and optimizer of step `first` and run to the end."""
+    params = [torch.nn.Parameter(w.clone()) for w in state["weights"]]
+    optimizer = Muon(params, deterministic=True, split_mantissa=True, **SETTINGS)
+    optimizer.load_state_dict(state["optimizer"])
+    gradients = make(shapes, steps=STEPS, dtype=dtype)[1]
+    for t in range(first, STEPS):
+        optimizer.param_groups[0].update(lr=0.05 / (t + 1), momentum=0.9 + t / 100)
+        feed(params, gradients[t])
+        optimizer.step()
+    return digest([p.detach() for p in params])
+
+
+class Recorder:
+    """Stands in for a collective: counts bytes and how many calls are between launch and wait."""
+    flying = most = 0
+
+    def __init__(self, collective, delays=(), overlap=False):
+        self.collective, self.delays, self.sent, self.calls, self.overlap = collective, list(delays), 0, 0, overlap
+
+    def __call__(self, output, input, group=None, async_op=False):
+        assert async_op and output.ndim == input.ndim == 1
+        world_size = dist.get_world_size(group)
+        self.sent += max(output.nbytes, input.nbytes) * (world_size - 1) // world_size  # ring: sent = received
+        self.calls += 1
+        if self.delays:
+            time.sleep(self.delays[self.calls % len(self.delays)])
+        self.handle = self.collective(output, input, group=group, async_op=True)
+        Recorder.flying += self.overlap
+        Recorder.most = max(Recorder.most, Recorder.flying)
+        return _Wait(self.handle, self.overlap)
+
+
+class _Wait:
+    def __init__(self, handle, overlap):
+        self.handle, self.overlap = handle, overlap
+
+    def wait(self):
+        self.handle.wait()
+        Recorder.flying -= self.overlap
+
+
+def recorded(rank, run, delay=0.0):
+    """run() with counted and, rank by rank, delayed collectives: (its result, gather, reduce, most gathers in flight)."""
+    gather, scatter = muon._all_gather, muon._reduce_scatter
+    delays = [delay * ((rank + k) % 3) for k in range(5)]
+    muon._all_gather, muon._reduce_scatter = Recorder(gather, delays, overlap=True), Recorder(scatter, delays)
+    Recorder.flying = Recorder.most = 0
+    try:
+        return run(), muon._all_gather.sent, muon._reduce_scatter.sent, Recorder.most
+    finally:
+        muon._all_gather, muon._reduce_scatter = gather, scatter
+
+
+def refused(run):
+    try:
+        run()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+
+def scenarios(rank, world_size, checkpoint):
+    found = {"rank": rank}
+    found["mean"] = {case: train(shapes, rank_gradients(shapes, rank), sync_grads=True, **SETTINGS)[0]
+                     for case, shapes in CASES.items()}
+    found["deterministic"] = all_deterministic_runs()
+
+    # something missing or broken on one rank
+    shapes = CASES["tall, wide and square"]
+    for kind in ("missing", "nan"):
+        weights, optimizer = train(shapes, spoiled_gradients(shapes, rank, kind), sync_grads=True, **SETTINGS)
+        optimizer.consolidate_state_dict()
+        found[kind] = weights, optimizer.skipped, optimizer.state_dict()["state"]
+    shared = make(shapes, steps=STEPS)[1]
+    for number in range(len(shapes)):  # every unit in turn, so that the poor rank is sometimes the owner
+        gradients = [list(step) for step in shared]
+        if rank == 1:
+            gradients[1][number] = None
+        found["ddp", number] = train(shapes, gradients, **SETTINGS)
+        found["ddp", number] = digest(found["ddp", number][0]), found["ddp", number][1].skipped
+    nobody = [[None, *step[1:]] for step in rank_gradients(shapes, rank)]
+    weights, optimizer = train(shapes, nobody, sync_grads=True, **SETTINGS)
+    found["nobody"] = weights[0], optimizer.skipped
+
+    # bytes on the wire, and slow ranks
+    sixteen = [(16, 32)] * (2 * world_size) + [(24, 24)] * world_size
+    for dtype in (torch.float32, torch.bfloat16):
+        found["bytes", dtype] = recorded(rank, lambda: train(
+            sixteen, rank_gradients(sixteen, rank, dtype)[:1], sync_grads=True, dtype=dtype, ns_dtype=torch.bfloat16)[0])
+    found["bytes", "ddp"] = recorded(rank, lambda: train(sixteen, make(sixteen, steps=1)[1], ns_dtype=torch.bfloat16)[0])
+    found["slow"] = recorded(rank, lambda: deterministic_run(sixteen, 1e-9, **SETTINGS), delay=0.01)
+    found["fast"] = deterministic_run(sixteen, 16, **SETTINGS)
+
+    # ranks that disagree
+    p, q = torch.nn.Parameter(torch.zeros(4, 6)), torch.nn.Parameter(torch.zeros(6, 4))
+    found["order"] = refused(lambda: Muon([("a", p), ("b", q)] if rank != 1 else [("b", q), ("a", p)]))
+    found["count"] = refused(lambda: Muon([("a", p), ("b", q)] if rank != 1 else [("a", p)]))
+    found["setting"] = refused(lambda: Muon([p], ns_steps=5 if rank != 1 else 6))
+    found["sync"] = refused(lambda: Muon([p], sync_grads=rank != 1))
+
+    # checkpoints
+    gradients = make(CASES["a bank"], steps=STEPS, dtype=torch.bfloat16)[1]
+    weights, optimizer = train(CASES["a bank"], gradients[:2], dtype=torch.bfloat16, deterministic=True,
+                               split_mantissa=True, **SETTINGS)
+    found["unconsolidated"] = refused(optimizer.state_dict)
+    optimizer.consolidate_state_dict(to=1)
+    found["to rank 1"] = optimizer.state_dict()["state"] if rank == 1 else refused(optimizer.state_dict)
+    optimizer.consolidate_state_dict()
+    found["state"] = optimizer.state_dict()["state"]
+    if world_size == 3 and rank == 2:
+        torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, checkpoint)
+    dist.barrier()
+    found["owned"] = sum(len(run.state) > 0 for bucket in optimizer.buckets for runs in bucket.runs for run in runs)
+    optimizer.step()
+    found["stale"] = refused(optimizer.state_dict)
+    found["resumed"] = continue_from(torch.load(checkpoint, weights_only=True))
+
+    # a group added between steps, on a process group whose ranks do not start at 0
+    def grow(group=None):
+        params, steps = make(CASES["tall, wide and square"], steps=STEPS)
+        optimizer = Muon(params[:4], deterministic=True, process_group=group, **SETTINGS)
+        for t, step in enumerate(steps):
+            if t == 2:
+                optimizer.add_param_group(dict(params=params[4:]))
+            feed(params, step)
+            optimizer.step()
+        return digest([p.detach() for p in params])
+    found["grown"] = grow()
+    tail = dist.new_group(list(range(1, world_size)))
+    found["grown on a subgroup"] = grow(tail) if rank else None
+    return found
+
+
+def too_early(rank, world_size):
+    """What a process says whose optimizer is older than its process group."""
+    store = dist.FileStore(os.environ["MUON_TEST_STORE"], world_size)
+    dist.destroy_process_group()
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = Muon([p])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    p.grad = torch.eye(4)
+    return refused(optimizer.step), refused(optimizer.start), refused(optimizer.consolidate_state_dict)
+
+
+@functools.cache
+def checkpoint_path():
+    return tempfile.mkdtemp() + "/three.pt"
+
+
+@functools.cache
+def world(world_size):
+    """What each rank found; world 3 comes first, as it writes the checkpoint that the others load."""
+    if world_size != 3:
+        world(3)
+    return run_ranks(world_size, scenarios, checkpoint_path())
+
+
+@functools.cache
+def alone():
+    return all_deterministic_runs()
+
+
+def equal_on_all_ranks(W, pick):
+    first, *others = [pick(found) for found in world(W)]
+    return all(len(first) == len(other) and all(map(same, first, other)) for other in others)
+
+
+@pytest.mark.parametrize("W", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+def test_different_gradients_are_averaged_as_one_process_would(W, case):
+    expected = train(CASES[case], mean_gradients(CASES[case], W), **SETTINGS)[0]
+    assert equal_on_all_ranks(W, lambda found: found["mean"][case])
+    for actual, wanted in zip(world(W)[0]["mean"][case], expected):
+        close(actual, wanted, rtol=1e-4, atol=1e-5)  # means of three fp32 numbers differ in the last bit
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_the_bits_do_not_depend_on_ranks_or_buckets(W):
+    for found in world(W):
+        for key, (bits, buckets) in found["deterministic"].items():
+            assert bits == alone()[key[0], key[1], 16][0], key
+            units = sum(s[0] if len(s) == 3 else 1 for s in CASES[key[0]])
+            assert (buckets == 1) == (key[2] == 16 or units <= W), key  # the small size closes as soon as it can
+
+
+@pytest.mark.parametrize("W", WORLDS)
+@pytest.mark.parametrize("kind", ["missing", "nan"])
+def test_a_bad_gradient_on_one_rank_skips_that_matrix_everywhere(W, kind):
+    shapes = CASES["tall, wide and square"]
+    expected, optimizer = expected_without_unit(shapes, W)
+    assert equal_on_all_ranks(W, lambda found: found[kind][0])
+    weights, _, states = world(W)[0][kind]
+    for actual, wanted in zip(weights, expected):
+        close(actual, wanted, rtol=1e-4, atol=1e-5)
+    for i, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            close(states[i][key], value, rtol=1e-4, atol=1e-6)
+    assert [found[kind][1] for found in world(W)] == [1] * W
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_without_sync_a_missing_gradient_on_one_rank_neither_hangs_nor_parts_the_ranks(W):
+    skips = set()
+    for number in range(len(CASES["tall, wide and square"])):
+        outcomes = {found["ddp", number] for found in world(W)}
+        assert len(outcomes) == 1
+        skips.add(outcomes.pop()[1])
+    assert skips == {0, 1}  # the owner decides: it was the poor rank for some matrices and not for others
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_parameter_without_any_gradient_stays_as_it_is(W):
+    start = make(CASES["tall, wide and square"], steps=0)[0][0].detach()
+    for found in world(W):
+        assert same(found["nobody"][0], start) and found["nobody"][1] == STEPS
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_traffic_is_what_the_ring_model_says(W):
+    """Gather f N 2 bytes of bf16 updates, reduce-scatter f N 4 or f N 2 bytes of gradients, f = (W - 1) / W, and one
+    flag per matrix. With N = 84.9 M and W = 8 this is 148.6 + 297.3 = 445.9 MB, or 297.3 MB with bf16 gradients."""
+    N, units = W * (2 * 16 * 32 + 24 * 24), 3 * W
+    for found in world(W):
+        for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+            _, gathered, reduced, _ = found["bytes", dtype]
+            assert gathered == (W - 1) * (N + units) // W * 2 and reduced == (W - 1) * N // W * size
+        assert found["bytes", "ddp"][1:3] == ((W - 1) * (N + units) // W * 2, 0)
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_slow_ranks_and_many_buckets_change_nothing_and_two_gathers_fly_at_most(W):
+    for found in world(W):
+        (bits, buckets), _, _, most = found["slow"]
+        assert buckets > 2 and bits == found["fast"][0] and found["fast"][1] == 1
+        assert most == 2
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_ranks_that_disagree_all_learn_the_first_difference(W):
+    shape_a, shape_b = "a of shape (4, 6) in torch.float32", "b of shape (6, 4) in torch.float32"
+    for what, ours, theirs in (("order", shape_a, shape_b), ("count", shape_b, "nothing"),
+                               ("setting", "ns_steps 5 of group 0", "ns_steps 6 of group 0"),
+                               ("sync", "sync_grads True", "sync_grads False")):
+        for found in world(W):
+            assert found[what] == ("Muon: expected the same parameters and settings on all ranks, found "
+                                   f"{ours} on rank 0 and {theirs} on rank 1; build the optimizer alike on every rank")
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_partial_state_is_never_handed_out(W):
+    for found in world(W):
+        for text in (found["unconsolidated"], found["stale"], *[found["to rank 1"]] * (found["rank"] != 1)):
+            assert "call consolidate_state_dict() on every rank" in text
+        units = sum(s[0] if len(s) == 3 else 1 for s in CASES["a bank"])
+        assert 0 < found["owned"] < units  # deterministic: one run per matrix, and only the owner has its state
+    whole = world(W)[1]["to rank 1"]
+    for found in world(W):
+        for i, shape in enumerate(CASES["a bank"]):
+            state = found["state"][i]
+            assert set(state) == {"momentum_buffer", "second_moment", "mantissa"}
+            assert state["momentum_buffer"].shape == state["mantissa"].shape == shape
+            assert state["momentum_buffer"].dtype == torch.float32
+            assert all((x != 0).any() for x in state["momentum_buffer"])
+            assert all(same(value, whole[i][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("W", [1, *WORLDS])
+def test_a_checkpoint_of_three_ranks_continues_bit_for_bit(W):
+    world(3)
+    gradients = make(CASES["a bank"], steps=STEPS, dtype=torch.bfloat16)[1]
+    straight = digest(train(CASES["a bank"], gradients, dtype=torch.bfloat16, deterministic=True, split_mantissa=True,
+                            **SETTINGS)[0])
+    resumed = [found["resumed"] for found in world(W)] if W > 1 else [
+        continue_from(torch.load(checkpoint_path(), weights_only=True))]
+    assert set(resumed) == {straight}
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_group_added_between_steps_moves_the_state_to_its_new_owners(W):
+    params, steps = make(CASES["tall, wide and square"], steps=STEPS)
+    optimizer = Muon(params, deterministic=True, **SETTINGS)
+    for t, step in enumerate(steps):
+        feed(params, step if t >= 2 else step[:4] + [None] * 3)
+        optimizer.step()
+    expected = digest([p.detach() for p in params])
+    for found in world(W):
+        assert found["grown"] == expected
+        assert found["grown on a subgroup"] == (expected if found["rank"] else None)
+
+
+def test_an_optimizer_older_than_its_process_group_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("MUON_TEST_STORE", str(tmp_path / "store"))
+    for texts in run_ranks(2, too_early):
+        for text in texts:
+            assert text == ("Muon: expected a world of 1 as at construction, found 2; call torch.distributed."
+                            "init_process_group first and build the optimizer after it")
