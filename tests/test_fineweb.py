@@ -32,7 +32,7 @@ TEXTS = ["To be, or not to be:\nthat is the question.\n", "", "It costs £3 — 
 
 def toy() -> tiktoken.Encoding:
     """A byte-pair encoding with GPT-2's way of cutting text into words, and merges that a wrong cut would change."""
-    merges = ["\n\n", "\r\n", "  ", " \n", "\n\n\n", " t", "th", " th", "the", " the", "'s", "ab", "abab", "12"]
+    merges = ["?\x1c", "\n\n", "\r\n", "  ", " \n", "\n\n\n", " t", "th", " th", "the", " the", "'s", "ab", "abab", "12"]
     ranks = {bytes([i]): i for i in range(256)} | {merge.encode(): 256 + i for i, merge in enumerate(merges)}
     return tiktoken.Encoding("toy", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 50256})
