@@ -254,6 +254,9 @@ class Muon(torch.optim.Optimizer):
         self.process_group, self.sync_grads, self.bucket_mb = process_group, sync_grads, bucket_mb
         self.ns_dtype, self.deterministic, self.compile = ns_dtype, deterministic, compile
         self.world_size, self.rank = self._find_world()
+        if self.rank < 0:
+            raise ValueError("Muon: expected a process_group that this rank belongs to, found another; "
+                             "build the optimizer on the ranks of the group only")
         self.buckets, self._names, self._pending, self._consolidated, self._skipped = [], {}, None, None, 0
         if compile:  # each shape of a stack is a graph of its own
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -274,9 +277,9 @@ class Muon(torch.optim.Optimizer):
     # --- checks ---
 
     def _find_world(self) -> tuple[int, int]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return 1, 0
-        return dist.get_world_size(self.process_group), dist.get_rank(self.process_group)
+        """(ranks, this rank) of the process group, or of a process by itself."""
+        ready = dist.is_available() and dist.is_initialized()
+        return (dist.get_world_size(self.process_group), dist.get_rank(self.process_group)) if ready else (1, 0)
 
     def _check_world(self) -> None:
         if (found := self._find_world()[0]) != self.world_size:
@@ -287,7 +290,7 @@ class Muon(torch.optim.Optimizer):
     def _check_settings(group: dict, number: int) -> None:
         for key, (expected, holds) in RULES.items():
             if not holds(group[key]):
-                raise ValueError(f"Muon: {key} of group {number}: expected {expected}, found {group[key]!r}; correct it")
+                raise ValueError(f"Muon: {key} of group {number}: expected {expected}, found {group[key]!r}; change it")
 
     def add_param_group(self, group: dict) -> None:
         """Check and add a group. After construction all ranks call it together, as every unit is placed anew."""
@@ -298,14 +301,14 @@ class Muon(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {number}"
             name, p = p if isinstance(p, tuple) else (name, p)
-            shape, real = tuple(p.shape), p.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            shape, dtypes = f"shape {tuple(p.shape)}", (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             for refused, expected, found, remedy in (
-                    (not real, "a real floating-point parameter", p.dtype, "leave it to another optimizer"),
-                    (p.ndim < 2, "a matrix, a bank or a convolution", f"shape {shape}", "give it to AdamW"),
-                    (p.numel() == 0, "at least one element", f"shape {shape}", "leave it out"),
+                    (p.dtype not in dtypes, "a real floating-point parameter", p.dtype, "leave it to another one"),
+                    (p.ndim < 2, "a matrix, a bank or a convolution", shape, "give it to AdamW"),
+                    (p.numel() == 0, "at least one element", shape, "leave it out"),
                     (p in self._names or p in names, "each parameter once", "it again", "remove it here or there"),
-                    (group["split_mantissa"] and p.dtype != torch.bfloat16, "bfloat16, as split_mantissa is on", p.dtype,
-                     "turn that off for this group")):
+                    (group["split_mantissa"] and p.dtype != torch.bfloat16, "torch.bfloat16 for split_mantissa",
+                     p.dtype, "turn that off for this group")):
                 if refused:
                     raise ValueError(f"Muon: {name}: expected {expected}, found {found}; {remedy}")
             names[p] = name
@@ -315,7 +318,7 @@ class Muon(torch.optim.Optimizer):
             self._lay_out()
 
     def _check_ranks_agree(self) -> None:
-        """Ranks that disagree would hang or mix up their matrices: raise on all of them, naming the first difference."""
+        """Ranks that disagree would hang or mix up their matrices: raise on all, naming the first difference."""
         lines = [f"{key} {getattr(self, key)}" for key in ("ns_dtype", "sync_grads", "bucket_mb", "deterministic")]
         for i, group in enumerate(self.param_groups):
             lines += [f"{key} {group[key]} of group {i}" for key in self.defaults]
@@ -325,8 +328,8 @@ class Muon(torch.optim.Optimizer):
         for rank, theirs in enumerate(found):
             for a, b in zip_longest(found[0], theirs, fillvalue="nothing"):
                 if a != b:
-                    raise ValueError(f"Muon: expected the same parameters and settings on all ranks, found {a} on rank 0 "
-                                     f"and {b} on rank {rank}; build the optimizer alike on every rank")
+                    raise ValueError(f"Muon: expected the same parameters and settings on all ranks, found {a} on rank "
+                                     f"0 and {b} on rank {rank}; build the optimizer alike on every rank")
 
     # --- layout ---
 
@@ -345,6 +348,9 @@ class Muon(torch.optim.Optimizer):
         self.buckets = [Bucket([[units[u] for u in ids] for ids in bucket], self.deterministic)
                         for bucket in self.plan.buckets]
         self._scatter_state(state)
+
+    def _device(self) -> torch.device:
+        return next(iter(self._names)).device
 
     def _state(self, run: Run) -> dict[str, Tensor]:
         """The kinds of state that a run's group asks for, each zero at first use."""
@@ -375,15 +381,14 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.start()                                                      # 1: all reductions are under way
-        reductions, self._pending, self._consolidated = self._pending, None, None
-        inflight = deque()
-        for number, bucket in enumerate(self.buckets):                    # 2: update what I own, send it off,
-            results = self._update(bucket, reductions[number])
-            reductions[number] = None
-            inflight.append(self._gather(bucket, results))
+        self.start()                                                    # 1: all reductions are under way
+        reductions, inflight = deque(self._pending), deque()
+        self._pending = self._consolidated = None
+        for bucket in self.buckets:
+            results = self._update(bucket, reductions.popleft())        # 2: update what I own,
+            inflight.append(self._gather(bucket, results))              # send it off,
             if len(inflight) == min(2, self.world_size):
-                self._apply(*inflight.popleft())                          # 3: meanwhile apply the bucket before
+                self._apply(*inflight.popleft())                        # 3: and meanwhile apply the bucket before
         while inflight:
             self._apply(*inflight.popleft())
         return loss
@@ -391,7 +396,7 @@ class Muon(torch.optim.Optimizer):
     def _reduce(self, bucket: Bucket) -> tuple:
         """Launch the sum of one bucket's gradients over ranks; each owner receives its own part."""
         size = self.world_size, bucket.num_elements
-        packed = torch.empty(size, dtype=bucket.grad_dtype, device=next(iter(self._names)).device)
+        packed = torch.empty(size, dtype=bucket.grad_dtype, device=self._device())
         for part, runs in zip(packed, bucket.runs):
             for run in runs:
                 if run.param.grad is None:
@@ -413,7 +418,7 @@ class Muon(torch.optim.Optimizer):
         return self._scalar(group["lr"] * scale), self._scalar(group["lr"] * group["weight_decay"]), group["cautious"]
 
     def _update(self, bucket: Bucket, reduction: tuple | None) -> list[tuple[Run, Tensor, Tensor]]:
-        """(run, what to send for it: (B, m, n), ok: (B,)) for everything I own in the bucket."""
+        """(run, its update or with split_mantissa its new weights (B, m, n), ok (B,)) for all I own in the bucket."""
         if reduction is not None:
             reduction[0].wait()
             mean = reduction[1].float().div_(self.world_size)
@@ -436,25 +441,22 @@ class Muon(torch.optim.Optimizer):
             O = self._orthogonalize(U[0] if len(U) == 1 else torch.cat(U), group["ns_steps"], group["coefficients"],
                                     self.ns_dtype)
             for (run, _, ok), part in zip(members, O.split([len(u) for u in U])):
+                state, group = self._state(run), self.param_groups[run.group]
                 part = part if part.shape == run.shape else part.mT.contiguous()
-                results.append((run, self._finish(run, part, ok), ok))
+                if "second_moment" in state:  # rounded for everybody, the owner included
+                    part = self._normalize_variance(part, state["second_moment"], ok,
+                                                    self._scalar(group["normuon_beta2"])).to(part.dtype)
+                if "mantissa" in state:
+                    W = run.of(run.param).reshape(run.shape)
+                    part = self._step_master(W, state["mantissa"], part, ok, *self._rates(run))
+                results.append((run, part, ok))
         return results
 
-    def _finish(self, run: Run, O: Tensor, ok: Tensor) -> Tensor:
-        """What travels for a run: its update, variance normalized if asked for, or its new weights."""
-        group, state = self.param_groups[run.group], self._state(run)
-        if "second_moment" in state:  # rounded for everybody, the owner included
-            O = self._normalize_variance(O, state["second_moment"], ok, self._scalar(group["normuon_beta2"])).to(O.dtype)
-        if "mantissa" in state:
-            W = run.of(run.param).reshape(run.shape)
-            O = self._step_master(W, state["mantissa"], O, ok, *self._rates(run))
-        return O
-
     def _gather(self, bucket: Bucket, results: list) -> tuple:
-        """Launch the exchange of a bucket: (bucket, handle, results of all ranks, which are there after the wait)."""
+        """Launch the exchange of a bucket: (bucket, results of all ranks, handle, what must live until the wait)."""
         if self.world_size == 1:
-            return bucket, None, results
-        device = next(iter(self._names)).device
+            return bucket, results, None, None
+        device = self._device()
         size, dtype = bucket.num_elements + bucket.num_flags, self.ns_dtype or wire_dtype(device)
         mine = torch.empty(size, dtype=dtype, device=device)
         gathered = torch.empty(self.world_size * size, dtype=dtype, device=device)
@@ -463,10 +465,11 @@ class Muon(torch.optim.Optimizer):
             run.slot(mine).copy_(value)
             mine[bucket.num_elements + run.flag:][:run.count].copy_(ok)
         handle = _all_gather(gathered, mine, group=self.process_group, async_op=True)
-        return bucket, handle, [(run, run.slot(part), part[bucket.num_elements + run.flag:][:run.count])
-                                for part, runs in zip(gathered.view(-1, size), bucket.runs) for run in runs]
+        results = [(run, run.slot(part), part[bucket.num_elements + run.flag:][:run.count])
+                   for part, runs in zip(gathered.view(-1, size), bucket.runs) for run in runs]
+        return bucket, results, handle, mine
 
-    def _apply(self, bucket: Bucket, handle, results: list) -> None:
+    def _apply(self, bucket: Bucket, results: list, handle, mine: Tensor | None) -> None:
         """Change the weights of a bucket, on every rank with the same numbers."""
         if handle is not None:
             handle.wait()
@@ -484,18 +487,19 @@ class Muon(torch.optim.Optimizer):
     def _gather_state(self, to: int | None = None) -> dict[Tensor, dict[str, Tensor]] | None:
         """All state in full shape per parameter, on rank `to` or (None) on all ranks. All ranks call it."""
         state = {}
-        for owner, run in ((r, run) for bucket in self.buckets for r, runs in enumerate(bucket.runs) for run in runs):
+        keep = to is None or to == self.rank
+        for owner, run in ((r, run) for bucket in self.buckets for r, mine in enumerate(bucket.runs) for run in mine):
             for key, part in self._state(run).items():
                 if self.world_size > 1:
                     dist.broadcast(part.view(torch.uint8), group_src=owner, group=self.process_group)
-                if to is None or to == self.rank:
-                    shape = (len(run.param), *part.shape[1:]) if run.param.ndim == 3 else part.shape[1:]
-                    shape = run.param.shape if part.shape == run.shape else shape
+                if keep:
+                    banks = run.param.shape[:1] if run.param.ndim == 3 else ()
+                    shape = run.param.shape if key != "second_moment" else (*banks, *part.shape[1:])
                     whole = run.of(state.setdefault(run.param, {}).setdefault(key, part.new_empty(shape)))
                     whole.copy_(part.reshape(whole.shape))
             if owner != self.rank:
                 run.state.clear()
-        return state if to is None or to == self.rank else None
+        return state if keep else None
 
     @torch.no_grad()
     def _scatter_state(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
@@ -512,7 +516,7 @@ class Muon(torch.optim.Optimizer):
         self._consolidated = self._gather_state(to)
 
     def state_dict(self) -> dict:
-        """torch's layout: {parameter number: {"momentum_buffer": fp32 in the parameter's shape, ...}}, same for any R."""
+        """torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full shape, ...}}."""
         if self.world_size > 1 and self._consolidated is None:
             raise RuntimeError("Muon: expected the state of all ranks, found this rank's share only; call "
                                "consolidate_state_dict() on every rank after the last step, and then state_dict()")
@@ -530,6 +534,7 @@ class Muon(torch.optim.Optimizer):
             if "ns_coefficients" in theirs:  # torch.optim.Muon: the same update under other names
                 theirs["coefficients"] = (tuple(theirs.pop("ns_coefficients")),)
                 theirs["adjust_lr"] = theirs.pop("adjust_lr_fn") or "original"
+                del theirs["eps"]
             groups.append({**{key: ours[key] for key in self.defaults}, **theirs})
             self._check_settings(groups[-1], number)
         for i, (p, name) in zip((i for group in groups for i in group["params"]), self._names.items()):

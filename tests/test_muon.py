@@ -165,8 +165,8 @@ def test_the_scale_of_the_gradient_does_not_matter(scale):
 # --- the whole update ---
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(nesterov=False, weight_decay=0.1), dict(coefficients="jordan", ns_steps=6), dict(coefficients="quintic"),
-    dict(weight_decay=0.3, cautious=True), dict(normuon_beta2=0.9),
+    dict(), dict(nesterov=False, weight_decay=0.1), dict(coefficients="jordan", ns_steps=6),
+    dict(coefficients="quintic"), dict(weight_decay=0.3, cautious=True), dict(normuon_beta2=0.9),
     dict(normuon_beta2=0.95, cautious=True, weight_decay=0.2, momentum=0.8)], ids=str)
 def test_three_steps_equal_the_oracle_for_every_shape(settings):
     params, gradients = make(SHAPES)
@@ -235,7 +235,8 @@ def test_transposed_weights_and_gradients_are_read_and_written_where_they_lie():
 def test_groups_keep_their_own_settings_and_changes_between_steps_count():
     params, gradients = make([(12, 8), (12, 8)], steps=3)
     start = [p.detach().clone() for p in params]
-    optimizer = Muon([dict(params=params[:1], lr=0.1), dict(params=params[1:], weight_decay=0.5, coefficients="jordan")])
+    optimizer = Muon([dict(params=params[:1], lr=0.1),
+                      dict(params=params[1:], weight_decay=0.5, coefficients="jordan")])
     plan = optimizer.plan
     for t, step in enumerate(gradients):
         for group in optimizer.param_groups:
@@ -367,7 +368,7 @@ def test_a_parameter_twice_is_refused_by_name():
 
 
 def test_split_mantissa_on_fp32_is_refused_by_name():
-    with pytest.raises(ValueError, match="w: expected bfloat16, as split_mantissa is on, found torch.float32"):
+    with pytest.raises(ValueError, match="w: expected torch.bfloat16 for split_mantissa, found torch.float32"):
         Muon([("w", torch.nn.Parameter(torch.zeros(4, 4)))], split_mantissa=True)
 
 
@@ -377,9 +378,9 @@ def test_split_mantissa_on_fp32_is_refused_by_name():
     ("coefficients", (3.4, -4.7, 2.0)), ("coefficients", [(1, 2)]), ("adjust_lr", "rms"), ("normuon_beta2", 1.0)])
 def test_a_setting_out_of_range_is_refused_by_name(setting, value):
     p = torch.nn.Parameter(torch.zeros(4, 4))
-    with pytest.raises(ValueError, match=f"Muon: {setting} of group 0: expected .*, found .*; correct it"):
+    with pytest.raises(ValueError, match=f"Muon: {setting} of group 0: expected .*, found .*; change it"):
         Muon([p], **{setting: value})
-    with pytest.raises(ValueError, match=f"Muon: {setting} of group 1: expected .*, found .*; correct it"):
+    with pytest.raises(ValueError, match=f"Muon: {setting} of group 1: expected .*, found .*; change it"):
         Muon([dict(params=[p]), {"params": [torch.nn.Parameter(torch.zeros(4, 4))], setting: value}])
 
 
@@ -445,7 +446,8 @@ def test_the_number_of_buckets_does_not_change_a_bit():
 # --- surroundings: closures, schedulers, checkpoints, compile ---
 
 def test_it_trains_under_a_scheduler_with_a_closure():
-    X, target = with_spectrum(torch.linspace(0.2, 1, 8), 64, 8)[0].float(), torch.randn(64, 4)
+    X = with_spectrum(torch.linspace(0.5, 1, 8), 64, 8)[0].float()
+    target = X @ torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     W = torch.nn.Parameter(torch.zeros(8, 4))
     optimizer = Muon([W], lr=0.3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=60)
@@ -459,8 +461,7 @@ def test_it_trains_under_a_scheduler_with_a_closure():
     for _ in range(60):
         losses.append(optimizer.step(loss).item())
         schedule.step()
-    best = (X @ torch.linalg.lstsq(X, target).solution - target).square().sum().item()
-    assert losses[-1] - best < 0.02 * (losses[0] - best)
+    assert losses[-1] < 0.01 * losses[0]
 
 
 def save_and_load(state):
@@ -477,7 +478,8 @@ def test_resume_is_bit_exact_and_keeps_fp32_momentum_of_bf16_weights():
     train(straight, gradients, **settings)
     saved = save_and_load(train(broken, gradients[:3], lr=0.05, **settings).state_dict())
     assert saved["state"][3]["momentum_buffer"].shape == (3, 16, 24)
-    assert saved["state"][3]["second_moment"].shape == (3, 1, 24) and saved["state"][4]["second_moment"].shape == (2, 24, 1)
+    assert saved["state"][3]["second_moment"].shape == (3, 1, 24)
+    assert saved["state"][4]["second_moment"].shape == (2, 24, 1)
     broken, _ = make(SHAPES, dtype=torch.bfloat16)
     train(broken, gradients[:3], **settings)
     saved = save_and_load(train(make(SHAPES, dtype=torch.bfloat16)[0], gradients[:3], **settings).state_dict())

@@ -140,7 +140,7 @@ class _Wait:
 
 
 def recorded(rank, run, delay=0.0):
-    """run() with counted and, rank by rank, delayed collectives: (its result, gather, reduce, most gathers in flight)."""
+    """run() with counted and delayed collectives: (its result, bytes gathered, reduced, most gathers in flight)."""
     gather, scatter = muon._all_gather, muon._reduce_scatter
     delays = [delay * ((rank + k) % 3) for k in range(5)]
     muon._all_gather, muon._reduce_scatter = Recorder(gather, delays, overlap=True), Recorder(scatter, delays)
@@ -182,13 +182,15 @@ def scenarios(rank, world_size, checkpoint):
     found["nobody"] = weights[0], optimizer.skipped
 
     # bytes on the wire, and slow ranks
-    sixteen = [(16, 32)] * (2 * world_size) + [(24, 24)] * world_size
+    regular = [(16, 32)] * (2 * world_size) + [(24, 24)] * world_size
+    wire = dict(ns_dtype=torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):
-        found["bytes", dtype] = recorded(rank, lambda: train(
-            sixteen, rank_gradients(sixteen, rank, dtype)[:1], sync_grads=True, dtype=dtype, ns_dtype=torch.bfloat16)[0])
-    found["bytes", "ddp"] = recorded(rank, lambda: train(sixteen, make(sixteen, steps=1)[1], ns_dtype=torch.bfloat16)[0])
-    found["slow"] = recorded(rank, lambda: deterministic_run(sixteen, 1e-9, **SETTINGS), delay=0.01)
-    found["fast"] = deterministic_run(sixteen, 16, **SETTINGS)
+        gradients = rank_gradients(regular, rank, dtype)[:1]
+        found["bytes", dtype] = recorded(rank, lambda: train(regular, gradients, sync_grads=True, dtype=dtype,
+                                                             **wire)[0])
+    found["bytes", "ddp"] = recorded(rank, lambda: train(regular, make(regular, steps=1)[1], **wire)[0])
+    found["slow"] = recorded(rank, lambda: deterministic_run(regular, 1e-9, **SETTINGS), delay=0.01)
+    found["fast"] = deterministic_run(regular, 16, **SETTINGS)
 
     # ranks that disagree
     p, q = torch.nn.Parameter(torch.zeros(4, 6)), torch.nn.Parameter(torch.zeros(6, 4))
