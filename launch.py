@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+LOST_CONTACT = 3  # as in runtime.py, which imports torch
 DATA_SCRIPTS = {"shakespeare": "data/shakespeare.py", "small": "data/cached_fineweb10B.py"}  # track -> its data
 
 
@@ -59,7 +60,8 @@ def prepare_data(track: str, args: list[str]) -> int:
 
 
 def exit_code(failures: dict) -> int:
-    """One exit code for failed ranks, given torchrun's {rank: failure}; says it if a signal ended one, for nobody else can."""
+    """One exit code for failed ranks, given torchrun's {rank: failure}; says it if a signal ended one, for nobody else can.
+    A rank that lost contact with another one exits with LOST_CONTACT, silently."""
     # A rank that fails makes others fail at once, and torchrun ends the rest: by SIGTERM, 30 s later by SIGKILL.
     first_second = min(failure.timestamp for failure in failures.values())
     codes = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
@@ -70,7 +72,12 @@ def exit_code(failures: dict) -> int:
             print(f"expected every rank to finish, found rank {rank} ended by {signal.Signals(signal_number).name}{hint}; "
                   "start again, or go on from a checkpoint if the run saved one: --resume=PATH", file=sys.stderr)
             break
-    return max(codes, default=1)  # where one rank says 2 and others only notice that it left, it is 2
+    else:
+        if codes and set(codes) == {LOST_CONTACT}:
+            print("expected all ranks to go on, found that they lost contact; start again, or go on from a checkpoint if the "
+                  "run saved one: --resume=PATH", file=sys.stderr)
+    # Where one rank says 2 and others only notice that it left, it is 2. Ranks ended by torchrun have 128 and more.
+    return max((code for code in codes if code < LOST_CONTACT), default=1)
 
 
 def torchrun(ranks: int, args: list[str]) -> int:
@@ -85,6 +92,7 @@ def torchrun(ranks: int, args: list[str]) -> int:
         raise SignalException("interrupted", signal.Signals(signum))
 
     signal.signal(signal.SIGINT, interrupt)
+    os.environ["LAUNCHED_BY"] = "launch.py"  # the ranks leave it to us to say which of them was ended from outside
     logging.disable(logging.CRITICAL)  # torchrun's account of a failure; the ranks tell their own
     try:
         run.run(run.parse_args(["--standalone", f"--nproc-per-node={ranks}", "--shutdown-timeout=60",

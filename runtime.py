@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import platform
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 
@@ -25,6 +28,108 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run itself failed: exit code 1."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the run: exit code 128 + its number, as of any program that a signal ends."""
+
+    def __init__(self, number: int, advice: str = ""):
+        super().__init__(128 + number)
+        self.text = f"by {signal.Signals(number).name}{advice}"
+
+    def __str__(self):
+        return self.text
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM. Once a run can save, the first signal only sets `number`, and the run goes on to a step at which
+    all ranks agree to save and end. Before, or at a second signal, the process leaves at once.
+
+    Python handles a signal when the main thread is back from C, which a rank that waits in a collective for one that has
+    left may never be. So a thread, told of signals through a pipe, ends the process if after `patience` seconds neither
+    the handler has nor the run has called agreed(). torchrun kills 30 seconds after it has sent SIGTERM."""
+
+    def __init__(self, patience: float = 20.0):
+        self.number, self.can_save, self.patience, self.calm = 0, False, patience, threading.Event()
+
+    def __enter__(self):
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.fd_before = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.agreed()
+        signal.set_wakeup_fd(self.fd_before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.writer.close()  # ends the thread
+
+    def handle(self, number, frame):
+        if self.number or not self.can_save:
+            raise Stopped(number)
+        self.number = number
+
+    def agreed(self):
+        self.calm.set()
+
+    def watch(self):
+        number = self.reader.recv(1)
+        if number and not self.calm.wait(self.patience if self.can_save else 2.0):
+            os._exit(128 + number[0])
+        self.reader.close()
+
+
+LOST_CONTACT = 3  # exit code under launch.py, which alone knows which rank ended and why
+
+
+def report(main, argv: list[str]) -> int:
+    """main(argv, stop) with its errors turned into an exit code, 2 for usage and 1 for a failed run, and into one message,
+    from the first rank to meet one."""
+    code, message = 0, None
+    with StopSignal() as stop:
+        try:
+            code = main(argv, stop) or 0
+        except Stopped as e:
+            code = e.code
+        except (UsageError, ShardError) as e:
+            code, message = 2, str(e)
+        except RunError as e:
+            code, message = 1, str(e)
+        except torch.OutOfMemoryError as e:
+            code, message = 1, f"expected enough GPU memory, found: {str(e).splitlines()[0]}; raise --slices"
+        except (dist.DistBackendError, RuntimeError) as e:
+            if not any(word in str(e) for word in ("Connection", "connection", "Timed out", "NCCL", "peer")):
+                raise
+            code, message = 1, ("expected all ranks to go on, found one gone without a word; see what ended it (often a lack of "
+                                "memory), then start again or go on from a checkpoint: --resume=PATH")
+            if "LAUNCHED_BY" in os.environ:
+                code, message = LOST_CONTACT, None
+        if code and first_to_end() and message:
+            print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def first_to_end() -> bool:
+    """Whether this rank is the first one to end early: one of them speaks for all."""
+    if not dist.is_initialized():  # so early that all ranks meet the same error
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("ended early", 1) == 1
+    except RuntimeError:  # the store is gone with the rank or the torchrun that held it
+        return dist.get_rank() == 0
+
+
+def leave(code: int):
+    """End this process without the interpreter's clean-up, at which threads of gloo and NCCL that still release a tensor
+    would now and then abort it ("terminate called without an active exception")."""
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Runtime:
@@ -84,7 +189,7 @@ class Log:
     its own. On a terminal a progress bar stands for the training lines."""
 
     def __init__(self, cfg, rt: Runtime):
-        self.run_id, self.file, self.bar, self.wandb = str(uuid.uuid4()), None, None, None
+        self.run_id, self.file, self.bar, self.wandb, self.step = str(uuid.uuid4()), None, None, None, 0
         self.path = Path(cfg.log_dir) / f"{self.run_id}.txt"
         if rt.rank > 0:
             return
@@ -99,14 +204,32 @@ class Log:
                 import wandb
             except ImportError:
                 raise UsageError("--wandb: expected the package wandb, found none; pip install -r requirements.txt") from None
-            self.wandb = wandb.init(project=cfg.wandb, name=self.run_id, config=dataclasses.asdict(cfg),
-                                    settings=wandb.Settings(silent=True))
+            try:
+                self.wandb = wandb.init(project=cfg.wandb, name=self.run_id, config=dataclasses.asdict(cfg),
+                                        settings=wandb.Settings(silent=True))
+            except wandb.Error as e:
+                raise UsageError(f"--wandb: expected to reach Weights & Biases, found: {str(e).partition(chr(10))[0]}; run "
+                                 "wandb login, or set WANDB_MODE=offline") from None
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
                 self.bar = tqdm(total=cfg.train_steps, unit="step", dynamic_ncols=True, leave=False)
             except ImportError:
                 pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            self.write(f"ended after step {self.step}: {str(error).partition(chr(10))[0]}", show=kind is Stopped)
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(error is not None))
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
     def write(self, line: str, show: bool = True):
         if self.file is None:
@@ -118,6 +241,7 @@ class Log:
             print(line, flush=True)
 
     def train(self, step: int, total: int, ms: float, loss: float | None, tokens_per_s: float):
+        self.step = step
         self.write(f"step:{step}/{total} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms", show=self.bar is None)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
@@ -127,12 +251,6 @@ class Log:
         self.write(f"step:{step}/{total} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
         if self.wandb is not None:
             self.wandb.log({"val_loss": loss, "train_time_ms": ms}, step=step)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-        if self.wandb is not None:
-            self.wandb.finish()
 
 
 def log_header(run, log: Log, resumed: str | None):

@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adam import Adam
-from data.loader import Batch, Loader, OutOfData, Validation, make_batch, shards_for, to_device
-from data.shards import ShardError, document_starts
+from data.loader import Batch, Loader, Validation, make_batch, shards_for, to_device
+from data.shards import document_starts
 from kernels import BACKENDS, Docs, choose_backend, masked_attention, paired_docs
 from muon import Muon
-from runtime import Log, RunError, Runtime, UsageError, log_header
+from runtime import Log, RunError, Runtime, Stopped, StopSignal, UsageError, leave, log_header, report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -622,7 +622,7 @@ class Run:
             torch._dynamo.config.recompile_limit = 64
         self.make_optimizers()
         self.step, self.train_ms, self.reached = 0, 0.0, None
-        self.ropes, self.losses, self.stop_signal, self.resumed_at = {}, deque(), 0, None
+        self.ropes, self.losses, self.stop, self.resumed_at = {}, deque(), StopSignal(), None
 
     def check_world_size(self):
         cfg, world = self.cfg, self.rt.world
@@ -674,7 +674,7 @@ class Run:
             self.untie()
         stats = torch.zeros(2, device=rt.device)  # mean loss, any signal to stop
         stats[0] = self.accumulate(self.loader.next(), step) / rt.world
-        stats[1] = self.stop_signal
+        stats[1] = self.stop.number
         self.update(step)
         rt.sum(stats)
         self.step += 1
@@ -837,8 +837,10 @@ def train(run: Run, log: Log):
             started = time.perf_counter()
         stopping = run.stop_agreed and boundary
         due = (cfg.save_every and run.step - saved >= cfg.save_every and boundary) or (last and cfg.save_final)
-        if due or (stopping and (cfg.save_every or cfg.save_final)):
+        if due or stopping:
             pause()
+            if stopping:
+                run.stop.agreed()
             saved = run.step
             run.save(folder / f"state_step{run.step:06d}.pt")
             log.write(f"checkpoint: {folder / f'state_step{run.step:06d}.pt'}")
@@ -848,22 +850,14 @@ def train(run: Run, log: Log):
         run.train_step()
         ms = run.train_ms + 1000 * (time.perf_counter() - started)
         log.train(run.step, total, ms, run.loss, cfg.at("batch_tokens", run.step - 1) * 1000 / (ms / run.step))
-    if stopping and not last:
-        name = signal.Signals(run.stop_signal or signal.SIGINT).name
-        log.write(f"stopped: by {name} after step {run.step}" + (
-            f"; go on with --resume={folder / f'state_step{run.step:06d}.pt'}" if saved == run.step else ""))
-        raise SystemExit(128 + (run.stop_signal or signal.SIGINT))
+    if not last:
+        raise Stopped(run.stop.number or signal.SIGINT, f"; go on with --resume={folder / f'state_step{run.step:06d}.pt'}")
     if rt.device.type == "cuda":
         mib = [f(rt.device) // 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)]
         log.write(f"peak memory allocated: {mib[0]} MiB reserved: {mib[1]} MiB")
-    log.close()
-    rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
-    rt.print0("reached: no" if run.reached is None else
-              f"reached: yes, at step {run.reached[0]} after {run.reached[1] / 1000:.1f} s of training")
-    rt.print0(f"log: {log.path}")
 
 
-def main(argv: list[str]):
+def main(argv: list[str], stop: StopSignal) -> int | None:
     options, changes = parse_config(argv)
     state = None
     if options.resume:
@@ -873,17 +867,22 @@ def main(argv: list[str]):
     cfg = Config.for_track(track, **changes)
     rt = Runtime()
     run = Run(cfg, rt)
+    run.stop = stop
     if options.check:
         return check(run)
     log = rt.together(Log, cfg, rt)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: setattr(run, "stop_signal", number))
-    run.warm_up()
-    if state:
-        run.load(options.resume, state)
-        run.resumed_at = run.step
-    log_header(run, log, options.resume)
-    train(run, log)
+    with log:
+        run.warm_up()
+        if state:
+            run.load(options.resume, state)
+            run.resumed_at = run.step
+        log_header(run, log, options.resume)
+        stop.can_save = cfg.save_every > 0 or cfg.save_final
+        train(run, log)
+    rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
+    rt.print0("reached: no" if run.reached is None else
+              f"reached: yes, at step {run.reached[0]} after {run.reached[1] / 1000:.1f} s of training")
+    rt.print0(f"log: {log.path}")
 
 
 def read_checkpoint(path: str) -> dict:
@@ -897,7 +896,7 @@ def read_checkpoint(path: str) -> dict:
     return state
 
 
-def check(run: Run):
+def check(run: Run) -> int:
     """Causality: other tokens from position t on must not change any loss before t - 1. Probabilities must sum to 1."""
     cfg, rt, model = run.cfg, run.rt, run.model.eval()
     with torch.no_grad():
@@ -916,7 +915,7 @@ def check(run: Run):
     rt.print0(f"causality: largest change of a log probability before token {t}: {moved:.1e} (expected 0), after it: {sees:.1e}")
     rt.print0(f"probabilities: largest deviation of a sum from 1: {total:.1e} (expected below 1e-4)")
     rt.print0("check: passed" if ok else "check: failed")
-    raise SystemExit(0 if ok else 1)
+    return 0 if ok else 1
 
 
 def softmax_logits(model: GPT, tokens: Tensor, ctx: Context) -> Tensor:
@@ -924,28 +923,5 @@ def softmax_logits(model: GPT, tokens: Tensor, ctx: Context) -> Tensor:
     return torch.log_softmax(model.logits(model.trunk(tokens, ctx)).float(), -1)
 
 
-def run_and_report(argv: list[str]) -> int:
-    """main with errors turned into one message from one rank and an exit code: 2 usage, 1 failed run."""
-    code, message = 0, None
-    try:
-        main(argv)
-    except (UsageError, ShardError) as e:
-        code, message = 2, str(e)
-    except (RunError, OutOfData) as e:
-        code, message = 1, str(e)
-    except torch.OutOfMemoryError as e:
-        code, message = 1, f"expected enough GPU memory, found: {str(e).splitlines()[0]}; raise --slices"
-    except (dist.DistBackendError, RuntimeError) as e:
-        if not any(word in str(e) for word in ("Connection", "connection", "Timed out", "NCCL", "peer")):
-            raise
-        code, message = 1, "expected all ranks to go on, lost contact with one; its own message tells why; resume from a checkpoint"
-    if message and int(os.environ.get("RANK", 0)) == 0:
-        print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
-    return code
-
-
 if __name__ == "__main__":
-    code = run_and_report(sys.argv[1:])
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    leave(report(main, sys.argv[1:]))

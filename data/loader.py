@@ -13,11 +13,12 @@ from torch import Tensor
 
 from data import shards
 from kernels import Docs
+from runtime import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class OutOfData(RuntimeError):
+class OutOfData(RunError):
     """A run used up its training shards, although the estimate at the start said that they suffice."""
 
 
