@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adam import Adam
-from data.loader import Batch, Loader, Validation, make_batch, shards_for, to_device
+from data.loader import Batch, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
 from kernels import BACKENDS, Docs, choose_backend, masked_attention, paired_docs
 from muon import Muon

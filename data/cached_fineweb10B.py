@@ -31,8 +31,9 @@ def shard_names(num_train: int) -> list[str]:
 
 def shards_of_small_track() -> int:
     """The training shards that a run of the track `small` reads, computed by the trainer. Needs torch."""
-    import train_gpt  # here, not above: with N given this script needs neither torch nor the trainer
-    return train_gpt.shards_needed(train_gpt.Config.for_track("small"))
+    from data.loader import shards_needed  # here, not above: with N given this script needs neither torch nor the trainer
+    from train_gpt import Config
+    return shards_needed(Config.for_track("small"))
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:

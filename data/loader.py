@@ -186,7 +186,7 @@ class Loader:
                 "lower --train_steps")
 
 
-def shards_for(cfg) -> int:
+def shards_needed(cfg) -> int:
     """Shards of 100 M FineWeb tokens that a schedule uses up. FineWeb documents are about log-normal with median 403 and
     mean 690 tokens; a tenth is added for shard tails and for the uncertainty of that fit."""
     mu, sigma = math.log(403), math.sqrt(2 * math.log(690 / 403))

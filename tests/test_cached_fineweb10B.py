@@ -6,7 +6,6 @@ import os
 import struct
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fake_hub import serve  # noqa: E402
 
+import data.loader  # noqa: E402
 from data import cached_fineweb10B, shards  # noqa: E402
+from train_gpt import Config  # noqa: E402
 
 pytest.importorskip("huggingface_hub")
 VAL, TRAIN1, TRAIN2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
@@ -175,12 +176,7 @@ def test_impossible_numbers_are_usage_errors(tmp_path, args):
 
 
 def test_default_is_what_the_trainer_computes(tmp_path, monkeypatch, capsys):
-    class Config:
-        @staticmethod
-        def for_track(name):
-            return f"the config of {name}"
-    trainer = types.SimpleNamespace(Config=Config, shards_needed={"the config of small": 4}.__getitem__)
-    monkeypatch.setitem(sys.modules, "train_gpt", trainer)
+    monkeypatch.setattr(data.loader, "shards_needed", lambda cfg: 4 if cfg == Config.for_track("small") else 0)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     fetched = []
 
