@@ -261,6 +261,8 @@ def log_header(run, log: Log, resumed: str | None):
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
+    if log.file is None:
+        return
     cfg, rt, line = run.cfg, run.rt, "=" * 100
     for i, name in enumerate(SOURCES):
         if i:

@@ -519,6 +519,27 @@ class GPT(nn.Module):
         return 6 * self.matmul_params() + 12 * cfg.model_dim * keys
 
 
+def make_context(model: GPT, make_mask, ropes: dict, docs: Docs, stage: int, tied: bool, weights: Tensor,
+                 final: bool = False) -> Context:
+    """Masks and rotary tables of a stage; final: with the window of the final validation. ropes keeps tables for the next
+    call."""
+    cfg, T, device, dtype = model.cfg, len(docs.ids), docs.ids.device, model.embed.dtype
+    if (stage, T) not in ropes:
+        omega, scale = rotary_settings(cfg, stage)
+        t = torch.arange(T, dtype=torch.float64)[:, None, None] * omega  # (T, 1, r)
+        parity = torch.arange(cfg.num_heads, dtype=torch.float64)[None, :, None] % 2 * omega
+        for other in [key for key in ropes if key[0] != stage]:
+            del ropes[other]
+        ropes[stage, T] = scale, [[f(a).to(device, dtype) for f in (torch.cos, torch.sin)] for a in (t, 2 * t + parity)]
+    scale, rope = ropes[stage, T]
+    windows = [w[min(stage, len(w) - 1)] for w in (cfg.window_short, cfg.window_long)]
+    windows[1] = cfg.window_final if final else windows[1]
+    used = {(i in cfg.long_layers, i in cfg.paired_layers) for i in model.attn_layers}
+    masks = [[make_mask(paired_docs(docs) if paired else docs, windows[long]) if (long, paired) in used else None
+              for paired in (False, True)] for long in (False, True)]
+    return Context(masks, rope, scale, weights, tied)
+
+
 MATRICES = ("attn_qk", "attn_vo", "mlp_in", "mlp_out")
 TABLES = ("head", "embed", "value_embeds", "bigram_embed")
 
@@ -652,21 +673,7 @@ class Run:
                              sync_grads=True, compile=self.compiled)
 
     def context(self, docs: Docs, stage: int, tied: bool, weights: Tensor, final: bool = False) -> Context:
-        cfg, T = self.cfg, len(docs.ids)
-        if (stage, T) not in self.ropes:
-            omega, scale = rotary_settings(cfg, stage)
-            t = torch.arange(T, dtype=torch.float64)[:, None, None] * omega  # (T, 1, r)
-            parity = torch.arange(cfg.num_heads, dtype=torch.float64)[None, :, None] % 2 * omega
-            self.ropes = {key: value for key, value in self.ropes.items() if key[0] == stage}
-            self.ropes[stage, T] = scale, [[f(a).to(self.rt.device, self.dtype) for f in (torch.cos, torch.sin)]
-                                           for a in (t, 2 * t + parity)]
-        scale, rope = self.ropes[stage, T]
-        windows = [w[min(stage, len(w) - 1)] for w in (cfg.window_short, cfg.window_long)]
-        windows[1] = cfg.window_final if final else windows[1]
-        used = {(i in cfg.long_layers, i in cfg.paired_layers) for i in self.model.attn_layers}
-        masks = [[self.make_mask(paired_docs(docs) if paired else docs, windows[long]) if (long, paired) in used else None
-                  for paired in (False, True)] for long in (False, True)]
-        return Context(masks, rope, scale, weights, tied)
+        return make_context(self.model, self.make_mask, self.ropes, docs, stage, tied, weights, final)
 
     def train_step(self):
         cfg, rt, step = self.cfg, self.rt, self.step

@@ -174,7 +174,10 @@ class Loader:
         for first, end in zip(cfg.stage_starts, ends):
             position, raw = dict(step=first, epoch=0, shard=0, doc=0), 0
             for step in range(first, min(first + 20, end)):
-                here, docs, used = self.walk({**position, "step": step})
+                try:
+                    here, docs, used = self.walk({**position, "step": step})
+                except OutOfData as error:  # not even these few
+                    raise shards.ShardError(str(error)) from None
                 raw += int(self.open(here["shard"])[2][docs[: used[-1]]].sum())
                 position = {**here, "doc": here["doc"] + used[-1]}
             needed += raw / max(min(20, end - first), 1) * (end - first)
