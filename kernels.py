@@ -4,11 +4,14 @@ Causal, within a document, over the `window` previous tokens and the token itsel
 Each backend is a pair: a mask, made once per batch and window, and the attention that uses it. Shapes: T tokens of one
 packed sequence, H heads, d head width.
 """
+import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from runtime import UsageError
 
 
 class Docs(NamedTuple):
@@ -86,12 +89,20 @@ def paired_docs(docs: Docs) -> Docs:
 
 
 def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(name, reason) of the attention backend. On a GPU a candidate must run forward and backward here and agree with
-    the definition; a kernel that imports is not yet one that works."""
+    """(name, reason) of the attention backend."""
+    if device.type == "cpu" and wish in ("varlen", "flex"):
+        raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has no gradients there; "
+                         "leave it out")
     if wish != "auto":
         return wish, "asked for"
     if device.type == "cpu":
         return "blocked", "fastest on a CPU"
+    return first_correct(["varlen", "flex"], head_dim, scale, device, dtype)
+
+
+def first_correct(candidates: list[str], head_dim: int, scale: float, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The first candidate that runs forward and backward here and agrees with the definition, else blocked, and why: a
+    kernel that imports is not yet one that works."""
     torch.manual_seed(0)
     q, k, v, g = torch.randn(4, 256, 2, head_dim, device=device, dtype=dtype).unbind()
     ids = torch.arange(256, device=device, dtype=torch.int32) // 100
@@ -104,12 +115,61 @@ def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device,
         return [y, *torch.autograd.grad(y, leaves, g)]
 
     expected, refused = run("masked"), []
-    for name in ("varlen", "flex"):
+    for name in candidates:
         try:
-            error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(run(name), expected))
+            errors = torch.stack([(a - b).float().norm() / b.float().norm() for a, b in zip(run(name), expected)])
+            error = errors.max().item()  # NaN if one of them is
             if error < 0.02:  # two bfloat16 roundings of sums in another order
                 return name, "; ".join([f"self-test error {error:.1e}", *refused])
             refused.append(f"{name}: self-test error {error:.1e}")
         except Exception as e:  # whatever a missing or broken kernel raises
             refused.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
     return "blocked", "; ".join(refused)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The head in FP8: a third of the model's matrix work at twice the rate, with less precision
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in a float8 dtype and the fp32 scale that brings it back, so that the largest entry is the largest number."""
+    scale = x.abs().amax().float().clamp(min=1e-30) / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype), scale
+
+
+class Fp8Linear(torch.autograd.Function):
+    """x (T, D) and w (V, D) to x @ w.T (T, V): products in e4m3, gradients in e5m2, sums in fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        (xq, xs), (wq, ws) = to_fp8(x, torch.float8_e4m3fn), to_fp8(w, torch.float8_e4m3fn)
+        ctx.save_for_backward(xq, xs, wq, ws)
+        ctx.dtypes = x.dtype, w.dtype
+        return torch._scaled_mm(xq, wq.t(), scale_a=xs, scale_b=ws, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        xq, xs, wq, ws = ctx.saved_tensors
+        gq, gs = to_fp8(g, torch.float8_e5m2)
+        # The second factor of a scaled product must lie in memory by columns.
+        dx = torch._scaled_mm(gq, wq.t().contiguous().t(), scale_a=gs, scale_b=ws, out_dtype=torch.bfloat16)
+        dw = torch._scaled_mm(gq.t().contiguous(), xq.t().contiguous().t(), scale_a=gs, scale_b=xs, out_dtype=torch.bfloat16)
+        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1])
+
+
+def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
+    """(whether to use Fp8Linear, reason). It must run forward and backward here and come near the exact product."""
+    if os.environ.get("DISABLE_FP8", "0") not in ("", "0", "false", "False"):
+        return False, "DISABLE_FP8 is set"
+    if wish == "off" or (wish == "auto" and device.type != "cuda"):
+        return False, "asked for" if wish == "off" else "only on a GPU"
+    generator = torch.Generator().manual_seed(0)
+    x, w, g = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in ((64, 32), (128, 32), (64, 128)))
+    x, w = x.requires_grad_(), w.requires_grad_()
+    try:
+        y, exact = Fp8Linear.apply(x, w), x @ w.t()
+        pairs = zip((y, *torch.autograd.grad(y, (x, w), g)), (exact, *torch.autograd.grad(exact, (x, w), g)))
+        error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+    except Exception as e:  # whatever a GPU without FP8 raises
+        return False, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+    return error < 0.15, f"self-test error {error:.1e}"  # e5m2 keeps two bits: 2^-3 at most per entry

@@ -279,6 +279,7 @@ def log_header(run, log: Log, resumed: str | None):
         f"commit: {output('git', 'rev-parse', 'HEAD') or 'unknown'}{' with changes' if output('git', 'status', '--porcelain') else ''}",
         "config: " + json.dumps(dataclasses.asdict(cfg)),
         f"seed: {cfg.seed}",
+        f"head in FP8: {'yes' if run.fp8 else 'no'} ({run.fp8_reason})",
         f"attention: {run.backend} ({run.backend_reason}), weights in {str(run.dtype)[6:]}, {'compiled' if run.compiled else 'eager'}",
         f"parameters: {sum(p.numel() for p in run.model.parameters()):,}, {run.model.matmul_params():,} in matrix products, "
         f"MFLOP per token by stage: {', '.join(flops)}",

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from adam import Adam
 from data.loader import Batch, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
-from kernels import BACKENDS, Docs, choose_backend, masked_attention, paired_docs
+from kernels import BACKENDS, Docs, Fp8Linear, choose_backend, choose_fp8, masked_attention, paired_docs
 from muon import Muon
 from runtime import Log, RunError, Runtime, Stopped, StopSignal, UsageError, leave, log_header, report
 
@@ -130,6 +130,7 @@ class Config:
     # Hardware
     attention: str = setting("auto", "attention backend: auto, varlen, flex, blocked or masked")
     dtype: str = setting("auto", "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32")
+    fp8_head: str = setting("auto", "head in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 means off")
     compile: str = setting("auto", "torch.compile the model: auto (on a GPU), on or off")
     # Run
     log_dir: str = setting("logs", "folder of the logs")
@@ -186,7 +187,7 @@ class Config:
         check(-1 <= self.untie_stage < self.stages, "untie_stage", f"-1 to {self.stages - 1}")
         check(0 <= self.normuon_beta2 < 1, "normuon_beta2", "0 to 1")
         for name, choices in (("optimizer", ("muon", "adamw")), ("attention", ("auto", *BACKENDS)),
-                              ("dtype", ("auto", "bfloat16", "float32")), ("compile", ("auto", "on", "off")),
+                              ("dtype", ("auto", "bfloat16", "float32")), ("compile", ("auto", "on", "off")), ("fp8_head", ("auto", "on", "off")),
                               ("coefficients", ("polar", "quintic", "jordan"))):
             check(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
 
@@ -354,9 +355,9 @@ class GPT(nn.Module):
     A layer: x <- a x + p Attention(norm(x)) + c x0 + e bigram;  x <- a' x + p' MLP(norm(x)), all of a, p, c, e learned.
     """
 
-    def __init__(self, cfg: Config, attend=masked_attention):
+    def __init__(self, cfg: Config, attend=masked_attention, fp8_head: bool = False):
         super().__init__()
-        self.cfg, self.attend = cfg, attend
+        self.cfg, self.attend, self.fp8_head = cfg, attend, fp8_head
         L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.padded_vocab
         self.attn_layers = [i for i in range(L) if i not in cfg.no_attn_layers]
         A, G = len(self.attn_layers), min(12, D)
@@ -496,7 +497,8 @@ class GPT(nn.Module):
         return F.linear(y.reshape(T, D), vo[1])
 
     def logits(self, x: Tensor) -> Tensor:
-        return softcap(F.linear(x, self.head), self.cfg.softcap)
+        linear = Fp8Linear.apply if self.fp8_head and self.training else F.linear
+        return softcap(linear(x, self.head), self.cfg.softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor, ctx: Context) -> Tensor:
         """Training: the weighted multi-token loss. Evaluation: the sum of the T cross entropies, in fp32."""
@@ -634,9 +636,10 @@ class Run:
         self.validation = rt.together(Validation, cfg, rt.rank, rt.world, cuda)
         self.backend, self.backend_reason = choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, rt.device, self.dtype)
         self.make_mask, attend = BACKENDS[self.backend]
+        self.fp8, self.fp8_reason = choose_fp8(cfg.fp8_head, rt.device)
         self.compiled = cfg.compile == "on" or (cfg.compile == "auto" and cuda)
         with torch.device(rt.device):
-            self.model = GPT(cfg, attend)
+            self.model = GPT(cfg, attend, self.fp8)
         self.model.init_weights(self.dtype)
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if self.compiled else self.model
         if self.compiled:  # stages differ in shapes and windows, and training from evaluation: a graph for each
@@ -795,9 +798,10 @@ class Run:
             torch.save(state, partial)
             os.replace(partial, path)
         except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-            partial.unlink(missing_ok=True)
             reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0]
             raise RunError(f"{path}: expected to write a checkpoint, found: {reason}; free some space and resume from an earlier one") from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     def load(self, path: str, state: dict):
         differing = [name for name in MODEL_SETTINGS if state["config"][name] != dataclasses.asdict(self.cfg)[name]]
@@ -805,12 +809,19 @@ class Run:
             name = differing[0]
             raise UsageError(f"{path}: expected a checkpoint of this model, found one with {name} {state['config'][name]} instead "
                              f"of {getattr(self.cfg, name)}; leave out --{name}")
-        self.model.load_state_dict(state["model"])
-        if self.muon is not None:
-            self.muon.load_state_dict({"state": state["muon"], "param_groups": self.muon.state_dict()["param_groups"]})
-        self.adam.load_full_state(state["adam"])
-        self.loader.load_state_dict(state["loader"])
-        torch.set_rng_state(state["rng"])
+        if state["step"] > self.cfg.train_steps:
+            raise UsageError(f"--train_steps: expected at least the {state['step']} steps of {path}, found {self.cfg.train_steps}; "
+                             "raise it")
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.muon is not None:
+                self.muon.load_state_dict({"state": state["muon"], "param_groups": self.muon.state_dict()["param_groups"]})
+            self.adam.load_full_state(state["adam"])
+            self.loader.load_state_dict(state["loader"])
+            torch.set_rng_state(state["rng"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise UsageError(f"{path}: expected weights and optimizer states for these settings, found others ({str(e).splitlines()[0]}); "
+                             "leave out settings that were not changed before, such as --optimizer or --dtype") from None
         self.step, self.train_ms, self.reached = state["step"], state["train_ms"], state["reached"]
 
 
@@ -900,6 +911,11 @@ def read_checkpoint(path: str) -> dict:
         raise UsageError(f"--resume: expected a checkpoint written by this program, found {reason} at {path}") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UsageError(f"--resume: expected a {CHECKPOINT_FORMAT}, found another kind of file at {path}")
+    missing = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "loader", "rng"} - state.keys()
+    other = {f.name for f in dataclasses.fields(Config)} ^ state.get("config", {}).keys()
+    if missing or other:
+        raise UsageError(f"--resume: expected a checkpoint of this version of the program, found one where {min(missing or other)} "
+                         f"differs at {path}; use the program of its log")
     return state
 
 
