@@ -908,14 +908,14 @@ def read_checkpoint(path: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # an unpickler fed with some other file raises anything
         reason = "no such file" if isinstance(e, FileNotFoundError) else "another kind of file or a damaged one"
-        raise UsageError(f"--resume: expected a checkpoint written by this program, found {reason} at {path}") from None
+        raise UsageError(f"{path}: expected a checkpoint of this program, found {reason}; give a state_step*.pt that it wrote") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise UsageError(f"--resume: expected a {CHECKPOINT_FORMAT}, found another kind of file at {path}")
+        raise UsageError(f"{path}: expected a {CHECKPOINT_FORMAT}, found another kind of file; give a state_step*.pt")
     missing = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "loader", "rng"} - state.keys()
     other = {f.name for f in dataclasses.fields(Config)} ^ state.get("config", {}).keys()
     if missing or other:
-        raise UsageError(f"--resume: expected a checkpoint of this version of the program, found one where {min(missing or other)} "
-                         f"differs at {path}; use the program of its log")
+        raise UsageError(f"{path}: expected a checkpoint of this version of the program, found one that differs in "
+                         f"{min(missing or other)}; use the version of its log")
     return state
 
 

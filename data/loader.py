@@ -95,6 +95,9 @@ class Loader:
         return dict(self.position)
 
     def load_state_dict(self, state: dict[str, int]):
+        if state["shard"] >= len(self.paths):
+            raise shards.ShardError(f"--resume: expected more than {state['shard']} training shards, as where the checkpoint was "
+                                    f"written, found {len(self.paths)}; get the others again")
         self.position = dict(state)
         self.upcoming = self.preparer.submit(self.prepare, self.position)
 
