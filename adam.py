@@ -95,7 +95,8 @@ class Adam(torch.optim.Optimizer):
                 for key in ("exp_avg", "exp_avg_sq", "low") if self.sharded(p) else ():
                     if key in self.state[p]:
                         whole = torch.empty(p.numel(), dtype=self.state[p][key].dtype, device=p.device)
-                        all_gather(whole, self.state[p][key]).wait()
+                        mine = self.state[p][key].view(torch.uint8)  # as bytes: no backend gathers int16
+                        all_gather(whole.view(torch.uint8), mine).wait()
                         result[-1][key] = whole
         return result
 

@@ -91,8 +91,8 @@ def paired_docs(docs: Docs) -> Docs:
 def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(name, reason) of the attention backend."""
     if device.type == "cpu" and wish in ("varlen", "flex"):
-        raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has no gradients there; "
-                         "leave it out")
+        raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has no "
+                         "gradients there; leave it out")
     if wish != "auto":
         return wish, "asked for"
     if device.type == "cpu":
@@ -100,7 +100,7 @@ def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device,
     return first_correct(["varlen", "flex"], head_dim, scale, device, dtype)
 
 
-def first_correct(candidates: list[str], head_dim: int, scale: float, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def first_correct(candidates: list[str], head_dim: int, scale: float, device, dtype) -> tuple[str, str]:
     """The first candidate that runs forward and backward here and agrees with the definition, else blocked, and why: a
     kernel that imports is not yet one that works."""
     torch.manual_seed(0)
