@@ -156,12 +156,15 @@ class Config:
             finite = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
             check(all(map(math.isfinite, finite)), f.name, "finite numbers")
         for name in ("train_steps", "stages", "slices", "num_layers", "model_dim", "head_dim", "mlp_ratio", "val_every",
-                     "val_tokens", "val_slice", "adam_every", "max_epochs", "vocab_size", "window_final"):
+                     "val_tokens", "val_slice", "adam_every", "max_epochs", "vocab_size", "window_final",
+                     "rope_base", "attn_scale"):
             check(getattr(self, name) > 0, name, "a positive number")
         for name in ("batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"):
             check(len(getattr(self, name)) > 0 and min(getattr(self, name)) > 0, name, "one or more positive numbers")
         for name in ("extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every",
-                     "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "seed"):
+                     "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "seed",
+                     "adam_lr", "muon_lr", "adamw_lr", "mlp_out_lr_mul", "table_lr_mul", "adam_eps", "head_std",
+                     "resid_init"):
             check(getattr(self, name) >= 0, name, "zero or more")
         for name in ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
                      "attn_gate_layers", "xsa_layers", "skip"):
@@ -180,7 +183,9 @@ class Config:
         check(not self.late_attn_layers or min(self.late_attn_layers) > self.cache_layer, "late_attn_layers",
               f"layers after cache_layer, {self.cache_layer}")
         check(self.skip == () or (len(self.skip) == 2 and self.skip[0] < self.skip[1]), "skip", "two rising layers")
-        check(len(self.softcap) in (0, 3), "softcap", "A,B,C or nothing")
+        check(len(set(self.no_attn_layers)) < self.num_layers, "no_attn_layers", "to leave a layer with attention")
+        check(self.softcap == () or (len(self.softcap) == 3 and self.softcap[2] > 0), "softcap",
+              "A,B,C with C above 0, or nothing")
         check(len(self.momentum) == 2 and all(0 <= m < 1 for m in self.momentum), "momentum", "two numbers in [0, 1)")
         check(0 <= self.cooldown_frac <= 1, "cooldown_frac", "0 to 1")
         check(0 <= self.rope_fraction <= 1, "rope_fraction", "0 to 1")
@@ -205,7 +210,7 @@ class Config:
         """First step of each stage, then of the extension; on Adam's steps, so that no gradient straddles a stage."""
         scheduled = self.train_steps - self.extension_steps
         even = [round(scheduled * k / self.stages / self.adam_every) * self.adam_every for k in range(self.stages)]
-        return (*even, scheduled)
+        return (*(min(start, scheduled) for start in even), scheduled)
 
     def stage(self, step: int) -> int:
         return sum(step >= start for start in self.stage_starts) - 1
@@ -513,11 +518,12 @@ class GPT(nn.Module):
         return sum(getattr(self, n).numel() for n in MATRICES) + self.head.numel()
 
     def flops_per_token(self, stage: int) -> int:
-        """Training FLOPs: 6 per weight, 12 D per visible key and attention layer, windows taken as full."""
+        """Training FLOPs: 6 per weight, 12 D per visible key and attention layer, windows taken as full. Paired heads
+        have half the heads at twice the places, which is the same."""
         cfg, keys = self.cfg, 0
         for i in self.attn_layers:
             windows = cfg.window_long if i in cfg.long_layers else cfg.window_short
-            keys += windows[min(stage, len(windows) - 1)]
+            keys += windows[min(stage, len(windows) - 1)] + 1  # and the token itself
         return 6 * self.matmul_params() + 12 * cfg.model_dim * keys
 
 
@@ -554,7 +560,7 @@ def learning_rate(cfg: Config, step: int) -> float:
     """Factor of every learning rate: the stage's, then falling to lr_floor over the last cooldown_frac of the schedule."""
     scheduled = cfg.train_steps - cfg.extension_steps
     start = int(scheduled * (1 - cfg.cooldown_frac))
-    t = min(max(step - start, 0) / max(scheduled - start, 1), 1.0)
+    t = min(max(step - start, 0) / (scheduled - start), 1.0) if start < scheduled else 0.0
     warmup = min((step + 1) / cfg.warmup_steps, 1.0) if cfg.warmup_steps else 1.0
     return warmup * (cfg.at("lr_mul", step) * (1 - t) + cfg.lr_floor * t)
 
@@ -573,8 +579,8 @@ def mtp_weights(cfg: Config, step: int) -> tuple[float, ...]:
     kept = cfg.mtp_weights[: max(len(cfg.mtp_weights) - stage, 1)]
     if len(kept) == 1:
         return kept
-    start, end = cfg.stage_starts[stage : stage + 2] if stage + 1 < len(cfg.stage_starts) else (0, 1)
-    return (*kept[:-1], kept[-1] * (1 - (step - start) / max(end - start, 1)))
+    start, end = (*cfg.stage_starts, cfg.train_steps)[stage : stage + 2]
+    return (*kept[:-1], kept[-1] * (1 - (step - start) / (end - start)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Tiny configurations with all roles of track small, tiny shards, and runs on them."""
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -8,13 +7,13 @@ import torch
 from data.shards import write_shard
 from kernels import BACKENDS, Docs
 from runtime import Runtime
-from train_gpt import GPT, MATRICES, TABLES, Config, Run
+from train_gpt import GPT, MATRICES, TABLES, Config, Run, make_context
 
 SMALL = dict(  # eleven layers as in track small, each with its role
     vocab_size=61, bos_id=60, model_dim=32, head_dim=8, mlp_ratio=2, bigram_rows=97, slices=2,
-    batch_tokens=(64, 96, 128), max_doc_len=(12, 24), window_short=(3, 4, 5, 6), window_long=(6, 9, 12, 13), window_final=20,
-    val_tokens=64, val_slice=32, train_steps=14, extension_steps=2, momentum_warmup=4, momentum_cooldown=4, dtype="float32",
-    compile="off", attention="blocked")
+    batch_tokens=(64, 96, 128), max_doc_len=(12, 24), window_short=(3, 4, 5, 6), window_long=(6, 9, 12, 13),
+    window_final=20, val_tokens=64, val_slice=32, train_steps=14, extension_steps=2, momentum_warmup=4,
+    momentum_cooldown=4, dtype="float32", compile="off", attention="blocked")
 BARE = dict(  # every technique off
     SMALL, num_layers=4, long_layers=(1, 3), no_attn_layers=(), paired_layers=(), late_attn_layers=(), cache_layer=1,
     backout=False, skip=(), key_offset=False, yarn=False, softcap=(), value_embed_layers=(), bigram_rows=0, smear=False,
@@ -51,10 +50,7 @@ def build(cfg: Config, dtype=torch.float32, perturb: bool = True, backend: str =
 
 
 def context(model, docs, stage=0, tied=False, weights=(1.0,), final=False, backend="masked"):
-    """What Run.context makes, without a run."""
-    run = SimpleNamespace(cfg=model.cfg, model=model, ropes={}, dtype=model.attn_qk.dtype,
-                          make_mask=BACKENDS[backend][0], rt=SimpleNamespace(device=torch.device("cpu")))
-    return Run.context(run, docs, stage, tied, torch.tensor(weights), final)
+    return make_context(model, BACKENDS[backend][0], {}, docs, stage, tied, torch.tensor(weights), final)
 
 
 def make_run(folder: Path, base: dict = SMALL, **changes) -> Run:
