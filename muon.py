@@ -460,7 +460,6 @@ class Muon(torch.optim.Optimizer):
         size, dtype = bucket.num_elements + bucket.num_flags, self.ns_dtype or wire_dtype(device)
         mine = torch.empty(size, dtype=dtype, device=device)
         gathered = torch.empty(self.world_size * size, dtype=dtype, device=device)
-        mine[bucket.num_elements:] = 0
         for run, value, ok in results:
             run.slot(mine).copy_(value)
             mine[bucket.num_elements + run.flag:][:run.count].copy_(ok)

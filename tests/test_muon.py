@@ -423,6 +423,45 @@ def test_every_unit_is_placed_once_within_the_lpt_bound(world_size, cap):
         assert all(sum(units[u][0] * units[u][1] for u in ids) >= cap for ids in bucket)
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_units_go_to_the_rank_with_the_fewest_flops_not_the_fewest_bytes(world_size):
+    units = [(64, 64, 5), (8, 512, 5), (32, 128, 5), (4, 1024, 5), (16, 256, 5), (48, 48, 5), (9, 99, 5), (64, 64, 1)]
+    flops = [K * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for m, n, K in units]
+    loads = [0] * world_size
+    for cost in sorted(flops, reverse=True):
+        loads[loads.index(min(loads))] += cost
+    assert plan_units(units, world_size, 10**9).loads == loads == plan_units(units, world_size, 1).loads
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [1, 4, 7], [0, 2, 3, 4, 6, 8, 9], [5], [0, 1, 3, 4]])
+def test_runs_cover_exactly_the_matrices_of_their_rank(indices):
+    bank, single = torch.randn(10, 3, 4), torch.randn(5, 6)
+    units = [(0, single, 0), *((0, bank, i) for i in indices), (1, single.clone(), 0)]
+    bucket = muon.Bucket([units[1:], units], False)
+    part = torch.zeros(bucket.num_elements)
+    for run in bucket.runs[1]:
+        run.slot(part).copy_(run.of(run.param).reshape(run.shape))
+    assert same(part, torch.cat([p.flatten() if p.ndim == 2 else p[i].flatten() for _, p, i in units]))
+    assert bucket.num_flags == len(units) and bucket.num_units == 2 * len(units) - 1
+    assert [run.flag for run in bucket.runs[1]] == [sum(r.count for r in bucket.runs[1][:k])
+                                                    for k in range(len(bucket.runs[1]))]
+    if indices in ([0, 1, 2, 3], [1, 4, 7], [5]):
+        assert len(bucket.runs[1]) == 3  # evenly spaced matrices are one stack
+
+
+def test_tall_and_wide_matrices_of_one_kind_share_an_iteration(monkeypatch):
+    params, gradients = make([(12, 20), (20, 12), (3, 20, 12), (12, 12)], steps=1)
+    optimizer, shapes = Muon(params), []
+
+    def spy(G, *args):
+        shapes.append(tuple(G.shape))
+        return orthogonalize(G, *args)
+    monkeypatch.setattr(optimizer, "_orthogonalize", spy)
+    feed(params, gradients[0])
+    optimizer.step()
+    assert sorted(shapes) == [(1, 12, 12), (5, 12, 20)]
+
+
 def test_lpt_is_within_its_bound_of_the_best_placement():
     units = [(7, 9, 5), (8, 8, 5), (5, 12, 5), (6, 6, 5), (9, 9, 5), (4, 20, 5), (10, 3, 5)]
     flops = [5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for m, n, _ in units]
@@ -485,7 +524,7 @@ def test_resume_is_bit_exact_and_keeps_fp32_momentum_of_bf16_weights():
     saved = save_and_load(train(make(SHAPES, dtype=torch.bfloat16)[0], gradients[:3], **settings).state_dict())
     resumed = Muon(broken, lr=7.0, **settings)
     resumed.load_state_dict(saved)
-    assert resumed.param_groups[0]["lr"] == 0.02
+    assert resumed.param_groups[0]["lr"] == 0.02 and not resumed.state
     for step in gradients[3:]:
         feed(broken, step)
         resumed.step()
