@@ -80,7 +80,8 @@ def test_an_unknown_or_malformed_flag_is_refused_by_name(argv, names):
 
 
 POSITIVE = ("train_steps", "stages", "slices", "num_layers", "model_dim", "head_dim", "mlp_ratio", "val_every",
-            "val_tokens", "val_slice", "adam_every", "max_epochs", "vocab_size", "window_final", "rope_base", "attn_scale")
+            "val_tokens", "val_slice", "adam_every", "max_epochs", "vocab_size", "window_final", "rope_base",
+            "attn_scale")
 NOT_NEGATIVE = ("extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every", "seed",
                 "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr", "adam_lr",
                 "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init")
