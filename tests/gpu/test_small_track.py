@@ -1,0 +1,69 @@
+"""What only a GPU can show: kernels against the definition, and the full model of track small taking correct steps.
+
+    ./test.sh tests/gpu        then   python -m bench.step --track=small
+"""
+import math
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+from bench.step import synthetic_shards
+from kernels import BACKENDS, Docs, choose_fp8
+from runtime import Runtime
+from train_gpt import Config, Run
+
+DEVICE = torch.device("cuda")
+
+
+@pytest.mark.parametrize("window", [1, 128, 1000])
+@pytest.mark.parametrize("backend", ["varlen", "flex", "blocked"])
+def test_backend_equals_the_definition_in_values_and_gradients(backend, window):
+    T, H, d = 1000, 6, 128
+    torch.manual_seed(0)
+    starts = torch.tensor([0, 1, 300, 301, 777], device=DEVICE, dtype=torch.int32)
+    ids = torch.zeros(T, device=DEVICE, dtype=torch.int32)
+    ids[starts[1:].long()] = 1
+    padded = torch.full((16,), T, device=DEVICE, dtype=torch.int32)
+    padded[: len(starts)] = starts
+    docs = Docs(padded, ids.cumsum(0, dtype=torch.int32), T)
+    q, k, v, g = torch.randn(4, T, H, d, device=DEVICE).bfloat16().unbind()
+
+    def run(name, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        make, attend = BACKENDS[name]
+        y = attend(*leaves, make(docs, window), 0.1)
+        return [y, *torch.autograd.grad(y, leaves, g.to(dtype))]
+
+    for ours, exact in zip(run(backend, torch.bfloat16), run("masked", torch.float64)):
+        assert (ours.double() - exact).norm() / exact.norm() < 0.02  # a few bfloat16 roundings of 2^-9
+
+
+def test_fp8_head_follows_the_compute_capability(monkeypatch):
+    monkeypatch.delenv("DISABLE_FP8", raising=False)
+    use, reason = choose_fp8("auto", DEVICE)
+    assert use == (torch.cuda.get_device_capability() >= (8, 9)), reason
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_full_model_of_track_small_learns_random_documents_head(tmp_path, monkeypatch, compile):
+    """Random tokens have nothing to learn but that they are uniform over the ids: the loss goes to ln 50257, from the ln
+    50304 of the padded vocabulary, and stays finite; weights are bfloat16 and move by less than their own bits."""
+    cfg = Config.for_track("small", compile=compile, val_tokens=262_144)
+    synthetic_shards(cfg, tmp_path, 30_000_000)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    cfg = Config.for_track("small", compile=compile, val_tokens=262_144, max_epochs=1000)
+    run = Run(cfg, Runtime())
+    assert sum(p.numel() for p in run.model.parameters()) > 600e6 and run.model.attn_qk.dtype == torch.bfloat16
+    first = run.evaluate()
+    before = run.model.mlp_out.detach().clone()
+    for _ in range(6):
+        run.train_step()
+    last = run.evaluate()
+    assert abs(first - math.log(50304)) < 0.1 and math.isfinite(last) and abs(last - math.log(50257)) < 0.3
+    assert (run.model.mlp_out != before).float().mean() > 0.9 and run.muon.skipped == 0
+    if os.environ.get("OUT"):
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
