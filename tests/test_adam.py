@@ -133,8 +133,9 @@ def steps(params, adam, first, last, ranks, dtype):
 
 
 def make(dtype, rank, world):
+    """An epsilon of the gradients' size: otherwise a sum instead of a mean would go unnoticed."""
     params = parameters(dtype)
-    return params, Adam([group(p, wd=0.1 * i) for i, p in enumerate(params.values())], 1e-8, True, rank, world, False)
+    return params, Adam([group(p, wd=0.1 * i) for i, p in enumerate(params.values())], 0.5, True, rank, world, False)
 
 
 def copied(states):
