@@ -40,8 +40,8 @@ def load(path: str, device: torch.device) -> tuple[GPT, int]:
     try:
         model.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in state["model"].items()})
     except (AttributeError, RuntimeError) as e:
-        raise UsageError(f"{path}: expected the weights of its own settings, found others ({str(e).splitlines()[0]}); use another "
-                         "checkpoint") from None
+        raise UsageError(f"{path}: expected the weights of its own settings, found others ({' '.join(str(e).split())[:200]}); use "
+                         "another checkpoint") from None
     return model.eval(), state["step"]
 
 

@@ -143,7 +143,7 @@ class Config:
     def for_track(name: str, **changes) -> "Config":
         """The preset of a track with some settings changed."""
         if name not in TRACKS:
-            raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {name!r}")
+            raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {name!r}; choose one")
         return Config(**{**TRACKS[name], "track": name, **changes})
 
     def __post_init__(self):
@@ -246,7 +246,7 @@ def parse_config(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """Command line to (actions, changed settings). Flags are generated from the fields of Config."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            raise UsageError(message)
+            raise UsageError(f"expected --name=value, found: {message}; see --help")
 
     def parse_bool(text: str) -> bool:
         if text.lower() not in ("true", "false", "1", "0", "on", "off"):
@@ -271,7 +271,7 @@ def parse_config(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
         near = difflib.get_close_matches(name, [*kinds, "resume", "check"], n=1)
-        raise UsageError(f"expected a setting of --help, found {unknown[0]!r}" + (f"; did you mean --{near[0]}?" if near else ""))
+        raise UsageError(f"expected a setting of --help, found {unknown[0]!r}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
     changes = {}
     for name, kind in kinds.items():
         if (text := getattr(options, name)) is not None:
@@ -821,12 +821,13 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             if self.muon is not None:
+                self.muon.consolidate_state_dict()  # at several ranks nothing else may ask for its groups
                 self.muon.load_state_dict({"state": state["muon"], "param_groups": self.muon.state_dict()["param_groups"]})
             self.adam.load_full_state(state["adam"])
             self.loader.load_state_dict(state["loader"])
             torch.set_rng_state(state["rng"])
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-            raise UsageError(f"{path}: expected weights and optimizer states for these settings, found others ({str(e).splitlines()[0]}); "
+            raise UsageError(f"{path}: expected weights and optimizer states for these settings, found others ({' '.join(str(e).split())[:200]}); "
                              "leave out settings that were not changed before, such as --optimizer or --dtype") from None
         self.step, self.train_ms, self.reached = state["step"], state["train_ms"], state["reached"]
 

@@ -84,7 +84,8 @@ def run(folder: Path, *args: str) -> SimpleNamespace:
     os.environ["DATA_PATH"] = str(folder)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), recorded() as (train, val):
-            code = runtime.report(train_gpt.main, [*TINY, f"--log_dir={logs}", *args])
+            settings = () if any(arg.startswith("--resume") for arg in args) else TINY  # a checkpoint has its own
+            code = runtime.report(train_gpt.main, [*settings, f"--log_dir={logs}", *args])
     finally:
         os.environ.pop("DATA_PATH") if before is None else os.environ.update(DATA_PATH=before)
     new = [p for p in sorted(set(folder.glob("logs/*")) - known) if p.suffix == ".txt"]
@@ -133,7 +134,7 @@ class Ranks:
             forkserver.ensure_running()
         self.files, self.num_commands = tempfile.TemporaryDirectory(), len(commands)
         ports = [free_port() for _ in commands]
-        self.processes = [context.Process(target=_rank, args=(rank, world, ports, str(folder), commands, hook, self.files.name, env))
+        self.processes = [context.Process(target=_rank, args=(rank, world, ports, str(folder), commands, hook, self.files.name, env), daemon=True)
                           for rank in range(world)]
         for process in self.processes:
             process.start()
