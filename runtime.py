@@ -1,6 +1,8 @@
 """What a run stands on: this process among the ranks, the log, and errors that a person can act on."""
+import argparse
 import ctypes
 import dataclasses
+import difflib
 import json
 import os
 import platform
@@ -80,6 +82,85 @@ class StopSignal:
         if number and not self.calm.wait(self.patience if self.can_save else 2.0):
             os._exit(128 + number[0])
         self.reader.close()
+
+
+def parse_settings(settings: type, argv: list[str], about: str, actions: dict[str, dict]) -> tuple[argparse.Namespace, dict]:
+    """Command line to (actions, changed settings). One flag for each field of the dataclass `settings`, with the meaning in
+    its metadata as help, and one for each of `actions`, described by what argparse wants."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(f"expected --name=value, found: {message}; see --help")
+
+    def parse_bool(text: str) -> bool:
+        if text.lower() not in ("true", "false", "1", "0", "on", "off"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1", "on")
+
+    def parse_value(text: str, kind):
+        if hasattr(kind, "__args__"):  # tuple[int, ...]
+            return tuple(kind.__args__[0](part) for part in text.split(",") if part)
+        return parse_bool(text) if kind is bool else kind(text)
+
+    def show(value) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    parser = Parser(allow_abbrev=False, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("actions")
+    for name, options in actions.items():
+        group.add_argument(f"--{name}", **options)
+    group, fields = parser.add_argument_group("settings [default; tuples as 1,2,3]"), dataclasses.fields(settings)
+    for f in fields:
+        group.add_argument(f"--{f.name}", metavar="VALUE", help=f"{f.metadata['help']} [{show(f.default)}]".replace("%", "%%"))
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), [*(f.name for f in fields), *actions], n=1)
+        raise UsageError(f"expected a setting of --help, found {unknown[0]!r}; {f'did you mean --{near[0]}?' if near else 'see --help'}")
+    changes = {}
+    for f in fields:
+        if (text := getattr(options, f.name)) is not None:
+            try:
+                changes[f.name] = parse_value(text, f.type)
+            except ValueError:
+                raise UsageError(f"--{f.name}: expected a value like {show(f.default)!r}, found {text!r}; see --help") from None
+    return options, changes
+
+
+CHECKPOINT_FORMAT = "nanogpt-speedrun checkpoint 1"
+
+
+def write_checkpoint(path: Path, state: dict | None):
+    """Write a state (None: nothing) under a partial name, then give it its own: it appears whole or not at all."""
+    if state is None:
+        return
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"format": CHECKPOINT_FORMAT, **state}, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0]
+        raise RunError(f"{path}: expected to write a checkpoint, found: {reason}; free some space and resume from an earlier "
+                       "one") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str, settings: type) -> dict:
+    """What write_checkpoint wrote, if it is of this version of the program: same entries, same settings."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # an unpickler fed with some other file raises anything
+        reason = "no such file" if isinstance(e, FileNotFoundError) else "another kind of file or a damaged one"
+        raise UsageError(f"{path}: expected a checkpoint of this program, found {reason}; give a state_step*.pt that it "
+                         "wrote") from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise UsageError(f"{path}: expected a {CHECKPOINT_FORMAT}, found another kind of file; give a state_step*.pt")
+    missing = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "loader", "rng"} - state.keys()
+    other = {f.name for f in dataclasses.fields(settings)} ^ state.get("config", {}).keys()
+    if missing or other:
+        raise UsageError(f"{path}: expected a checkpoint of this version of the program, found one that differs in "
+                         f"{min(missing or other)}; use the version of its log")
+    return state
 
 
 LOST_CONTACT = 3  # exit code under launch.py, which alone knows which rank ended and why

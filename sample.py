@@ -12,8 +12,8 @@ import torch
 
 from data.fetch import FetchError
 from kernels import BACKENDS, Docs
-from runtime import UsageError
-from train_gpt import GPT, Config, make_context, read_checkpoint, softmax_logits
+from runtime import UsageError, read_checkpoint
+from train_gpt import GPT, Config, make_context, softmax_logits
 
 
 class Bytes:
@@ -34,7 +34,7 @@ def vocabulary(cfg: Config):
 
 def load(path: str, device: torch.device) -> tuple[GPT, int]:
     """The model of a checkpoint, and its step."""
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, Config)
     with torch.device(device):
         model = GPT(Config(**state["config"]), BACKENDS["masked"][1])
     try:

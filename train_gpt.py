@@ -13,7 +13,6 @@ Beside it: muon.py and adam.py (optimizers), kernels.py (attention), data/loader
 """
 import argparse
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -29,7 +28,6 @@ from typing import NamedTuple
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,7 +36,8 @@ from data.loader import Batch, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
 from kernels import BACKENDS, Docs, Fp8Linear, choose_backend, choose_fp8, masked_attention, paired_docs
 from muon import Muon
-from runtime import Log, RunError, Runtime, Stopped, StopSignal, UsageError, leave, log_header, report
+from runtime import (Log, RunError, Runtime, Stopped, StopSignal, UsageError, leave, log_header, parse_settings,
+                     read_checkpoint, report, write_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -243,44 +242,10 @@ TRACKS: dict[str, dict] = {
 
 
 def parse_config(argv: list[str]) -> tuple[argparse.Namespace, dict]:
-    """Command line to (actions, changed settings). Flags are generated from the fields of Config."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(f"expected --name=value, found: {message}; see --help")
-
-    def parse_bool(text: str) -> bool:
-        if text.lower() not in ("true", "false", "1", "0", "on", "off"):
-            raise ValueError(text)
-        return text.lower() in ("true", "1", "on")
-
-    parser = Parser(prog="train_gpt.py", allow_abbrev=False, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    actions = parser.add_argument_group("actions")
-    actions.add_argument("--resume", metavar="PATH", help="continue from a checkpoint, with its settings")
-    actions.add_argument("--check", action="store_true", help="test causality and probabilities of the model, then end")
-    settings = parser.add_argument_group("settings (default of track small; tuples as 1,2,3)")
-    kinds = {}
-    for f in dataclasses.fields(Config):
-        many = hasattr(f.type, "__args__")  # tuple[int, ...]
-        element = f.type.__args__[0] if many else f.type
-        element = parse_bool if element is bool else element
-        kinds[f.name] = (lambda e: lambda text: tuple(e(t) for t in text.split(",") if t))(element) if many else element
-        default = ",".join(map(str, f.default)) if many else f.default
-        settings.add_argument(f"--{f.name}", metavar="VALUE", help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0].lstrip("-")
-        near = difflib.get_close_matches(name, [*kinds, "resume", "check"], n=1)
-        raise UsageError(f"expected a setting of --help, found {unknown[0]!r}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-    changes = {}
-    for name, kind in kinds.items():
-        if (text := getattr(options, name)) is not None:
-            try:
-                changes[name] = kind(text)
-            except ValueError:
-                raise UsageError(f"--{name}: expected a value like {dict(TRACKS['small']).get(name, getattr(Config, name))!r}, "
-                                 f"found {text!r}; see --help") from None
-    return options, changes
+    """Command line to (actions, changed settings)."""
+    return parse_settings(Config, argv, __doc__, {
+        "resume": dict(metavar="PATH", help="continue from a checkpoint, with its settings"),
+        "check": dict(action="store_true", help="test causality and probabilities of the model, then end")})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -624,7 +589,6 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
 # The run
 
 
-CHECKPOINT_FORMAT = "nanogpt-speedrun checkpoint 1"
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_ratio", "no_attn_layers", "value_embed_layers",
                   "bigram_rows", "smear", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0")
 
@@ -790,24 +754,10 @@ class Run:
         if self.muon is not None:
             self.muon.consolidate_state_dict()
         state = dict(
-            format=CHECKPOINT_FORMAT, config=dataclasses.asdict(self.cfg), step=self.step, train_ms=self.train_ms,
+            config=dataclasses.asdict(self.cfg), step=self.step, train_ms=self.train_ms,
             reached=self.reached, model=self.model.state_dict(), muon=self.muon.state_dict()["state"] if self.muon else None,
             adam=self.adam.full_state(), loader=self.loader.state_dict(), rng=torch.get_rng_state())
-        self.rt.together(self.write_checkpoint, path, state)
-
-    def write_checkpoint(self, path: Path, state: dict):
-        if self.rt.rank > 0:
-            return
-        partial = path.with_suffix(".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, partial)
-            os.replace(partial, path)
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-            reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0]
-            raise RunError(f"{path}: expected to write a checkpoint, found: {reason}; free some space and resume from an earlier one") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        self.rt.together(write_checkpoint, path, state if self.rt.rank == 0 else None)
 
     def load(self, path: str, state: dict):
         differing = [name for name in MODEL_SETTINGS if state["config"][name] != dataclasses.asdict(self.cfg)[name]]
@@ -886,7 +836,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     options, changes = parse_config(argv)
     state = None
     if options.resume:
-        state = read_checkpoint(options.resume)
+        state = read_checkpoint(options.resume, Config)
         changes = {**state["config"], **changes}
     track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
     cfg = Config.for_track(track, **changes)
@@ -908,22 +858,6 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     rt.print0("reached: no" if run.reached is None else
               f"reached: yes, at step {run.reached[0]} after {run.reached[1] / 1000:.1f} s of training")
     rt.print0(f"log: {log.path}")
-
-
-def read_checkpoint(path: str) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # an unpickler fed with some other file raises anything
-        reason = "no such file" if isinstance(e, FileNotFoundError) else "another kind of file or a damaged one"
-        raise UsageError(f"{path}: expected a checkpoint of this program, found {reason}; give a state_step*.pt that it wrote") from None
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise UsageError(f"{path}: expected a {CHECKPOINT_FORMAT}, found another kind of file; give a state_step*.pt")
-    missing = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "loader", "rng"} - state.keys()
-    other = {f.name for f in dataclasses.fields(Config)} ^ state.get("config", {}).keys()
-    if missing or other:
-        raise UsageError(f"{path}: expected a checkpoint of this version of the program, found one that differs in "
-                         f"{min(missing or other)}; use the version of its log")
-    return state
 
 
 def check(run: Run) -> int:
