@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import socket
+import subprocess
 import sys
 import tempfile
 from multiprocessing import forkserver
@@ -154,3 +155,16 @@ def step_lines(text: str) -> list[tuple[int, int, dict[str, str]]]:
     """(step, total, {key: value}) of each step line of a log or of what a run printed."""
     return [(int(m[1]), int(m[2]), dict(pair.split(":", 1) for pair in m[3].split()))
             for m in map(STEP_LINE.match, text.splitlines()) if m]
+
+
+def launch(folder: Path, *args: str) -> subprocess.Popen:
+    """The real thing: launch.py with two ranks, once it has trained three steps of a long run."""
+    env = {**os.environ, "DATA_PATH": str(folder), "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*TINY, "--train_files=data/shakespeare/shakespeare_train_*.bin", f"--log_dir={folder / 'logs'}",
+               "--train_steps=2000", "--max_epochs=1000", *args]
+    process = subprocess.Popen([sys.executable, "launch.py", *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("step:3/"):
+            return process
+    raise AssertionError(process.communicate()[1])

@@ -2,8 +2,6 @@
 with earlier logs and checkpoints as they were."""
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 
 import train_gpt
 from data.shards import open_shard, write_shard
-from runs import ROOT, TINY, Ranks, make_shards, run
+from runs import Ranks, launch, make_shards, run
 from runtime import report
 
 TRAIN, VAL = "data/shakespeare/shakespeare_train_000000.bin", "data/shakespeare/shakespeare_val_000000.bin"
@@ -216,16 +214,8 @@ def test_when_one_rank_dies_the_other_one_ends_with_one_sentence_or_leaves_it_to
 
 
 def test_a_rank_that_dies_under_the_launcher(folder):
-    """The real thing: launch.py, torchrun and two ranks, one of which is killed from outside."""
-    env = {**os.environ, "DATA_PATH": str(folder), "NPROC": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [*TINY, "--train_files=data/shakespeare/shakespeare_train_*.bin", f"--log_dir={folder / 'logs'}",
-               "--train_steps=2000", "--max_epochs=1000", "--save_every=100000"]
-    process = subprocess.Popen([sys.executable, "launch.py", *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    process = launch(folder, "--save_every=100000")
     try:
-        for line in process.stdout:
-            if line.startswith("step:3/"):
-                break
         children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
         ranks = [pid for pid in children if b"\0RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()]
         os.kill(int(ranks[0]), signal.SIGKILL)

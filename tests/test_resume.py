@@ -8,7 +8,7 @@ import torch
 
 import runtime
 import train_gpt
-from runs import Ranks, config, make_shards, run, step_lines
+from runs import Ranks, config, launch, make_shards, run, step_lines
 
 # Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are split.
 OPTIONS = ("--adam_every=2", "--save_every=1", "--save_final=1", "--split_docs=40", "--val_every=3")
@@ -197,3 +197,15 @@ def test_a_rank_that_waits_for_another_one_leaves_soon_after_a_signal(folder, tm
     waiting.join(30)
     hanging.kill()
     assert waiting.exitcode == 143 and time.monotonic() - began < 10
+
+
+def test_ctrl_c_at_the_launcher_saves_and_ends_all_ranks(folder):
+    process = launch(folder, "--save_final=1")
+    try:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and len(err.splitlines()) == 1, err  # the line with ranks and threads
+    path = out.splitlines()[-1].partition("; go on with --resume=")[2]
+    assert load(path)["step"] >= 3
