@@ -52,6 +52,11 @@ COEFFICIENTS = {
 }
 
 
+def largest(G: Tensor) -> Tensor:
+    """(..., 1, 1): the largest absolute entry of every matrix, NaN if any is; unlike G.abs(), without a copy of G."""
+    return torch.maximum(G.amax((-2, -1), keepdim=True), -G.amin((-2, -1), keepdim=True))
+
+
 def wire_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it fast; on a CPU without such units it is four times slower than fp32."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -68,9 +73,8 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str | Sequence = "pol
     safety, triples = COEFFICIENTS[coefficients] if isinstance(coefficients, str) else (1.0, coefficients)
     tiny = torch.finfo(torch.float32).tiny
     X = G.reshape(-1, *G.shape[-2:]).float()
-    X = X / X.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
-    X = X / (X.norm(dim=(-2, -1), keepdim=True).clamp(min=tiny) * safety)
-    X = X.to(dtype or wire_dtype(G.device))
+    X = X / largest(X).clamp(min=tiny)
+    X = X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp(min=tiny) * safety).to(dtype or wire_dtype(G.device))
     for a, b, c in (triples[min(i, len(triples) - 1)] for i in range(steps)):
         A = X @ X.mT
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -91,10 +95,10 @@ ADJUST_LR = {  # the factor on lr for an m x n matrix; weight decay never sees i
 
 def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, Tensor]:
     """(U, which of the B gradients are finite). M (B, m, n) fp32 moves in place where they are; G is read only."""
-    ok = torch.isfinite(G.abs().amax((-2, -1)))
-    G = torch.where(ok[:, None, None], G.float(), M)  # blending M with M leaves M as it is
+    ok = torch.isfinite(largest(G))
+    G = torch.where(ok, G.float(), M)  # blending M with M leaves M as it is
     M.lerp_(G, 1 - mu)
-    return (G.lerp(M, mu) if nesterov else M), ok
+    return (G.lerp(M, mu) if nesterov else M), ok.view(-1)
 
 
 def normalize_variance(O: Tensor, V: Tensor, ok: Tensor, beta2) -> Tensor:
@@ -193,6 +197,14 @@ class Run:
     def slot(self, part: Tensor) -> Tensor:
         return part[self.offset:self.offset + math.prod(self.shape)].view(self.shape)
 
+    def flags(self, part: Tensor) -> Tensor:
+        return part[self.flag:self.flag + self.count]
+
+    def gradient(self) -> Tensor:
+        """(B, m, n), often p.grad itself. A missing one reads as NaN: so is any mean with it, and the owner skips it."""
+        grad = self.param.grad
+        return self.param.new_full(self.shape, math.nan) if grad is None else self.of(grad).reshape(self.shape)
+
 
 class Bucket:
     """Per rank the runs of its units (group, parameter, matrix index). single: one matrix per run."""
@@ -220,6 +232,11 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, 
 # ----------------------------------------------------------------------------------------------------------------------
 # The optimizer
 
+def expect(holds: bool, expected: str, found, remedy: str, error: type = ValueError) -> None:
+    if not holds:
+        raise error(f"Muon: {expected}, found {found}; {remedy}")
+
+
 RULES = {  # setting of a group -> (what is expected, test)
     "lr": ("one number, 0 or more", lambda x: (not isinstance(x, Tensor) or x.numel() == 1) and float(x) >= 0),
     "momentum": ("0 <= momentum < 1", lambda x: 0 <= x < 1),
@@ -230,6 +247,18 @@ RULES = {  # setting of a group -> (what is expected, test)
     "adjust_lr": (f"one of {list(ADJUST_LR)}", lambda x: x in ADJUST_LR),
     "normuon_beta2": ("None or 0 <= beta2 < 1", lambda x: x is None or 0 <= x < 1),
 }
+
+
+def check_settings(group: dict, number: int) -> None:
+    for key, (expected, holds) in RULES.items():
+        expect(holds(group[key]), f"{key} of group {number}: expected {expected}", repr(group[key]), "change it")
+
+
+def fuse(function):
+    """`function`, compiled once per shape. Numbers enter as tensors: a number would be compiled in, anew for each value."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    fused = torch.compile(function, dynamic=False, fullgraph=True)
+    return lambda *args: fused(*(torch.tensor(x, dtype=torch.float32) if isinstance(x, float) else x for x in args))
 
 
 class Muon(torch.optim.Optimizer):
@@ -248,21 +277,17 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.0, ns_steps=5,
                  coefficients="polar", adjust_lr="original", cautious=False, normuon_beta2=None, split_mantissa=False,
                  ns_dtype=None, process_group=None, sync_grads=False, bucket_mb=16, deterministic=False, compile=False):
-        if ns_dtype not in (None, torch.bfloat16, torch.float32) or not bucket_mb > 0:
-            raise ValueError("Muon: expected ns_dtype None, torch.bfloat16 or torch.float32 and bucket_mb above 0, "
-                             f"found {ns_dtype} and {bucket_mb}; leave both out for the defaults")
+        expect(ns_dtype in (None, torch.bfloat16, torch.float32) and bucket_mb > 0,
+               "expected ns_dtype None, torch.bfloat16 or torch.float32 and bucket_mb above 0",
+               f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
         self.process_group, self.sync_grads, self.bucket_mb = process_group, sync_grads, bucket_mb
-        self.ns_dtype, self.deterministic, self.compile = ns_dtype, deterministic, compile
-        self.world_size, self.rank = self._find_world()
-        if self.rank < 0:
-            raise ValueError("Muon: expected a process_group that this rank belongs to, found another; "
-                             "build the optimizer on the ranks of the group only")
+        self.ns_dtype, self.deterministic = ns_dtype, deterministic
+        self.world_size, self.rank = self._world()
+        expect(self.rank >= 0, "expected a process_group that this rank belongs to", "another",
+               "build the optimizer on the ranks of the group only")
         self.buckets, self._names, self._pending, self._consolidated, self._skipped = [], {}, None, None, 0
-        if compile:  # each shape of a stack is a graph of its own
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for function in (momentum_update, orthogonalize, normalize_variance, decay_and_step, step_master):
-            fused = torch.compile(function, dynamic=False, fullgraph=True) if compile else function
-            setattr(self, f"_{function.__name__}", fused)
+            setattr(self, f"_{function.__name__}", fuse(function) if compile else function)
         super().__init__(params, dict(
             lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, ns_steps=ns_steps,
             coefficients=coefficients, adjust_lr=adjust_lr, cautious=cautious, normuon_beta2=normuon_beta2,
@@ -274,43 +299,33 @@ class Muon(torch.optim.Optimizer):
         """Matrices skipped so far, over all ranks and steps, for want of a finite gradient. Reading it waits."""
         return int(self._skipped)
 
-    # --- checks ---
-
-    def _find_world(self) -> tuple[int, int]:
+    def _world(self) -> tuple[int, int]:
         """(ranks, this rank) of the process group, or of a process by itself."""
         ready = dist.is_available() and dist.is_initialized()
         return (dist.get_world_size(self.process_group), dist.get_rank(self.process_group)) if ready else (1, 0)
 
     def _check_world(self) -> None:
-        if (found := self._find_world()[0]) != self.world_size:
-            raise ValueError(f"Muon: expected a world of {self.world_size} as at construction, found {found}; "
-                             "call torch.distributed.init_process_group first and build the optimizer after it")
-
-    @staticmethod
-    def _check_settings(group: dict, number: int) -> None:
-        for key, (expected, holds) in RULES.items():
-            if not holds(group[key]):
-                raise ValueError(f"Muon: {key} of group {number}: expected {expected}, found {group[key]!r}; change it")
+        found, _ = self._world()
+        expect(found == self.world_size, f"expected a world of {self.world_size} as at construction", found,
+               "call torch.distributed.init_process_group first and build the optimizer after it")
 
     def add_param_group(self, group: dict) -> None:
         """Check and add a group. After construction all ranks call it together, as every unit is placed anew."""
-        number, names = len(self.param_groups), {}
-        group = {**self.defaults, **group}
-        self._check_settings(group, number)
+        number, names, group = len(self.param_groups), {}, {**self.defaults, **group}
+        check_settings(group, number)
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        dtypes = torch.float32, torch.bfloat16, torch.float16, torch.float64
         for i, p in enumerate(group["params"]):
-            name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {number}"
-            name, p = p if isinstance(p, tuple) else (name, p)
-            shape, dtypes = f"shape {tuple(p.shape)}", (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-            for refused, expected, found, remedy in (
-                    (p.dtype not in dtypes, "a real floating-point parameter", p.dtype, "leave it to another one"),
-                    (p.ndim < 2, "a matrix, a bank or a convolution", shape, "give it to AdamW"),
-                    (p.numel() == 0, "at least one element", shape, "leave it out"),
-                    (p in self._names or p in names, "each parameter once", "it again", "remove it here or there"),
-                    (group["split_mantissa"] and p.dtype != torch.bfloat16, "torch.bfloat16 for split_mantissa",
+            name, p = p if isinstance(p, tuple) else (f"parameter {i} of group {number}", p)
+            shape = f"shape {tuple(p.shape)}"
+            for holds, expected, found, remedy in (
+                    (p.dtype in dtypes, "a real floating-point parameter", p.dtype, "leave it to another one"),
+                    (p.ndim >= 2, "a matrix, a bank or a convolution", shape, "give it to AdamW"),
+                    (p.numel() > 0, "at least one element", shape, "leave it out"),
+                    (p not in {**self._names, **names}, "each parameter once", "it again", "remove it here or there"),
+                    (p.dtype == torch.bfloat16 or not group["split_mantissa"], "torch.bfloat16 for split_mantissa",
                      p.dtype, "turn that off for this group")):
-                if refused:
-                    raise ValueError(f"Muon: {name}: expected {expected}, found {found}; {remedy}")
+                expect(holds, f"{name}: expected {expected}", found, remedy)
             names[p] = name
         super().add_param_group(group)
         self._names.update(names)
@@ -327,18 +342,15 @@ class Muon(torch.optim.Optimizer):
         dist.all_gather_object(found, lines, group=self.process_group)
         for rank, theirs in enumerate(found):
             for a, b in zip_longest(found[0], theirs, fillvalue="nothing"):
-                if a != b:
-                    raise ValueError(f"Muon: expected the same parameters and settings on all ranks, found {a} on rank "
-                                     f"0 and {b} on rank {rank}; build the optimizer alike on every rank")
-
-    # --- layout ---
+                expect(a == b, "expected the same parameters and settings on all ranks",
+                       f"{a} on rank 0 and {b} on rank {rank}", "build the optimizer alike on every rank")
 
     def _lay_out(self) -> None:
         """Plan the units and cut them into buckets of runs. State that exists already moves to its new owners."""
         state = self._gather_state()
-        if len(devices := {str(p.device) for p in self._names}) > 1:
-            raise ValueError(f"Muon: expected all parameters on one device, found {sorted(devices)}; "
-                             "build one optimizer per device")
+        devices = {str(p.device) for p in self._names}
+        expect(len(devices) == 1, "expected all parameters on one device", sorted(devices),
+               "build one optimizer per device")
         if self.world_size > 1:
             self._check_ranks_agree()
         units = [(i, p, index) for i, group in enumerate(self.param_groups) for p in group["params"]
@@ -348,22 +360,6 @@ class Muon(torch.optim.Optimizer):
         self.buckets = [Bucket([[units[u] for u in ids] for ids in bucket], self.deterministic)
                         for bucket in self.plan.buckets]
         self._scatter_state(state)
-
-    def _device(self) -> torch.device:
-        return next(iter(self._names)).device
-
-    def _state(self, run: Run) -> dict[str, Tensor]:
-        """The kinds of state that a run's group asks for, each zero at first use."""
-        group, (B, m, n) = self.param_groups[run.group], run.shape
-        kinds = {"momentum_buffer": ((B, m, n), torch.float32)}
-        if group["normuon_beta2"] is not None:
-            kinds["second_moment"] = (B, m, 1) if m >= n else (B, 1, n), torch.float32
-        if group["split_mantissa"]:
-            kinds["mantissa"] = (B, m, n), torch.int16
-        for key, (shape, dtype) in kinds.items():
-            if key not in run.state:
-                run.state[key] = torch.zeros(shape, dtype=dtype, device=run.param.device)
-        return {key: run.state[key] for key in kinds}
 
     # --- the step ---
 
@@ -377,10 +373,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self.start()                                                    # 1: all reductions are under way
         reductions, inflight = deque(self._pending), deque()
         self._pending = self._consolidated = None
@@ -393,29 +387,39 @@ class Muon(torch.optim.Optimizer):
             self._apply(*inflight.popleft())
         return loss
 
+    def _device(self) -> torch.device:
+        return next(iter(self._names)).device
+
+    def _empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(num_elements, dtype=dtype, device=self._device())
+
     def _reduce(self, bucket: Bucket) -> tuple:
         """Launch the sum of one bucket's gradients over ranks; each owner receives its own part."""
-        size = self.world_size, bucket.num_elements
-        packed = torch.empty(size, dtype=bucket.grad_dtype, device=self._device())
-        for part, runs in zip(packed, bucket.runs):
+        packed = self._empty(self.world_size * bucket.num_elements, bucket.grad_dtype)
+        for part, runs in zip(packed.view(self.world_size, -1), bucket.runs):
             for run in runs:
-                if run.param.grad is None:
-                    run.slot(part).fill_(math.nan)  # makes the mean NaN, so that the owner skips the matrix
-                else:
-                    run.slot(part).copy_(run.of(run.param.grad).reshape(run.shape))
-        mine = torch.empty_like(packed[0])
-        handle = _reduce_scatter(mine, packed.view(-1), group=self.process_group, async_op=True)
+                run.slot(part).copy_(run.gradient())
+        mine = self._empty(bucket.num_elements, bucket.grad_dtype)
+        handle = _reduce_scatter(mine, packed, group=self.process_group, async_op=True)
         return handle, mine, packed  # packed must live until the wait
 
-    def _scalar(self, x):
-        """Numbers enter compiled functions as tensors: a number would be compiled in, anew for every value."""
-        return torch.as_tensor(x, dtype=torch.float32).reshape(()) if self.compile else x
+    def _state(self, run: Run) -> dict[str, Tensor]:
+        """The kinds of state that a run's group asks for, each zero at first use: (B, m, n) as the parameter stores it,
+        but one number per row or column for second_moment."""
+        group, (B, m, n), whole = self.param_groups[run.group], run.shape, run.of(run.param).shape
+        kinds = {"momentum_buffer": (whole, torch.float32)}
+        if group["normuon_beta2"] is not None:
+            kinds["second_moment"] = (B, m, 1) if m >= n else (B, 1, n), torch.float32
+        if group["split_mantissa"]:
+            kinds["mantissa"] = whole, torch.int16
+        for key in kinds.keys() - run.state.keys():
+            run.state[key] = torch.zeros(kinds[key][0], dtype=kinds[key][1], device=run.param.device)
+        return {key: run.state[key] for key in kinds}
 
     def _rates(self, run: Run) -> tuple:
         """The last arguments of `decay_and_step`."""
         group, (_, m, n) = self.param_groups[run.group], run.shape
-        scale = ADJUST_LR[group["adjust_lr"]](m, n)
-        return self._scalar(group["lr"] * scale), self._scalar(group["lr"] * group["weight_decay"]), group["cautious"]
+        return group["lr"] * ADJUST_LR[group["adjust_lr"]](m, n), group["lr"] * group["weight_decay"], group["cautious"]
 
     def _update(self, bucket: Bucket, reduction: tuple | None) -> list[tuple[Run, Tensor, Tensor]]:
         """(run, its update or with split_mantissa its new weights (B, m, n), ok (B,)) for all I own in the bucket."""
@@ -424,15 +428,9 @@ class Muon(torch.optim.Optimizer):
             mean = reduction[1].float().div_(self.world_size)
         kinds, results = {}, []
         for run in bucket.runs[self.rank]:
-            group, grad = self.param_groups[run.group], run.param.grad
-            if reduction is not None:
-                G = run.slot(mean)
-            elif grad is not None:
-                G = run.of(grad).reshape(run.shape)  # often p.grad itself: nothing below writes to it
-            else:
-                G = torch.full(run.shape, math.nan, device=run.param.device)
-            U, ok = self._momentum_update(self._state(run)["momentum_buffer"], G, self._scalar(group["momentum"]),
-                                          group["nesterov"])
+            group, M = self.param_groups[run.group], self._state(run)["momentum_buffer"].view(run.shape)
+            G = run.gradient() if reduction is None else run.slot(mean)
+            U, ok = self._momentum_update(M, G, group["momentum"], group["nesterov"])
             U = U if U.size(1) <= U.size(2) else U.mT
             kind = U.shape[1:], group["ns_steps"], str(group["coefficients"]), self.deterministic and run.flag
             kinds.setdefault(kind, []).append((run, U, ok))
@@ -441,14 +439,13 @@ class Muon(torch.optim.Optimizer):
             O = self._orthogonalize(U[0] if len(U) == 1 else torch.cat(U), group["ns_steps"], group["coefficients"],
                                     self.ns_dtype)
             for (run, _, ok), part in zip(members, O.split([len(u) for u in U])):
-                state, group = self._state(run), self.param_groups[run.group]
+                state, beta2 = self._state(run), self.param_groups[run.group]["normuon_beta2"]
                 part = part if part.shape == run.shape else part.mT.contiguous()
                 if "second_moment" in state:  # rounded for everybody, the owner included
-                    part = self._normalize_variance(part, state["second_moment"], ok,
-                                                    self._scalar(group["normuon_beta2"])).to(part.dtype)
+                    part = self._normalize_variance(part, state["second_moment"], ok, beta2).to(part.dtype)
                 if "mantissa" in state:
-                    W = run.of(run.param).reshape(run.shape)
-                    part = self._step_master(W, state["mantissa"], part, ok, *self._rates(run))
+                    W, low = run.of(run.param).reshape(run.shape), state["mantissa"].view(run.shape)
+                    part = self._step_master(W, low, part, ok, *self._rates(run))
                 results.append((run, part, ok))
         return results
 
@@ -456,16 +453,16 @@ class Muon(torch.optim.Optimizer):
         """Launch the exchange of a bucket: (bucket, results of all ranks, handle, what must live until the wait)."""
         if self.world_size == 1:
             return bucket, results, None, None
-        device = self._device()
-        size, dtype = bucket.num_elements + bucket.num_flags, self.ns_dtype or wire_dtype(device)
-        mine = torch.empty(size, dtype=dtype, device=device)
-        gathered = torch.empty(self.world_size * size, dtype=dtype, device=device)
+        sizes, dtype = [bucket.num_elements, bucket.num_flags], self.ns_dtype or wire_dtype(self._device())
+        mine, gathered = self._empty(sum(sizes), dtype), self._empty(self.world_size * sum(sizes), dtype)
+        data, flags = mine.split(sizes)
         for run, value, ok in results:
-            run.slot(mine).copy_(value)
-            mine[bucket.num_elements + run.flag:][:run.count].copy_(ok)
+            run.slot(data).copy_(value)
+            run.flags(flags).copy_(ok)
         handle = _all_gather(gathered, mine, group=self.process_group, async_op=True)
-        results = [(run, run.slot(part), part[bucket.num_elements + run.flag:][:run.count])
-                   for part, runs in zip(gathered.view(-1, size), bucket.runs) for run in runs]
+        data, flags = gathered.view(self.world_size, -1).split(sizes, 1)
+        results = [(run, run.slot(data[rank]), run.flags(flags[rank]))
+                   for rank, runs in enumerate(bucket.runs) for run in runs]
         return bucket, results, handle, mine
 
     def _apply(self, bucket: Bucket, results: list, handle, mine: Tensor | None) -> None:
@@ -485,17 +482,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def _gather_state(self, to: int | None = None) -> dict[Tensor, dict[str, Tensor]] | None:
         """All state in full shape per parameter, on rank `to` or (None) on all ranks. All ranks call it."""
-        state = {}
-        keep = to is None or to == self.rank
+        state, keep = {}, to in (None, self.rank)
         for owner, run in ((r, run) for bucket in self.buckets for r, mine in enumerate(bucket.runs) for run in mine):
             for key, part in self._state(run).items():
                 if self.world_size > 1:
                     dist.broadcast(part.view(torch.uint8), group_src=owner, group=self.process_group)
                 if keep:
-                    banks = run.param.shape[:1] if run.param.ndim == 3 else ()
-                    shape = run.param.shape if key != "second_moment" else (*banks, *part.shape[1:])
-                    whole = run.of(state.setdefault(run.param, {}).setdefault(key, part.new_empty(shape)))
-                    whole.copy_(part.reshape(whole.shape))
+                    shape = (len(run.param), *part.shape[1:]) if run.param.ndim == 3 else part.shape[1:]
+                    run.of(state.setdefault(run.param, {}).setdefault(key, part.new_empty(shape))).copy_(part)
             if owner != self.rank:
                 run.state.clear()
         return state if keep else None
@@ -507,7 +501,7 @@ class Muon(torch.optim.Optimizer):
             run.state.clear()
             for key, part in self._state(run).items():
                 if key in state.get(run.param, {}):
-                    part.copy_(run.of(state[run.param][key]).reshape(part.shape))
+                    part.copy_(run.of(state[run.param][key]))
 
     def consolidate_state_dict(self, to: int | None = None) -> None:
         """Bring the state of all owners to all ranks, or to rank `to`, for the next state_dict(). All ranks call it."""
@@ -516,9 +510,9 @@ class Muon(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full shape, ...}}."""
-        if self.world_size > 1 and self._consolidated is None:
-            raise RuntimeError("Muon: expected the state of all ranks, found this rank's share only; call "
-                               "consolidate_state_dict() on every rank after the last step, and then state_dict()")
+        expect(self.world_size == 1 or self._consolidated is not None, "expected the state of all ranks", "this rank's "
+               "share only", "call consolidate_state_dict() on every rank after the last step, and then state_dict()",
+               RuntimeError)
         self.state.update(self._consolidated or self._gather_state())
         try:
             return super().state_dict()
@@ -535,12 +529,12 @@ class Muon(torch.optim.Optimizer):
                 theirs["adjust_lr"] = theirs.pop("adjust_lr_fn") or "original"
                 del theirs["eps"]
             groups.append({**{key: ours[key] for key in self.defaults}, **theirs})
-            self._check_settings(groups[-1], number)
+            check_settings(groups[-1], number)
         for i, (p, name) in zip((i for group in groups for i in group["params"]), self._names.items()):
             state[p] = state_dict["state"].get(i, {})
-            if "momentum_buffer" in state[p] and state[p]["momentum_buffer"].shape != p.shape:
-                raise ValueError(f"Muon: {name}: expected a momentum_buffer of shape {tuple(p.shape)}, found "
-                                 f"{tuple(state[p]['momentum_buffer'].shape)}; load a checkpoint of this model")
+            found = tuple(state[p].get("momentum_buffer", p).shape)
+            expect(found == p.shape, f"{name}: expected a momentum_buffer of shape {tuple(p.shape)}", found,
+                   "load a checkpoint of this model")
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})  # torch would round fp32 to bf16
         self._scatter_state(state)
         self._consolidated = None

@@ -114,7 +114,8 @@ def parse_settings(settings: type, argv: list[str], about: str, actions: dict[st
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), [*(f.name for f in fields), *actions], n=1)
-        raise UsageError(f"expected a setting of --help, found {unknown[0]!r}; {f'did you mean --{near[0]}?' if near else 'see --help'}")
+        raise UsageError(f"expected a setting of --help, found {unknown[0]!r}; "
+                         + (f"did you mean --{near[0]}?" if near else "see --help"))
     changes = {}
     for f in fields:
         if (text := getattr(options, f.name)) is not None:
@@ -278,7 +279,8 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "x", encoding="utf-8", buffering=1)
         except OSError as e:
-            raise UsageError(f"--log_dir: expected a folder to write to, found {e.strerror} at {cfg.log_dir}; choose another one")
+            raise UsageError(f"--log_dir: expected a folder to write to, found {e.strerror} at {cfg.log_dir}; choose "
+                             "another one")
         print(self.path, flush=True)
         if cfg.wandb:
             try:
@@ -326,7 +328,8 @@ class Log:
         self.write(f"step:{step}/{total} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms", show=self.bar is None)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(f"{'' if loss is None else f'loss {loss:.3f}, '}{tokens_per_s:,.0f} tokens/s", refresh=False)
+            seen = "" if loss is None else f"loss {loss:.3f}, "
+            self.bar.set_postfix_str(f"{seen}{tokens_per_s:,.0f} tokens/s", refresh=False)
 
     def validation(self, step: int, total: int, ms: float, loss: float):
         self.write(f"step:{step}/{total} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
@@ -350,18 +353,21 @@ def log_header(run, log: Log, resumed: str | None):
             log.write("\n".join(("-" * 40, f"# {name}", "-" * 40)), show=False)
         log.write((ROOT / name).read_text(encoding="utf-8"), show=False)
     cuda = rt.device.type == "cuda"
-    device = torch.cuda.get_device_name(rt.device) if cuda else f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    cpu = f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    device = torch.cuda.get_device_name(rt.device) if cuda else cpu
     flops = [f"{run.model.flops_per_token(k) / 1e6:.1f}" for k in range(len(cfg.stage_starts))]
     facts = [
         line,
         f"Running Python {sys.version}",
         f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {device} with world_size {rt.world}",
         output("nvidia-smi") if cuda else f"no GPU: {output('lscpu') or platform.platform()}",
-        f"commit: {output('git', 'rev-parse', 'HEAD') or 'unknown'}{' with changes' if output('git', 'status', '--porcelain') else ''}",
+        f"commit: {output('git', 'rev-parse', 'HEAD') or 'unknown'}"
+        f"{' with changes' if output('git', 'status', '--porcelain') else ''}",
         "config: " + json.dumps(dataclasses.asdict(cfg)),
         f"seed: {cfg.seed}",
         f"head in FP8: {'yes' if run.fp8 else 'no'} ({run.fp8_reason})",
-        f"attention: {run.backend} ({run.backend_reason}), weights in {str(run.dtype)[6:]}, {'compiled' if run.compiled else 'eager'}",
+        f"attention: {run.backend} ({run.backend_reason})",
+        f"weights: {str(run.dtype)[6:]}, {'compiled' if run.compiled else 'eager'}",
         f"parameters: {sum(p.numel() for p in run.model.parameters()):,}, {run.model.matmul_params():,} in matrix products, "
         f"MFLOP per token by stage: {', '.join(flops)}",
         f"training data: {len(run.loader.paths)} shards, fingerprint {run.loader.fingerprint}",

@@ -40,8 +40,8 @@ def load(path: str, device: torch.device) -> tuple[GPT, int]:
     try:
         model.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in state["model"].items()})
     except (AttributeError, RuntimeError) as e:
-        raise UsageError(f"{path}: expected the weights of its own settings, found others ({' '.join(str(e).split())[:200]}); use "
-                         "another checkpoint") from None
+        raise UsageError(f"{path}: expected the weights of its own settings, found others ({' '.join(str(e).split())[:200]}); "
+                         "use another checkpoint") from None
     return model.eval(), state["step"]
 
 
@@ -54,7 +54,8 @@ def generate(model: GPT, step: int, tokens: list[int], count: int, temperature: 
     before, final = max(step - 1, 0), step == cfg.train_steps  # as the validation after the step
     for _ in range(count):
         x = torch.tensor(tokens[-2 * cfg.window_final :], device=device)
-        docs = Docs(torch.tensor([0, len(x)], dtype=torch.int32, device=device), torch.zeros(len(x), dtype=torch.int32, device=device), len(x))
+        starts, ids = torch.tensor([0, len(x)], device=device).int(), torch.zeros(len(x), device=device).int()
+        docs = Docs(starts, ids, len(x))
         ctx = make_context(model, BACKENDS["masked"][0], ropes, docs, cfg.stage(before), cfg.tied(before), None, final)
         log_p = softmax_logits(model, x, ctx)[-1, : cfg.vocab_size].double().cpu()
         if temperature > 0:
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("checkpoint", help="file written by --save_final or --save_every")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="start of a document (default: none)")
     parser.add_argument("--tokens", type=int, default=500, metavar="N", help="most tokens to add (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest (default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: from all (default)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -109,7 +109,8 @@ def report(cfg: Config, rt: Runtime, data: str) -> int:
     if rt.rank == 0:
         print(f"{name}, {rt.world} rank(s), torch {torch.__version__}, track {cfg.track}, attention {run.backend}, {data}; "
               f"warm-up {ready:.0f} s" + (f", peak memory {result['peak_mib']:,} MiB" if "peak_mib" in result else ""))
-        print(f"\n| stage | tokens/step | ms/step, median of {STEPS} (min-max) | tokens/s | TFLOP/s | of bf16 peak | loader/trainer |")
+        print(f"\n| stage | tokens/step | ms/step, median of {STEPS} (min-max) | tokens/s | TFLOP/s | of bf16 peak "
+              "| loader/trainer |")
         print("|---|---|---|---|---|---|---|")
         for r in rows:
             share = f"{r['tflops'] / peak / rt.world:.0%}" if peak else "-"

@@ -220,8 +220,8 @@ class Validation:
             shards.check_ids(parts[-1], cfg.vocab_size, path)
         tokens = np.concatenate(parts)
         if len(tokens) < need:
-            raise shards.ShardError(f"--val_tokens: expected {need:,} tokens in {cfg.val_files}, found {len(tokens):,}; get the whole "
-                             "validation set or lower --val_tokens")
+            raise shards.ShardError(f"--val_tokens: expected {need:,} tokens in {cfg.val_files}, found {len(tokens):,}; get the "
+                             "whole validation set or lower --val_tokens")
         self.sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
         self.batches = []
         for i in range(rank, cfg.val_tokens // cfg.val_slice, world):
