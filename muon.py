@@ -197,11 +197,8 @@ class Run:
     def slot(self, part: Tensor) -> Tensor:
         return part[self.offset:self.offset + math.prod(self.shape)].view(self.shape)
 
-    def flags(self, part: Tensor) -> Tensor:
-        return part[self.flag:self.flag + self.count]
-
     def gradient(self) -> Tensor:
-        """(B, m, n), often p.grad itself. A missing one reads as NaN: so is any mean with it, and the owner skips it."""
+        """(B, m, n), often p.grad itself. A missing one is NaN, as is then any mean with it: the owner skips it."""
         grad = self.param.grad
         return self.param.new_full(self.shape, math.nan) if grad is None else self.of(grad).reshape(self.shape)
 
@@ -219,10 +216,14 @@ class Bucket:
                 else:
                     runs.append(Run(p, group, index, sizes[rank], flag))
                 sizes[rank] += math.prod(bank_shape(p)[1:])
-        self.num_units = sum(map(len, units))
+        params = [p for mine in units for _, p, _ in mine]
+        self.num_units, self.like = len(params), params[0]  # like: buffers are made on its device
         self.num_flags, self.num_elements = max(map(len, units)), max(sizes)  # per rank, padded to the fullest
-        dtypes = {p.dtype for mine in units for _, p, _ in mine}
-        self.grad_dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+        self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
+
+    def flags(self, run: Run, part: Tensor) -> Tensor:
+        """(B,) of a run, in a rank's part of what is gathered: all elements, then all flags."""
+        return part[self.num_elements + run.flag:][:run.count]
 
 
 # torch 2.13 renamed both. Outputs stay flat: gloo refuses the stacked form that NCCL accepts.
@@ -254,8 +255,14 @@ def check_settings(group: dict, number: int) -> None:
         expect(holds(group[key]), f"{key} of group {number}: expected {expected}", repr(group[key]), "change it")
 
 
+def world_and_rank(group) -> tuple[int, int]:
+    """Ranks of a process group and the place of this one; a process by itself is the only rank."""
+    ready = dist.is_available() and dist.is_initialized()
+    return (dist.get_world_size(group), dist.get_rank(group)) if ready else (1, 0)
+
+
 def fuse(function):
-    """`function`, compiled once per shape. Numbers enter as tensors: a number would be compiled in, anew for each value."""
+    """Compile once per shape. Numbers enter as tensors: a number would be compiled in, anew for every value."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     fused = torch.compile(function, dynamic=False, fullgraph=True)
     return lambda *args: fused(*(torch.tensor(x, dtype=torch.float32) if isinstance(x, float) else x for x in args))
@@ -282,7 +289,7 @@ class Muon(torch.optim.Optimizer):
                f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
         self.process_group, self.sync_grads, self.bucket_mb = process_group, sync_grads, bucket_mb
         self.ns_dtype, self.deterministic = ns_dtype, deterministic
-        self.world_size, self.rank = self._world()
+        self.world_size, self.rank = world_and_rank(process_group)
         expect(self.rank >= 0, "expected a process_group that this rank belongs to", "another",
                "build the optimizer on the ranks of the group only")
         self.buckets, self._names, self._pending, self._consolidated, self._skipped = [], {}, None, None, 0
@@ -299,19 +306,14 @@ class Muon(torch.optim.Optimizer):
         """Matrices skipped so far, over all ranks and steps, for want of a finite gradient. Reading it waits."""
         return int(self._skipped)
 
-    def _world(self) -> tuple[int, int]:
-        """(ranks, this rank) of the process group, or of a process by itself."""
-        ready = dist.is_available() and dist.is_initialized()
-        return (dist.get_world_size(self.process_group), dist.get_rank(self.process_group)) if ready else (1, 0)
-
     def _check_world(self) -> None:
-        found, _ = self._world()
+        found, _ = world_and_rank(self.process_group)
         expect(found == self.world_size, f"expected a world of {self.world_size} as at construction", found,
                "call torch.distributed.init_process_group first and build the optimizer after it")
 
     def add_param_group(self, group: dict) -> None:
         """Check and add a group. After construction all ranks call it together, as every unit is placed anew."""
-        number, names, group = len(self.param_groups), {}, {**self.defaults, **group}
+        number, names, group = len(self.param_groups), dict(self._names), {**self.defaults, **group}
         check_settings(group, number)
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         dtypes = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -322,13 +324,13 @@ class Muon(torch.optim.Optimizer):
                     (p.dtype in dtypes, "a real floating-point parameter", p.dtype, "leave it to another one"),
                     (p.ndim >= 2, "a matrix, a bank or a convolution", shape, "give it to AdamW"),
                     (p.numel() > 0, "at least one element", shape, "leave it out"),
-                    (p not in {**self._names, **names}, "each parameter once", "it again", "remove it here or there"),
+                    (p not in names, "each parameter once", "it again", "remove it here or there"),
                     (p.dtype == torch.bfloat16 or not group["split_mantissa"], "torch.bfloat16 for split_mantissa",
                      p.dtype, "turn that off for this group")):
                 expect(holds, f"{name}: expected {expected}", found, remedy)
             names[p] = name
         super().add_param_group(group)
-        self._names.update(names)
+        self._names = names
         if self.buckets:
             self._lay_out()
 
@@ -348,9 +350,8 @@ class Muon(torch.optim.Optimizer):
     def _lay_out(self) -> None:
         """Plan the units and cut them into buckets of runs. State that exists already moves to its new owners."""
         state = self._gather_state()
-        devices = {str(p.device) for p in self._names}
-        expect(len(devices) == 1, "expected all parameters on one device", sorted(devices),
-               "build one optimizer per device")
+        devices = sorted({str(p.device) for p in self._names})
+        expect(len(devices) == 1, "expected all parameters on one device", devices, "build one optimizer per device")
         if self.world_size > 1:
             self._check_ranks_agree()
         units = [(i, p, index) for i, group in enumerate(self.param_groups) for p in group["params"]
@@ -360,8 +361,6 @@ class Muon(torch.optim.Optimizer):
         self.buckets = [Bucket([[units[u] for u in ids] for ids in bucket], self.deterministic)
                         for bucket in self.plan.buckets]
         self._scatter_state(state)
-
-    # --- the step ---
 
     @torch.no_grad()
     def start(self) -> None:
@@ -387,20 +386,14 @@ class Muon(torch.optim.Optimizer):
             self._apply(*inflight.popleft())
         return loss
 
-    def _device(self) -> torch.device:
-        return next(iter(self._names)).device
-
-    def _empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(num_elements, dtype=dtype, device=self._device())
-
     def _reduce(self, bucket: Bucket) -> tuple:
         """Launch the sum of one bucket's gradients over ranks; each owner receives its own part."""
-        packed = self._empty(self.world_size * bucket.num_elements, bucket.grad_dtype)
-        for part, runs in zip(packed.view(self.world_size, -1), bucket.runs):
+        packed = bucket.like.new_empty((self.world_size, bucket.num_elements), dtype=bucket.grad_dtype)
+        for part, runs in zip(packed, bucket.runs):
             for run in runs:
                 run.slot(part).copy_(run.gradient())
-        mine = self._empty(bucket.num_elements, bucket.grad_dtype)
-        handle = _reduce_scatter(mine, packed, group=self.process_group, async_op=True)
+        mine = torch.empty_like(packed[0])
+        handle = _reduce_scatter(mine, packed.view(-1), group=self.process_group, async_op=True)
         return handle, mine, packed  # packed must live until the wait
 
     def _state(self, run: Run) -> dict[str, Tensor]:
@@ -433,12 +426,13 @@ class Muon(torch.optim.Optimizer):
             U, ok = self._momentum_update(M, G, group["momentum"], group["nesterov"])
             U = U if U.size(1) <= U.size(2) else U.mT
             kind = U.shape[1:], group["ns_steps"], str(group["coefficients"]), self.deterministic and run.flag
-            kinds.setdefault(kind, []).append((run, U, ok))
+            kinds.setdefault(kind, []).append((run, ok, U))
         for members in kinds.values():  # one iteration for all matrices of a kind, the tall ones lying on their side
-            group, U = self.param_groups[members[0][0].group], [U for _, U, _ in members]
+            runs, oks, U = zip(*members)
+            group = self.param_groups[runs[0].group]
             O = self._orthogonalize(U[0] if len(U) == 1 else torch.cat(U), group["ns_steps"], group["coefficients"],
                                     self.ns_dtype)
-            for (run, _, ok), part in zip(members, O.split([len(u) for u in U])):
+            for run, ok, part in zip(runs, oks, O.split([run.count for run in runs])):
                 state, beta2 = self._state(run), self.param_groups[run.group]["normuon_beta2"]
                 part = part if part.shape == run.shape else part.mT.contiguous()
                 if "second_moment" in state:  # rounded for everybody, the owner included
@@ -453,16 +447,15 @@ class Muon(torch.optim.Optimizer):
         """Launch the exchange of a bucket: (bucket, results of all ranks, handle, what must live until the wait)."""
         if self.world_size == 1:
             return bucket, results, None, None
-        sizes, dtype = [bucket.num_elements, bucket.num_flags], self.ns_dtype or wire_dtype(self._device())
-        mine, gathered = self._empty(sum(sizes), dtype), self._empty(self.world_size * sum(sizes), dtype)
-        data, flags = mine.split(sizes)
+        size, dtype = bucket.num_elements + bucket.num_flags, self.ns_dtype or wire_dtype(bucket.like.device)
+        gathered = bucket.like.new_empty((self.world_size, size), dtype=dtype)
+        mine = torch.empty_like(gathered[0])
         for run, value, ok in results:
-            run.slot(data).copy_(value)
-            run.flags(flags).copy_(ok)
-        handle = _all_gather(gathered, mine, group=self.process_group, async_op=True)
-        data, flags = gathered.view(self.world_size, -1).split(sizes, 1)
-        results = [(run, run.slot(data[rank]), run.flags(flags[rank]))
-                   for rank, runs in enumerate(bucket.runs) for run in runs]
+            run.slot(mine).copy_(value)
+            bucket.flags(run, mine).copy_(ok)
+        handle = _all_gather(gathered.view(-1), mine, group=self.process_group, async_op=True)
+        results = [(run, run.slot(part), bucket.flags(run, part))
+                   for part, runs in zip(gathered, bucket.runs) for run in runs]
         return bucket, results, handle, mine
 
     def _apply(self, bucket: Bucket, results: list, handle, mine: Tensor | None) -> None:
@@ -477,15 +470,13 @@ class Muon(torch.optim.Optimizer):
                 self._decay_and_step(W, value.reshape(W.shape), ok, *self._rates(run))
         self._skipped += bucket.num_units - torch.cat([ok for _, _, ok in results]).sum(dtype=torch.int64)
 
-    # --- checkpoints ---
-
     @torch.no_grad()
     def _gather_state(self, to: int | None = None) -> dict[Tensor, dict[str, Tensor]] | None:
         """All state in full shape per parameter, on rank `to` or (None) on all ranks. All ranks call it."""
         state, keep = {}, to in (None, self.rank)
         for owner, run in ((r, run) for bucket in self.buckets for r, mine in enumerate(bucket.runs) for run in mine):
             for key, part in self._state(run).items():
-                if self.world_size > 1:
+                if self.world_size > 1:  # as bytes: no backend sends int16
                     dist.broadcast(part.view(torch.uint8), group_src=owner, group=self.process_group)
                 if keep:
                     shape = (len(run.param), *part.shape[1:]) if run.param.ndim == 3 else part.shape[1:]
@@ -499,9 +490,9 @@ class Muon(torch.optim.Optimizer):
         """Take my part of what `_gather_state` returned. What is absent starts at zero."""
         for run in (run for bucket in self.buckets for run in bucket.runs[self.rank]):
             run.state.clear()
-            for key, part in self._state(run).items():
-                if key in state.get(run.param, {}):
-                    part.copy_(run.of(state[run.param][key]))
+            for key, whole in state.get(run.param, {}).items():
+                if key in (mine := self._state(run)):
+                    mine[key].copy_(run.of(whole))
 
     def consolidate_state_dict(self, to: int | None = None) -> None:
         """Bring the state of all owners to all ranks, or to rank `to`, for the next state_dict(). All ranks call it."""
