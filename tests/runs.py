@@ -1,4 +1,5 @@
 """Tiny runs of the trainer's main on one rank, in this process or in forked ones: shards, losses, logs, exit codes."""
+
 import contextlib
 import io
 import multiprocessing
@@ -29,7 +30,7 @@ BOS = 256
 TINY = """--track=shakespeare --num_layers=3 --model_dim=32 --head_dim=16 --long_layers=1 --cache_layer=1 --skip=0,2
     --value_embed_layers=0,2 --attn_gate_layers=1 --xsa_layers=1 --paired_layers=0 --bigram_rows=64 --batch_tokens=512
     --slices=8 --max_doc_len=64 --split_docs=0 --window_short=8,16 --window_long=16,32 --window_final=32 --val_tokens=1024
-    --val_slice=256 --train_steps=12 --extension_steps=2 --val_every=4 --adam_every=1 --max_epochs=4""".split()
+    --val_slice=256 --train_steps=12 --extension_steps=2 --val_every=4 --adam_every=1 --max_epochs=4 --target_loss=1.6""".split()
 STEP_LINE = re.compile(r"^step:(\d+)/(\d+)((?: [A-Za-z_]+:\S+)+)\s*$")  # of the public logs
 TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
 
@@ -54,7 +55,6 @@ def make_shards(folder: Path, tokens: int = 12_000, shards: int = 2) -> Path:
 def config(*args: str) -> train_gpt.Config:
     _, changes = train_gpt.parse_config([*TINY, *args])
     return train_gpt.Config.for_track(changes.pop("track"), **changes)
-
 
 
 @contextlib.contextmanager
@@ -90,9 +90,15 @@ def run(folder: Path, *args: str) -> SimpleNamespace:
     finally:
         os.environ.pop("DATA_PATH") if before is None else os.environ.update(DATA_PATH=before)
     new = [p for p in sorted(set(folder.glob("logs/*")) - known) if p.suffix == ".txt"]
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(), train=train, val=val,
-                           log=new[0].read_text() if new else None,
-                           checkpoints=sorted(new[0].with_suffix("").glob("*.pt")) if new else [])
+    return SimpleNamespace(
+        code=code,
+        out=out.getvalue(),
+        err=err.getvalue(),
+        train=train,
+        val=val,
+        log=new[0].read_text() if new else None,
+        checkpoints=sorted(new[0].with_suffix("").glob("*.pt")) if new else [],
+    )
 
 
 def _rank(rank: int, world: int, ports: list[int], folder: str, commands, hook, results: str, env: dict):
@@ -128,15 +134,21 @@ class Ranks:
 
     def __init__(self, folder: Path, commands, hook=None, **env: str):
         world = max(size for size, _ in commands)
-        context = multiprocessing.get_context("forkserver")  # a fork of a process that has torch takes no 3 s to import it
+        context = multiprocessing.get_context(
+            "forkserver"
+        )  # a fork of a process that has torch takes no 3 s to import it
         context.set_forkserver_preload(["runs"])
         with pytest.MonkeyPatch.context() as patch:  # before Python 3.14 the server's imports ignore sys.path
             patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
             forkserver.ensure_running()
         self.files, self.num_commands = tempfile.TemporaryDirectory(), len(commands)
         ports = [free_port() for _ in commands]
-        self.processes = [context.Process(target=_rank, args=(rank, world, ports, str(folder), commands, hook, self.files.name, env), daemon=True)
-                          for rank in range(world)]
+        self.processes = [
+            context.Process(
+                target=_rank, args=(rank, world, ports, str(folder), commands, hook, self.files.name, env), daemon=True
+            )
+            for rank in range(world)
+        ]
         for process in self.processes:
             process.start()
 
@@ -153,17 +165,32 @@ class Ranks:
 
 def step_lines(text: str) -> list[tuple[int, int, dict[str, str]]]:
     """(step, total, {key: value}) of each step line of a log or of what a run printed."""
-    return [(int(m[1]), int(m[2]), dict(pair.split(":", 1) for pair in m[3].split()))
-            for m in map(STEP_LINE.match, text.splitlines()) if m]
+    return [
+        (int(m[1]), int(m[2]), dict(pair.split(":", 1) for pair in m[3].split()))
+        for m in map(STEP_LINE.match, text.splitlines())
+        if m
+    ]
 
 
 def launch(folder: Path, *args: str) -> subprocess.Popen:
     """The real thing: launch.py with two ranks, once it has trained three steps of a long run."""
     env = {**os.environ, "DATA_PATH": str(folder), "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*TINY, "--train_files=data/shakespeare/shakespeare_train_*.bin", f"--log_dir={folder / 'logs'}",
-               "--train_steps=2000", "--max_epochs=1000", *args]
-    process = subprocess.Popen([sys.executable, "launch.py", *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    command = [
+        *TINY,
+        "--train_files=data/shakespeare/shakespeare_train_*.bin",
+        f"--log_dir={folder / 'logs'}",
+        "--train_steps=2000",
+        "--max_epochs=1000",
+        *args,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "launch.py", *command],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     for line in process.stdout:
         if line.startswith("step:3/"):
             return process

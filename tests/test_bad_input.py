@@ -1,5 +1,6 @@
 """What a user or a machine can get wrong: one message (expected, found, what to do next), exit code 2 or 1, on all ranks,
 with earlier logs and checkpoints as they were."""
+
 import os
 import signal
 
@@ -35,16 +36,37 @@ def contents(folder) -> dict:
 
 
 SHARDS = {
-    "no training shard": (lambda f: [p.unlink() for p in f.glob("data/shakespeare/*train*")], "expected shards", "shakespeare.py"),
+    "no training shard": (
+        lambda f: [p.unlink() for p in f.glob("data/shakespeare/*train*")],
+        "expected shards",
+        "shakespeare.py",
+    ),
     "no validation shard": (lambda f: (f / VAL).unlink(), "expected shards", "_val_*.bin"),
-    "truncated": (lambda f: os.truncate(f / TRAIN, 5000), "expected 25,024 bytes for 12,000 tokens, found 5,000", "cut short"),
+    "truncated": (
+        lambda f: os.truncate(f / TRAIN, 5000),
+        "expected 25,024 bytes for 12,000 tokens, found 5,000",
+        "cut short",
+    ),
     "empty": (lambda f: os.truncate(f / TRAIN, 0), "found an empty file"),
     "wrong magic": (lambda f: (f / TRAIN).write_bytes(b"PAR1" + bytes(5000)), "expected magic 20240520, found"),
     "truncated validation": (lambda f: os.truncate(f / VAL, 2000), "shakespeare_val_000000.bin", "cut short"),
-    "another vocabulary": (lambda f: write_shard(f / TRAIN, np.full(9000, 50256)), "vocabulary size 257, found 50256 at position 0"),
-    "another vocabulary in validation": (lambda f: write_shard(f / VAL, np.full(9000, 50256)), "vocabulary size 257, found 50256"),
-    "no documents": (lambda f: write_shard(f / TRAIN, np.full(9000, 97)), "expected documents that start with token 256, found none"),
-    "too few validation tokens": (lambda f: write_shard(f / VAL, open_shard(f / VAL)[:900]), "--val_tokens", "found 900"),
+    "another vocabulary": (
+        lambda f: write_shard(f / TRAIN, np.full(9000, 50256)),
+        "vocabulary size 257, found 50256 at position 0",
+    ),
+    "another vocabulary in validation": (
+        lambda f: write_shard(f / VAL, np.full(9000, 50256)),
+        "vocabulary size 257, found 50256",
+    ),
+    "no documents": (
+        lambda f: write_shard(f / TRAIN, np.full(9000, 97)),
+        "expected documents that start with token 256, found none",
+    ),
+    "too few validation tokens": (
+        lambda f: write_shard(f / VAL, open_shard(f / VAL)[:900]),
+        "--val_tokens",
+        "found 900",
+    ),
 }
 
 
@@ -57,12 +79,19 @@ def test_unusable_shards(folder, name):
 
 
 FIELDS = {
-    "--trian_steps=5": "did you mean --train_steps?", "train_steps=5": "expected a setting", "--train_steps=many": "found 'many'",
-    "--train_steps": "expected", "--batch_tokens=513": "--batch_tokens: expected multiples of 8 slices",
-    "--batch_tokens=": "--batch_tokens: expected one or more positive numbers", "--train_steps=0": "--train_steps: expected a positive",
-    "--track=large": "--track: expected one of small, shakespeare, found 'large'", "--long_layers=7": "--long_layers: expected layer",
-    "--muon_lr=nan": "--muon_lr: expected finite", "--optimizer=sgd": "--optimizer: expected one of muon, adamw",
-    "--backout=perhaps": "found 'perhaps'", "--val_slice=100": "--val_tokens: expected a multiple of val_slice",
+    "--trian_steps=5": "did you mean --train_steps?",
+    "train_steps=5": "expected a setting",
+    "--train_steps=many": "found 'many'",
+    "--train_steps": "expected",
+    "--batch_tokens=513": "--batch_tokens: expected multiples of 8 slices",
+    "--batch_tokens=": "--batch_tokens: expected one or more positive numbers",
+    "--train_steps=0": "--train_steps: expected a positive",
+    "--track=large": "--track: expected one of small, shakespeare, found 'large'",
+    "--long_layers=7": "--long_layers: expected layer",
+    "--muon_lr=nan": "--muon_lr: expected finite",
+    "--optimizer=sgd": "--optimizer: expected one of muon, adamw",
+    "--backout=perhaps": "found 'perhaps'",
+    "--val_slice=100": "--val_tokens: expected a multiple of val_slice",
     "--train_steps=900": "--train_steps: expected about",
 }
 
@@ -75,7 +104,9 @@ def test_unusable_settings(folder, argument):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    result = run(make_shards(tmp_path_factory.mktemp("saved")), "--save_final=1", "--train_steps=4", "--extension_steps=1")
+    result = run(
+        make_shards(tmp_path_factory.mktemp("saved")), "--save_final=1", "--train_steps=4", "--extension_steps=1"
+    )
     return result.checkpoints[0].read_bytes()
 
 
@@ -120,7 +151,9 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_settings(folder, checkp
 
 def test_a_log_folder_that_cannot_be_written(folder):
     (folder / "file").write_text("mine")
-    refused(run(folder, f"--log_dir={folder / 'file'}"), 2, "--log_dir: expected a folder to write to", "choose another one")
+    refused(
+        run(folder, f"--log_dir={folder / 'file'}"), 2, "--log_dir: expected a folder to write to", "choose another one"
+    )
     assert (folder / "file").read_text() == "mine"
 
 
@@ -143,6 +176,7 @@ def test_data_that_run_out_on_the_way_end_the_run(folder, monkeypatch):
 def full_disk(rank):
     """Files of this process may not grow beyond 300 kB, which logs do not reach and checkpoints do."""
     import resource
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
@@ -150,8 +184,10 @@ def full_disk(rank):
 def non_finite_on_one(rank):
     """Rank 1 meets a NaN in its second step."""
     accumulate = train_gpt.Run.accumulate
-    train_gpt.Run.accumulate = lambda self, batches, step: accumulate(self, batches, step) * (
-        torch.nan if rank == 1 and self.step == 1 and self.train_ms >= 0 and hasattr(self, "stop_agreed") else 1)
+    train_gpt.Run.accumulate = lambda self, batches, step: (
+        accumulate(self, batches, step)
+        * (torch.nan if rank == 1 and self.step == 1 and self.train_ms >= 0 and hasattr(self, "stop_agreed") else 1)
+    )
 
 
 def both_ranks(folder, *commands, hook=None, **env) -> list:
@@ -168,11 +204,25 @@ def both_ranks(folder, *commands, hook=None, **env) -> list:
 def test_two_ranks_end_with_one_message(folder, checkpoint):
     (folder / "file").write_text("mine")
     (folder / "state.pt").write_bytes(checkpoint)
-    found = both_ranks(folder, ["--trian_steps=5"], ["--slices=5", "--batch_tokens=500"], [f"--log_dir={folder / 'file'}"],
-                       [f"--resume={folder / 'file'}"], [f"--resume={folder / 'state.pt'}", "--optimizer=adamw"],
-                       ["--train_files=nowhere/*.bin"], ["--muon_lr=1e30", "--adam_lr=1e30"])
-    parts = ["did you mean", "world size: expected one of 1, 5", "--log_dir", "another kind of file", "leave out settings",
-             "expected shards", "finite"]
+    found = both_ranks(
+        folder,
+        ["--trian_steps=5"],
+        ["--slices=5", "--batch_tokens=500"],
+        [f"--log_dir={folder / 'file'}"],
+        [f"--resume={folder / 'file'}"],
+        [f"--resume={folder / 'state.pt'}", "--optimizer=adamw"],
+        ["--train_files=nowhere/*.bin"],
+        ["--muon_lr=1e30", "--adam_lr=1e30"],
+    )
+    parts = [
+        "did you mean",
+        "world size: expected one of 1, 5",
+        "--log_dir",
+        "another kind of file",
+        "leave out settings",
+        "expected shards",
+        "finite",
+    ]
     for result, part, code in zip(found, parts, (2, 2, 2, 2, 2, 2, 1)):
         refused(result, code, part)
 

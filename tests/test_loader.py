@@ -1,4 +1,5 @@
 """The loader against a slow loop over the documents, at every world size, with its state, and out of data."""
+
 import time
 
 import numpy as np
@@ -9,12 +10,24 @@ from data.loader import Loader, OutOfData, Validation, find_shards
 from data.shards import ShardError, document_starts, open_shard, write_shard
 from runs import BOS, config, documents, make_shards
 
-STAGED = ("--batch_tokens=256,512,768", "--max_doc_len=24,64", "--train_steps=20", "--extension_steps=4", "--adam_every=2")
+STAGED = (
+    "--batch_tokens=256,512,768",
+    "--max_doc_len=24,64",
+    "--train_steps=20",
+    "--extension_steps=4",
+    "--adam_every=2",
+)
 VARIANTS = {  # the shards have 12,000 tokens each, so that all cross into the second one, and some into a second epoch
     "whole documents": (*STAGED, "--train_steps=40", "--max_doc_len=64"),
     "cut documents": (*STAGED, "--max_epochs=2", "--train_steps=40"),
     "split documents": (*STAGED, "--split_docs=40", "--train_steps=60", "--max_epochs=3"),
-    "split and cut documents": (*STAGED, "--split_docs=40", "--max_doc_len=16,40,24", "--train_steps=40", "--max_epochs=3"),
+    "split and cut documents": (
+        *STAGED,
+        "--split_docs=40",
+        "--max_doc_len=16,40,24",
+        "--train_steps=40",
+        "--max_epochs=3",
+    ),
 }
 
 
@@ -64,8 +77,13 @@ def take(loader, steps: int) -> list:
 
 def same(a, b) -> bool:
     """Bitwise equality of two batches."""
-    return (torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and torch.equal(a.docs.ids, b.docs.ids)
-            and torch.equal(a.docs.starts, b.docs.starts) and a.docs.max_len == b.docs.max_len)
+    return (
+        torch.equal(a.inputs, b.inputs)
+        and torch.equal(a.targets, b.targets)
+        and torch.equal(a.docs.ids, b.docs.ids)
+        and torch.equal(a.docs.starts, b.docs.starts)
+        and a.docs.max_len == b.docs.max_len
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -103,7 +121,9 @@ def test_more_ranks_than_slices_share_the_batch_in_shorter_sequences():
     cfg = config(*STAGED)
     ranks = [take(Loader(cfg, rank, 16, False), cfg.train_steps) for rank in range(16)]
     for step, (buffers, _) in zip(range(cfg.train_steps), slow_steps(cfg, slices=16)):
-        assert [[batch.inputs.tolist() for batch in rank[step]] for rank in ranks] == [[buffer[:-1]] for buffer in buffers]
+        assert [[batch.inputs.tolist() for batch in rank[step]] for rank in ranks] == [
+            [buffer[:-1]] for buffer in buffers
+        ]
 
 
 def test_preparing_in_the_background_changes_nothing():
@@ -146,27 +166,37 @@ def test_a_position_beyond_the_shards_is_refused():
 
 def test_a_schedule_that_needs_too_many_tokens_is_refused_at_the_start():
     Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)  # 10,240 of 24,000 tokens, but much is cut off
-    with pytest.raises(ShardError, match=r"--train_steps: expected about [\d,]+ tokens .* 30 steps, found 24,000 in 2 shards times "
-                       "1 epochs; get more shards, raise --max_epochs or lower --train_steps"):
+    with pytest.raises(
+        ShardError,
+        match=r"--train_steps: expected about [\d,]+ tokens .* 30 steps, found 24,000 in 2 shards times "
+        "1 epochs; get more shards, raise --max_epochs or lower --train_steps",
+    ):
         Loader(config("--train_steps=30", "--max_epochs=1"), 0, 1, False)
     Loader(config("--train_steps=30", "--max_epochs=4"), 0, 1, False)
 
 
 def test_shards_smaller_than_a_step_are_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path, tokens=400)))
-    with pytest.raises(ShardError, match="step 0: expected more training tokens, found the end of 2 shards after 4 epochs; get"):
+    with pytest.raises(
+        ShardError, match="step 0: expected more training tokens, found the end of 2 shards after 4 epochs; get"
+    ):
         Loader(config(), 0, 1, False)
 
 
 def test_running_out_of_data_on_the_way_says_so(tmp_path, monkeypatch):
     """The estimate sees documents that are used whole; later ones are so long that most of them is cut off."""
     make_shards(tmp_path, shards=1, tokens=30_000)
-    write_shard(tmp_path / "data/shakespeare/shakespeare_train_000001.bin", documents(12_000, 5, shortest=300, longest=301))
+    write_shard(
+        tmp_path / "data/shakespeare/shakespeare_train_000001.bin", documents(12_000, 5, shortest=300, longest=301)
+    )
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     cfg = config("--train_steps=38", "--max_epochs=1")
     loader, steps = Loader(cfg, 0, 1, False), 0
-    with pytest.raises(OutOfData, match=r"step \d+: expected more training tokens, found the end of 2 shards after 1 epochs; get "
-                       "more shards, raise --max_epochs or lower --train_steps"):
+    with pytest.raises(
+        OutOfData,
+        match=r"step \d+: expected more training tokens, found the end of 2 shards after 1 epochs; get "
+        "more shards, raise --max_epochs or lower --train_steps",
+    ):
         while True:
             loader.next()
             steps += 1
@@ -180,7 +210,9 @@ def test_a_bad_token_in_a_later_shard_arrives_as_an_error_of_its_file(tmp_path, 
     path = write_shard(tmp_path / "data/shakespeare/shakespeare_train_000001.bin", bad)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     loader = Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)
-    with pytest.raises(ShardError, match=rf"{path}: expected token ids below the vocabulary size 257, found 300 at position 11,000"):
+    with pytest.raises(
+        ShardError, match=rf"{path}: expected token ids below the vocabulary size 257, found 300 at position 11,000"
+    ):
         take(loader, 20)
 
 

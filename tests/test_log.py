@@ -1,4 +1,5 @@
-"""The log, readable by parsers of the public logs, and what a run shows on a terminal, in a pipe and in Weights & Biases."""
+"""The log, readable by parsers of the public logs, and what a run shows: on a terminal, piped, in Weights & Biases."""
+
 import dataclasses
 import json
 import os
@@ -37,7 +38,8 @@ def test_the_path_is_printed_first_and_names_a_uuid4(folder, result):
 def test_step_lines_follow_the_public_grammar(result):
     lines = step_lines(result.log)
     assert [(step, "val_loss" in pairs) for step, _, pairs in lines] == [
-        (step, val) for step in range(13) for val in (False, True) if (step > 0 or val) and (step % 4 == 0 or not val)]
+        (step, val) for step in range(13) for val in (False, True) if (step > 0 or val) and (step % 4 == 0 or not val)
+    ]
     for step, total, pairs in lines:
         assert total == 12 and list(pairs) == (VAL_KEYS if "val_loss" in pairs else TRAIN_KEYS)
         assert all(re.fullmatch(NUMBERS[key], value) for key, value in pairs.items())
@@ -67,14 +69,21 @@ def test_the_log_starts_with_the_sources(result):
 def test_the_header_tells_what_ran(folder, result):
     header = result.log.split("=" * 100)[1]
     assert re.search(r"^Running [pP]ython (\S+)", header, re.M)
-    torch_line = re.search(r"^Running [pP]y[tT]orch (\S+) compiled for CUDA (\S+)(?: on (.+?)\s+with world_size (\d+))?\s*$", header, re.M)
+    torch_line = re.search(
+        r"^Running [pP]y[tT]orch (\S+) compiled for CUDA (\S+)(?: on (.+?)\s+with world_size (\d+))?\s*$", header, re.M
+    )
     assert torch_line[4] == "1" and torch_line[3].startswith("CPU")
     settings = json.loads(re.search(r"^config: (.*)$", header, re.M)[1])
     expected = dataclasses.asdict(config("--seed=3", f"--log_dir={folder / 'logs'}"))
     assert settings == json.loads(json.dumps(expected))
-    for pattern in (r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$", r"^seed: 3$", r"^attention: blocked \(fastest on a CPU\), ",
-                    r"^training data: 2 shards, fingerprint [0-9a-f]{16}$",
-                    r"^validation data: first 1024 tokens, sha256 [0-9a-f]{64}$", r"^parameters: [\d,]+, "):
+    for pattern in (
+        r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$",
+        r"^seed: 3$",
+        r"^attention: blocked \(fastest on a CPU\)",
+        r"^training data: 2 shards, fingerprint [0-9a-f]{16}$",
+        r"^validation data: first 1024 tokens, sha256 [0-9a-f]{64}$",
+        r"^parameters: [\d,]+, ",
+    ):
         assert re.search(pattern, header, re.M), pattern
 
 
@@ -90,11 +99,19 @@ def test_a_gpu_log_ends_with_the_peak_memory_line_of_the_public_logs():
 def test_in_a_pipe_there_are_plain_lines_and_no_chatter(folder):
     """As a user starts it. Standard error stays empty: no warning of a library gets through."""
     env = {**os.environ, "DATA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "default"}
-    done = subprocess.run([sys.executable, "train_gpt.py", *TINY, f"--log_dir={folder / 'logs'}"], cwd=ROOT, env=env, text=True,
-                          capture_output=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "train_gpt.py", *TINY, f"--log_dir={folder / 'logs'}"],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=100,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     first, *steps, target, reached, log = done.stdout.splitlines()
-    assert [line.split()[0] for line in steps] == [f"step:{step}/12" for step, _, _ in step_lines(done.stdout)] and len(steps) == 16
+    assert [line.split()[0] for line in steps] == [f"step:{step}/12" for step, _, _ in step_lines(done.stdout)] and len(
+        steps
+    ) == 16
     assert target.startswith("target: ") and reached == "reached: no" and log == f"log: {first}"
     assert open(first).read().endswith("\n".join([*steps, ""]))
 
@@ -105,11 +122,26 @@ def test_on_a_terminal_there_is_a_progress_bar(folder):
     import pty
     import struct
     import termios
+
     env = {**os.environ, "DATA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "TERM": "xterm"}
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    process = subprocess.Popen([sys.executable, "train_gpt.py", *TINY, "--train_steps=40", "--max_epochs=9", "--val_every=20",
-                                f"--log_dir={folder / 'logs'}"], cwd=ROOT, env=env, stdin=side, stdout=side, stderr=side)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "train_gpt.py",
+            *TINY,
+            "--train_steps=40",
+            "--max_epochs=9",
+            "--val_every=20",
+            f"--log_dir={folder / 'logs'}",
+        ],
+        cwd=ROOT,
+        env=env,
+        stdin=side,
+        stdout=side,
+        stderr=side,
+    )
     os.close(side)
     shown = b""
     while True:
@@ -124,10 +156,16 @@ def test_on_a_terminal_there_is_a_progress_bar(folder):
     assert process.wait(30) == 0
     shown = shown.decode().replace("\r\n", "\n")
     assert re.search(r"\d+%\|.*\| \d+/40 \[\d\d:\d\d<\d\d:\d\d, .*loss \d+\.\d{3}, [\d,]+ tokens/s\]", shown)
-    lines = [line.rpartition("\r")[2].replace("\x1b[A", "").strip() for line in shown.split("\n")]  # what is left to see
+    lines = [
+        line.rpartition("\r")[2].replace("\x1b[A", "").strip() for line in shown.split("\n")
+    ]  # what is left to see
     left = [line for line in lines if line]
     assert left[0].startswith(str(folder)) and left[-1] == f"log: {left[0]}"
-    assert [line.split()[0] for line in left[1:-3]] == ["step:0/40", "step:20/40", "step:40/40"] and "train_time" in left[1]
+    assert [line.split()[0] for line in left[1:-3]] == [
+        "step:0/40",
+        "step:20/40",
+        "step:40/40",
+    ] and "train_time" in left[1]
     log = open(left[0]).read()
     assert len(step_lines(log)) == 43  # the file has the training lines too
 
@@ -158,10 +196,22 @@ def test_weights_and_biases_gets_settings_and_points(folder, monkeypatch):
 
 def test_weights_and_biases_works_offline(folder, tmp_path):
     pytest.importorskip("wandb")
-    env = {**os.environ, "DATA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path),
-           "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *TINY, "--wandb=speed", f"--log_dir={folder / 'logs'}"],
-                          cwd=tmp_path, env=env, text=True, capture_output=True, timeout=100)
+    env = {
+        **os.environ,
+        "DATA_PATH": str(folder),
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), *TINY, "--wandb=speed", f"--log_dir={folder / 'logs'}"],
+        cwd=tmp_path,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=100,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()

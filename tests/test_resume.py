@@ -1,4 +1,5 @@
 """Checkpoints: a resumed run equals one that was never interrupted, and signals save before they end a run."""
+
 import os
 import signal
 import time
@@ -74,7 +75,9 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(folder, whole, step):
     assert step_lines(resumed.log) == [line for line in step_lines(whole.log) if line[0] > step]  # timers included
     assert len(step_lines(resumed.log)) >= 12 - step
     assert equal(load(resumed.checkpoints[-1]), load(whole.checkpoints[-1]))
-    assert f"\nresumed: from {whole.checkpoints[step // 2 - 1]} at step {step}; such a run is no record\n" in resumed.log
+    assert (
+        f"\nresumed: from {whole.checkpoints[step // 2 - 1]} at step {step}; such a run is no record\n" in resumed.log
+    )
 
 
 def test_the_data_of_these_runs_cross_shards_and_an_epoch(whole):

@@ -1,4 +1,5 @@
 """Text from a checkpoint: the model of the run, reproducible draws, and refusals."""
+
 import pytest
 import torch
 
@@ -11,8 +12,16 @@ from train_gpt import softmax_logits
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that has learned the order of the alphabet, with a checkpoint on the way and one at the end."""
-    result = run(make_shards(tmp_path_factory.mktemp("sample")), "--train_steps=60", "--extension_steps=6", "--max_epochs=9",
-                 "--save_every=30", "--save_final=1", "--window_final=48", "--val_every=30")
+    result = run(
+        make_shards(tmp_path_factory.mktemp("sample")),
+        "--train_steps=60",
+        "--extension_steps=6",
+        "--max_epochs=9",
+        "--save_every=30",
+        "--save_final=1",
+        "--window_final=48",
+        "--val_every=30",
+    )
     assert (result.code, result.err) == (0, "")
     return result
 
@@ -39,8 +48,8 @@ def test_the_same_seed_draws_the_same_text(finished, capsys):
 
 @pytest.mark.parametrize("which, final", [(0, False), (-1, True)])
 def test_log_probabilities_are_those_of_the_validation_after_that_step(finished, which, final, monkeypatch):
-    """The mean of the log probabilities that sampling sees, over a document, is the loss that evaluation computes there:
-    with the window and the tying of that step."""
+    """The mean of the log probabilities that sampling sees, over a document, is the loss that evaluation computes
+    there: with the window and the tying of that step."""
     model, step = sample.load(str(finished.checkpoints[which]), torch.device("cpu"))
     cfg, seen = model.cfg, []
     tokens = [BOS, *(97 + (3 * i * i + i) % 26 for i in range(60))]  # longer than the window
@@ -49,8 +58,14 @@ def test_log_probabilities_are_those_of_the_validation_after_that_step(finished,
         list(sample.generate(model, step, tokens[:n], 1, 0, 0, 0))
     loss = -sum(rows[-1, token].item() for rows, token in zip(seen, tokens[1:]))
     docs = Docs(torch.tensor([0, 60], dtype=torch.int32), torch.zeros(60, dtype=torch.int32), 60)
-    contexts = [sample.make_context(model, BACKENDS["blocked"][0], {}, docs, cfg.stage(step - 1), tied, torch.zeros(()), long)
-                for tied, long in ((cfg.tied(step - 1), final), (not cfg.tied(step - 1), final), (cfg.tied(step - 1), not final))]
+    contexts = [
+        sample.make_context(model, BACKENDS["blocked"][0], {}, docs, cfg.stage(step - 1), tied, torch.zeros(()), long)
+        for tied, long in (
+            (cfg.tied(step - 1), final),
+            (not cfg.tied(step - 1), final),
+            (cfg.tied(step - 1), not final),
+        )
+    ]
     model.attend = BACKENDS["blocked"][1]
     with torch.no_grad():
         right, *wrong = [model(torch.tensor(tokens[:-1]), torch.tensor(tokens[1:]), ctx).item() for ctx in contexts]
@@ -74,15 +89,20 @@ def test_characters_of_several_bytes_survive(finished, capsys):
 
 def test_gpt2_checkpoints_use_the_gpt2_vocabulary(monkeypatch):
     import data.fineweb
+
     monkeypatch.setattr(data.fineweb, "gpt2_encoding", lambda: "the encoding")
     assert sample.vocabulary(sample.Config()) == "the encoding"
 
 
-@pytest.mark.parametrize("args, parts", [
-    (["nowhere.pt"], ("no such file", "give a state_step*.pt")), ([__file__], ("another kind of file", "give a state_step*.pt")),
-    (["PATH", "--temperature", "nan"], ("--temperature: expected zero or more, found nan; change it",)),
-    (["PATH", "--tokens", "-1"], ("--tokens: expected zero or more, found -1; change it",)),
-])
+@pytest.mark.parametrize(
+    "args, parts",
+    [
+        (["nowhere.pt"], ("no such file", "give a state_step*.pt")),
+        ([__file__], ("another kind of file", "give a state_step*.pt")),
+        (["PATH", "--temperature", "nan"], ("--temperature: expected zero or more, found nan; change it",)),
+        (["PATH", "--tokens", "-1"], ("--tokens: expected zero or more, found -1; change it",)),
+    ],
+)
 def test_refusals_are_one_sentence(finished, capsys, args, parts):
     assert sample.main([str(finished.checkpoints[-1]) if arg == "PATH" else arg for arg in args]) == 2
     captured = capsys.readouterr()

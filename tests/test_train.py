@@ -1,4 +1,5 @@
 """Runs from end to end: a tiny model learns, and the number of ranks changes nothing."""
+
 import math
 import re
 from types import SimpleNamespace
@@ -30,8 +31,11 @@ def alone(folder):
 def test_a_run_learns_and_ends_with_a_summary_of_three_lines(folder, alone):
     assert abs(alone.val[0] - math.log(257)) < 0.5  # nothing known yet; the softcap's offset makes it a little more
     assert alone.val[8] < alone.val[0] - 0.5
-    assert alone.out.splitlines()[-3:] == ["target: validation loss 1.6 (track shakespeare)", "reached: no",
-                                           "log: " + alone.out.splitlines()[0]]
+    assert alone.out.splitlines()[-3:] == [
+        "target: validation loss 1.6 (track shakespeare)",
+        "reached: no",
+        "log: " + alone.out.splitlines()[0],
+    ]
 
 
 def state_of(result) -> dict:
@@ -40,13 +44,15 @@ def state_of(result) -> dict:
     tensors = dict(state["model"])
     tensors.update({f"adam {i} {key}": value for i, one in enumerate(state["adam"]) for key, value in one.items()})
     tensors.update({f"muon {i} {key}": value for i, one in state["muon"].items() for key, value in one.items()})
-    return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    return {
+        name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
 
 
 def test_every_world_size_trains_the_same_model(folder, alone):
-    """World size 1 accumulates 8 slices, 8 ranks have one each. They differ in the order of fp32 sums only. The tolerances
-    are ten times and more what was measured: 1e-6 in losses, 4e-6 of the norm in states. A gradient that is a sum where it should be a mean
-    changes no loss, because Adam and Muon normalize, but the optimizers' states by a factor of the world size."""
+    """World size 1 accumulates 8 slices, 8 ranks have one each. They differ in the order of fp32 sums only. The
+    tolerances are ten times and more what was measured: 1e-6 in losses, 4e-6 of the norm in states. A gradient that is
+    a sum where it should be a mean changes no loss, because Adam and Muon normalize, but the optimizers' states by a factor of the world size."""
     everything = Ranks(folder, [(world, OPTIONS) for world in (2, 4, 8)]).results()
     expected = state_of(alone)
     for world, ranks in zip((2, 4, 8), everything):
@@ -62,20 +68,32 @@ def test_every_world_size_trains_the_same_model(folder, alone):
             assert error < 1e-4, (world, name)
 
 
-@pytest.mark.parametrize("world, valid", [(1, True), (2, True), (8, True), (16, True), (32, True), (3, False), (12, False),
-                                          (64, False)])
+@pytest.mark.parametrize(
+    "world, valid", [(1, True), (2, True), (8, True), (16, True), (32, True), (3, False), (12, False), (64, False)]
+)
 def test_world_sizes_that_do_not_share_the_batch_evenly_are_refused_with_the_valid_ones(world, valid):
-    launch = SimpleNamespace(cfg=config(), rt=SimpleNamespace(world=world))  # 512 tokens in 8 slices, or more of 16 and more
+    launch = SimpleNamespace(
+        cfg=config(), rt=SimpleNamespace(world=world)
+    )  # 512 tokens in 8 slices, or more of 16 and more
     if valid:
         return train_gpt.Run.check_world_size(launch)
-    with pytest.raises(UsageError, match=rf"expected one of 1, 2, 4, 8, 16, 32 for .* found {world}; change --nproc_per_node"):
+    with pytest.raises(
+        UsageError, match=rf"expected one of 1, 2, 4, 8, 16, 32 for .* found {world}; change --nproc_per_node"
+    ):
         train_gpt.Run.check_world_size(launch)
 
 
 def test_a_run_can_end_at_its_target(folder):
-    result = run(folder, "--target_loss=5.9", "--stop_at_target=1", "--val_every=2", "--train_steps=100", "--max_epochs=99")
+    result = run(
+        folder, "--target_loss=5.9", "--stop_at_target=1", "--val_every=2", "--train_steps=100", "--max_epochs=99"
+    )
     last = max(result.val)
-    assert result.code == 0 and last < 100 and result.val[last] <= 5.9 and all(v > 5.9 for s, v in result.val.items() if s < last)
+    assert (
+        result.code == 0
+        and last < 100
+        and result.val[last] <= 5.9
+        and all(v > 5.9 for s, v in result.val.items() if s < last)
+    )
     assert re.search(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
 
 
