@@ -30,7 +30,8 @@ BOS = 256
 TINY = """--track=shakespeare --num_layers=3 --model_dim=32 --head_dim=16 --long_layers=1 --cache_layer=1 --skip=0,2
     --value_embed_layers=0,2 --attn_gate_layers=1 --xsa_layers=1 --paired_layers=0 --bigram_rows=64 --batch_tokens=512
     --slices=8 --max_doc_len=64 --split_docs=0 --window_short=8,16 --window_long=16,32 --window_final=32 --val_tokens=1024
-    --val_slice=256 --train_steps=12 --extension_steps=2 --val_every=4 --adam_every=1 --max_epochs=4 --target_loss=1.6""".split()
+    --val_slice=256 --train_steps=12 --extension_steps=2 --val_every=4
+    --adam_every=1 --max_epochs=4 --target_loss=1.6""".split()
 STEP_LINE = re.compile(r"^step:(\d+)/(\d+)((?: [A-Za-z_]+:\S+)+)\s*$")  # of the public logs
 TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
 

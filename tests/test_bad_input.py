@@ -7,10 +7,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+from runs import Ranks, launch, make_shards, run
 
 import train_gpt
 from data.shards import open_shard, write_shard
-from runs import Ranks, launch, make_shards, run
 from runtime import report
 
 TRAIN, VAL = "data/shakespeare/shakespeare_train_000000.bin", "data/shakespeare/shakespeare_val_000000.bin"

@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from runs import BOS, config, documents, make_shards
 
 from data.loader import Loader, OutOfData, Validation, find_shards
 from data.shards import ShardError, document_starts, open_shard, write_shard
-from runs import BOS, config, documents, make_shards
 
 STAGED = (
     "--batch_tokens=256,512,768",

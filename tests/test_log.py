@@ -10,9 +10,9 @@ import types
 import uuid
 
 import pytest
+from runs import ROOT, TINY, TRAIN_KEYS, VAL_KEYS, config, make_shards, run, step_lines
 
 import runtime
-from runs import ROOT, TINY, TRAIN_KEYS, VAL_KEYS, config, make_shards, run, step_lines
 
 NUMBERS = {"val_loss": r"\d+\.\d{4}", "train_time": r"\d+ms", "step_avg": r"\d+\.\d\dms"}  # of the public small track
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from runs import ROOT, TINY, free_port, make_shards, run, step_lines
 
 ARGS = [*TINY, "--train_steps=6", "--extension_steps=1", "--val_every=2"]

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
+from runs import Ranks, config, launch, make_shards, run, step_lines
 
 import runtime
 import train_gpt
-from runs import Ranks, config, launch, make_shards, run, step_lines
 
 # Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are split.
 OPTIONS = ("--adam_every=2", "--save_every=1", "--save_final=1", "--split_docs=40", "--val_every=3")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from runs import BOS, make_shards, run
 
 import sample
 from kernels import BACKENDS, Docs
-from runs import BOS, make_shards, run
 from train_gpt import softmax_logits
 
 

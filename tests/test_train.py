@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import Ranks, config, make_shards, run
 
 import kernels
 import train_gpt
-from runs import Ranks, config, make_shards, run
 from runtime import UsageError
 
 OPTIONS = ["--save_final=1", "--adam_every=2", "--train_steps=8", "--bigram_rows=2048"]  # a table that Adam shards
@@ -52,7 +52,8 @@ def state_of(result) -> dict:
 def test_every_world_size_trains_the_same_model(folder, alone):
     """World size 1 accumulates 8 slices, 8 ranks have one each. They differ in the order of fp32 sums only. The
     tolerances are ten times and more what was measured: 1e-6 in losses, 4e-6 of the norm in states. A gradient that is
-    a sum where it should be a mean changes no loss, because Adam and Muon normalize, but the optimizers' states by a factor of the world size."""
+    a sum where it should be a mean changes no loss, because Adam and Muon normalize, but the optimizers' states by a
+    factor of the world size."""
     everything = Ranks(folder, [(world, OPTIONS) for world in (2, 4, 8)]).results()
     expected = state_of(alone)
     for world, ranks in zip((2, 4, 8), everything):
