@@ -4,11 +4,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def adam_update_(p, low, g, m, v, lr, betas, correction, eps, decay, cautious: bool):
+def adam_update_(p, low, g, m, v, lr, betas, correction, eps, decay, cautious: bool, ranks: int = 1):
     """One Adam step in place on p, m, v (n,) with decoupled decay: p <- p - u - decay p, where cautious decay leaves out
-    weights that the update u does not shrink. g: (n,) gradient; m, v: fp32 moments; correction: 1 - beta^t of both.
-    low: lower halves of the fp32 master weights of a bf16 p, else None."""
-    g = g.float()
+    weights that the update u does not shrink. g: (n,) gradient, summed over `ranks`; m, v: fp32 moments; correction: 1 -
+    beta^t of both. low: lower halves of the fp32 master weights of a bf16 p, else None."""
+    g = g.float() / ranks
     w = p if low is None else ((p.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
     m.lerp_(g, 1 - betas[0])
     v.lerp_(g * g, 1 - betas[1])
@@ -28,7 +28,8 @@ class Adam(torch.optim.Optimizer):
 
     def __init__(self, groups, eps: float, cautious: bool, rank: int, world: int, compile: bool):
         super().__init__(groups, dict(lr=0.0, betas=(0.9, 0.99), weight_decay=0.0))
-        self.eps, self.cautious, self.rank, self.world, self.pending = eps, cautious, rank, world, None
+        self.eps, self.cautious, self.rank, self.world = eps, cautious, rank, world
+        self.pending, self.gathers = None, []
         self.update = torch.compile(adam_update_, dynamic=False, fullgraph=True) if compile else adam_update_
         self.number = (lambda x: torch.tensor(x)) if compile else float  # a Python number would be compiled in
         for group in self.param_groups:
@@ -54,9 +55,8 @@ class Adam(torch.optim.Optimizer):
         self.pending = {}
         for p in moving:
             if self.sharded(p):
-                self.pending[p] = (torch.empty_like(self.part(p)), None)
-                work = reduce_scatter(self.pending[p][0], p.grad.view(-1))
-                self.pending[p] = (self.pending[p][0], work)
+                mine = torch.empty_like(self.part(p))
+                self.pending[p] = mine, reduce_scatter(mine, p.grad.view(-1))
         flat = torch.cat([p.grad.view(-1).float() for p in small]) if small else None
         work = dist.all_reduce(flat, async_op=True) if small and self.world > 1 else None
         for p, g in zip(small, flat.split([p.numel() for p in small]) if small else ()):
@@ -64,9 +64,9 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Update my part of everything and launch the gathers; finish() waits for them."""
         if self.pending is None:
             self.start()
-        gathers = []
         for group in self.param_groups:
             for p in group["params"]:
                 if p not in self.pending:
@@ -77,14 +77,18 @@ class Adam(torch.optim.Optimizer):
                 state, part = self.state[p], self.part(p)
                 state["step"] += 1
                 correction = [self.number(1 - b ** state["step"]) for b in group["betas"]]
-                self.update(part, state.get("low"), g / self.world, state["exp_avg"], state["exp_avg_sq"],
+                self.update(part, state.get("low"), g, state["exp_avg"], state["exp_avg_sq"],
                             self.number(group["lr"]), group["betas"], correction, self.eps,
-                            self.number(group["lr"] * group["weight_decay"]), self.cautious)
+                            self.number(group["lr"] * group["weight_decay"]), self.cautious, self.world)
                 if self.sharded(p):
-                    gathers.append(all_gather(p.data.view(-1), part.clone()))
-        for work in gathers:
-            work.wait()
+                    self.gathers.append(all_gather(p.data.view(-1), part.clone()))
         self.pending = None
+
+    def finish(self):
+        """Wait until every parameter has its new values. Before that, nobody may read them."""
+        for work in self.gathers:
+            work.wait()
+        self.gathers = []
 
     def full_state(self) -> list[dict]:
         """State of all parameters in order, whole on every rank; a collective."""

@@ -129,6 +129,7 @@ def steps(params, adam, first, last, ranks, dtype):
         if step % 2:
             adam.start()
         adam.step()
+        adam.finish()
     return {name: p.detach().clone() for name, p in params.items()}
 
 

@@ -81,7 +81,8 @@ def test_the_optimizer_table_has_the_learning_rates_decays_and_betas_of_the_stud
         assert math.isclose(row.lr * shape, lr, rel_tol=1e-9), name
         assert math.isclose(row.lr * row.wd, decay, rel_tol=0.01 if name in MATRICES else 1e-9), name  # 6.3 is 6.35
         assert betas is None or row.betas == betas, name
-    assert full.cfg.adam_eps == 1e-10 and full.cfg.normuon_beta2 == 0.9 and full.cfg.adam_every == 2
+    assert full.cfg.adam_eps == 5e-15  # upstream's 1e-10 over the 16384 tokens that its loss sums and ours averages
+    assert full.cfg.normuon_beta2 == 0.9 and full.cfg.adam_every == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def adam_oracle(w, gradients, lrs, decay_mul, betas):
     w, m, v = w.double(), 0.0, 0.0
     for t, (g, lr) in enumerate(zip(gradients, lrs), 1):
         m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
-        u = lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-10)
+        u = lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 5e-15)
         w = w - u - (u * w > 0) * lr**2 * 0.005 * decay_mul * w
     return w
 
