@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from kernels import Fp8Linear, choose_fp8, to_fp8
+from runtime import UsageError
 
 CPU = torch.device("cpu")
 
@@ -37,19 +38,20 @@ def test_off_switches_really_switch_it_off(monkeypatch):
     assert choose_fp8("on", CPU) == (False, "DISABLE_FP8 is set")
 
 
-def test_a_gpu_without_fp8_falls_back_with_the_reason(monkeypatch):
+def test_asking_for_fp8_where_it_does_not_run_is_refused_with_the_reason(monkeypatch):
     monkeypatch.delenv("DISABLE_FP8", raising=False)
 
     def missing(*args, **kwargs):
         raise RuntimeError("torch._scaled_mm is only supported on devices with compute capability >= 8.9")
 
     monkeypatch.setattr(torch, "_scaled_mm", missing)
-    use, reason = choose_fp8("on", CPU)
-    assert not use and "compute capability" in reason
+    with pytest.raises(UsageError, match="--fp8_head: expected .*compute capability.*leave it out"):
+        choose_fp8("on", CPU)
 
 
 def test_wrong_numbers_are_refused(monkeypatch):
     monkeypatch.delenv("DISABLE_FP8", raising=False)
     right = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.3 * right(*args, **kwargs))
-    assert not choose_fp8("on", CPU)[0]
+    with pytest.raises(UsageError, match="self-test error"):
+        choose_fp8("on", CPU)
