@@ -43,10 +43,14 @@ def choose_ranks(num_gpus: int, cores: int, wanted: str) -> int:
 
 
 def with_track(args: list[str], num_gpus: int) -> tuple[str, list[str]]:
-    """The track these arguments name, or the one for this hardware, and the arguments with it."""
-    named = [arg.partition("=")[2] for arg in args if arg.startswith("--track=")]
+    """The track these arguments name, or the one for this hardware, and the arguments with it. A checkpoint has its own
+    track, which is "" here: it was trained on data that lie somewhere already."""
+    pairs = [arg.partition("=") for arg in args]
+    named = [value or following for (name, _, value), following in zip(pairs, [*args[1:], ""]) if name == "--track"]
     if named:
         return named[-1], args
+    if any(name == "--resume" for name, _, _ in pairs):
+        return "", args
     track = "small" if num_gpus else "shakespeare"
     return track, [f"--track={track}", *args]
 
@@ -115,7 +119,8 @@ def main(args: list[str]) -> int:
         return 2
     track, args = with_track(args, num_gpus)
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {track}, ranks: {ranks}, threads of each: {threads}",
+    name = track or "of the checkpoint"
+    print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {name}, ranks: {ranks}, threads of each: {threads}",
           file=sys.stderr)
     return prepare_data(track, args) or torchrun(ranks, args)
 

@@ -92,6 +92,7 @@ FIELDS = {
     "--optimizer=sgd": "--optimizer: expected one of muon, adamw",
     "--backout=perhaps": "found 'perhaps'",
     "--val_slice=100": "--val_tokens: expected a multiple of val_slice",
+    "--seed=99999999999999999999": "--seed: expected less than 2^63",
     "--train_steps=900": "--train_steps: expected about",
 }
 
@@ -116,6 +117,12 @@ def without(key, content):
     torch.save(state, content)
 
 
+def changed(key, value, content):
+    state = torch.load(content, weights_only=True)
+    state[key] = value
+    torch.save(state, content)
+
+
 CHECKPOINTS = {
     "no such file": (lambda p: p.unlink(), (), "no such file"),
     "not a checkpoint": (lambda p: p.write_text("step:1/4\n"), (), "another kind of file"),
@@ -127,6 +134,9 @@ CHECKPOINTS = {
     "another width": (lambda p: None, ("--model_dim=64",), "with model_dim 32 instead of 64; leave out --model_dim"),
     "another depth": (lambda p: None, ("--num_layers=4",), "with num_layers 3 instead of 4"),
     "another optimizer": (lambda p: None, ("--optimizer=adamw",), "leave out settings"),
+    "settings of no kind": (lambda p: changed("config", 7, p), (), "differs in"),
+    "settings of other types": (lambda p: changed("config", {"slices": "many"}, p), (), "differs in"),
+    "another track": (lambda p: None, ("--track=small",), "--track: expected the checkpoint's track, shakespeare"),
     "fewer steps": (lambda p: None, ("--train_steps=3",), "--train_steps: expected at least the 4 steps", "found 3"),
 }
 

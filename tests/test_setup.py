@@ -403,3 +403,12 @@ def test_without_data_nothing_is_started(tmp_path):
     process = start_launch(tmp_path, "print('started')", data="import sys; print('no network', file=sys.stderr); sys.exit(2)")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.splitlines()[1:]) == (2, "", ["no network"])
+
+
+def test_track_of_the_arguments_of_the_hardware_or_of_the_checkpoint():
+    assert launch.with_track(["--seed=1"], 0) == ("shakespeare", ["--track=shakespeare", "--seed=1"])
+    assert launch.with_track(["--seed=1"], 8) == ("small", ["--track=small", "--seed=1"])
+    assert launch.with_track(["--track=small"], 0) == ("small", ["--track=small"])
+    assert launch.with_track(["--track", "small"], 0) == ("small", ["--track", "small"])
+    for args in (["--resume=a.pt"], ["--resume", "a.pt", "--save_every=5"]):
+        assert launch.with_track(args, 8) == ("", args) and launch.prepare_data("", args) == 0
