@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
 
 from data.fetch import FetchError, fetch_hub
-from data.shards import HEADER_BYTES, TOKEN_DTYPE, ShardError, num_tokens
+from data.shards import HEADER_BYTES, TOKEN_DTYPE, ShardError, data_root, num_tokens
 
 REPO = "kjj0/fineweb10B-gpt2"
 MANIFEST = "manifest.json"
@@ -54,7 +54,7 @@ def is_verified(folder: Path, entry: dict | None) -> bool:
     """Whether a file was verified before and still has its size and header."""
     try:
         return entry is not None and num_tokens(folder / entry["name"]) == entry["tokens"]
-    except ShardError:
+    except (KeyError, ShardError):
         return False
 
 
@@ -75,13 +75,13 @@ def download(num_train: int, folder: Path):
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description=f"Download GPT-2 tokens of FineWeb from the hub dataset {REPO} to data/fineweb10B under $DATA_PATH "
-        f"(default: the current folder): the validation shard, then N training shards. 200 MB each. Continues where an "
+        f"(default: the repository): the validation shard, then N training shards. 200 MB each. Continues where an "
         f"earlier download ended; keeps files that were verified before.")
     parser.add_argument("N", nargs="?", type=int, help="training shards (default: what the track `small` consumes)")
     num_train = parser.parse_args(argv).N
     if num_train is not None and num_train < 1:
         parser.error(f"expected N of at least 1, found {num_train}; leave N out for what the track `small` consumes")
-    folder = Path(os.environ.get("DATA_PATH", "."), "data", "fineweb10B")
+    folder = data_root() / "data" / "fineweb10B"
     files = total = 0
     try:
         for entry in download(shards_of_small_track() if num_train is None else num_train, folder):

@@ -41,7 +41,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
 
 from data.fetch import FetchError, fetch_hub, fetch_wheel, hub_errors
-from data.shards import GPT2_BOS, ShardError, sha256_of, write_shard
+from data.shards import GPT2_BOS, ShardError, data_root, sha256_of, write_shard
 
 REPO = "HuggingFaceFW/fineweb"
 FOLDER = "sample/10BT"  # of the hub dataset: about 10 B tokens in 15 parquet files of 2 GB
@@ -68,7 +68,7 @@ def gpt2_encoding(network: bool = True):
     gives up after a while where there is no network, and tiktoken's own download sets no limit. Raises FetchError."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
-    own = Path(os.environ.get("DATA_PATH", "."), "data", "gpt2", "encoder.json")
+    own = data_root() / "data" / "gpt2" / "encoder.json"
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))  # as tiktoken looks it up
     cache = Path(tempfile.gettempdir(), "data-gym-cache") if cache is None else Path(cache)
     encoder = None
@@ -401,8 +401,7 @@ def main(argv=None) -> int:
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"expected --{option} of at least 1, found {value}; give a larger number")
     name = args.name or "fineweb"
-    folder = Path(args.out or Path(os.environ.get("DATA_PATH", "."), "data",
-                                   (args.name or "fineweb") if args.files else "fineweb10B"))
+    folder = Path(args.out or data_root() / "data" / ((args.name or "fineweb") if args.files else "fineweb10B"))
     earlier = sorted([*folder.glob(f"{name}_train_*.bin"), *folder.glob(f"{name}_val_*.bin")])
     began = None
     try:

@@ -2,7 +2,6 @@
 import glob
 import hashlib
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +13,6 @@ from torch import Tensor
 from data import shards
 from kernels import Docs
 from runtime import RunError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class OutOfData(RunError):
@@ -51,7 +48,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def find_shards(pattern: str, cfg) -> list[Path]:
     """Shards that match pattern below DATA_PATH, in order, each one with a valid header."""
-    folder = Path(os.environ.get("DATA_PATH", ROOT))
+    folder = shards.data_root()
     paths = [Path(p) for p in sorted(glob.glob(str(folder / pattern)))]
     if not paths:
         script = {"small": "cached_fineweb10B"}.get(cfg.track, cfg.track)

