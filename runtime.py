@@ -136,7 +136,10 @@ def write_checkpoint(path: Path, state: dict | None):
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"format": CHECKPOINT_FORMAT, **state}, partial)
+        with open(partial, "wb") as file:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0]
@@ -156,6 +159,10 @@ def read_checkpoint(path: str, settings: type) -> dict:
                          "wrote") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UsageError(f"{path}: expected a {CHECKPOINT_FORMAT}, found another kind of file; give a state_step*.pt")
+    try:
+        settings(**state.get("config"))
+    except TypeError:  # no dictionary, or one with other keys or values
+        state.pop("config", None)
     missing = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "loader", "rng"} - state.keys()
     other = {f.name for f in dataclasses.fields(settings)} ^ state.get("config", {}).keys()
     if missing or other:
@@ -181,7 +188,8 @@ def report(main, argv: list[str]) -> int:
         except RunError as e:
             code, message = 1, str(e)
         except torch.OutOfMemoryError as e:
-            code, message = 1, f"expected enough GPU memory, found: {str(e).splitlines()[0]}; raise --slices"
+            code, message = 1, (f"expected enough GPU memory, found: {str(e).splitlines()[0]}; raise --slices for shorter "
+                                "sequences in training, or lower --val_slice for those of validation")
         except (dist.DistBackendError, RuntimeError) as e:
             if not any(word in str(e) for word in ("Connection", "connection", "Timed out", "NCCL", "peer")):
                 raise
@@ -196,8 +204,8 @@ def report(main, argv: list[str]) -> int:
 
 def first_to_end() -> bool:
     """Whether this rank is the first one to end early: one of them speaks for all."""
-    if not dist.is_initialized():  # so early that all ranks meet the same error
-        return os.environ.get("RANK", "0") == "0"
+    if not dist.is_initialized():  # so early that all ranks of a machine meet the same error
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("ended early", 1) == 1
     except RuntimeError:  # the store is gone with the rank or the torchrun that held it
@@ -222,9 +230,10 @@ class Runtime:
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cuda":
-            if local >= torch.cuda.device_count():
-                raise UsageError(f"expected at most {torch.cuda.device_count()} ranks on this machine, one per GPU, found "
-                                 f"local rank {local}; lower --nproc_per_node")
+            ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            if ranks > gpus:
+                raise UsageError(f"expected at most {gpus} ranks on this machine, one per GPU, found {ranks}; lower "
+                                 "--nproc_per_node")
             torch.cuda.set_device(self.device)
         elif sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
             # Keep freed memory instead of returning it to the kernel: activations of a few MB are allocated thousands of
@@ -337,7 +346,7 @@ class Log:
             self.wandb.log({"val_loss": loss, "train_time_ms": ms}, step=step)
 
 
-def log_header(run, log: Log, resumed: str | None):
+def log_header(run, log: Log, resumed: str):
     """Everything that it takes to tell what ran: sources, versions, hardware, settings, data."""
     def output(*command) -> str:
         try:
@@ -370,9 +379,9 @@ def log_header(run, log: Log, resumed: str | None):
         f"weights: {str(run.dtype)[6:]}, {'compiled' if run.compiled else 'eager'}",
         f"parameters: {sum(p.numel() for p in run.model.parameters()):,}, {run.model.matmul_params():,} in matrix products, "
         f"MFLOP per token by stage: {', '.join(flops)}",
-        f"training data: {len(run.loader.paths)} shards, fingerprint {run.loader.fingerprint}",
+        f"training data: {cfg.train_tokens:,} tokens from {len(run.loader.paths)} shards, fingerprint {run.loader.fingerprint}",
         f"validation data: first {cfg.val_tokens} tokens, sha256 {run.validation.sha256}",
     ]
     if resumed:
-        facts.append(f"resumed: from {resumed} at step {run.step}; such a run is no record")
+        facts.append(f"resumed: from {resumed}; such a run is no record")
     log.write("\n".join((*facts, line)), show=False)

@@ -1,11 +1,12 @@
-"""Train a GPT-2-class model to a target validation loss as fast as possible: the NanoGPT speedrun in one file.
+"""Train a GPT-2-class model to a target validation loss as fast as possible: the NanoGPT speedrun.
 
     python train_gpt.py                                        one process: track small on a GPU, shakespeare on a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py      eight GPUs, FineWeb, target 3.28
     python train_gpt.py --help                                 every setting, with its unit and meaning
 
 A run counts by its `train_time`: training only, after an untimed warm-up, with the clock stopped during validation.
-World sizes 1, 2, 4 and 8 train the same model: a step is always `slices` packed sequences, shared out over the ranks.
+Every world size that divides `slices` trains the same model: a step is always so many packed sequences, shared out over
+the ranks.
 
 Shapes: T tokens of one packed sequence, D model width, H heads, d head width, V vocabulary (padded), L layers.
 Reading order: Config, model, loss, schedules, optimizer table, the run (train, evaluate, save), main.
@@ -120,7 +121,8 @@ class Config:
     coefficients: str = setting("polar", "Newton-Schulz coefficients: polar, quintic or jordan")
     adam_lr: float = setting(0.008, "Adam learning rate, before the factor of each label")
     adam_wd: float = setting(0.005, "Adam weight decay, multiplied by lr squared and the factor of each label")
-    adam_eps: float = setting(1e-10, "Adam epsilon; small, because a tied head of small weights has tiny gradients")
+    adam_eps: float = setting(5e-15, "Adam epsilon; tiny, because the loss is a mean over a sequence of 16384 tokens and "
+                                     "more, and a token's own row of a table sees its share only")
     adam_every: int = setting(2, "steps over which Adam's gradients are summed up before it moves")
     table_lr_mul: float = setting(75.0, "Adam learning rate factor of the value and bigram embeddings")
     cautious: bool = setting(True, "decay a weight only where the update shrinks it too")
@@ -171,6 +173,7 @@ class Config:
                   f"layer indices from 0 to {self.num_layers - 1}")
         check(all(b % self.slices == 0 for b in self.batch_tokens), "batch_tokens", f"multiples of {self.slices} slices")
         check(self.val_tokens % self.val_slice == 0, "val_tokens", f"a multiple of val_slice, {self.val_slice}")
+        check(self.seed < 2**63, "seed", "less than 2^63")
         check(self.extension_steps < self.train_steps, "extension_steps", f"fewer than train_steps, {self.train_steps}")
         check(self.model_dim % self.head_dim == 0, "model_dim", f"a multiple of head_dim, {self.head_dim}")
         check(self.head_dim % 4 == 0, "head_dim", "a multiple of 4")
@@ -206,7 +209,7 @@ class Config:
 
     @functools.cached_property
     def stage_starts(self) -> tuple[int, ...]:
-        """First step of each stage, then of the extension; on Adam's steps, so that no gradient straddles a stage."""
+        """First step of each stage, then of the extension. Stages begin where Adam does, so that no gradient straddles."""
         scheduled = self.train_steps - self.extension_steps
         even = [round(scheduled * k / self.stages / self.adam_every) * self.adam_every for k in range(self.stages)]
         return (*(min(start, scheduled) for start in even), scheduled)
@@ -230,15 +233,15 @@ class Config:
 TRACKS: dict[str, dict] = {
     "small": {},
     "shakespeare": dict(  # bytes, two CPU cores, a minute and a half; roles as in small, on four narrow layers
-        target_loss=1.66, train_files="data/shakespeare/shakespeare_train_*.bin",
+        target_loss=1.6, train_files="data/shakespeare/shakespeare_train_*.bin",
         val_files="data/shakespeare/shakespeare_val_*.bin", max_epochs=4, bos_id=256, vocab_size=257,
         val_tokens=262_144, val_slice=8192, val_every=120, train_steps=480, extension_steps=10,
         batch_tokens=(2048,), slices=4, max_doc_len=(1024,), split_docs=513, lr_mul=(1.0,),
         window_short=(32, 64), window_long=(64, 128), window_final=128, num_layers=4, model_dim=128, head_dim=32,
         long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,), late_attn_layers=(), cache_layer=2, skip=(0, 2),
         value_embed_layers=(0, 3), bigram_rows=4096, attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
-        muon_lr=0.04, table_lr_mul=25.0, momentum_warmup=50, momentum_cooldown=20, adam_every=1,
-        adamw_lr=0.006, warmup_steps=0),
+        muon_lr=0.04, table_lr_mul=25.0, momentum_warmup=50, momentum_cooldown=20, adam_every=1, adam_eps=1e-10,
+        adamw_lr=0.0015),
 }
 
 
@@ -394,8 +397,8 @@ class GPT(nn.Module):
         cfg = self.cfg
         x = F.embedding(tokens, self.head if ctx.tied else self.embed)
         if cfg.smear:
-            gate = self.smear_lambda * torch.sigmoid(F.linear(x[1:, : self.smear_gate.size(1)].float(), self.smear_gate))
-            x = torch.cat([x[:1], x[1:] + gate.type_as(x) * x[:-1]])
+            gate = torch.sigmoid(F.linear(x[1:, : self.smear_gate.size(1)], self.smear_gate.type_as(x)))
+            x = torch.cat([x[:1], x[1:] + self.smear_lambda.type_as(x) * gate * x[:-1]])
         x = x0 = norm(x)
         resid, post = self.resid_lambdas.unbind(), self.post_lambdas.unbind()
         inject = self.x0_lambdas.unbind() if cfg.inject_x0 else None
@@ -421,8 +424,8 @@ class GPT(nn.Module):
                 if cfg.bigram_rows and i > 0:
                     x = x + bigram_lambdas[i] * bigram
             if cfg.skip and i == cfg.skip[1]:
-                gate = torch.sigmoid(self.skip_lambda + F.linear(x0[:, : self.skip_gate.size(1)].float(), self.skip_gate))
-                x = x + gate.type_as(x) * outputs[cfg.skip[0]]
+                gate = F.linear(x0[:, : self.skip_gate.size(1)], self.skip_gate.type_as(x), self.skip_lambda.type_as(x))
+                x = x + torch.sigmoid(gate) * outputs[cfg.skip[0]]
             hidden = F.relu(F.linear(norm(x), mlp_in[i]))
             x = resid[i][1] * x + post[i][1] * F.linear(hidden * hidden, mlp_out[i])
             outputs[i] = x
@@ -500,11 +503,12 @@ def make_context(model: GPT, make_mask, ropes: dict, docs: Docs, stage: int, tie
     cfg, T, device, dtype = model.cfg, len(docs.ids), docs.ids.device, model.embed.dtype
     if (stage, T) not in ropes:
         omega, scale = rotary_settings(cfg, stage)
-        t = torch.arange(T, dtype=torch.float64)[:, None, None] * omega  # (T, 1, r)
-        parity = torch.arange(cfg.num_heads, dtype=torch.float64)[None, :, None] % 2 * omega
+        omega = omega.to(device)
+        t = torch.arange(T, dtype=torch.float64, device=device)[:, None, None] * omega  # (T, 1, r)
+        parity = torch.arange(cfg.num_heads, dtype=torch.float64, device=device)[None, :, None] % 2 * omega
         for other in [key for key in ropes if key[0] != stage]:
             del ropes[other]
-        ropes[stage, T] = scale, [[f(a).to(device, dtype) for f in (torch.cos, torch.sin)] for a in (t, 2 * t + parity)]
+        ropes[stage, T] = scale, [[f(a).to(dtype) for f in (torch.cos, torch.sin)] for a in (t, 2 * t + parity)]
     scale, rope = ropes[stage, T]
     windows = [w[min(stage, len(w) - 1)] for w in (cfg.window_short, cfg.window_long)]
     windows[1] = cfg.window_final if final else windows[1]
@@ -664,7 +668,8 @@ class Run:
     def accumulate(self, batches: list[Batch], step: int) -> Tensor:
         """Add the gradient of the mean loss over batches to .grad; return that loss."""
         cfg, device, total = self.cfg, self.rt.device, 0.0
-        weights = torch.tensor(mtp_weights(cfg, step), device=device)
+        pin = device.type == "cuda"  # an unpinned copy would make the host wait for the step before
+        weights = torch.tensor(mtp_weights(cfg, step), pin_memory=pin).to(device, non_blocking=True)
         self.model.train()
         for batch in batches:
             inputs, targets, docs = to_device(batch, device)
@@ -674,8 +679,8 @@ class Run:
         return total
 
     def warm_up(self):
-        """Compile every graph and touch all memory with made-up tokens, once for each stage; then put the weights back
-        and start with fresh optimizers. Untimed, and the loader does not move."""
+        """Compile all that the clock would see and touch all memory with made-up tokens, once for each stage; then put
+        the weights back and start with fresh optimizers. Untimed, and the loader does not move."""
         cfg, rt = self.cfg, self.rt
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         for stage, start in enumerate(cfg.stage_starts):
@@ -707,11 +712,13 @@ class Run:
             self.muon.start()
         if with_adam:
             self.adam.start()
-            self.adam.step()  # its many small operations run while Muon's gradients are on their way
-            self.adam.zero_grad()
+            self.adam.step()
         if self.muon is not None:
-            self.muon.step()
+            self.muon.step()  # while Adam's new tables are on their way
             self.muon.zero_grad()
+        if with_adam:
+            self.adam.finish()
+            self.adam.zero_grad()
 
     def untie(self):
         """Embedding and head part: the embedding takes over the shared table and its Adam state."""
@@ -722,13 +729,14 @@ class Run:
 
     def read_stats(self, stats: Tensor):
         """Look at losses two steps late on a GPU, so that reading them never makes it wait, and on every rank alike."""
-        self.losses.append((self.step, stats.to("cpu", non_blocking=True)))
-        if self.rt.device.type == "cuda":
+        cuda = self.rt.device.type == "cuda"
+        self.losses.append((self.step, torch.empty(2, pin_memory=cuda).copy_(stats, non_blocking=True)))
+        if cuda:
             event = torch.cuda.Event()
             event.record()
             self.losses[-1] += (event,)
         self.loss = None
-        while len(self.losses) > (2 if self.rt.device.type == "cuda" else 0):
+        while len(self.losses) > (2 if cuda else 0):
             step, values, *event = self.losses.popleft()
             for e in event:
                 e.synchronize()
@@ -793,6 +801,7 @@ def train(run: Run, log: Log):
     cfg, rt, total = run.cfg, run.rt, run.cfg.train_steps
     folder = Path(cfg.log_dir) / log.run_id
     run.loss, run.stop_agreed, saved = None, False, run.step
+    tokens = sum(cfg.at("batch_tokens", step) for step in range(run.step))
 
     def pause():
         rt.synchronize()
@@ -826,7 +835,8 @@ def train(run: Run, log: Log):
             break
         run.train_step()
         ms = run.train_ms + 1000 * (time.perf_counter() - started)
-        log.train(run.step, total, ms, run.loss, cfg.at("batch_tokens", run.step - 1) * 1000 / (ms / run.step))
+        tokens += cfg.at("batch_tokens", run.step - 1)
+        log.train(run.step, total, ms, run.loss, tokens * 1000 / ms)
     if not last:
         raise Stopped(run.stop.number or signal.SIGINT, f"; go on with --resume={folder / f'state_step{run.step:06d}.pt'}")
     if rt.device.type == "cuda":
@@ -839,21 +849,27 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     state = None
     if options.resume:
         state = read_checkpoint(options.resume, Config)
+        if changes.get("track", state["config"]["track"]) != state["config"]["track"]:
+            raise UsageError(f"--track: expected the checkpoint's track, {state['config']['track']}, found {changes['track']}; "
+                             "leave it out")
         changes = {**state["config"], **changes}
     track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
     cfg = Config.for_track(track, **changes)
     rt = Runtime()
+    if rt.world > cfg.slices:
+        rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a part: other training "
+                  "than at fewer ranks", file=sys.stderr)
     run = Run(cfg, rt)
     run.stop = stop
     if options.check:
         return check(run)
     log = rt.together(Log, cfg, rt)
     with log:
+        log_header(run, log, f"{options.resume} at step {state['step']}" if state else "")
         run.warm_up()
         if state:
             run.load(options.resume, state)
             run.resumed_at = run.step
-        log_header(run, log, options.resume)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
@@ -877,7 +893,7 @@ def check(run: Run) -> int:
     moved = (a[:t] - b[:t]).abs().max().item()
     total = (a.double().exp().sum(-1) - 1).abs().max().item()
     sees = (a[t:] - b[t:]).abs().max().item()
-    ok = moved == 0 and total < 1e-4 and sees > 0
+    ok = rt.sum(torch.tensor(float(moved == 0 and total < 1e-4 and sees > 0), device=rt.device)).item() == rt.world
     rt.print0(f"causality: largest change of a log probability before token {t}: {moved:.1e} (expected 0), "
               f"after it: {sees:.1e}")
     rt.print0(f"probabilities: largest deviation of a sum from 1: {total:.1e} (expected below 1e-4)")

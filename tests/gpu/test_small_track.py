@@ -3,7 +3,6 @@
     ./test.sh tests/gpu        then   python -m bench.step --track=small
 """
 import math
-import os
 
 import pytest
 import torch
@@ -49,21 +48,23 @@ def test_fp8_head_follows_the_compute_capability(monkeypatch):
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_full_model_of_track_small_learns_random_documents_head(tmp_path, monkeypatch, compile):
-    """Random tokens have nothing to learn but that they are uniform over the ids: the loss goes to ln 50257, from the ln
-    50304 of the padded vocabulary, and stays finite; weights are bfloat16 and move by less than their own bits."""
+def test_full_model_of_track_small_learns_which_tokens_occur(tmp_path, monkeypatch, compile):
+    """Of 50257 ids only 64 occur, so the loss has far to fall from ln 50304, and does so within a few steps."""
     cfg = Config.for_track("small", compile=compile, val_tokens=262_144)
-    synthetic_shards(cfg, tmp_path, 30_000_000)
+    synthetic_shards(cfg, tmp_path, 30_000_000, ids_used=64)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     cfg = Config.for_track("small", compile=compile, val_tokens=262_144, max_epochs=1000)
     run = Run(cfg, Runtime())
     assert sum(p.numel() for p in run.model.parameters()) > 600e6 and run.model.attn_qk.dtype == torch.bfloat16
     first = run.evaluate()
-    before = run.model.mlp_out.detach().clone()
-    for _ in range(6):
-        run.train_step()
-    last = run.evaluate()
-    assert abs(first - math.log(50304)) < 0.1 and math.isfinite(last) and abs(last - math.log(50257)) < 0.3
-    assert (run.model.mlp_out != before).float().mean() > 0.9 and run.muon.skipped == 0
-    if os.environ.get("OUT"):
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    run.warm_up()
+    run.train_step()
+    torch.cuda.set_sync_debug_mode("error")  # a step may not make the host wait for the device
+    try:
+        for _ in range(11):
+            run.accumulate(run.loader.next(), run.step)
+            run.update(run.step)
+            run.step += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert abs(first - math.log(50304)) < 0.1 and run.evaluate() < first - 1 and run.muon.skipped == 0
