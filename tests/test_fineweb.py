@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import struct
 import subprocess
 import sys
 import time
