@@ -41,7 +41,8 @@ def row(folder: Path, target: float | None = None) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.summary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="bench.summary", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder of logs")
     parser.add_argument("--target", type=float, help="target loss (default: the one in the logs)")
     options = parser.parse_args(argv)

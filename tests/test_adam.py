@@ -45,7 +45,7 @@ def test_plain_decay_equals_torch_adamw(wd):
 def test_cautious_decay_equals_the_masked_formula_in_float64():
     p = torch.nn.Parameter(torch.randn(30, 9, generator=torch.Generator().manual_seed(5)))
     w, m, v = p.detach().double(), 0.0, 0.0
-    adam, masked = one(p, lr=0.05, wd=0.4, betas=(0.5, 0.95), cautious=True), 0
+    adam = one(p, lr=0.05, wd=0.4, betas=(0.5, 0.95), cautious=True)
     for t, g in enumerate(gradients(p.shape, 10), 1):
         p.grad = g
         adam.step()

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 tiktoken = pytest.importorskip("tiktoken")
-pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow")
 import pyarrow.parquet  # noqa: E402
 from fake_hub import REVISION, serve  # noqa: E402
 from tiktoken_ext.openai_public import r50k_pat_str  # noqa: E402
