@@ -28,9 +28,9 @@ EOF
 for argument in "$@"; do
     if [[ $argument == --help || $argument == -h ]]; then
         usage
-        choose_python requirements.txt
+        choose_python requirements.txt records/requirements.txt
         exec "$python" train_gpt.py --help
     fi
 done
-choose_python requirements.txt
+choose_python requirements.txt records/requirements.txt
 exec "$python" launch.py "$@"

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=setup.sh
 source ./setup.sh
-choose_python requirements.txt requirements-dev.txt
+choose_python requirements.txt records/requirements.txt requirements-dev.txt
 
 # Several tests at a time with one thread each: most start gloo processes of their own.
 # TEST_WORKERS=0 runs them in this process, for a debugger.
