@@ -1,0 +1,93 @@
+"""Read training logs of the NanoGPT speedrun, compare runs, judge a claim, pack a submission, check an archive."""
+import argparse
+import difflib
+import importlib
+import os
+import sys
+
+from records.errors import RecordError
+
+VERBS = {  # in the order of the manual
+    "read": ("show", "compare", "report"),
+    "judge": ("stats", "plan", "ab", "calibrate"),
+    "submit and review": ("check", "pack", "verify", "table"),
+}
+
+MANUAL = """usage: python -m records VERB [ARGUMENTS]
+
+{about}
+A PATH is a log, or a folder of logs. Logs of every format of the public speedrun are read, and those of train_gpt.py.
+Nothing that is read is ever run, no network is used, and neither torch nor a GPU is needed.
+
+{verbs}
+python -m records VERB --help tells the arguments of a verb.
+
+exit codes:
+  0  done, and nothing to complain about
+  1  done, and the answer is no: a rule is broken, a claim does not hold, a file cannot be read as a log
+  2  the command or its input must be changed; one sentence on standard error says how
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise RecordError(f"expected the arguments of {self.prog}, found: {message}; see {self.prog} --help")
+
+
+def load(verb: str):
+    """The module of a verb, or None where it is not written yet."""
+    try:
+        return importlib.import_module(f"records.{verb}")
+    except ModuleNotFoundError as e:
+        if e.name != f"records.{verb}":
+            raise
+        return None
+
+
+def manual() -> str:
+    lines = []
+    for title, verbs in VERBS.items():
+        lines.append(f"{title}:")
+        for verb in verbs:
+            if module := load(verb):
+                lines += [f"  {verb:<10} {module.HELP}", f"  {'':<10} {module.EXAMPLE}"]
+        lines.append("")
+    return MANUAL.format(about=__doc__, verbs="\n".join(lines))
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(manual(), end="")
+        return 0 if argv else 2
+    verb, known = argv[0], [verb for verbs in VERBS.values() for verb in verbs]
+    if verb not in known or not (module := load(verb)):
+        near = difflib.get_close_matches(verb, known, n=1)
+        raise RecordError(f"expected a verb ({', '.join(known)}), found {verb!r}; "
+                          + (f"did you mean {near[0]}?" if near and near[0] != verb else "see python -m records --help"))
+    parser = Parser(prog=f"python -m records {verb}", description=module.__doc__, epilog=f"example: {module.EXAMPLE}",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(argv[1:]))
+
+
+def guarded(argv: list[str]) -> int:
+    """main with its errors turned into an exit code and one sentence."""
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+        return code
+    except RecordError as e:
+        print(f"records: {e}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as e:
+        print(f"records: expected the package {e.name}, found none; pip install -r records/requirements.txt", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(sys.argv[1:]))
