@@ -12,27 +12,24 @@ import numpy as np
 import scipy  # scipy.stats, 0.5 s, is imported by its first use
 
 
-def unfit(values: Sequence[float], at_least: int, what: str = "value") -> str:
-    """Why these values cannot be judged, or "" if they can."""
-    bad = [value for value in values if not math.isfinite(value)]
-    if bad:
-        return f"{len(bad)} of {len(values)} {what}s {'is' if len(bad) == 1 else 'are'} {bad[0]}"
+def unfit(values: Sequence[float], at_least: int = 2, what: str = "values") -> str:
+    """Why the mean of these values cannot be judged, or "" if it can. A spread is needed wherever two values are: runs that
+    all print the same number do not tell how much runs differ."""
+    for value in values:
+        if not abs(value) < 1e100:  # also nan; larger numbers are no loss and no time, and their squares overflow
+            return f"{sum(not abs(v) < 1e100 for v in values)} of {len(values)} {what} not finite: {value}"
     if len(values) < at_least:
-        return f"needs at least {at_least} {what}s, found {len(values)}"
+        return f"expected at least {at_least} {what}, found {len(values)}"
+    # Asked of the values themselves: the variance of equal ones is rounding noise, and rarely 0.
+    if at_least > 1 and max(values) - min(values) <= 1e-12 * max(map(abs, values)):
+        return f"all {len(values)} {what} are equal, so that their spread is unknown"
     return ""
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values for one. Not finite if a value is not."""
-    if not len(values):
-        return None, None
-    with np.errstate(invalid="ignore"):
-        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def constant(*groups: Sequence[float]) -> bool:
-    """No spread in any group. Asked of the values themselves: a computed variance would be rounding noise."""
-    return all(min(group) == max(group) for group in groups)
+    """Mean and sample standard deviation; None where there are too few values for one, nan or inf where a value is."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (float(np.mean(values)) if len(values) else None), (float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,8 @@ class TTest:
 
 
 def t_test(losses: Sequence[float], target: float, alpha: float = 0.01) -> TTest:
-    why = unfit(losses, 2, "loss") or ("all losses are equal, so their spread is unknown" if constant(losses) else "")
     mean, sd = mean_sd(losses)
-    if why:
+    if why := unfit(losses, what="losses"):
         return TTest(len(losses), mean, sd, target, alpha, None, None, why)
     result = scipy.stats.ttest_1samp(losses, target, alternative="less")
     return TTest(len(losses), mean, sd, target, alpha, float(result.statistic), float(result.pvalue))
@@ -85,9 +81,8 @@ def reaches(score: float, needed: float) -> bool:
 
 
 def z_rule(losses: Sequence[float], target: float, sigma: float = 0.0013, needed: float = 0.004) -> ZRule:
-    why = unfit(losses, 1, "loss")
     mean, sd = mean_sd(losses)
-    if why:
+    if why := unfit(losses, 1, "losses"):
         return ZRule(len(losses), mean, sd, target, sigma, needed, None, None, why)
     score = (target - mean) * len(losses) ** 0.5
     return ZRule(len(losses), mean, sd, target, sigma, needed, score, float(scipy.stats.norm.sf(score / sigma)))
@@ -120,7 +115,7 @@ class PairwiseRule:
 def pairwise_rule(losses: Sequence[float], baseline: Sequence[float], steps_saved: float = 0,
                   loss_per_step: float = 0.0045 / 100, needed: float = 0.004) -> PairwiseRule:
     n, n_baseline = len(losses), len(baseline)
-    if why := unfit(losses, 1, "loss") or unfit(baseline, 1, "baseline loss"):
+    if why := unfit(losses, 1, "losses") or unfit(baseline, 1, "losses of the baseline"):
         return PairwiseRule(n, n_baseline, None, steps_saved, None, needed, why)
     gain = float(np.mean(baseline) - np.mean(losses))
     score = (gain + steps_saved * loss_per_step) / (1 / n + 1 / n_baseline) ** 0.5
@@ -138,8 +133,7 @@ class Interval:
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """The mean with a two-sided t interval."""
-    why = unfit(values, 2) or ("all values are equal, so their spread is unknown" if constant(values) else "")
-    if why:
+    if why := unfit(values):
         return Interval(mean_sd(values)[0], None, None, confidence, why)
     interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(confidence)
     return Interval(float(np.mean(values)), float(interval.low), float(interval.high), confidence)
@@ -158,10 +152,8 @@ class Welch:
 
 
 def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Welch:
-    why = unfit(a, 2) or unfit(b, 2) or ("no spread within either group" if constant(a, b) else "")
-    if why:
-        (mean_a, _), (mean_b, _) = mean_sd(a), mean_sd(b)
-        difference = None if mean_a is None or mean_b is None else mean_a - mean_b
+    if why := unfit(a) or unfit(b):
+        difference = float(np.mean(a) - np.mean(b)) if not (unfit(a, 1) or unfit(b, 1)) else None
         return Welch(len(a), len(b), Interval(difference, None, None, confidence, why), None, None, None, why)
     two_sided = scipy.stats.ttest_ind(a, b, equal_var=False)
     low, high = two_sided.confidence_interval(confidence)
@@ -176,14 +168,46 @@ def ratio_interval(a: Sequence[float], b: Sequence[float], confidence: float = 0
     Delta method on the logarithm, where both relative errors add, with Welch and Satterthwaite's degrees of freedom. Spreads
     may differ; the interval is positive, and that of b / a is its reciprocal. Fieller's differs by less than the spread of
     the spread itself at the relative errors of times (a few percent), and is unbounded or not an interval beyond them."""
-    why = unfit(a, 2) or unfit(b, 2) or ("no spread within either group" if constant(a, b) else "")
-    if not why and min(*a, *b) <= 0:
-        why = "needs positive values"
-    if why:
-        (mean_a, _), (mean_b, _) = mean_sd(a), mean_sd(b)
-        return Interval(mean_a / mean_b if mean_a is not None and mean_b else None, None, None, confidence, why)
+    ratio = float(np.mean(a) / np.mean(b)) if not (unfit(a, 1) or unfit(b, 1)) and min(*a, *b) > 0 else None
+    if why := unfit(a) or unfit(b) or ("" if ratio else "expected positive values"):
+        return Interval(ratio, None, None, confidence, why)
     squared = [np.var(group, ddof=1) / len(group) / np.mean(group) ** 2 for group in (a, b)]
     df = sum(squared) ** 2 / sum(part ** 2 / (len(group) - 1) for part, group in zip(squared, (a, b)))
     factor = math.exp(scipy.stats.t.ppf((1 + confidence) / 2, df) * sum(squared) ** 0.5)
-    ratio = float(np.mean(a) / np.mean(b))
     return Interval(ratio, ratio / factor, ratio * factor, confidence)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Paired t-test on a minus b. floor: the difference that so many pairs show in 8 cases of 10."""
+    n: int
+    sd: float | None  # of the differences
+    difference: Interval
+    p_below: float | None  # that a is below b
+    p_above: float | None
+    alpha: float
+    floor: float | None
+    why: str = ""
+
+
+def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.01, confidence: float = 0.95) -> Paired:
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    _, sd = mean_sd(differences)
+    if why := unfit(differences, what="differences"):
+        return Paired(len(differences), sd, mean_interval(differences, confidence), None, None, alpha, None, why)
+    below, above = (float(scipy.stats.ttest_1samp(differences, 0, alternative=side).pvalue) for side in ("less", "greater"))
+    return Paired(len(differences), sd, mean_interval(differences, confidence), below, above, alpha,
+                  sd * detectable(len(differences), alpha))
+
+
+def power(n: int, margin: float, sd: float, alpha: float, sigma: float | None = None) -> float:
+    """Probability that n runs, whose true mean is `margin` below the target and whose standard deviation is sd, pass the
+    t-test at alpha (exact, noncentral t), or the z-test at alpha with an assumed sigma."""
+    if sigma is not None:
+        return float(scipy.stats.norm.cdf((margin * n ** 0.5 - sigma * scipy.stats.norm.isf(alpha)) / sd))
+    return float(scipy.stats.nct.sf(scipy.stats.t.isf(alpha, n - 1), n - 1, margin * n ** 0.5 / sd))
+
+
+def detectable(n: int, alpha: float, wanted: float = 0.8) -> float:
+    """The difference, in standard deviations, at which the t-test of n values has the wanted power."""
+    return scipy.optimize.brentq(lambda margin: power(n, margin, 1.0, alpha) - wanted, 0, 1e3)
