@@ -31,20 +31,22 @@ class Track:
     clock_unit: str  # of train_time in the log: "ms" or "s"
     banned_flags: tuple[str, ...]  # regular expressions, for code without comments
     loss_per_step: float | None  # what a step is worth in loss near the target; None where nobody measured it
+    loss_sd: float  # usual standard deviation of the loss between runs, to plan with
 
 
 T_TEST = dict(rule="t_test", rule_options={"alpha": 0.01}, alpha=0.01, waived_for=("systems",), ranked_by="time",
               claim_step="last", clock_unit="ms", loss_per_step=None)
 
 TRACKS = {track.name: track for track in (
-    Track(name="small", folder="track_1_short", target=3.28, val_tokens=10_485_760,
+    Track(name="small", folder="track_1_short", target=3.28, val_tokens=10_485_760, loss_sd=0.0013,
           banned_flags=(*COMPILE_FLAGS, COORDINATE_DESCENT), **T_TEST),
-    Track(name="medium", folder="track_2_medium", target=2.92, val_tokens=10_485_760,
+    Track(name="medium", folder="track_2_medium", target=2.92, val_tokens=10_485_760, loss_sd=0.0013,  # assumed
           banned_flags=COMPILE_FLAGS, **T_TEST),
-    Track(name="optimization", folder="track_3_optimization", target=3.28, val_tokens=10_485_760, banned_flags=(),
+    Track(name="optimization", folder="track_3_optimization", target=3.28, val_tokens=10_485_760, loss_sd=0.0013,
           rule="z_rule", rule_options={"sigma": 0.0013, "needed": 0.004}, alpha=0.001, waived_for=(), ranked_by="steps",
-          claim_step="stated", clock_unit="s", loss_per_step=0.0045 / 100),
-    Track(name="shakespeare", folder="track_0_laptop", target=1.6, val_tokens=262_144,
+          claim_step="stated", clock_unit="s", loss_per_step=0.0045 / 100,
+          banned_flags=()),
+    Track(name="shakespeare", folder="track_0_laptop", target=1.6, val_tokens=262_144, loss_sd=0.01,
           banned_flags=(*COMPILE_FLAGS, COORDINATE_DESCENT), **T_TEST),
 )}
 
