@@ -1,13 +1,31 @@
-"""Read the log of a training run, whatever wrote it."""
+"""Read the log of a training run, whatever wrote it: the 24 formats of the public speedrun, and that of train_gpt.py.
+
+A log is: embedded source, a line of 100 `=`, a header (versions, hardware, settings), the same line, then step lines:
+
+    step:125/1480 val_loss:4.0123 train_time:6021ms step_avg:48.17ms      validation
+    step:125/1480 train_time:6021ms step_avg:48.17ms                      training
+
+Whatever part is missing, the rest is read. A log is hostile text: it is searched block by block for lines that matter, in
+bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what is odd about it is said in
+`Log.problems`. The source can hold anything, so whatever looks like output before the last header counts as source.
+"""
+import codecs
 import hashlib
 import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from records.errors import RecordError
+
+SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs
+BLOCK = 1 << 20  # bytes read at a time
+LINE_LIMIT = 1 << 16  # bytes; no longer line is read (the longest that matters in the public logs has 587)
+SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the public logs has 187,761)
+POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 720)
+EXTRA_LIMIT = 8  # further numbers kept of a validation (the most in the public logs are 3)
 
 
 @dataclass(frozen=True)
@@ -15,7 +33,7 @@ class ValPoint:
     step: int
     val_loss: float  # nats per token, as printed; may be nan or inf
     train_time_ms: float | None
-    extra: dict[str, float]  # further keys of the line, such as val_ema_loss
+    extra: dict[str, float]  # further numbers of the line, such as val_ema_loss; not the average step time
 
 
 @dataclass(frozen=True)
@@ -25,19 +43,19 @@ class Run:
     val_points: tuple[ValPoint, ...]
     total_steps: int | None  # as printed
     complete: bool  # there is a validation at total_steps
-    torch: str | None = None
-    cuda: str | None = None
-    triton: str | None = None
-    python: str | None = None
-    gpu_name: str | None = None
-    num_gpus: int | None = None
-    world_size: int | None = None
-    seed: int | None = None
-    peak_mib: int | None = None
-    config: dict = None  # resolved settings of our own logs; {} for others
-    val_tokens: int | None = None
-    step_avg_ms: float | None = None  # total time / steps of the last validation point
-    source_sha256: str | None = None
+    torch: str | None
+    cuda: str | None
+    triton: str | None
+    python: str | None
+    gpu_name: str | None  # on a CPU its description and model
+    num_gpus: int | None  # rows of nvidia-smi's table, else the world size; 0 on a CPU
+    world_size: int | None
+    seed: int | None
+    peak_mib: int | None  # peak of allocated memory
+    config: dict  # resolved settings of our own logs; {} for others
+    val_tokens: int | None  # tokens of a validation
+    step_avg_ms: float | None  # total time / steps of the last validation, whatever the log calls its average
+    source_sha256: str | None  # of the embedded source, all files of it; of a single file it is the file's own
 
     @property
     def first_val_loss(self) -> float | None:
@@ -56,23 +74,26 @@ class Run:
         return self.val_points[-1].step if self.val_points else None
 
     def at(self, step: int) -> ValPoint | None:
+        """The validation at a step."""
         return next((point for point in self.val_points if point.step == step), None)
 
     def time_to(self, loss: float) -> float | None:
-        """Milliseconds of training until the validation loss is first at or below `loss`, interpolated linearly between
-        validations; None where that never happens or times are missing."""
+        """Training milliseconds at which the validation loss first is `loss` or less, on straight lines between validations;
+        None where it never is, or where times are missing."""
         return self._first_crossing(loss, lambda point: point.train_time_ms)
 
     def steps_to(self, loss: float) -> float | None:
-        """Steps until the validation loss is first at or below `loss`, interpolated linearly between validations."""
+        """As time_to, in steps."""
         return self._first_crossing(loss, lambda point: point.step)
 
-    def _first_crossing(self, loss, x):
+    def _first_crossing(self, loss, x) -> float | None:
         before = None
         for point in self.val_points:
             if point.val_loss <= loss:
-                if before is None or not math.isfinite(before.val_loss) or x(before) is None or x(point) is None:
+                if before is None or not (math.isfinite(before.val_loss) and math.isfinite(point.val_loss)):
                     return x(point)
+                if x(before) is None or x(point) is None:
+                    return None
                 part = (before.val_loss - loss) / (before.val_loss - point.val_loss)
                 return x(before) + part * (x(point) - x(before))
             before = point
@@ -82,55 +103,378 @@ class Run:
 @dataclass(frozen=True)
 class Log:
     path: Path
-    variant: str  # id of the format: "A" ... "T5" of the public logs, "X" for what is no log, "own" for train_gpt.py's
+    variant: str  # id in VARIANTS
     runs: tuple[Run, ...]
-    sha256: str
+    sha256: str  # of the file
     size: int  # bytes
     problems: tuple[str, ...]  # what is odd about the file
     sources: dict[str, str]  # embedded source files by name
 
 
-LOG_SUFFIXES = {".txt", ".log", ".out", ".stdout"}
+# Formats by their marks, the first row that fits; `!` says that a mark is absent. The ids are those of a survey of the public
+# archive in August 2026; "own" is train_gpt.py of this repository, "X" is no log.
+VARIANTS = (
+    ("own", "config"),
+    ("X", "!validation !training !header"),
+    ("A", "llm.c"),  # s:250 tel:4.5; no time, total, source or header
+    ("T5", "!source"),  # captured standard output
+    ("T4", "!header training"),
+    ("T4b", "!header"),
+    ("T1", "seconds !device !device_line"),
+    ("T3b", "device_line training"),
+    ("T3", "device_line"),
+    ("T2m", "device several"),  # several runs in a file
+    ("T2", "device"),
+    ("E4", "file3"),  # three source files
+    ("E3", "file2"),
+    ("E2", "triton warmup"),
+    ("E1", "triton"),
+    ("B2", "lead loader"),  # a separator leads the file; data loaders describe themselves
+    ("B1", "lead"),
+    ("C5", "capital separators3"),
+    ("C1", "train_loss"),
+    ("C3", "consumption"),
+    ("C2", "!capital !allocated"),
+    ("C4", "!capital"),
+    ("D1", "nan"),  # no average time in the first steps
+    ("D4", "bare_row"),  # a GPU table of its own making
+    ("D3", "decimals6"),
+    ("D2", ""),
+)
+
+SEPARATOR = "=" * 100
+DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n", re.M)  # before the second, third, ... source file
+NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan")
+TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)")
+STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)")
+LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?")
+SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})")
+TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)")
+GPU_ROW = re.compile(r"(\|?) *\d{1,4} +(NVIDIA(?: \S+)+)(?:  .*)?")
+FACTS = [re.compile(pattern) for pattern in (  # the name of a group names the fact, or the mark
+    r"Running [pP]ython (?P<python>\S+)",
+    r"Running (?:(?P<capital>PyTorch)|pytorch) (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)"
+    r"(?: on (?P<device>\S+(?: \S+)*) +with world_size (?P<world_size>\d{1,9}))?$",
+    r"Running Triton version (?P<triton>\S+)",
+    r"Running on device_name=(?P<device_line>\S+(?: \S+)*) +with world_size=(?P<world_size>\d{1,9})$",
+    r"Model name: +(?P<cpu>\S+(?: \S+)*)$",
+    r"peak memory (?:(?P<consumption>consumption)|(?P<allocated>allocated)): (?P<peak_mib>\d{1,12}) MiB",
+    r"(?P<loader>\w+ DataLoader: )",
+    r"(?P<warmup>Resetting Model)",
+)]
+LINES = re.compile(  # beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
+    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |Using seed=|seed: |trial:|=== seed |config: \{|Model name: "
+    rb"|peak memory |\w+ DataLoader: |Resetting Model|ended after step )[^\n]*)")
 
 
 def find(paths) -> list[Path]:
-    """Log-like files under files and folders: sorted, none twice, no link that leads out of its folder."""
+    """Files that may be logs, sorted: each file of `paths`, and those with a usual suffix below its folders. None comes twice,
+    and links that lead out of a folder are not followed."""
     found = {}
     for path in map(Path, paths):
         if path.is_dir():
             root = path.resolve()
-            for folder, folders, names in os.walk(path):
-                folders.sort()
-                for file in (Path(folder, name) for name in sorted(names)):
-                    if file.suffix in LOG_SUFFIXES and file.is_file() and file.resolve().is_relative_to(root):
-                        found.setdefault(file.resolve(), file)
+            files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+            for file in files:
+                if file.suffix in SUFFIXES and file.is_file() and file.resolve().is_relative_to(root):
+                    found.setdefault(file.resolve(), file)
         elif path.exists():
             found.setdefault(path.resolve(), path)
         else:
-            raise RecordError(f"{path}: expected a log or a folder of logs, found nothing; check the path")
+            raise RecordError(f"{path}: expected a log or a folder of logs, found nothing there; check the path")
     return sorted(found.values())
 
 
 def read(path) -> Log:
-    path = Path(path)
+    """The log at a path. Raises RecordError where there is no readable file, and never for what is in it."""
+    path, notes, digest = Path(path), Notes(), hashlib.sha256()
     try:
-        data = path.read_bytes()
+        if not path.is_file():  # a pipe or a device might never end
+            kind = "a folder" if path.is_dir() else "something else" if path.exists() else "nothing there"
+            raise RecordError(f"{path}: expected a log, found {kind}; name a file")
+        with open(path, "rb") as file:
+            body = Body(notes)
+            for offset, line in lines(file, digest, notes):
+                body = body.take(offset, line)
+            size = file.tell()
+            source = read_source(file, body, notes)
     except OSError as e:
-        raise RecordError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
-    text = data.decode("utf-8", "replace")
-    points = tuple(ValPoint(int(s), float(loss), float(t) * (1 if unit == "ms" else 1000), {}) for s, loss, t, unit in
-                   re.findall(r"^step:(\d+)/\d+ val_loss:(\d+\.\d+) train_time:(\d+(?:\.\d+)?)(ms|s)", text, re.M))
-    totals = re.findall(r"^step:\d+/(\d+) ", text, re.M)
-    total = int(totals[-1]) if totals else None
-    config = re.findall(r"^config: (\{.*\})$", text, re.M)
-    config = json.loads(config[-1]) if config else {}
-    torch = re.search(r"^Running PyTorch (\S+) compiled for CUDA (\S+) on (.+?) with world_size (\d+)$", text, re.M)
-    source = text.split("=" * 100 + "\n")[0]
-    parts = re.split(r"^-{40}\n# (\S+)\n-{40}\n", source, flags=re.M)
-    run = Run(run_id=path.stem, val_points=points, total_steps=total, complete=bool(points) and points[-1].step == total,
-              torch=torch and torch[1], cuda=torch and torch[2], gpu_name=torch and torch[3], world_size=torch and int(torch[4]),
-              seed=config.get("seed"), config=config, val_tokens=config.get("val_tokens"),
-              step_avg_ms=points[-1].train_time_ms / max(points[-1].step, 1) if points else None,
-              source_sha256=hashlib.sha256(source.encode()).hexdigest())
-    return Log(path, "own" if config else "X", (run,), hashlib.sha256(data).hexdigest(), len(data), (),
-               dict(zip(["train_gpt.py", *parts[1::2]], parts[0::2])))
+        raise RecordError(f"{path}: expected a readable file, found: {e.strerror}; check its permissions") from None
+    sources = split_source(source, notes)
+    body.marks |= {f"file{len(sources)}", f"separators{body.num_separators}"} | ({"source"} if body.source_end else set())
+    runs = body.runs(path.stem, hashlib.sha256(source).hexdigest() if source else None)
+    if not size:
+        notes.add("the file is empty")
+    elif not any(run.val_points for run in runs):
+        notes.add("there is no validation in it")
+    return Log(path, body.variant(), runs, digest.hexdigest(), size, notes.sentences(), sources)
+
+
+class Notes:
+    """What is odd about a file: each kind of oddity with a count and its first example."""
+
+    def __init__(self):
+        self.kinds: dict[str, list] = {}
+
+    def add(self, kind: str, example: str = ""):
+        self.kinds.setdefault(kind, [0, example])[0] += 1
+
+    def sentences(self) -> tuple[str, ...]:
+        return tuple(kind + (f": {ascii(example[:100])}" if example else "") + (f" ({count} times)" if count > 1 else "")
+                     for kind, (count, example) in self.kinds.items())
+
+
+def lines(file, digest, notes: Notes):
+    """(offset, line) of each line that matters. Never more than a block and the beginning of a line is in memory."""
+    carry, end, decoder = b"\n", 0, codecs.getincrementaldecoder("utf-8")()
+    while block := file.read(BLOCK):
+        digest.update(block)
+        if end == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            notes.add("the file is UTF-16, as some shells of Windows write it; convert it to UTF-8")
+        if b"\0" in block:
+            notes.kinds.setdefault("the file is binary: it holds NUL bytes", [1, ""])
+        try:
+            decoder and decoder.decode(block)
+        except UnicodeDecodeError:
+            notes.add("the file is not UTF-8")
+            decoder = None
+        end += len(block)
+        data = carry + block
+        last = data.rindex(b"\n")
+        for match in LINES.finditer(data, 0, last):
+            if len(match[1]) > LINE_LIMIT:
+                notes.add(f"a line of more than {LINE_LIMIT:,} bytes is not read")
+            else:
+                yield end - len(data) + match.start(1), match[1].decode("utf-8", "replace").rstrip()
+        carry = data[last:last + LINE_LIMIT + 2]  # a longer line is known to be too long
+    if match := LINES.match(carry):
+        line = match[1].decode("utf-8", "replace")
+        if line.endswith(("ms", " MiB")):  # whole, though without a newline
+            yield end - len(match[1]), line
+        else:
+            notes.add("the last line is cut and not read", line)
+
+
+def read_source(file, body: "Body", notes: Notes) -> bytes:
+    """The embedded source with LF line ends and one newline at the end, as a source file has; empty where there is none."""
+    if body.source_end > SOURCE_LIMIT:
+        notes.add(f"an embedded source of more than {SOURCE_LIMIT:,} bytes is not read")
+        return b""
+    file.seek(0)
+    source = file.read(body.source_end).replace(b"\r\n", b"\n")
+    if "lead" in body.marks:
+        source = source[len(SEPARATOR) + 1:]
+    return source.rstrip(b"\n") + b"\n" if source.strip() else b""
+
+
+def split_source(source: bytes, notes: Notes) -> dict[str, str]:
+    """The files of an embedded source by name. The first bears none in any format, and is train_gpt.py in all that do."""
+    if not source:
+        return {}
+    text = source.decode("utf-8", "replace")
+    first, *parts = DIVIDER.split(text)
+    names = ["train_gpt.py", *parts[0::2]]
+    if len(set(names)) < len(names) or any(name.startswith("/") or ".." in name.split("/") for name in names):
+        notes.add("the embedded source has file names that cannot be used, and is taken as one file")
+        return {"train_gpt.py": text}
+    return {name: part.rstrip("\n") + "\n" for name, part in zip(names, [first, *parts[1::2]])}
+
+
+def printable(text: str) -> str:
+    """Text of a log for a terminal or a table: short, and without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:100])
+
+
+@dataclass
+class Part:
+    """A run while it is being read."""
+    seed: int | None = None
+    points: list[ValPoint] = field(default_factory=list)
+    total: int | None = None
+    step: int = -1  # of the last line, training lines included
+
+
+def whole(value) -> int | None:
+    """A setting, where it is a number of sane size; a config line can hold anything."""
+    return value if type(value) is int and abs(value) < 10**18 else None
+
+
+class Body:
+    """What is known from the last header on; where there is no header, from the last separator on."""
+
+    def __init__(self, notes: Notes, marks: frozenset = frozenset(), separator: int | None = None):
+        self.notes, self.marks = notes, set(marks)
+        self.separator, self.num_separators, self.source_end = separator, int(separator is not None), separator or 0
+        self.facts: dict[str, str] = {}
+        self.gpus: list[str] = []
+        self.config: dict = {}
+        self.parts, self.num_points = [Part()], 0
+
+    def take(self, offset: int, line: str) -> "Body":
+        """Learn from a line. Returns the body to which the next line belongs."""
+        if line.startswith("step:"):
+            self.take_step(line)
+        elif line.startswith("s:"):
+            self.take_llmc(line)
+        elif line == SEPARATOR:
+            if offset == 0:
+                self.marks.add("lead")
+            elif "header" not in self.marks:
+                return self.restarted(offset)
+            self.separator, self.num_separators = offset, self.num_separators + 1
+        elif line.startswith("Running ") and self.separator is not None and offset - self.separator <= len(SEPARATOR) + 2:
+            body = self.restarted(self.separator)
+            body.marks.add("header")
+            body.take_fact(line)
+            return body
+        else:
+            self.take_fact(line)
+        return self
+
+    def restarted(self, separator: int) -> "Body":
+        if self.marks & {"training", "validation"}:
+            self.notes.add("step lines before the last header are not read: they belong to the source, or to another log")
+        return Body(self.notes, self.marks & {"lead"}, separator)
+
+    def take_fact(self, line: str):
+        if line.startswith("config: "):
+            try:
+                config = json.loads(line.removeprefix("config: "))
+            except (ValueError, RecursionError):
+                return self.notes.add("the config line cannot be read", line)
+            self.config = self.config or config
+            self.marks.add("config")
+        elif match := SEED.fullmatch(line):
+            self.parts[-1].seed = int(match[1])
+        elif match := TRIAL.fullmatch(line):
+            self.start_part()
+            self.parts[-1].seed = int(match[1] or match[2])
+        elif match := GPU_ROW.fullmatch(line):
+            self.gpus = [*self.gpus, printable(match[2])][:1000]
+            if not match[1]:
+                self.marks.add("bare_row")
+        elif line.startswith("ended after"):
+            self.notes.add("the run ended early", line)
+        else:
+            for pattern in FACTS:
+                if match := pattern.match(line):
+                    found = {name: printable(text) for name, text in match.groupdict().items() if text is not None}
+                    self.marks |= found.keys()
+                    self.facts = found | self.facts
+
+    def take_step(self, line: str):
+        match = STEP.fullmatch(line)
+        pairs = [word.split(":", 1) for word in match[3].split()] if match else []
+        values = dict(pairs)
+        if not pairs or len(values) < len(pairs):
+            return self.notes.add("a step line cannot be read", line)
+        step, total = int(match[1]), int(match[2])
+        if "val_loss" not in values:
+            self.marks.add("training")
+            self.marks |= values.keys() & {"train_loss"} | ({"nan"} if values.get("step_avg") == "nanms" else set())
+            self.part_at(step, total)
+            return
+        time = TIME.fullmatch(values.get("train_time", "0ms"))
+        if not time or not NUMBER.fullmatch(values["val_loss"]):
+            return self.notes.add("a step line cannot be read", line)
+        self.marks |= {"seconds"} if time[2] == "s" else set()
+        self.marks |= {"decimals6"} if len(values["val_loss"].partition(".")[2]) == 6 else set()
+        ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
+        numbers = {name: float(text) for name, text in values.items() if NUMBER.fullmatch(text)}
+        loss = numbers.pop("val_loss")
+        extra = dict([*numbers.items()][:EXTRA_LIMIT])
+        self.take_point(ValPoint(step, loss, ms if "train_time" in values else None, extra), total)
+
+    def take_llmc(self, line: str):
+        match = LLMC.fullmatch(line)
+        if not match or not NUMBER.fullmatch(match[3]):
+            return self.notes.add("a step line cannot be read", line)
+        self.marks.add("llm.c")
+        if match[2] == "tel":
+            self.take_point(ValPoint(int(match[1]), float(match[3]), None, {}), None)
+
+    def take_point(self, point: ValPoint, total: int | None):
+        self.marks.add("validation")
+        if self.num_points == POINT_LIMIT:
+            return self.notes.kinds.setdefault(f"more than {POINT_LIMIT:,} validations: the rest is not read", [1, ""])
+        part = self.part_at(point.step, total)
+        if part.points and part.points[-1].step == point.step:
+            if str(part.points[-1]) == str(point):
+                return self.notes.add("a validation line is repeated, and counts once")
+            self.start_part()
+            part = self.part_at(point.step, total)
+        part.points.append(point)
+        self.num_points += 1
+
+    def part_at(self, step: int, total: int | None) -> Part:
+        """The run that a step line belongs to: a new one where the steps begin again."""
+        part = self.start_part() if step < self.parts[-1].step else self.parts[-1]
+        if part.total not in (None, total):
+            self.notes.add("the planned number of steps changes within a run")
+        part.step, part.total = step, total
+        return part
+
+    def start_part(self) -> Part:
+        if not self.parts[-1].points:
+            self.parts.pop()
+        self.parts.append(Part())
+        return self.parts[-1]
+
+    def runs(self, stem: str, source_sha256: str | None) -> tuple[Run, ...]:
+        parts, seen = [], set()
+        for part in self.parts:
+            points = {str(point) for point in part.points}
+            if points - seen:
+                parts.append(part)
+            elif points:
+                self.notes.add("validations seen before are repeated as a summary, and count once")
+            seen |= points
+        if len(parts) > 1:
+            self.marks.add("several")
+        if not parts and self.marks & {"header", "config", "training"}:
+            parts = self.parts[-1:]
+        return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k}", source_sha256)
+                     for k, part in enumerate(parts, start=1))
+
+    def run(self, part: Part, run_id: str, source_sha256: str | None) -> Run:
+        points, facts, config = part.points, self.facts, self.config
+        device = facts.get("device") or facts.get("device_line")
+        world_size = int(facts["world_size"]) if "world_size" in facts else None
+        on_cpu = device is not None and device.startswith("CPU")
+        if on_cpu and "cpu" in facts:
+            device = f"{device}, {facts['cpu']}"
+        self.note_oddities(part)
+        return Run(
+            run_id=run_id,
+            val_points=tuple(points),
+            total_steps=part.total,
+            complete=bool(points) and points[-1].step == part.total,
+            torch=facts.get("torch"),
+            cuda=facts.get("cuda"),
+            triton=facts.get("triton"),
+            python=facts.get("python"),
+            gpu_name=device or (self.gpus[0] if self.gpus else None),
+            num_gpus=len(self.gpus) or (0 if on_cpu else world_size),
+            world_size=world_size,
+            seed=part.seed if part.seed is not None else whole(config.get("seed")),
+            peak_mib=int(facts["peak_mib"]) if "peak_mib" in facts else None,
+            config=config,
+            val_tokens=whole(config.get("val_tokens")),
+            step_avg_ms=points[-1].train_time_ms / points[-1].step
+            if points and points[-1].step and points[-1].train_time_ms is not None else None,
+            source_sha256=source_sha256,
+        )
+
+    def note_oddities(self, part: Part):
+        points = part.points
+        times = [point.train_time_ms for point in points if point.train_time_ms is not None]
+        if any(not math.isfinite(point.val_loss) for point in points):
+            self.notes.add("a validation loss is not a finite number")
+        if any(later < earlier for earlier, later in zip(times, times[1:])):
+            self.notes.add("the training time falls from one validation to the next")
+        if points and part.total is not None and points[-1].step != part.total:
+            self.notes.add("the run is incomplete", f"last validation at step {points[-1].step} of {part.total}")
+
+    def variant(self) -> str:
+        return next(name for name, needs in VARIANTS
+                    if all(word[1:] not in self.marks if word[0] == "!" else word in self.marks for word in needs.split()))
