@@ -1,0 +1,149 @@
+"""record.json: what the folder of a record claims, and the logs that it rests on. `python -m records.schema` prints the JSON
+schema. What a person says is marked so; all else is computed from the logs, and `verify` computes it again.
+
+Losses are nats per token with 5 decimals, times training milliseconds with 1, probabilities have 3 significant digits. null is
+a number that the logs do not hold, or not a finite one."""
+import datetime
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from records.errors import RecordError
+from records.tracks import TRACKS
+
+FILE = "record.json"
+SIZE_LIMIT = 1 << 22  # bytes of a record.json; 1,000 logs take about a third of that
+
+
+
+def one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("one line without control characters is wanted")
+    return text
+
+
+Line = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(one_line)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+LogName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]  # of a file in its folder
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}){0,3}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Run(Model):
+    run_id: Line = Field(description="stem of the log's name; #k for the k-th of several runs in it")
+    seed: int | None = Field(ge=-10**18, le=10**18)
+    step: Count | None = Field(description="the claimed step, or the last validation where none is claimed")
+    loss: Number | None = Field(description="validation loss at that step")
+    time_ms: Number | None = Field(description="training time at that step")
+
+
+class LogFile(Model):
+    file: LogName
+    sha256: Sha256
+    runs: list[Run] = Field(max_length=10_000)
+
+
+class Excluded(LogFile):
+    reason: Line = Field(description="why the log does not count, in a person's words")
+
+
+class Group(Model):
+    """Mean and sample standard deviation of the runs of one recipe at the claimed step."""
+    n: Count
+    step: Count | None = Field(description="null where the runs differ")
+    loss_mean: Number | None
+    loss_sd: Number | None
+    time_ms_mean: Number | None
+    time_ms_sd: Number | None
+    logs: list[LogFile] = Field(max_length=10_000)
+
+
+class LossTest(Model):
+    """The loss rule of the track on all runs."""
+    rule: Literal["t_test", "z_rule"]
+    target: Number
+    alpha: Number = Field(description="probability allowed to a false claim; shared out where several looks were planned")
+    p: Number | None
+    passes: bool
+
+
+class Speed(Model):
+    """Runs against baseline: mean training time of the runs less that of the baseline, by Welch's test."""
+    difference_ms: Number | None
+    low_ms: Number | None = Field(description="95 % interval")
+    high_ms: Number | None
+    p: Number | None = Field(description="one-sided: that the runs are faster")
+
+
+class Record(Model):
+    """A folder records/<folder of the track>/<date>_<name>/."""
+    version: Literal[1]
+    track: Literal[tuple(TRACKS)]
+    name: Name = Field(description="a person's choice, as the date, the kind, the description and the contributors are")
+    date: Annotated[datetime.date, Field(strict=False)]
+    kind: Literal["record", "non-record"]
+    why_no_record: Line | None = Field(description="a person's reason; null for a record")
+    description: Line
+    contributors: list[Line] = Field(max_length=100)
+    planned_runs: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(
+        max_length=10, description="numbers of runs after which a person planned to judge; several are several looks")
+    waivers: dict[Name, Line] = Field(max_length=50, description="a person's reason by rule of `check` that does not pass")
+    hardware: Line | None = Field(description="null, like torch and world_size, where the runs differ or do not say")
+    torch: Line | None
+    world_size: Count | None
+    runs: Group
+    loss_test: LossTest
+    baseline: Group | None
+    speed: Speed | None
+    excluded: list[Excluded] = Field(max_length=10_000)
+    sources: dict[SourceName, Sha256] = Field(max_length=50, description="files in source/, as the logs of the runs embed them")
+
+    @model_validator(mode="after")
+    def kinds(self):
+        if (self.kind == "record") != (self.why_no_record is None):
+            raise ValueError("a non-record, and no record, has a reason in why_no_record")
+        return self
+
+    @property
+    def folder(self) -> str:
+        """Path below records/."""
+        return f"{TRACKS[self.track].folder}/{self.date}_{self.name}"
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def read(path) -> Record:
+    """The record.json at a path. RecordError, naming what is wrong first, where it is not one."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(SIZE_LIMIT + 1)
+    except OSError as e:
+        raise RecordError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
+    if len(text) > SIZE_LIMIT:
+        raise RecordError(f"{path}: expected at most {SIZE_LIMIT:,} bytes, found more; it is not written by pack")
+    return parse(text, path)
+
+
+def parse(data: str | bytes | dict, what="record.json") -> Record:
+    """A Record from its JSON, or from values. RecordError with the first problem."""
+    try:
+        return Record.model_validate(data) if isinstance(data, dict) else Record.model_validate_json(data)
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_input=False)[0]
+        where = f" at {ascii('.'.join(map(str, first['loc'])))[1:-1][:100]}" if first["loc"] else ""
+        raise RecordError(f"{what}: expected what the schema of a record asks for{where}, found: {first['msg']}; "
+                          "see python -m records.schema") from None
+
+
+if __name__ == "__main__":
+    print(json.dumps(Record.model_json_schema(), indent=2))
