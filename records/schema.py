@@ -27,7 +27,8 @@ def one_line(text: str) -> str:
 Line = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(one_line)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 LogName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]  # of a file in its folder
-SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}){0,3}$")]
+PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}"
+SourceName = Annotated[str, StringConstraints(pattern=rf"^{PART}(/{PART}){{0,3}}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
