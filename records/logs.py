@@ -39,7 +39,7 @@ class ValPoint:
 @dataclass(frozen=True)
 class Run:
     """One training run; a file may hold several. What the log does not say is None."""
-    run_id: str  # stem of the file name; `#k` appended for the k-th, from 1, of several runs in a file
+    run_id: str  # stem of the file name; of several runs in a file the first appends #01
     val_points: tuple[ValPoint, ...]
     total_steps: int | None  # as printed
     complete: bool  # there is a validation at total_steps
@@ -206,7 +206,7 @@ def read(path) -> Log:
     if not size:
         notes.add("the file is empty")
     elif not any(run.val_points for run in runs):
-        notes.add("there is no validation in it")
+        notes.add("there is no validation in it" if runs else "this is no log of a training run")
     return Log(path, body.variant(), runs, digest.hexdigest(), size, notes.sentences(), sources)
 
 
@@ -216,11 +216,12 @@ class Notes:
     def __init__(self):
         self.kinds: dict[str, list] = {}
 
-    def add(self, kind: str, example: str = ""):
-        self.kinds.setdefault(kind, [0, example])[0] += 1
+    def add(self, kind: str, example: str = "", once: bool = False):
+        count = self.kinds.setdefault(kind, [0, example])
+        count[0] = 1 if once else count[0] + 1
 
     def sentences(self) -> tuple[str, ...]:
-        return tuple(kind + (f": {ascii(example[:100])}" if example else "") + (f" ({count} times)" if count > 1 else "")
+        return tuple(kind + (f" ({count} times)" if count > 1 else "") + (f": {example}" if example else "")
                      for kind, (count, example) in self.kinds.items())
 
 
@@ -232,7 +233,7 @@ def lines(file, digest, notes: Notes):
         if end == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             notes.add("the file is UTF-16, as some shells of Windows write it; convert it to UTF-8")
         if b"\0" in block:
-            notes.kinds.setdefault("the file is binary: it holds NUL bytes", [1, ""])
+            notes.add("the file is binary: it holds NUL bytes", once=True)
         try:
             decoder and decoder.decode(block)
         except UnicodeDecodeError:
@@ -252,7 +253,7 @@ def lines(file, digest, notes: Notes):
         if line.endswith(("ms", " MiB")):  # whole, though without a newline
             yield end - len(match[1]), line
         else:
-            notes.add("the last line is cut and not read", line)
+            notes.add("the last line is cut and not read", quoted(line))
 
 
 def read_source(file, body: "Body", notes: Notes) -> bytes:
@@ -281,8 +282,12 @@ def split_source(source: bytes, notes: Notes) -> dict[str, str]:
 
 
 def printable(text: str) -> str:
-    """Text of a log for a terminal or a table: short, and without control characters."""
+    """Text of a log, short and without what could steer a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text[:100])
+
+
+def quoted(line: str) -> str:
+    return ascii(line[:100])
 
 
 @dataclass
@@ -341,7 +346,7 @@ class Body:
             try:
                 config = json.loads(line.removeprefix("config: "))
             except (ValueError, RecursionError):
-                return self.notes.add("the config line cannot be read", line)
+                return self.notes.add("the config line cannot be read", quoted(line))
             self.config = self.config or config
             self.marks.add("config")
         elif match := SEED.fullmatch(line):
@@ -354,11 +359,12 @@ class Body:
             if not match[1]:
                 self.marks.add("bare_row")
         elif line.startswith("ended after"):
-            self.notes.add("the run ended early", line)
+            self.notes.add("the run ended early", quoted(line))
         else:
             for pattern in FACTS:
                 if match := pattern.match(line):
-                    found = {name: printable(text) for name, text in match.groupdict().items() if text is not None}
+                    found = {name: printable(text) for name, text in match.groupdict().items()
+                             if text not in (None, "None")}
                     self.marks |= found.keys()
                     self.facts = found | self.facts
 
@@ -367,7 +373,7 @@ class Body:
         pairs = [word.split(":", 1) for word in match[3].split()] if match else []
         values = dict(pairs)
         if not pairs or len(values) < len(pairs):
-            return self.notes.add("a step line cannot be read", line)
+            return self.notes.add("a step line cannot be read", quoted(line))
         step, total = int(match[1]), int(match[2])
         if "val_loss" not in values:
             self.marks.add("training")
@@ -376,7 +382,7 @@ class Body:
             return
         time = TIME.fullmatch(values.get("train_time", "0ms"))
         if not time or not NUMBER.fullmatch(values["val_loss"]):
-            return self.notes.add("a step line cannot be read", line)
+            return self.notes.add("a step line cannot be read", quoted(line))
         self.marks |= {"seconds"} if time[2] == "s" else set()
         self.marks |= {"decimals6"} if len(values["val_loss"].partition(".")[2]) == 6 else set()
         ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
@@ -388,7 +394,7 @@ class Body:
     def take_llmc(self, line: str):
         match = LLMC.fullmatch(line)
         if not match or not NUMBER.fullmatch(match[3]):
-            return self.notes.add("a step line cannot be read", line)
+            return self.notes.add("a step line cannot be read", quoted(line))
         self.marks.add("llm.c")
         if match[2] == "tel":
             self.take_point(ValPoint(int(match[1]), float(match[3]), None, {}), None)
@@ -396,7 +402,7 @@ class Body:
     def take_point(self, point: ValPoint, total: int | None):
         self.marks.add("validation")
         if self.num_points == POINT_LIMIT:
-            return self.notes.kinds.setdefault(f"more than {POINT_LIMIT:,} validations: the rest is not read", [1, ""])
+            return self.notes.add(f"more than {POINT_LIMIT:,} validations: the rest is not read", once=True)
         part = self.part_at(point.step, total)
         if part.points and part.points[-1].step == point.step:
             if str(part.points[-1]) == str(point):
@@ -433,7 +439,7 @@ class Body:
             self.marks.add("several")
         if not parts and self.marks & {"header", "config", "training"}:
             parts = self.parts[-1:]
-        return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k}", source_sha256)
+        return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k:02}", source_sha256)
                      for k, part in enumerate(parts, start=1))
 
     def run(self, part: Part, run_id: str, source_sha256: str | None) -> Run:
