@@ -32,8 +32,19 @@ def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
         return (float(np.mean(values)) if len(values) else None), (float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
+class Rule:
+    """What the results of loss rules share."""
+
+    @property
+    def verdict(self) -> str:
+        return f"cannot be judged: {self.why}" if self.why else "passes" if self.passes else "fails"
+
+    def __str__(self):
+        return self.verdict if self.why else f"{self.formula}: {self.verdict}"
+
+
 @dataclass(frozen=True)
-class TTest:
+class TTest(Rule):
     """One-sample t-test that the mean is below the target."""
     n: int
     mean: float | None
@@ -48,6 +59,11 @@ class TTest:
     def passes(self) -> bool:
         return self.p is not None and self.p < self.alpha
 
+    @property
+    def formula(self) -> str:
+        return (f"mean {self.mean:.5f} of {self.n}, sd {self.sd:.5f}, against {self.target}: t = {self.t:.2f}, p = {self.p:.3g}, "
+                f"needed < {self.alpha}")
+
 
 def t_test(losses: Sequence[float], target: float, alpha: float = 0.01) -> TTest:
     mean, sd = mean_sd(losses)
@@ -58,7 +74,7 @@ def t_test(losses: Sequence[float], target: float, alpha: float = 0.01) -> TTest
 
 
 @dataclass(frozen=True)
-class ZRule:
+class ZRule(Rule):
     """(target - mean) sqrt(n) against what is needed. p: of a z-test with the assumed sigma."""
     n: int
     mean: float | None
@@ -73,6 +89,11 @@ class ZRule:
     @property
     def passes(self) -> bool:
         return self.score is not None and reaches(self.score, self.needed)
+
+    @property
+    def formula(self) -> str:
+        return (f"({self.target} - {self.mean:.5f}) sqrt({self.n}) = {self.score:.5f}, needed >= {self.needed} "
+                f"(p = {self.p:.3g} at an assumed sd of {self.sigma})")
 
 
 def reaches(score: float, needed: float) -> bool:
@@ -97,12 +118,13 @@ def loss_rule(track, losses: Sequence[float]) -> TTest | ZRule:
 
 
 @dataclass(frozen=True)
-class PairwiseRule:
+class PairwiseRule(Rule):
     """Candidate against predecessor: (loss gained + loss that the saved steps are worth) / sqrt(1/n + 1/n_baseline)."""
     n: int
     n_baseline: int
     loss_gain: float | None
-    steps_saved: float
+    steps_saved: int
+    step_gain: float  # what these steps are worth in loss
     score: float | None
     needed: float
     why: str = ""
@@ -111,15 +133,20 @@ class PairwiseRule:
     def passes(self) -> bool:
         return self.score is not None and reaches(self.score, self.needed)
 
+    @property
+    def formula(self) -> str:
+        return (f"({self.loss_gain:.5f} + {self.step_gain:.5f} for {self.steps_saved} steps) / sqrt(1/{self.n} + "
+                f"1/{self.n_baseline}) = {self.score:.5f}, needed >= {self.needed}")
 
-def pairwise_rule(losses: Sequence[float], baseline: Sequence[float], steps_saved: float = 0,
+
+def pairwise_rule(losses: Sequence[float], baseline: Sequence[float], steps_saved: int = 0,
                   loss_per_step: float = 0.0045 / 100, needed: float = 0.004) -> PairwiseRule:
     n, n_baseline = len(losses), len(baseline)
     if why := unfit(losses, 1, "losses") or unfit(baseline, 1, "losses of the baseline"):
-        return PairwiseRule(n, n_baseline, None, steps_saved, None, needed, why)
+        return PairwiseRule(n, n_baseline, None, steps_saved, steps_saved * loss_per_step, None, needed, why)
     gain = float(np.mean(baseline) - np.mean(losses))
     score = (gain + steps_saved * loss_per_step) / (1 / n + 1 / n_baseline) ** 0.5
-    return PairwiseRule(n, n_baseline, gain, steps_saved, score, needed)
+    return PairwiseRule(n, n_baseline, gain, steps_saved, steps_saved * loss_per_step, score, needed)
 
 
 @dataclass(frozen=True)
@@ -129,6 +156,12 @@ class Interval:
     high: float | None
     confidence: float
     why: str = ""
+
+    def __format__(self, digits: str) -> str:
+        """f"{interval:.2f}": the estimate with its limits."""
+        if self.why:
+            return f"{'unknown' if self.estimate is None else format(self.estimate, digits)} (no interval: {self.why})"
+        return f"{self.estimate:{digits}} ({100 * self.confidence:g} %: {self.low:{digits}} to {self.high:{digits}})"
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -149,6 +182,10 @@ class Welch:
     df: float | None
     p: float | None
     why: str = ""
+
+    def __format__(self, digits: str) -> str:
+        p = "" if self.why else f", below 0 with p = {self.p:.3g} (Welch's test)"
+        return f"{self.difference:{digits}}{p}"
 
 
 def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Welch:
