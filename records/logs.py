@@ -150,7 +150,8 @@ STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)")
 LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?")
 SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})")
 TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)")
-GPU_ROW = re.compile(r"(\|?) *\d{1,4} +(NVIDIA(?: \S+)+)(?:  .*)?")
+GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?")  # of nvidia-smi, or of a table without bars
+GPU_ITEM = re.compile(r"GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*")  # of nvidia-smi -L
 FACTS = [re.compile(pattern) for pattern in (  # the name of a group names the fact, or the mark
     r"Running [pP]ython (?P<python>\S+)",
     r"Running (?:(?P<capital>PyTorch)|pytorch) (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)"
@@ -163,7 +164,7 @@ FACTS = [re.compile(pattern) for pattern in (  # the name of a group names the f
     r"(?P<warmup>Resetting Model)",
 )]
 LINES = re.compile(  # beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
-    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |Using seed=|seed: |trial:|=== seed |config: \{|Model name: "
+    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed |config: \{|Model name: "
     rb"|peak memory |\w+ DataLoader: |Resetting Model|ended after step )[^\n]*)")
 
 
@@ -311,7 +312,7 @@ class Body:
         self.notes, self.marks = notes, set(marks)
         self.separator, self.num_separators, self.source_end = separator, int(separator is not None), separator or 0
         self.facts: dict[str, str] = {}
-        self.gpus: list[str] = []
+        self.gpus: dict[int, str] = {}
         self.config: dict = {}
         self.parts, self.num_points = [Part()], 0
 
@@ -354,9 +355,9 @@ class Body:
         elif match := TRIAL.fullmatch(line):
             self.start_part()
             self.parts[-1].seed = int(match[1] or match[2])
-        elif match := GPU_ROW.fullmatch(line):
-            self.gpus = [*self.gpus, printable(match[2])][:1000]
-            if not match[1]:
+        elif match := GPU_ROW.fullmatch(line) or GPU_ITEM.fullmatch(line):
+            self.gpus[int(match[1])] = printable(match[2])
+            if line[0].isdigit():
                 self.marks.add("bare_row")
         elif line.startswith("ended after"):
             self.notes.add("the run ended early", quoted(line))
@@ -459,7 +460,7 @@ class Body:
             cuda=facts.get("cuda"),
             triton=facts.get("triton"),
             python=facts.get("python"),
-            gpu_name=device or (self.gpus[0] if self.gpus else None),
+            gpu_name=device or next(iter(self.gpus.values()), None),
             num_gpus=len(self.gpus) or (0 if on_cpu else world_size),
             world_size=world_size,
             seed=part.seed if part.seed is not None else whole(config.get("seed")),
