@@ -15,6 +15,7 @@ def _rank(rank: int, world_size: int, folder: str, function, args) -> None:
         torch.save(function(rank, world_size, *args), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then outlive the interpreter and abort it: "terminate called without ..."
 
 
 def run_ranks(world_size: int, function, *args) -> list:
