@@ -1,0 +1,230 @@
+"""records.ab with a fake trainer: interleaving, resumption after every kind of end, failures, and the verdict."""
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from records import ab, logs
+from records.errors import RecordError
+
+ROOT = Path(__file__).parents[2]
+FAKE = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests/records/fake_trainer.py'))}"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ab, "PATIENCE", 0.5)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def run(a=FAKE, b=FAKE, runs=2, out="out", limit=1.0) -> int:
+    return ab.run(SimpleNamespace(a=a, b=b, runs=runs, out=Path(out), limit=limit))
+
+
+def files(pattern: str) -> list[str]:
+    return sorted(str(path) for path in Path().glob(pattern))
+
+
+def start(a: str, runs: int):
+    """ab as a program of its own."""
+    return subprocess.Popen([sys.executable, "-m", "records", "ab", "--a", a, "--b", FAKE, "--out", "out", "--runs", str(runs)],
+                            env={**os.environ, "PYTHONPATH": str(ROOT)},
+                            text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_until(condition):
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.025)
+    raise AssertionError("waited in vain")
+
+
+def test_pairs_share_new_seeds_and_the_order_is_balanced():
+    run(runs=6)
+    plan = json.loads(Path("out/plan.json").read_text())
+    assert sorted(pair["order"] for pair in plan["pairs"]) == ["ab"] * 3 + ["ba"] * 3
+    assert len({pair["seed"] for pair in plan["pairs"]}) == 6
+    for number, pair in enumerate(plan["pairs"], 1):
+        for arm in "ab":
+            assert ab.find_run(Path("out"), arm, number).seed == pair["seed"]
+        first, second = (os.stat(*files(f"out/{arm}/{number:03d}_*")).st_mtime for arm in pair["order"])
+        assert first <= second
+    assert {tuple(pair["order"] for pair in ab.make_plan("a", "b", 4)["pairs"]) for _ in range(200)} > {
+        ("ab", "ab", "ba", "ba"), ("ba", "ab", "ba", "ab")}
+    assert {ab.make_plan("a", "b", 3)["pairs"][0]["order"] for _ in range(50)} == {"ab", "ba"}
+
+
+def test_verdict_is_the_paired_test_of_the_logs(capsys):
+    run(a=f"{FAKE} --ms=82000", runs=5)
+    verdict, text = json.loads(Path("out/verdict.json").read_text()), Path("out/verdict.md").read_text()
+    arms = [[logs.read(path).runs[0] for path in files(f"out/{arm}/*")] for arm in "ab"]
+    seconds = [[run.final_time_ms / 1000 for run in arm] for arm in arms]
+    losses = [[run.final_val_loss for run in arm] for arm in arms]
+    assert verdict["seconds"]["p_below"] == pytest.approx(ttest_rel(*seconds, alternative="less").pvalue)
+    assert verdict["loss"]["p_above"] == pytest.approx(ttest_rel(*losses, alternative="greater").pvalue)
+    assert verdict["seconds"]["difference"]["estimate"] == pytest.approx(np.mean(seconds[0]) - np.mean(seconds[1]))
+    assert verdict["speed_up"]["estimate"] == pytest.approx(np.exp(np.mean(np.log(seconds[1]) - np.log(seconds[0]))))
+    assert 1.02 < verdict["speed_up"]["low"] < verdict["speed_up"]["high"] < 1.06  # 85 / 82 = 1.037
+    assert "A is faster" in text and "no difference shown" in text and text.count("\n| ") == 6
+    assert "A is faster" in capsys.readouterr().out
+
+
+def test_a_finished_experiment_only_repeats_its_verdict():
+    run()
+    before = {path: Path(path).read_bytes() for path in files("out/*.*") + files("out/*/*")}
+    run()
+    assert before == {path: Path(path).read_bytes() for path in files("out/*.*") + files("out/*/*")}
+
+
+def test_systems_change_with_the_same_losses_is_called_so(capsys):
+    run(a=f"{FAKE} --log_dir=other")
+    out = capsys.readouterr().out
+    assert "Loss: the same in every pair." in out and "Seconds: the same in every pair." in out
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_killed_in_mid_run_it_loses_that_run_only(kill):
+    a = f"{FAKE} --wait=hold"
+    run(a, runs=3)
+    Path(*files("out/a/002*")).unlink()
+    kept = {path: Path(path).read_bytes() for path in files("out/[ab]/*")}
+    Path("hold").touch()
+    process = start(a, runs=3)
+    wait_until(Path("waiting").exists)
+    process.send_signal(kill)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == (-kill if kill == signal.SIGKILL else 130)
+    assert files("out/[ab]/*") == sorted(kept)
+    if kill == signal.SIGKILL:  # nobody could end the trainer: no second one beside it, for both would be slow
+        with pytest.raises(RecordError, match="expected no run at work, found .*; wait for it or end it"):
+            run(a, runs=3)
+        Path("hold").unlink()
+        wait_until(lambda: resumed(a))
+    else:
+        assert "the same command goes on" in errors
+        Path("waiting").unlink()
+        time.sleep(0.2)
+        assert not Path("waiting").exists()  # the trainer is gone, too
+        Path("hold").unlink()
+        run(a, runs=3)
+    now = {path: Path(path).read_bytes() for path in files("out/[ab]/*")}
+    assert len(now) == 6 and kept.items() < now.items()
+    assert "made again: 2 (" in Path("out/verdict.md").read_text()
+
+
+def resumed(a: str) -> bool:
+    try:
+        return run(a, runs=3) == 0
+    except RecordError:
+        return False
+
+
+def test_killed_while_it_copies_a_log():
+    """A partial copy is no run, and is replaced."""
+    run()
+    log = Path(*files("out/b/002*"))
+    log.rename(f"{log}.partial")
+    Path("out/plan.json.partial").write_text("{")
+    run()
+    assert len([path for path in files("out/b/002*") if path.endswith(".txt")]) == 1
+    assert len(json.loads(Path("out/verdict.json").read_text())["plan"]["pairs"]) == 2
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--fail=crash", "found exit code 3"), ("--fail=silent", "no line with the path"), ("--fail=seed", "instead of"),
+    ("--fail=half", "no validation at the last"), ("--fail=twice", "2 runs in"), ("--nonsense", "found exit code 2"),
+    ("--wait=hold", "still at work after 0.01 minutes"), ("--wait=hold --fail=stubborn", "still at work after 0.01 minutes")])
+def test_failure_says_what_happened_and_can_be_made_good(options, message, capsys):
+    Path("hold").touch()
+    for _ in range(2):  # again and again the same run, with the same seed
+        with pytest.raises(RecordError, match="expected .*, found .*; ") as error:
+            run(b=f"{FAKE} {options}", limit=0.01 if "wait" in options else 1)
+        text = str(error.value)
+        assert message in text and "\x1b" not in text and "001_b_" in text and len(text.splitlines()) <= 1 + ab.TAIL
+    assert not files("out/b/*") and len(files("out/output/*_b_*")) == 2
+    seeds = [line for line in capsys.readouterr().out.splitlines() if ", b, seed" in line]
+    assert len({line.partition(":")[0] for line in seeds}) == 1
+
+
+def test_stale_log_is_not_taken_for_a_new_one():
+    run()
+    old = files("logs/*.txt")[0]
+    os.utime(old, (1, 1))
+    with pytest.raises(RecordError, match="no line with the path"):
+        run(a=f"echo {old}", out="other")
+    with pytest.raises(RecordError, match="no line with the path"):
+        run(a="sh -c 'head -c 1000000 /dev/urandom'", out="noise")
+
+
+def test_seed_goes_where_it_is_wanted():
+    assert ab.words("./run.sh --x='a b'", 7) == ["./run.sh", "--x=a b", "--seed=7"]
+    assert ab.words("env SEED={seed} python t.py {seed}", 7) == ["env", "SEED=7", "python", "t.py", "7"]
+    for command in ("", "  ", "'open"):
+        with pytest.raises(RecordError, match="expected a command, found"):
+            ab.words(command, 7)
+
+
+def test_log_beside_a_script_in_another_folder():
+    """./run.sh changes to its own folder, so that the path it prints is relative to that."""
+    Path("checkout").mkdir()
+    script = Path("checkout/run.sh")
+    script.write_text(f'#!/bin/sh\ncd "$(dirname "$0")"\nexec {FAKE} "$@"\n')
+    script.chmod(0o755)
+    run(a="checkout/run.sh")
+    assert len(files("out/a/*")) == 2 and len(files("checkout/logs/*")) == 2
+
+
+def test_another_experiment_wants_another_folder():
+    run()
+    for changes in (dict(a=f"{FAKE} --ms=1"), dict(b=f"{FAKE} --ms=1"), dict(runs=3)):
+        with pytest.raises(RecordError, match="expected .*, found .*; choose another --out"):
+            run(**changes)
+    Path("full").mkdir()
+    Path("full/thesis.txt").touch()
+    for damage in ("", "{}", "[1]", '{"a": 1, "b": 2, "pairs": [3]}', '{"a": "", "b": "", "pairs": [{"seed": "x"}]}'):
+        Path("out/plan.json").write_text(damage)
+        with pytest.raises(RecordError, match="expected the plan .*, found something else; "):
+            run()
+    with pytest.raises(RecordError, match="expected an empty folder"):
+        run(out="full")
+    Path("file").touch()
+    with pytest.raises(RecordError, match="--out: expected a folder"):
+        run(out="file")
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(runs=1), "--runs: expected 2 to 999"), (dict(runs=10 ** 9), "--runs"), (dict(b="/"), "--b: expected a command"),
+    (dict(a="no-such-program"), "--a: expected a command"), (dict(a="''"), "--a: expected a command")])
+def test_impossible_experiments_are_refused(changes, message):
+    with pytest.raises(RecordError, match=message):
+        run(**changes)
+
+
+def test_difference_in_hardware_is_said(monkeypatch):
+    run()
+    for path in files("out/b/*"):
+        Path(path).write_text(Path(path).read_text().replace("world_size 2", "world_size 4"))
+    run()
+    assert "Runs differ in world size: A 2; B 4." in Path("out/verdict.md").read_text()
+
+
+def test_the_example_runs():
+    """In a folder where run.sh is the fake trainer."""
+    Path("run.sh").write_text(f'#!/bin/sh\nfor last; do :; done\nexec {FAKE} "$last"\n')
+    Path("run.sh").chmod(0o755)
+    words = shlex.split(ab.EXAMPLE)
+    assert subprocess.run([sys.executable, *words[1:]], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+    assert len(files("logs/ab_muon_lr/a/*")) == 8
