@@ -1,0 +1,137 @@
+"""Judge a submission rule by rule: what each rule asks, whether the logs meet it, and the evidence.
+
+PATH is a folder that pack has built, or logs and folders of logs; those below a folder called baseline* are the baseline. A rule
+that does not hold is a failure. Those with an asterisk can be waived by a person with a reason that a reviewer may weigh, the
+loss rule only for a kind of change that the track exempts: --waive 'loss-rule=systems: the same training, faster kernels'.
+
+{rules}
+"""
+import json
+from pathlib import Path
+
+from records import logs, schema
+from records.errors import RecordError
+from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
+from records.tracks import choose
+
+HELP = "every rule of a track on a submission, with the evidence"
+EXAMPLE = ("python -m records check bench/results/2026-11-22_shakespeare_cpu/muon "
+           "--baseline bench/results/2026-11-22_shakespeare_cpu/adamw")
+
+__doc__ = __doc__.format(rules="\n".join(f"  {name:<21} {rule.__doc__}" for name, rule in RULES.items()))
+
+
+def pairs(texts: list[str], option: str) -> dict[str, str]:
+    """KEY=REASON arguments."""
+    found = dict(text.partition("=")[::2] for text in texts)
+    for key, reason in found.items():
+        if not key or not reason.strip():
+            raise RecordError(f"{option}: expected NAME=REASON, found {key!r} without a reason; say why")
+    return found
+
+
+def waivers(texts: list[str]) -> dict[str, str]:
+    found = pairs(texts, "--waive")
+    if wrong := sorted(found.keys() - WAIVABLE):
+        raise RecordError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; "
+                          + ("this rule cannot be waived" if wrong[0] in RULES else "see check --help for the rules"))
+    return found
+
+
+def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Path, str]]:
+    """(logs that count, excluded logs with the reason). A log is named by its file name or the beginning of it."""
+    excluded = {}
+    for name, reason in pairs(texts, "--exclude").items():
+        matches = [path for path in found if path.name == Path(name).name or path.name.startswith(name)]
+        if len(matches) != 1:
+            raise RecordError(f"--exclude: expected the name of one log, found {len(matches)} called {name!r}; say it in full")
+        excluded[matches[0]] = reason
+    return [path for path in found if path not in excluded], excluded
+
+
+def planned(text: str) -> tuple[int, ...]:
+    """N, or FIRST,LAST for two looks."""
+    try:
+        numbers = tuple(sorted(int(part) for part in text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or not 1 <= numbers[0] <= numbers[-1] <= 10_000 or len(numbers) > 10:
+        raise RecordError(f"--planned: expected a number of runs, or several with commas, found {text!r}; see plan --help")
+    return numbers
+
+
+def add_claim_arguments(parser):
+    """What a person says of the runs; the same for check and pack."""
+    parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH", help="the record before, run on this machine")
+    parser.add_argument("--track", metavar="TRACK", help="small, medium, optimization or shakespeare (default: as the logs say)")
+    parser.add_argument("--step", type=int, metavar="N", help="step whose validation counts, where the track wants it stated")
+    parser.add_argument("--planned", type=planned, default=(), metavar="N",
+                        help="runs that were planned before the first one; FIRST,LAST for two looks")
+    parser.add_argument("--exclude", action="append", default=[], metavar="LOG=REASON",
+                        help="leave a log out, for a reason other than its result; it stays in the folder (repeatable)")
+    parser.add_argument("--waive", action="append", default=[], metavar="RULE=REASON", help="accept a failure (repeatable)")
+
+
+def add_arguments(parser):
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a folder built by pack, or logs and folders of logs")
+    add_claim_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="verdicts for a program")
+
+
+def from_folder(folder: Path, record: schema.Record) -> Submission:
+    """The submission in a folder built by pack."""
+    def group(name, files):
+        return [logs.read(folder / name / file.file) for file in files]
+
+    return Submission(
+        track=choose(record.track, []),
+        logs=group("runs", record.runs.logs),
+        baseline=group("baseline", record.baseline.logs if record.baseline else []),
+        excluded=[*zip(group("excluded", record.excluded), [file.reason for file in record.excluded])],
+        step=record.runs.step if choose(record.track, []).claim_step == "stated" else None,
+        planned=tuple(record.planned_runs),
+        waivers=record.waivers,
+    )
+
+
+def from_arguments(args) -> Submission:
+    found, baseline = logs.find(args.paths), logs.find(args.baseline)
+    below = {path for path in found if any(part.startswith("baseline") for part in path.parts[:-1])} if not baseline else set()
+    counted, excluded = leave_out([path for path in found if path not in below], args.exclude)
+    submitted = [logs.read(path) for path in counted]
+    if not submitted:
+        raise RecordError(f"{args.paths[0]}: expected logs, found none that count; check the path")
+    track = choose(args.track, submitted)
+    step = args.step
+    if step is None and track.claim_step == "stated":
+        step = max((run.final_step for log in submitted for run in log.runs if run.val_points), default=None)
+    return Submission(track, submitted, [logs.read(path) for path in [*baseline, *sorted(below)]],
+                      [(logs.read(path), reason) for path, reason in excluded.items()], step, args.planned, waivers(args.waive))
+
+
+def run(args) -> int:
+    folder = Path(args.paths[0])
+    packed = len(args.paths) == 1 and (folder / schema.FILE).is_file()
+    submission = from_folder(folder, schema.read(folder / schema.FILE)) if packed else from_arguments(args)
+    found = judge(submission)
+    if args.json:
+        print(json.dumps([{"rule": v.rule, "asks": RULES[v.rule].__doc__.lstrip("* "), "verdict": v.verdict,
+                           "evidence": v.evidence, "reason": v.reason} for v in found], indent=1))
+    else:
+        print_verdicts(found, submission)
+    return int(any(v.verdict == FAIL for v in found))
+
+
+def print_verdicts(found: list[Verdict], s: Submission):
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    styles = {PASS: "green", FAIL: "bold red", WAIVED: "yellow", NOT_APPLICABLE: "dim"}
+    table = Table("rule", "verdict", "evidence", title=f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the "
+                  f"baseline, {len(s.excluded)} logs left out", title_justify="left")
+    for v in found:
+        evidence = f"{v.evidence} (accepted: {v.reason})" if v.reason else v.evidence
+        table.add_row(v.rule, Text(v.verdict, styles[v.verdict]), Text(evidence))
+    Console().print(table)
+    counts = {kind: sum(v.verdict == kind for v in found) for kind in styles}
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items() if count))

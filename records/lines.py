@@ -1,0 +1,96 @@
+"""What a log says beyond its validations: when and from what it ran, and whether its step lines agree with each other.
+
+A step line holds a step, a time and their quotient, and the lines stand in an order, so a figure that was typed in, or moved
+here from another log, rarely fits its neighbours: of the 2.2 million training lines of the public logs, not one falls out."""
+import datetime
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from records.logs import SEPARATOR, Log
+
+SIZE_LIMIT = 1 << 26  # bytes; the lines of a longer log are not judged (the longest of the public archive has 1.1 million)
+STEP = re.compile(rb"^step:(\d{1,12})/\d{1,12} ((?:[a-z_]{1,40}:\S{1,40} ){0,12}?)train_time:(\d{1,15}(?:\.\d{1,9})?)(m?s) "
+                  rb"step_avg:(\d{1,12}\.\d{1,9}|nan)ms(?: [a-z_]{1,40}:\S{1,40}){0,12}\s*$", re.M)
+DATE = re.compile(rb"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d) +(\d{4})\s*$", re.M)
+RESUMED = re.compile(rb"^resumed: ", re.M)
+DATA = re.compile(rb"^((?:training|validation) data: .{1,300})$", re.M)
+QUEUE = 5  # steps that a GPU may still have to do when a training line is printed (at most 3.06 in the public archive)
+
+
+@dataclass(frozen=True)
+class Details:
+    date: datetime.datetime | None = None  # by the clock and in the time zone of the machine
+    resumed: bool = False
+    data: tuple[str, ...] = ()  # what the log says of its data
+    clock: frozenset = frozenset()  # (step, ms) of every training line
+    contradictions: tuple[str, ...] = ()  # what does not fit among the step lines, by run
+
+
+def examine(log: Log) -> Details:
+    """The details of a log; its file is read again."""
+    if log.size > SIZE_LIMIT:
+        return Details(contradictions=(f"expected at most {SIZE_LIMIT:,} bytes, found {log.size:,}: its lines are not judged",))
+    text = log.path.read_bytes().replace(b"\r\n", b"\n")
+    separator = f"\n{SEPARATOR}\n".encode()
+    head, _, body = text.rpartition(separator)
+    header = head.rpartition(separator)[2]
+    lines = np.array([(int(step), b"val_loss:" in keys, float(time) * (1000 if unit == b"s" else 1), float(average))
+                      for step, keys, time, unit, average in STEP.findall(body)]).reshape(-1, 4)
+    on_cpu = any(run.num_gpus == 0 for run in log.runs)  # a CPU has no queue
+    starts = np.flatnonzero(np.diff(lines[:, 0]) < 0) + 1
+    found = [text for run in np.split(lines, starts) for text in contradictions(run, 0.1 if on_cpu else QUEUE)]
+    training = lines[lines[:, 1] == 0]
+    return Details(
+        date=parse_date(DATE.findall(head)),
+        resumed=bool(RESUMED.search(header)) if log.variant == "own" else False,
+        data=tuple(line.decode("utf-8", "replace") for line in DATA.findall(header)) if log.variant == "own" else (),
+        clock=frozenset(map(tuple, training[:, [0, 2]].tolist())),
+        contradictions=tuple(found),
+    )
+
+
+def parse_date(found: list[tuple]) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.strptime(b" ".join(found[-1]).decode(), "%b %d %H:%M:%S %Y") if found else None
+    except ValueError:
+        return None
+
+
+def contradictions(lines: np.ndarray, queue: float):
+    """What does not fit among the step lines of one run: rows of step, whether it is a validation, ms, average ms.
+    queue: steps that may lie between the clock of a training line and that of the validation after it."""
+    step, is_validation, ms, average = lines.T
+    training, validation = lines[is_validation == 0], lines[is_validation == 1]
+    # Early trainers started the clock anew after 10 untimed steps.
+    for i in np.flatnonzero((np.diff(ms) < 0) & (step[1:] != 11)):
+        yield f"the time falls from {ms[i]:g} ms at step {step[i]:.0f} to {ms[i + 1]:g} ms at step {step[i + 1]:.0f}"
+    for kind, rows in (("training", training), ("validation", validation)):
+        yield from wrong_averages(kind, *rows.T[[0, 2, 3]])
+    if len(training):
+        steps = training[:, 0]
+        for i in np.flatnonzero(np.diff(steps, prepend=0) != 1):
+            yield f"expected a training line at step {steps[i - 1] + 1 if i else 1:.0f}, found the next at step {steps[i]:.0f}"
+        time_at = dict(training[:, [0, 2]].tolist())
+        for step, _, ms, average in validation:
+            if step and step not in time_at:
+                yield f"expected a training line at step {step:.0f}, found a validation only"
+            elif step > 20 and ms - time_at[step] > queue * ms / step:
+                yield f"the validation at step {step:.0f} is {ms - time_at[step]:g} ms after the training line of that step"
+
+
+def wrong_averages(kind: str, step, ms, average):
+    """Averages that are not time / steps under the one convention of the public logs that suits the run best."""
+    conventions = (
+        (ms, np.maximum(step, 1)),  # from the start
+        (ms, np.maximum(step - 10, 1)),  # without 10 untimed steps
+        (np.diff(ms, prepend=0), np.maximum(np.diff(step, prepend=0), 1)),  # since the line before
+    )
+    # Times are printed to 1 ms, rounded or cut off, averages to 0.01 ms.
+    wrong = [np.abs(average - time / steps) > 0.0051 + 1 / steps for time, steps in conventions]  # False where it is nan
+    best = min(range(3), key=lambda k: wrong[k].sum())
+    time, steps = conventions[best]
+    for i in np.flatnonzero(wrong[best]):
+        yield (f"the {kind} line of step {step[i]:.0f} says {average[i]:.2f} ms a step, "
+               f"but its time, {ms[i]:g} ms, makes it {time[i] / steps[i]:.2f}")

@@ -1,0 +1,384 @@
+"""The rules of a submission. Each is a small function from a Submission to its verdict and the evidence."""
+import io
+import math
+import re
+import tokenize
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from records import statistics
+from records.lines import Details, examine
+from records.logs import Log, Run, ValPoint
+from records.tracks import Track
+
+PASS, FAIL, WAIVED, NOT_APPLICABLE = "pass", "fail", "waived", "n/a"
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+SEED_VALUE = re.compile(r"(seed\w{0,20}\s{0,9}(?::\s{0,9}int\s{0,9})?[=(]\s{0,9})\d{1,18}", re.I)
+NOT_TRAINING = {"seed", "log_dir", "save_every", "save_final", "wandb"}  # settings that do not change what is trained
+
+
+def last_point(run: Run) -> ValPoint | None:
+    return run.val_points[-1] if run.val_points else None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Runs for which something is claimed, and what a person says of them."""
+    track: Track
+    logs: list[Log]
+    baseline: list[Log] = field(default_factory=list)
+    excluded: list[tuple[Log, str]] = field(default_factory=list)  # with the reason
+    step: int | None = None  # whose validation counts; None: the last
+    planned: tuple[int, ...] = ()  # numbers of runs after which to judge
+    waivers: dict[str, str] = field(default_factory=dict)  # reason by rule
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for log in self.logs for run in log.runs]
+
+    @property
+    def baseline_runs(self) -> list[Run]:
+        return [run for log in self.baseline for run in log.runs]
+
+    @property
+    def all_logs(self) -> list[Log]:
+        return [*self.logs, *self.baseline, *(log for log, _ in self.excluded)]
+
+    @cached_property
+    def details(self) -> dict[Path, Details]:
+        return {log.path: examine(log) for log in self.all_logs}
+
+    def point(self, run: Run) -> ValPoint | None:
+        """The validation that counts."""
+        return last_point(run) if self.step is None else run.at(self.step)
+
+    def loss_test(self, runs: list[Run] | None = None) -> tuple:
+        """(result of the track's loss rule on these or all runs, the alpha left to each planned look, whether it passes)."""
+        losses = [point.val_loss if (point := self.point(run)) else math.nan for run in (self.runs if runs is None else runs)]
+        result, alpha = statistics.loss_rule(self.track, losses), self.track.alpha / max(len(self.planned), 1)
+        return result, alpha, result.passes and result.p < alpha
+
+    def speed(self) -> statistics.Welch:
+        """Times of the runs, in ms, against those of the baseline at its last step."""
+        def times(points):
+            return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms for point in points]
+        return statistics.welch(times(map(self.point, self.runs)), times(map(last_point, self.baseline_runs)))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    rule: str
+    verdict: str  # PASS, FAIL, WAIVED or NOT_APPLICABLE
+    evidence: str
+    reason: str = ""  # of a waiver
+
+
+def short(name: str) -> str:
+    """A UUID by its first part, as people do."""
+    return name[:8] if UUID.match(name) else name[:60]
+
+
+def some(texts: Iterable[str], limit: int = 4) -> str:
+    texts = list(texts)
+    return "; ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
+
+
+def names(items: Iterable[Run | Log]) -> str:
+    ids = [short(item.run_id if isinstance(item, Run) else item.path.name) for item in items]
+    return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
+
+
+def judged(wrong: Iterable[str], good: str) -> tuple[str, str]:
+    wrong = list(wrong)
+    return (FAIL, some(wrong)) if wrong else (PASS, good)
+
+
+def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, str]:
+    """Whether a fact is the same in all. Evidence: each value with those that have it, the largest group first."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(value(run), []).append(run)
+    known = {key: "not stated" if key is None else str(key)[:120] for key in groups}
+    if set(groups) <= {None}:
+        return NOT_APPLICABLE, "the logs do not say"
+    (most, members), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
+    if not others:
+        return PASS, f"{known[most]} in all {len(members)} {plural}"
+    return FAIL, some([f"{known[most]} in {len(members)} {plural}", *(f"{known[key]} in {names(few)}" for key, few in others)])
+
+
+# The first line of each docstring is the manual. An asterisk: a person may waive it.
+
+
+def intact_logs(s: Submission):
+    """Every log is whole: nothing is cut, binary, unreadable or repeated in it."""
+    counted = [*s.logs, *s.baseline]
+    return judged((f"{names([log])}: {problem}" for log in counted for problem in log.problems
+                   if not problem.startswith("the run is incomplete")), f"{len(counted)} logs")  # final-validation says that
+
+
+def consistent_lines(s: Submission):
+    """The lines of a log agree: no step is missing, times never fall, averages are time / steps."""
+    return judged((f"{names([log])}: {text}" for log in s.all_logs for text in s.details[log.path].contradictions),
+                  f"{sum(len(s.details[log.path].clock) for log in s.all_logs):,} training lines")
+
+
+def right_track(s: Submission):
+    """The settings in the logs are those of this track."""
+    if not any(run.config for run in s.runs):
+        return NOT_APPLICABLE, "the logs hold no settings"
+    wrong = [run for run in s.runs if run.config.get("track") != s.track.name]
+    return judged([f"expected {s.track.name}, found another in {names(wrong)}"] if wrong else [], s.track.name)
+
+
+def same_source(s: Submission):
+    """* Every log embeds its source, the same in all runs but for the value of a seed."""
+    if bare := [log for log in s.logs if not log.sources]:
+        return FAIL, f"no source in {names(bare)}"
+    groups = {}
+    for log in s.logs:
+        code = {name: SEED_VALUE.sub(r"\1", text) for name, text in log.sources.items()}
+        groups.setdefault(repr(code), []).append(log)
+    (first, *_), *others = sorted(groups.values(), key=len, reverse=True)
+    return judged((f"{names(group)}: {difference(first, group[0])}" for group in others),
+                  f"{', '.join(first.sources)} in all {len(s.logs)} logs")
+
+
+def difference(a: Log, b: Log) -> str:
+    """How two sources differ, in numbers of lines."""
+    changed = {name: len(set(a.sources.get(name, "").splitlines()) ^ set(b.sources.get(name, "").splitlines()))
+               for name in {**a.sources, **b.sources}}
+    return ", ".join(f"{count} lines of {name} differ" for name, count in changed.items() if count) or "lines are moved"
+
+
+def same_settings(s: Submission):
+    """All runs have as many steps and the same settings, those aside that do not change the training."""
+    def settings(run):
+        return {"total_steps": run.total_steps, **{key: run.config[key] for key in run.config if key not in NOT_TRAINING}}
+    keys = {key: None for run in s.runs for key in settings(run)}
+    found = {key: same(s.runs, lambda run: repr(settings(run).get(key))) for key in keys}
+    wrong = [f"{key}: {evidence}" for key, (verdict, evidence) in found.items() if verdict == FAIL]
+    return judged(wrong, f"{len(keys)} settings")
+
+
+def same_validations(s: Submission):
+    """All runs are validated at the same steps, so that no line is missing."""
+    return same(s.runs, lambda run: ", ".join(str(point.step) for point in run.val_points) or None)
+
+
+def same_data(s: Submission):
+    """All runs train and are judged on the same data, by its fingerprints in the logs."""
+    return same(s.logs, lambda log: " / ".join(s.details[log.path].data) or None, "logs")
+
+
+def same_hardware(s: Submission):
+    """Runs and baseline have the same model of GPU or CPU, and as many of them."""
+    return same([*s.runs, *s.baseline_runs], hardware)
+
+
+def hardware(run: Run) -> str | None:
+    return f"{run.num_gpus} x {run.gpu_name}" if run.gpu_name and run.num_gpus else run.gpu_name
+
+
+def same_torch(s: Submission):
+    """* All runs have the same build of torch; so have all of the baseline."""
+    verdict = same(s.runs, build)
+    baseline = same(s.baseline_runs, build)
+    return baseline if baseline[0] == FAIL != verdict[0] else verdict
+
+
+def build(run: Run) -> str | None:
+    return run.torch and f"torch {run.torch}, CUDA {run.cuda}" + (f", Triton {run.triton}" if run.triton else "")
+
+
+def same_world_size(s: Submission):
+    """Runs and baseline have as many ranks."""
+    return same([*s.runs, *s.baseline_runs], lambda run: run.world_size)
+
+
+def final_validation(s: Submission):
+    """Every run is validated at the step that counts; where that is the last one, the run is complete."""
+    wrong = [f"{names([log])}: no run in it" for log in [*s.logs, *s.baseline] if not log.runs]
+    counting = [*((run, s.point(run)) for run in s.runs), *((run, last_point(run)) for run in s.baseline_runs)]
+    for run, point in counting:
+        if point is None:
+            wrong.append(f"{names([run])}: no validation" + ("" if s.step is None else f" at step {s.step}"))
+        elif s.track.claim_step == "last" and run.total_steps is not None and not run.complete:
+            wrong.append(f"{names([run])}: ends at step {run.final_step} of {run.total_steps}")
+    return judged(wrong, f"{len(counting)} runs")
+
+
+def same_claim_step(s: Submission):
+    """The step that counts is the same in all runs."""
+    return same(s.runs, lambda run: point.step if (point := s.point(run)) else None)
+
+
+def validation_tokens(s: Submission):
+    """Every run is validated on as many tokens as the track asks."""
+    stated = [run for run in [*s.runs, *s.baseline_runs] if run.val_tokens is not None]
+    if not stated:
+        return NOT_APPLICABLE, f"the logs do not say; the track asks for {s.track.val_tokens:,}"
+    return judged((f"{names([run])}: {run.val_tokens:,}, expected {s.track.val_tokens:,}" for run in stated
+                   if run.val_tokens != s.track.val_tokens), f"{s.track.val_tokens:,} in {len(stated)} runs")
+
+
+def finite_losses(s: Submission):
+    """No validation loss is nan or infinite."""
+    return judged((f"{names([run])}: {point.val_loss} at step {point.step}" for run in [*s.runs, *s.baseline_runs]
+                   for point in run.val_points if not math.isfinite(point.val_loss)), "all losses")
+
+
+def distinct_files(s: Submission):
+    """No log is there twice, under whatever name."""
+    groups = {}
+    for log in s.all_logs:
+        groups.setdefault(log.sha256, []).append(log)
+    return judged((f"the same bytes in {names(group)}" for group in groups.values() if len(group) > 1), f"{len(groups)} files")
+
+
+def distinct_curves(s: Submission):
+    """No two runs share their losses or their times: a copy with another header or last line still has the rest."""
+    found, curves = [], [(run, curve(run)) for log in s.all_logs for run in log.runs if run.val_points]
+    clocks = [(log, {tick for tick in s.details[log.path].clock if tick[0] > 1}) for log in s.all_logs]
+    for i, (run, losses) in enumerate(curves):
+        for other, others in curves[:i]:
+            shared = len(losses & others)
+            if losses == others or shared >= 3 and 4 * shared >= 3 * len(losses):  # by chance once in 10,000 pairs or less
+                found.append(f"{shared} of {len(losses)} losses are the same in {names([other, run])}")
+    for i, (log, clock) in enumerate(clocks):
+        for other, others in clocks[:i]:
+            shared = len(clock & others)
+            if shared >= 10 and 2 * shared > len(clock):
+                found.append(f"{shared} of {len(clock)} times are the same in {names([other, log])}")
+    return judged(found, f"{len(curves)} runs")
+
+
+def curve(run: Run) -> set:
+    """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the same by chance."""
+    points = [point for point in run.val_points if point.step > 0]
+    return {(point.step, point.val_loss) for point in points} | {point.train_time_ms for point in points[:len(points) == 1]}
+
+
+def distinct_seeds(s: Submission):
+    """* Every run logs its seed, and no two have the same."""
+    groups = {}
+    for run in s.runs:
+        groups.setdefault(run.seed, []).append(run)
+    if None in groups:
+        applies = len(groups) > 1 or any(run.config for run in s.runs)
+        return FAIL if applies else NOT_APPLICABLE, f"no seed in {names(groups[None])}"
+    return judged((f"seed {seed} in {names(group)}" for seed, group in groups.items() if len(group) > 1),
+                  ", ".join(map(str, sorted(groups)))[:120])
+
+
+def compile_flags(s: Submission):
+    """The embedded source sets no compile flag that the track bans, comments and docstrings aside."""
+    if not s.track.banned_flags:
+        return NOT_APPLICABLE, "the track bans none"
+    sources = {(name, text): log for log in s.logs for name, text in log.sources.items()}
+    pattern = re.compile("|".join(s.track.banned_flags))
+    return judged((f"{' '.join(match[0].split())} in {name} of {names([log])}" for (name, text), log in sources.items()
+                   for match in pattern.finditer(code_of(text))), f"{len(sources)} source files")
+
+
+def code_of(source: str) -> str:
+    """Python source with comments and docstrings blanked out; all of it where it is not Python."""
+    lines, begins = source.splitlines(keepends=True), True  # begins: the next token begins a statement
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT or token.type == tokenize.STRING and begins:
+                (first, start), (last, end) = token.start, token.end
+                for row in range(first, last + 1):
+                    line, stop = lines[row - 1], end if row == last else -1
+                    lines[row - 1] = line[:start] + " " * len(line[start:stop]) + line[stop:]
+                    start = 0
+            if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+                begins = token.type == tokenize.NEWLINE
+    except (tokenize.TokenError, SyntaxError, RecursionError, IndexError):
+        return source
+    return "".join(lines)
+
+
+def not_resumed(s: Submission):
+    """No run went on from a checkpoint."""
+    resumed = [log for log in [*s.logs, *s.baseline] if s.details[log.path].resumed]
+    return judged([f"resumed: {names(resumed)}"] if resumed else [], f"{len(s.logs) + len(s.baseline)} logs")
+
+
+def planned_runs(s: Submission):
+    """* There are as many runs, excluded ones included, as were planned: none was added after a look."""
+    n = len(s.runs) + sum(len(log.runs) for log, _ in s.excluded)
+    if s.planned:
+        return judged([] if n in s.planned else [f"planned {' or '.join(map(str, s.planned))}, found {n}"], f"{n} of {n}")
+    dates = {run.run_id: s.details[log.path].date for log in s.logs for run in log.runs}
+    if n > 2 and None not in dates.values() and s.loss_test()[2]:
+        if not s.loss_test(sorted(s.runs, key=lambda run: dates[run.run_id])[:-1])[2]:
+            return FAIL, "no plan is stated, and the loss rule holds only since the latest run"
+    return NOT_APPLICABLE, f"no plan is stated for the {n} runs"
+
+
+def exclusions(s: Submission):
+    """* Runs are left out for a stated reason, and the loss rule holds with those of the same source put back."""
+    if not s.excluded:
+        return NOT_APPLICABLE, "no run is left out"
+    alike = {(run.source_sha256, run.world_size) for run in s.runs}
+    back = [run for log, _ in s.excluded for run in log.runs if (run.source_sha256, run.world_size) in alike
+            and s.point(run) and (run.complete or s.step is not None or not math.isfinite(s.point(run).val_loss))]
+    evidence = some(f"{names([log])}: {reason}" for log, reason in s.excluded)
+    if back and s.loss_test()[2] and not s.loss_test([*s.runs, *back])[2]:
+        return FAIL, f"the loss rule does not hold with {names(back)} put back ({evidence})"
+    return PASS, evidence
+
+
+def loss_rule(s: Submission):
+    """* The mean loss is below the target by the test of the track, its alpha shared out over the planned looks."""
+    result, alpha, passes = s.loss_test()
+    if result.p is None:
+        return FAIL, result.why
+    sd = "" if result.sd is None else f" ± {result.sd:.5f}"
+    return PASS if passes else FAIL, (f"{result.mean:.5f}{sd} (n = {result.n}) against {s.track.target:g}: "
+                                      f"p = {result.p:.2g}, {alpha:g} is asked")
+
+
+def faster_than_baseline(s: Submission):
+    """* Where time counts: the runs are faster than the baseline on the same machine, by Welch's test."""
+    if s.track.ranked_by != "time":
+        return NOT_APPLICABLE, "the track counts steps"
+    if not s.baseline:
+        return FAIL, "no baseline: run the record before on the same machine, or say why there is none"
+    result = s.speed()
+    if result.p is None:
+        return FAIL, result.why
+    gain, low, high = (-value / 1000 for value in (result.difference.estimate, result.difference.high, result.difference.low))
+    return PASS if result.p < s.track.alpha else FAIL, (
+        f"{gain:.3f} s faster (95 % interval {low:.3f} to {high:.3f}), p = {result.p:.2g}, {s.track.alpha:g} is asked")
+
+
+RULES = {rule.__name__.replace("_", "-"): rule for rule in (
+    intact_logs, consistent_lines, right_track, same_source, same_settings, same_validations, same_data, same_hardware,
+    same_torch, same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses, distinct_files,
+    distinct_curves, distinct_seeds, compile_flags, not_resumed, planned_runs, exclusions, loss_rule, faster_than_baseline)}
+WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")}
+
+
+def judge(s: Submission) -> list[Verdict]:
+    """Every rule on a submission; failures are waived where a person gave a reason, the loss rule only for a kind of change
+    that the track exempts, with which the reason then begins."""
+    found = []
+    for name, rule in RULES.items():
+        try:
+            verdict, evidence = rule(s)
+        except RecursionError:
+            verdict, evidence = FAIL, "something in the logs is nested too deeply to be judged"
+        reason = s.waivers.get(name, "") if name in WAIVABLE and verdict == FAIL else ""
+        if name == "loss-rule" and not reason.startswith(s.track.waived_for):
+            reason = ""
+        found.append(Verdict(name, WAIVED if reason else verdict, plain(evidence), plain(reason)))
+    return found
+
+
+def plain(text: str) -> str:
+    """Text out of a log for a terminal or a README: one line of bounded length, nothing invisible in it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:1000])
