@@ -346,6 +346,15 @@ class Log:
             self.wandb.log({"val_loss": loss, "train_time_ms": ms}, step=step)
 
 
+def muon_facts(run) -> list[str]:
+    if run.muon is None:
+        return []
+    plan, = run.muon.plans
+    matrices = sum(len(units) for bucket in plan.buckets for units in bucket)
+    return [f"Muon: {matrices} matrices in {len(plan.buckets)} buckets over {run.rt.world} ranks, planned balance "
+            f"{plan.efficiency:.3f}; symmetric products by {run.symmetric_reason}"]
+
+
 def log_header(run, log: Log, resumed: str):
     """Everything that it takes to tell what ran: sources, versions, hardware, settings, data."""
     def output(*command) -> str:
@@ -377,6 +386,7 @@ def log_header(run, log: Log, resumed: str):
         f"head in FP8: {'yes' if run.fp8 else 'no'} ({run.fp8_reason})",
         f"attention: {run.backend} ({run.backend_reason})",
         f"weights: {str(run.dtype)[6:]}, {'compiled' if run.compiled else 'eager'}",
+        *muon_facts(run),
         f"parameters: {sum(p.numel() for p in run.model.parameters()):,}, {run.model.matmul_params():,} in matrix products, "
         f"MFLOP per token by stage: {', '.join(flops)}",
         f"training data: {cfg.train_tokens:,} tokens from {len(run.loader.paths)} shards, fingerprint {run.loader.fingerprint}",

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from adam import Adam
 from data.loader import Batch, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
-from kernels import BACKENDS, Docs, Fp8Linear, choose_backend, choose_fp8, masked_attention, paired_docs
+from kernels import BACKENDS, Docs, Fp8Linear, choose_backend, choose_fp8, choose_symmetric, masked_attention, paired_docs
 from muon import Muon
 from runtime import (Log, RunError, Runtime, Stopped, StopSignal, UsageError, leave, log_header, parse_settings,
                      read_checkpoint, report, write_checkpoint)
@@ -613,6 +613,7 @@ class Run:
         self.backend, self.backend_reason = choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, rt.device, self.dtype)
         self.make_mask, attend = BACKENDS[self.backend]
         self.fp8, self.fp8_reason = choose_fp8(cfg.fp8_head, rt.device)
+        self.symmetric, self.symmetric_reason = choose_symmetric(rt.device)
         self.compiled = cfg.compile == "on" or (cfg.compile == "auto" and cuda)
         with torch.device(rt.device):
             self.model = GPT(cfg, attend, self.fp8)
@@ -649,7 +650,7 @@ class Run:
         if groups["muon"]:
             self.muon = Muon(groups["muon"], coefficients=cfg.coefficients, cautious=cfg.cautious,
                              normuon_beta2=cfg.normuon_beta2 or None, split_mantissa=self.dtype == torch.bfloat16,
-                             sync_grads=True, compile=self.compiled)
+                             sync_grads=True, compile=self.compiled, symmetric=self.symmetric)
 
     def context(self, docs: Docs, stage: int, tied: bool, weights: Tensor, final: bool = False) -> Context:
         return make_context(self.model, self.make_mask, self.ropes, docs, stage, tied, weights, final)
