@@ -276,10 +276,13 @@ class Run:
         return x.as_strided((self.count, self.unit.m, *x.shape[2:]), (dk * K + drow * R, R, *columns),
                             x.storage_offset() + k * K + row * R)
 
-    def moments(self, V: Tensor) -> Tensor:
-        """View (B, rows or columns) of the numbers of these matrices in a parameter's second_moment (matrices, numbers)."""
-        (k, _, mark), (dk, _, dmark), S = self.unit.place, self.step, V.size(1)
-        return V.as_strided((self.count, max(self.shape[1:])), (dk * S + dmark, 1), k * S + mark)
+    def of_state(self, key: str, x: Tensor) -> Tensor:
+        """The same in a parameter's whole state; (B, rows or columns) in second_moment, which is (matrices, numbers)."""
+        if key != "second_moment":
+            return self.of(x)
+        (k, _, mark), (dk, _, dmark), (K, one) = self.unit.place, self.step, x.stride()
+        return x.as_strided((self.count, max(self.shape[1:])), (dk * K + dmark * one, one),
+                            x.storage_offset() + k * K + mark * one)
 
     def slot(self, part: Tensor) -> Tensor:
         return part[self.offset:self.offset + math.prod(self.shape)].view(self.shape)
@@ -393,6 +396,9 @@ class Bucket:
 
     def send(self, results: list) -> None:
         """Launch the exchange of the results."""
+        def flags(run, part):
+            return part[self.num_elements + run.flag:][:run.count]
+
         if self.world_size == 1:
             self.sent = None, results, None
             return
@@ -401,13 +407,10 @@ class Bucket:
         mine = torch.empty_like(gathered[0])
         for run, value, ok in results:
             run.slot(mine).copy_(value)
-            self.flags(run, mine).copy_(ok)
+            flags(run, mine).copy_(ok)
         handle = _all_gather(gathered.view(-1), mine, group=self.group, async_op=True)
-        self.sent = handle, [(run, run.slot(part), self.flags(run, part))
+        self.sent = handle, [(run, run.slot(part), flags(run, part))
                              for part, runs in zip(gathered, self.runs) for run in runs], mine  # mine: until the wait
-
-    def flags(self, run: Run, part: Tensor) -> Tensor:
-        return part[self.num_elements + run.flag:][:run.count]
 
     def apply(self) -> Tensor:
         """Change the weights, on every rank with the same numbers. Returns how many units were skipped."""
@@ -432,7 +435,7 @@ class Bucket:
                     wholes = state.setdefault(run.unit.param, {})
                     if key not in wholes:
                         wholes[key] = part.new_empty(state_shape(key, run.unit.param, self.settings(run)))
-                    view = run.moments(wholes[key]) if key == "second_moment" else run.of(wholes[key])
+                    view = run.of_state(key, wholes[key])
                     view.copy_(part.view(view.shape))
             if owner != self.rank:
                 run.state.clear()
@@ -443,7 +446,7 @@ class Bucket:
             run.state.clear()
             for key, mine in self.state(run).items():
                 if (whole := state.get(run.unit.param, {}).get(key)) is not None:
-                    mine.copy_((run.moments(whole) if key == "second_moment" else run.of(whole)).reshape(mine.shape))
+                    mine.copy_(run.of_state(key, whole).reshape(mine.shape))
 
 
 def state_kinds(group: dict) -> dict[str, torch.dtype]:

@@ -93,7 +93,7 @@ class Sharded(Bucket):
     owners_keep_state = False
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        return {key: run.moments(whole.to_local()) if key == "second_moment" else self.view(run, whole.to_local())
+        return {key: run.of_state(key, whole.to_local()) if key == "second_moment" else self.view(run, whole.to_local())
                 for key, whole in state_of(self.optimizer, run.unit.param, self.settings(run)).items()}
 
     def gather_state(self, to, state) -> None:
