@@ -22,7 +22,7 @@ from pathlib import Path
 
 from records import logs
 from records.errors import RecordError
-from records.stats import FACTS, listed, plain
+from records.stats import FACTS, listed, plain, printable
 
 HELP = "run candidate and baseline in turn on this machine, then the paired verdict"
 EXAMPLE = "python -m records ab --a './run.sh --muon_lr=0.02' --b ./run.sh --runs 8 --out logs/ab_muon_lr"
@@ -133,7 +133,7 @@ def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: fl
 
     def failure(found: str) -> RecordError:
         tail = output.read_bytes()[-4096:].decode("utf-8", "replace").splitlines()[-TAIL:] if output.exists() else []
-        tail = ["  " + "".join(c if c.isprintable() else "?" for c in line) for line in tail]
+        tail = ["  " + printable(line) for line in tail]
         return RecordError("\n".join((f"pair {number}, {arm}: expected exit code 0 and the log of a complete run, found {found}; "
                                       f"correct what is wrong and start the same ab again. {output} ends with:", *tail)))
 

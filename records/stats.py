@@ -136,6 +136,11 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def printable(text: str) -> str:
+    """Names out of files are hostile, and a terminal obeys control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def add_arguments(parser):
     parser.add_argument("paths", nargs="+", metavar="PATH", help="log, or folder of logs")
     parser.add_argument("--baseline", nargs="+", metavar="PATH", help="logs to compare with; they count no more among PATH")
@@ -166,5 +171,5 @@ def run(args) -> int:
         from rich.console import Console
         Console(width=None if sys.stdout.isatty() else 120).print(table(columns))
         for line in (*notes, *sentences(track, rule, against)):
-            print("".join(c if c.isprintable() else "?" for c in line))  # names are hostile text, too
+            print(printable(line))
     return 0 if rule.passes else 1

@@ -1,0 +1,178 @@
+"""Measure this machine for a minute, or set two measured machines side by side.
+
+bench/host.py does the measuring, with as many ranks as a training run would have, and writes logs/host.json, which every log
+written next to it carries in a line `host: {...}`. --compare takes two such files or logs. Training is a mixture of matrix
+products, memory traffic, blocks of a network and sums over ranks whose shares nobody knows, so every mixture counts as
+equally likely: the expected ratio of times is the mean of the parts' ratios, and the less they agree, the wider its error
+bar. To that comes the noise of the measurements. Disk and clocks are shown, but do not count."""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from records.errors import RecordError
+from records.stats import plain, printable
+
+HELP = "measure this machine, and compare measured machines"
+EXAMPLE = "python -m records calibrate --compare bench/results/2026-11-24_host/idle.json bench/results/2026-11-24_host/busy.json"
+ROOT = Path(__file__).resolve().parents[1]
+SIZE_LIMIT = 1 << 26  # bytes of a log that are searched
+LINE = re.compile(rb"^host: (\{.{1,60000}\})\s*$")
+LOAD = 0.5  # other work per core above which a machine counts as busy
+
+
+@dataclass(frozen=True)
+class Host:
+    """What bench/host.py wrote: ten values of each part, work per second."""
+    facts: dict  # device, ranks, threads, torch, compute, load, date, ...
+    units: dict[str, str]
+    values: dict[str, list[float]]
+
+    @property
+    def training(self) -> list[str]:
+        """The parts that training consists of."""
+        return [name for name in (f"matmul_{self.facts.get('compute')}", "memory", "block", "all_reduce") if name in self.values]
+
+
+def parse(text: bytes, path: Path) -> Host:
+    try:
+        facts = json.loads(text)
+        parts = facts.pop("parts")
+        units = {str(name): str(part["unit"]) for name, part in parts.items()}
+        values = {str(name): [float(value) for value in part["values"]] for name, part in parts.items()}
+        if not all(len(v) > 1 and all(0 < value < math.inf for value in v) for v in values.values()) or not values:
+            raise ValueError
+        return Host(facts, units, values)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise RecordError(f"{path}: expected a measurement by bench/host.py, found something else; make one with "
+                          "python -m records calibrate") from None
+
+
+def read(path: Path) -> Host:
+    """The measurement in a file that bench/host.py wrote or in a log."""
+    try:
+        with open(path, "rb") as file:
+            if file.peek(1)[:1] == b"{":
+                return parse(file.read(1 << 16), path)
+            while file.tell() < SIZE_LIMIT and (line := file.readline(1 << 16)):
+                if match := LINE.match(line):
+                    return parse(match[1], path)
+    except OSError as e:
+        raise RecordError(f"{path}: expected a measurement or a log, found: {e.strerror}; check the path") from None
+    raise RecordError(f"{path}: expected a log with a line host: {{...}}, found none; run python -m records calibrate before "
+                      "training, or name a host.json")
+
+
+def time_ratio(a: Host, b: Host) -> tuple[dict, float, float]:
+    """(interval of time on A / time on B for each part, expected ratio, its 95 % error as a factor).
+
+    Shares w of K parts, uniform over all mixtures, have mean 1 / K, E[w^2] = 2 / (K (K + 1)), and give the mixture of ratios
+    the variance of the K ratios over K + 1. Taken on logarithms, as is the noise of each ratio."""
+    from records import statistics
+    if a.facts.get("probe") != b.facts.get("probe"):
+        raise RecordError("expected measurements by one version of bench/host.py, found two; measure again with the same one")
+    ratios = {name: statistics.ratio_interval(b.values[name], a.values[name]) for name in a.values if name in b.values}
+    used = [ratios[name] for name in a.training if name in b.training]
+    if not used or any(ratio.why for ratio in used):
+        raise RecordError("expected measurements with training parts in common and a spread, found none or one; measure both "
+                          "machines with the same bench/host.py")
+    k, logs = len(used), [math.log(ratio.estimate) for ratio in used]
+    mean = sum(logs) / k
+    between = sum((value - mean) ** 2 for value in logs) / k / (k + 1)
+    noise = sum((math.log(ratio.high / ratio.low) / 2 / 1.96) ** 2 for ratio in used) * 2 / (k * (k + 1))
+    return ratios, math.exp(mean), math.exp(1.96 * (between + noise) ** 0.5)
+
+
+def drift(values: list[float]) -> float:
+    """Mean of the last third over that of the first, less 1."""
+    third = max(1, len(values) // 3)
+    return sum(values[-third:]) / sum(values[:third]) - 1
+
+
+def warnings(host: Host):
+    cores, load = host.facts.get("cores"), host.facts.get("load")
+    if isinstance(cores, int) and isinstance(load, (int, float)) and load > LOAD * cores:
+        yield f"The machine was busy before the measurement: load {load} on {cores} cores."
+    for name in host.training:
+        if abs(change := drift(host.values[name])) > 0.03:
+            yield f"{name} drifted by {change:+.1%} in the course of the measurement: heat, other work, or a clock that moves."
+
+
+def describe(host: Host) -> str:
+    facts = [f"{key} {host.facts.get(key)}" for key in ("ranks", "threads", "torch", "compute", "date")]
+    return ", ".join(text[:80] for text in (str(host.facts.get("device")), *facts))
+
+
+def default_ranks() -> int:
+    """One for each GPU, else two on a CPU, as ./run.sh does."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout.count("GPU ")
+    except (OSError, subprocess.TimeoutExpired):
+        listed = 0
+    return listed or min(2, os.cpu_count() or 1)
+
+
+def measure(seconds: float, ranks: int, out: Path) -> Host:
+    """Run the probe, which imports torch, as a program of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "bench" / "host.py"), f"--seconds={seconds}", f"--out={out}"]
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    if code := subprocess.run(command, env={"OMP_NUM_THREADS": threads, **os.environ}).returncode:
+        raise RecordError(f"expected bench/host.py to measure with {ranks} ranks, found that it ended with exit code {code}; "
+                          "mend what it complains about")
+    return read(out)
+
+
+def show(host: Host):
+    """Rows of a table, sentences and a dictionary about one machine."""
+    from records.statistics import mean_interval
+    means = {name: mean_interval(values) for name, values in host.values.items()}
+    rows = [("part", "per second", "drift"), *((name, f"{means[name]:.4g} {host.units[name]}", f"{drift(values):+.1%}")
+                                               for name, values in host.values.items())]
+    return rows, [describe(host), *warnings(host)], dict(host.facts, parts=means)
+
+
+def compare(a: Host, b: Host):
+    """The same about two."""
+    ratios, expected, error = time_ratio(a, b)
+    low, high = expected / error, expected * error
+    rows = [("part", "A", "B", "time on A / time on B"), *(
+        (name, *(f"{sum(host.values[name]) / len(host.values[name]):.4g} {host.units[name]}" for host in (a, b)), f"{ratio:.3f}")
+        for name, ratio in ratios.items())]
+    lines = [f"{name}: {line}" for name, host in (("A", a), ("B", b)) for line in (describe(host), *warnings(host))]
+    lines.append(f"Expected: training takes {expected:.3f} times as long on A as on B (95 %: {low:.3f} to {high:.3f}).")
+    return rows, lines, dict(time_ratio=expected, low=low, high=high, parts=ratios)
+
+
+def add_arguments(parser):
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="measurements, or logs that carry one")
+    parser.add_argument("--seconds", type=float, default=60, help="time of the measurement, 5 to 600 (60)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes (default: one for each GPU, or two on a CPU)")
+    parser.add_argument("--out", type=Path, default=ROOT / "logs" / "host.json", metavar="FILE", help="(logs/host.json)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args) -> int:
+    if args.compare:
+        rows, lines, result = compare(*map(read, args.compare))
+    else:
+        for name, value, low, high in (("seconds", args.seconds, 5, 600), ("ranks", args.ranks, 1, 1024)):
+            if value is not None and not low <= value <= high:
+                raise RecordError(f"--{name}: expected {low} to {high}, found {value}; give a number in between")
+        rows, lines, result = show(measure(args.seconds, args.ranks or default_ranks(), args.out))
+        lines.append(f"Written to {args.out}.")
+    if args.json:
+        print(json.dumps(plain(result), indent=1))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+        table = Table(*rows[0])
+        for row in rows[1:]:
+            table.add_row(*map(printable, row))
+        Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False).print(table)
+        print("\n".join(map(printable, lines)))
+    return 0

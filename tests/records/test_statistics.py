@@ -1,0 +1,272 @@
+"""records.statistics against formulas written out here from other pieces (the standard library, incomplete beta functions,
+simulation), and against p-values computed from the public logs by others."""
+import csv
+import dataclasses
+import math
+import statistics as stdlib
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import betainc, ndtr
+from scipy.stats import t as t_distribution
+
+from records import statistics
+from records.errors import RecordError
+from records.tracks import TRACKS, choose
+
+HERE = Path(__file__).parent
+HISTORY = HERE.parents[1] / "records" / "history" / "finals.csv"
+
+groups = st.lists(st.integers(32_000, 33_500), min_size=2, max_size=40).map(lambda losses: [loss / 1e4 for loss in losses])
+
+
+def t_cdf(t: float, df: float) -> float:
+    """P(T < t) by the incomplete beta function."""
+    tail = betainc(df / 2, 0.5, df / (df + t * t)) / 2
+    return tail if t < 0 else 1 - tail
+
+
+def equal(values) -> bool:
+    return min(values) == max(values)
+
+
+@given(groups, st.sampled_from([3.28, 2.92, 1.6]))
+@settings(max_examples=200, deadline=None)
+def test_t_test_is_the_textbook_formula(losses, target):
+    result = statistics.t_test(losses, target)
+    assert result.n == len(losses) and result.mean == pytest.approx(stdlib.mean(losses))
+    if equal(losses):
+        assert result.p is None and "equal" in result.why and not result.passes
+        return
+    t = (stdlib.mean(losses) - target) / (stdlib.stdev(losses) / math.sqrt(len(losses)))
+    assert result.sd == pytest.approx(stdlib.stdev(losses))
+    assert result.t == pytest.approx(t, rel=1e-6)
+    assert result.p == pytest.approx(t_cdf(t, len(losses) - 1), rel=1e-6, abs=1e-12)
+    assert result.passes == (result.p < 0.01)
+
+
+@given(groups)
+@settings(max_examples=100, deadline=None)
+def test_z_rule_is_the_published_condition(losses):
+    result = statistics.z_rule(losses, 3.28)
+    score = (3.28 - stdlib.mean(losses)) * len(losses) ** 0.5
+    assert result.score == pytest.approx(score, abs=1e-9)
+    assert result.passes == (score >= 0.004 - 1e-9)
+    assert result.p == pytest.approx(1 - ndtr(score / 0.0013), abs=1e-9)
+
+
+@pytest.mark.parametrize("losses, passes", [
+    ([3.276], True), ([3.27601], False), ([3.278] * 4, True), ([3.27801] * 4, False), ([3.277, 3.279] * 2, True)])
+def test_z_rule_at_its_edge(losses, passes):
+    assert statistics.z_rule(losses, 3.28).passes is passes
+
+
+@pytest.mark.parametrize("losses, baseline, steps, passes", [
+    ([3.276], [3.276 + 0.004 * 2 ** 0.5], 0, True), ([3.276], [3.2816], 0, False),
+    ([3.28] * 4, [3.28] * 4, 62, False), ([3.28] * 4, [3.28] * 4, 63, True),  # 0.004 / sqrt 2 = 62.85 steps
+    ([3.281] * 8, [3.28] * 8, 66, False), ([3.281] * 8, [3.28] * 8, 67, True), ([3.28] * 9, [3.28], -10, False)])
+def test_pairwise_rule(losses, baseline, steps, passes):
+    assert statistics.pairwise_rule(losses, baseline, steps).passes is passes
+
+
+@given(groups, groups)
+@settings(max_examples=100, deadline=None)
+def test_welch_is_the_textbook_formula(a, b):
+    result = statistics.welch(a, b)
+    if equal(a) or equal(b):
+        assert result.p is None and "equal" in result.why and result.difference.low is None
+        return
+    u, v = stdlib.variance(a) / len(a), stdlib.variance(b) / len(b)
+    gap, df = stdlib.mean(a) - stdlib.mean(b), (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1))
+    half = t_distribution.ppf(0.975, df) * math.sqrt(u + v)
+    assert result.df == pytest.approx(df, rel=1e-6)
+    assert result.p == pytest.approx(t_cdf(gap / math.sqrt(u + v), df), rel=1e-5, abs=1e-12)
+    assert [result.difference.low, result.difference.high] == pytest.approx([gap - half, gap + half], rel=1e-6, abs=1e-9)
+
+
+@given(groups)
+@settings(max_examples=50, deadline=None)
+def test_mean_interval_is_the_textbook_formula(values):
+    interval = statistics.mean_interval(values, 0.9)
+    if equal(values):
+        assert interval.low is None and "equal" in interval.why
+        return
+    half = t_distribution.ppf(0.95, len(values) - 1) * stdlib.stdev(values) / math.sqrt(len(values))
+    mean = stdlib.mean(values)
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((mean, mean - half, mean + half))
+
+
+@given(st.lists(st.tuples(st.integers(70_000, 90_000), st.integers(70_000, 90_000)), min_size=2, max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_paired_is_the_t_test_of_the_differences(pairs):
+    a, b = zip(*pairs)
+    result, gaps = statistics.paired(a, b), [x - y for x, y in pairs]
+    if equal(gaps):
+        assert result.p_below is None and result.floor is None and "equal" in result.why
+        return
+    t = stdlib.mean(gaps) / (stdlib.stdev(gaps) / math.sqrt(len(gaps)))
+    assert result.p_below == pytest.approx(t_cdf(t, len(gaps) - 1), rel=1e-6, abs=1e-12)
+    assert result.p_below + result.p_above == pytest.approx(1)
+    assert statistics.power(len(gaps), result.floor, result.sd, 0.01) == pytest.approx(0.8)
+
+
+def test_paired_wants_pairs():
+    with pytest.raises(ValueError):
+        statistics.paired([1, 2], [1, 2, 3])
+
+
+# Ratio of means
+
+
+def fieller(a, b, confidence):
+    """Fieller's interval of mean(a) / mean(b), with the degrees of freedom of Welch and Satterthwaite at the estimate: the
+    ratios r for which mean(a) - r mean(b) is within its t interval around 0, found on a fine grid."""
+    u, v, ratio = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b), np.mean(a) / np.mean(b)
+    df = (u + ratio ** 2 * v) ** 2 / (u ** 2 / (len(a) - 1) + (ratio ** 2 * v) ** 2 / (len(b) - 1))
+    r = ratio * np.linspace(0.5, 1.5, 1_000_001)
+    inside = r[abs(np.mean(a) - r * np.mean(b)) <= t_distribution.ppf((1 + confidence) / 2, df) * np.sqrt(u + r ** 2 * v)]
+    return inside[0], inside[-1]
+
+
+def test_ratio_interval_agrees_with_fieller_where_spreads_are_those_of_times():
+    rng = np.random.default_rng(1)
+    for spread in (0.0008, 0.01, 0.06):  # a good host, a bad one, a shared virtual machine
+        for n in (4, 10):
+            a, b = 160 * (1 + spread * rng.standard_normal(n)), 86 * (1 + spread * rng.standard_normal(n + 2))
+            ours, other = statistics.ratio_interval(a, b), fieller(a, b, 0.95)
+            width = ours.high - ours.low
+            assert abs(ours.low - other[0]) < 0.05 * width and abs(ours.high - other[1]) < 0.05 * width
+
+
+def test_ratio_interval_covers_the_true_ratio():
+    """95 % within the noise of 4,000 intervals (standard error 0.34 %) and Satterthwaite's own error at n = 3."""
+    rng = np.random.default_rng(2)
+    for n_a, n_b, spread_a, spread_b in ((3, 3, 0.02, 0.02), (3, 10, 0.05, 0.01), (10, 10, 0.001, 0.06), (20, 5, 0.06, 0.06)):
+        hits = 0
+        for _ in range(4000):
+            interval = statistics.ratio_interval(1.8 * (1 + spread_a * rng.standard_normal(n_a)),
+                                                 1 + spread_b * rng.standard_normal(n_b))
+            hits += interval.low <= 1.8 <= interval.high
+        assert 0.935 < hits / 4000 < 0.975, (n_a, n_b, hits / 4000)
+
+
+def test_ratio_interval_of_the_swapped_groups_is_the_reciprocal():
+    one, other = statistics.ratio_interval([10, 11, 12.5], [4, 5]), statistics.ratio_interval([4, 5], [10, 11, 12.5])
+    assert (other.estimate, other.low, other.high) == pytest.approx((1 / one.estimate, 1 / one.high, 1 / one.low))
+
+
+def test_ratio_interval_wants_positive_values():
+    assert "positive" in statistics.ratio_interval([1, 2], [-1, 3]).why
+    assert statistics.ratio_interval([0, 1], [1, 2]).low is None
+
+
+# What cannot be judged
+
+
+@pytest.mark.parametrize("values, why", [
+    ([], "found 0"), ([3.2], "found 1"), ([3.2, 3.2, 3.2], "equal"), ([3.2, math.nan], "1 of 2"), ([math.inf, 3.2, 3.1], "inf"),
+    ([3.2, -math.inf], "inf"), ([3.2, 1e200], "1e+200"), ([0.1 + 0.2, 0.3], "equal"), ([0.0, 0.0], "equal")])
+def test_no_number_where_there_is_none(values, why):
+    good = [3.1, 3.2, 3.4]
+    results = [statistics.t_test(values, 3.28), statistics.mean_interval(values), statistics.welch(values, good),
+               statistics.welch(good, values), statistics.ratio_interval(values, good), statistics.ratio_interval(good, values),
+               statistics.paired(values, [0.0] * len(values))]
+    for result in results:
+        assert why in result.why, result
+        facts = dataclasses.asdict(result)
+        assert all(facts.get(name) is None for name in ("t", "p", "low", "high", "p_below", "p_above", "floor")), result
+        assert not getattr(result, "passes", False)
+
+
+@pytest.mark.parametrize("losses", [[], [math.nan], [3.1, math.nan], [-math.inf], [3.1, math.inf]])
+def test_rules_without_a_spread_refuse_what_is_no_loss(losses):
+    for result in (statistics.z_rule(losses, 3.28), statistics.pairwise_rule(losses, [3.28]),
+                   statistics.pairwise_rule([3.28], losses)):
+        assert result.score is None and result.why and not result.passes
+
+
+# Power
+
+
+@pytest.mark.parametrize("n, margin, sigma", [(5, 0.002, None), (20, 0.001, None), (4, 0.002, 0.0013), (1, 0.004, 0.0013)])
+def test_power_is_what_simulated_runs_do(n, margin, sigma):
+    rng, sets = np.random.default_rng(3), 20_000
+    losses = 3.28 - margin + 0.0011 * rng.standard_normal((sets, n))
+    if sigma is None:
+        passed = sum(statistics.t_test(row, 3.28).passes for row in losses[:3000]) / 3000
+    else:
+        passed = sum(statistics.z_rule(row, 3.28).passes for row in losses) / sets
+    alpha = 0.01 if sigma is None else 1 - ndtr(0.004 / 0.0013)
+    expected = statistics.power(n, margin, 0.0011, alpha, sigma)
+    assert passed == pytest.approx(expected, abs=4 * (0.25 / 3000) ** 0.5)  # 4 standard errors
+
+
+def test_power_without_a_margin_is_alpha():
+    for n in (2, 3, 10, 1000):
+        assert statistics.power(n, 0, 1, 0.01) == pytest.approx(0.01)
+        assert statistics.power(n, 0, 1, 0.01, 1) == pytest.approx(0.01)
+
+
+# Published figures
+
+
+def published():
+    with open(HERE / "published_p.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses_of_records() -> dict[tuple[str, str], list[float]]:
+    """Losses of the runs of each record at the step that it claims."""
+    losses = defaultdict(list)
+    with open(HERE / "claim_losses.csv", newline="") as file:  # records that claim an earlier step than the last
+        for row in csv.DictReader(file):
+            losses[row["track"], row["number"]].append(float(row["val_loss"]))
+    early = set(losses)
+    with open(HISTORY, newline="") as file:
+        for row in csv.DictReader(file):
+            key, total = (row["track"], row["number"]), row["total_steps"]
+            incomplete = row["track"] == "small" and total and int(row["final_step"]) < int(total)
+            if key not in early and not incomplete:
+                losses[key].append(float(row["final_val_loss"]))
+    return losses
+
+
+def test_every_published_p_value_is_reproduced():
+    """104 records with three or more runs: n, mean, spread and p as printed (two significant digits)."""
+    losses, rows = losses_of_records(), published()
+    assert len(rows) == 104
+    for row in rows:
+        result = statistics.t_test(losses[row["track"], row["number"]], 3.28)
+        found = (str(result.n), f"{result.mean:.5f}", f"{result.sd:.5f}", f"{result.p:.2g}")
+        assert found == (row["n"], row["mean"], row["sd"], f"{float(row['p']):.2g}"), (row["track"], row["number"])
+
+
+# Tracks
+
+
+def test_rules_of_the_tracks_are_applied():
+    losses = [3.2785, 3.2790, 3.2795, 3.2788, 3.2786]
+    assert statistics.loss_rule(TRACKS["small"], losses) == statistics.t_test(losses, 3.28, 0.01)
+    assert statistics.loss_rule(TRACKS["optimization"], losses) == statistics.z_rule(losses, 3.28, 0.0013, 0.004)
+    assert statistics.loss_rule(TRACKS["medium"], losses).target == 2.92
+    assert {track.folder for track in TRACKS.values()} == {
+        "track_0_laptop", "track_1_short", "track_2_medium", "track_3_optimization"}
+
+
+def log(path: str, track: str | None):
+    return SimpleNamespace(path=Path(path), runs=[SimpleNamespace(config={"track": track} if track else {})])
+
+
+def test_track_is_named_or_seen():
+    assert choose("medium", []).name == "medium"
+    assert choose(None, [log("logs/x.txt", "shakespeare")]).name == "shakespeare"
+    assert choose(None, [log("records/track_3_optimization/results/x.txt", None)]).name == "optimization"
+    for name, logs in (("large", []), (None, []), (None, [log("x.txt", None)]),
+                       (None, [log("x.txt", "small"), log("y.txt", "shakespeare")])):
+        with pytest.raises(RecordError, match="expected .*, found .*; "):
+            choose(name, logs)
