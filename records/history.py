@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
+from urllib.parse import quote
 
 FOLDER = Path(__file__).parent / "history"
 SOURCE = "https://github.com/KellerJordan/modded-nanogpt"
@@ -32,7 +33,7 @@ class Record:
 
     @property
     def log_url(self) -> str | None:
-        return f"{SOURCE}/blob/{COMMIT}/{self.log_path}" if self.log_path else None
+        return f"{SOURCE}/blob/{COMMIT}/{quote(self.log_path)}" if self.log_path else None
 
     @property
     def pr_url(self) -> str | None:

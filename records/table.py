@@ -1,0 +1,143 @@
+"""Write the tables of records into records/README.md, between its two marks; what stands outside the marks stays.
+
+Public records come from records/history, records of this repository from the record.json of their folders, which pack computes
+from logs. Public times are of many machines and ours of others, so that neither are ranked against the other.
+With --check nothing is written, and the exit code is 1 where the page is not what the data say."""
+import difflib
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from records import history
+from records.errors import RecordError
+from records.tracks import TRACKS, Track
+
+HELP = "the tables of records in records/README.md, from data"
+EXAMPLE = "python -m records table --check"
+
+ROOT = Path(__file__).parent
+PAGE = ROOT / "README.md"
+BEGIN, END = "<!-- Tables: written by python -m records table. -->", "<!-- End of the tables. -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A public record with what it gained."""
+    record: history.Record
+    gain: Decimal | None  # minutes, or steps; None where there is nothing to compare with, or no gain is claimed
+    percent: float | None
+
+
+def history_rows(track: Track) -> list[Row]:
+    """The public records of a track by date. By time each is compared with the row before, be it a retiming, since
+    both are of the same rules; by steps with the best before, as the list also holds results that are not the best."""
+    rows, before = [], None
+    records = [record for record in history.records() if record.track == track.name]
+    if track.ranked_by == "steps":
+        records.sort(key=lambda record: (record.date, record.number))
+    for record in records:
+        amount, gain = record.minutes_or_steps, None
+        if before is not None and record.kind == "record" and (track.ranked_by == "time" or amount < before):
+            gain = before - amount
+        rows.append(Row(record, gain, None if gain is None else float(100 * gain / before)))
+        before = min(amount, before or amount) if track.ranked_by == "steps" else amount
+    return rows
+
+
+def local_records(track: Track) -> list:
+    """The records.schema.Record of each folder of a track, by date."""
+    from records import schema
+    found = []
+    for path in sorted((ROOT / track.folder).glob(f"*/{schema.FILE}")):  # names begin with the date
+        record = schema.read(path)
+        if path.parent != ROOT / record.folder:
+            raise RecordError(f"{path}: expected the record of its folder, found that of {record.folder}; rename the folder")
+        found.append(record)
+    return found
+
+
+def escaped(text: str) -> str:
+    """Text as Markdown that shows it and does nothing else."""
+    return re.sub(r"([\\`*_~\[\]<>|&#])", r"\\\1", text)
+
+
+def link(text: str, url: str | None) -> str:
+    return f"[{text}]({url})" if url else ""
+
+
+def number(value: float | None, digits: int, factor: float = 1) -> str:
+    return "?" if value is None else f"{value * factor:.{digits}f}"
+
+
+def public_table(track: Track, rows: list[Row]) -> list[str]:
+    unit = "minutes" if track.ranked_by == "time" else "steps"
+    best = min((row.record for row in rows), key=lambda record: record.minutes_or_steps)
+    lines = [f"Public records: {len(rows)} rows, the best with {best.minutes_or_steps} {unit} (number {best.number}).", "",
+             f"| # | {unit} | gain | date | record | contributors | log | PR |", "|-|-:|-:|-|-|-|-|-|"]
+    for row in rows:
+        r = row.record
+        gain = "" if row.gain is None else f"{row.gain} ({row.percent:.1f} %)"
+        lines.append(f"| {r.number} | {r.minutes_or_steps} | {gain} | {r.date or ''} | {escaped(r.title)} | "
+                     f"{escaped(', '.join(r.contributors))} | {link('log', r.log_url)} | {link(r.pr, r.pr_url)} |")
+    return lines + [""]
+
+
+def local_table(records: list) -> list[str]:
+    """Gain: mean training time of the baseline on the same machine less that of the runs."""
+    lines = ["| date | minutes | validation loss | n | steps | gain on the same machine | record | contributors |",
+             "|-|-:|-|-:|-:|-|-|-|"]
+    for record in records:
+        runs, speed = record.runs, record.speed
+        gain = "" if speed is None or speed.difference_ms is None else (
+            f"{number(-speed.difference_ms, 2, 1e-3)} s" + ("" if speed.low_ms is None else
+            f" (95 %: {number(-speed.high_ms, 2, 1e-3)} to {number(-speed.low_ms, 2, 1e-3)})"))
+        title = link(escaped(record.description), record.folder)
+        lines.append(f"| {record.date} | {number(runs.time_ms_mean, 3, 1 / 60_000)} | {number(runs.loss_mean, 4)} ± "
+                     f"{number(runs.loss_sd, 4)} | {runs.n} | {'?' if runs.step is None else runs.step} | {gain} | "
+                     f"{title}{' (no record: ' + escaped(record.why_no_record) + ')' if record.why_no_record else ''} | "
+                     f"{escaped(', '.join(record.contributors))} |")
+    return lines + [""]
+
+
+def tables() -> str:
+    lines = []
+    for track in TRACKS.values():
+        rows, local = history_rows(track), local_records(track)
+        by = "least training time" if track.ranked_by == "time" else "fewest steps"
+        lines += [f"## Track `{track.name}`: {by} to a validation loss of {track.target}", ""]
+        if local:
+            lines += ["Records of this repository:", "", *local_table(local)]
+        if rows:
+            lines += public_table(track, rows)
+        if not rows and not local:
+            lines += ["None yet.", ""]
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """The page with its tables up to date."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise RecordError(f"{PAGE}: expected the lines {BEGIN} and {END}, found at most one; put both where the tables belong")
+    return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
+
+
+def add_arguments(parser):
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not up to date")
+
+
+def run(args) -> int:
+    try:
+        old = PAGE.read_text(encoding="utf-8")
+        new = page(old)
+        if new != old and not args.check:
+            PAGE.write_text(new, encoding="utf-8")
+    except OSError as e:
+        raise RecordError(f"{PAGE}: expected a page to read and write, found: {e.strerror}; check its permissions") from None
+    if args.check and new != old:
+        print("\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), str(PAGE), "as the data say", n=0, lineterm="")))
+        return 1
+    print(f"{PAGE}: {'up to date' if new == old else 'written'}")
+    return 0
