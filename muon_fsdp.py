@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from muon import Bucket, Run, as_bank, decay_and_step, expect, largest, local, state_kinds, state_shape, step_master
+from muon import decay_and_step, expect, largest, step_master
+from muon_ranks import Bucket, Run, as_bank, local, state_kinds, state_shape
 
 _all_to_all = getattr(dist, "all_to_all_single", None)
 
@@ -161,7 +162,7 @@ class Exchanged(Sharded):
                 for run, x in zip(runs, flat[:sum(sizes)].split(sizes))]
 
     def exchange(self, parts: list[Tensor], given: list[int], taken: list[int]) -> tuple:
-        send = torch.cat([part.reshape(-1).to(self.wire) for part in parts])
+        send = torch.cat([part.reshape(-1).to(self.optimizer.wire) for part in parts])
         received = send.new_empty(sum(taken))
         return _all_to_all(received, send, taken, given, group=self.group, async_op=True), received.split(taken), send
 
@@ -192,7 +193,7 @@ class Exchanged(Sharded):
 
     def tail(self, rank: int) -> list[int]:
         """Lengths of what follows the pieces from a rank: flags of each run, then the bits of its V."""
-        wide = 4 // self.wire.itemsize
+        wide = 4 // self.optimizer.wire.itemsize
         return [size for run in self.runs[rank] for size in (run.count, 0 if self.settings(run)["normuon_beta2"] is None else
                                                              run.count * max(run.shape[1:]) * wide)]
 
@@ -200,7 +201,7 @@ class Exchanged(Sharded):
         found, tail, parts = {id(run): (O, ok) for run, O, ok in results}, [], []
         for run in self.runs[self.rank]:
             V = self.state(run).get("second_moment")
-            tail += [found[id(run)][1], *([] if V is None else [V.reshape(-1).view(self.wire)])]
+            tail += [found[id(run)][1], *([] if V is None else [V.reshape(-1).view(self.optimizer.wire)])]
         for rank in range(self.world_size):
             for run in self.runs[self.rank]:
                 begin, end = self.cut(run, rank)
@@ -223,9 +224,9 @@ class Exchanged(Sharded):
                 if len(V):
                     state["second_moment"].copy_(V.clone().view(torch.float32).view(run.count, -1))
                 if "mantissa" in state:
-                    W.copy_(step_master(W, state["mantissa"], O.reshape(W.shape), ok, *self.rates(run)))
+                    W.copy_(step_master(W, state["mantissa"], O.reshape(W.shape), ok, *self.optimizer.rates(run.unit)))
                 else:
-                    decay_and_step(W, O.reshape(W.shape), ok, *self.rates(run))
+                    decay_and_step(W, O.reshape(W.shape), ok, *self.optimizer.rates(run.unit))
                 done += ok.sum().long()
         return self.num_units - done
 
@@ -260,11 +261,11 @@ class Gathered(Sharded):
             group, M = self.settings(runs[0]), self.state(runs[0])["momentum_buffer"]
             step, moves = (torch.zeros(p.shape, device=self.like.device) for _ in range(2))
             for run in runs:
-                (O, ok), factor, view = found[id(run)], self.rates(run)[0], run.of(step)
+                (O, ok), factor, view = found[id(run)], self.optimizer.rates(run.unit)[0], run.of(step)
                 view.copy_((factor * O.float()).view(view.shape))
                 run.of(moves).copy_(ok.view(-1, *[1] * (view.ndim - 1)).expand(view.shape))
             W, O, ok = local(p), self.place(step, p), self.place(moves, p) > 0
-            moved, decay, cautious = W[None].clone(), *self.rates(runs[0])[1:]
+            moved, decay, cautious = W[None].clone(), *self.optimizer.rates(runs[0].unit)[1:]
             decay_and_step(moved, O[None], torch.ones(1, device=W.device), 1.0, decay, cautious)
             W.copy_(torch.where(ok, moved[0], W))
             M.lerp_(torch.where(ok, gradient(p).float(), M), 1 - group["momentum"])
