@@ -12,11 +12,13 @@ from pathlib import Path
 from records import logs, schema
 from records.errors import RecordError
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
-from records.tracks import choose
+from records.tracks import TRACKS, choose
 
 HELP = "every rule of a track on a submission, with the evidence"
 EXAMPLE = ("python -m records check bench/results/2026-11-22_shakespeare_cpu/muon "
            "--baseline bench/results/2026-11-22_shakespeare_cpu/adamw")
+
+GROUPS = ("runs", "baseline", "excluded")  # folders of logs in the folder of a submission
 
 __doc__ = __doc__.format(rules="\n".join(f"  {name:<21} {rule.__doc__}" for name, rule in RULES.items()))
 
@@ -78,20 +80,13 @@ def add_arguments(parser):
     parser.add_argument("--json", action="store_true", help="verdicts for a program")
 
 
-def from_folder(folder: Path, record: schema.Record) -> Submission:
-    """The submission in a folder built by pack."""
-    def group(name, files):
-        return [logs.read(folder / name / file.file) for file in files]
-
-    return Submission(
-        track=choose(record.track, []),
-        logs=group("runs", record.runs.logs),
-        baseline=group("baseline", record.baseline.logs if record.baseline else []),
-        excluded=[*zip(group("excluded", record.excluded), [file.reason for file in record.excluded])],
-        step=record.runs.step if choose(record.track, []).claim_step == "stated" else None,
-        planned=tuple(record.planned_runs),
-        waivers=record.waivers,
-    )
+def from_folder(folder: Path, statement: schema.Statement) -> Submission:
+    """The submission in a folder built by pack: all logs that lie there now."""
+    runs, baseline, excluded = ([logs.read(path) for path in sorted((folder / group).glob("*")) if not path.is_symlink()]
+                                for group in GROUPS)
+    return Submission(TRACKS[statement.track], runs, baseline,
+                      [(log, statement.excluded.get(log.path.name, "")) for log in excluded],
+                      statement.step, tuple(statement.planned_runs), statement.waivers)
 
 
 def from_arguments(args) -> Submission:

@@ -15,6 +15,7 @@ STEP = re.compile(rb"^step:(\d{1,12})/\d{1,12} ((?:[a-z_]{1,40}:\S{1,40} ){0,12}
                   rb"step_avg:(\d{1,12}\.\d{1,9}|nan)ms(?: [a-z_]{1,40}:\S{1,40}){0,12}\s*$", re.M)
 DATE = re.compile(rb"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d) +(\d{4})\s*$", re.M)
 RESUMED = re.compile(rb"^resumed: ", re.M)
+COMMIT = re.compile(rb"^commit: ([0-9a-f]{40}(?: with changes)?)$", re.M)
 DATA = re.compile(rb"^((?:training|validation) data: .{1,300})$", re.M)
 QUEUE = 5  # steps that a GPU may still have to do when a training line is printed (at most 3.06 in the public archive)
 
@@ -23,6 +24,7 @@ QUEUE = 5  # steps that a GPU may still have to do when a training line is print
 class Details:
     date: datetime.datetime | None = None  # by the clock and in the time zone of the machine
     resumed: bool = False
+    commit: str = ""
     data: tuple[str, ...] = ()  # what the log says of its data
     clock: frozenset = frozenset()  # (step, ms) of every training line
     contradictions: tuple[str, ...] = ()  # what does not fit among the step lines, by run
@@ -35,7 +37,7 @@ def examine(log: Log) -> Details:
     text = log.path.read_bytes().replace(b"\r\n", b"\n")
     separator = f"\n{SEPARATOR}\n".encode()
     head, _, body = text.rpartition(separator)
-    header = head.rpartition(separator)[2]
+    header = head.rpartition(separator)[2] if log.variant == "own" else b""
     lines = np.array([(int(step), b"val_loss:" in keys, float(time) * (1000 if unit == b"s" else 1), float(average))
                       for step, keys, time, unit, average in STEP.findall(body)]).reshape(-1, 4)
     on_cpu = any(run.num_gpus == 0 for run in log.runs)  # a CPU has no queue
@@ -44,8 +46,9 @@ def examine(log: Log) -> Details:
     training = lines[lines[:, 1] == 0]
     return Details(
         date=parse_date(DATE.findall(head)),
-        resumed=bool(RESUMED.search(header)) if log.variant == "own" else False,
-        data=tuple(line.decode("utf-8", "replace") for line in DATA.findall(header)) if log.variant == "own" else (),
+        resumed=bool(RESUMED.search(header)),
+        commit=match[1].decode() if (match := COMMIT.search(header)) else "",
+        data=tuple(line.decode("utf-8", "replace") for line in DATA.findall(header)),
         clock=frozenset(map(tuple, training[:, [0, 2]].tolist())),
         contradictions=tuple(found),
     )

@@ -280,7 +280,7 @@ def compile_flags(s: Submission):
     sources = {(name, text): log for log in s.logs for name, text in log.sources.items()}
     pattern = re.compile("|".join(s.track.banned_flags))
     return judged((f"{' '.join(match[0].split())} in {name} of {names([log])}" for (name, text), log in sources.items()
-                   for match in pattern.finditer(code_of(text))), f"{len(sources)} source files")
+                   if pattern.search(text) and (match := pattern.search(code_of(text)))), f"{len(sources)} source files")
 
 
 def code_of(source: str) -> str:
@@ -351,9 +351,10 @@ def faster_than_baseline(s: Submission):
     result = s.speed()
     if result.p is None:
         return FAIL, result.why
-    gain, low, high = (-value / 1000 for value in (result.difference.estimate, result.difference.high, result.difference.low))
+    gap, low, high = (value / 1000 for value in (result.difference.estimate, result.difference.low, result.difference.high))
     return PASS if result.p < s.track.alpha else FAIL, (
-        f"{gain:.3f} s faster (95 % interval {low:.3f} to {high:.3f}), p = {result.p:.2g}, {s.track.alpha:g} is asked")
+        f"{gap:+.3f} s against the baseline (95 % interval {low:+.3f} to {high:+.3f}): p = {result.p:.2g}, "
+        f"{s.track.alpha:g} is asked")
 
 
 RULES = {rule.__name__.replace("_", "-"): rule for rule in (

@@ -1,5 +1,5 @@
 """record.json: what the folder of a record claims, and the logs that it rests on. `python -m records.schema` prints the JSON
-schema. What a person says is marked so; all else is computed from the logs, and `verify` computes it again.
+schema. A Statement is what a person says; all else in a Record is computed from the logs, and `verify` computes it again.
 
 Losses are nats per token with 5 decimals, times training milliseconds with 1, probabilities have 3 significant digits. null is
 a number that the logs do not hold, or not a finite one."""
@@ -26,7 +26,8 @@ def one_line(text: str) -> str:
 
 Line = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(one_line)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-LogName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]  # of a file in its folder
+LOG_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+LogName = Annotated[str, StringConstraints(pattern=f"^{LOG_NAME}$")]  # of a file in its folder
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}"
 SourceName = Annotated[str, StringConstraints(pattern=rf"^{PART}(/{PART}){{0,3}}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -50,10 +51,6 @@ class LogFile(Model):
     file: LogName
     sha256: Sha256
     runs: list[Run] = Field(max_length=10_000)
-
-
-class Excluded(LogFile):
-    reason: Line = Field(description="why the log does not count, in a person's words")
 
 
 class Group(Model):
@@ -84,39 +81,45 @@ class Speed(Model):
     p: Number | None = Field(description="one-sided: that the runs are faster")
 
 
-class Record(Model):
-    """A folder records/<folder of the track>/<date>_<name>/."""
-    version: Literal[1]
+class Statement(Model):
+    """What a person says of a submission."""
+    version: Literal[1] = 1
     track: Literal[tuple(TRACKS)]
-    name: Name = Field(description="a person's choice, as the date, the kind, the description and the contributors are")
+    name: Name
     date: Annotated[datetime.date, Field(strict=False)]
     kind: Literal["record", "non-record"]
-    why_no_record: Line | None = Field(description="a person's reason; null for a record")
+    why_no_record: Line | None = Field(description="null for a record")
     description: Line
     contributors: list[Line] = Field(max_length=100)
+    step: Count | None = Field(description="whose validation counts, in a track that wants it stated; null: the last")
     planned_runs: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(
-        max_length=10, description="numbers of runs after which a person planned to judge; several are several looks")
-    waivers: dict[Name, Line] = Field(max_length=50, description="a person's reason by rule of `check` that does not pass")
-    hardware: Line | None = Field(description="null, like torch and world_size, where the runs differ or do not say")
-    torch: Line | None
-    world_size: Count | None
-    runs: Group
-    loss_test: LossTest
-    baseline: Group | None
-    speed: Speed | None
-    excluded: list[Excluded] = Field(max_length=10_000)
-    sources: dict[SourceName, Sha256] = Field(max_length=50, description="files in source/, as the logs of the runs embed them")
+        max_length=10, description="runs planned before the first; several numbers are several looks")
+    waivers: dict[Name, Line] = Field(max_length=50, description="reasons to accept a failure, by rule of `check`")
+    excluded: dict[LogName, Line] = Field(max_length=10_000, description="reasons to leave a log out, by log")
 
     @model_validator(mode="after")
     def kinds(self):
         if (self.kind == "record") != (self.why_no_record is None):
-            raise ValueError("a non-record, and no record, has a reason in why_no_record")
+            raise ValueError("why_no_record is wanted of a non-record, and only there")
         return self
 
     @property
     def folder(self) -> str:
         """Path below records/."""
         return f"{TRACKS[self.track].folder}/{self.date}_{self.name}"
+
+
+class Record(Statement):
+    """A folder records/<folder of the track>/<date>_<name>/: what a person says, and what the logs say."""
+    hardware: Line | None = Field(description="null, as torch and world_size, where the runs differ or do not say")
+    torch: Line | None
+    world_size: Count | None
+    runs: Group
+    loss_test: LossTest
+    baseline: Group | None
+    speed: Speed | None
+    excluded_logs: list[LogFile] = Field(max_length=10_000)
+    sources: dict[SourceName, Sha256] = Field(max_length=50, description="files in source/, as the logs of the runs embed them")
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -135,10 +138,10 @@ def read(path) -> Record:
     return parse(text, path)
 
 
-def parse(data: str | bytes | dict, what="record.json") -> Record:
-    """A Record from its JSON, or from values. RecordError with the first problem."""
+def parse(data: str | bytes | dict, what="record.json", kind=Record):
+    """A Record, or a Statement, from its JSON or from values. RecordError with the first problem."""
     try:
-        return Record.model_validate(data) if isinstance(data, dict) else Record.model_validate_json(data)
+        return kind.model_validate(data) if isinstance(data, dict) else kind.model_validate_json(data)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         where = f" at {ascii('.'.join(map(str, first['loc'])))[1:-1][:100]}" if first["loc"] else ""
