@@ -164,7 +164,7 @@ def test_stale_log_is_not_taken_for_a_new_one():
     old = files("logs/*.txt")[0]
     os.utime(old, (1, 1))
     with pytest.raises(RecordError, match="no line with the path"):
-        run(a=f"echo {old}", out="other")
+        run(a=f"sh -c 'echo {old}'", out="other")
     with pytest.raises(RecordError, match="no line with the path"):
         run(a="sh -c 'head -c 1000000 /dev/urandom'", out="noise")
 

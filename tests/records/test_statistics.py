@@ -74,6 +74,14 @@ def test_pairwise_rule(losses, baseline, steps, passes):
     assert statistics.pairwise_rule(losses, baseline, steps).passes is passes
 
 
+@given(groups, groups, st.integers(-200, 200))
+@settings(max_examples=50, deadline=None)
+def test_pairwise_rule_is_the_published_condition(losses, baseline, steps):
+    result = statistics.pairwise_rule(losses, baseline, steps, 0.0045 / 100)
+    gain = stdlib.mean(baseline) - stdlib.mean(losses) + steps * 0.0045 / 100
+    assert result.score == pytest.approx(gain / math.sqrt(1 / len(losses) + 1 / len(baseline)), abs=1e-12)
+
+
 @given(groups, groups)
 @settings(max_examples=100, deadline=None)
 def test_welch_is_the_textbook_formula(a, b):
