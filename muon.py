@@ -138,7 +138,7 @@ ADJUST_LR = {  # the factor on lr for an m x n matrix; weight decay never sees i
 
 def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, Tensor]:
     """(U, which of the B gradients are finite). M (B, m, n) fp32 moves in place where they are; G is read only."""
-    ok = torch.isfinite(largest(G))
+    ok = torch.isfinite(largest(G).float())  # fp64 may be finite there only
     G = torch.where(ok, G.float(), M)  # blending M with M leaves M as it is
     M.lerp_(G, 1 - mu)
     return (G.lerp(M, mu) if nesterov else M), ok.view(-1)
@@ -190,36 +190,54 @@ def expect(holds: bool, expected: str, found, remedy: str, error: type = ValueEr
 
 
 def is_split(x) -> bool:
-    return all(isinstance(m, int) and m > 0 for m in (x if isinstance(x, Sequence) and len(x) else (x,)))
+    return x is None or all(type(m) is int and m > 0 for m in (x if isinstance(x, Sequence) and len(x) else (x,)))
+
+
+def is_schedule(x) -> bool:
+    return x in COEFFICIENTS if isinstance(x, str) else len(x) > 0 and all(
+        len(triple) == 3 and all(isinstance(number, (int, float)) for number in triple) for triple in x)
 
 
 RULES = {  # setting of a group -> (what is expected, test)
     "lr": ("one number, 0 or more", lambda x: (not isinstance(x, Tensor) or x.numel() == 1) and float(x) >= 0),
     "momentum": ("0 <= momentum < 1", lambda x: 0 <= x < 1),
     "weight_decay": ("0 or more", lambda x: x >= 0),
-    "ns_steps": ("a whole number above 0", lambda x: isinstance(x, int) and x > 0),
-    "coefficients": (f"one of {list(COEFFICIENTS)} or a sequence of (a, b, c)", lambda x: x in COEFFICIENTS
-                     if isinstance(x, str) else len(x) > 0 and all(isinstance(t, Sequence) and len(t) == 3 for t in x)),
+    "ns_steps": ("a whole number above 0", lambda x: type(x) is int and x > 0),
+    "coefficients": (f"one of {list(COEFFICIENTS)} or a sequence of (a, b, c)", is_schedule),
     "ns_form": (f"one of {FORMS}", lambda x: x in FORMS),
     "adjust_lr": (f"one of {list(ADJUST_LR)}", lambda x: x in ADJUST_LR),
     "normuon_beta2": ("None or 0 <= beta2 < 1", lambda x: x is None or 0 <= x < 1),
-    "split": ("None, a number of equal blocks, or the rows of each block", lambda x: x is None or is_split(x)),
+    "split": ("None, a number of equal blocks, or the rows of each block", is_split),
 }
 
 
 def check_settings(group: dict, number: int) -> None:
-    for key, (expected, holds) in RULES.items():
-        expect(holds(group[key]), f"{key} of group {number}: expected {expected}", repr(group[key]), "change it")
+    for key, (expected, rule) in RULES.items():
+        try:
+            holds = rule(group[key])
+        except (TypeError, ValueError):  # of another kind altogether
+            holds = False
+        expect(holds, f"{key} of group {number}: expected {expected}", repr(group[key]), "change it")
+
+
+TORCH_NAMES = "ns_coefficients", "adjust_lr_fn", "eps"
 
 
 def from_torch(settings: dict) -> dict:
-    """torch.optim.Muon's names for the same settings; its adjust_lr_fn=None means original, and eps has no use here."""
-    renamed = {key: value for key, value in settings.items() if key not in ("ns_coefficients", "adjust_lr_fn", "eps")}
+    """torch.optim.Muon's names for the same settings, ours first; its adjust_lr_fn=None means original, and eps, which
+    would make the result depend on the gradient's scale, has no use here."""
+    renamed = {key: value for key, value in settings.items() if key not in TORCH_NAMES}
     if "ns_coefficients" in settings:
-        renamed["coefficients"] = (tuple(settings["ns_coefficients"]),)
+        renamed.setdefault("coefficients", (tuple(settings["ns_coefficients"]),))
     if "adjust_lr_fn" in settings:
-        renamed["adjust_lr"] = settings["adjust_lr_fn"] or "original"
+        renamed.setdefault("adjust_lr", settings["adjust_lr_fn"] or "original")
     return renamed
+
+
+def for_torch(group: dict) -> dict:
+    """What torch.optim.Muon reads from a saved group. It has one triple for all steps and no "spectral"."""
+    triples = COEFFICIENTS["jordan"][1] if isinstance(group["coefficients"], str) else group["coefficients"]
+    return {**group, "ns_coefficients": triples[-1], "adjust_lr_fn": group["adjust_lr"] or "none", "eps": 1e-7}
 
 
 def world_and_rank(group) -> tuple[int, int]:
@@ -235,10 +253,11 @@ def fuse(function):
     return lambda *args: fused(*(torch.tensor(x, dtype=torch.float32) if isinstance(x, float) else x for x in args))
 
 
-def rebuild(groups: list[dict], options: dict, state: dict) -> "Muon":
+def rebuild(kind: type, groups: list[dict], options: dict, state: dict, skipped) -> "Muon":
     """From a pickle."""
-    optimizer = Muon(groups, **options)
+    optimizer = kind(groups, **options)
     optimizer.load_state_dict(state)
+    optimizer._skipped = skipped
     return optimizer
 
 
@@ -258,14 +277,14 @@ class Muon(torch.optim.Optimizer):
     deterministic: one matrix per call, so that the bits do not depend on the number of ranks or buckets.
     compile: fuse the update functions with torch.compile. symmetric: a kernel like `symmetric_product`."""
 
-    def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.0, ns_steps=5,
+    def __init__(self, params, lr=0.02, weight_decay=0.0, momentum=0.95, nesterov=True, *, ns_steps=5,
                  coefficients="polar", adjust_lr="original", cautious=False, normuon_beta2=None, split_mantissa=False,
                  split=None, flatten=False, ns_form="auto", ns_dtype=None, process_group=None, sync_grads=False,
                  bucket_mb=16, deterministic=False, compile=False, symmetric=symmetric_product, **torch_names):
         expect(ns_dtype in (None, torch.bfloat16, torch.float16, torch.float32) and bucket_mb > 0, "expected ns_dtype None, "
                "torch.bfloat16, torch.float16 or torch.float32 and bucket_mb above 0", f"{ns_dtype} and {bucket_mb}",
                "leave both out for the defaults")
-        unknown = sorted(torch_names.keys() - {"ns_coefficients", "adjust_lr_fn", "eps"})
+        unknown = sorted(torch_names.keys() - set(TORCH_NAMES))
         expect(not unknown, "expected settings of Muon", unknown, "see its docstring", TypeError)
         self.options = dict(ns_dtype=ns_dtype, process_group=process_group, sync_grads=sync_grads, bucket_mb=bucket_mb,
                             deterministic=deterministic, compile=compile, symmetric=symmetric)
@@ -283,11 +302,12 @@ class Muon(torch.optim.Optimizer):
         self._lay_out()
 
     def __reduce__(self):
-        return rebuild, (self.param_groups, self.options, self.state_dict())
+        return rebuild, (type(self), self.param_groups, self.options, self.state_dict(), self._skipped)
 
     @property
     def skipped(self) -> int:
-        """Units skipped so far, over all ranks and steps, for want of a finite gradient. Reading it waits."""
+        """Units skipped so far for want of a finite gradient, over all steps and ranks (but only this rank's own units of
+        banks that are sharded by matrices). Reading it waits."""
         return int(self._skipped)
 
     def _check_world(self) -> None:
@@ -300,6 +320,7 @@ class Muon(torch.optim.Optimizer):
         """Check and add a group. After construction all ranks call it together, as every unit is placed anew."""
         number, names, group = len(self.param_groups), dict(self._names), {**self.defaults, **from_torch(group)}
         check_settings(group, number)
+        expect(not isinstance(group["params"], set), "expected parameters in an order", "a set", "pass a list", TypeError)
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         dtypes = torch.float32, torch.bfloat16, torch.float16, torch.float64
         split, given = group["split"], group.get("param_names") or [f"parameter {i} of group {number}" for i in
@@ -320,9 +341,14 @@ class Muon(torch.optim.Optimizer):
                    f"{name}: expected a split of its {rows} rows", f"{split}", "change it for this group")
             names[p] = name
         super().add_param_group(group)
-        self._names = names
-        if self.buckets:
-            self._lay_out()
+        before, self._names = self._names, names
+        try:
+            if self.buckets:
+                self._lay_out()
+        except Exception:
+            self.param_groups.pop()
+            self._names = before
+            raise
 
     def _check_ranks_agree(self, process_group, world_size: int, params: set[Tensor]) -> None:
         """Ranks that disagree would hang or mix up their matrices: raise on all, naming the first difference."""
@@ -339,15 +365,15 @@ class Muon(torch.optim.Optimizer):
 
     def _lay_out(self) -> None:
         """Plan the units and cut them into buckets. State that exists already moves to its new owners."""
-        state, lanes = self._gather_state(), {}
+        state, lanes, buckets, plans = self._gather_state(), {}, [], []
         devices = sorted({p.device for p in self._names}, key=str)
+        expect(len(devices) > 0, "expected parameters", "none", "pass the hidden matrices")
         expect(len(devices) == 1, "expected all parameters on one device", devices, "build one optimizer per device")
         dtype = self.ns_dtype or iteration_dtype(devices[0])
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # dtype of updates as all ranks receive them
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 lanes.setdefault(self._lane(p, group), []).append((p, i, group))
-        self.buckets, self.plans = [], []
         for (kind, process_group), members in lanes.items():
             world_size, rank = world_and_rank(process_group)
             if world_size > 1:
@@ -355,10 +381,11 @@ class Muon(torch.optim.Optimizer):
             world_size, rank = (1, 0) if kind.alone else (world_size, rank)
             units = [unit for p, i, group in members for unit in units_of(p, kind.part(p), i, group)]
             costs = [self._cost(unit, dtype) for unit in units]
-            self.plans.append(plan_units(costs, [u.m * u.n for u in units], world_size, max(1, int(self.bucket_mb * 1e6 / 4))))
-            self.buckets += [kind(self, process_group, rank, [[units[u] for u in ids] for ids in bucket])
-                             for bucket in self.plans[-1].buckets]
-        self.buckets.sort(key=lambda bucket: bucket.alone)  # ranks may have unlike numbers of these: no exchange between them
+            plans.append(plan_units(costs, [u.m * u.n for u in units], world_size, max(1, int(self.bucket_mb * 1e6 / 4))))
+            buckets += [kind(self, process_group, rank, [[units[u] for u in ids] for ids in bucket])
+                        for bucket in plans[-1].buckets]
+        buckets.sort(key=lambda bucket: bucket.alone)  # ranks may have unlike numbers of these: no exchange between them
+        self.buckets, self.plans = buckets, plans
         self._scatter_state(state)
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
@@ -395,15 +422,19 @@ class Muon(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         self.start()
         self._consolidated, inflight = None, deque()
-        for i, bucket in enumerate(self.buckets):
-            for near in self.buckets[i:i + 2]:
-                near.start()                           # 1: gradients of the next bucket are under way,
-            bucket.send(bucket.update())               # 2: update what I own and send it off,
-            inflight.append(bucket)
-            if len(inflight) == min(2, bucket.world_size):
-                self._skipped += inflight.popleft().apply()  # 3: and meanwhile apply the bucket before
-        while inflight:
-            self._skipped += inflight.popleft().apply()
+        try:
+            for i, bucket in enumerate(self.buckets):
+                for near in self.buckets[i:i + 2]:
+                    near.start()                                 # 1: gradients of the next bucket are under way;
+                bucket.send(bucket.update())                     # 2: update what I own, send it off,
+                inflight.append(bucket)
+                if len(inflight) == min(2, bucket.world_size):
+                    self._skipped += inflight.popleft().apply()  # 3: and meanwhile apply the bucket before
+            while inflight:
+                self._skipped += inflight.popleft().apply()
+        finally:
+            for bucket in self.buckets:  # after an error nothing of this step may enter the next
+                bucket.pending = bucket.sent = None
         return loss
 
     @torch.no_grad()
@@ -425,31 +456,35 @@ class Muon(torch.optim.Optimizer):
         self._consolidated = state if to in (None, self.rank) else None
 
     def state_dict(self) -> dict:
-        """torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full shape, ...}}. The
-        state of DTensor parameters is DTensors."""
+        """torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full shape, ...}}; what
+        torch.optim.Muon reads is in it too. The state of DTensor parameters is DTensors."""
         alone = all(bucket.world_size == 1 or not bucket.owners_keep_state for bucket in self.buckets)
         expect(alone or self._consolidated is not None, "expected the state of all ranks", "this rank's share only",
                "call consolidate_state_dict() on every rank after the last step, and then state_dict()", RuntimeError)
         kept = dict(self.state)
         self.state.update(self._consolidated or self._gather_state())
         try:
-            return super().state_dict()
+            saved = super().state_dict()
+            return {**saved, "param_groups": [for_torch(group) for group in saved["param_groups"]]}
         finally:
             self.state.clear()
             self.state.update(kept)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon."""
-        groups, state = [], {}
-        for number, (theirs, ours) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
+        groups, state, saved = [], {}, state_dict["param_groups"]
+        found, kinds = [len(group["params"]) for group in saved], set().union(*state_dict["state"].values())
+        expect(found == [len(group["params"]) for group in self.param_groups], "expected groups of "
+               f"{[len(group['params']) for group in self.param_groups]} parameters", found, "load a checkpoint of this model")
+        for number, (theirs, ours) in enumerate(zip(saved, self.param_groups)):
             settings = {key: ours[key] for key in self.defaults} | from_torch(theirs)
             groups.append(settings | {key: ours[key] for key in ("split", "flatten", "ns_form")})  # these shape the state
             check_settings(groups[-1], number)
             for i, p in zip(theirs["params"], ours["params"]):
                 state[p] = state_dict["state"].get(i, {})
-                expect("momentum_buffer" in state[p] or not state_dict["state"], f"{self._names[p]}: expected a momentum_buffer",
-                       "none, though others have one", "save the state of all ranks, see consolidate_state_dict()")
-                for key in state_kinds(groups[-1]).keys() & state[p].keys():
+                for key in state_kinds(groups[-1]).keys() & kinds:
+                    expect(key in state[p], f"{self._names[p]}: expected a {key}", "none, though others have one",
+                           "save the state of all ranks, see consolidate_state_dict()")
                     expected, found = state_shape(key, p, groups[-1]), tuple(state[p][key].shape)
                     expect(found == expected, f"{self._names[p]}: expected a {key} of shape {expected}", found,
                            "load a checkpoint of this model")

@@ -8,7 +8,8 @@ rule of torch.chunk, so uneven and empty shards need neither padding nor headers
 
     by rows or columns: Shard(0), (1) of a matrix or convolution, (1), (2) of a bank    Exchanged, as just described
     by matrices: Shard(0) of a bank, such as experts                                    Whole: no traffic at all
-    the same, and Replicate on further mesh dimensions (HSDP)                           as above; each replica repeats it
+    the same, and Replicate on further mesh dimensions (HSDP)                           as above; each replica repeats it, and
+                                                                                        all must lack the same gradients
     anything else: two sharded dimensions, strided shards                               Gathered: correct, but slow
 
 The owner of a unit decides whether its gradient is finite; the answer, and V of NorMuon, travel with the result.
@@ -27,14 +28,27 @@ from muon_ranks import Bucket, Run, as_bank, local, state_kinds, state_shape
 _all_to_all = getattr(dist, "all_to_all_single", None)
 
 
+def sharded_dims(p: DTensor) -> list[int]:
+    """Mesh dimensions over which a parameter is not simply repeated."""
+    return [i for i, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+
+
+def kind_of(p: DTensor, flatten: bool) -> type[Bucket]:
+    dims = sharded_dims(p)
+    if len(dims) > 1 or type(p.placements[dims[0] if dims else 0]) is not Shard or shard_axis(p, flatten) > 1:
+        return Gathered
+    return Whole if shard_axis(p, flatten) < 0 else Exchanged
+
+
 def lane(p: DTensor, group: dict) -> tuple[type[Bucket], object]:
     """(kind of bucket, process group) for a parameter whose group has these settings."""
-    mesh, sharded = p.device_mesh, [i for i, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
-    if len(sharded) == 1 and type(p.placements[sharded[0]]) is Shard and shard_axis(p, group["flatten"]) < 2:
-        ranks = mesh.get_group(sharded[0])
-        expect(mesh.get_local_rank(sharded[0]) == dist.get_rank(ranks), "expected a mesh with its ranks in order", mesh,
+    mesh, kind = p.device_mesh, kind_of(p, group["flatten"])
+    if kind is not Gathered:
+        dim, = sharded_dims(p)
+        ranks = mesh.get_group(dim)
+        expect(mesh.get_local_rank(dim) == dist.get_rank(ranks), "expected a mesh with its ranks in order", mesh,
                "sort its ranks")
-        return (Whole if shard_axis(p, group["flatten"]) < 0 else Exchanged), ranks
+        return kind, ranks
     expect(not group["split_mantissa"], "expected a parameter sharded along one mesh dimension for split_mantissa",
            p.placements, "turn that off for this group")
     warnings.warn(f"Muon: parameters placed as {p.placements} are gathered whole on every rank, which is slow; shard them "
@@ -45,7 +59,7 @@ def lane(p: DTensor, group: dict) -> tuple[type[Bucket], object]:
 def state_of(optimizer, p: DTensor, group: dict) -> dict[str, DTensor]:
     """The whole state of a parameter, in optimizer.state, made of zeros at first use. second_moment (matrices, numbers) is
     sharded with a bank's matrices, and otherwise the same on all ranks."""
-    state, whole = optimizer.state[p], lane(p, group)[0] is Whole
+    state, whole = optimizer.state[p], kind_of(p, group["flatten"]) is Whole
     for key, dtype in state_kinds(group).items():
         if key not in state and key != "second_moment":
             state[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
@@ -108,8 +122,9 @@ class Sharded(Bucket):
                 if key not in theirs:
                     mine.to_local().zero_()
                 elif theirs[key] is not mine:
-                    placed = theirs[key] if isinstance(theirs[key], DTensor) else distribute_tensor(
-                        theirs[key].to(mine.device), mine.device_mesh, [Replicate()] * mine.device_mesh.ndim, src_data_rank=None)
+                    given = theirs[key].int() if mine.dtype == torch.int16 else theirs[key]  # no backend sends int16
+                    placed = given if isinstance(given, DTensor) else distribute_tensor(
+                        given.to(mine.device), mine.device_mesh, [Replicate()] * mine.device_mesh.ndim, src_data_rank=None)
                     mine.to_local().copy_(placed.redistribute(mine.device_mesh, mine.placements).to_local())
 
 
@@ -119,6 +134,9 @@ class Whole(Sharded):
 
     def view(self, run: Run, x: Tensor) -> Tensor:
         return run.of(x)
+
+    def gradient(self, run: Run) -> Tensor:
+        return run.of(gradient(run.unit.param)).reshape(run.shape)
 
 
 class Exchanged(Sharded):

@@ -117,12 +117,6 @@ class Run:
     def slot(self, part: Tensor) -> Tensor:
         return part[self.offset:self.offset + math.prod(self.shape)].view(self.shape)
 
-    def gradient(self) -> Tensor:
-        """(B, m, n), often p.grad itself. A missing one is NaN, as is then any mean with it: the owner skips it."""
-        p = self.unit.param
-        return (local(p).new_full(self.shape, math.nan) if p.grad is None else
-                self.of(local(p.grad)).reshape(self.shape))
-
 
 # torch 2.13 renamed both. Outputs stay flat: gloo refuses the stacked form that NCCL accepts.
 _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -164,6 +158,11 @@ class Bucket:
             run.state[key] = torch.zeros(shape, dtype=kinds[key], device=self.like.device)
         return {key: run.state[key] for key in kinds}
 
+    def gradient(self, run: Run) -> Tensor:
+        """(B, m, n), often p.grad itself. A missing one is NaN, as is then any mean with it: the owner skips it."""
+        grad = run.unit.param.grad
+        return self.like.new_full(run.shape, math.nan) if grad is None else run.of(grad).reshape(run.shape)
+
     def start(self) -> None:
         """With sync_grads: launch the sum of the gradients over ranks; each owner receives its own part."""
         if self.world_size == 1 or not self.optimizer.sync_grads or self.pending is not None:
@@ -171,7 +170,7 @@ class Bucket:
         packed = self.like.new_empty((self.world_size, self.num_elements), dtype=self.grad_dtype)
         for part, runs in zip(packed, self.runs):
             for run in runs:
-                run.slot(part).copy_(run.gradient())
+                run.slot(part).copy_(self.gradient(run))
         mine = torch.empty_like(packed[0])
         handle = _reduce_scatter(mine, packed.view(-1), group=self.group, async_op=True)
         self.pending = handle, mine, packed  # packed must live until the wait
@@ -184,7 +183,7 @@ class Bucket:
             handle.wait()
             mean, self.pending = mine.float().div_(self.world_size), None
         for run in self.runs[self.rank]:
-            group, G = self.settings(run), run.gradient() if mean is None else run.slot(mean)
+            group, G = self.settings(run), self.gradient(run) if mean is None else run.slot(mean)
             M = self.state(run)["momentum_buffer"].view(run.shape)
             entries.append((run, *self.optimizer._momentum_update(M, G, group["momentum"], group["nesterov"])))
         results = []

@@ -9,12 +9,13 @@ def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[tuple[str
     """Propose ([(name, parameter)] for Muon, the same for AdamW) and print the routing with its reasons.
 
     Muon gets matrices, banks and convolutions inside the network. AdamW gets the rest: scalars and vectors (also as a
-    matrix with one row or column), embeddings, what shares its tensor with one, and output heads: a Linear with as many
-    outputs as an embedding has rows. Frozen parameters are left out. Look at the print-out: a network of another kind may
-    call for another choice."""
-    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    vocabularies, tables = {m.num_embeddings for m in embeddings}, {m.weight for m in embeddings}
-    owners = {p: m for m in model.modules() for p in m.parameters(recurse=False)}
+    matrix with one row or column), embeddings, what shares its tensor with one, and the output head: a Linear shaped as an
+    embedding that is the last of the model or called a head. Frozen parameters are left out. Look at the print-out: a
+    network of another kind may call for another choice."""
+    tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    linears = [(name, m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    heads = {w for name, w in linears if w.shape in {t.shape for t in tables}
+             and (w is linears[-1][1] or "head" in name.rpartition(".")[2].lower())}
     routes = {"Muon": [], "AdamW": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -23,7 +24,7 @@ def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[tuple[str
             why = "embedding"
         elif p.ndim < 2 or max(p.shape) == p.numel():
             why = "vector" if p.numel() > 1 else "scalar"
-        elif isinstance(owners[p], nn.Linear) and p.size(0) in vocabularies:
+        elif p in heads:
             why = "head"
         else:
             why = ""
@@ -80,5 +81,6 @@ def qk_clip_(wq: Tensor | Sequence[Tensor], wk: Tensor | Sequence[Tensor], s_max
         by_query, by_key = shared.repeat_interleave(heads // kv_heads) ** alpha, shared ** (1 - alpha)
     for weights, factor in ((wq, by_query), (wk, by_key)):
         for w in weights:
-            w.copy_(w.float() * factor.repeat_interleave(w.size(0) // len(factor)).view(-1, *[1] * (w.ndim - 1)).to(w.device))
+            rows = factor.repeat_interleave(w.size(0) // len(factor)).to(w.device).view(-1, *[1] * (w.ndim - 1))
+            w.copy_(w.to(torch.promote_types(w.dtype, torch.float32)) * rows)
     return gamma

@@ -53,7 +53,8 @@ class Repo:
         for name in ["run.sh", "test.sh", "setup.sh"]:
             shutil.copy(ROOT / name, path)
         self.write("requirements.txt", "one==1.0\ntwo==2.0\n")
-        self.write("requirements-dev.txt", "-r requirements.txt\nthree==3.0\n")
+        self.write("records/requirements.txt", "# nothing more\n")
+        self.write("requirements-dev.txt", "-r requirements.txt\n-r records/requirements.txt\nthree==3.0\n")
         self.write("launch.py", SHOW_ARGUMENTS)
         self.write("pytest.py", SHOW_ARGUMENTS)
         self.write("train_gpt.py", "print('help of the trainer')")
@@ -123,7 +124,7 @@ def imported(file: Path, whole: bool) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "records/requirements.txt", "requirements-dev.txt"])
 def test_every_requirement_is_pinned_exactly(name):
     assert pinned(name)
     for line in pinned(name):
@@ -131,20 +132,24 @@ def test_every_requirement_is_pinned_exactly(name):
 
 
 def test_pins_hold_in_this_python():
-    assert probe(sys.executable, ROOT / "requirements.txt", ROOT / "requirements-dev.txt") == "ready"
+    files = "requirements.txt", "records/requirements.txt", "requirements-dev.txt"
+    assert probe(sys.executable, *(ROOT / file for file in files)) == "ready"
 
 
 def test_what_the_code_imports_is_pinned():
     ours = {"data", "records", "bench", "tests", *(path.stem for path in ROOT.glob("*.py")),
             *(path.stem for path in ROOT.glob("data/*.py"))}
-    known = {line.partition("==")[0] for line in pinned("requirements.txt")} | set(sys.stdlib_module_names) | ours
-    parts = {"triton", "tiktoken_ext"}  # parts of torch (for CUDA) and of tiktoken
-    files = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("records/*.py")]
-    found = {str(file.relative_to(ROOT)): imported(file, whole=True) for file in files}
-    assert not {file: names - known - parts for file, names in found.items() if names - known - parts}
-    unused = {line.partition("==")[0] for line in pinned("requirements.txt")} - set().union(*found.values())
-    assert not unused, f"requirements.txt pins what no file imports: {unused}"
-    for file in [ROOT / "train_gpt.py", ROOT / "muon.py"]:
+    parts = {"triton", "tiktoken_ext", "markupsafe"}  # parts of torch (for CUDA), of tiktoken, of jinja2
+    optional = {"quack"}  # kernels for Muon on Hopper
+    for pins, files in (("requirements.txt", [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]),
+                        ("records/requirements.txt", [*ROOT.glob("records/*.py")])):
+        wanted = {line.partition("==")[0] for line in pinned(pins)}
+        found = {str(file.relative_to(ROOT)): imported(file, whole=True) for file in files}
+        known = wanted | set(sys.stdlib_module_names) | ours | parts | optional
+        assert not {file: names - known for file, names in found.items() if names - known}
+        unused = wanted - set().union(*found.values())
+        assert not unused, f"{pins} pins what no file imports: {unused}"
+    for file in [ROOT / "train_gpt.py", *ROOT.glob("muon*.py")]:
         needed = imported(file, whole=False) - set(sys.stdlib_module_names) - ours
         assert needed <= {"torch", "numpy"}, f"importing {file.name} must need only torch and numpy, found {needed}"
 
