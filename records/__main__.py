@@ -77,7 +77,8 @@ def guarded(argv: list[str]) -> int:
         sys.stdout.flush()
         return code
     except RecordError as e:
-        print(f"records: {e}", file=sys.stderr)
+        sentence = "".join(c if c.isprintable() else "?" for c in str(e))  # it may quote a file name, which is hostile text
+        print(f"records: {sentence}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as e:
         print(f"records: expected the package {e.name}, found none; pip install -r records/requirements.txt", file=sys.stderr)

@@ -144,15 +144,16 @@ VARIANTS = (
 
 SEPARATOR = "=" * 100
 DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n", re.M)  # before the second, third, ... source file
-NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan")
-TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)")
-STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)")
-LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?")
-SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})")
-TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)")
-GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?")  # of nvidia-smi, or of a table without bars
-GPU_ITEM = re.compile(r"GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*")  # of nvidia-smi -L
-FACTS = [re.compile(pattern) for pattern in (  # the name of a group names the fact, or the mark
+NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", re.A)
+TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)", re.A)
+STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)", re.A)
+TRAINING_MARKS = (("train_loss:", "train_loss"), ("step_avg:nanms", "nan"))
+LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?", re.A)
+SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})", re.A)
+TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)", re.A)
+GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?", re.A)  # of nvidia-smi, or of a table without bars
+GPU_ITEM = re.compile(r"GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*", re.A)  # of nvidia-smi -L
+FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names the fact, or the mark
     r"Running [pP]ython (?P<python>\S+)",
     r"Running (?:(?P<capital>PyTorch)|pytorch) (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)"
     r"(?: on (?P<device>\S+(?: \S+)*) +with world_size (?P<world_size>\d{1,9}))?$",
@@ -249,9 +250,9 @@ def lines(file, digest, notes: Notes):
             else:
                 yield end - len(data) + match.start(1), match[1].decode("utf-8", "replace").rstrip()
         carry = data[last:last + LINE_LIMIT + 2]  # a longer line is known to be too long
-    if match := LINES.match(carry):
-        line = match[1].decode("utf-8", "replace")
-        if line.endswith(("ms", " MiB")):  # whole, though without a newline
+    if carry != b"\n":  # the last line has no end; a number at its end may be cut
+        match, line = LINES.match(carry), carry[1:].decode("utf-8", "replace")
+        if match and line.endswith(("ms", " MiB")):
             yield end - len(match[1]), line
         else:
             notes.add("the last line is cut and not read", quoted(line))
@@ -318,10 +319,13 @@ class Body:
 
     def take(self, offset: int, line: str) -> "Body":
         """Learn from a line. Returns the body to which the next line belongs."""
-        if line.startswith("step:"):
-            self.take_step(line)
-        elif line.startswith("s:"):
-            self.take_llmc(line)
+        if line.startswith(("step:", "s:")):
+            if self.num_points >= POINT_LIMIT:
+                self.notes.add(f"more than {POINT_LIMIT:,} validations: the rest is not read", once=True)
+            elif line.startswith("step:"):
+                self.take_step(line)
+            else:
+                self.take_llmc(line)
         elif line == SEPARATOR:
             if offset == 0:
                 self.marks.add("lead")
@@ -371,26 +375,24 @@ class Body:
 
     def take_step(self, line: str):
         match = STEP.fullmatch(line)
-        pairs = [word.split(":", 1) for word in match[3].split()] if match else []
-        values = dict(pairs)
-        if not pairs or len(values) < len(pairs):
+        if not match:
             return self.notes.add("a step line cannot be read", quoted(line))
         step, total = int(match[1]), int(match[2])
-        if "val_loss" not in values:
-            self.marks.add("training")
-            self.marks |= values.keys() & {"train_loss"} | ({"nan"} if values.get("step_avg") == "nanms" else set())
+        if " val_loss:" not in line:
+            self.marks |= {"training"} | {mark for word, mark in TRAINING_MARKS if word in line}
             self.part_at(step, total)
             return
-        time = TIME.fullmatch(values.get("train_time", "0ms"))
-        if not time or not NUMBER.fullmatch(values["val_loss"]):
+        pairs = [word.split(":", 1) for word in match[3].split(" ")[1:]]
+        values = dict(pairs)
+        loss, time = NUMBER.fullmatch(values["val_loss"]), TIME.fullmatch(values.get("train_time", "0ms"))
+        if not loss or not time or len(values) < len(pairs):
             return self.notes.add("a step line cannot be read", quoted(line))
         self.marks |= {"seconds"} if time[2] == "s" else set()
-        self.marks |= {"decimals6"} if len(values["val_loss"].partition(".")[2]) == 6 else set()
+        self.marks |= {"decimals6"} if len(loss[0].partition(".")[2]) == 6 else set()
         ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
-        numbers = {name: float(text) for name, text in values.items() if NUMBER.fullmatch(text)}
-        loss = numbers.pop("val_loss")
-        extra = dict([*numbers.items()][:EXTRA_LIMIT])
-        self.take_point(ValPoint(step, loss, ms if "train_time" in values else None, extra), total)
+        extra = {name: float(text) for name, text in values.items() if name != "val_loss" and NUMBER.fullmatch(text)}
+        self.take_point(ValPoint(step, float(loss[0]), ms if "train_time" in values else None,
+                                 dict([*extra.items()][:EXTRA_LIMIT])), total)
 
     def take_llmc(self, line: str):
         match = LLMC.fullmatch(line)
@@ -402,8 +404,6 @@ class Body:
 
     def take_point(self, point: ValPoint, total: int | None):
         self.marks.add("validation")
-        if self.num_points == POINT_LIMIT:
-            return self.notes.add(f"more than {POINT_LIMIT:,} validations: the rest is not read", once=True)
         part = self.part_at(point.step, total)
         if part.points and part.points[-1].step == point.step:
             if str(part.points[-1]) == str(point):

@@ -160,7 +160,8 @@ def make(variant: str, seed: int = 0) -> Synthetic:
     if fmt.source:
         lines.append(LINE)
     if fmt.header:
-        torch, cuda, name = f"2.{rng.randrange(5, 12)}.0.dev20250101+cu126", "12.6", rng.choice(["NVIDIA H100 80GB HBM3", "NVIDIA A40"])
+        torch, cuda = f"2.{rng.randrange(5, 12)}.0.dev20250101+cu126", "12.6"
+        name = rng.choice(["NVIDIA H100 80GB HBM3", "NVIDIA A40"])
         facts |= dict(torch=torch, cuda=cuda)
         inline = f" on {name}   with world_size 8" if fmt.device == "inline" else ""
         if fmt.python:
@@ -175,7 +176,7 @@ def make(variant: str, seed: int = 0) -> Synthetic:
         if fmt.device in ("inline", "line"):
             facts |= dict(gpu_name=name, num_gpus=8, world_size=8)
         if fmt.device == "table":
-            lines += ["| GPU  Name                 Persistence-M | Bus-Id          Disp.A | Volatile Uncorr. ECC |", "|" + "=" * 40 + "|"]
+            lines += ["| GPU  Name                 Persistence-M | Bus-Id          Disp.A |", "|" + "=" * 100 + "|"]
             lines += [f"|   {i}  {name}          On  | 00000000:0{i}:00.0 Off |                    0 |" for i in range(8)]
             lines += ["|    0   N/A  N/A            1234      C   /usr/bin/python3                        1000MiB |"]
         if fmt.device == "bare":

@@ -1,19 +1,19 @@
-"""The reader gives back what went into logs of every format, whole, cut, joined and hostile."""
+"""The reader gives back what went into logs of every format: whole, cut at any byte, several in a file, and hostile."""
 import hashlib
 import math
 import os
-import tracemalloc
-from dataclasses import fields
+import re
 from pathlib import Path
 
 import pytest
-from synthetic import LINE, SOURCE, VARIANTS, make, own
+from synthetic import LINE, VARIANTS, embedded, make, own
 
 from records import logs
 from records.errors import RecordError
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "bench/results/2026-11-22_shakespeare_cpu"
+UNKNOWN = ("torch", "cuda", "triton", "python", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib", "val_tokens")
 
 
 def read(folder: Path, text: str | bytes, name: str = "log.txt") -> logs.Log:
@@ -22,9 +22,12 @@ def read(folder: Path, text: str | bytes, name: str = "log.txt") -> logs.Log:
     return logs.read(path)
 
 
+def points(run: logs.Run) -> list[tuple]:
+    return [(point.step, point.val_loss, point.train_time_ms) for point in run.val_points]
+
+
 def facts(run: logs.Run, names) -> dict:
-    points = [(point.step, point.val_loss, point.train_time_ms) for point in run.val_points]
-    return {name: points if name == "val_points" else getattr(run, name) for name in names}
+    return {name: points(run) if name == "val_points" else getattr(run, name) for name in names}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -33,7 +36,300 @@ def test_what_went_into_a_log_comes_out(tmp_path, variant):
         made = make(variant, seed)
         log = logs.read(made.write(tmp_path / "log.txt"))
         assert log.variant == variant
-        assert [facts(run, expected) for run, expected in zip(log.runs, made.runs, strict=True)] == made.runs
+        expected = [dict.fromkeys(UNKNOWN) | run for run in made.runs]
+        assert [facts(run, names) for run, names in zip(log.runs, expected, strict=True)] == expected
         assert log.sources == made.sources
         assert log.size == len(made.text.encode()) and log.sha256 == hashlib.sha256(made.text.encode()).hexdigest()
         assert log.problems == (("this is no log of a training run",) if variant == "X" else ())
+
+
+def test_every_format_has_a_synthetic_log():
+    assert sorted(VARIANTS) == sorted(name for name, _ in logs.VARIANTS) and len(VARIANTS) == 26  # 24, own, and no log
+
+
+def test_our_own_logs(tmp_path):
+    """Against a plain reading of the same text."""
+    paths = sorted(OURS.glob("*/*.txt"))
+    assert len(paths) == 17
+    for path in paths:
+        text, log = path.read_text(encoding="utf-8"), logs.read(path)
+        [run] = log.runs
+        assert (log.variant, log.problems, run.run_id, run.complete) == ("own", (), path.stem, True)
+        assert points(run) == [(int(a), float(b), float(c)) for a, b, c in
+                               re.findall(r"^step:(\d+)/\d+ val_loss:(\S+) train_time:(\d+)ms", text, re.M)]
+        assert run.seed == run.config["seed"] == int(re.search(r"^seed: (\d+)$", text, re.M)[1])
+        assert (run.torch, run.cuda, run.world_size, run.num_gpus) == ("2.13.0+cpu", None, 2, 0)
+        assert run.gpu_name == "CPU (x86_64, 1 threads), AMD EPYC" and run.val_tokens == 262_144
+        assert run.total_steps == run.config["train_steps"]
+        assert list(log.sources) == ["train_gpt.py", "muon.py", "adam.py", "kernels.py", "runtime.py", "data/loader.py",
+                                     "data/shards.py"]
+        assert "\n".join(embedded(log.sources)) == text[:text.index(LINE)].rstrip("\n") + "\n"
+
+
+def test_a_single_source_has_the_hash_of_its_file(tmp_path):
+    source = "print('a')\n\n\nprint('b')\n"
+    for before, after in (("", "\n"), ("", ""), (LINE + "\n", "")):  # how the formats of different years embed it
+        log = read(tmp_path, f"{before}{source}{after}{LINE}\nRunning PyTorch 2.9 compiled for CUDA 12\n{LINE}\n")
+        assert log.runs[0].source_sha256 == hashlib.sha256(source.encode()).hexdigest()
+        assert log.sources == {"train_gpt.py": source}
+
+
+# A whole log cut anywhere
+
+@pytest.mark.parametrize("variant", ["own", "A", "B2", "E3", "T2m", "T5"])
+def test_a_log_cut_at_any_byte_never_gives_a_wrong_number(tmp_path, variant):
+    """What is read is a beginning of what went in, every number whole; what is missing is named."""
+    made = make(variant)
+    whole, data = logs.read(made.write(tmp_path / "whole.txt")), made.text.encode()
+    begin = 0 if len(data) < 4000 else data.rindex(LINE.encode()) - 400  # of a long source the end will do
+    for size in range(begin, len(data)):
+        log = read(tmp_path, data[:size])
+        found, expected = [points(run) for run in log.runs], [points(run) for run in whole.runs]
+        for k, run in enumerate(log.runs):
+            assert points(run) == points(whole.runs[k])[:len(run.val_points)], size
+            assert run.total_steps in (None, whole.runs[k].total_steps)
+            for name in UNKNOWN:
+                if run.val_points or name not in ("gpu_name", "num_gpus"):  # known at the end of the header
+                    assert getattr(run, name) in (None, getattr(whole.runs[k], name)), (size, name)
+            assert run.config in ({}, whole.runs[k].config) and run.complete == (found[k] == expected[k] and variant != "A")
+        if found != expected and not (variant == "A" and data[size - 1:size] == b"\n"):  # llm.c prints no total
+            assert log.problems or [run.complete for run in log.runs] == [True] * len(found), size
+
+
+@pytest.mark.parametrize("variant", ["C3", "D2", "T3"])
+def test_a_log_without_a_newline_at_its_end_is_whole(tmp_path, variant):
+    made = make(variant)
+    log = read(tmp_path, made.text.rstrip("\n"))
+    assert points(log.runs[-1]) == made.runs[-1]["val_points"] and log.problems == ()
+    assert log.runs[-1].peak_mib == made.runs[-1].get("peak_mib")
+
+
+# Several runs in a file
+
+def steps(curve, total=300, unit="ms") -> str:
+    return "".join(f"step:{step}/{total} val_loss:{loss:.5f} train_time:{ms}{unit} step_avg:1.00ms\n" for step, loss, ms in curve)
+
+
+FIRST, SECOND = [(100, 4.0, 10), (200, 3.5, 20), (300, 3.2, 30)], [(100, 4.1, 11), (200, 3.6, 21), (300, 3.3, 31)]
+
+
+def test_a_run_begins_where_the_steps_begin_again(tmp_path):
+    log = read(tmp_path, steps(FIRST) + steps(SECOND), "many.txt")
+    assert [points(run) for run in log.runs] == [FIRST, SECOND] and log.problems == ()
+    assert [run.run_id for run in log.runs] == ["many#01", "many#02"]
+    lone = [(300, 3.2, 30)], [(300, 3.3, 31)]  # one validation each, at the same step
+    assert [points(run) for run in read(tmp_path, steps(lone[0]) + steps(lone[1])).runs] == [*lone]
+
+
+@pytest.mark.parametrize("marker", ["trial:{}/2 seed:{}", "=== seed {1} start 2026-05-18T15:03:48+00:00 ==="])
+def test_seeds_of_trials(tmp_path, marker):
+    """The mark of a trial also begins a run where the step does not fall."""
+    text = f"{marker.format(1, 7)}\n{steps(FIRST)}{marker.format(2, 8)}\n{steps([(400, 3.0, 40)], 400)}"
+    log = read(tmp_path, text)
+    assert [(run.seed, points(run)) for run in log.runs] == [(7, FIRST), (8, [(400, 3.0, 40)])]
+
+
+def test_a_seed_of_one_run_is_not_given_to_the_next(tmp_path):
+    assert [run.seed for run in read(tmp_path, "Using seed=3\n" + steps(FIRST) + steps(SECOND)).runs] == [3, None]
+
+
+def test_repeated_summaries_are_dropped_and_named(tmp_path):
+    log = read(tmp_path, steps(FIRST) + steps(FIRST[1:]) + steps(SECOND) + steps(SECOND[1:]))
+    assert [points(run) for run in log.runs] == [FIRST, SECOND]
+    assert log.problems == ("validations seen before are repeated as a summary, and count once (2 times)",)
+    log = read(tmp_path, steps(FIRST) + steps(FIRST[-1:]))
+    assert [points(run) for run in log.runs] == [FIRST] and "repeated" in log.problems[0]
+
+
+def test_a_copied_run_counts_once(tmp_path):
+    log = read(tmp_path, steps(FIRST) + steps(FIRST))
+    assert len(log.runs) == 1 and "repeated" in log.problems[0]
+
+
+# What a run knows
+
+def test_first_crossing(tmp_path):
+    [run] = read(tmp_path, steps([(0, 10, 0), (100, 4, 1000), (200, 3, 3000), (300, 3.5, 4000), (400, 2, 6000)], 400)).runs
+    assert run.steps_to(4) == 100 and run.time_to(4) == 1000  # at a validation
+    assert run.steps_to(3.25) == 175 and run.time_to(3.25) == 2500  # between two; a later rise does not count
+    assert run.steps_to(20) == 0 and run.steps_to(1.9) is None and run.time_to(1.9) is None
+    assert run.time_to(2.75) == 5000 and run.at(200).val_loss == 3 and run.at(201) is None
+    assert run.step_avg_ms == 15 and (run.first_val_loss, run.final_val_loss, run.final_step) == (10, 2, 400)
+
+
+def test_a_crossing_next_to_a_loss_that_is_no_number(tmp_path):
+    log = read(tmp_path, steps([(0, 10, 0), (100, math.nan, 10), (200, 3, 20), (300, 2, 30)]))
+    assert log.runs[0].steps_to(3.2) == 200 and math.isnan(log.runs[0].at(100).val_loss)
+    assert log.problems == ("a validation loss is not a finite number",)
+
+
+def test_times_missing(tmp_path):
+    [run] = logs.read(make("A").write(tmp_path / "main.log")).runs
+    assert run.time_to(9) is None and 0 < run.steps_to(9) < 1000 and run.step_avg_ms is None
+
+
+def test_further_numbers_of_a_validation(tmp_path):
+    [run] = read(tmp_path, "step:10/10 val_loss:3.5 val_ema_loss:3.25 train_time:1.500s step_avg:1.00ms n:2 rel:1.5e-05 "
+                           "handoff:none\n").runs
+    assert run.val_points[0].extra == {"val_ema_loss": 3.25, "n": 2, "rel": 1.5e-05} and run.final_time_ms == 1500
+
+
+def test_oddities_are_named(tmp_path):
+    def problems(text):
+        return " | ".join(read(tmp_path, text).problems)
+
+    assert problems("") == "the file is empty"
+    assert problems("hello\n") == "this is no log of a training run"
+    assert problems(make("E1").text.split("\nstep:0/1")[0] + "\n") == "there is no validation in it"
+    assert problems(steps(FIRST, 400)) == "the run is incomplete: last validation at step 300 of 400"
+    assert problems(steps([(100, 4, 50), (300, 3, 40)])) == "the training time falls from one validation to the next"
+    assert problems(steps([(100, 4, 50)], 200) + steps([(300, 3, 60)])) == "the planned number of steps changes within a run"
+    assert problems(own([4, 3]) + "ended after step 100: by SIGTERM\n").startswith("the run ended early: 'ended after step 100")
+    assert "NUL" in problems(steps(FIRST).encode() + b"\0" * 4096)  # as a crash may leave it
+    assert "not UTF-8" in problems(steps(FIRST).encode() + b"\xff\n")
+    assert "UTF-16" in problems(steps(FIRST).encode("utf-16"))
+    assert "binary" in problems(os.urandom(10_000).replace(b"\n", b"\0"))
+    assert problems(own([4, 3]).replace("config: {", "config: {{")).startswith("the config line cannot be read: ")
+    assert "config" in problems(own([4, 3]).replace("config: {", "config: {\"a\":" + "[" * 50_000))
+
+
+def test_line_ends_of_windows(tmp_path):
+    made = make("E3")
+    log = read(tmp_path, made.text.replace("\n", "\r\n"))
+    assert (log.variant, log.sources, points(log.runs[0])) == ("E3", made.sources, made.runs[0]["val_points"])
+    assert log.runs[0].source_sha256 == read(tmp_path, made.text).runs[0].source_sha256
+
+
+# Hostile logs
+
+@pytest.mark.parametrize("line", [
+    "step:1" + "0" * 30 + "/300 val_loss:1.0000 train_time:1ms step_avg:1.00ms",
+    "step:250/1" + "0" * 5000 + " val_loss:1.0000 train_time:1ms step_avg:1.00ms",
+    "step:250/300 val_loss:1_0 train_time:1ms step_avg:1.00ms",
+    "step:250/300 val_loss:0x1 train_time:1ms step_avg:1.00ms",
+    "step:250/300 val_loss:" + "1" * 50 + " train_time:1ms step_avg:1.00ms",
+    "step:250/300 val_loss:1.0 val_loss:2.0 train_time:1ms step_avg:1.00ms",
+    "step:250/300 val_loss:1.0 train_time:1h step_avg:1.00ms",
+    "step:250/300 val_loss:1.0 train_time:-1ms step_avg:1.00ms",
+    "step:250/300 val_loss: 1.0 train_time:1ms",
+    "step:250/300  val_loss:1.0 train_time:1ms",
+    "step:250/300val_loss:1.0 train_time:1ms",
+    "step:250 val_loss:1.0 train_time:1ms",
+    "step:-1/300 val_loss:1.0 train_time:1ms",
+    "step:250/300 val_loss:1.0 train_time:1ms \0",
+    "step:250/300 val_loss:٣.١ train_time:1ms",  # digits, but not ours
+    "step:250/300 val_loss:1.\u20280 train_time:1ms",  # a space, but not ours
+    "step:٣/300 val_loss:1.0 train_time:1ms",
+    "step:250/300 val_loss:1.0 train_time:1ms" + " a:1" * 20_000,
+])
+def test_step_lines_that_break_the_grammar_are_not_read(tmp_path, line):
+    log = read(tmp_path, steps(FIRST[:2]) + line + "\n" + steps(FIRST[2:]))
+    assert [points(run) for run in log.runs] == [FIRST]
+    named = " ".join(log.problems)
+    assert "cannot be read" in named or "is not read" in named or not re.match(r"step:[0-9]", line)
+
+
+def test_what_a_source_says_is_not_believed(tmp_path):
+    """Output, headers, separators and seeds inside the source, at the beginning of a line."""
+    fake = make("E2", seed=1).text + "seed: 999\npeak memory allocated: 1 MiB reserved: 1 MiB\n"
+    for variant in ("B1", "C3", "D2", "E3", "T2", "own"):
+        made = make(variant)
+        if variant == "B1":
+            text = LINE + "\n" + fake + made.text.removeprefix(LINE + "\n")
+        else:
+            text = fake + made.text
+        log = read(tmp_path, text)
+        assert [facts(run, expected) for run, expected in zip(log.runs, made.runs, strict=True)] == made.runs
+        assert log.variant == variant and fake.split("\n")[0] in log.sources["train_gpt.py"]
+        assert any("before the last header are not read" in problem for problem in log.problems)
+
+
+def test_a_separator_among_the_steps_hides_nothing(tmp_path):
+    made = make("E2")
+    head, steps_ = made.text.split("\nstep:0/1", 1)
+    log = read(tmp_path, f"{head}\nstep:0/1{steps_.replace('step:500/', LINE + chr(10) + 'step:500/', 1)}")
+    assert points(log.runs[0]) == made.runs[0]["val_points"]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../evil.py", "a/../b.py", "train_gpt.py"])
+def test_names_of_embedded_files_stay_in_their_folder(tmp_path, name):
+    log = read(tmp_path, "\n".join(embedded({"train_gpt.py": "a\n", name + "": "b\n"} if name != "train_gpt.py" else {})
+                                   or ["a", "-" * 40, f"# {name}", "-" * 40, "b"]) + f"\n{LINE}\n" + steps(FIRST))
+    assert list(log.sources) == ["train_gpt.py"] and name in log.sources["train_gpt.py"]
+    assert "cannot be used" in log.problems[0]
+
+
+def test_facts_cannot_steer_a_terminal(tmp_path):
+    text = make("E1").text.replace("Running Triton version 3.4.0", "Running Triton version 3.4\x1b[31m" + "x" * 300)
+    [run] = read(tmp_path, text).runs
+    assert run.triton.isprintable() and len(run.triton) <= 100
+    assert all(problem.isprintable() for problem in read(tmp_path, "step:1/1 \x1b]0;owned\x07\n").problems)
+
+
+def test_settings_of_the_wrong_kind(tmp_path):
+    [run] = read(tmp_path, own([4, 3], seed=10**30, val_tokens="many").replace("\nseed: 1" + "0" * 30, "")).runs
+    assert run.seed is None and run.val_tokens is None and run.config["val_tokens"] == "many"
+    assert read(tmp_path, own([4, 3]).replace('config: {"track"', 'config: {"\ud800'.encode("utf-8", "replace").decode())).runs
+
+
+def test_limits_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "POINT_LIMIT", 2)
+    log = read(tmp_path, steps(FIRST))
+    assert points(log.runs[0]) == FIRST[:2] and log.problems[0] == "more than 2 validations: the rest is not read"
+    monkeypatch.setattr(logs, "SOURCE_LIMIT", 100)
+    log = read(tmp_path, own([4, 3], files={"train_gpt.py": "x = 1\n" * 100}))
+    assert (log.sources, log.runs[0].source_sha256) == ({}, None)
+    assert log.problems[0] == "an embedded source of more than 100 bytes is not read"
+
+
+@pytest.mark.parametrize("block", [1, 7, 150, 5000])
+def test_where_blocks_end_does_not_matter(tmp_path, monkeypatch, block):
+    made = make("E3")
+    whole = logs.read(made.write(tmp_path / "log.txt"))
+    monkeypatch.setattr(logs, "BLOCK", block)
+    assert logs.read(tmp_path / "log.txt") == whole
+
+
+@pytest.mark.parametrize("length", [99, 100, 101, 1000])
+def test_long_lines_are_not_read(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(logs, "LINE_LIMIT", 100)
+    monkeypatch.setattr(logs, "BLOCK", 64)
+    line = "step:250/300 val_loss:1.0 train_time:1ms step_avg:1.00ms".ljust(length, " ")
+    log = read(tmp_path, steps(FIRST[:2]) + line + "\n" + steps(FIRST[2:]))
+    assert (250 in [point.step for point in log.runs[0].val_points]) == (length <= 100)
+    assert any("a line of more than 100 bytes" in problem for problem in log.problems) == (length > 100)
+
+
+# Files and folders
+
+def test_find(tmp_path):
+    for name in ("b/2.txt", "b/1.log", "a.out", "notes.md", "b/c/run.stdout", "b/.hidden.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "b/outside.txt").symlink_to("/etc/hosts")
+    (tmp_path / "b/loop").symlink_to(tmp_path / "b")
+    (tmp_path / "b/twice.txt").symlink_to(tmp_path / "b/2.txt")
+    (tmp_path / "b/broken.txt").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "b/pipe.txt")
+    found = [path.relative_to(tmp_path).as_posix() for path in logs.find([tmp_path])]
+    assert found == ["a.out", "b/.hidden.txt", "b/1.log", "b/2.txt", "b/c/run.stdout"]
+    assert logs.find([tmp_path / "notes.md", tmp_path / "b/2.txt", tmp_path / "b/twice.txt"]) == [
+        tmp_path / "b/2.txt", tmp_path / "notes.md"]  # a file that is named counts, whatever it is called; none twice
+    with pytest.raises(RecordError, match="nothing there; check the path"):
+        logs.find([tmp_path / "missing"])
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path, found in ((tmp_path, "a folder"), (tmp_path / "pipe.txt", "something else"), (tmp_path / "no", "nothing there"),
+                        ("/dev/zero", "something else"), ("a\0b", "nothing there")):
+        with pytest.raises(RecordError, match=found):
+            logs.read(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path):
+    read(tmp_path, "x")
+    (tmp_path / "log.txt").chmod(0)
+    with pytest.raises(RecordError, match="Permission denied; check its permissions"):
+        logs.read(tmp_path / "log.txt")
