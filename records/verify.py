@@ -162,6 +162,7 @@ def examine(root: Path, folder: Path, files: list[Path], track_name: str | None)
     track = track_of(folder, read, track_name)
     if folder / schema.FILE in files:
         packed(folder, files, find)
+        read = [log for log in read if log.path.parent != folder / "baseline"]  # its logs may well be the runs of another record
     else:
         submitted(folder, files, read, track, find)
     return findings, [Facts(str(folder.relative_to(root)), str(log.path.parent.relative_to(root)), log.path.name, log.sha256,

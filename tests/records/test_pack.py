@@ -1,0 +1,235 @@
+"""pack: what it builds, that it is the same twice, what it refuses, and that it writes nothing else."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from claims import RUNS, log, replaced, runs, slow, uuid, write
+
+from records import pack, schema
+from records.__main__ import guarded
+
+ROOT = Path(__file__).parents[2]
+REAL = ROOT / "bench/results/2026-11-22_shakespeare_cpu"
+NOTE = "Twice as good.\n\nBecause *of* everything.\n"
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A folder to pack into, logs, and the arguments that pack them."""
+    write(tmp_path / "logs", runs())
+    write(tmp_path / "base", slow(), first=1001)
+    (tmp_path / "note.md").write_text(NOTE)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def arguments(inputs: Path, *more: str, name: str = "Twice", output: str = "out", date: str = "2026-11-24") -> list[str]:
+    return ["pack", "--name", name, "--date", date, "--logs", str(inputs / "logs"), "--baseline", str(inputs / "base"), "--note",
+            str(inputs / "note.md"), "-o", str(inputs / output), *more]
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_folder(inputs, capsys):
+    before = snapshot(inputs)
+    assert guarded(arguments(inputs, "--contributor", "A. Person", "--description", "Twice as good", "--planned", "8")) == 0
+    after = snapshot(inputs)
+    folder = "out/track_0_laptop/2026-11-24_Twice"
+    built = {name.removeprefix(folder + "/"): content for name, content in after.items() if name.startswith(folder + "/")}
+    assert {**before, "out/track_0_laptop": None, folder: None, **{f"{folder}/{name}": built[name] for name in built}} == after
+    assert built.keys() == {
+        "README.md", "record.json", "runs", "baseline", "source", "source/train_gpt.py", "source/muon.py",
+        *(f"runs/{uuid(k)}.txt" for k in range(1, RUNS + 1)), *(f"baseline/{uuid(k)}.txt" for k in range(1001, 1005))}
+    assert built[f"runs/{uuid(3)}.txt"] == before[f"logs/{uuid(3)}.txt"]
+    assert built["source/muon.py"] == b"# the optimizer\n"
+    record = schema.read(inputs / folder / schema.FILE)
+    assert (record.track, record.name, record.kind, record.contributors) == ("shakespeare", "Twice", "record", ["A. Person"])
+    assert record.runs.n == RUNS and record.runs.step == 20 and record.loss_test.passes and record.speed.p < 0.01
+    assert record.planned_runs == [8] and record.world_size == 2 and record.torch == "2.13.0+cpu"
+    assert os.stat(inputs / folder).st_mode & 0o777 == 0o755
+
+
+def test_readme(inputs, capsys):
+    assert guarded(arguments(inputs)) == 0
+    text = (inputs / "out/track_0_laptop/2026-11-24_Twice/README.md").read_text()
+    assert NOTE.strip() in text and "no number was planned" in text
+    finals = [re.findall(r"val_loss:(\S+)", text)[-1] for text in runs()]
+    assert f"losses = [{', '.join(finals)}]" in text
+    # The p-value that the page shows is what its own code prints.
+    code = text.partition("```python\n")[2].partition("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"# {done.stdout.strip()}\n" in code
+
+
+def test_twice_the_same_bytes(inputs, capsys, monkeypatch):
+    (inputs / "again").mkdir()
+    assert guarded(arguments(inputs)) == 0
+    for path in inputs.glob("logs/*"):
+        os.utime(path, (1, 1))
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    assert guarded(arguments(inputs, output="again")) == 0
+    assert snapshot(inputs / "out") == snapshot(inputs / "again")
+
+
+def test_order_of_logs_does_not_matter(inputs, capsys):
+    (inputs / "again").mkdir()
+    assert guarded(arguments(inputs)) == 0
+    files = sorted(map(str, inputs.glob("logs/*")), reverse=True)
+    more = ["pack", "--name", "Twice", "--date", "2026-11-24", "--logs", *files, "--baseline", str(inputs / "base"), "--note",
+            str(inputs / "note.md"), "-o", str(inputs / "again")]
+    assert guarded(more) == 0
+    assert snapshot(inputs / "out") == snapshot(inputs / "again")
+
+
+def test_existing_folder_stays(inputs, capsys):
+    assert guarded(arguments(inputs)) == 0
+    before = snapshot(inputs)
+    assert guarded(arguments(inputs, "--description", "other")) == 2
+    assert "expected no folder of that name" in capsys.readouterr().err
+    assert snapshot(inputs) == before
+
+
+def test_dry_run_writes_nothing(inputs, capsys):
+    before = snapshot(inputs)
+    assert guarded(arguments(inputs, "--dry-run")) == 0
+    assert "## Result" in capsys.readouterr().out
+    assert snapshot(inputs) == before
+
+
+def test_what_check_fails_is_refused(inputs, capsys):
+    (inputs / "logs" / f"{uuid(1)}.txt").write_text(replaced(log(1), r"step_avg:\S+", "step_avg:1.00ms"))
+    before = snapshot(inputs)
+    assert guarded(arguments(inputs)) == 1
+    assert "consistent-lines" in capsys.readouterr().err
+    assert snapshot(inputs) == before
+    assert guarded(arguments(inputs, "--non-record", "a lesson")) == 0
+    folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
+    assert "**No record:** a lesson" in (text := (folder / "README.md").read_text()) and "`consistent-lines`" in text
+    assert schema.read(folder / schema.FILE).why_no_record == "a lesson"
+
+
+def test_waivers_and_exclusions_are_shown(inputs, capsys):
+    bad = replaced(log(99), r"^step:(19|20)/.*\n", "")
+    write(inputs / "logs", [bad], first=50)
+    (inputs / "logs" / f"{uuid(1)}.txt").write_text(replaced(log(1), "PyTorch 2.13.0", "PyTorch 2.13.1"))
+    assert guarded(arguments(inputs, "--exclude", f"{uuid(50)}=power cut", "--waive", "same-torch=a fix of no effect")) == 0
+    folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
+    text = (folder / "README.md").read_text()
+    assert f"- `{uuid(50)}.txt`: power cut" in text and "9 were made, 1 left out" in text
+    assert "`same-torch`, waived: a fix of no effect (torch 2.13.0" in text
+    assert (folder / "excluded" / f"{uuid(50)}.txt").read_text() == bad
+
+
+def test_date_of_the_logs(inputs, capsys):
+    for k, path in enumerate(sorted(inputs.glob("logs/*"))):
+        path.write_text(replaced(path.read_text(), "^attention:", f"Tue Nov {k + 3:2} 23:59:59 2026\nattention:"))
+    command = arguments(inputs)
+    at = command.index("--date")
+    del command[at:at + 2]
+    assert guarded(command) == 0
+    assert [path.name for path in (inputs / "out/track_0_laptop").iterdir()] == ["2026-11-10_Twice"]
+
+
+def rename(inputs: Path, name: str):
+    (inputs / "logs" / f"{uuid(1)}.txt").rename(inputs / "logs" / name)
+
+
+@pytest.mark.parametrize("change, more, sentence", [
+    (None, {"name": "../Twice"}, "at name"),
+    (None, {"name": "Twice/x"}, "at name"),
+    (None, {"name": ""}, "at name"),
+    (None, {"name": "x" * 65}, "at name"),
+    (None, {"date": "2026-02-30"}, "at date"),
+    (None, {"date": "24.11.2026"}, "at date"),
+    (None, {"output": "nowhere"}, "-o: expected a folder"),
+    (lambda inputs: rename(inputs, "with space.txt"), {}, "rename it"),
+    (lambda inputs: rename(inputs, "-dash.txt"), {}, "rename it"),
+    (lambda inputs: rename(inputs, f"{uuid(2).upper()}.txt"), {}, None),
+    (lambda inputs: write(inputs / "logs/more", [log(77)]), {}, "two called"),
+    (lambda inputs: (inputs / "note.md").write_text(pack.NOTE_END), {}, "the line that ends one"),
+    (lambda inputs: (inputs / "note.md").write_bytes(b"\xff"), {}, "--note: expected a readable text"),
+    (lambda inputs: (inputs / "note.md").unlink(), {}, "--note: expected a readable text"),
+    (lambda inputs: (inputs / "note.md").write_text("x" * (pack.NOTE_LIMIT + 1)), {}, "a note of at most"),
+])
+def test_refusals(change, more, sentence, inputs, capsys):
+    if change:
+        change(inputs)
+    before = snapshot(inputs)
+    assert guarded(arguments(inputs, **more)) == (0 if sentence is None else 2)
+    if sentence is not None:
+        assert sentence in capsys.readouterr().err
+        assert snapshot(inputs) == before
+
+
+def test_names_that_differ_in_case_only(inputs, capsys):
+    rename(inputs, f"{uuid(0xabc)}.txt")
+    write(inputs / "logs/more", [log(77)])
+    (inputs / "logs/more" / f"{uuid(1)}.txt").rename(inputs / "logs/more" / f"{uuid(0xabc).upper()}.txt")
+    assert guarded(arguments(inputs)) == 2 and "two called" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../../evil.py", "a/../../evil.py", "train_gpt.py/x.py", ".hidden"])
+def test_source_names_cannot_escape(name, inputs, capsys):
+    """The names of embedded files come out of a log."""
+    for path in inputs.glob("logs/*"):
+        path.write_text(replaced(path.read_text(), "^# muon.py", f"# {name}"))
+    guarded(arguments(inputs))
+    assert not [path for path in snapshot(inputs) if "evil" in path and "/source/" not in path]
+    assert not [path for path in snapshot(inputs) if ".pack-" in path]
+
+
+def test_hostile_settings_do_no_harm(inputs, capsys):
+    """Settings go into a command that a reader may paste, and into a table."""
+    nasty = '"stages": "$(touch x)", "evil\\"; rm -rf ~": 1, "b": "`id`", "c": "```", "d": "<script>|", "e": "a\\nb"'
+    for path in inputs.glob("logs/*"):
+        path.write_text(replaced(path.read_text(), '"stages": 3', nasty.replace("\\", "\\\\")))
+    assert guarded(arguments(inputs)) == 0
+    text = (inputs / "out/track_0_laptop/2026-11-24_Twice/README.md").read_text()
+    command = text.partition("```sh\n")[2].partition("```")[0]
+    assert "train_gpt.py --seed=1" in command
+    assert not re.search(r"[$`<;|\"()]", command) and "<script>" not in text
+
+
+def test_failure_leaves_nothing(inputs, capsys, monkeypatch):
+    before = snapshot(inputs)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert guarded(arguments(inputs)) == 2
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert snapshot(inputs) == before
+
+
+def test_several_runs_in_a_log(tmp_path, capsys):
+    from synthetic import make
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    make("T2m", seed=1).write(logs / "a.txt")
+    (tmp_path / "out").mkdir()
+    command = ["pack", "--name", "Trials", "--track", "optimization", "--date", "2026-11-24", "--logs", str(logs), "-o",
+               str(tmp_path / "out"), "--non-record", "an example"]
+    assert guarded(command) == 0, capsys.readouterr()
+    record = schema.read(tmp_path / "out/track_3_optimization/2026-11-24_Trials/record.json")
+    assert record.runs.n == 3 and len(record.runs.logs) == 1
+
+
+def test_real_logs(tmp_path, capsys):
+    """The committed runs, as a record and as a non-record, then verified."""
+    base = ["pack", "--date", "2026-11-22", "-o", str(tmp_path)]
+    assert guarded([*base, "--name", "Muon", "--logs", str(REAL / "muon"), "--baseline", str(REAL / "adamw")]) == 0
+    against = ["--name", "AdamW", "--logs", str(REAL / "adamw"), "--baseline", str(REAL / "muon")]
+    assert guarded([*base, *against]) == 1
+    assert guarded([*base, *against, "--non-record", "slower than Muon"]) == 0
+    assert guarded(["verify", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "track_0_laptop/2026-11-22_Muon/record.json").read_text())
+    assert record["runs"]["loss_mean"] == 1.57847 and record["runs"]["n"] == 9
+    assert "--optimizer=adamw" in (tmp_path / "track_0_laptop/2026-11-22_AdamW/README.md").read_text()
+    capsys.readouterr()
