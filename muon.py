@@ -25,13 +25,12 @@ decay, arXiv 2510.12402; iteration on the Gram matrix, https://github.com/Dao-AI
 import math
 from collections import deque
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from muon_ranks import Bucket, Unit, as_bank, plan_units, state_kinds, state_shape, units_of
+from muon_ranks import (Bucket, Unit, as_bank, expect, expect_agreement, plan_units, state_kinds, state_shape, units_of,
+                        world_and_rank)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Newton-Schulz
@@ -184,11 +183,6 @@ def step_master(W: Tensor, low: Tensor, O: Tensor, ok: Tensor, lr, decay, cautio
 # ----------------------------------------------------------------------------------------------------------------------
 # The optimizer
 
-def expect(holds: bool, expected: str, found, remedy: str, error: type = ValueError) -> None:
-    if not holds:
-        raise error(f"Muon: {expected}, found {found}; {remedy}")
-
-
 def is_split(x) -> bool:
     return x is None or all(type(m) is int and m > 0 for m in (x if isinstance(x, Sequence) and len(x) else (x,)))
 
@@ -238,12 +232,6 @@ def for_torch(group: dict) -> dict:
     """What torch.optim.Muon reads from a saved group. It has one triple for all steps and no "spectral"."""
     triples = COEFFICIENTS["jordan"][1] if isinstance(group["coefficients"], str) else group["coefficients"]
     return {**group, "ns_coefficients": triples[-1], "adjust_lr_fn": group["adjust_lr"] or "none", "eps": 1e-7}
-
-
-def world_and_rank(group) -> tuple[int, int]:
-    """Ranks of a process group and the place of this one; a process by itself is the only rank."""
-    ready = dist.is_available() and dist.is_initialized()
-    return (dist.get_world_size(group), dist.get_rank(group)) if ready else (1, 0)
 
 
 def fuse(function):
@@ -350,18 +338,13 @@ class Muon(torch.optim.Optimizer):
             self._names = before
             raise
 
-    def _check_ranks_agree(self, process_group, world_size: int, params: set[Tensor]) -> None:
-        """Ranks that disagree would hang or mix up their matrices: raise on all, naming the first difference."""
+    def _facts(self, params: set[Tensor]) -> list[str]:
+        """What all ranks must have alike to share the work on some parameters."""
         lines = [f"{key} {self.options[key]}" for key in ("ns_dtype", "sync_grads", "bucket_mb", "deterministic")]
         for i, group in enumerate(self.param_groups):
             mine = [f"{self._names[p]} of shape {tuple(p.shape)} in {p.dtype}" for p in group["params"] if p in params]
             lines += [*(f"{key} {group[key]} of group {i}" for key in self.defaults), *mine] if mine else []
-        found = [None] * world_size
-        dist.all_gather_object(found, lines, group=process_group)
-        for rank, theirs in enumerate(found):
-            for a, b in zip_longest(found[0], theirs, fillvalue="nothing"):
-                expect(a == b, "expected the same parameters and settings on all ranks",
-                       f"{a} on rank 0 and {b} on rank {rank}", "build the optimizer alike on every rank")
+        return lines
 
     def _lay_out(self) -> None:
         """Plan the units and cut them into buckets. State that exists already moves to its new owners."""
@@ -376,8 +359,7 @@ class Muon(torch.optim.Optimizer):
                 lanes.setdefault(self._lane(p, group), []).append((p, i, group))
         for (kind, process_group), members in lanes.items():
             world_size, rank = world_and_rank(process_group)
-            if world_size > 1:
-                self._check_ranks_agree(process_group, world_size, {p for p, _, _ in members})
+            expect_agreement(process_group, self._facts({p for p, _, _ in members}))
             world_size, rank = (1, 0) if kind.alone else (world_size, rank)
             units = [unit for p, i, group in members for unit in units_of(p, kind.part(p), i, group)]
             costs = [self._cost(unit, dtype) for unit in units]

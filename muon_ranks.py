@@ -10,11 +10,34 @@ Legend: a matrix is m x n as stored; B matrices of one parameter, owner and shap
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+def expect(holds: bool, expected: str, found, remedy: str, error: type = ValueError) -> None:
+    if not holds:
+        raise error(f"Muon: {expected}, found {found}; {remedy}")
+
+
+def world_and_rank(group) -> tuple[int, int]:
+    """Ranks of a process group and the place of this one; a process by itself is the only rank."""
+    ready = dist.is_available() and dist.is_initialized()
+    return (dist.get_world_size(group), dist.get_rank(group)) if ready else (1, 0)
+
+
+def expect_agreement(group, facts: list[str]) -> None:
+    """Ranks that disagree would hang or mix up their matrices: raise on all, naming the first difference."""
+    found = [facts] * world_and_rank(group)[0]
+    if len(found) > 1:
+        dist.all_gather_object(found, facts, group=group)
+    for rank, theirs in enumerate(found):
+        for a, b in zip_longest(found[0], theirs, fillvalue="nothing"):
+            expect(a == b, "expected the same parameters and settings on all ranks", f"{a} on rank 0 and {b} on rank {rank}",
+                   "build the optimizer alike on every rank")
+
 
 @dataclass(frozen=True)
 class Plan:
