@@ -180,7 +180,8 @@ class Exchanged(Sharded):
                 for run, x in zip(runs, flat[:sum(sizes)].split(sizes))]
 
     def exchange(self, parts: list[Tensor], given: list[int], taken: list[int]) -> tuple:
-        send = torch.cat([part.reshape(-1).to(self.optimizer.wire) for part in parts])
+        nothing = self.like.new_empty(0, dtype=self.optimizer.wire)  # a rank may own no unit of a bucket
+        send = torch.cat([nothing, *(part.reshape(-1).to(nothing.dtype) for part in parts)])
         received = send.new_empty(sum(taken))
         return _all_to_all(received, send, taken, given, group=self.group, async_op=True), received.split(taken), send
 
