@@ -346,6 +346,14 @@ class Log:
             self.wandb.log({"val_loss": loss, "train_time_ms": ms}, step=step)
 
 
+def host_facts(folder: str) -> list[str]:
+    """What `python -m records calibrate` measured of this machine, on one line, if it did."""
+    try:
+        return ["host: " + json.dumps(json.loads((Path(folder) / "host.json").read_text(encoding="utf-8")))]
+    except (OSError, ValueError):
+        return []
+
+
 def muon_facts(run) -> list[str]:
     if run.muon is None:
         return []
@@ -379,6 +387,7 @@ def log_header(run, log: Log, resumed: str):
         f"Running Python {sys.version}",
         f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {device} with world_size {rt.world}",
         output("nvidia-smi") if cuda else f"no GPU: {output('lscpu') or platform.platform()}",
+        *host_facts(cfg.log_dir),
         f"commit: {output('git', 'rev-parse', 'HEAD') or 'unknown'}"
         f"{' with changes' if output('git', 'status', '--porcelain') else ''}",
         "config: " + json.dumps(dataclasses.asdict(cfg)),
