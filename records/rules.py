@@ -323,6 +323,8 @@ def exclusions(s: Submission):
     """* Runs are left out for a stated reason, and the loss rule holds with those of the same source put back."""
     if not s.excluded:
         return NOT_APPLICABLE, "no run is left out"
+    if unexplained := [log for log, reason in s.excluded if not reason]:
+        return FAIL, f"no reason to leave out {names(unexplained)}"
     alike = {(run.source_sha256, run.world_size) for run in s.runs}
     back = [run for log, _ in s.excluded for run in log.runs if (run.source_sha256, run.world_size) in alike
             and s.point(run) and (run.complete or s.step is not None or not math.isfinite(s.point(run).val_loss))]

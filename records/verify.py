@@ -361,11 +361,12 @@ def groups_of(read: list[Log]) -> dict[str, list[Run]]:
 
 
 def kind_of(listed: readme.List, track: Track | None, times: list[float]) -> str | None:
+    """Whether a list is of losses or times: by its name, else by its values; None where it is of neither."""
+    if named := re.search(r"(loss|accs)|tim(?:e|ing)", listed.before[-40:]):
+        return "losses" if named[1] else "times"
     if track and all(abs(value - track.target) < 0.3 for value in listed.values):
         return "losses"
-    if "time" in listed.before or times and all(min(times) / 1.5 < value < max(times) * 1.5 for value in listed.values):
-        return "times"
-    return "losses" if re.search("loss|acc", listed.before) and not track else None
+    return "times" if times and all(min(times) / 1.5 < value < max(times) * 1.5 for value in listed.values) else None
 
 
 def rounded(values: Iterable[float], listed: readme.List) -> list[float]:
