@@ -1,0 +1,38 @@
+"use strict";
+// Charts. plotly measures the page once, so print and a turned phone need to be told.
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const charts = [...document.querySelectorAll(".chart")];
+const mouse = matchMedia("(pointer: fine)").matches;
+for (const chart of charts) {
+  const { data, layout } = figures[chart.id];
+  layout.font.family = getComputedStyle(document.body).fontFamily;
+  layout.dragmode = mouse ? "zoom" : false; // a finger on a chart scrolls the page
+  for (const note of layout.annotations ?? []) {
+    if (note.hovertext && chart.clientWidth > 720) note.text += " " + note.hovertext;
+  }
+  Plotly.newPlot(chart, data, layout, { displayModeBar: false, responsive: true });
+}
+addEventListener("beforeprint", () => charts.forEach(chart =>
+  Plotly.relayout(chart, { width: chart.closest(".pair") ? 320 : 660 }))); // pixels; A4 has 680 between its margins
+addEventListener("afterprint", () => charts.forEach(chart => Plotly.relayout(chart, { width: null, autosize: true })));
+
+// Tables: a button in a header sorts by its column, up, then down. Empty cells stay last.
+const value = (row, column) => {
+  const text = row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+  return text === "" || isNaN(text) ? text : Number(text);
+};
+const compare = (a, b) => {
+  if (typeof a === "number" && typeof b === "number") return a - b;
+  return String(a).localeCompare(String(b), "en", { numeric: true });
+};
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    const header = button.closest("th"), body = header.closest("table").tBodies[0], column = header.cellIndex;
+    const down = header.ariaSort === "ascending";
+    for (const other of header.parentElement.cells) other.removeAttribute("aria-sort");
+    header.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const rows = [...body.rows].map(row => [value(row, column), row]);
+    rows.sort(([a], [b]) => (a === "") - (b === "") || (down ? compare(b, a) : compare(a, b)));
+    body.append(...rows.map(([, row]) => row));
+  });
+}
