@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import muon
+import muon_ranks
 from dist import run_ranks
 from muon import Muon
 from test_muon import close, feed, make, same
@@ -141,14 +141,14 @@ class _Wait:
 
 def recorded(rank, run, delay=0.0):
     """run() with counted and delayed collectives: (its result, bytes gathered, reduced, most gathers in flight)."""
-    gather, scatter = muon._all_gather, muon._reduce_scatter
+    gather, scatter = muon_ranks._all_gather, muon_ranks._reduce_scatter
     delays = [delay * ((rank + k) % 3) for k in range(5)]
-    muon._all_gather, muon._reduce_scatter = Recorder(gather, delays, overlap=True), Recorder(scatter, delays)
+    muon_ranks._all_gather, muon_ranks._reduce_scatter = Recorder(gather, delays, overlap=True), Recorder(scatter, delays)
     Recorder.flying = Recorder.most = 0
     try:
-        return run(), muon._all_gather.sent, muon._reduce_scatter.sent, Recorder.most
+        return run(), muon_ranks._all_gather.sent, muon_ranks._reduce_scatter.sent, Recorder.most
     finally:
-        muon._all_gather, muon._reduce_scatter = gather, scatter
+        muon_ranks._all_gather, muon_ranks._reduce_scatter = gather, scatter
 
 
 def refused(run):
