@@ -12,16 +12,20 @@ import numpy as np
 import scipy  # scipy.stats, 0.5 s, is imported by its first use
 
 
+LARGEST = 1e15  # no loss and no time is larger; beyond, squares of squares overflow
+SMALLEST_SPREAD = 1e-12  # in units, and relative to the values; below, there is nothing but rounding
+
+
 def unfit(values: Sequence[float], at_least: int = 2, what: str = "values") -> str:
     """Why the mean of these values cannot be judged, or "" if it can. A spread is needed wherever two values are: runs that
     all print the same number do not tell how much runs differ."""
-    for value in values:
-        if not abs(value) < 1e100:  # also nan; larger numbers are no loss and no time, and their squares overflow
-            return f"{sum(not abs(v) < 1e100 for v in values)} of {len(values)} {what} not finite: {value}"
+    wild = [value for value in values if not abs(value) < LARGEST]  # nan, too
+    if wild:
+        return f"{len(wild)} of {len(values)} {what} not finite: {wild[0]}"
     if len(values) < at_least:
         return f"expected at least {at_least} {what}, found {len(values)}"
     # Asked of the values themselves: the variance of equal ones is rounding noise, and rarely 0.
-    if at_least > 1 and max(values) - min(values) <= 1e-12 * max(map(abs, values)):
+    if at_least > 1 and max(values) - min(values) <= SMALLEST_SPREAD * max(1, *map(abs, values)):
         return f"all {len(values)} {what} are equal, so that their spread is unknown"
     return ""
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import statistics as stdlib
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,7 +179,8 @@ def test_ratio_interval_wants_positive_values():
 
 @pytest.mark.parametrize("values, why", [
     ([], "found 0"), ([3.2], "found 1"), ([3.2, 3.2, 3.2], "equal"), ([3.2, math.nan], "1 of 2"), ([math.inf, 3.2, 3.1], "inf"),
-    ([3.2, -math.inf], "inf"), ([3.2, 1e200], "1e+200"), ([0.1 + 0.2, 0.3], "equal"), ([0.0, 0.0], "equal")])
+    ([3.2, -math.inf], "inf"), ([3.2, 1e200], "1e+200"), ([0.1 + 0.2, 0.3], "equal"),
+    ([0.0, 5e-324], "equal")])
 def test_no_number_where_there_is_none(values, why):
     good = [3.1, 3.2, 3.4]
     results = [statistics.t_test(values, 3.28), statistics.mean_interval(values), statistics.welch(values, good),
@@ -189,6 +191,25 @@ def test_no_number_where_there_is_none(values, why):
         facts = dataclasses.asdict(result)
         assert all(facts.get(name) is None for name in ("t", "p", "low", "high", "p_below", "p_above", "floor")), result
         assert not getattr(result, "passes", False)
+
+
+anything = st.lists(st.floats() | st.floats(3.27, 3.29) | st.sampled_from([0.0, 1e99, 5e-324, 1e15, 3.28]), max_size=6)
+
+
+@given(anything, anything)
+@settings(max_examples=300, deadline=None)
+def test_whatever_goes_in_no_wrong_number_comes_out(a, b):
+    n = min(len(a), len(b))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = [statistics.t_test(a, 3.28), statistics.z_rule(a, 3.28), statistics.pairwise_rule(a, b, 3),
+                   statistics.welch(a, b), statistics.ratio_interval(a, b), statistics.mean_interval(a),
+                   statistics.paired(a[:n], b[:n])]
+    for result in results:
+        numbers = {name: value for name, value in vars(result).items() if isinstance(value, float)}
+        assert all(map(math.isfinite, (numbers.get(name, 0) for name in ("t", "df", "score", "low", "high", "floor")))), result
+        assert all(0 <= numbers.get(name, 0) <= 1 for name in ("p", "p_below", "p_above")), result
+        assert str(result) and (result.why or "cannot be judged" not in str(result))
 
 
 @pytest.mark.parametrize("losses", [[], [math.nan], [3.1, math.nan], [-math.inf], [3.1, math.inf]])
