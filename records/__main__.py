@@ -4,6 +4,7 @@ import difflib
 import importlib
 import os
 import sys
+import textwrap
 
 from records.errors import RecordError
 
@@ -34,23 +35,14 @@ class Parser(argparse.ArgumentParser):
         raise RecordError(f"expected the arguments of {self.prog}, found: {message}; see {self.prog} --help")
 
 
-def load(verb: str):
-    """The module of a verb, or None where it is not written yet."""
-    try:
-        return importlib.import_module(f"records.{verb}")
-    except ModuleNotFoundError as e:
-        if e.name != f"records.{verb}":
-            raise
-        return None
-
-
 def manual() -> str:
     lines = []
     for title, verbs in VERBS.items():
         lines.append(f"{title}:")
         for verb in verbs:
-            if module := load(verb):
-                lines += [f"  {verb:<10} {module.HELP}", f"  {'':<10} {module.EXAMPLE}"]
+            module = importlib.import_module(f"records.{verb}")
+            example = textwrap.wrap(module.EXAMPLE, 110, break_long_words=False, break_on_hyphens=False)
+            lines += [f"  {verb:<10} {module.HELP}", "             " + " \\\n               ".join(example)]
         lines.append("")
     return MANUAL.format(about=__doc__, verbs="\n".join(lines))
 
@@ -60,10 +52,11 @@ def main(argv: list[str]) -> int:
         print(manual(), end="")
         return 0 if argv else 2
     verb, known = argv[0], [verb for verbs in VERBS.values() for verb in verbs]
-    if verb not in known or not (module := load(verb)):
+    if verb not in known:
         near = difflib.get_close_matches(verb, known, n=1)
         raise RecordError(f"expected a verb ({', '.join(known)}), found {verb!r}; "
-                          + (f"did you mean {near[0]}?" if near and near[0] != verb else "see python -m records --help"))
+                          + (f"did you mean {near[0]}?" if near else "see python -m records --help"))
+    module = importlib.import_module(f"records.{verb}")
     parser = Parser(prog=f"python -m records {verb}", description=module.__doc__, epilog=f"example: {module.EXAMPLE}",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     module.add_arguments(parser)
@@ -77,7 +70,7 @@ def guarded(argv: list[str]) -> int:
         sys.stdout.flush()
         return code
     except RecordError as e:
-        sentence = "".join(c if c.isprintable() else "?" for c in str(e))  # it may quote a file name, which is hostile text
+        sentence = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(e))  # may quote a file or its name
         print(f"records: {sentence}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as e:
@@ -91,4 +84,6 @@ def guarded(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode gets question marks, no traceback
     sys.exit(guarded(sys.argv[1:]))

@@ -284,8 +284,8 @@ def split_source(source: bytes, notes: Notes) -> dict[str, str]:
 
 
 def printable(text: str) -> str:
-    """Text of a log, short and without what could steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:100])
+    """Text of a file, or its name, without what could steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def quoted(line: str) -> str:
@@ -360,7 +360,7 @@ class Body:
             self.start_part()
             self.parts[-1].seed = int(match[1] or match[2])
         elif match := GPU_ROW.fullmatch(line) or GPU_ITEM.fullmatch(line):
-            self.gpus[int(match[1])] = printable(match[2])
+            self.gpus[int(match[1])] = printable(match[2][:100])
             if line[0].isdigit():
                 self.marks.add("bare_row")
         elif line.startswith("ended after"):
@@ -368,7 +368,7 @@ class Body:
         else:
             for pattern in FACTS:
                 if match := pattern.match(line):
-                    found = {name: printable(text) for name, text in match.groupdict().items()
+                    found = {name: printable(text[:100]) for name, text in match.groupdict().items()
                              if text not in (None, "None")}
                     self.marks |= found.keys()
                     self.facts = found | self.facts

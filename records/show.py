@@ -14,6 +14,7 @@ from pathlib import Path
 
 from records import logs, tracks
 from records.errors import RecordError
+from records.logs import printable
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
 EXAMPLE = "python -m records show bench/results/2026-11-22_shakespeare_cpu/muon"
@@ -121,35 +122,39 @@ def hardware(run: logs.Run) -> str:
     return shown(run.gpu_name, f"{run.num_gpus} x {{}}" if run.num_gpus else "{}")
 
 
-def printable_path(log: logs.Log) -> str:
-    """File names are hostile, too."""
-    return "".join(c if c.isprintable() else "?" for c in os.fspath(log.path))
+def terminal():
+    """A rich console that takes no text for markup; wide where no terminal sets a limit."""
+    from rich.console import Console
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+
+
+def new_table(*names: str, words: tuple[str, ...] = ()):
+    """An empty rich table; columns of words stand to the left, those of numbers to the right."""
+    from rich import box
+    from rich.table import Table
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if name in words else "right", overflow="fold")
+    return table
 
 
 def print_facts(found: list[logs.Log], target: float | None):
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = terminal()
     if len(found) == 1:
         print_one(console, found[0], target or target_of(found[0]))
     else:
         print_runs(console, found, target)
     for log in found:
         for problem in log.problems:
-            console.print(Text(f"{printable_path(log)}: {problem}", "yellow"), soft_wrap=True)
+            console.print(f"{printable(str(log.path))}: {problem}", style="yellow", soft_wrap=True)
 
 
 def print_runs(console, found: list[logs.Log], target: float | None):
     """One row for each run. What is the same in all of them stands below the table once."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(log.path)) for log in found])
     rows = []
     for log in found:
-        loss, name = target or target_of(log), os.path.relpath(os.path.abspath(printable_path(log)), folder)
+        loss, name = target or target_of(log), os.path.relpath(os.path.abspath(printable(str(log.path))), folder)
         for run in log.runs:
             rows.append({
                 "run": name + run.run_id[len(log.path.stem):],
@@ -169,23 +174,19 @@ def print_runs(console, found: list[logs.Log], target: float | None):
     if not rows:
         return
     common = {name: value for name, value in rows[0].items() if len(rows) > 1 and all(row[name] == value for row in rows)}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (name for name in rows[0] if name not in common):
-        words = name in ("run", "format", "hardware", "torch")
-        table.add_column(name, justify="left" if words else "right", overflow="fold")
+    table = new_table(*(name for name in rows[0] if name not in common), words=("run", "format", "hardware", "torch"))
     for row in rows:
-        table.add_row(*(Text(value) for name, value in row.items() if name not in common))
+        table.add_row(*(value for name, value in row.items() if name not in common))
     console.print(table)
     if common:
-        console.print(Text("in all: " + ", ".join(f"{name} {value}" for name, value in common.items() if value != "-")))
+        console.print("in all: " + ", ".join(f"{name} {value}" for name, value in common.items() if value != "-"))
 
 
 def print_one(console, log: logs.Log, target: float):
     """Facts of the file, then of its run with the validations, or of its runs as a table."""
     from rich.table import Table
-    from rich.text import Text
 
-    facts = [("file", printable_path(log)), ("format", log.variant), ("bytes", f"{log.size:,}"), ("SHA-256", log.sha256)]
+    facts = [("file", printable(str(log.path))), ("format", log.variant), ("bytes", f"{log.size:,}"), ("SHA-256", log.sha256)]
     if log.sources:
         facts.append(("source", ", ".join(f"{name} ({len(text.splitlines()):,} lines)" for name, text in log.sources.items())))
     if log.runs:
@@ -206,7 +207,7 @@ def print_one(console, log: logs.Log, target: float):
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, Text(value))
+        table.add_row(name, value)
     console.print(table)
     if len(log.runs) > 1:
         print_runs(console, [log], target)
@@ -216,13 +217,8 @@ def print_one(console, log: logs.Log, target: float):
 
 def points_table(run: logs.Run):
     """The validations; of very many the first ten and the last ones."""
-    from rich import box
-    from rich.table import Table
-
     points, names = run.val_points, list(dict.fromkeys(name for point in run.val_points for name in point.extra))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("step", "validation loss", "time, s", *names):
-        table.add_column(name, justify="right")
+    table = new_table("step", "validation loss", "time, s", *names)
     for i, point in enumerate(points):
         if len(points) <= POINTS_SHOWN or i < 10 or i >= len(points) - POINTS_SHOWN + 10:
             table.add_row(f"{point.step:,}", nats(point.val_loss), seconds(point.train_time_ms),
