@@ -66,7 +66,7 @@ def swatch(k: int) -> str:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round values of a logarithmic axis, eight at most."""
+    """Round values of a logarithmic axis: about four to eight."""
     for steps in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
         found = [step * 10.0 ** power for power in range(-4, 13) for step in steps if low <= step * 10.0 ** power <= high]
         if len(found) <= 8:
@@ -86,7 +86,8 @@ def figure(x_title: str, y_title: str, x_range: list, y_range: list, y_log: bool
     fig = go.Figure(layout=dict(
         template="none", height=height, margin=MARGIN | ({} if x_title else {"b": 40}), showlegend=False, hovermode="closest",
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(size=13),
-        xaxis=dict(title=dict(text=x_title, standoff=10, font=dict(size=13)), range=x_range, showgrid=False, zeroline=False),
+        xaxis=dict(title=dict(text=x_title, standoff=10, font=dict(size=13)), range=x_range, showgrid=False, zeroline=False,
+                   separatethousands=True),
         yaxis=dict(automargin=True, zeroline=False, **y)))
     fig.add_annotation(text=y_title, x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom", yshift=8,
                        showarrow=False)
@@ -193,7 +194,7 @@ def ends_of_runs(groups: list[tuple[str, list]], target: float | None) -> go.Fig
         fig.add_scatter(x=[end.seconds / size for _, end in dots], y=[end.loss for _, end in dots], mode="markers",
                         marker=dict(color=color(k), size=9, opacity=0.75, symbol=SYMBOLS[k // len(COLORS)]), hoverinfo="text",
                         text=[f"<b>{html.escape(name)}</b> {html.escape(run_id)}<br>{in_words(end)}" for run_id, end in dots])
-    add_labels(fig, [(k, name, max(end.seconds for _, end in dots) / size, max(end.loss for _, end in dots))
+    add_labels(fig, [(k, name, sum(end.seconds for _, end in dots) / len(dots) / size, max(end.loss for _, end in dots))
                      for k, name, dots in groups], target)
     return fig
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -29,13 +28,10 @@ DIFF_LIMIT = 400  # lines shown of the difference of a file
 class Group:
     name: str
     logs: list[logs.Log]
+    runs: list[logs.Run]  # those with a validation, copies of a run left out
     notes: list[str] = field(default_factory=list)
     statistics: dict = field(default_factory=dict)
     differences: list[difference.Difference] = field(default_factory=list)  # to the first group
-
-    @cached_property
-    def runs(self) -> list[logs.Run]:
-        return [run for log in self.logs for run in log.runs if run.val_points]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -64,7 +60,8 @@ def find_groups(paths: list[str]) -> tuple[list[Group], list[tuple[str, str]]]:
             except RecordError as e:  # one file that cannot be opened does not hide the others
                 left_out.append((os.fspath(file), str(e)))
         for folder, members in groupby(found, key=lambda log: log.path.parent if path.is_dir() else log.path):
-            groups.append(Group(os.path.abspath(folder), [*members]))
+            members = [*members]
+            groups.append(Group(os.path.abspath(folder), members, [run for log in members for run in log.runs if run.val_points]))
     left_out += [(os.fspath(log.path), "; ".join(log.problems)) for group in groups for log in group.logs
                  if not any(run.val_points for run in log.runs)]
     groups = [group for group in groups if group.runs]
@@ -79,10 +76,11 @@ def find_groups(paths: list[str]) -> tuple[list[Group], list[tuple[str, str]]]:
 
 def judge(groups: list[Group], track: Track | None):
     """Statistics, differences and notes of each group, against the first one. Without a track there is no rule and no target."""
-    from records import statistics, stats
+    from records import charts, statistics, stats
     first = None
-    for group in groups:
+    for group in groups[:charts.MAX_GROUPS]:
         group.differences = difference.differences(groups[0].sources, group.sources)
+    for group in groups:
         try:
             counted = stats.gather(group.logs, track or TRACKS["small"], None)
         except RecordError as e:
@@ -92,6 +90,7 @@ def judge(groups: list[Group], track: Track | None):
             "rule": track and statistics.loss_rule(track, counted.losses),
             "against": first and stats.compare(counted, first, track or TRACKS["small"])}
         first = first or counted
+        group.runs = counted.runs
         group.notes += counted.notes
         if (n := len({run.source_sha256 for run in group.runs})) > 1:
             group.notes.append(f"The runs have {n} different sources; the first one is compared.")
@@ -100,7 +99,7 @@ def judge(groups: list[Group], track: Track | None):
 @dataclass(frozen=True)
 class Cell:
     text: str = ""
-    value: float | None = None  # to sort by; None: by the text
+    value: float | None = None  # to sort by, in all cells of a column that are not empty; None: by the text
     detail: str = ""  # a second line
     links: tuple[tuple[str, str], ...] = ()  # (text, address)
     swatch: int | None = None  # the number of a group, whose colour stands before the text
@@ -150,8 +149,10 @@ def group_table(groups: list[Group], track: Track | None) -> list[Column]:
         return Cell(f"{interval.estimate:.3f}", interval.estimate, between(interval, 3))
 
     def source(k, group):
-        if k == 0 or not group.differences:
-            return Cell("baseline" if k == 0 else "the same")
+        if k == 0 or group.sources == groups[0].sources:
+            return Cell("the same" if k else "baseline")
+        if not group.differences:
+            return Cell("another")
         added, removed = (sum(getattr(d, kind) for d in group.differences) for kind in ("added", "removed"))
         return Cell(links=((f"+{added:,} −{removed:,} lines", f"#difference-{k}"),))
 
@@ -173,12 +174,13 @@ def group_table(groups: list[Group], track: Track | None) -> list[Column]:
 
 def run_table(groups: list[Group], track: Track | None) -> tuple[list[Column], list[tuple[str, str]]]:
     """Columns, and (title, text) of those that would say the same in every row."""
-    rows = [(k, group, log, run) for k, group in enumerate(groups) for log in group.logs for run in log.runs if run.val_points]
+    rows = [(k, group, log, run) for k, group in enumerate(groups) for kept in [{*map(id, group.runs)}]
+            for log in group.logs for run in log.runs if id(run) in kept]
     every = [run for *_, run in rows]
     steps = [Cell(f"{run.final_step:,}" + ("" if run.complete or run.total_steps is None else f" of {run.total_steps:,}"),
                   run.final_step) for run in every]
     columns = [
-        Column("Group", [Cell(group.name, k, swatch=k) for k, group, _, _ in rows]),
+        Column("Group", [Cell(group.name, k, swatch=k) for k, group, _, _ in rows], "fact"),
         texts("Run", [short(run.run_id) for run in every], "fact", heads=True),
         numbers("Seed", [run.seed for run in every]),
         numbers("Final loss", [run.final_val_loss for run in every], "{:.4f}"),

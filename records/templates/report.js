@@ -17,21 +17,15 @@ addEventListener("beforeprint", () => charts.forEach(chart =>
 addEventListener("afterprint", () => charts.forEach(chart => Plotly.relayout(chart, { width: null, autosize: true })));
 
 // Tables: a button in a header sorts by its column, up, then down. Empty cells stay last.
-const value = (row, column) => {
-  const text = row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
-  return text === "" || isNaN(text) ? text : Number(text);
-};
-const compare = (a, b) => {
-  if (typeof a === "number" && typeof b === "number") return a - b;
-  return String(a).localeCompare(String(b), "en", { numeric: true });
-};
+const value = cell => cell.dataset.value ? Number(cell.dataset.value) : cell.textContent.trim();
+const compare = (a, b) => typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true });
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
     const header = button.closest("th"), body = header.closest("table").tBodies[0], column = header.cellIndex;
     const down = header.ariaSort === "ascending";
     for (const other of header.parentElement.cells) other.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const rows = [...body.rows].map(row => [value(row, column), row]);
+    const rows = [...body.rows].map(row => [value(row.cells[column]), row]);
     rows.sort(([a], [b]) => (a === "") - (b === "") || (down ? compare(b, a) : compare(a, b)));
     body.append(...rows.map(([, row]) => row));
   });
