@@ -1,9 +1,13 @@
-"""muon.py over 2, 3 and 4 gloo processes against one process: the number of ranks must not show in the result.
+"""muon.py over 2 to 5 gloo processes against one process: the number of ranks must not show in the result.
 
 Each world is started once and runs all scenarios; the tests below then look at what the ranks brought back."""
+import copy
+import faulthandler
+import fcntl
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import tempfile
 import time
@@ -11,9 +15,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 import muon_ranks
-from dist import run_ranks
+from dist import _rank
 from muon import Muon
 from test_muon import close, feed, make, same
 
@@ -26,7 +31,47 @@ CASES = {
 }
 STEPS = 4
 SETTINGS = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True)
-WORLDS = [2, 3, 4]
+RESUMED = dict(deterministic=True, split_mantissa=True, split=2, **SETTINGS)  # of the checkpoints of a bank, in halves
+pytestmark = pytest.mark.timeout(300)  # the first test of a world waits for all of it
+WORLDS = [2, 3, 4, 5]
+
+
+def _watched(rank: int, world_size: int, function, args):
+    """A rank that hangs says where, and ends: gloo itself would wait for half an hour."""
+    faulthandler.dump_traceback_later(240, exit=True)
+    return function(rank, world_size, *args)
+
+
+def run_ranks(world_size: int, function, *args) -> list:
+    """As in dist.py, but all ranks are forked from one server that has imported torch: 0.3 s of CPU for three instead of 8."""
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp"])
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (world_size, folder, _watched, (function, args)), nprocs=world_size, start_method="forkserver")
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): make() is called once in a test run, also where several pytest workers need it; a failure is kept too."""
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.getbasetemp()
+
+    @functools.cache
+    def load(name, make):
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            file = folder / f"{name}.pt"
+            if not file.exists():
+                try:
+                    found = make(folder)
+                except Exception as error:
+                    found = f"{error}"
+                torch.save(found, file)
+            found = torch.load(file, weights_only=False)
+        if isinstance(found, str):
+            pytest.fail(found)
+        return found
+    return load
 
 
 def rank_gradients(shapes, rank, dtype=torch.float32):
@@ -70,6 +115,9 @@ DETERMINISTIC = {
     "plain": dict(),
     "everything": SETTINGS,
     "no nesterov": dict(nesterov=False),
+    "gram": dict(ns_form="gram"),
+    "split": dict(split=2, **SETTINGS),
+    "split masters, bf16 wire": dict(dtype=torch.bfloat16, split_mantissa=True, split=2, ns_dtype=torch.bfloat16, **SETTINGS),
     "bf16 wire": dict(ns_dtype=torch.bfloat16, **SETTINGS),
     "masters": dict(dtype=torch.bfloat16, split_mantissa=True, **SETTINGS),
     "masters, bf16 wire": dict(dtype=torch.bfloat16, split_mantissa=True, ns_dtype=torch.bfloat16, normuon_beta2=0.9),
@@ -79,7 +127,7 @@ DETERMINISTIC = {
 def all_deterministic_runs():
     return {(case, name, mb): deterministic_run(shapes, mb, **settings) for case, shapes in CASES.items()
             for name, settings in DETERMINISTIC.items() for mb in (16, 1e-9)
-            if name == "everything" or case == ("a bank" if "bf16" in name else "tall, wide and square")}
+            if name == "everything" or case == ("a bank" if "bf16" in name or "split" in name else "tall, wide and square")}
 
 
 def spoiled_gradients(shapes, rank, kind):
@@ -100,7 +148,7 @@ def expected_without_unit(shapes, world_size):
 def continue_from(state, shapes=CASES["a bank"], first=2, dtype=torch.bfloat16):
     """Load weights and optimizer of step `first` and run to the end."""
     params = [torch.nn.Parameter(w.clone()) for w in state["weights"]]
-    optimizer = Muon(params, deterministic=True, split_mantissa=True, **SETTINGS)
+    optimizer = Muon(params, **RESUMED)
     optimizer.load_state_dict(state["optimizer"])
     gradients = make(shapes, steps=STEPS, dtype=dtype)[1]
     for t in range(first, STEPS):
@@ -159,7 +207,7 @@ def refused(run):
 
 
 def scenarios(rank, world_size, checkpoint):
-    found = {"rank": rank}
+    found = {"rank": rank, "checkpoint": checkpoint}
     found["mean"] = {case: train(shapes, rank_gradients(shapes, rank), sync_grads=True, **SETTINGS)[0]
                      for case, shapes in CASES.items()}
     found["deterministic"] = all_deterministic_runs()
@@ -201,8 +249,7 @@ def scenarios(rank, world_size, checkpoint):
 
     # checkpoints
     gradients = make(CASES["a bank"], steps=STEPS, dtype=torch.bfloat16)[1]
-    weights, optimizer = train(CASES["a bank"], gradients[:2], dtype=torch.bfloat16, deterministic=True,
-                               split_mantissa=True, **SETTINGS)
+    weights, optimizer = train(CASES["a bank"], gradients[:2], dtype=torch.bfloat16, **RESUMED)
     found["unconsolidated"] = refused(optimizer.state_dict)
     optimizer.consolidate_state_dict(to=1)
     found["to rank 1"] = optimizer.state_dict()["state"] if rank == 1 else refused(optimizer.state_dict)
@@ -211,6 +258,8 @@ def scenarios(rank, world_size, checkpoint):
     if world_size == 3 and rank == 2:
         torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, checkpoint)
     dist.barrier()
+    found["momentum"] = sum(run.state["momentum_buffer"].numel() for bucket in optimizer.buckets
+                            for run in bucket.runs[rank])
     found["owned"] = sum(len(run.state) > 0 for bucket in optimizer.buckets for runs in bucket.runs for run in runs)
     optimizer.step()
     found["stale"] = refused(optimizer.state_dict)
@@ -228,13 +277,79 @@ def scenarios(rank, world_size, checkpoint):
         return digest([p.detach() for p in params])
     found["grown"] = grow()
     tail = dist.new_group(list(range(1, world_size)))
-    found["grown on a subgroup"] = grow(tail) if rank else None
+    found["grown on a subgroup"] = grow(tail) if rank else refused(lambda: Muon([torch.zeros(4, 4)], process_group=tail))
+    found["after errors"] = [after_errors(rank, kind) for kind in ("nothing", "a step that fails", "a group that is refused")]
+    found["copied"] = copied_halfway()
+
+    # a state of torch.optim.Muon
+    shapes = [(12, 8), (8, 12), (10, 10)]
+    optimizer, state = Muon(make(shapes, steps=0)[0]), torch_state(shapes)
+    optimizer.load_state_dict(state)
+    optimizer.consolidate_state_dict()
+    found["from torch"] = [optimizer.state_dict()["state"][i]["momentum_buffer"] for i in range(3)]
     return found
 
 
-def too_early(rank, world_size):
+def after_errors(rank, kind):
+    """Weights after two steps, between which something goes wrong on all ranks; gradients differ per rank."""
+    shapes = [(8, 12)] * 10
+    params, gradients = make(shapes, seed=rank, steps=3)
+    start, _ = make(shapes, steps=0)
+    with torch.no_grad():
+        for p, q in zip(params, start):
+            p.copy_(q)
+    optimizer = Muon(params, sync_grads=True, deterministic=True, bucket_mb=1e-9)
+    feed(params, gradients[0])
+    optimizer.step()
+    if kind == "a step that fails":
+        update = optimizer._momentum_update
+
+        def fail(*_):
+            raise RuntimeError("out of memory")
+        optimizer._momentum_update = fail
+        feed(params, gradients[1])
+        assert refused(optimizer.step) == "out of memory"  # the second bucket's gradients are on their way by now
+        optimizer._momentum_update = update
+    if kind == "a group that is refused":
+        other = torch.nn.Parameter(torch.zeros(4, 4 + rank))
+        assert "expected the same parameters" in refused(lambda: optimizer.add_param_group(dict(params=[other])))
+        assert len(optimizer.param_groups) == 1
+    feed(params, gradients[2])
+    optimizer.step()
+    optimizer.consolidate_state_dict()
+    state = optimizer.state_dict()["state"]
+    return digest([p.detach() for p in params]), digest([state[i]["momentum_buffer"] for i in range(len(params))])
+
+
+def copied_halfway():
+    """Whether a deep copy, once the state is consolidated, goes on as the original does."""
+    params, gradients = make(CASES["a bank"], steps=STEPS)
+    optimizer, text = Muon(params, deterministic=True, **SETTINGS), None
+    for t, step in enumerate(gradients):
+        feed(params, step)
+        optimizer.step()
+        if t == 1:
+            text = refused(lambda: copy.deepcopy((params, optimizer)))
+            optimizer.consolidate_state_dict()
+            others, other = copy.deepcopy((params, optimizer))
+        elif t > 1:
+            feed(others, step)
+            other.step()
+    return digest([p.detach() for p in params]) == digest([p.detach() for p in others]), text
+
+
+def torch_state(shapes):
+    """As torch.optim.Muon saves it."""
+    peer = torch.optim.Muon(make(shapes, steps=0)[0])
+    for p, g in zip(peer.param_groups[0]["params"], make(shapes, steps=1)[1][0]):
+        p.grad = g
+    peer.step()
+    return peer.state_dict()
+
+
+def too_early(rank, world_size, store):
     """What a process says whose optimizer is older than its process group."""
-    store = dist.FileStore(os.environ["MUON_TEST_STORE"], world_size)
+    store = dist.FileStore(store, world_size)
     dist.destroy_process_group()
     p = torch.nn.Parameter(torch.ones(4, 4))
     optimizer = Muon([p])
@@ -243,17 +358,19 @@ def too_early(rank, world_size):
     return refused(optimizer.step), refused(optimizer.start), refused(optimizer.consolidate_state_dict)
 
 
-@functools.cache
-def checkpoint_path():
-    return tempfile.mkdtemp() + "/three.pt"
+@pytest.fixture(scope="session")
+def world(once):
+    """world(W): what each of W ranks found; 3 ranks come first, as they write the checkpoint that the others load."""
+    def start(world_size):
+        if world_size != 3:
+            start(3)
+        return once(f"muon_{world_size}", starter(world_size))
+    return start
 
 
 @functools.cache
-def world(world_size):
-    """What each rank found; world 3 comes first, as it writes the checkpoint that the others load."""
-    if world_size != 3:
-        world(3)
-    return run_ranks(world_size, scenarios, checkpoint_path())
+def starter(world_size):
+    return lambda folder: run_ranks(world_size, scenarios, f"{folder}/three.pt")
 
 
 @functools.cache
@@ -261,35 +378,35 @@ def alone():
     return all_deterministic_runs()
 
 
-def equal_on_all_ranks(W, pick):
-    first, *others = [pick(found) for found in world(W)]
+def equal_on_all_ranks(ranks, pick):
+    first, *others = [pick(found) for found in ranks]
     return all(len(first) == len(other) and all(map(same, first, other)) for other in others)
 
 
 @pytest.mark.parametrize("W", WORLDS)
 @pytest.mark.parametrize("case", CASES)
-def test_different_gradients_are_averaged_as_one_process_would(W, case):
+def test_different_gradients_are_averaged_as_one_process_would(world, W, case):
     expected = train(CASES[case], mean_gradients(CASES[case], W), **SETTINGS)[0]
-    assert equal_on_all_ranks(W, lambda found: found["mean"][case])
+    assert equal_on_all_ranks(world(W), lambda found: found["mean"][case])
     for actual, wanted in zip(world(W)[0]["mean"][case], expected):
         close(actual, wanted, rtol=1e-4, atol=1e-5)  # means of three fp32 numbers differ in the last bit
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_the_bits_do_not_depend_on_ranks_or_buckets(W):
+def test_the_bits_do_not_depend_on_ranks_or_buckets(world, W):
     for found in world(W):
         for key, (bits, buckets) in found["deterministic"].items():
             assert bits == alone()[key[0], key[1], 16][0], key
-            units = sum(s[0] if len(s) == 3 else 1 for s in CASES[key[0]])
+            units = sum(s[0] if len(s) == 3 else 1 for s in CASES[key[0]]) * (2 if "split" in key[1] else 1)
             assert (buckets == 1) == (key[2] == 16 or units <= W), key  # the small size closes as soon as it can
 
 
 @pytest.mark.parametrize("W", WORLDS)
 @pytest.mark.parametrize("kind", ["missing", "nan"])
-def test_a_bad_gradient_on_one_rank_skips_that_matrix_everywhere(W, kind):
+def test_a_bad_gradient_on_one_rank_skips_that_matrix_everywhere(world, W, kind):
     shapes = CASES["tall, wide and square"]
     expected, optimizer = expected_without_unit(shapes, W)
-    assert equal_on_all_ranks(W, lambda found: found[kind][0])
+    assert equal_on_all_ranks(world(W), lambda found: found[kind][0])
     weights, _, states = world(W)[0][kind]
     for actual, wanted in zip(weights, expected):
         close(actual, wanted, rtol=1e-4, atol=1e-5)
@@ -300,7 +417,7 @@ def test_a_bad_gradient_on_one_rank_skips_that_matrix_everywhere(W, kind):
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_without_sync_a_missing_gradient_on_one_rank_neither_hangs_nor_parts_the_ranks(W):
+def test_without_sync_a_missing_gradient_on_one_rank_neither_hangs_nor_parts_the_ranks(world, W):
     skips = set()
     for number in range(len(CASES["tall, wide and square"])):
         outcomes = {found["ddp", number] for found in world(W)}
@@ -310,14 +427,14 @@ def test_without_sync_a_missing_gradient_on_one_rank_neither_hangs_nor_parts_the
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_a_parameter_without_any_gradient_stays_as_it_is(W):
+def test_a_parameter_without_any_gradient_stays_as_it_is(world, W):
     start = make(CASES["tall, wide and square"], steps=0)[0][0].detach()
     for found in world(W):
         assert same(found["nobody"][0], start) and found["nobody"][1] == STEPS
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_traffic_is_what_the_ring_model_says(W):
+def test_traffic_is_what_the_ring_model_says(world, W):
     """Gather f N 2 bytes of bf16 updates, reduce-scatter f N 4 or f N 2 bytes of gradients, f = (W - 1) / W, and one
     flag per matrix. With N = 84.9 M and W = 8 this is 148.6 + 297.3 = 445.9 MB, or 297.3 MB with bf16 gradients."""
     N, units = W * (2 * 16 * 32 + 24 * 24), 3 * W
@@ -329,7 +446,7 @@ def test_traffic_is_what_the_ring_model_says(W):
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_slow_ranks_and_many_buckets_change_nothing_and_two_gathers_fly_at_most(W):
+def test_slow_ranks_and_many_buckets_change_nothing_and_two_gathers_fly_at_most(world, W):
     for found in world(W):
         (bits, buckets), _, _, most = found["slow"]
         assert buckets > 2 and bits == found["fast"][0] and found["fast"][1] == 1
@@ -337,7 +454,7 @@ def test_slow_ranks_and_many_buckets_change_nothing_and_two_gathers_fly_at_most(
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_ranks_that_disagree_all_learn_the_first_difference(W):
+def test_ranks_that_disagree_all_learn_the_first_difference(world, W):
     shape_a, shape_b = "a of shape (4, 6) in torch.float32", "b of shape (6, 4) in torch.float32"
     for what, ours, theirs in (("order", shape_a, shape_b), ("count", shape_b, "nothing"),
                                ("setting", "ns_steps 5 of group 0", "ns_steps 6 of group 0"),
@@ -348,11 +465,11 @@ def test_ranks_that_disagree_all_learn_the_first_difference(W):
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_a_partial_state_is_never_handed_out(W):
+def test_a_partial_state_is_never_handed_out(world, W):
     for found in world(W):
         for text in (found["unconsolidated"], found["stale"], *[found["to rank 1"]] * (found["rank"] != 1)):
             assert "call consolidate_state_dict() on every rank" in text
-        units = sum(s[0] if len(s) == 3 else 1 for s in CASES["a bank"])
+        units = 2 * sum(s[0] if len(s) == 3 else 1 for s in CASES["a bank"])
         assert 0 < found["owned"] < units  # deterministic: one run per matrix, and only the owner has its state
     whole = world(W)[1]["to rank 1"]
     for found in world(W):
@@ -366,18 +483,16 @@ def test_a_partial_state_is_never_handed_out(W):
 
 
 @pytest.mark.parametrize("W", [1, *WORLDS])
-def test_a_checkpoint_of_three_ranks_continues_bit_for_bit(W):
-    world(3)
+def test_a_checkpoint_of_three_ranks_continues_bit_for_bit(world, W):
     gradients = make(CASES["a bank"], steps=STEPS, dtype=torch.bfloat16)[1]
-    straight = digest(train(CASES["a bank"], gradients, dtype=torch.bfloat16, deterministic=True, split_mantissa=True,
-                            **SETTINGS)[0])
+    straight = digest(train(CASES["a bank"], gradients, dtype=torch.bfloat16, **RESUMED)[0])
     resumed = [found["resumed"] for found in world(W)] if W > 1 else [
-        continue_from(torch.load(checkpoint_path(), weights_only=True))]
+        continue_from(torch.load(world(3)[0]["checkpoint"], weights_only=True))]
     assert set(resumed) == {straight}
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_a_group_added_between_steps_moves_the_state_to_its_new_owners(W):
+def test_a_group_added_between_steps_moves_the_state_to_its_new_owners(world, W):
     params, steps = make(CASES["tall, wide and square"], steps=STEPS)
     optimizer = Muon(params, deterministic=True, **SETTINGS)
     for t, step in enumerate(steps):
@@ -386,12 +501,39 @@ def test_a_group_added_between_steps_moves_the_state_to_its_new_owners(W):
     expected = digest([p.detach() for p in params])
     for found in world(W):
         assert found["grown"] == expected
-        assert found["grown on a subgroup"] == (expected if found["rank"] else None)
+        assert found["grown on a subgroup"] == (expected if found["rank"] else (
+            "Muon: expected a process_group that this rank belongs to, found another; build the optimizer on the ranks of the "
+            "group only"))
 
 
-def test_an_optimizer_older_than_its_process_group_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("MUON_TEST_STORE", str(tmp_path / "store"))
-    for texts in run_ranks(2, too_early):
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_failed_step_and_a_refused_group_leave_nothing_for_the_next_step(world, W):
+    outcomes = {outcome for found in world(W) for outcome in found["after errors"]}
+    assert len(outcomes) == 1
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_copy_needs_the_whole_state_and_then_goes_on_bit_for_bit(world, W):
+    for found in world(W):
+        equal, text = found["copied"]
+        assert equal and "call consolidate_state_dict() on every rank" in text
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_state_of_torch_muon_loads_at_any_number_of_ranks(world, W):
+    state = torch_state([(12, 8), (8, 12), (10, 10)])["state"]
+    for found in world(W):
+        assert all(same(found["from torch"][i], state[i]["momentum_buffer"]) for i in range(3))
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_every_element_of_momentum_lies_on_one_rank(world, W):
+    held = [found["momentum"] for found in world(W)]
+    assert sum(held) == sum(math.prod(shape) for shape in CASES["a bank"]) and max(held) < 2 * sum(held) / W
+
+
+def test_an_optimizer_older_than_its_process_group_says_so(tmp_path):
+    for texts in run_ranks(2, too_early, str(tmp_path / "store")):
         for text in texts:
             assert text == ("Muon: expected a world of 1 as at construction, found 2; call torch.distributed."
                             "init_process_group first and build the optimizer after it")
