@@ -105,14 +105,9 @@ def read_note(path: str | None) -> str:
                 raise RecordError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link to the rest")
     except (OSError, UnicodeDecodeError) as e:
         raise RecordError(f"--note: expected a readable text file, found: {e}; check {path}") from None
-    if NOTE_END in note:
-        raise RecordError(f"{path}: expected a note, found the line that ends one in a README; pass the text between the marks")
+    if NOTE_BEGIN in note or NOTE_END in note:
+        raise RecordError(f"{path}: expected a note, found the marks of one in a README; pass the text between them")
     return note.strip()
-
-
-def note_in(text: str) -> str:
-    """The note in a README that compose has made."""
-    return text.partition(NOTE_BEGIN)[2].partition(NOTE_END)[0].strip()
 
 
 def date_of(submission: Submission) -> str:

@@ -1,8 +1,10 @@
 """Numbers in a README: lists of losses and times, probabilities, table rows and links, read as text and never run."""
 import re
 from dataclasses import dataclass
+from itertools import islice
 
-SIZE_LIMIT = 1 << 23  # bytes; the rest of a longer file is not read
+SIZE_LIMIT = 1 << 20  # bytes; a longer file is not read (the longest of the public archive has 21,000)
+LIST_LIMIT = 1000  # of a file
 LIST = re.compile(r"^(?P<before>[^\[\n]{0,200})\[(?P<values>[\s\d.,eE+'\"-]{3,100000})\]", re.M)
 P_VALUE = re.compile(r"\bp(?:-value)?\W{0,3}[:=]\W{0,3}(\d(?:\.\d{1,20})?(?:e-?\d{1,3})?)(?!\d)", re.I)
 ROW = re.compile(r"^\|[ `\[]{0,4}([\w.-]{6,80})[^|\n]{0,200}\|(.{1,300})$", re.M)
@@ -33,6 +35,8 @@ def lists(text: str) -> list[List]:
         except ValueError:
             continue
         digits = max(len(token.partition(".")[2]) for token in tokens)
+        if len(found) == LIST_LIMIT:
+            break
         if len(values) > 1 and digits:
             found.setdefault(values, List(line_of(text, match.start()), match["before"].lower(), values, min(digits, 9)))
     return [*found.values()]
@@ -41,7 +45,7 @@ def lists(text: str) -> list[List]:
 def probabilities(text: str) -> list[tuple[int, float, float]]:
     """(line, p, half a unit of its last digit) of everything like p = 0.0012."""
     found = []
-    for match in P_VALUE.finditer(text):
+    for match in islice(P_VALUE.finditer(text), LIST_LIMIT):
         digits, _, power = match[1].lower().partition("e")
         unit = 10.0 ** (int(power or 0) - len(digits.partition(".")[2]))
         found.append((line_of(text, match.start()), float(match[1]), unit / 2))

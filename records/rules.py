@@ -3,6 +3,7 @@ import io
 import math
 import re
 import tokenize
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -122,7 +123,7 @@ def intact_logs(s: Submission):
 def consistent_lines(s: Submission):
     """The lines of a log agree: no step is missing, times never fall, averages are time / steps."""
     return judged((f"{names([log])}: {text}" for log in s.all_logs for text in s.details[log.path].contradictions),
-                  f"{sum(len(s.details[log.path].clock) for log in s.all_logs):,} training lines")
+                  f"{sum(s.details[log.path].num_training for log in s.all_logs):,} training lines")
 
 
 def right_track(s: Submission):
@@ -240,19 +241,26 @@ def distinct_files(s: Submission):
 
 def distinct_curves(s: Submission):
     """No two runs share their losses or their times: a copy with another header or last line still has the rest."""
-    found, curves = [], [(run, curve(run)) for log in s.all_logs for run in log.runs if run.val_points]
-    clocks = [(log, {tick for tick in s.details[log.path].clock if tick[0] > 1}) for log in s.all_logs]
-    for i, (run, losses) in enumerate(curves):
-        for other, others in curves[:i]:
-            shared = len(losses & others)
-            if losses == others or shared >= 3 and 4 * shared >= 3 * len(losses):  # by chance once in 10,000 pairs or less
-                found.append(f"{shared} of {len(losses)} losses are the same in {names([other, run])}")
-    for i, (log, clock) in enumerate(clocks):
-        for other, others in clocks[:i]:
-            shared = len(clock & others)
-            if shared >= 10 and 2 * shared > len(clock):
-                found.append(f"{shared} of {len(clock)} times are the same in {names([other, log])}")
-    return judged(found, f"{len(curves)} runs")
+    runs = [run for log in s.all_logs for run in log.runs if run.val_points]
+    curves, clocks = [curve(run) for run in runs], [s.details[log.path].clock for log in s.all_logs]
+    found = [f"{shared} of {len(curves[j])} losses are the same in {names([runs[i], runs[j]])}"
+             for (i, j), shared in overlaps(curves).items()
+             if curves[i] == curves[j] or shared >= 3 and 4 * shared >= 3 * len(curves[j])]  # by chance once in 10,000 pairs
+    found += [f"{shared} of {len(clocks[j])} times are the same in {names([s.all_logs[i], s.all_logs[j]])}"
+              for (i, j), shared in overlaps(clocks).items() if shared >= 10 and 2 * shared > len(clocks[j])]
+    return judged(found, f"{len(runs)} runs")
+
+
+def overlaps(sets: list[Iterable]) -> Counter:
+    """For pairs of sets that share something, i < j, how much. What 50 sets share is not compared with further ones, so that
+    many copies take linear time."""
+    shared, holders = Counter(), defaultdict(list)
+    for j, items in enumerate(sets):
+        for item in items:
+            shared.update((i, j) for i in holders[item])
+            if len(holders[item]) < 50:
+                holders[item].append(j)
+    return shared
 
 
 def curve(run: Run) -> set:

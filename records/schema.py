@@ -5,10 +5,12 @@ Losses are nats per token with 5 decimals, times training milliseconds with 1, p
 a number that the logs do not hold, or not a finite one."""
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError,
+                      model_validator)
 
 from records.errors import RecordError
 from records.tracks import TRACKS
@@ -22,6 +24,12 @@ def one_line(text: str) -> str:
     if not text.isprintable():
         raise ValueError("one line without control characters is wanted")
     return text
+
+
+def iso_date(value):
+    if isinstance(value, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.A):
+        raise ValueError("a date like 2026-11-24 is wanted")
+    return value
 
 
 Line = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(one_line)]
@@ -86,7 +94,7 @@ class Statement(Model):
     version: Literal[1] = 1
     track: Literal[tuple(TRACKS)]
     name: Name
-    date: Annotated[datetime.date, Field(strict=False)]
+    date: Annotated[datetime.date, Field(strict=False), BeforeValidator(iso_date)]
     kind: Literal["record", "non-record"]
     why_no_record: Line | None = Field(description="null for a record")
     description: Line

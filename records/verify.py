@@ -11,6 +11,7 @@ fine where one is the baseline, if somebody says so.
 import json
 import os
 import re
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +32,7 @@ EXAMPLE = "python -m records verify bench/results/2026-11-22_shakespeare_cpu"
 KINDS = {
     "altered": "a file of a packed folder is not what its logs give, or does not belong there",
     "record-file": "record.json does not follow its schema",
-    "link": "a symbolic link, which is not followed",
+    "link": "a symbolic link or a device, which is not followed",
     "folder-name": "a folder is not called <date>_<Name>, or a name is not the usual one",
     "log-name": "logs are not called <uuid>.txt",
     "no-readme": "there are logs, and no Markdown file says anything of them",
@@ -44,6 +45,7 @@ KINDS = {
     "number-without-log": "a listed loss or time is in none of the logs",
     "unlisted-runs": "a list leaves out runs of the same kind",
     "pairing": "losses and times stand side by side that are not of one run",
+    "unread": "a README is longer, or has more lists, than is compared",
     "p-value": "a probability does not follow from the losses listed near it",
     "p-without-list": "a probability stands there without the losses it comes from",
     "table-row": "a row about a log has another loss or time than the log",
@@ -150,8 +152,8 @@ def examine(root: Path, folder: Path, files: list[Path], track_name: str | None)
         findings.append(Finding(plain(path.relative_to(root).as_posix()), kind, plain(evidence)))
 
     for path in files:
-        if path.is_symlink():
-            find(path, "link", f"to {os.readlink(path)}")
+        if path.is_symlink() or not path.is_file():
+            find(path, "link", f"to {os.readlink(path)}" if path.is_symlink() else "no regular file")
     files = [path for path in files if path.is_file() and not path.is_symlink()]
     read = []
     for path in files:
@@ -161,7 +163,7 @@ def examine(root: Path, folder: Path, files: list[Path], track_name: str | None)
             find(path, "odd-log", str(e))
     track = track_of(folder, read, track_name)
     if folder / schema.FILE in files:
-        packed(folder, files, find)
+        packed(folder, files, read, track, find)
         read = [log for log in read if log.path.parent != folder / "baseline"]  # its logs may well be the runs of another record
     else:
         submitted(folder, files, read, track, find)
@@ -181,14 +183,16 @@ def track_of(folder: Path, read: list[Log], name: str | None) -> Track | None:
 # A folder built by pack
 
 
-def packed(folder: Path, files: list[Path], find: Find):
+def packed(folder: Path, files: list[Path], read: list[Log], track: Track | None, find: Find):
     """Build the folder again from its logs and what a person said, and compare."""
     try:
         record = schema.read(folder / schema.FILE)
-        note = pack.note_in(text_of(folder / "README.md"))
-        expected_record, verdicts, expected = pack.compose(folder, record, note)
+        before, begin, rest = text_of(folder / "README.md").partition(pack.NOTE_BEGIN)
+        note = rest.partition(pack.NOTE_END)[0]
+        expected_record, verdicts, expected = pack.compose(folder, record, note.strip())
     except RecordError as e:
         return find(folder / schema.FILE, "record-file", str(e))
+    numbers(folder / "README.md", "\n" * before.count("\n") + note, read, track, find)
     if Path(record.folder).parts != folder.resolve().parts[-2:]:
         find(folder, "folder-name", f"record.json says {record.folder}")
     for where, says, is_now in differences(record.model_dump(mode="json"), expected_record.model_dump(mode="json")):
@@ -197,8 +201,9 @@ def packed(folder: Path, files: list[Path], find: Find):
     for name, content in expected.items():
         if name not in there:
             find(folder / name, "altered", "is missing")
-        elif (found := content_of(there[name])) != content and (name != schema.FILE or record == expected_record):
-            find(folder / name, "altered", first_difference(found, content))
+        elif name != schema.FILE or record == expected_record:  # a record that differs has its own findings above
+            if (found := content_of(there[name], len(content) + 1)) != content:
+                find(folder / name, "altered", first_difference(found, content))
     for name in there.keys() - expected.keys():
         if name.partition("/")[0] not in (*check.GROUPS, "media"):
             find(folder / name, "altered", "does not belong here; pictures for the note have their place in media/")
@@ -229,16 +234,16 @@ def first_difference(found: bytes, expected: bytes) -> str:
     return f"line {number} says {line[:150]!r}, the logs give {wanted[:150]!r}"
 
 
-def content_of(path: Path) -> bytes:
+def content_of(path: Path, limit: int) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read(readme.SIZE_LIMIT)
+            return file.read(limit)
     except OSError:
         return b""
 
 
 def text_of(path: Path) -> str:
-    return content_of(path).decode("utf-8", "replace")
+    return content_of(path, readme.SIZE_LIMIT).decode("utf-8", "replace")
 
 
 # Any other folder
@@ -323,6 +328,8 @@ def numbers(path: Path, text: str, read: list[Log], track: Track | None, find: F
     all_times = [point.train_time_ms / 1000 for runs in choices.values() for run in runs
                  if (point := last_point(run)) and point.train_time_ms]
     lists = [(listed, kind) for listed in readme.lists(text) if (kind := kind_of(listed, track, all_times))]
+    if len(text) >= readme.SIZE_LIMIT or len(lists) >= readme.LIST_LIMIT:
+        find(path, "unread", f"{len(text):,} characters, {len(lists):,} lists")
     matched = {}
     for listed, kind in lists:
         count, label, values = best_group(listed, kind, choices, track)
@@ -337,15 +344,21 @@ def numbers(path: Path, text: str, read: list[Log], track: Track | None, find: F
                 find(path, "unlisted-runs", f"{where}: {count} of {len(values)} runs in {label}")
     pairings(path, lists, matched, choices, find)
     probabilities(path, text, [listed for listed, kind in lists if kind == "losses"], track, find)
-    runs = {log.path.stem: run for log in read for run in log.runs[:1]}
-    for line, name, losses, times in readme.rows(text):
-        for stem, run in runs.items():
-            if stem.startswith(name.removesuffix(".txt")) and (point := last_point(run)):
-                if losses and not any(abs(float(loss) - point.val_loss) < 1e-4 for loss in losses):
-                    find(path, "table-row", f"line {line}: {losses[0]}, the log says {point.val_loss}")
-                if times and point.train_time_ms and not any(abs(int(ms) - point.train_time_ms) <= 1 for ms in times):
-                    find(path, "table-row", f"line {line}: {times[0]} ms, the log says {point.train_time_ms:g} ms")
+    rows(path, text, read, find)
     return [listed for listed, kind in lists if kind == "times"]
+
+
+def rows(path: Path, text: str, read: list[Log], find: Find):
+    """Table rows whose first cell is the name of a log, or its beginning, must have its last loss and time."""
+    logs_by_name = sorted(((log.path.stem, log.runs[0]) for log in read if len(log.runs) == 1 and log.runs[0].val_points),
+                          key=lambda pair: pair[0])
+    for line, name, losses, times in readme.rows(text):
+        at = bisect_left(logs_by_name, name := name.removesuffix(".txt"), key=lambda pair: pair[0])
+        points = [last_point(run) for stem, run in logs_by_name[at:at + 20] if stem.startswith(name)]
+        if points and losses and not any(abs(float(loss) - point.val_loss) < 1e-4 for loss in losses for point in points):
+            find(path, "table-row", f"line {line}: {losses[0]}, the log says {points[0].val_loss}")
+        if points and times and not any(abs(int(ms) - (point.train_time_ms or 0)) <= 1 for ms in times for point in points):
+            find(path, "table-row", f"line {line}: {times[0]} ms, the log says {points[0].train_time_ms} ms")
 
 
 def groups_of(read: list[Log]) -> dict[str, list[Run]]:
@@ -375,7 +388,7 @@ def rounded(values: Iterable[float], listed: readme.List) -> list[float]:
 
 def best_group(listed: readme.List, kind: str, choices: dict[str, list[Run]], track: Track | None):
     """(number of values found, label, values) of the smallest group of runs in which most of the values are."""
-    results = [(0, 0, "none", [])]
+    results, wanted = [(0, 0, "none", [])], Counter(rounded(listed.values, listed))
     for label, runs in choices.items():
         if kind == "times":
             options = [[point.train_time_ms / 1000 for run in runs if (point := last_point(run)).train_time_ms is not None]]
@@ -385,7 +398,7 @@ def best_group(listed: readme.List, kind: str, choices: dict[str, list[Run]], tr
             options = [[last_point(run).val_loss for run in runs],
                        *([run.at(step).val_loss for run in runs] for step in sorted(steps, reverse=True))]
         for values in options:
-            shared = Counter(rounded(listed.values, listed)) & Counter(rounded(values, listed))
+            shared = Counter(rounded(values, listed)) & wanted
             results.append((shared.total(), -len(values), label, values))
     count, _, label, values = max(results, key=lambda result: result[:2])
     return count, label, values

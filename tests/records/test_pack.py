@@ -152,7 +152,7 @@ def rename(inputs: Path, name: str):
     (lambda inputs: rename(inputs, "-dash.txt"), {}, "rename it"),
     (lambda inputs: rename(inputs, f"{uuid(2).upper()}.txt"), {}, None),
     (lambda inputs: write(inputs / "logs/more", [log(77)]), {}, "two called"),
-    (lambda inputs: (inputs / "note.md").write_text(pack.NOTE_END), {}, "the line that ends one"),
+    (lambda inputs: (inputs / "note.md").write_text(pack.NOTE_END), {}, "the marks of one"),
     (lambda inputs: (inputs / "note.md").write_bytes(b"\xff"), {}, "--note: expected a readable text"),
     (lambda inputs: (inputs / "note.md").unlink(), {}, "--note: expected a readable text"),
     (lambda inputs: (inputs / "note.md").write_text("x" * (pack.NOTE_LIMIT + 1)), {}, "a note of at most"),
