@@ -4,7 +4,8 @@ bench/host.py does the measuring, with as many ranks as a training run would hav
 written next to it carries in a line `host: {...}`. --compare takes two such files or logs. Training is a mixture of matrix
 products, memory traffic, blocks of a network and sums over ranks whose shares nobody knows, so every mixture counts as
 equally likely: the expected ratio of times is the mean of the parts' ratios, and the less they agree, the wider its error
-bar. To that comes the noise of the measurements. Disk and clocks are shown, but do not count."""
+bar. To that comes the unrest in the course of a measurement. Disk and clocks are shown, but do not count. Measure a machine
+that does nothing else: no probe foresees what other programs will do during a run."""
 import json
 import math
 import os
@@ -18,11 +19,12 @@ from records.errors import RecordError
 from records.stats import plain, printable
 
 HELP = "measure this machine, and compare measured machines"
-EXAMPLE = "python -m records calibrate --compare bench/results/2026-11-24_host/idle.json bench/results/2026-11-24_host/busy.json"
+EXAMPLE = "python -m records calibrate --compare bench/results/2026-11-24_host/one.json bench/results/2026-11-24_host/other.json"
 ROOT = Path(__file__).resolve().parents[1]
 SIZE_LIMIT = 1 << 26  # bytes of a log that are searched
 LINE = re.compile(rb"^host: (\{.{1,60000}\})\s*$")
 LOAD = 0.5  # other work per core above which a machine counts as busy
+DRIFT = 0.03  # change of a part above which it is named
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,25 @@ def read(path: Path) -> Host:
 
 
 def time_ratio(a: Host, b: Host) -> tuple[dict, float, float]:
-    """(interval of time on A / time on B for each part, expected ratio, its 95 % error as a factor).
+    """(interval of time on A / time on B for each part, expected ratio, its 95 % error as a factor), all on logarithms.
 
-    Shares w of K parts, uniform over all mixtures, have mean 1 / K, E[w^2] = 2 / (K (K + 1)), and give the mixture of ratios
-    the variance of the K ratios over K + 1. Taken on logarithms, as is the noise of each ratio."""
+    Shares w of k parts that are uniform over all mixtures give the sum of w x the mean of x and the variance of x over k + 1.
+    The noise is that of single values rather than of their mean, and moves all parts together: a run falls into another
+    stretch of time than the measurement, and how much stretches differ is what consecutive values show."""
+    import numpy as np
+
     from records import statistics
     if a.facts.get("probe") != b.facts.get("probe"):
         raise RecordError("expected measurements by one version of bench/host.py, found two; measure again with the same one")
     ratios = {name: statistics.ratio_interval(b.values[name], a.values[name]) for name in a.values if name in b.values}
-    used = [ratios[name] for name in a.training if name in b.training]
-    if not used or any(ratio.why for ratio in used):
+    used = [name for name in a.training if name in b.training]
+    if not used or any(ratios[name].why for name in used):
         raise RecordError("expected measurements with training parts in common and a spread, found none or one; measure both "
                           "machines with the same bench/host.py")
-    k, logs = len(used), [math.log(ratio.estimate) for ratio in used]
-    mean = sum(logs) / k
-    between = sum((value - mean) ** 2 for value in logs) / k / (k + 1)
-    noise = sum((math.log(ratio.high / ratio.low) / 2 / 1.96) ** 2 for ratio in used) * 2 / (k * (k + 1))
-    return ratios, math.exp(mean), math.exp(1.96 * (between + noise) ** 0.5)
+    logs = [math.log(ratios[name].estimate) for name in used]
+    noises = [(np.var(np.log(a.values[name]), ddof=1) + np.var(np.log(b.values[name]), ddof=1)) ** 0.5 for name in used]
+    variance = np.mean(noises) ** 2 + (np.var(logs) + np.var(noises)) / (len(used) + 1)
+    return ratios, math.exp(np.mean(logs)), math.exp(1.96 * variance ** 0.5)
 
 
 def drift(values: list[float]) -> float:
@@ -98,10 +102,10 @@ def drift(values: list[float]) -> float:
 def warnings(host: Host):
     cores, load = host.facts.get("cores"), host.facts.get("load")
     if isinstance(cores, int) and isinstance(load, (int, float)) and load > LOAD * cores:
-        yield f"The machine was busy before the measurement: load {load} on {cores} cores."
-    for name in host.training:
-        if abs(change := drift(host.values[name])) > 0.03:
-            yield f"{name} drifted by {change:+.1%} in the course of the measurement: heat, other work, or a clock that moves."
+        yield f"The machine was busy before the measurement (load {load} on {cores} cores): it says little about other times."
+    drifts = {name: drift(host.values[name]) for name in host.training}
+    if drifted := [f"{name} {change:+.1%}" for name, change in drifts.items() if abs(change) > DRIFT]:
+        yield f"Drift in the course of the measurement (heat, other work, a clock that moves): {', '.join(drifted)}."
 
 
 def describe(host: Host) -> str:
@@ -124,7 +128,12 @@ def measure(seconds: float, ranks: int, out: Path) -> Host:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "bench" / "host.py"), f"--seconds={seconds}", f"--out={out}"]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    if code := subprocess.run(command, env={"OMP_NUM_THREADS": threads, **os.environ}).returncode:
+    process = subprocess.Popen(command, env={"OMP_NUM_THREADS": threads, **os.environ})
+    try:
+        code = process.wait()
+    finally:
+        process.wait()  # Ctrl-C reaches torchrun, too, which needs a moment to end its ranks
+    if code:
         raise RecordError(f"expected bench/host.py to measure with {ranks} ranks, found that it ended with exit code {code}; "
                           "mend what it complains about")
     return read(out)
