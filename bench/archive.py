@@ -1,10 +1,9 @@
 """Read a whole archive of public logs and compare what the reader finds with a table of finals.
 
-    python -m bench.archive ARCHIVE --finals records/history/finals.csv
+    python -m bench.archive ARCHIVE
 
-ARCHIVE is the folder `records` of KellerJordan/modded-nanogpt. Prints Markdown: how long it took, how many files of each
-format there are, which fields agree for how many runs, each difference, and each odd file. The figures of a real run are in
-bench/results.
+ARCHIVE is the folder `records` of KellerJordan/modded-nanogpt, which is not part of this repository. Prints Markdown: how long
+it took, how many files there are of each format, for how many runs each field agrees, each difference, and each odd file.
 """
 import argparse
 import csv
@@ -17,6 +16,7 @@ from pathlib import Path
 from records import logs
 from records.errors import RecordError
 
+HISTORY = Path(__file__).resolve().parents[1] / "records/history"
 FIELDS = {  # column of the table of finals: the same fact of a run
     "final_val_loss": lambda run: run.final_val_loss,
     "final_train_time_ms": lambda run: run.final_time_ms,
@@ -55,7 +55,8 @@ def compare(archive: dict[str, logs.Log], table: list[dict]) -> tuple[Counter, d
             if equal(row[field], found):
                 agree[field] += 1
             else:
-                differences[field, row[field] or "unknown", "unknown" if found is None else str(found)].append(row["log_path"])
+                found = "unknown" if found is None else found if isinstance(found, str) else f"{found:.12g}"
+                differences[field, row[field] or "unknown", found].append(row["log_path"])
     return agree, differences
 
 
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.archive", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="folder of logs")
-    parser.add_argument("--finals", nargs="*", type=Path, default=[], metavar="CSV", help="tables with one row for each run")
+    parser.add_argument("--finals", nargs="+", type=Path, metavar="CSV",
+                        default=[HISTORY / "finals.csv", HISTORY / "finals_other.csv"],
+                        help="tables with one row for each run (default: those of records/history)")
     options = parser.parse_args(argv)
     try:
         started = time.perf_counter()
@@ -79,12 +82,11 @@ def main(argv: list[str]) -> int:
     print("| format | files |\n|---|---|")
     print("\n".join(f"| {name} | {variants[name]} |" for name, _ in logs.VARIANTS if variants[name]))
     agree, differences = compare(archive, table)
-    if table:
-        print(f"\n| field | agrees, of {len(table):,} runs |\n|---|---|")
-        print("\n".join(f"| {field} | {agree[field]:,} |" for field in FIELDS))
-        print("\n| field | table | reader | runs | for example |\n|---|---|---|---|---|")
-        for (field, expected, found), paths in sorted(differences.items()):
-            print(f"| {field} | {expected} | {found} | {len(paths)} | `{paths[0]}` |")
+    print(f"\n| field | agrees, of {len(table):,} rows |\n|---|---|")
+    print("\n".join(f"| {field} | {agree[field]:,} |" for field in FIELDS))
+    print("\n| field | table | reader | rows | for example |\n|---|---|---|---|---|")
+    for (field, expected, found), paths in sorted(differences.items()):
+        print(f"| {field} | {expected} | {found} | {len(paths)} | `{paths[0]}` |")
     print("\n| odd file | why |\n|---|---|")
     print("\n".join(f"| `{path}` | {'; '.join(log.problems)} |" for path, log in archive.items() if log.problems))
     return 0

@@ -24,7 +24,7 @@ SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs
 BLOCK = 1 << 20  # bytes read at a time
 LINE_LIMIT = 1 << 16  # bytes; no longer line is read (the longest that matters in the public logs has 587)
 SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the public logs has 187,761)
-POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 720)
+POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
 EXTRA_LIMIT = 8  # further numbers kept of a validation (the most in the public logs are 3)
 
 
@@ -174,17 +174,25 @@ def find(paths) -> list[Path]:
     and links that lead out of a folder are not followed."""
     found = {}
     for path in map(Path, paths):
-        if path.is_dir():
-            root = path.resolve()
-            files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-            for file in files:
-                if file.suffix in SUFFIXES and file.is_file() and file.resolve().is_relative_to(root):
-                    found.setdefault(file.resolve(), file)
-        elif path.exists():
-            found.setdefault(path.resolve(), path)
-        else:
-            raise RecordError(f"{path}: expected a log or a folder of logs, found nothing there; check the path")
+        try:
+            if path.is_dir():
+                root = path.resolve()
+                files = sorted(Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
+                for file in files:
+                    if file.suffix in SUFFIXES and file.is_file() and file.resolve().is_relative_to(root):
+                        found.setdefault(file.resolve(), file)
+            elif path.exists():
+                found.setdefault(path.resolve(), path)
+            else:
+                raise RecordError(f"{path}: expected a log or a folder of logs, found nothing there; check the path")
+        except OSError as e:
+            refuse(e, path)
     return sorted(found.values())
+
+
+def refuse(error: OSError, path: Path | None = None):
+    raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; check path and "
+                      "permissions") from None
 
 
 def read(path) -> Log:
@@ -201,7 +209,7 @@ def read(path) -> Log:
             size = file.tell()
             source = read_source(file, body, notes)
     except OSError as e:
-        raise RecordError(f"{path}: expected a readable file, found: {e.strerror}; check its permissions") from None
+        refuse(e, path)
     sources = split_source(source, notes)
     body.marks |= {f"file{len(sources)}", f"separators{body.num_separators}"} | ({"source"} if body.source_end else set())
     runs = body.runs(path.stem, hashlib.sha256(source).hexdigest() if source else None)
@@ -219,8 +227,8 @@ class Notes:
         self.kinds: dict[str, list] = {}
 
     def add(self, kind: str, example: str = "", once: bool = False):
-        count = self.kinds.setdefault(kind, [0, example])
-        count[0] = 1 if once else count[0] + 1
+        entry = self.kinds.setdefault(kind, [0, example])
+        entry[0] = 1 if once else entry[0] + 1
 
     def sentences(self) -> tuple[str, ...]:
         return tuple(kind + (f" ({count} times)" if count > 1 else "") + (f": {example}" if example else "")
@@ -251,9 +259,9 @@ def lines(file, digest, notes: Notes):
                 yield end - len(data) + match.start(1), match[1].decode("utf-8", "replace").rstrip()
         carry = data[last:last + LINE_LIMIT + 2]  # a longer line is known to be too long
     if carry != b"\n":  # the last line has no end; a number at its end may be cut
-        match, line = LINES.match(carry), carry[1:].decode("utf-8", "replace")
-        if match and line.endswith(("ms", " MiB")):
-            yield end - len(match[1]), line
+        line = carry[1:].decode("utf-8", "replace")
+        if LINES.match(carry) and len(carry) <= LINE_LIMIT + 1 and line.endswith(("ms", " MiB")):
+            yield end - len(carry) + 1, line
         else:
             notes.add("the last line is cut and not read", quoted(line))
 
@@ -301,8 +309,22 @@ class Part:
     step: int = -1  # of the last line, training lines included
 
 
+def read_config(text: str) -> dict:
+    """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes. Raises ValueError."""
+    def plain(value) -> bool:
+        return value is None or isinstance(value, (bool, int, float)) or isinstance(value, str) and value.isprintable()
+    try:
+        config = json.loads(text)
+    except RecursionError:
+        raise ValueError from None
+    for name, value in config.items():
+        if not (plain(name) and all(map(plain, value)) if isinstance(value, list) else plain(value)):
+            raise ValueError
+    return config
+
+
 def whole(value) -> int | None:
-    """A setting, where it is a number of sane size; a config line can hold anything."""
+    """A setting, where it is a whole number of sane size."""
     return value if type(value) is int and abs(value) < 10**18 else None
 
 
@@ -349,11 +371,10 @@ class Body:
     def take_fact(self, line: str):
         if line.startswith("config: "):
             try:
-                config = json.loads(line.removeprefix("config: "))
-            except (ValueError, RecursionError):
-                return self.notes.add("the config line cannot be read", quoted(line))
-            self.config = self.config or config
-            self.marks.add("config")
+                self.config = self.config or read_config(line.removeprefix("config: "))
+                self.marks.add("config")
+            except ValueError:
+                self.notes.add("the config line cannot be read", quoted(line))
         elif match := SEED.fullmatch(line):
             self.parts[-1].seed = int(match[1])
         elif match := TRIAL.fullmatch(line):
@@ -422,24 +443,30 @@ class Body:
         return part
 
     def start_part(self) -> Part:
-        if not self.parts[-1].points:
-            self.parts.pop()
+        self.end_part()
         self.parts.append(Part())
         return self.parts[-1]
 
+    def end_part(self):
+        """Forget the last run where it has no validation."""
+        if not self.parts[-1].points and self.parts.pop().step >= 0:
+            self.notes.add("a run without a validation is left out")
+
     def runs(self, stem: str, source_sha256: str | None) -> tuple[Run, ...]:
+        if len(self.parts) > 1:
+            self.end_part()
         parts, seen = [], set()
         for part in self.parts:
             points = {str(point) for point in part.points}
-            if points - seen:
+            if points - seen or len(self.parts) == 1:
                 parts.append(part)
-            elif points:
+            else:
                 self.notes.add("validations seen before are repeated as a summary, and count once")
             seen |= points
         if len(parts) > 1:
             self.marks.add("several")
-        if not parts and self.marks & {"header", "config", "training"}:
-            parts = self.parts[-1:]
+        if not self.marks & {"validation", "training", "header", "config"}:
+            return ()
         return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k:02}", source_sha256)
                      for k, part in enumerate(parts, start=1))
 

@@ -141,6 +141,17 @@ def test_repeated_summaries_are_dropped_and_named(tmp_path):
     assert [points(run) for run in log.runs] == [FIRST] and "repeated" in log.problems[0]
 
 
+def test_a_run_without_a_validation_is_named(tmp_path):
+    begun = "step:1/300 train_time:1ms step_avg:1.00ms\nstep:2/300 train_time:2ms step_avg:1.00ms\n"
+    again = steps(SECOND).replace("step:100", "step:1")
+    for text in (steps(FIRST) + begun, begun + again.replace("4.1", "4.2"), steps(FIRST) + begun + again):
+        log = read(tmp_path, text)
+        assert [len(run.val_points) for run in log.runs] == [3] * (1 + ("4.1" in text))
+        assert log.problems == ("a run without a validation is left out",)
+    log = read(tmp_path, begun)
+    assert [points(run) for run in log.runs] == [[]] and log.problems == ("there is no validation in it",)
+
+
 def test_a_copied_run_counts_once(tmp_path):
     log = read(tmp_path, steps(FIRST) + steps(FIRST))
     assert len(log.runs) == 1 and "repeated" in log.problems[0]
@@ -190,7 +201,9 @@ def test_oddities_are_named(tmp_path):
     assert "UTF-16" in problems(steps(FIRST).encode("utf-16"))
     assert "binary" in problems(os.urandom(10_000).replace(b"\n", b"\0"))
     assert problems(own([4, 3]).replace("config: {", "config: {{")).startswith("the config line cannot be read: ")
-    assert "config" in problems(own([4, 3]).replace("config: {", "config: {\"a\":" + "[" * 50_000))
+    for odd in ("[" * 50_000, '[[1]],', '{"b": 1},', '"\\ud800",', '"\\u001b[2J",', "1" * 5000 + ","):
+        log = read(tmp_path, own([4, 3]).replace("config: {", f'config: {{"a": {odd}'))
+        assert "config" in " ".join(log.problems) and log.runs[0].config == {} and len(log.runs[0].val_points) == 2
 
 
 def test_line_ends_of_windows(tmp_path):
@@ -269,7 +282,6 @@ def test_facts_cannot_steer_a_terminal(tmp_path):
 def test_settings_of_the_wrong_kind(tmp_path):
     [run] = read(tmp_path, own([4, 3], seed=10**30, val_tokens="many").replace("\nseed: 1" + "0" * 30, "")).runs
     assert run.seed is None and run.val_tokens is None and run.config["val_tokens"] == "many"
-    assert read(tmp_path, own([4, 3]).replace('config: {"track"', 'config: {"\ud800'.encode("utf-8", "replace").decode())).runs
 
 
 def test_limits_are_said(tmp_path, monkeypatch):
@@ -298,6 +310,8 @@ def test_long_lines_are_not_read(tmp_path, monkeypatch, length):
     log = read(tmp_path, steps(FIRST[:2]) + line + "\n" + steps(FIRST[2:]))
     assert (250 in [point.step for point in log.runs[0].val_points]) == (length <= 100)
     assert any("a line of more than 100 bytes" in problem for problem in log.problems) == (length > 100)
+    line = "step:250/300 val_loss:1.0 train_time:1ms" + " step_avg:1.00ms" * length  # the last one, without an end
+    assert 250 not in [point.step for point in read(tmp_path, steps(FIRST[:2]) + line).runs[0].val_points]
 
 
 # Files and folders
@@ -315,21 +329,27 @@ def test_find(tmp_path):
     assert found == ["a.out", "b/.hidden.txt", "b/1.log", "b/2.txt", "b/c/run.stdout"]
     assert logs.find([tmp_path / "notes.md", tmp_path / "b/2.txt", tmp_path / "b/twice.txt"]) == [
         tmp_path / "b/2.txt", tmp_path / "notes.md"]  # a file that is named counts, whatever it is called; none twice
-    with pytest.raises(RecordError, match="nothing there; check the path"):
-        logs.find([tmp_path / "missing"])
+    for path, found in (("missing", "nothing there; check the path"), ("x" * 5000, "File name too long; check path")):
+        with pytest.raises(RecordError, match=found):
+            logs.find([tmp_path / path])
 
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for path, found in ((tmp_path, "a folder"), (tmp_path / "pipe.txt", "something else"), (tmp_path / "no", "nothing there"),
-                        ("/dev/zero", "something else"), ("a\0b", "nothing there")):
+                        ("/dev/zero", "something else"), ("a\0b", "nothing there"), ("x" * 5000, "File name too long")):
         with pytest.raises(RecordError, match=found):
             logs.read(path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission(tmp_path):
-    read(tmp_path, "x")
-    (tmp_path / "log.txt").chmod(0)
-    with pytest.raises(RecordError, match="Permission denied; check its permissions"):
-        logs.read(tmp_path / "log.txt")
+def test_what_may_not_be_read(tmp_path):
+    (tmp_path / "folder").mkdir()
+    read(tmp_path / "folder", "x")
+    (tmp_path / "folder/log.txt").chmod(0)
+    with pytest.raises(RecordError, match="Permission denied; check path and permissions"):
+        logs.read(tmp_path / "folder/log.txt")
+    (tmp_path / "folder").chmod(0)
+    with pytest.raises(RecordError, match="Permission denied; check path and permissions"):
+        logs.find([tmp_path])
+    (tmp_path / "folder").chmod(0o700)
