@@ -164,6 +164,7 @@ def test_first_crossing(tmp_path):
     assert run.steps_to(4) == 100 and run.time_to(4) == 1000  # at a validation
     assert run.steps_to(3.25) == 175 and run.time_to(3.25) == 2500  # between two; a later rise does not count
     assert run.steps_to(20) == 0 and run.steps_to(1.9) is None and run.time_to(1.9) is None
+    assert run.steps_to(2) == 400 and run.time_to(2) == 6000  # at the last one
     assert run.time_to(2.75) == 5000 and run.at(200).val_loss == 3 and run.at(201) is None
     assert run.step_avg_ms == 15 and (run.first_val_loss, run.final_val_loss, run.final_step) == (10, 2, 400)
 

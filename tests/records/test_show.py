@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -168,14 +169,12 @@ def test_errors(call, arguments, sentence):
 
 
 def test_start_to_finish_in_half_a_second():
-    """The median of five; the target is 0.5 s."""
-    import time
-    path, seconds = next((ROOT / OURS / "muon").glob("*.txt")), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "records", "show", path], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        seconds.append(time.perf_counter() - begin)
-    assert sorted(seconds)[2] < 0.5, seconds
+    """Processor time, which does not depend on what else the machine does; 0.09 s when this was written."""
+    path = next((ROOT / OURS / "muon").glob("*.txt"))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "records", "show", path], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_no_heavy_library_is_loaded():
