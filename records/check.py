@@ -11,6 +11,7 @@ from pathlib import Path
 
 from records import logs, schema
 from records.errors import RecordError
+from records.logs import Log
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
 from records.tracks import TRACKS, choose
 
@@ -68,7 +69,7 @@ def add_claim_arguments(parser):
     parser.add_argument("--track", metavar="TRACK", help="small, medium, optimization or shakespeare (default: as the logs say)")
     parser.add_argument("--step", type=int, metavar="N", help="step whose validation counts, where the track wants it stated")
     parser.add_argument("--planned", type=planned, default=(), metavar="N",
-                        help="runs that were planned before the first one; FIRST,LAST for two looks")
+                        help="runs that were planned before the first one; FIRST,LAST for two looks (default: as in ab's plan)")
     parser.add_argument("--exclude", action="append", default=[], metavar="LOG=REASON",
                         help="leave a log out, for a reason other than its result; it stays in the folder (repeatable)")
     parser.add_argument("--waive", action="append", default=[], metavar="RULE=REASON", help="accept a failure (repeatable)")
@@ -89,6 +90,16 @@ def from_folder(folder: Path, statement: schema.Statement) -> Submission:
                       statement.step, tuple(statement.planned_runs), statement.waivers)
 
 
+def planned_by_ab(submitted: list[Log]) -> tuple[int, ...]:
+    """The number of pairs in the plan that ab made before it ran these logs, if it did."""
+    plans = {log.path.parent.parent / "plan.json" for log in submitted}
+    try:
+        with open(plans.pop(), encoding="utf-8") as file:
+            return () if plans else (len(json.loads(file.read(1 << 20))["pairs"]),)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ()
+
+
 def from_arguments(args) -> Submission:
     found, baseline = logs.find(args.paths), logs.find(args.baseline)
     below = {path for path in found if any(part.startswith("baseline") for part in path.parts[:-1])} if not baseline else set()
@@ -100,8 +111,9 @@ def from_arguments(args) -> Submission:
     step = args.step
     if step is None and track.claim_step == "stated":
         step = max((run.final_step for log in submitted for run in log.runs if run.val_points), default=None)
-    return Submission(track, submitted, [logs.read(path) for path in [*baseline, *sorted(below)]],
-                      [(logs.read(path), reason) for path, reason in excluded.items()], step, args.planned, waivers(args.waive))
+    left_out = [(logs.read(path), reason) for path, reason in excluded.items()]
+    return Submission(track, submitted, [logs.read(path) for path in [*baseline, *sorted(below)]], left_out, step,
+                      args.planned or planned_by_ab([*submitted, *(log for log, _ in left_out)]), waivers(args.waive))
 
 
 def run(args) -> int:

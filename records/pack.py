@@ -24,7 +24,7 @@ from records import check, logs, schema
 from records.errors import RecordError
 from records.lines import SIZE_LIMIT
 from records.logs import Log, Run
-from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS, Submission, Verdict, hardware, judge, last_point, short
+from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS, Submission, Verdict, hardware, judge, last_point, plain, short
 from records.schema import Group, LogFile, LossTest, Record, Speed, Statement
 from records.statistics import mean_sd
 
@@ -61,7 +61,7 @@ def run(args) -> int:
         "version": 1, "track": submission.track.name, "name": args.name, "date": args.date or date_of(submission),
         "kind": "non-record" if args.non_record else "record", "why_no_record": args.non_record,
         "description": args.description or args.name, "contributors": args.contributor,
-        "step": submission.step, "planned_runs": list(args.planned), "waivers": submission.waivers,
+        "step": submission.step, "planned_runs": list(submission.planned), "waivers": submission.waivers,
         "excluded": {log.path.name: reason for log, reason in submission.excluded},
     }, "the arguments of pack", Statement)
     target = args.output / statement.folder
@@ -206,7 +206,7 @@ def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) ->
 
 def escaped(text) -> str:
     """Text out of a log as Markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", str(text))
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", plain(str(text)))
 
 
 def loss(value: float | None) -> str:
@@ -228,12 +228,10 @@ def differences(run: Run | None, before: Run | None) -> list[tuple[str, str, str
 
 
 def show(value) -> str:
-    """A setting as an argument of train_gpt.py; its type where it is none."""
+    """A setting as an argument of train_gpt.py."""
     if isinstance(value, list):
-        return ",".join("list" if isinstance(item, list) else show(item) for item in value[:100])
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)[:200] if isinstance(value, (str, int, float)) else type(value).__name__
+        return ",".join(map(show, value))[:200]
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)[:200]
 
 
 def command(run: Run | None) -> str:

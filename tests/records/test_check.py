@@ -141,6 +141,21 @@ def test_planned(planned, expected, tmp_path, capsys):
     assert failures(tmp_path, capsys, runs(), slow(), ["--planned", planned]).keys() == expected
 
 
+def test_the_plan_of_ab(tmp_path, capsys):
+    """ab writes plan.json beside a/ and b/ before the first run."""
+    write(tmp_path / "ab/a", runs())
+    write(tmp_path / "ab/b", slow(), first=1001)
+    command = ["check", str(tmp_path / "ab/a"), "--baseline", str(tmp_path / "ab/b")]
+    for pairs, code in ((RUNS, 0), (RUNS + 1, 1)):
+        (tmp_path / "ab/plan.json").write_text(json.dumps({"a": "x", "b": "y", "pairs": [{}] * pairs}))
+        assert guarded(command) == code
+    assert guarded([*command, "--planned", str(RUNS)]) == 0
+    for text in ("{", "[" * 10**5, "[]", '{"pairs": 3}', "\xff"):
+        (tmp_path / "ab/plan.json").write_text(text)
+        assert guarded(command) == 0
+    assert "no plan is stated" in capsys.readouterr().out
+
+
 def test_two_looks_share_the_probability(tmp_path, capsys):
     """p = 0.0077 passes a single look and neither of two."""
     texts = [log(seed, final=1.5967 + 0.002 * offset, spread=0) for seed, offset in enumerate((-2, -1.5, -1, -.5, .5, 1, 1.5, 2))]

@@ -186,7 +186,7 @@ def test_source_names_cannot_escape(name, inputs, capsys):
 
 def test_hostile_settings_do_no_harm(inputs, capsys):
     """Settings go into a command that a reader may paste, and into a table."""
-    nasty = '"stages": "$(touch x)", "evil\\"; rm -rf ~": 1, "b": "`id`", "c": "```", "d": "<script>|", "e": "a\\nb"'
+    nasty = '"stages": "$(touch x)", "evil\\"; rm -rf ~": 1, "b": "`id`", "c": "```", "d": "<script>|"'
     for path in inputs.glob("logs/*"):
         path.write_text(replaced(path.read_text(), '"stages": 3', nasty.replace("\\", "\\\\")))
     assert guarded(arguments(inputs)) == 0
