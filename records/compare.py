@@ -6,14 +6,13 @@ intervals are of 95 %. Between validations a curve is a straight line.
 """
 import json
 import math
-import statistics
 from pathlib import Path
 
 from records import logs, show
 from records.difference import differences
 from records.errors import RecordError
+from records.groups import Group, find_groups
 from records.logs import printable
-from records.report import Group, find_groups
 
 HELP = "groups of runs side by side: speed-up, loss by step, tokens and time, changes of the source"
 EXAMPLE = ("python -m records compare bench/results/2026-11-22_shakespeare_cpu/adamw "
@@ -103,6 +102,8 @@ def warnings(groups: list[Group]):
     for group in groups:
         if short := [run.run_id for run in group.runs if not run.complete and run.total_steps is not None]:
             yield f"{len(short)} of {len(group.runs)} runs of {group.name} did not reach their last step, {short[0]} for one"
+        if (copies := len(group.runs) - len({repr(run.val_points) for run in group.runs})):
+            yield f"{copies} of {len(group.runs)} runs of {group.name} are copies of others to the last digit, and count too"
         if (number := len({run.source_sha256 for run in group.runs})) > 1:
             yield f"the runs of {group.name} have {number} different sources; the first one is compared"
 
@@ -250,7 +251,7 @@ def band(group: Group, axis: str) -> list[tuple[float, float, float, float]]:
             if math.isfinite(point.val_loss):
                 rows.setdefault(point.step, []).append((place, point.val_loss))
     columns = [tuple(zip(*row)) for _, row in sorted(rows.items()) if len(row) == len(group.runs)]
-    return [(statistics.fmean(where), statistics.fmean(losses), min(losses), max(losses)) for where, losses in columns]
+    return [(sum(where) / len(where), sum(losses) / len(losses), min(losses), max(losses)) for where, losses in columns]
 
 
 def plot(groups: list[Group], target: float, path: Path):

@@ -186,6 +186,12 @@ def test_warnings(tmp_path, call, settings, expected):
     assert code == 0 and [line for line in out.splitlines() if "warning" in line] == [f"warning: {expected}"]
 
 
+def test_copies_are_named(tmp_path, call):
+    a = write(tmp_path, "a", [([6, 3, 2], None)] * 2 + [([6, 3.1, 2], None)])
+    out = call(a, write(tmp_path, "b", [([6, 3, 1], None)]))[1]
+    assert "warning: 1 of 3 runs of a are copies of others to the last digit" in out
+
+
 def test_a_group_of_several_sources_and_files_left_out(tmp_path, call):
     a = write(tmp_path, "a", [([6, 3, 2], None), ([6, 3.1, 2.2], None)])
     (a / "2.txt").write_text(own([6, 3, 2.1], files={"train_gpt.py": "other\n"}))
