@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from muon_ranks import (Bucket, Unit, as_bank, expect, expect_agreement, plan_units, state_kinds, state_shape, units_of,
-                        world_and_rank)
+                        whole, world_and_rank)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Newton-Schulz
@@ -280,7 +280,7 @@ class Muon(torch.optim.Optimizer):
         self.world_size, self.rank = world_and_rank(process_group)
         expect(self.rank >= 0, "expected a process_group that this rank belongs to", "another",
                "build the optimizer on the ranks of the group only")
-        self.buckets, self.plans, self._names, self._consolidated, self._skipped = [], [], {}, None, 0
+        self.buckets, self.plans, self._names, self._consolidated, self._skipped, self._fsdp = [], [], {}, None, 0, None
         for function in (momentum_update, orthogonalize, normalize_variance, decay_and_step, step_master):
             setattr(self, f"_{function.__name__}", fuse(function) if compile else function)
         super().__init__(params, dict(
@@ -308,6 +308,8 @@ class Muon(torch.optim.Optimizer):
         """Check and add a group. After construction all ranks call it together, as every unit is placed anew."""
         number, names, group = len(self.param_groups), dict(self._names), {**self.defaults, **from_torch(group)}
         check_settings(group, number)
+        expect(group["ns_form"] != "gram" or self.ns_dtype != torch.bfloat16, "expected fp16 or fp32 for the Gram form",
+               self.ns_dtype, "leave out ns_dtype")
         expect(not isinstance(group["params"], set), "expected parameters in an order", "a set", "pass a list", TypeError)
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         dtypes = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -343,7 +345,7 @@ class Muon(torch.optim.Optimizer):
         lines = [f"{key} {self.options[key]}" for key in ("ns_dtype", "sync_grads", "bucket_mb", "deterministic")]
         for i, group in enumerate(self.param_groups):
             mine = [f"{self._names[p]} of shape {tuple(p.shape)} in {p.dtype}" for p in group["params"] if p in params]
-            lines += [*(f"{key} {group[key]} of group {i}" for key in self.defaults), *mine] if mine else []
+            lines += [*(f"{key} {group[key]} of group {i}" for key in self.defaults if key in group), *mine] if mine else []
         return lines
 
     def _lay_out(self) -> None:
@@ -378,7 +380,7 @@ class Muon(torch.optim.Optimizer):
             import muon_fsdp
         except ImportError:
             expect(False, "expected muon_fsdp.py for DTensor parameters", "none", "put it beside muon.py", ImportError)
-        muon_fsdp.state_of(self, p, group)  # on every rank, also where no part of p lies
+        self._fsdp = muon_fsdp
         return muon_fsdp.lane(p, group)
 
     def _cost(self, unit: Unit, dtype: torch.dtype) -> int:
@@ -419,17 +421,25 @@ class Muon(torch.optim.Optimizer):
                 bucket.pending = bucket.sent = None
         return loss
 
+    def _keepers(self) -> list[Bucket]:
+        """Buckets whose owners keep the state; that of DTensor parameters lies in self.state."""
+        return [bucket for bucket in self.buckets if bucket.owners_keep_state]
+
     @torch.no_grad()
     def _gather_state(self, to: int | None = None) -> dict[Tensor, dict[str, Tensor]]:
         state = {}
-        for bucket in self.buckets:
+        for bucket in self._keepers():
             bucket.gather_state(to, state)
+        if self._fsdp:
+            self._fsdp.gather_state(self, state)
         return state
 
     @torch.no_grad()
     def _scatter_state(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
-        for bucket in self.buckets:
+        for bucket in self._keepers():
             bucket.scatter_state(state)
+        if self._fsdp:
+            self._fsdp.scatter_state(self, state)
 
     def consolidate_state_dict(self, to: int | None = None) -> None:
         """Bring the state of all owners to all ranks, or to rank `to`, for the next state_dict(). All ranks call it."""
@@ -440,7 +450,7 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full shape, ...}}; what
         torch.optim.Muon reads is in it too. The state of DTensor parameters is DTensors."""
-        alone = all(bucket.world_size == 1 or not bucket.owners_keep_state for bucket in self.buckets)
+        alone = all(bucket.world_size == 1 for bucket in self._keepers())
         expect(alone or self._consolidated is not None, "expected the state of all ranks", "this rank's share only",
                "call consolidate_state_dict() on every rank after the last step, and then state_dict()", RuntimeError)
         kept = dict(self.state)
@@ -459,14 +469,16 @@ class Muon(torch.optim.Optimizer):
         expect(found == [len(group["params"]) for group in self.param_groups], "expected groups of "
                f"{[len(group['params']) for group in self.param_groups]} parameters", found, "load a checkpoint of this model")
         for number, (theirs, ours) in enumerate(zip(saved, self.param_groups)):
-            settings = {key: ours[key] for key in self.defaults} | from_torch(theirs)
+            settings = {key: ours[key] for key in self.defaults if key in ours} | from_torch(theirs)
             groups.append(settings | {key: ours[key] for key in ("split", "flatten", "ns_form")})  # these shape the state
             check_settings(groups[-1], number)
             for i, p in zip(theirs["params"], ours["params"]):
-                state[p] = state_dict["state"].get(i, {})
+                state[p] = dict(state_dict["state"].get(i, {}))
                 for key in state_kinds(groups[-1]).keys() & kinds:
                     expect(key in state[p], f"{self._names[p]}: expected a {key}", "none, though others have one",
                            "save the state of all ranks, see consolidate_state_dict()")
+                    if hasattr(state[p][key], "device_mesh") and not hasattr(p, "device_mesh"):
+                        state[p][key] = whole(state[p][key])
                     expected, found = state_shape(key, p, groups[-1]), tuple(state[p][key].shape)
                     expect(found == expected, f"{self._names[p]}: expected a {key} of shape {expected}", found,
                            "load a checkpoint of this model")

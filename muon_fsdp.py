@@ -72,6 +72,30 @@ def state_of(optimizer, p: DTensor, group: dict) -> dict[str, DTensor]:
     return {key: state[key] for key in state_kinds(group)}
 
 
+def sharded_params(optimizer):
+    return [(p, group) for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
+
+
+def gather_state(optimizer, state: dict[Tensor, dict[str, Tensor]]) -> None:
+    """Add the state of all DTensor parameters, as it is."""
+    state.update((p, state_of(optimizer, p, group)) for p, group in sharded_params(optimizer))
+
+
+def scatter_state(optimizer, state: dict[Tensor, dict[str, Tensor]]) -> None:
+    """Take what `gather_state` added, or the same placed otherwise or whole. What is absent starts at zero."""
+    for p, group in sharded_params(optimizer):
+        for key, mine in state_of(optimizer, p, group).items():
+            given = state.get(p, {}).get(key)
+            if given is None:
+                mine.to_local().zero_()
+            elif given is not mine:
+                given = given.int() if mine.dtype == torch.int16 else given  # no backend sends int16
+                if not isinstance(given, DTensor):
+                    given = distribute_tensor(given.to(mine.device), mine.device_mesh,
+                                              [Replicate()] * mine.device_mesh.ndim, src_data_rank=None)
+                mine.to_local().copy_(given.redistribute(mine.device_mesh, mine.placements).to_local())
+
+
 def shard_axis(p: DTensor, flatten: bool) -> int:
     """What the shards of a parameter cut: -1 its bank of matrices, 0 rows, 1 columns, above that pieces of columns."""
     dim = next(placement.dim for placement in p.placements if isinstance(placement, Shard))
@@ -110,22 +134,6 @@ class Sharded(Bucket):
     def state(self, run: Run) -> dict[str, Tensor]:
         return {key: run.of_state(key, whole.to_local()) if key == "second_moment" else self.view(run, whole.to_local())
                 for key, whole in state_of(self.optimizer, run.unit.param, self.settings(run)).items()}
-
-    def gather_state(self, to, state) -> None:
-        for run in (run for runs in self.runs for run in runs):
-            state[run.unit.param] = state_of(self.optimizer, run.unit.param, self.settings(run))
-
-    def scatter_state(self, state) -> None:
-        for run in (run for runs in self.runs for run in runs):
-            theirs = state.get(run.unit.param, {})
-            for key, mine in state_of(self.optimizer, run.unit.param, self.settings(run)).items():
-                if key not in theirs:
-                    mine.to_local().zero_()
-                elif theirs[key] is not mine:
-                    given = theirs[key].int() if mine.dtype == torch.int16 else theirs[key]  # no backend sends int16
-                    placed = given if isinstance(given, DTensor) else distribute_tensor(
-                        given.to(mine.device), mine.device_mesh, [Replicate()] * mine.device_mesh.ndim, src_data_rank=None)
-                    mine.to_local().copy_(placed.redistribute(mine.device_mesh, mine.placements).to_local())
 
 
 class Whole(Sharded):

@@ -76,6 +76,11 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+def whole(x: Tensor) -> Tensor:
+    """The full tensor of a DTensor; a collective. int16, which no backend sends, travels as int32."""
+    return x.int().full_tensor().short() if x.dtype == torch.int16 else x.full_tensor()
+
+
 class Unit(NamedTuple):
     param: Tensor
     group: int    # index into param_groups
