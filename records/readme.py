@@ -47,7 +47,7 @@ def probabilities(text: str) -> list[tuple[int, float, float]]:
     found = []
     for match in islice(P_VALUE.finditer(text), LIST_LIMIT):
         digits, _, power = match[1].lower().partition("e")
-        unit = 10.0 ** (int(power or 0) - len(digits.partition(".")[2]))
+        unit = float(f"1e{int(power or 0) - len(digits.partition('.')[2])}")
         found.append((line_of(text, match.start()), float(match[1]), unit / 2))
     return [(line, p, half) for line, p, half in found if 0 <= p <= 1]
 

@@ -115,6 +115,12 @@ def test_baseline_of_another_machine(tmp_path, capsys):
     assert failures(tmp_path, capsys, runs(), other).keys() == {"same-hardware"}
 
 
+def test_baseline_of_two_torch_builds(tmp_path, capsys):
+    baseline = slow()
+    baseline[0] = replaced(baseline[0], r"PyTorch 2\.13\.0", "PyTorch 2.12.0")
+    assert failures(tmp_path, capsys, runs(), baseline).keys() == {"same-torch"}
+
+
 def test_incomplete_baseline(tmp_path, capsys):
     baseline = slow()
     baseline[0] = replaced(baseline[0], r"^step:(19|20)/.*\n", "")

@@ -242,6 +242,11 @@ def by_hand(folder):
     path.rename(folder / "this_pr/fake_log_from_seed0.txt")
 
 
+def shorter(folder):
+    edit(THIS, r"^step:(16|17|18|19|20)/.*\n", "")(folder)
+    edit(THIS, r"^(step:\d+)/20", r"\1/15")(folder)
+
+
 THIS, OTHERS = f"this_pr/{uuid(1)}.txt", "this_pr"
 PUBLIC = {
     "nothing": (lambda folder: None, set()),
@@ -276,6 +281,7 @@ PUBLIC = {
         (THIS, "incomplete-run"), (README, "number-without-log")}),
     "a cut log": (lambda folder: (folder / THIS).write_text((folder / THIS).read_text()[:-70]), {
         (THIS, "incomplete-run"), (THIS, "odd-log"), (README, "number-without-log")}),
+    "a shorter run": (shorter, {(OTHERS, "same-settings"), (README, "number-without-log")}),
     "a time edited": (edit(THIS, r"^(step:15/20 val_loss:\S+ train_time:)\d+", r"\g<1>1300"), {(OTHERS, "consistent-lines")}),
     "a copy": (lambda folder: shutil.copy(folder / THIS, folder / f"this_pr/{uuid(99)}.txt"), {
         (OTHERS, "duplicate-files"), (OTHERS, "distinct-curves"), (README, "unlisted-runs")}),
@@ -375,7 +381,7 @@ def test_plain_folders(tmp_path, capsys):
 @pytest.mark.parametrize("content", [
     b"", b"\xff\xfe", b"[" * 10**6, b"losses = [" + b"1.5, " * 10**5, b"| a" * 10**5, b"](" * 10**5, b"p=" * 10**5,
     b"[1.5 " * 10**5, b"[" + b"1.5\n" * 10**5 + b"]", b"losses = [1e308, 1e999, nan, -1.0]", b"[3.2, 9" + b"9" * 5000 + b".5]",
-    b"p=1e-999 p=0.e9"])
+    b"p=1e-999 p=0.e9 p=1e999 p=0e999"])
 def test_hostile_readme(content, tmp_path, capsys):
     folder = public_folder(tmp_path)
     (folder / README).write_bytes(content)
