@@ -137,8 +137,10 @@ def test_repeated_summaries_are_dropped_and_named(tmp_path):
     log = read(tmp_path, steps(FIRST) + steps(FIRST[1:]) + steps(SECOND) + steps(SECOND[1:]))
     assert [points(run) for run in log.runs] == [FIRST, SECOND]
     assert log.problems == ("validations seen before are repeated as a summary, and count once (2 times)",)
-    log = read(tmp_path, steps(FIRST) + steps(FIRST[-1:]))
-    assert [points(run) for run in log.runs] == [FIRST] and "repeated" in log.problems[0]
+    for text in (steps(FIRST) + steps(FIRST[-1:]), steps(FIRST[:1]) + steps(FIRST), steps(FIRST[:2]) + steps(FIRST[1:])):
+        log = read(tmp_path, text)
+        assert [points(run) for run in log.runs] == [FIRST]
+        assert log.problems == ("a validation line is repeated, and counts once",)
 
 
 def test_a_run_without_a_validation_is_named(tmp_path):
@@ -181,9 +183,12 @@ def test_times_missing(tmp_path):
 
 
 def test_further_numbers_of_a_validation(tmp_path):
-    [run] = read(tmp_path, "step:10/10 val_loss:3.5 val_ema_loss:3.25 train_time:1.500s step_avg:1.00ms n:2 rel:1.5e-05 "
+    [run] = read(tmp_path, "step:10/10 val_loss:3.5 val_ema_loss:3.25 train_time:1.001s step_avg:1.00ms n:2 rel:1.5e-05 "
                            "handoff:none\n").runs
-    assert run.val_points[0].extra == {"val_ema_loss": 3.25, "n": 2, "rel": 1.5e-05} and run.final_time_ms == 1500
+    assert run.val_points[0].extra == {"val_ema_loss": 3.25, "n": 2, "rel": 1.5e-05}
+    assert run.final_time_ms == 1001  # and not 1000.9999999999999
+    [run] = read(tmp_path, "step:10/10 val_loss:3.5 " + " ".join(f"k{k}:{k}" for k in range(99)) + "\n").runs
+    assert run.val_points[0].extra == {f"k{k}": k for k in range(logs.EXTRA_LIMIT)} and run.final_time_ms is None
 
 
 def test_oddities_are_named(tmp_path):
@@ -195,6 +200,7 @@ def test_oddities_are_named(tmp_path):
     assert problems(make("E1").text.split("\nstep:0/1")[0] + "\n") == "there is no validation in it"
     assert problems(steps(FIRST, 400)) == "the run is incomplete: last validation at step 300 of 400"
     assert problems(steps([(100, 4, 50), (300, 3, 40)])) == "the training time falls from one validation to the next"
+    assert problems(steps([(100, 4, 50), (300, 3, 50)])) == ""
     assert problems(steps([(100, 4, 50)], 200) + steps([(300, 3, 60)])) == "the planned number of steps changes within a run"
     assert problems(own([4, 3]) + "ended after step 100: by SIGTERM\n").startswith("the run ended early: 'ended after step 100")
     assert "NUL" in problems(steps(FIRST).encode() + b"\0" * 4096)  # as a crash may leave it
@@ -258,6 +264,13 @@ def test_what_a_source_says_is_not_believed(tmp_path):
         assert any("before the last header are not read" in problem for problem in log.problems)
 
 
+def test_what_a_run_prints_later_changes_no_fact(tmp_path):
+    made = make("E1")
+    log = read(tmp_path, made.text + "Running Triton version 9\nRunning PyTorch 9 compiled for CUDA 9\nRunning Python 9\n"
+               "peak memory allocated: 1 MiB reserved: 1 MiB\n")
+    assert [facts(run, expected) for run, expected in zip(log.runs, made.runs, strict=True)] == made.runs
+
+
 def test_a_separator_among_the_steps_hides_nothing(tmp_path):
     made = make("E2")
     head, steps_ = made.text.split("\nstep:0/1", 1)
@@ -277,6 +290,8 @@ def test_facts_cannot_steer_a_terminal(tmp_path):
     text = make("E1").text.replace("Running Triton version 3.4.0", "Running Triton version 3.4\x1b[31m" + "x" * 300)
     [run] = read(tmp_path, text).runs
     assert run.triton.isprintable() and len(run.triton) <= 100
+    [run] = read(tmp_path, f"|  0  NVIDIA \x1b[2J{'x' * 300}  On |\n" + steps(FIRST)).runs
+    assert run.gpu_name.startswith("NVIDIA ?[2Jx") and len(run.gpu_name) <= 100
     assert all(problem.isprintable() for problem in read(tmp_path, "step:1/1 \x1b]0;owned\x07\n").problems)
 
 
@@ -303,16 +318,23 @@ def test_where_blocks_end_does_not_matter(tmp_path, monkeypatch, block):
     assert logs.read(tmp_path / "log.txt") == whole
 
 
-@pytest.mark.parametrize("length", [99, 100, 101, 1000])
-def test_long_lines_are_not_read(tmp_path, monkeypatch, length):
+@pytest.mark.parametrize("block", [1, 3, 64, 4096])
+def test_long_lines_are_not_read(tmp_path, monkeypatch, block):
     monkeypatch.setattr(logs, "LINE_LIMIT", 100)
-    monkeypatch.setattr(logs, "BLOCK", 64)
-    line = "step:250/300 val_loss:1.0 train_time:1ms step_avg:1.00ms".ljust(length, " ")
-    log = read(tmp_path, steps(FIRST[:2]) + line + "\n" + steps(FIRST[2:]))
-    assert (250 in [point.step for point in log.runs[0].val_points]) == (length <= 100)
-    assert any("a line of more than 100 bytes" in problem for problem in log.problems) == (length > 100)
-    line = "step:250/300 val_loss:1.0 train_time:1ms" + " step_avg:1.00ms" * length  # the last one, without an end
-    assert 250 not in [point.step for point in read(tmp_path, steps(FIRST[:2]) + line).runs[0].val_points]
+    monkeypatch.setattr(logs, "BLOCK", block)
+
+    def long(length: int) -> str:
+        line = "step:250/300 val_loss:1.0 train_time:1ms"
+        key = "k" * ((length - len(line)) // 2)
+        return f"{line} {key}:".ljust(length - 2, "x") + "ms"
+    for length in (*range(96, 106), 1000):
+        for end in ("\n" + steps(FIRST[2:]), ""):  # also as the last line, without an end
+            log = read(tmp_path, steps(FIRST[:2]) + long(length) + end)
+            assert (250 in [point.step for point in log.runs[0].val_points]) == (length <= 100), (length, end)
+            named = any("a line of more than 100 bytes" in problem or "cut" in problem for problem in log.problems)
+            assert named == (length > 100)
+        log = read(tmp_path, steps(FIRST[:2]) + long(length) + " and more")  # a line that is whole up to where it is cut
+        assert 250 not in [point.step for point in log.runs[0].val_points]
 
 
 # Files and folders
