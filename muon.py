@@ -474,7 +474,7 @@ class Muon(torch.optim.Optimizer):
             check_settings(groups[-1], number)
             for i, p in zip(theirs["params"], ours["params"]):
                 state[p] = dict(state_dict["state"].get(i, {}))
-                for key in state_kinds(groups[-1]).keys() & kinds:
+                for key in (key for key in state_kinds(groups[-1]) if key in kinds):
                     expect(key in state[p], f"{self._names[p]}: expected a {key}", "none, though others have one",
                            "save the state of all ranks, see consolidate_state_dict()")
                     if hasattr(state[p][key], "device_mesh") and not hasattr(p, "device_mesh"):

@@ -46,7 +46,7 @@ def lane(p: DTensor, group: dict) -> tuple[type[Bucket], object]:
     if kind is not Gathered:
         dim, = sharded_dims(p)
         ranks = mesh.get_group(dim)
-        expect(mesh.get_local_rank(dim) == dist.get_rank(ranks), "expected a mesh with its ranks in order", mesh,
+        expect(mesh.get_coordinate()[dim] == dist.get_rank(ranks), "expected a mesh with its ranks in order", mesh,
                "sort its ranks")
         return kind, ranks
     expect(not group["split_mantissa"], "expected a parameter sharded along one mesh dimension for split_mantissa",
@@ -106,7 +106,9 @@ def gradient(p: DTensor) -> Tensor:
     """The local part of p.grad, placed as p is; NaN where it is missing."""
     if p.grad is None:
         return torch.full_like(p.to_local(), math.nan)
-    return (p.grad if p.grad.placements == p.placements else p.grad.redistribute(placements=p.placements)).to_local()
+    expect(p.grad.placements == p.placements, f"expected gradients placed as their parameters, {p.placements}",
+           p.grad.placements, "redistribute them before the step")
+    return p.grad.to_local()
 
 
 def look_ahead(M: Tensor, G: Tensor, group: dict) -> Tensor:

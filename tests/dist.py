@@ -1,4 +1,5 @@
 """Run a function on several gloo processes and collect what they return."""
+import multiprocessing
 import os
 import tempfile
 
@@ -21,6 +22,7 @@ def _rank(rank: int, world_size: int, folder: str, function, args) -> None:
 def run_ranks(world_size: int, function, *args) -> list:
     """[function(rank, world_size, *args) for each rank], each in a process of its own with one thread."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed.tensor"])  # one import for all ranks
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, folder, function, args), nprocs=world_size)
+        mp.start_processes(_rank, (world_size, folder, function, args), nprocs=world_size, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
