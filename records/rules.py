@@ -87,7 +87,7 @@ def some(texts: Iterable[str], limit: int = 4) -> str:
 
 
 def names(items: Iterable[Run | Log]) -> str:
-    ids = [short(item.run_id if isinstance(item, Run) else item.path.name) for item in items]
+    ids = [short(item.run_id if isinstance(item, Run) else item.path.stem) for item in items]
     return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
 
 

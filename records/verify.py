@@ -362,14 +362,14 @@ def rows(path: Path, text: str, read: list[Log], find: Find):
 
 
 def groups_of(read: list[Log]) -> dict[str, list[Run]]:
-    """Sets of runs that a list may be about, by description: a folder, the runs of one source and length in it, all."""
+    """Sets of runs that a list may be about, by description: a folder, or the runs of one source and length in it."""
     groups = defaultdict(list)
     for log in read:
         for run in log.runs:
             if run.val_points:
-                for label in (f"{log.path.parent.name}/, source {(run.source_sha256 or 'none')[:8]}, {run.total_steps} steps",
-                              f"{log.path.parent.name}/", "all folders"):
-                    groups[label].append(run)
+                folder = f"{log.path.parent.name}/"
+                groups[folder].append(run)
+                groups[f"{folder}, source {(run.source_sha256 or 'none')[:8]}, {run.total_steps} steps"].append(run)
     return groups
 
 

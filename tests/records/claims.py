@@ -14,10 +14,10 @@ def uuid(k: int) -> str:
 
 
 def log(seed: int, final: float = 1.58, pace: float = 100.0, spread: float = 0.004, **settings) -> str:
-    """A log with every training line. pace: milliseconds a step."""
-    rng = random.Random(f"{seed} {final} {pace}")
+    """A log with every training line. Losses depend on the seed and `final`, times on the seed and `pace`, ms a step."""
+    rng = random.Random(f"{seed} {final}")
     losses = [5.9, *(final + (TOTAL - step) / 10 + rng.uniform(-spread, spread) for step in range(EVERY, TOTAL + 1, EVERY))]
-    clock = [0.0]
+    clock, rng = [0.0], random.Random(f"{seed} {pace}")
     for _ in range(TOTAL):
         clock.append(clock[-1] + pace * rng.uniform(0.98, 1.02))
     head = own(losses, clock[::EVERY], seed=seed, every=EVERY, **settings).rpartition(LINE + "\n")[0] + LINE + "\n"

@@ -6,8 +6,9 @@ import pytest
 from claims import RUNS, TOTAL, log, replaced, runs, slow, write
 from synthetic import LINE
 
-from records import rules
+from records import logs, rules
 from records.__main__ import guarded
+from records.tracks import TRACKS
 
 
 def last(text: str, pattern: str, new: str) -> str:
@@ -43,7 +44,7 @@ def other_seed(text):
 
 DOCTORED = {
     "nothing": (lambda texts: texts, set()),
-    "a time typed in": (first_log(lambda t: last(t, r"train_time:\d+ms", "train_time:1500ms")), {"consistent-lines"}),
+    "a time typed in": (first_log(lambda t: last(t, r"train_time:\d+ms", "train_time:1600ms")), {"consistent-lines"}),
     "an average typed in": (first_log(lambda t: last(t, r"step_avg:\S+", "step_avg:75.00ms")), {"consistent-lines"}),
     "times of two runs swapped": (swap_times, {"consistent-lines"}),
     "a training line removed": (first_log(lambda t: replaced(t, r"^step:12/.*\n", "")), {"consistent-lines"}),
@@ -55,13 +56,16 @@ DOCTORED = {
     "cut inside a line": (first_log(lambda t: t[:-70]),
                           {"intact-logs", "same-validations", "final-validation", "same-claim-step", "loss-rule"}),
     "nan": (first_log(lambda t: last(t, r"val_loss:\S+", "val_loss:nan")), {"intact-logs", "finite-losses", "loss-rule"}),
-    "a seed copied": (lambda texts: [*texts[:-1], log(1, final=1.581)], {"distinct-seeds"}),
+    "a seed copied": (lambda texts: [*texts[:-1], log(1, final=1.581, pace=101.0)], {"distinct-seeds"}),
     "a file copied": (copy_with(lambda t: t), {"distinct-files", "distinct-curves", "distinct-seeds"}),
     "a file copied with another seed": (copy_with(other_seed), {"distinct-curves"}),
     "a copy with another seed and final loss": (
         copy_with(lambda t: last(other_seed(t), r"val_loss:\S+", "val_loss:1.5001")), {"distinct-curves"}),
     "a copy with other losses": (copy_with(lambda t: replaced(other_seed(t), r"val_loss:(\d)\.\d\d(\d\d)", r"val_loss:\1.59\2")),
                                  {"distinct-curves"}),
+    "losses of another run": (lambda texts: [*texts[:-1], other_seed(log(1, pace=101.0))], {"distinct-curves"}),
+    "most losses of another run": (
+        lambda texts: [*texts[:-1], last(other_seed(log(1, pace=101.0)), r"val_loss:\S+", "val_loss:1.58")], {"distinct-curves"}),
     "seeds not logged": (first_log(lambda t: replaced(t, r'("seed": \d+, |^seed: \d+\n)', "")), {"distinct-seeds"}),
     "a foreign source": (first_log(lambda t: replaced(t, "^# the optimizer", "# another optimizer")), {"same-source"}),
     "no source": (first_log(lambda t: t[t.index(LINE):]), {"same-source"}),
@@ -194,8 +198,45 @@ def test_exclusions(tmp_path, capsys):
     assert failures(tmp_path, capsys, bad, slow(), ["--exclude", "00000009=the disk was slow"]).keys() == {"exclusions"}
     broken = [*texts, replaced(log(50, final=1.75), r"^step:(19|20)/.*\n", "")]
     assert not failures(tmp_path, capsys, broken, slow(), ["--exclude", "00000009=lost power"])
+    stopped = replaced(log(50), r"^step:(16|17|18|19|20)/.*\n", "")
+    stopped = [*texts, last(stopped, r"val_loss:\S+", "val_loss:nan")]
+    assert failures(tmp_path, capsys, stopped, slow(), ["--exclude", "00000009=odd"]).keys() == {"exclusions"}
     diverged = [*texts, last(log(50), r"val_loss:\S+", "val_loss:nan")]
     assert failures(tmp_path, capsys, diverged, slow(), ["--exclude", "00000009=odd"]).keys() == {"exclusions"}
+
+
+def test_excluded_runs_were_planned_too(tmp_path, capsys):
+    more = ["--exclude", "00000009=lost power", "--planned"]
+    texts = [*runs(), replaced(log(50), r"^step:(19|20)/.*\n", "")]
+    assert not failures(tmp_path, capsys, texts, slow(), [*more, "9"])
+    assert failures(tmp_path, capsys, texts, slow(), [*more, "8"]).keys() == {"planned-runs"}
+
+
+def test_a_pass_that_the_latest_run_made_no_difference_to(tmp_path, capsys):
+    """Without the first run the rule would not hold; without the latest it would."""
+    finals = [1.5943, 1.5989, 1.5952, 1.599, 1.5933, 1.5937, 1.5988]
+    texts = [dated(log(seed, final=final, spread=0), seed) for seed, final in enumerate(finals, start=1)]
+    assert not failures(tmp_path, capsys, texts, slow())
+    assert failures(tmp_path / "without", capsys, texts[1:], slow()).keys() == {"loss-rule"}
+
+
+def test_equal_losses_of_single_validations(tmp_path):
+    """One loss can be the same by chance; one loss and its time are not."""
+    def verdict(*points):
+        for k, (loss, ms) in enumerate(points):
+            (tmp_path / f"{k}.txt").write_text(f"step:20/20 val_loss:{loss} train_time:{ms}ms step_avg:{ms / 20:.2f}ms\n")
+        submission = rules.Submission(TRACKS["small"], [logs.read(path) for path in sorted(tmp_path.glob("*.txt"))])
+        return rules.distinct_curves(submission)[0]
+    assert verdict((3.27, 2000), (3.27, 2001)) == rules.PASS
+    assert verdict((3.27, 2000), (3.27, 2000)) == rules.FAIL
+
+
+def test_what_cannot_be_waived_in_record_json_either(tmp_path):
+    write(tmp_path, [replaced(text, r"step_avg:\S+", "step_avg:1.00ms") for text in runs()])
+    waivers = {"consistent-lines": "so what", "faster-than-baseline": "the first record"}
+    submission = rules.Submission(TRACKS["shakespeare"], [logs.read(path) for path in tmp_path.glob("*.txt")], waivers=waivers)
+    found = {v.rule: v.verdict for v in rules.judge(submission)}
+    assert (found["consistent-lines"], found["faster-than-baseline"]) == (rules.FAIL, rules.WAIVED)
 
 
 def test_claim_step_before_the_last(tmp_path, capsys):
@@ -206,7 +247,7 @@ def test_claim_step_before_the_last(tmp_path, capsys):
     track = ["--track", "optimization"]
     assert "final-validation" in failures(tmp_path, capsys, texts, options=track)
     found = failures(tmp_path, capsys, texts, options=[*track, "--step", "15"])
-    assert found.keys() == {"same-validations", "loss-rule"} and "3.6" in found["loss-rule"]
+    assert found.keys() == {"same-validations", "loss-rule"} and "3.599" in found["loss-rule"]
     assert "no validation at step 12" in failures(tmp_path, capsys, texts, options=[*track, "--step", "12"])["final-validation"]
 
 
@@ -234,11 +275,12 @@ def test_loss_rule_is_waived_for_systems_only(tmp_path, capsys):
 
 def test_hostile_evidence_is_plain(tmp_path, capsys):
     texts = runs()
-    texts[0] = replaced(texts[0], "PyTorch 2.13.0.cpu", "PyTorch [red]2\x1b[31m")
+    texts[0] = replaced(texts[0], "PyTorch 2.13.0.cpu", "PyTorch [red]2")
     failures(tmp_path, capsys, texts, slow())
+    next((tmp_path / "runs").glob("00000001*")).rename(tmp_path / "runs/\x1b[31m.txt")
     assert guarded(["check", str(tmp_path / "runs"), "--baseline", str(tmp_path / "other")]) == 1
     out = capsys.readouterr().out
-    assert "\x1b" not in out and "[red]2?[31m" in out
+    assert "\x1b" not in out and "[red]2" in out and "?[31m" in out
 
 
 def test_deeply_nested_settings(tmp_path, capsys):

@@ -103,7 +103,7 @@ RECORD, README = "record.json", "README.md"
 ALTERED = {
     "a loss changed": (edit(RUN, r"^(step:20/20 val_loss:)\S+", r"\g<1>1.5001"), {(RECORD, "altered"), (README, "altered")}),
     "an early loss changed": (edit(RUN, r"^(step:5/20 val_loss:)\S+", r"\g<1>2.5001"), {(RECORD, "altered")}),
-    "a time changed": (edit(RUN, r"^(step:20/20 val_loss:\S+ train_time:)\d+", r"\g<1>1500"),
+    "a time changed": (edit(RUN, r"^(step:20/20 val_loss:\S+ train_time:)\d+", r"\g<1>1600"),
                        {(RECORD, "altered"), (README, "altered"), (".", "consistent-lines")}),
     "a line added to a log": (edit(RUN, r"\Z", "a remark\n", 1), {(RECORD, "altered")}),
     "a run removed": (lambda folder: (folder / RUN).unlink(), {(RECORD, "altered"), (README, "altered")}),
@@ -277,6 +277,7 @@ PUBLIC = {
     "another GPU": (edit(THIS, "NVIDIA H100 80GB HBM3", "NVIDIA H200"), {(OTHERS, "same-hardware"), (".", "other-hardware")}),
     "fewer GPUs": (edit(THIS, r"^\|   [1-7] .*\n", ""), {(OTHERS, "same-hardware"), (".", "other-hardware")}),
     "odd log name": (lambda folder: (folder / THIS).rename(folder / "this_pr/seed 1.txt"), {(OTHERS, "log-name")}),
+    "a seed in one log only": (edit(THIS, r"\Z", "Using seed=5\n", 1), {(OTHERS, "distinct-seeds")}),
     "an unfinished run": (edit(THIS, r"^step:20/20 val_loss.*\n", ""), {
         (THIS, "incomplete-run"), (README, "number-without-log")}),
     "a cut log": (lambda folder: (folder / THIS).write_text((folder / THIS).read_text()[:-70]), {
@@ -373,8 +374,8 @@ def test_plain_folders(tmp_path, capsys):
     """Without a date in any name, all below the path is one record."""
     write(tmp_path / "logs/a", [public(1), public(2)])
     write(tmp_path / "logs/b", [public(3), public(4)], first=3)
-    texts = [public(seed) for seed in range(1, 5)]
-    (tmp_path / "logs" / README).write_text(f"losses = [{', '.join(finals(texts)[0])}]\n")
+    lists = [f"losses = [{', '.join(finals([public(seed) for seed in seeds])[0])}]" for seeds in ((1, 2), (3, 4))]
+    (tmp_path / "logs" / README).write_text("\n".join(lists))
     assert findings(tmp_path / "logs", capsys) == set()
 
 
