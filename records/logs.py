@@ -245,10 +245,9 @@ def lines(file, digest, notes: Notes):
         if b"\0" in block:
             notes.add("the file is binary: it holds NUL bytes", once=True)
         try:
-            decoder and decoder.decode(block)
+            decoder.decode(block)
         except UnicodeDecodeError:
-            notes.add("the file is not UTF-8")
-            decoder = None
+            notes.add("the file is not UTF-8", once=True)
         end += len(block)
         data = carry + block
         last = data.rindex(b"\n")

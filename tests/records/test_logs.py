@@ -204,7 +204,8 @@ def test_oddities_are_named(tmp_path):
     assert problems(steps([(100, 4, 50)], 200) + steps([(300, 3, 60)])) == "the planned number of steps changes within a run"
     assert problems(own([4, 3]) + "ended after step 100: by SIGTERM\n").startswith("the run ended early: 'ended after step 100")
     assert "NUL" in problems(steps(FIRST).encode() + b"\0" * 4096)  # as a crash may leave it
-    assert "not UTF-8" in problems(steps(FIRST).encode() + b"\xff\n")
+    assert problems(steps(FIRST).encode() + b"\xff\n" * logs.BLOCK) == "the file is not UTF-8"
+    assert problems("é".encode() * logs.BLOCK + b"\n" + steps(FIRST).encode()) == ""
     assert "UTF-16" in problems(steps(FIRST).encode("utf-16"))
     assert "binary" in problems(os.urandom(10_000).replace(b"\n", b"\0"))
     assert problems(own([4, 3]).replace("config: {", "config: {{")).startswith("the config line cannot be read: ")

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -111,6 +112,12 @@ def test_several_runs_in_a_file(tmp_path, call):
     for k, run in enumerate(made.runs, start=1):
         [row] = [line.split() for line in out.splitlines() if f"many.txt#{k:02}" in line]
         assert str(run["val_points"][-1][1]) in row and str(run["seed"]) in row
+
+
+def test_a_table_of_one_run(tmp_path, call):
+    make("E1").write(tmp_path / "a.txt"), make("X").write(tmp_path / "b.txt")
+    code, out, err = call(tmp_path)
+    assert code == 1 and re.search(r"^ a.txt +E1 +\d+ +3\.\d{4} ", out, re.M) and "in all" not in out
 
 
 def test_many_validations_are_shortened(tmp_path, call):
