@@ -51,6 +51,15 @@ def test_conventions(convention, training, tmp_path):
     assert contradictions(tmp_path, changed)
 
 
+def test_how_small_a_change_shows(tmp_path):
+    """Averages have 0.01 ms: 60 steps make it 0.6 ms, and times are printed to 1 ms, so that 2 ms show."""
+    text = body("start", training=False)
+    ms = int(re.search(rf"^step:{TOTAL}/\d+ val_loss:\S+ train_time:(\d+)", text, re.M)[1])
+    for more, expected in ((0, 0), (2, 1), (-2, 1)):
+        changed = replaced(text, rf"^(step:{TOTAL}/\d+ val_loss:\S+ train_time:)\d+", rf"\g<1>{ms + more}")
+        assert len(contradictions(tmp_path, changed)) == expected
+
+
 def test_two_runs_in_a_file(tmp_path):
     assert not contradictions(tmp_path, body("start") + body("seconds"))
     assert len(contradictions(tmp_path, body("start") + replaced(body("seconds"), "^step:7/.*\n", ""))) == 1
