@@ -110,8 +110,8 @@ def lifts(boxes: list[tuple[float, float, float]]) -> list[float]:
     placed, result = [], []
     for left, right, bottom in boxes:
         y = bottom
-        while hit := [other for other in placed if other[0] < right and left < other[1] and abs(other[2] - y) < LINE]:
-            y = max(other[2] for other in hit) + LINE
+        while hit := [other for other in placed if other[0] < right and left < other[1] and abs(other[2] - y) < LINE - 0.5]:
+            y = max(other[2] for other in hit) + LINE  # rounding may make it a hair less, and the loop must end
         placed.append((left, right, y))
         result.append(y - bottom)
     return result

@@ -6,81 +6,37 @@ The page is a single file and needs no network; plotly.js, 4.8 MB, lies in it. W
 import base64
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 from records import difference, history, logs, table
 from records.errors import RecordError
+from records.groups import Group, find_groups, short
 from records.tracks import TRACKS, Track, choose
 
 HELP = "one page with charts: runs, their statistics, sources, and the history of records"
 EXAMPLE = "python -m records report bench/results/2026-11-22_shakespeare_cpu -o logs/report.html"
 
 TEMPLATES = Path(__file__).parent / "templates"
-UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 DIFF_LIMIT = 400  # lines shown of the difference of a file
 
 
 @dataclass
-class Group:
-    name: str
-    logs: list[logs.Log]
-    runs: list[logs.Run]  # those with a validation, copies of a run left out
-    notes: list[str] = field(default_factory=list)
+class Judged(Group):
+    """A group, and what the page says of it beside the facts of its runs."""
     statistics: dict = field(default_factory=dict)
     differences: list[difference.Difference] = field(default_factory=list)  # to the first group
-
-    @property
-    def sources(self) -> dict[str, str]:
-        return next((log.sources for log in self.logs if log.sources), {})
+    notes: list[str] = field(default_factory=list)
 
 
-def shown(text, limit: int = 60) -> str:
-    """Text of a file for a page: no control or direction characters, no half of a surrogate pair, not too long."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:limit + 1])
-    return text if len(text) <= limit else text[:limit - 1] + "…"
-
-
-def short(name: str) -> str:
-    """Of a name like that of our logs the first 8 characters."""
-    return shown(UUID.sub(r"\1", name))
-
-
-def find_groups(paths: list[str]) -> tuple[list[Group], list[tuple[str, str]]]:
-    """Groups of logs, and (file, why) of each file without a run."""
-    groups, left_out = [], []
-    for path in map(Path, paths):
-        found = []
-        for file in logs.find([path]):
-            try:
-                found.append(logs.read(file))
-            except RecordError as e:  # one file that cannot be opened does not hide the others
-                left_out.append((os.fspath(file), str(e)))
-        for folder, members in groupby(found, key=lambda log: log.path.parent if path.is_dir() else log.path):
-            members = [*members]
-            groups.append(Group(os.path.abspath(folder), members, [run for log in members for run in log.runs if run.val_points]))
-    left_out += [(os.fspath(log.path), "; ".join(log.problems)) for group in groups for log in group.logs
-                 if not any(run.val_points for run in log.runs)]
-    groups = [group for group in groups if group.runs]
-    if paths and not groups:
-        raise RecordError(f"{paths[0]}: expected logs with validations, found none; check the path")
-    common = os.path.commonpath([os.path.dirname(group.name) for group in groups]) if groups else ""
-    for group in groups:
-        name = os.path.relpath(group.name, common)
-        group.name = short(os.path.splitext(name)[0] if os.path.isfile(group.name) else name)
-    return groups, left_out
-
-
-def judge(groups: list[Group], track: Track | None):
-    """Statistics, differences and notes of each group, against the first one. Without a track there is no rule and no target."""
+def judge(groups: list[Group], track: Track | None) -> list[Judged]:
+    """Statistics, differences and notes, against the first group. Without a track there is no rule and no target."""
     from records import charts, statistics, stats
-    first = None
-    for group in groups[:charts.MAX_GROUPS]:
+    judged, first = [Judged(**vars(group)) for group in groups], None
+    for group in judged[:charts.MAX_GROUPS]:
         group.differences = difference.differences(groups[0].sources, group.sources)
-    for group in groups:
+    for group in judged:
         try:
             counted = stats.gather(group.logs, track or TRACKS["small"], None)
         except RecordError as e:
@@ -90,10 +46,17 @@ def judge(groups: list[Group], track: Track | None):
             "rule": track and statistics.loss_rule(track, counted.losses),
             "against": first and stats.compare(counted, first, track or TRACKS["small"])}
         first = first or counted
-        group.runs = counted.runs
+        group.runs = counted.runs  # copies of a run count once
         group.notes += counted.notes
         if (n := len({run.source_sha256 for run in group.runs})) > 1:
             group.notes.append(f"The runs have {n} different sources; the first one is compared.")
+    return judged
+
+
+def shown(text, limit: int = 60) -> str:
+    """Text of a file for a page: no control or direction characters, not too long."""
+    text = logs.printable(str(text)[:limit + 1])
+    return text if len(text) <= limit else text[:limit - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -136,7 +99,7 @@ def between(interval, digits: int) -> str:
     return "" if interval.low is None else f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 
-def group_table(groups: list[Group], track: Track | None) -> list[Column]:
+def group_table(groups: list[Judged], track: Track | None) -> list[Column]:
     def rule(facts):
         rule = facts.get("rule")
         return Cell() if not rule else Cell(rule.why and "cannot be judged" or rule.verdict,
@@ -279,7 +242,7 @@ def page(groups: list[Group], left_out: list[tuple[str, str]], track: Track | No
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     from records import charts
-    judge(groups, track)
+    groups = judge(groups, track)
     public = {name: rows for name, t in TRACKS.items() if (rows := table.history_rows(t))}
     figures, ends = run_charts(groups, track and track.target)
     figures |= public_charts(public)
@@ -310,7 +273,7 @@ def run(args) -> int:
     output, notes = args.output, []
     if output.suffix != ".html":  # so that a log that was meant to be read is not written over
         raise RecordError(f"-o: expected a name that ends in .html, found {output}; add it")
-    groups, left_out = find_groups(args.paths)
+    groups, left_out = find_groups(args.paths) if args.paths else ([], [])
     try:
         track = choose(args.track, [log for group in groups for log in group.logs]) if groups or args.track else None
     except RecordError as e:
@@ -324,6 +287,6 @@ def run(args) -> int:
         output.write_text(text, encoding="utf-8")
     except OSError as e:
         raise RecordError(f"-o: expected to write {output}, found: {e.strerror}; choose another place") from None
-    print(f"{output}: {sum(len(group.runs) for group in groups)} runs in {len(groups)} groups, "
+    print(f"{shown(output, 200)}: {sum(len(group.runs) for group in groups)} runs in {len(groups)} groups, "
           f"{len(history.records())} public records, {output.stat().st_size / 1e6:.1f} MB")
     return 0

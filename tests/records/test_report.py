@@ -3,10 +3,12 @@
 The browser tests want Chromium with its driver (Debian: chromium, chromium-driver) and the package selenium; they are skipped
 without. RECORD_SCREENSHOTS=FOLDER also writes what the page looks like: light, dark, on a phone, printed."""
 import base64
+import datetime
 import hashlib
 import html.parser
 import json
 import os
+import random
 import re
 import shutil
 import time
@@ -16,7 +18,7 @@ import pytest
 from synthetic import own
 
 from records import __main__ as cli
-from records import charts, difference, history, logs, report, stats
+from records import charts, difference, groups, history, logs, report, stats
 from records.errors import RecordError
 from records.tracks import TRACKS
 
@@ -104,6 +106,7 @@ def hostile(place):
               own(losses=[5, 3.1, 2.1, loss], seed=seed, files={"train_gpt.py": source("\0\x1b[31m" + HOSTILE[::-1])}))
     write(folder / "c", "strange.txt", own(losses=[1e-300, 1e300, -1, 0, 2], times=[0, -5, 1e18, 3, 1e19]))
     write(folder / "c", "nan.txt", own(losses=[float("nan"), float("inf")]))
+    (folder / "c" / os.fsdecode(b"no unicode \xff.txt")).write_text(own(losses=[5, 2, 1.7]))
     write(folder / "c", f"no log {HOSTILE[:40].replace('/', '')}.txt", HOSTILE)
     return place / "hostile.html", make(place / "hostile.html", folder)
 
@@ -220,10 +223,13 @@ def test_groups_are_files_or_the_logs_of_a_folder(place):
     one = write(folder / "x", "5f0c2a51-1111-2222-3333-444444444444.txt", own(losses=[5, 1.6], seed=1))
     write(folder / "x", "two.txt", own(losses=[5, 1.7], seed=2))
     write(folder / "x" / "y", "three.txt", own(losses=[5, 1.8], seed=3))
-    groups, _ = report.find_groups([str(folder)])
-    assert [(group.name, len(group.runs)) for group in groups] == [("x", 2), ("x/y", 1)]
-    groups, _ = report.find_groups([str(one), str(folder / "x" / "two.txt")])
-    assert [(group.name, len(group.runs)) for group in groups] == [("5f0c2a51", 1), ("two", 1)]
+    found, _ = groups.find_groups([str(folder)])
+    assert [(group.name, len(group.runs)) for group in found] == [("x", 2), ("x/y", 1)]
+    long = write(folder / ("long" * 40), "end.txt", own(losses=[5, 1.9]))
+    name = groups.find_groups([str(one), str(long)])[0][1].name
+    assert name.startswith("…") and name.endswith("longlong/end") and len(name) == groups.NAME_LIMIT
+    found, _ = groups.find_groups([str(one), str(folder / "x" / "two.txt")])
+    assert [(group.name, len(group.runs)) for group in found] == [("5f0c2a51", 1), ("two", 1)]
 
 
 def test_copies_of_a_run_count_once(place):
@@ -242,7 +248,7 @@ def test_sources_are_compared_with_the_first_group(place):
     page = Page(text)
     assert [row[-1].strip() for row in page.tables[0][1:]] == ["baseline", "+2 −1 lines", "the same"]
     assert '<span class="removed">-two</span>' in text and '<span class="added">+2 &lt; 3</span>' in text
-    assert "train_gpt.py: 2 lines more, 1 less" in page.text and "muon.py" not in page.text
+    assert "train_gpt.py: +2 −1 lines." in page.text and "muon.py" not in page.text
 
 
 def test_differences_are_those_of_difflib():
@@ -278,9 +284,10 @@ def test_a_curve_is_the_mean_with_its_spread():
 
 def test_a_curve_leaves_out_what_cannot_be_drawn(place):
     paths = [write(place / "curve", f"{k}.txt", own(losses=losses)) for k, losses in enumerate(
-        ([5, float("nan"), 2], [5, 3, 2], [5, 4]))]
+        ([5, float("nan"), 2, 1], [5, 3, 2], [5, 4]))]
     runs = [logs.read(path).runs[0] for path in paths]
     assert [(point.step, point.n, point.loss) for point in charts.curve(runs)] == [(0, 3, 5), (100, 2, 3.5), (200, 2, 2)]
+    assert [point.step for point in charts.curve(runs[:2])] == [0, 100, 200, 300]  # half of the runs are enough
     write(place / "curve", "0.txt", own(losses=[5 - k / 1000 for k in range(2000)]))
     long = charts.curve([logs.read(paths[0]).runs[0]])
     assert len(long) == charts.MAX_POINTS and (long[0].step, long[-1].step) == (0, 199900)
@@ -295,6 +302,12 @@ def test_ticks_are_few_and_round(low, high):
 
 def test_labels_rise_until_they_are_clear():
     assert charts.lifts([(0, 10, 0), (20, 30, 0), (5, 15, 3), (0, 40, 40)]) == [0, 0, charts.LINE - 3, 0]
+    lot = random.Random(0)
+    for _ in range(100):  # of many fractions, some do not give 17 when 17 is added and they are taken away
+        boxes = [(x := lot.uniform(0, 300), x + 100, lot.uniform(0, 400)) for _ in range(12)]
+        raised = [(left, right, bottom + lift) for (left, right, bottom), lift in zip(boxes, charts.lifts(boxes))]
+        assert all(b[0] >= a[1] or a[0] >= b[1] or abs(a[2] - b[2]) > charts.LINE - 1
+                   for i, a in enumerate(raised) for b in raised[:i])
 
 
 def test_group_colours_are_seen_on_light_and_dark():
@@ -311,6 +324,18 @@ def contrast(a: str, b: str) -> float:
                    for weight, c in zip((0.2126, 0.7152, 0.0722), parts))
     low, high = sorted((luminance(a), luminance(b)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_stairs_go_through_the_best_so_far():
+    day = datetime.date(2026, 1, 1)
+    events = [charts.Event(day + datetime.timedelta(k), value, k, "", 0) for k, value in enumerate((5, 6, 4, 4, 3))]
+    assert [*charts.history(events, "steps", best_only=True).data[0].y] == [5, 4, 3, 3]
+    assert [*charts.history(events, "steps").data[0].y] == [5, 6, 4, 4, 3, 3]
+
+
+def test_text_is_cut():
+    assert report.shown("x" * 60) == "x" * 60 and report.shown("x" * 61) == "x" * 59 + "…"
+    assert report.shown("a\n\u202eb") == "a??b"
 
 
 def test_without_a_track_there_is_no_rule(place):
@@ -332,7 +357,7 @@ def test_errors_say_what_to_do(argv, message, capsys):
 def test_paths_without_logs_are_refused(place):
     (place / "empty").mkdir()
     with pytest.raises(RecordError, match="found none"):
-        report.find_groups([str(place / "empty")])
+        groups.find_groups([str(place / "empty")])
 
 
 # The page in a browser.
