@@ -1,10 +1,13 @@
 """muon.py in one process: every formula against a slow one in float64, every refusal by its sentence."""
 import ast
 import copy
+import inspect
 import io
 import itertools
 import math
 import os
+import pickle
+import subprocess
 import sys
 
 import pytest
@@ -104,6 +107,13 @@ def train(params, gradients, lrs=None, **settings):
     return optimizer
 
 
+def save_and_load(state, weights_only=True):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
 def same(a, b):
     return a.dtype == b.dtype and torch.equal(a, b)
 
@@ -167,6 +177,11 @@ def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, form, e
 
 
 def test_bf16_is_too_coarse_for_the_gram_form_and_refused():
+    p = torch.nn.Parameter(torch.eye(4))
+    for make_one in (lambda: Muon([p], ns_form="gram", ns_dtype=torch.bfloat16),
+                     lambda: Muon([dict(params=[p], ns_form="gram")], ns_dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="expected fp16 or fp32 for the Gram form, found torch.bfloat16; leave out ns_dtype"):
+            make_one()
     with pytest.raises(ValueError, match="expected fp16, fp32 or fp64 for the Gram form, found torch.bfloat16; name one"):
         orthogonalize(torch.eye(4), dtype=torch.bfloat16, form="gram")
 
@@ -336,10 +351,132 @@ def test_each_matrix_of_a_bank_is_a_parameter_of_its_own():
     close(bank.detach(), torch.stack([p.detach() for p in parts]))
 
 
+SPLITS = {  # shape of the parameter, split, flatten, rows of the blocks
+    "fused qkv": ((24, 16), 3, False, [8, 8, 8]),
+    "grouped queries": ((24, 10), (16, 4, 4), False, [16, 4, 4]),  # the queries tall, keys and values wide
+    "per head": ((24, 16), 6, False, [4] * 6),
+    "per head, as rows": ((12, 16), [2] * 6, False, [2] * 6),
+    "one block": ((9, 16), (9,), False, [9]),
+    "uneven": ((18, 7), (5, 6, 7), False, [5, 6, 7]),
+    "bank": ((3, 12, 8), (6, 2, 4), False, [6, 2, 4]),
+    "bank in halves": ((3, 12, 8), 2, False, [6, 6]),
+    "grouped convolution": ((12, 2, 3, 3), 2, False, [6, 6]),
+    "flattened": ((12, 2, 5), (8, 4), True, [8, 4]),
+}
+
+
+def blocks(x, sizes, flatten):
+    """The blocks of rows, as 2-D tensors, of something that is shaped like the parameter."""
+    return [block for X in ([x.flatten(1)] if flatten else matrices(x)) for block in X.split(sizes)]
+
+
+@pytest.mark.parametrize("case", SPLITS)
+@pytest.mark.parametrize("settings", [
+    dict(), dict(normuon_beta2=0.9, weight_decay=0.1, cautious=True), dict(adjust_lr="match_rms_adamw", nesterov=False),
+    dict(dtype=torch.bfloat16, split_mantissa=True, normuon_beta2=0.9, weight_decay=0.1, adjust_lr="spectral")], ids=str)
+def test_a_split_equals_separate_parameters_bit_for_bit(case, settings):
+    shape, split, flatten, sizes = SPLITS[case]
+    settings = dict(settings)
+    (fused,), gradients = make([shape], dtype=settings.pop("dtype", torch.float32), steps=4)
+    parts = [torch.nn.Parameter(block.clone()) for block in blocks(fused.detach(), sizes, flatten)]
+    resumed = torch.nn.Parameter(fused.detach().clone())
+    optimizer = train([fused], gradients[:2], split=split, flatten=flatten, deterministic=True, **settings)
+    saved, halfway = save_and_load(optimizer.state_dict()), fused.detach().clone()
+    for step in gradients[2:]:
+        feed([fused], step)
+        optimizer.step()
+    separate = train(parts, [blocks(g, sizes, flatten) for (g,) in gradients], deterministic=True, **settings)
+    assert all(map(same, blocks(fused.detach(), sizes, flatten), [p.detach() for p in parts]))
+
+    whole, theirs = optimizer.state_dict()["state"][0], separate.state_dict()["state"]
+    for key in whole.keys() - {"second_moment"}:
+        assert all(map(same, blocks(whole[key], sizes, flatten), [theirs[i][key] for i in range(len(parts))]))
+    if "second_moment" in whole:  # per matrix, the numbers of its blocks one after the other
+        lengths = [max(p.shape) for p in parts]
+        assert whole["second_moment"].shape == (len(parts) // len(sizes), sum(lengths[:len(sizes)]))
+        flat = whole["second_moment"].flatten().split(lengths)
+        assert all(same(a, theirs[i]["second_moment"].flatten()) for i, a in enumerate(flat))
+
+    with torch.no_grad():
+        resumed.copy_(halfway)
+    again = Muon([resumed], split=split, flatten=flatten, deterministic=True, **settings)
+    again.load_state_dict(saved)
+    for step in gradients[2:]:
+        feed([resumed], step)
+        again.step()
+    assert same(resumed.detach(), fused.detach())
+
+
+def test_split_blocks_are_computed_together_and_agree_with_one_by_one(monkeypatch):
+    (fused,), gradients = make([(24, 16)], steps=2)
+    single = torch.nn.Parameter(fused.detach().clone())
+    optimizer, shapes = Muon([fused], split=3, normuon_beta2=0.9), []
+
+    def spy(G, *args):
+        shapes.append(tuple(G.shape))
+        return orthogonalize(G, *args)
+    monkeypatch.setattr(optimizer, "_orthogonalize", spy)
+    for step in gradients:
+        feed([fused], step)
+        optimizer.step()
+    train([single], gradients, split=(8, 8, 8), normuon_beta2=0.9, deterministic=True)
+    close(fused.detach(), single.detach())
+    assert shapes == [(3, 8, 16)] * 2
+
+
+@pytest.mark.parametrize("shape, split, rows", [((24, 16), 5, 24), ((24, 16), (16, 4), 24), ((24, 16), (16, 4, 4, 1), 24),
+                                                ((3, 12, 8), (1, 1, 1), 12), ((3, 12, 8), 5, 12), ((6, 2, 3, 3), 4, 6)])
+def test_a_split_that_does_not_sum_is_refused_by_name(shape, split, rows):
+    good, w = torch.nn.Parameter(torch.zeros(rows, 4)), torch.nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError) as error:
+        Muon([dict(params=[("good", good)], split=None), dict(params=[("w", w)], split=split)])
+    assert str(error.value) == f"Muon: w: expected a split of its {rows} rows, found {split}; change it for this group"
+
+
+def test_a_bad_gradient_skips_its_block_alone():
+    (fused,), ((g,),) = make([(12, 8)], steps=1)
+    before, spoiled = fused.detach().clone(), g.clone()
+    spoiled[5, 3] = math.nan
+    optimizer = train([fused], [[spoiled]], split=(4, 4, 4), weight_decay=0.1)
+    assert optimizer.skipped == 1 and same(fused.detach()[4:8], before[4:8])
+    assert not optimizer.state_dict()["state"][0]["momentum_buffer"][4:8].any()
+    whole = torch.nn.Parameter(before.clone())
+    train([whole], [[g]], split=(4, 4, 4), weight_decay=0.1)
+    close(fused.detach()[[0, 1, 2, 3, 8, 9, 10, 11]], whole.detach()[[0, 1, 2, 3, 8, 9, 10, 11]])
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(normuon_beta2=0.9, cautious=True, weight_decay=0.1)], ids=str)
+def test_flatten_makes_one_matrix_of_a_1d_convolution(settings):
+    shapes = [(64, 3, 5)] * 3 + [(6, 10, 3)]  # three of a shape: dion once flattened the stack of them (MUON.md 1.3)
+    convolutions, gradients = make(shapes)
+    flat = [torch.nn.Parameter(p.detach().flatten(1).clone()) for p in convolutions]
+    one = train(convolutions, gradients, flatten=True, deterministic=True, **settings)
+    two = train(flat, [[g.flatten(1) for g in step] for step in gradients], deterministic=True, **settings)
+    assert all(same(p.detach().flatten(1), q.detach()) for p, q in zip(convolutions, flat))
+    for p, a, b in zip(convolutions, one.state_dict()["state"].values(), two.state_dict()["state"].values()):
+        assert a["momentum_buffer"].shape == p.shape and same(a["momentum_buffer"].flatten(1), b["momentum_buffer"])
+        assert "second_moment" not in a or same(a["second_moment"], b["second_moment"])
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(flatten=True), dict(split=2), dict(flatten=True, split=(4, 6))], ids=str)
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (0, 2, 1)])
+def test_banks_and_1d_convolutions_may_lie_in_any_order_in_memory(settings, order):
+    (p,), gradients = make([(10, 4, 6)])
+
+    def lying(x):
+        return x.permute(order).contiguous().permute(*(order.index(d) for d in range(3)))
+    odd = torch.nn.Parameter(lying(p.detach()))
+    assert not odd.is_contiguous()
+    train([p], gradients, normuon_beta2=0.9, weight_decay=0.1, cautious=True, **settings)
+    train([odd], [[lying(g)] for (g,) in gradients], normuon_beta2=0.9, weight_decay=0.1, cautious=True, **settings)
+    close(odd.detach(), p.detach())
+
+
 def test_three_equal_convolutions_are_three_matrices_in_any_memory_format():
     shapes = [(64, 3, 3, 3)] * 3 + [(8, 1, 3, 3)]
     plain, gradients = make(shapes)
     last = [torch.nn.Parameter(p.detach().clone(memory_format=torch.channels_last)) for p in plain]
+    assert not last[0].is_contiguous()
     flat = [torch.nn.Parameter(p.detach().flatten(1).clone()) for p in plain]
     train(plain, gradients, normuon_beta2=0.9)
     train(last, [[g.to(memory_format=torch.channels_last) for g in step] for step in gradients], normuon_beta2=0.9)
@@ -347,6 +484,11 @@ def test_three_equal_convolutions_are_three_matrices_in_any_memory_format():
     for p, q, r in zip(plain, last, flat):
         close(p.detach(), q.detach())
         close(p.detach().flatten(1), r.detach())
+    (p,), ((g,),) = make([(64, 3, 3, 3)], steps=1)
+    before = p.detach().clone()
+    train([p], [[g]], lr=1.0)
+    values = torch.linalg.svdvals((p.detach() - before).flatten(1)) / math.sqrt(64 / 27)  # from the flattened shape, not 3 x 3
+    assert values.min() > 0.85 and values.max() < 1.15
 
 
 def test_transposed_weights_and_gradients_are_read_and_written_where_they_lie():
@@ -460,6 +602,25 @@ def test_a_bad_gradient_skips_its_matrix_alone(bad):
             assert moved  # and the next good gradient moves it again
 
 
+@pytest.mark.parametrize("bad", [1e300, 1e39])
+def test_a_float64_gradient_that_float32_cannot_hold_is_skipped(bad):
+    params, _ = make([(12, 8), (12, 8)], dtype=torch.float64)
+    before = params[0].detach().clone()
+    optimizer = train(params, [[torch.eye(12, 8).double() * bad, torch.eye(12, 8).double()]], weight_decay=0.1)
+    assert same(params[0].detach(), before) and optimizer.skipped == 1
+    assert not optimizer.state_dict()["state"][0]["momentum_buffer"].any()
+    assert not torch.equal(params[1].detach(), before)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.float16, 1e-3)])
+def test_other_floating_point_weights_follow_the_oracle(dtype, tolerance):
+    (p,), gradients = make([(12, 20)], dtype=dtype)
+    before = p.detach().clone()
+    train([p], gradients, weight_decay=0.1)
+    assert p.dtype == dtype
+    close(p.detach(), oracle(before, [g for (g,) in gradients], weight_decay=0.1), rtol=0, atol=tolerance)
+
+
 def test_a_zero_gradient_only_decays_and_is_no_skip():
     params, _ = make([(12, 8), (3, 8, 12)])
     before = [p.detach().clone() for p in params]
@@ -487,6 +648,15 @@ def test_a_parameter_it_cannot_take_is_refused_by_name(value, sentence):
     assert sentence.replace("w:", "parameter 1 of group 0:") in str(error.value)
 
 
+def test_no_parameters_and_a_set_are_refused():
+    with pytest.raises(ValueError, match="expected parameters, found none; pass the hidden matrices"):
+        Muon([dict(params=[])])
+    with pytest.raises(TypeError, match="expected parameters in an order, found a set; pass a list"):
+        Muon([dict(params={torch.zeros(4, 4)})])
+    assert len(Muon([dict(params=(torch.zeros(4, 4) for _ in range(2)))]).param_groups[0]["params"]) == 2
+    assert Muon([dict(params=torch.nn.Parameter(torch.zeros(4, 4))), dict(params=[])]).plans[0].loads[0] > 0
+
+
 def test_a_parameter_twice_is_refused_by_name():
     p = torch.nn.Parameter(torch.zeros(4, 4))
     for params in ([p, p], [dict(params=[p]), dict(params=p)]):
@@ -502,7 +672,12 @@ def test_split_mantissa_on_fp32_is_refused_by_name():
 @pytest.mark.parametrize("setting, value", [
     ("lr", -0.1), ("lr", torch.tensor([0.1, 0.2])), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1),
     ("ns_steps", 0), ("ns_steps", 2.5), ("coefficients", "cubic"), ("coefficients", []),
-    ("coefficients", (3.4, -4.7, 2.0)), ("coefficients", [(1, 2)]), ("adjust_lr", "rms"), ("normuon_beta2", 1.0)])
+    ("coefficients", (3.4, -4.7, 2.0)), ("coefficients", [(1, 2)]), ("adjust_lr", "rms"), ("normuon_beta2", 1.0),
+    ("lr", math.nan), ("lr", None), ("lr", "fast"), ("momentum", None), ("momentum", math.nan), ("weight_decay", "a"),
+    ("weight_decay", math.nan), ("ns_steps", True), ("ns_steps", None), ("coefficients", 5), ("coefficients", ["abc"]),
+    ("coefficients", None), ("coefficients", [(1, 2, "x")]), ("adjust_lr", [1]), ("normuon_beta2", "a"),
+    ("normuon_beta2", -0.1), ("ns_form", "fast"), ("ns_form", None), ("split", 0), ("split", True), ("split", 2.0),
+    ("split", []), ("split", (4, 0)), ("split", (2.0, 2)), ("split", "ab"), ("split", (4, -4, 4))], ids=str)
 def test_a_setting_out_of_range_is_refused_by_name(setting, value):
     p = torch.nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(ValueError, match=f"Muon: {setting} of group 0: expected .*, found .*; change it"):
@@ -614,9 +789,110 @@ def test_the_number_of_buckets_does_not_change_a_bit():
         assert same(a.detach(), b.detach()) and same(a.detach(), c.detach())
 
 
-# --- surroundings: closures, schedulers, checkpoints, compile ---
+# --- in place of torch.optim.Muon ---
+
+TORCH = dict(lr=0.03, weight_decay=0.1, momentum=0.9, nesterov=False, ns_coefficients=(3.4445, -4.7750, 2.0315), eps=1e-7,
+             ns_steps=4, adjust_lr_fn="match_rms_adamw")
+OURS = dict(lr=0.03, weight_decay=0.1, momentum=0.9, nesterov=False, coefficients="jordan", ns_steps=4,
+            adjust_lr="match_rms_adamw")
+
+
+def test_torch_names_mean_what_they_mean_there():
+    shapes = [(24, 40), (40, 24), (32, 32)]
+    results = []
+    for optimizer in (lambda params: Muon(params, **TORCH), lambda params: Muon([dict(params=params, **TORCH)]),
+                      lambda params: Muon(params, **OURS)):
+        params, gradients = make(shapes)
+        optimizer = optimizer(params)
+        for step in gradients:
+            feed(params, step)
+            optimizer.step()
+        results.append(params)
+    for a, b, c in zip(*results):
+        assert same(a.detach(), b.detach()) and same(a.detach(), c.detach())
+    assert Muon([dict(params=params, **TORCH)]).param_groups[0]["coefficients"] == (TORCH["ns_coefficients"],)
+    assert Muon(params, adjust_lr_fn=None).param_groups[0]["adjust_lr"] == "original"
+    assert Muon(params, adjust_lr_fn="original").param_groups[0]["adjust_lr"] == "original"
+    assert not {"ns_coefficients", "adjust_lr_fn", "eps"} & Muon(params, **TORCH).param_groups[0].keys()
+
+
+def test_its_first_arguments_come_in_the_order_of_torch():
+    ours, theirs = (inspect.signature(kind.__init__).parameters for kind in (Muon, torch.optim.Muon))
+    assert list(ours)[:6] == list(theirs)[:6] == ["self", "params", "lr", "weight_decay", "momentum", "nesterov"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.values())[6:-1])  # torch goes on differently
+    assert set(theirs) - set(ours) == {"ns_coefficients", "eps", "adjust_lr_fn"}  # taken as **torch_names
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+def test_it_goes_where_torch_muon_goes(nesterov, adjust):
+    """torch iterates in bf16 and normalizes a bf16 gradient: loosely equal."""
+    settings = dict(lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=nesterov, adjust_lr_fn=adjust)
+    theirs, gradients = make([(24, 40), (40, 24), (32, 32)], steps=4)
+    ours, _ = make([(24, 40), (40, 24), (32, 32)])
+    start = [p.detach().clone() for p in ours]
+    peer = torch.optim.Muon(theirs, **settings)
+    for step in gradients:
+        feed(theirs, step)
+        peer.step()
+    train(ours, gradients, coefficients="jordan", **settings)
+    for p, q, before in zip(ours, theirs, start):
+        assert (p.detach() - q.detach()).norm() < 0.03 * (q.detach() - before).norm()  # measured 0.010
+
+
+@pytest.mark.parametrize("settings", [TORCH, dict(coefficients="jordan"), dict(coefficients="jordan", adjust_lr=None),
+                                      dict(normuon_beta2=0.9, coefficients=[(3.4445, -4.7750, 2.0315)])], ids=str)
+def test_torch_muon_continues_from_our_checkpoint(settings):
+    shapes = [(24, 40), (40, 24), (32, 32)]
+    ours, gradients = make(shapes, steps=5)
+    theirs, _ = make(shapes)
+    optimizer = train(ours, gradients[:2], **settings)
+    with torch.no_grad():
+        for p, q in zip(theirs, ours):
+            p.copy_(q)
+    peer = torch.optim.Muon(theirs, lr=1.0)
+    peer.load_state_dict(save_and_load(optimizer.state_dict()))
+    optimizer.param_groups[0]["normuon_beta2"] = None  # torch has no such thing
+    moved = [p.detach().clone() for p in ours]
+    for step in gradients[2:]:
+        for params, each in ((ours, optimizer), (theirs, peer)):
+            feed(params, step)
+            each.step()
+    for p, q, start in zip(ours, theirs, moved):
+        assert (p.detach() - q.detach()).norm() < 0.03 * (q.detach() - start).norm()
+
+
+@pytest.mark.parametrize("names", [dict(ns_coeffs=(1, 2, 3)), dict(beta=0.9, foreach=True), dict(mu=0.95)])
+def test_an_unknown_setting_is_a_type_error_that_names_it(names):
+    with pytest.raises(TypeError) as error:
+        Muon([torch.nn.Parameter(torch.zeros(4, 4))], **names)
+    assert str(error.value) == f"Muon: expected settings of Muon, found {sorted(names)}; see its docstring"
+
+
+def test_classical_momentum_points_the_same_way():
+    """M <- mu M + G is our M times 1 / (1 - mu), which orthogonalize does not see."""
+    (p,), gradients = make([(12, 20)])
+    W, M = p.detach().double(), 0.0
+    for (G,) in gradients:
+        M = 0.9 * M + G.double()
+        W = W - 0.02 * mapped(G.double() + 0.9 * M, "polar", 5)
+    train([p], gradients, momentum=0.9)
+    close(p.detach(), W)
+
+
+# --- surroundings: closures, schedulers, checkpoints, pickles, compile ---
 
 def test_it_trains_under_a_scheduler_with_a_closure():
+    losses, _ = small_training()
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_bits():
+    (losses, W), (again, V) = small_training(), small_training()
+    assert losses == again and same(W, V)
+
+
+def small_training():
     X = with_spectrum(torch.linspace(0.5, 1, 8), 64, 8)[0].float()
     target = X @ torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     W = torch.nn.Parameter(torch.zeros(8, 4))
@@ -632,14 +908,7 @@ def test_it_trains_under_a_scheduler_with_a_closure():
     for _ in range(60):
         losses.append(optimizer.step(loss).item())
         schedule.step()
-    assert losses[-1] < 0.01 * losses[0]
-
-
-def save_and_load(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    return losses, W.detach()
 
 
 def test_resume_is_bit_exact_and_keeps_fp32_momentum_of_bf16_weights():
@@ -662,6 +931,128 @@ def test_resume_is_bit_exact_and_keeps_fp32_momentum_of_bf16_weights():
         resumed.step()
     assert all(same(p.detach(), q.detach()) for p, q in zip(straight, broken))
     assert {v["momentum_buffer"].dtype for v in resumed.state_dict()["state"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("through", [
+    copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: save_and_load(x, weights_only=False)],
+    ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_copy_continues_bit_for_bit_on_its_own_parameters(through, named):
+    settings = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True, deterministic=True, bucket_mb=1e-3, lr=0.03)
+    params, gradients = make(SHAPES, steps=4)
+    gradients[1][0] = None
+    given = [(f"w{i}", p) for i, p in enumerate(params)] if named else params
+    optimizer = Subclass([dict(params=given[:3], split=2, role="hidden"), dict(params=given[3:], ns_form="standard")], **settings)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.8
+    for step in gradients[:2]:
+        feed(params, step)
+        optimizer.step()
+    others, copied = through((params, optimizer))
+    assert type(copied) is Subclass and copied.skipped == optimizer.skipped == 2
+    assert [p for group in copied.param_groups for p in group["params"]] == others and others[0] is not params[0]
+    assert [{k: v for k, v in group.items() if k != "params"} for group in copied.param_groups] == [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    for step in gradients[2:]:
+        for which, each in ((params, optimizer), (others, copied)):
+            feed(which, step)
+            each.step()
+    assert all(same(p.detach(), q.detach()) for p, q in zip(params, others))
+    saved = copied.state_dict()
+    saved["state"][2]["momentum_buffer"] = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="w2: expected a mom" if named else "parameter 2 of group 0: expected a mom"):
+        copied.load_state_dict(saved)
+
+
+class Subclass(Muon):
+    pass
+
+
+def test_group_keys_unknown_to_us_survive():
+    (p, q), ((g, h),) = make([(12, 8), (8, 12)], steps=1)
+    optimizer = Muon([dict(params=[p], role="attention", layer=3), dict(params=[q], role="mlp")])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    feed([p, q], [g, h])
+    optimizer.step()
+    saved = save_and_load(optimizer.state_dict())
+    other = Muon([dict(params=[p]), dict(params=[q])])
+    other.load_state_dict(saved)
+    for each in (optimizer, other):
+        assert [group["role"] for group in each.param_groups] == ["attention", "mlp"]
+        assert each.param_groups[0]["layer"] == 3 and each.param_groups[0]["initial_lr"] == 0.02
+
+
+def test_what_shapes_the_state_is_ours_not_the_checkpoint_s():
+    (p,), gradients = make([(12, 8)])
+    saved = train([p], gradients, split=2, ns_form="gram", lr=0.5).state_dict()
+    other = Muon([torch.nn.Parameter(torch.zeros(12, 8))], split=3)
+    other.load_state_dict(saved)
+    group = other.param_groups[0]
+    assert (group["split"], group["flatten"], group["ns_form"], group["lr"]) == (3, False, "auto", 0.5)
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda s: s["state"].pop(1), r"w1: expected a \w+, found none, though others have one; save the state of all"),
+    (lambda s: s["state"][1].pop("momentum_buffer"), "w1: expected a momentum_buffer, found none, though others have one"),
+    (lambda s: s["state"][0].pop("second_moment"), "w0: expected a second_moment, found none, though others have one"),
+    (lambda s: s["state"][2].pop("mantissa"), "w2: expected a mantissa, found none, though others have one"),
+    (lambda s: s["state"][2].update(mantissa=torch.zeros(4, 4)), r"w2: expected a mantissa of shape \(8, 12\), found \(4, 4\)"),
+    (lambda s: s["state"][0].update(second_moment=torch.zeros(1, 8)), "w0: expected a second_moment of shape"),
+    (lambda s: s["param_groups"].append(dict(s["param_groups"][0], params=[3])),
+     r"expected groups of \[3\] parameters, found \[3, 1\]; load a checkpoint of this model"),
+    (lambda s: s["param_groups"][0]["params"].pop(), r"expected groups of \[3\] parameters, found \[2\]"),
+    (lambda s: s["param_groups"][0].update(momentum=2.0), "momentum of group 0: expected 0 <= momentum < 1, found 2.0")])
+def test_a_broken_checkpoint_is_refused_and_leaves_the_optimizer_as_it_was(spoil, sentence):
+    settings = dict(normuon_beta2=0.9, split_mantissa=True, deterministic=True)
+    shapes = [(12, 8), (12, 8), (8, 12)]
+    params, gradients = make(shapes, dtype=torch.bfloat16)
+    straight, _ = make(shapes, dtype=torch.bfloat16)
+    optimizer = train([(f"w{i}", p) for i, p in enumerate(params)], [], **settings)
+    reference = Muon(straight, **settings)
+    for t, step in enumerate(gradients):
+        if t == 2:
+            saved = optimizer.state_dict()
+            saved = {"state": {i: dict(s) for i, s in saved["state"].items()},
+                     "param_groups": [dict(g, params=list(g["params"]), lr=9.0) for g in saved["param_groups"]]}
+            spoil(saved)
+            with pytest.raises(ValueError, match=f"^Muon: {sentence}"):
+                optimizer.load_state_dict(saved)
+        for which, each in ((params, optimizer), (straight, reference)):
+            feed(which, step)
+            each.step()
+    assert all(same(p.detach(), q.detach()) for p, q in zip(params, straight))
+
+
+def test_it_loads_again_and_again_and_grows_after_a_load():
+    params, gradients = make([(12, 8), (8, 12)])
+    straight, _ = make([(12, 8), (8, 12)])
+    optimizer, reference = Muon(params[:1]), Muon(straight[:1])
+    reference.add_param_group(dict(params=straight[1:], lr=0.1))
+    for t, step in enumerate(gradients):
+        for _ in range(2):
+            optimizer.load_state_dict(save_and_load(optimizer.state_dict()))
+        if t == 0:
+            optimizer.add_param_group(dict(params=params[1:], lr=0.1))
+        for which, each in ((params, optimizer), (straight, reference)):
+            feed(which, step)
+            each.step()
+    for p, q in zip(params, straight):
+        assert same(p.detach(), q.detach())
+
+
+def test_a_fresh_state_loads_as_zeros_and_a_state_before_masters_keeps_what_it_has():
+    params, gradients = make([(12, 8)], dtype=torch.bfloat16)
+    optimizer = train(params, gradients)
+    momentum = optimizer.state_dict()["state"][0]["momentum_buffer"]
+    with_masters = Muon(params, split_mantissa=True)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["split_mantissa"]
+    with_masters.load_state_dict(saved)
+    state = with_masters.state_dict()["state"][0]
+    assert same(state["momentum_buffer"], momentum) and not state["mantissa"].any()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+    assert not optimizer.state_dict()["state"][0]["momentum_buffer"].any()
 
 
 def test_a_state_dict_is_a_copy_that_later_steps_leave_alone():
@@ -706,6 +1097,28 @@ def test_a_torch_muon_checkpoint_continues_here(adjust):
     for p, q, start in zip(ours, theirs, moved):
         difference, distance = (p.detach() - q.detach()).norm(), (q.detach() - start).norm()
         assert difference < 0.03 * distance  # two bf16 iterations, normalized in different precision
+
+
+@pytest.mark.parametrize("bad, sentence", [
+    (dict(params=[torch.zeros(4, 4, device="meta")]), "expected all parameters on one device"),
+    (dict(params=[torch.zeros(4)]), "expected a matrix, a bank or a convolution"),
+    (dict(params=[torch.zeros(4, 4)], split=3), "expected a split of its 4 rows"),
+    (dict(params=[torch.zeros(4, 4)], lr=-1), "lr of group 1: expected one number, 0 or more")])
+def test_a_refused_group_leaves_nothing_behind(bad, sentence):
+    params, gradients = make([(12, 8), (3, 8, 12)], steps=4)
+    straight, _ = make([(12, 8), (3, 8, 12)])
+    optimizer, reference = Muon(params[:1], deterministic=True), Muon(straight[:1], deterministic=True)
+    for t, step in enumerate(gradients):
+        if t == 1:
+            with pytest.raises(ValueError, match=sentence):
+                optimizer.add_param_group(bad)
+        if t == 2:
+            optimizer.add_param_group(dict(params=params[1:]))
+            reference.add_param_group(dict(params=straight[1:]))
+        for which, each in ((params, optimizer), (straight, reference)):
+            feed(which, step)
+            each.step()
+    assert all(same(p.detach(), q.detach()) for p, q in zip(params, straight)) and len(optimizer.param_groups) == 2
 
 
 def test_a_new_group_keeps_the_state_of_the_old_ones():
@@ -776,7 +1189,10 @@ def imports(path):
 
 def test_nothing_but_torch_and_the_standard_library_is_imported():
     folder = os.path.dirname(muon.__file__)
-    assert imports(muon.__file__) == [{"muon_ranks"}, {"muon_fsdp"}]  # the second only for DTensor parameters
+    top, later = imports(muon.__file__)
+    assert top == {"muon_ranks"} and later <= {"muon_fsdp"}  # only where there are DTensor parameters
+    assert "muon_fsdp" not in subprocess.run([sys.executable, "-c", "import muon, sys; print([*sys.modules])"], cwd=folder,
+                                             capture_output=True, text=True, check=True).stdout
     assert imports(f"{folder}/muon_ranks.py") == [set(), set()]
     assert imports(f"{folder}/muon_fsdp.py") == [{"muon", "muon_ranks"}, set()]
     assert imports(f"{folder}/muon_tools.py") == [set(), set()]

@@ -7,18 +7,15 @@ import fcntl
 import functools
 import hashlib
 import math
-import multiprocessing
 import os
-import tempfile
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import muon_ranks
-from dist import _rank
+from dist import run_ranks
 from muon import Muon
 from test_muon import close, feed, make, same
 
@@ -36,18 +33,10 @@ pytestmark = pytest.mark.timeout(300)  # the first test of a world waits for all
 WORLDS = [2, 3, 4, 5]
 
 
-def _watched(rank: int, world_size: int, function, args):
+def watched(rank: int, world_size: int, function, *args):
     """A rank that hangs says where, and ends: gloo itself would wait for half an hour."""
     faulthandler.dump_traceback_later(240, exit=True)
     return function(rank, world_size, *args)
-
-
-def run_ranks(world_size: int, function, *args) -> list:
-    """As in dist.py, but all ranks are forked from one server that has imported torch: 0.3 s of CPU for three instead of 8."""
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp"])
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world_size, folder, _watched, (function, args)), nprocs=world_size, start_method="forkserver")
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 @pytest.fixture(scope="session")
@@ -370,7 +359,7 @@ def world(once):
 
 @functools.cache
 def starter(world_size):
-    return lambda folder: run_ranks(world_size, scenarios, f"{folder}/three.pt")
+    return lambda folder: run_ranks(world_size, watched, scenarios, f"{folder}/three.pt")
 
 
 @functools.cache
@@ -533,7 +522,7 @@ def test_every_element_of_momentum_lies_on_one_rank(world, W):
 
 
 def test_an_optimizer_older_than_its_process_group_says_so(tmp_path):
-    for texts in run_ranks(2, too_early, str(tmp_path / "store")):
+    for texts in run_ranks(2, watched, too_early, str(tmp_path / "store")):
         for text in texts:
             assert text == ("Muon: expected a world of 1 as at construction, found 2; call torch.distributed."
                             "init_process_group first and build the optimizer after it")
