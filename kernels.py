@@ -90,11 +90,23 @@ def varlen(q, k, v, mask, scale):
 
 BACKENDS = {"varlen": (varlen_mask, varlen), "flex": (flex_mask, flex), "blocked": (blocked_mask, blocked_attention),
             "masked": (masked_mask, masked_attention)}
+# Tried on a GPU, in this order. FA3 and FA4 are packages of their own, which varlen_attn can use instead of the
+# FlashAttention 2 that torch contains.
+CANDIDATES = ("varlen FA4", "varlen FA3", "varlen", "flex")
 
 
 def paired_docs(docs: Docs) -> Docs:
     """Documents of a sequence in which every token stands twice."""
     return Docs(docs.starts * 2, docs.ids.repeat_interleave(2), docs.max_len * 2)
+
+
+def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
+    """Of weights and activations."""
+    return getattr(torch, wish) if wish != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def choose_compile(wish: str, device: torch.device) -> bool:
+    return wish == "on" or (wish == "auto" and device.type == "cuda")
 
 
 def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -106,13 +118,23 @@ def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device,
         return wish, "asked for"
     if device.type == "cpu":
         return "blocked", "fastest on a CPU"
-    return first_correct(["varlen FA4", "varlen FA3", "varlen", "flex"], head_dim, scale, device, dtype)
+    return first_correct(CANDIDATES, head_dim, scale, device, dtype)
 
 
-def first_correct(candidates: list[str], head_dim: int, scale: float, device, dtype) -> tuple[str, str]:
-    """The first candidate that runs forward and backward here and agrees with the definition, else blocked, and why: a
-    kernel that imports is not yet one that works. FA3 and FA4 are packages of their own, which varlen_attn can use instead
-    of the FlashAttention 2 that torch contains."""
+def first_correct(candidates, head_dim: int, scale: float, device, dtype) -> tuple[str, str]:
+    """The first candidate that passes its self-test here, else blocked, and why."""
+    refused = []
+    for candidate in candidates:
+        works, said = self_test(candidate, head_dim, scale, device, dtype)
+        if works:
+            return candidate.partition(" ")[0], "; ".join([said, *refused])
+        refused.append(said)
+    return "blocked", "; ".join(refused)
+
+
+def self_test(candidate: str, head_dim: int, scale: float, device, dtype) -> tuple[bool, str]:
+    """Whether a candidate runs forward and backward here and agrees with the definition, and what it said: a kernel that
+    imports is not yet one that works. What passes stays activated."""
     torch.manual_seed(0)
     q, k, v, g = torch.randn(4, 256, 2, head_dim, device=device, dtype=dtype).unbind()
     ids = torch.arange(256, device=device, dtype=torch.int32) // 100
@@ -124,22 +146,18 @@ def first_correct(candidates: list[str], head_dim: int, scale: float, device, dt
         y = attend(*leaves, make(docs, 64), scale)
         return [y, *torch.autograd.grad(y, leaves, g)]
 
-    expected, refused = run("masked"), []
-    for candidate in candidates:
-        name, _, flash = candidate.partition(" ")
-        try:
-            if flash:
-                torch.nn.attention.activate_flash_attention_impl(flash)
-            errors = torch.stack([(a - b).float().norm() / b.float().norm() for a, b in zip(run(name), expected)])
-            error = errors.max().item()  # NaN if one of them is
-            if error < 0.02:  # two bfloat16 roundings of sums in another order
-                return name, "; ".join([f"{candidate}: self-test error {error:.1e}", *refused])
-            refused.append(f"{candidate}: self-test error {error:.1e}")
-        except Exception as e:  # whatever a missing or broken kernel raises
-            refused.append(f"{candidate}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
-        if flash and hasattr(torch.nn.attention, "restore_flash_attention_impl"):
-            torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
-    return "blocked", "; ".join(refused)
+    expected, (name, _, flash) = run("masked"), candidate.partition(" ")
+    try:
+        if flash:
+            torch.nn.attention.activate_flash_attention_impl(flash)
+        errors = torch.stack([(a - b).float().norm() / b.float().norm() for a, b in zip(run(name), expected)])
+        error = errors.max().item()  # NaN if one of them is
+        works, said = error < 0.02, f"self-test error {error:.1e}"  # two bfloat16 roundings of sums in another order
+    except Exception as e:  # whatever a missing or broken kernel raises
+        works, said = False, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    if flash and not works and hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+    return works, f"{candidate}: {said}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

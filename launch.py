@@ -109,6 +109,8 @@ def torchrun(ranks: int, args: list[str]) -> int:
 
 
 def main(args: list[str]) -> int:
+    if {"--doctor", "--plan"} & set(args):  # before anything is downloaded, and for all ranks at once
+        return subprocess.run([sys.executable, "train_gpt.py", *args]).returncode
     import torch  # here, so that the functions above are there at once for their tests
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = usable_cores()

@@ -84,9 +84,19 @@ class StopSignal:
         self.reader.close()
 
 
-def parse_settings(settings: type, argv: list[str], about: str, actions: dict[str, dict]) -> tuple[argparse.Namespace, dict]:
+ACTIONS = {  # flags that are no settings, and what argparse wants to know of them
+    "resume": dict(metavar="PATH", help="continue from a checkpoint, with its settings"),
+    "check": dict(action="store_true", help="test causality and probabilities of the model, then end"),
+    "doctor": dict(action="store_true", help="try on this machine every piece that the run would use, then end"),
+    "plan": dict(action="store_true", help="say what the run takes: memory, settings that fit, minutes, data; then end"),
+    "gpu": dict(metavar="NAME", help="--plan: for this GPU, such as 'RTX 4090', instead of the one found"),
+    "gpu_gib": dict(metavar="GIB", type=float, help="--plan: for a GPU with so much memory"),
+}
+
+
+def parse_settings(settings: type, argv: list[str], about: str) -> tuple[argparse.Namespace, dict]:
     """Command line to (actions, changed settings). One flag for each field of the dataclass `settings`, with the meaning in
-    its metadata as help, and one for each of `actions`, described by what argparse wants."""
+    its metadata as help."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UsageError(f"expected --name=value, found: {message}; see --help")
@@ -106,14 +116,14 @@ def parse_settings(settings: type, argv: list[str], about: str, actions: dict[st
 
     parser = Parser(allow_abbrev=False, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("actions")
-    for name, options in actions.items():
+    for name, options in ACTIONS.items():
         group.add_argument(f"--{name}", **options)
     group, fields = parser.add_argument_group("settings [default; tuples as 1,2,3]"), dataclasses.fields(settings)
     for f in fields:
         group.add_argument(f"--{f.name}", metavar="VALUE", help=f"{f.metadata['help']} [{show(f.default)}]".replace("%", "%%"))
     options, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), [*(f.name for f in fields), *actions], n=1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), [*(f.name for f in fields), *ACTIONS], n=1)
         raise UsageError(f"expected a setting of --help, found {unknown[0]!r}; "
                          + (f"did you mean --{near[0]}?" if near else "see --help"))
     changes = {}
@@ -174,6 +184,22 @@ def read_checkpoint(path: str, settings: type) -> dict:
 LOST_CONTACT = 3  # exit code under launch.py, which alone knows which rank ended and why
 
 
+ALONE = ("expected all ranks to go on, found one gone without a word; see what ended it (often a lack of memory), then start "
+         "again or go on from a checkpoint: --resume=PATH")
+
+
+def explain(e: Exception) -> str | None:
+    """One sentence about what torch raises where a machine lacks something; None: an error of the program itself."""
+    found = (str(e).splitlines() or [""])[0]
+    if isinstance(e, torch.OutOfMemoryError) or "out of memory" in found or "can't allocate memory" in found:
+        return (f"expected enough memory, found: {found}; raise --slices for shorter sequences in training, or lower "
+                "--val_slice for those of validation; --plan says what fits")
+    if {"BackendCompilerFailed", "TritonMissing"} & {kind.__name__ for kind in type(e).__mro__}:  # not an error in our code
+        return (f"expected torch.compile to work here, found: {found}; install a C++ compiler and Triton, or train without by "
+                "--compile=off; TORCHDYNAMO_VERBOSE=1 shows more")
+    return ALONE if any(word in str(e) for word in ("Connection", "connection", "Timed out", "NCCL", "peer")) else None
+
+
 def report(main, argv: list[str]) -> int:
     """main(argv, stop) with its errors turned into an exit code, 2 for usage and 1 for a failed run, and into one message,
     from the first rank to meet one."""
@@ -187,15 +213,11 @@ def report(main, argv: list[str]) -> int:
             code, message = 2, str(e)
         except RunError as e:
             code, message = 1, str(e)
-        except torch.OutOfMemoryError as e:
-            code, message = 1, (f"expected enough GPU memory, found: {str(e).splitlines()[0]}; raise --slices for shorter "
-                                "sequences in training, or lower --val_slice for those of validation")
-        except (dist.DistBackendError, RuntimeError) as e:
-            if not any(word in str(e) for word in ("Connection", "connection", "Timed out", "NCCL", "peer")):
+        except RuntimeError as e:
+            code, message = 1, explain(e)
+            if message is None:
                 raise
-            code, message = 1, ("expected all ranks to go on, found one gone without a word; see what ended it (often a lack of "
-                                "memory), then start again or go on from a checkpoint: --resume=PATH")
-            if "LAUNCHED_BY" in os.environ:
+            if message is ALONE and "LAUNCHED_BY" in os.environ:
                 code, message = LOST_CONTACT, None
         if code and first_to_end() and message:
             print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)

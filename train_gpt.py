@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from adam import Adam
 from data.loader import Batch, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
-from kernels import BACKENDS, Docs, Fp8Linear, choose_backend, choose_fp8, choose_symmetric, masked_attention, paired_docs
+from kernels import (BACKENDS, Docs, Fp8Linear, choose_backend, choose_compile, choose_dtype, choose_fp8, choose_symmetric,
+                     masked_attention, paired_docs)
 from muon import Muon
 from runtime import (Log, RunError, Runtime, Stopped, StopSignal, UsageError, leave, log_header, parse_settings,
                      read_checkpoint, report, write_checkpoint)
@@ -247,9 +248,7 @@ TRACKS: dict[str, dict] = {
 
 def parse_config(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """Command line to (actions, changed settings)."""
-    return parse_settings(Config, argv, __doc__, {
-        "resume": dict(metavar="PATH", help="continue from a checkpoint, with its settings"),
-        "check": dict(action="store_true", help="test causality and probabilities of the model, then end")})
+    return parse_settings(Config, argv, __doc__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,7 +478,7 @@ class GPT(nn.Module):
         x = self.trunk(tokens, ctx)
         if self.training:
             return multi_token_loss(self.logits(x), targets, ctx.mtp_weights)
-        size = 16_384 if x.is_cuda else 2048  # logits of a whole validation sequence of track small would be 26 GB
+        size = 2048 if x.is_cpu else 16_384  # logits of a whole validation sequence of track small would be 26 GB
         pieces = zip(x.split(size), targets.split(size))
         return sum(F.cross_entropy(self.logits(a).float(), b, reduction="sum") for a, b in pieces)
 
@@ -607,14 +606,13 @@ class Run:
         self.cfg, self.rt = cfg, rt
         self.check_world_size()
         cuda = rt.device.type == "cuda"
-        self.dtype = {"auto": torch.bfloat16 if cuda else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
+        self.dtype, self.compiled = choose_dtype(cfg.dtype, rt.device), choose_compile(cfg.compile, rt.device)
         self.loader = rt.together(Loader, cfg, rt.rank, rt.world, cuda)
         self.validation = rt.together(Validation, cfg, rt.rank, rt.world, cuda)
         self.backend, self.backend_reason = choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, rt.device, self.dtype)
         self.make_mask, attend = BACKENDS[self.backend]
         self.fp8, self.fp8_reason = choose_fp8(cfg.fp8_head, rt.device)
         self.symmetric, self.symmetric_reason = choose_symmetric(rt.device)
-        self.compiled = cfg.compile == "on" or (cfg.compile == "auto" and cuda)
         with torch.device(rt.device):
             self.model = GPT(cfg, attend, self.fp8)
         self.model.init_weights(self.dtype)
@@ -645,8 +643,8 @@ class Run:
             groups[row.optimizer].append(dict(params=[p], row=row, lr=row.lr, weight_decay=row.wd))
             if row.optimizer == "adam":
                 groups["adam"][-1]["betas"] = row.betas
+        self.adam = self.muon = None  # after the warm-up: the old state goes before the new one comes
         self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, self.compiled)
-        self.muon = None
         if groups["muon"]:
             self.muon = Muon(groups["muon"], coefficients=cfg.coefficients, cautious=cfg.cautious,
                              normuon_beta2=cfg.normuon_beta2 or None, split_mantissa=self.dtype == torch.bfloat16,
@@ -855,8 +853,11 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
             raise UsageError(f"--track: expected the checkpoint's track, {state['config']['track']}, found {changes['track']}; "
                              "leave it out")
         changes = {**state["config"], **changes}
-    track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
+    track = changes.pop("track", "small" if torch.cuda.is_available() or options.gpu or options.gpu_gib else "shakespeare")
     cfg = Config.for_track(track, **changes)
+    if options.doctor or options.plan:
+        import doctor, plan  # noqa: E401  they import this file
+        return plan.show(cfg, options.gpu, options.gpu_gib) if options.plan else doctor.examine(cfg)
     rt = Runtime()
     if rt.world > cfg.slices:
         rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a part: other training "
