@@ -188,7 +188,8 @@ def ends_of_runs(groups: list[tuple[str, list]], target: float | None) -> go.Fig
     losses += [] if target is None else [target]
     unit, size = time_unit(max(times))
     x_pad, y_pad = 0.06 * (max(times) - min(times)) or 0.05 * max(times) or 1, 0.08 * (max(losses) - min(losses)) or 0.01
-    x_range, y_range = [(min(times) - x_pad) / size, (max(times) + x_pad) / size], [min(losses) - y_pad, max(losses) + 2 * y_pad]
+    x_range = [(min(times) - x_pad) / size, (max(times) + x_pad) / size]
+    y_range = [min(losses) - y_pad, max(losses) + y_pad * (1 + len(groups))]  # with room for labels above each other
     fig = figure(f"training time, {unit}", "final validation loss, nats per token", x_range, y_range, y_log=False)
     for k, name, dots in groups:
         fig.add_scatter(x=[end.seconds / size for _, end in dots], y=[end.loss for _, end in dots], mode="markers",

@@ -3,7 +3,6 @@ seeds, those of each subfolder another one."""
 import os
 import re
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from records import logs
@@ -32,24 +31,30 @@ def short(name: str) -> str:
 
 def find_groups(paths: list[str]) -> tuple[list[Group], list[tuple[str, str]]]:
     """Groups in the order of the paths, and (file, why) of each file without a run. RecordError where there is no group."""
-    groups, left_out = [], []
+    groups, left_out, seen = {}, [], set()
     for path in map(Path, paths):
-        found = []
-        for file in logs.find([path]):
+        for file in sorted(logs.find([path]), key=lambda file: (file.parent, file)):  # a folder before its subfolders
+            place = os.path.abspath(file.parent if path.is_dir() else file)
+            if (place, os.path.abspath(file)) in seen:
+                continue
+            seen.add((place, os.path.abspath(file)))
+            group = groups.setdefault(place, Group(place, [], []))
             try:
-                found.append(logs.read(file))
+                log = logs.read(file)
             except RecordError as e:  # one file that cannot be opened does not hide the others
                 left_out.append((os.fspath(file), str(e)))
-        for place, members in groupby(found, key=lambda log: log.path.parent if path.is_dir() else log.path.with_suffix("")):
-            members = [*members]
-            groups.append(Group(os.path.abspath(place), members, [run for log in members for run in log.runs if run.val_points]))
-    left_out += [(os.fspath(log.path), "; ".join(log.problems)) for group in groups for log in group.logs
-                 if not any(run.val_points for run in log.runs)]
-    groups = [group for group in groups if group.runs]
+                continue
+            runs = [run for run in log.runs if run.val_points]
+            group.logs.append(log)
+            group.runs.extend(runs)
+            if not runs:
+                left_out.append((os.fspath(file), "; ".join(log.problems)))
+    groups = [group for group in groups.values() if group.runs]
     if not groups:
         raise RecordError(f"{paths[0]}: expected logs with validations, found none; check the path")
     common = os.path.commonpath([os.path.dirname(group.name) for group in groups])
     for group in groups:
-        name = short(os.path.relpath(group.name, common))
+        name = os.path.relpath(group.name, common)
+        name = short(os.path.splitext(name)[0] if os.path.isfile(group.name) else name)
         group.name = name if len(name) <= NAME_LIMIT else "…" + name[1 - NAME_LIMIT:]  # paths differ at their end
     return groups, left_out

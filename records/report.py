@@ -6,6 +6,7 @@ The page is a single file and needs no network; plotly.js, 4.8 MB, lies in it. W
 import base64
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ def texts(title: str, values, kind: str = "text", heads: bool = False, limit: in
 
 def mean_sd(title: str, groups: list[Group], key: str, digits: int) -> Column:
     def cell(facts):
-        if not facts or facts[key]["mean"].estimate is None:
+        if not facts or key == "seconds" and not math.isfinite(facts[key]["mean"].estimate):  # not in the logs
             return Cell()
         mean, sd = facts[key]["mean"], facts[key]["sd"]
         spread = "" if sd is None else f" ± {sd:.{digits}f}"

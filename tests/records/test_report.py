@@ -223,8 +223,11 @@ def test_groups_are_files_or_the_logs_of_a_folder(place):
     one = write(folder / "x", "5f0c2a51-1111-2222-3333-444444444444.txt", own(losses=[5, 1.6], seed=1))
     write(folder / "x", "two.txt", own(losses=[5, 1.7], seed=2))
     write(folder / "x" / "y", "three.txt", own(losses=[5, 1.8], seed=3))
-    found, _ = groups.find_groups([str(folder)])
-    assert [(group.name, len(group.runs)) for group in found] == [("x", 2), ("x/y", 1)]
+    write(folder / "x", "z.txt", own(losses=[5, 1.7], seed=4))  # sorts behind y/
+    found, _ = groups.find_groups([str(folder), str(folder / "x")])
+    assert [(group.name, len(group.runs)) for group in found] == [("x", 3), ("x/y", 1)]
+    found, _ = groups.find_groups([str(one), str(one), str(folder)])
+    assert [(group.name, len(group.runs)) for group in found] == [("x/5f0c2a51", 1), ("x", 3), ("x/y", 1)]
     long = write(folder / ("long" * 40), "end.txt", own(losses=[5, 1.9]))
     name = groups.find_groups([str(one), str(long)])[0][1].name
     assert name.startswith("…") and name.endswith("longlong/end") and len(name) == groups.NAME_LIMIT
