@@ -146,7 +146,7 @@ class Attention:
         self.x = torch.randn(2, T, C, generator=generator)
         self.wq, self.bq = torch.randn(heads * D, C, generator=generator), torch.randn(heads * D, generator=generator)
         self.wk, self.bk = torch.randn(kv_heads * D, C, generator=generator), torch.randn(kv_heads * D, generator=generator)
-        sizes = torch.linspace(1, 0.2, heads).repeat_interleave(D)
+        sizes = torch.linspace(1, 0.1, heads).repeat_interleave(D)
         self.wq *= 0.3 * sizes[:, None]
         self.bq *= 0.3 * sizes
         self.weights = [self.wq, self.bq, self.wk, self.bk]
