@@ -46,8 +46,6 @@ def child(answer, output: str, piece, args):
     except Exception as e:
         answer.send((False, str(e) if isinstance(e, (UsageError, RunError)) else
                      explain(e) or f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"))
-    answer.close()
-    os._exit(0)  # without the clean-up of whatever was loaded
 
 
 def isolated(piece, *args):
@@ -65,6 +63,7 @@ def isolated(piece, *args):
             if not receiver.poll(LIMIT):
                 raise Died(f"gave no answer in {LIMIT:.0f} s")
             fine, result = receiver.recv()
+            process.join(5)  # time for its clean-up, which may fail and nobody minds
         except EOFError:
             process.join()
             said = [line for line in Path(output.name).read_text(errors="replace").splitlines() if line.strip()]
@@ -98,7 +97,8 @@ def find_device() -> dict:
         seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout.partition("\n")[0]
     except (OSError, subprocess.TimeoutExpired):
         seen = ""
-    free, total = (os.sysconf("SC_PAGE_SIZE") * os.sysconf(f"SC_{kind}PHYS_PAGES") for kind in ("AV", ""))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else total
     return dict(cuda=False, name=platform.machine(), why=str(said[0].message).partition("\n")[0] if said else without,
                 seen="GPU" in seen and seen, count=0, free=free, total=total)
 
@@ -160,7 +160,7 @@ def examine(cfg) -> int:
             device = torch.device("cuda" if facts["cuda"] else "cpu")
             mark, text = check(cfg, facts, device, choose_dtype(cfg.dtype, device))
         except (Died, ShardError, UsageError, RunError) as e:
-            mark, text = "FAIL", f"{e}{change}"
+            mark, text = "FAIL", str(e) if "--" in str(e) else f"{e}{change}"  # unless it names the setting itself
         marks.append(mark)
         print(f"{mark:4}  {name:10} {' '.join(text.split())}", flush=True)
     print("doctor: the run can start" if "FAIL" not in marks else "doctor: the run cannot start; change what says FAIL")
@@ -234,7 +234,10 @@ def check_memory(cfg, facts, device, dtype):
 
 
 def check_data(cfg, facts, device, dtype):
-    loader, validation = Loader(cfg, 0, 1, False), Validation(cfg, 0, 1, False)
+    try:
+        loader, validation = Loader(cfg, 0, 1, False), Validation(cfg, 0, 1, False)
+    except ShardError as e:
+        raise ShardError(f"{e}; the schedule takes {plan.data_size(cfg)}") from None
     return "ok", (f"{len(loader.paths)} training shards, enough for {cfg.train_steps} steps, fingerprint {loader.fingerprint}; "
                   f"validation: {cfg.val_tokens:,} tokens, sha256 {validation.sha256[:16]}")
 

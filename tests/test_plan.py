@@ -16,6 +16,7 @@ from train_gpt import Config, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 CPU = torch.device("cpu")
+torch.set_num_threads(1)  # tiny tensors
 LARGE = dict(model_dim=128, head_dim=32, vocab_size=500, bos_id=60, bigram_rows=1000)  # wide enough for shared tables
 
 
@@ -86,8 +87,8 @@ def saved_for_backward(cfg: Config, T: int, compiled: bool) -> int:
 
 WIDE = dict(model_dim=96, head_dim=16, vocab_size=300)
 DEEP = dict(num_layers=14, mlp_ratio=4, model_dim=64, head_dim=32)
-SHAPES = {"small": (SMALL, 512), "longer": (SMALL, 1536), "wide": ({**SMALL, **WIDE}, 512), "deep": ({**SMALL, **DEEP}, 768),
-          "bare": (BARE, 512)}
+SHAPES = {"small": (SMALL, 256), "longer": (SMALL, 768), "wide": ({**SMALL, **WIDE}, 256), "deep": ({**SMALL, **DEEP}, 384),
+          "bare": (BARE, 256)}
 
 
 def planned(base: dict, T: int, compiled: bool) -> tuple[int, int]:
@@ -123,14 +124,14 @@ def test_peak_follows_what_lives():
 
 def test_the_worst_moment_of_an_eager_step_and_of_a_validation_are_those_of_real_tensors():
     """Peak counts the same operations on real tensors."""
-    T, cfg = 512, config({**SMALL, **WIDE, "batch_tokens": (64, 96, 1024)})
+    T, cfg = 128, config({**SMALL, **WIDE, "batch_tokens": (64, 96, 256)})
     model = build(cfg, perturb=False, backend="blocked").train()
     ids = torch.randint(0, cfg.bos_id, (T,))
     with plan.Peak() as memory:
-        model(ids, ids, context(model, docs_of([128] * 4), stage=2, backend="blocked")).backward()
+        model(ids, ids, context(model, docs_of([T // 4] * 4), stage=2, backend="blocked")).backward()
     assert sum(planned({**SMALL, **WIDE}, T, False)) == pytest.approx(memory.peak, rel=0.1)
     with torch.no_grad(), plan.Peak() as memory:
-        model.eval()(ids, ids, context(model, docs_of([128] * 4), stage=3, final=True, backend="blocked"))
+        model.eval()(ids, ids, context(model, docs_of([T // 4] * 4), stage=3, final=True, backend="blocked"))
     assert plan.validation_bytes(cfg, plan.build(cfg, torch.float32).model, T) == pytest.approx(memory.peak, rel=0.15)
 
 
