@@ -59,7 +59,7 @@ def run(args) -> int:
     submission = check.from_arguments(args)
     statement = schema.parse({
         "version": 1, "track": submission.track.name, "name": args.name, "date": args.date or date_of(submission),
-        "kind": "non-record" if args.non_record else "record", "why_no_record": args.non_record,
+        "kind": "record" if args.non_record is None else "non-record", "why_no_record": args.non_record,
         "description": args.description or args.name, "contributors": args.contributor,
         "step": submission.step, "planned_runs": list(submission.planned), "waivers": submission.waivers,
         "excluded": {log.path.name: reason for log, reason in submission.excluded},
@@ -73,7 +73,7 @@ def run(args) -> int:
         record, verdicts, files = compose(temporary, statement, note)
         failed = [verdict.rule for verdict in verdicts if verdict.verdict == FAIL]
         check.print_verdicts([verdict for verdict in verdicts if verdict.verdict != PASS], submission)
-        if failed and not args.non_record:
+        if failed and args.non_record is None:
             print(f"records: expected that every rule holds, found that these do not: {', '.join(failed)}; run what is missing, "
                   "waive what can be waived (check --help), or keep it with --non-record REASON", file=sys.stderr)
             return 1

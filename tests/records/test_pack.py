@@ -2,11 +2,13 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scipy.stats
 from claims import RUNS, log, replaced, runs, slow, uuid, write
 
 from records import pack, schema
@@ -52,6 +54,9 @@ def test_folder(inputs, capsys):
     assert (record.track, record.name, record.kind, record.contributors) == ("shakespeare", "Twice", "record", ["A. Person"])
     assert record.runs.n == RUNS and record.runs.step == 20 and record.loss_test.passes and record.speed.p < 0.01
     assert record.planned_runs == [8] and record.world_size == 2 and record.torch == "2.13.0+cpu"
+    losses = [float(re.findall(r"val_loss:(\S+)", text)[-1]) for text in runs()]
+    p = scipy.stats.ttest_1samp(losses, 1.6, alternative="less").pvalue
+    assert record.loss_test.p == float(f"{p:.3g}") and record.runs.loss_mean == round(statistics.mean(losses), 5)
     assert os.stat(inputs / folder).st_mode & 0o777 == 0o755
 
 
@@ -147,6 +152,7 @@ def rename(inputs: Path, name: str):
     (None, {"name": "x" * 65}, "at name"),
     (None, {"date": "2026-02-30"}, "at date"),
     (None, {"date": "24.11.2026"}, "at date"),
+    (None, {"date": "1764028800"}, "at date"),
     (None, {"output": "nowhere"}, "-o: expected a folder"),
     (lambda inputs: rename(inputs, "with space.txt"), {}, "rename it"),
     (lambda inputs: rename(inputs, "-dash.txt"), {}, "rename it"),
@@ -165,6 +171,14 @@ def test_refusals(change, more, sentence, inputs, capsys):
     if sentence is not None:
         assert sentence in capsys.readouterr().err
         assert snapshot(inputs) == before
+
+
+@pytest.mark.parametrize("option", ["--description", "--contributor", "--non-record"])
+def test_texts_are_one_line(option, inputs, capsys):
+    for text in ("two\nlines", "\x1b[31m", "right \u202e left", "", "x" * 501):
+        if text or option != "--description":  # without a description the name stands in
+            assert guarded(arguments(inputs, option, text)) == 2, text
+    capsys.readouterr()
 
 
 def test_names_that_differ_in_case_only(inputs, capsys):
@@ -219,6 +233,9 @@ def test_several_runs_in_a_log(tmp_path, capsys):
     assert guarded(command) == 0, capsys.readouterr()
     record = schema.read(tmp_path / "out/track_3_optimization/2026-11-24_Trials/record.json")
     assert record.runs.n == 3 and len(record.runs.logs) == 1
+    losses = [f"{run.loss:.5f}" for run in record.runs.logs[0].runs]  # as printed, with 5 decimals
+    text = (tmp_path / "out/track_3_optimization/2026-11-24_Trials/README.md").read_text()
+    assert all(loss.rstrip("0") in text for loss in losses)
 
 
 def test_real_logs(tmp_path, capsys):

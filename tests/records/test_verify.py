@@ -131,6 +131,7 @@ ALTERED = {
     "record.json in another order": (edit(RECORD, r"\A\{\n(.*\n)(.*\n)", r"{\n\2\1"), {(RECORD, "altered")}),
     "a key twice in record.json": (edit(RECORD, r'^(  "name": ")', r'  "name": "Other",\n\1'), {(RECORD, "altered")}),
     "an unknown key": (edit(RECORD, r"\A\{", '{"more": 1,'), {(RECORD, "record-file")}),
+    "a record with a reason why not": (edit(RECORD, '"why_no_record": null', '"why_no_record": "x"'), {(RECORD, "record-file")}),
     "another version": (edit(RECORD, '"version": 1', '"version": 2'), {(RECORD, "record-file")}),
     "a path that escapes": (edit(RECORD, rf'"file": "{uuid(1)}', f'"file": "../{uuid(1)}'), {(RECORD, "record-file")}),
     "no JSON": (edit(RECORD, r"\}\n\Z", ""), {(RECORD, "record-file")}),
