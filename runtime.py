@@ -369,11 +369,16 @@ class Log:
 
 
 def host_facts(folder: str) -> list[str]:
-    """What `python -m records calibrate` measured of this machine, on one line, if it did."""
+    """What `python -m records calibrate` measured of this machine since it started, on one line."""
     try:
-        return ["host: " + json.dumps(json.loads((Path(folder) / "host.json").read_text(encoding="utf-8")))]
+        host = json.loads((Path(folder) / "host.json").read_text(encoding="utf-8"))
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        now = boot.read_text().strip() if boot.exists() else ""
     except (OSError, ValueError):
         return []
+    if not isinstance(host, dict) or host.get("boot") != now:
+        return ["host: measured on another machine or before a restart, left out"]
+    return ["host: " + json.dumps(host)]
 
 
 def muon_facts(run) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import uuid
+from pathlib import Path
 
 import pytest
 from runs import ROOT, TINY, TRAIN_KEYS, VAL_KEYS, config, make_shards, run, step_lines
@@ -25,7 +26,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(folder):
     (folder / "logs").mkdir()
-    (folder / "logs" / "host.json").write_text('{\n "probe": 1,\n "note": "step:1/2 val_loss:3"\n}\n')
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    host = {"probe": 1, "boot": boot.read_text().strip() if boot.exists() else "", "note": "step:1/2 val_loss:3"}
+    (folder / "logs" / "host.json").write_text(json.dumps(host, indent=1))
     result = run(folder, "--seed=3")
     assert (result.code, result.err) == (0, "")
     return result
@@ -81,7 +84,7 @@ def test_the_header_tells_what_ran(folder, result):
     for pattern in (
         r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$",
         r"^seed: 3$",
-        r'^host: \{"probe": 1, "note": ".*"\}$',
+        r'^host: \{"probe": 1, "boot": ".*", "note": ".*"\}$',
         r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000; symmetric products by torch",
         r"^attention: blocked \(fastest on a CPU\)",
         r"^training data: 6,144 tokens from 2 shards, fingerprint [0-9a-f]{16}$",
@@ -96,6 +99,8 @@ def test_a_host_file_that_is_missing_or_broken_is_left_out(tmp_path, text):
     if text is not None:
         (tmp_path / "host.json").write_bytes(text.encode("latin1"))
     assert runtime.host_facts(str(tmp_path)) == []
+    (tmp_path / "host.json").write_text('{"boot": "of another machine"}')
+    assert runtime.host_facts(str(tmp_path)) == ["host: measured on another machine or before a restart, left out"]
 
 
 def test_no_peak_memory_on_a_cpu(result):
