@@ -63,7 +63,7 @@ def shown(text, limit: int = 60) -> str:
 @dataclass(frozen=True)
 class Cell:
     text: str = ""
-    value: float | None = None  # to sort by, in all cells of a column that are not empty; None: by the text
+    value: float | None = None  # to sort by; None: by the text
     detail: str = ""  # a second line
     links: tuple[tuple[str, str], ...] = ()  # (text, address)
     swatch: int | None = None  # the number of a group, whose colour stands before the text
@@ -103,8 +103,9 @@ def between(interval, digits: int) -> str:
 def group_table(groups: list[Judged], track: Track | None) -> list[Column]:
     def rule(facts):
         rule = facts.get("rule")
-        return Cell() if not rule else Cell(rule.why and "cannot be judged" or rule.verdict,
-                                            detail="" if rule.p is None else f"p = {rule.p:.2g}")
+        if not rule:
+            return Cell()
+        return Cell("cannot be judged") if rule.why else Cell(rule.verdict, detail=f"p = {rule.p:.2g}")
 
     def speed_up(facts):
         interval = facts.get("against") and facts["against"]["speed_up"]
@@ -237,13 +238,12 @@ def run_charts(groups: list[Group], target: float | None) -> tuple[dict, str]:
             "; ".join(f"{name} ends at {charts.in_words(points[-1])}" for name, points in curves if points))
 
 
-def page(groups: list[Group], left_out: list[tuple[str, str]], track: Track | None, notes: list[str]) -> str:
+def page(groups: list[Judged], left_out: list[tuple[str, str]], track: Track | None, notes: list[str]) -> str:
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     from records import charts
-    groups = judge(groups, track)
     public = {name: rows for name, t in TRACKS.items() if (rows := table.history_rows(t))}
     figures, ends = run_charts(groups, track and track.target)
     figures |= public_charts(public)
@@ -282,6 +282,7 @@ def run(args) -> int:
             raise
         track = None
         notes.append(f"No target and no loss rule: {e}.")
+    groups = judge(groups, track)
     text = page(groups, left_out, track, notes)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

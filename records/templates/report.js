@@ -16,8 +16,11 @@ addEventListener("beforeprint", () => charts.forEach(chart =>
   Plotly.relayout(chart, { width: chart.closest(".pair") ? 320 : 660 }))); // pixels; A4 has 680 between its margins
 addEventListener("afterprint", () => charts.forEach(chart => Plotly.relayout(chart, { width: null, autosize: true })));
 
-// Tables: a button in a header sorts by its column, up, then down. Empty cells stay last.
-const value = cell => cell.dataset.value ? Number(cell.dataset.value) : cell.textContent.trim();
+// Tables: a button in a header sorts by its column, up, then down. Empty cells, and nan and inf, stay last.
+const value = cell => {
+  if (!cell.dataset.value) return cell.textContent.trim();
+  return isFinite(cell.dataset.value) ? Number(cell.dataset.value) : "";
+};
 const compare = (a, b) => typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true });
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {

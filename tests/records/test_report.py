@@ -439,10 +439,9 @@ def sorts(browser) -> dict[str, str]:
 
 
 def test_tables_sort_by_mouse_and_by_keyboard(browser, example):
-    from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     show(browser, example[0])
-    button = {b.text.strip(): b for b in browser.find_elements(By.CSS_SELECTOR, "#runs thead button")}
+    button = {b.text.strip(): b for b in browser.find_elements("css selector", "#runs thead button")}
     before = [*map(float, column(browser, "Final loss"))]
     assert before != sorted(before) and sorts(browser) == {}
     button["Final loss"].click()
@@ -464,11 +463,19 @@ def test_tables_sort_by_mouse_and_by_keyboard(browser, example):
         (not part.isdigit(), part.isdigit() and int(part), part) for part in re.findall(r"\d+|\D+", text)])
 
 
+def test_losses_that_are_not_finite_sort_last(browser, hostile):
+    show(browser, hostile[0])
+    button = next(b for b in browser.find_elements("css selector", "#runs thead button") if b.text.strip() == "Final loss")
+    for direction in (1, -1):
+        button.click()
+        *losses, last = map(float, column(browser, "Final loss"))
+        assert last == float("inf") and losses == sorted(losses)[::direction]
+
+
 def test_the_keyboard_reaches_every_button(browser, example):
-    from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     show(browser, example[0])
-    wanted = [button.text.strip() for button in browser.find_elements(By.CSS_SELECTOR, "#runs thead button")]
+    wanted = [button.text.strip() for button in browser.find_elements("css selector", "#runs thead button")]
     reached = []
     while wanted[-1] not in reached and len(reached) < 40:
         browser.switch_to.active_element.send_keys(Keys.TAB)
@@ -480,12 +487,10 @@ def test_the_keyboard_reaches_every_button(browser, example):
 
 
 def test_a_link_leads_to_the_difference(browser, hostile):
-    from selenium.webdriver.common.by import By
     show(browser, hostile[0])
-    link = browser.find_element(By.CSS_SELECTOR, "#groups td a")
-    link.click()
-    target = browser.find_element(By.CSS_SELECTOR, link.get_attribute("href").partition("#")[2].join(("#", "")))
-    assert abs(browser.execute_script("return arguments[0].getBoundingClientRect().top", target)) < 900
+    browser.find_element("css selector", "#groups td a").click()
+    assert browser.execute_script("return document.querySelector(':target').textContent").startswith("Source of b")
+    assert -1 < browser.execute_script("return document.querySelector(':target').getBoundingClientRect().top") < 900
 
 
 @pytest.mark.parametrize("page, width, phone, dark", [
@@ -514,13 +519,12 @@ def test_text_is_read_on_light_and_dark(browser, example):
 
 def test_hover_shows_hostile_names_as_text(browser, hostile):
     from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
     show(browser, hostile[0])
-    dot = browser.find_element(By.CSS_SELECTOR, "#ends .scatterlayer .point")
+    dot = browser.find_element("css selector", "#ends .scatterlayer .point")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", dot)
     ActionChains(browser).move_to_element(dot).perform()
     time.sleep(0.3)
-    text = browser.find_element(By.CSS_SELECTOR, "#ends .hoverlayer").text
+    text = browser.find_element("css selector", "#ends .hoverlayer").text
     assert "<script>" in text and "loss" in text and browser.execute_script("return window.hacked") is None
 
 
