@@ -123,7 +123,7 @@ def add_labels(fig: go.Figure, ends: list[tuple[int, str, float, float]], target
         fig.add_hline(y=target, line=dict(color=GREY, width=1, dash="dot"))
         fig.add_annotation(text=f"target {target:g}", x=0, xref="paper", y=on_axis(fig, target), xanchor="left", yanchor="top",
                            showarrow=False)
-    narrow, boxes = 300, []  # pixels: what does not collide on a phone does not elsewhere
+    narrow, boxes = 230, []  # pixels: what does not collide on a small phone does not elsewhere
     ends = sorted(ends, key=lambda end: end[3])
     for _, name, x, y in ends:
         (end, bottom), size = place(fig, x, y, narrow), CHARACTER * (len(name) + 4)

@@ -12,9 +12,11 @@ for (const chart of charts) {
   }
   Plotly.newPlot(chart, data, layout, { displayModeBar: false, responsive: true });
 }
-addEventListener("beforeprint", () => charts.forEach(chart =>
-  Plotly.relayout(chart, { width: chart.closest(".pair") ? 320 : 660 }))); // pixels; A4 has 680 between its margins
-addEventListener("afterprint", () => charts.forEach(chart => Plotly.relayout(chart, { width: null, autosize: true })));
+addEventListener("beforeprint", () => charts.forEach(chart => // in pixels; A4 has 680 between its margins
+  Plotly.relayout(chart, chart.closest(".pair") ? { width: 320, height: 280 } : { width: 660, height: 370 })));
+const heights = charts.map(chart => chart.layout.height);
+addEventListener("afterprint", () => charts.forEach((chart, i) =>
+  Plotly.relayout(chart, { width: null, height: heights[i], autosize: true })));
 
 // Tables: a button in a header sorts by its column, up, then down. Empty cells, and nan and inf, stay last.
 const value = cell => {

@@ -531,8 +531,8 @@ def test_hover_shows_hostile_names_as_text(browser, hostile):
 def test_paper(browser, example, place):
     """Charts shrink to the page and come back."""
     show(browser, example[0], dark=True)
-    width = "return document.querySelector('#seconds svg').getBoundingClientRect().width"
-    before = browser.execute_script(width)
+    size = "const box = document.querySelector('#seconds svg').getBoundingClientRect(); return [box.width, box.height]"
+    before = browser.execute_script(size)
     browser.execute_script("""addEventListener("beforeprint", () => { window.printed = [...document.querySelectorAll(
         ".chart svg.main-svg")].map(svg => svg.getBoundingClientRect().width); });""")
     pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", dict(paperWidth=8.27, paperHeight=11.69))["data"])
@@ -542,4 +542,4 @@ def test_paper(browser, example, place):
     assert pdf.startswith(b"%PDF") and 3 <= pages <= 8
     assert {*browser.execute_script("return window.printed")} == {660, 320}
     time.sleep(0.3)
-    assert browser.execute_script(width) == before
+    assert browser.execute_script(size) == before
