@@ -69,15 +69,16 @@ def main(argv: list[str]) -> int:
                         help="tables with one row for each run (default: those of records/history)")
     options = parser.parse_args(argv)
     try:
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         archive = by_path(options.archive)
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started[0], time.process_time() - started[1]
         table = [row for path in options.finals for row in csv.DictReader(path.open(encoding="utf-8", newline=""))]
     except (OSError, RecordError) as e:
         print(f"bench.archive: {e}", file=sys.stderr)
         return 2
     size, num_runs = sum(log.size for log in archive.values()), sum(len(log.runs) for log in archive.values())
-    print(f"{len(archive):,} files, {size / 1e6:.1f} MB, {num_runs:,} runs, read in {seconds:.1f} s by one process.\n")
+    print(f"{len(archive):,} files, {size / 1e6:.1f} MB, {num_runs:,} runs, read in {seconds:.1f} s "
+          f"by one process ({busy:.1f} s of processor time).\n")
     variants = Counter(log.variant for log in archive.values())
     print("| format | files |\n|---|---|")
     print("\n".join(f"| {name} | {variants[name]} |" for name, _ in logs.VARIANTS if variants[name]))

@@ -147,7 +147,6 @@ DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n", re.M)  # before the
 NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", re.A)
 TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)", re.A)
 STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)", re.A)
-TRAINING_MARKS = (("train_loss:", "train_loss"), ("step_avg:nanms", "nan"))
 LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?", re.A)
 SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})", re.A)
 TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)", re.A)
@@ -399,7 +398,11 @@ class Body:
             return self.notes.add("a step line cannot be read", quoted(line))
         step, total = int(match[1]), int(match[2])
         if " val_loss:" not in line:
-            self.marks |= {"training"} | {mark for word, mark in TRAINING_MARKS if word in line}
+            self.marks.add("training")
+            if "train_loss:" in line:
+                self.marks.add("train_loss")
+            if "step_avg:nanms" in line:
+                self.marks.add("nan")
             self.part_at(step, total)
             return
         pairs = [word.split(":", 1) for word in match[3].split(" ")[1:]]
