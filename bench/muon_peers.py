@@ -33,6 +33,10 @@ class Refused(Exception):
     """The optimizer turned the parameters or settings away when it was built."""
 
 
+class Failed(Exception):
+    """First line of an error in another process."""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What goes over the wire
 
@@ -150,7 +154,8 @@ def gram_newton_schulz(module) -> Subject:
             params=params, param_split_fn=lambda x: list(x.split(split)), param_recombine_fn=torch.cat)]
         with contextlib.redirect_stdout(io.StringIO()):  # it reports the restarts that it chose
             return module.Muon(groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                               ns_coefficients=[JORDAN] * 5, ns_use_kernels=importlib.util.find_spec("quack") is not None,
+                               ns_coefficients=[JORDAN] * 5, ns_use_kernels=torch.cuda.is_available() and bool(
+                                   importlib.util.find_spec("quack")),
                                adjust_lr=subject.adjusted(adjust_lr, {
                                    "original": original, "match_rms_adamw": "rms_norm", "spectral": "spectral_norm",
                                    None: None}))
@@ -245,7 +250,7 @@ def isolated(seconds: float, function, *args):
     pipe, process = _fork(function, args, session=True)
     try:
         if not pipe.poll(seconds):
-            raise TimeoutError(f"no answer within {seconds:g} s")
+            raise Failed(f"no answer within {seconds:g} s")
         return _answer(pipe)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -292,8 +297,7 @@ def _child(here, there, session: bool, function, args):
     try:
         answer = True, function(*args)
     except BaseException as error:
-        kind = type(error) if isinstance(error, (NotPosed, Refused)) else RuntimeError
-        answer = False, kind(str(error) if kind is not RuntimeError else first_line(error))
+        answer = False, error if type(error) in (NotPosed, Refused, Failed) else Failed(first_line(error))
         if os.environ.get("BENCH_TRACEBACK"):
             traceback.print_exc()
     there.send_bytes(pickle.dumps(answer))
@@ -305,7 +309,7 @@ def _answer(pipe):
     try:
         ok, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
-        raise RuntimeError("the process died") from None
+        raise Failed("the process died") from None
     if not ok:
         raise value
     return value
