@@ -72,6 +72,12 @@ def test_checkpoints_that_do_not_fit_on_the_disk(capsys, tmp_path, monkeypatch):
     assert code == 1 and "--save_every" in found["log_dir"][1]
 
 
+def test_a_compiler_that_makes_wrong_numbers(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **options: lambda x, w: 1.1 * f(x, w))
+    code, found = lines(capsys, tmp_path, "--compile=on", only=("compile",))
+    assert code == 1 and found["compile"][0] == "FAIL" and "have an error of 1.0e-01" in found["compile"][1]
+
+
 def test_an_old_gpu_is_told_of_bfloat16(capsys, tmp_path, monkeypatch):
     on_gpu(monkeypatch, capability=(7, 5))
     code, found = lines(capsys, tmp_path, only=())
