@@ -102,7 +102,8 @@ def planned_by_ab(submitted: list[Log]) -> tuple[int, ...]:
 
 def from_arguments(args) -> Submission:
     found, baseline = logs.find(args.paths), logs.find(args.baseline)
-    below = {path for path in found if any(part.startswith("baseline") for part in path.parts[:-1])} if not baseline else set()
+    below = {path for root in args.paths for path in found if not baseline and path.is_relative_to(root)
+             and any(part.startswith("baseline") for part in path.relative_to(root).parts[:-1])}
     counted, excluded = leave_out([path for path in found if path not in below], args.exclude)
     submitted = [logs.read(path) for path in counted]
     if not submitted:

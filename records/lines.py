@@ -16,6 +16,7 @@ STEP = re.compile(rb"^step:(\d{1,12})/\d{1,12} ((?:[a-z_]{1,40}:\S{1,40} ){0,12}
 DATE = re.compile(rb"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d) +(\d{4})\s*$", re.M)
 RESUMED = re.compile(rb"^resumed: ", re.M)
 COMMIT = re.compile(rb"^commit: ([0-9a-f]{40}(?: with changes)?)$", re.M)
+BOOT = re.compile(rb'^host: \{.{0,60000}"boot": "([0-9a-f-]{8,64})"', re.M)
 DATA = re.compile(rb"^((?:training|validation) data: .{1,300})$", re.M)
 QUEUE = 5  # steps that a GPU may still have to do when a training line is printed (at most 3.06 in the public archive)
 
@@ -25,6 +26,7 @@ class Details:
     date: datetime.datetime | None = None  # by the clock and in the time zone of the machine
     resumed: bool = False
     commit: str = ""
+    boot: str = ""  # identity of the running machine, which `calibrate` has noted
     data: tuple[str, ...] = ()  # what the log says of its data
     num_training: int = 0  # training lines
     clock: frozenset = frozenset()  # (step, ms) of training lines; of every eighth step where there are very many
@@ -49,6 +51,7 @@ def examine(log: Log) -> Details:
         date=parse_date(DATE.findall(head)),
         resumed=bool(RESUMED.search(header)),
         commit=match[1].decode() if (match := COMMIT.search(header)) else "",
+        boot=match[1].decode() if (match := BOOT.search(header)) else "",
         data=tuple(line.decode("utf-8", "replace") for line in DATA.findall(header)),
         num_training=len(training),
         clock=frozenset(map(tuple, training[training[:, 0] % (8 if len(training) > 400 else 1) == 0].tolist())),

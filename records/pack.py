@@ -32,7 +32,7 @@ HELP = "build the folder of a submission from logs and a note"
 EXAMPLE = ("python -m records pack --dry-run --name Muon --date 2026-11-22 --logs bench/results/2026-11-22_shakespeare_cpu/muon "
            "--baseline bench/results/2026-11-22_shakespeare_cpu/adamw")
 
-NOTE_BEGIN = "<!-- The note of a person, who may edit it. All else on this page comes from the logs. -->"
+NOTE_BEGIN = "<!-- A note, which its author may edit. The numbers outside it come from the logs. -->"
 NOTE_END = "<!-- End of the note. -->"
 NOTE_LIMIT = 1 << 18  # bytes
 TEMPLATES = Path(__file__).parent / "templates"

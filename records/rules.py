@@ -56,10 +56,10 @@ class Submission:
         return last_point(run) if self.step is None else run.at(self.step)
 
     def loss_test(self, runs: list[Run] | None = None) -> tuple:
-        """(result of the track's loss rule on these or all runs, the alpha left to each planned look, whether it passes)."""
+        """(result of the track's loss rule on these or all runs, probability left to each planned look, whether it passes)."""
         losses = [point.val_loss if (point := self.point(run)) else math.nan for run in (self.runs if runs is None else runs)]
         result, alpha = statistics.loss_rule(self.track, losses), self.track.alpha / max(len(self.planned), 1)
-        return result, alpha, result.passes and result.p < alpha
+        return result, alpha, result.passes and (len(self.planned) < 2 or result.p < alpha)
 
     def speed(self) -> statistics.Welch:
         """Times of the runs, in ms, against those of the baseline at its last step."""
@@ -181,6 +181,12 @@ def same_hardware(s: Submission):
 
 def hardware(run: Run) -> str | None:
     return f"{run.num_gpus} x {run.gpu_name}" if run.gpu_name and run.num_gpus else run.gpu_name
+
+
+def same_machine(s: Submission):
+    """* Runs and baseline ran on one machine, as far as `calibrate` has measured it and the logs carry that."""
+    hosts = {run.run_id: s.details[log.path].boot or None for log in [*s.logs, *s.baseline] for run in log.runs}
+    return same([*s.runs, *s.baseline_runs], lambda run: hosts[run.run_id])
 
 
 def same_torch(s: Submission):
@@ -369,8 +375,9 @@ def faster_than_baseline(s: Submission):
 
 RULES = {rule.__name__.replace("_", "-"): rule for rule in (
     intact_logs, consistent_lines, right_track, same_source, same_settings, same_validations, same_data, same_hardware,
-    same_torch, same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses, distinct_files,
-    distinct_curves, distinct_seeds, compile_flags, not_resumed, planned_runs, exclusions, loss_rule, faster_than_baseline)}
+    same_machine, same_torch, same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses,
+    distinct_files, distinct_curves, distinct_seeds, compile_flags, not_resumed, planned_runs, exclusions, loss_rule,
+    faster_than_baseline)}
 WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")}
 
 

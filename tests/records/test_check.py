@@ -1,4 +1,5 @@
 """Every rule of check: a clean set passes, and each way to doctor a log breaks the rules named here and no other."""
+import dataclasses
 import json
 import re
 
@@ -26,6 +27,11 @@ def swap_times(texts):
     pattern = rf"(step:{TOTAL}/{TOTAL} val_loss:\S+) (train_time:.*)"
     (a,), (b,) = ([match[2] for match in re.finditer(pattern, text)] for text in texts[:2])
     return [replaced(texts[0], pattern, rf"\1 {b}"), replaced(texts[1], pattern, rf"\1 {a}"), *texts[2:]]
+
+
+def on(boot):
+    """A log that carries what calibrate measured of a machine."""
+    return lambda text: replaced(text, "^attention:", f'host: {{"name": "x", "boot": "{boot}", "parts": {{}}}}\nattention:')
 
 
 def copy_with(change):
@@ -72,6 +78,7 @@ DOCTORED = {
     "another setting": (first_log(lambda t: replaced(t, '"stages": 3', '"stages": 4')), {"same-settings"}),
     "another track": (lambda texts: [replaced(t, '"track": "shakespeare"', '"track": "small"') for t in texts], {"right-track"}),
     "another GPU": (first_log(lambda t: replaced(t, r"^(Model name: +)Model T", r"\1Model S")), {"same-hardware"}),
+    "one machine": (lambda texts: [on("0123-4567")(text) for text in texts], {"same-machine"}),  # the baseline does not say
     "another torch": (first_log(lambda t: replaced(t, r"PyTorch 2\.13\.0", "PyTorch 2.12.0")), {"same-torch"}),
     "another world size": (first_log(lambda t: replaced(t, "world_size 2", "world_size 1")), {"same-world-size"}),
     "other data": (first_log(lambda t: replaced(t, r"sha256 0+", "sha256 1")), {"same-data"}),
@@ -237,6 +244,27 @@ def test_what_cannot_be_waived_in_record_json_either(tmp_path):
     submission = rules.Submission(TRACKS["shakespeare"], [logs.read(path) for path in tmp_path.glob("*.txt")], waivers=waivers)
     found = {v.rule: v.verdict for v in rules.judge(submission)}
     assert (found["consistent-lines"], found["faster-than-baseline"]) == (rules.FAIL, rules.WAIVED)
+
+
+def test_one_machine_and_another(tmp_path, capsys):
+    here, there = on("0123-4567-89ab"), on("ba98-7654-3210")
+    assert not failures(tmp_path / "a", capsys, [*map(here, runs())], [*map(here, slow())])
+    assert failures(tmp_path / "b", capsys, [*map(here, runs())], [*map(there, slow())]).keys() == {"same-machine"}
+
+
+def test_a_score_that_just_reaches_the_rule_of_steps(tmp_path):
+    """3.28 - 3.276 with n = 1 is the example in the rules of the public track; its p is a little above 0.001."""
+    (tmp_path / "a.txt").write_text("step:20/20 val_loss:3.27600 train_time:2.000s step_avg:100.00ms\n")
+    submission = rules.Submission(TRACKS["optimization"], [logs.read(tmp_path / "a.txt")], step=20)
+    assert rules.loss_rule(submission)[0] == rules.PASS
+    assert rules.loss_rule(dataclasses.replace(submission, planned=(1, 8)))[0] == rules.FAIL
+
+
+def test_a_path_through_a_folder_called_baseline(tmp_path, capsys):
+    """Only folders below the named one tell what is a baseline."""
+    write(tmp_path / "baseline-tests/logs", runs())
+    guarded(["check", str(tmp_path / "baseline-tests/logs")])
+    assert f"{RUNS} runs, 0 of the" in capsys.readouterr().out
 
 
 def test_claim_step_before_the_last(tmp_path, capsys):

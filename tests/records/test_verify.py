@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from claims import RUNS, finals, log, public, replaced, runs, slow, uuid, write
 
-from records import schema
+from records import schema, verify
 from records.__main__ import guarded
 
 MODES = {  # numbers of the survey of the public records
@@ -121,6 +121,7 @@ ALTERED = {
     "the README removed": (lambda folder: (folder / README).unlink(), {(README, "altered")}),
     "nothing": (lambda folder: None, set()),
     "the note edited": (edit(README, "^An idea.", "A better idea, with\n\n| a | table |"), set()),
+    "a list in the note": (edit(README, "^An idea.", "losses = [1.4001, 1.4002]"), {(README, "number-without-log")}),
     "a picture for the note": (lambda folder: write(folder / "media", ["png"]), set()),
     "the mean in record.json": (edit(RECORD, r'"loss_mean": 1\.\d', '"loss_mean": 1.4', 1), {(RECORD, "altered")}),
     "a hash in record.json": (edit(RECORD, r'"sha256": "..', '"sha256": "00', 1), {(RECORD, "altered")}),
@@ -255,7 +256,7 @@ PUBLIC = {
     "a loss typed wrong": (edit(README, r"losses = \[3\.2", "losses = [3.3"), {
         (README, "number-without-log"), (README, "p-value")}),
     "a time typed wrong": (edit(README, r"times  = \[\d", "times  = [3"), {(README, "number-without-log")}),
-    "a probability typed wrong": (edit(README, r"# p=0\.\d+", "# p=0.0102"), {(README, "p-value")}),
+    "a probability typed wrong": (edit(README, r"# p=0\.\d+", "# p=0.0001"), {(README, "p-value")}),
     "a run left out of the list": (edit(README, r"(losses = \[)[\d.]+, ", r"\1"), {(README, "unlisted-runs")}),
     "times of other runs": (edit(README, r"(times  = \[)([\d.]+), ([\d.]+)", r"\1\3, \2"), {(README, "pairing")}),
     "a probability without losses": (edit(README, r"\Z", "\n" * 20 + "It is significant, p = 0.0001.\n", 1),
@@ -317,6 +318,30 @@ def test_archive_of_several_folders(tmp_path, capsys):
                      ("track_1_short/2025-01-02_Idea1/this_pr", "duplicate-folder"),
                      ("track_1_short/2025-02-01-Idea1", "folder-name"),
                      ("track_1_short/2025-01-03_Other", "other-hardware")}
+
+
+def kinds(*facts) -> list[tuple[str, str]]:
+    """Findings across runs, each given as record, folder, log, sha256, curve, hardware."""
+    found = verify.across([verify.Facts(*fact[:4], frozenset(fact[4]), fact[5], "small") for fact in facts])
+    return sorted((finding.path, finding.kind) for finding in found)
+
+
+def test_across_folders():
+    def run(folder, log, sha, curve=(), hardware="8 x H100"):
+        return folder, folder, log, sha, curve, hardware
+    assert kinds(run("a", "1", "x"), run("a", "2", "y")) == []
+    assert kinds(run("a", "1", "x"), run("b", "1", "x")) == [("a", "duplicate-files")]
+    assert kinds(run("a", "1", "x"), run("a", "2", "x"), run("a", "3", "y"), run("a", "4", "y")) == [("a", "duplicate-files")]
+    pair = run("a", "1", "x"), run("a", "2", "y")
+    assert kinds(*pair, run("b", "1", "x"), run("b", "3", "y")) == [("a", "duplicate-folder")]
+    assert kinds(*pair, run("b", "1", "x"), run("b", "3", "y"), run("b", "4", "z")) == [("a", "duplicate-files")]
+    assert kinds(run("a", "1", "x", "123"), run("b", "1", "y", "123")) == [("a", "duplicate-curves")]
+    assert kinds(run("a", "1", "x", "12"), run("b", "1", "y", "12")) == []  # too short to tell
+    assert kinds(run("a", "1", "x", "123"), run("a", "2", "y", "123")) == []  # a rule says that
+    other = run("b", "1", "z", hardware="1 x H100")
+    assert kinds(*pair, other) == [("b", "other-hardware")]
+    assert kinds(pair[0], other) == []  # no majority
+    assert kinds(*pair, run("b", "1", "z", hardware=None)) == []
 
 
 def test_curves_twice_in_other_files(tmp_path, capsys):
