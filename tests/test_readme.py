@@ -16,7 +16,9 @@ RESULTS = ROOT / "bench" / "results" / "2026-11-22_shakespeare_cpu"
 
 def finals(group: str) -> tuple[list[float], list[float]]:
     """Last validation losses and training seconds of the logs of a group."""
-    losses, seconds, _ = zip(*(final(path) for path in sorted((RESULTS / group).glob("*.txt"))))
+    record = ROOT / "records" / "track_0_laptop" / group / "runs"
+    folder = record if record.exists() else RESULTS / group
+    losses, seconds, _ = zip(*(final(path) for path in sorted(folder.glob("*.txt"))))
     return list(losses), list(seconds)
 
 
@@ -25,8 +27,9 @@ def test_every_setting_and_option_it_shows_exists():
     assert shown, "no options found in README.md"
     torchrun = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     slurm = {"nodes", "ntasks", "gpus"}
-    others = {"help", "check", "resume", "prompt", "name"}
-    assert shown - torchrun - slurm - others <= {f.name for f in dataclasses.fields(train_gpt.Config)}
+    others = {"help", "check", "resume", "prompt", "name", "doctor", "plan", "gpu"}
+    records = {"margin", "sd", "a", "b", "runs", "out", "logs", "baseline", "note"}  # of python -m records, tested there
+    assert shown - torchrun - slurm - others - records <= {f.name for f in dataclasses.fields(train_gpt.Config)}
     assert "--prompt" in (ROOT / "sample.py").read_text()
 
 
@@ -37,6 +40,14 @@ def test_every_file_it_names_exists():
         assert (ROOT / name).exists(), name
 
 
+def test_line_counts_are_true():
+    counts = re.findall(r"`(\w+\.py)` (\d+) \((\d+) not blank\)", README)
+    assert len(counts) == 3
+    for name, lines, filled in counts:
+        text = (ROOT / name).read_text().splitlines()
+        assert (len(text), sum(bool(line.strip()) for line in text)) == (int(lines), int(filled)), name
+
+
 def test_track_table_is_the_presets():
     for name in train_gpt.TRACKS:
         cfg = train_gpt.Config.for_track(name)
@@ -44,15 +55,16 @@ def test_track_table_is_the_presets():
         assert f"| {cfg.target_loss} |" in row and f"| {cfg.train_steps} |" in row
 
 
-@pytest.mark.parametrize("group", ["muon", "adamw", "yardstick"])
+@pytest.mark.parametrize("group", ["muon", "adamw", "yardstick", "2026-11-24_Reference"])
 def test_figures_are_those_of_the_logs(group):
     losses, seconds = finals(group)
     row = next(line for line in README.splitlines() if line.startswith("| ") and f"`{group}/`" in line)
     assert f"| {len(losses)} | {spread(losses, 4)} | {spread(seconds, 1)} |" in row
 
 
-def test_reference_runs_meet_the_target_with_p_below_one_percent():
-    losses, _ = finals("muon")
+@pytest.mark.parametrize("group", ["muon", "2026-11-24_Reference"])
+def test_reference_runs_meet_the_target_with_p_below_one_percent(group):
+    losses, _ = finals(group)
     target = train_gpt.Config.for_track("shakespeare").target_loss
     t = (target - statistics.mean(losses)) / (statistics.stdev(losses) / len(losses) ** 0.5)
     assert len(losses) >= 8 and t > 2.998  # one-sided 1 % of Student's t with 7 degrees of freedom
