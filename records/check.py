@@ -106,8 +106,8 @@ def from_arguments(args) -> Submission:
              and any(part.startswith("baseline") for part in path.relative_to(root).parts[:-1])}
     counted, excluded = leave_out([path for path in found if path not in below], args.exclude)
     submitted = [logs.read(path) for path in counted]
-    if not submitted:
-        raise RecordError(f"{args.paths[0]}: expected logs, found none that count; check the path")
+    if not any(log.runs for log in submitted):
+        raise RecordError(f"{args.paths[0]}: expected logs of runs, found none that counts; check the path")
     track = choose(args.track, submitted)
     step = args.step
     if step is None and track.claim_step == "stated":

@@ -87,6 +87,8 @@ def run(args) -> int:
         temporary.chmod(0o755)
         target.parent.mkdir(exist_ok=True)
         temporary.rename(target)
+    except BrokenPipeError:
+        raise  # of the output, not of the folder
     except OSError as e:
         raise RecordError(f"{target}: expected to write it, found: {e.strerror}; check names, space and permissions") from None
     finally:

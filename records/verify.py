@@ -108,6 +108,8 @@ def run(args) -> int:
         results = [examine(*job) for job in jobs]
     facts = [fact for _, found in results for fact in found]
     findings = sorted({*(finding for found, _ in results for finding in found), *across(facts)})
+    if not facts and not findings:
+        raise RecordError(f"{args.path}: expected logs or a record.json, found other texts only; check the path")
     if args.json:
         print(json.dumps({"records": len(folders), "runs": len(facts), "findings": [asdict(f) for f in findings],
                           "counts": Counter(f.kind for f in findings)}, indent=1))
@@ -127,6 +129,10 @@ def show(findings: list[Finding], what: str):
     print(f"{what}: {len(findings)} findings" if findings else f"{what}: every number follows from the logs")
 
 
+def is_record(folder: Path, files: Iterable[Path]) -> bool:
+    return bool(DATED.match(folder.resolve().name)) or folder / schema.FILE in files
+
+
 def records_in(root: Path) -> dict[Path, list[Path]]:
     """Files by the folder of the record that they belong to: the outermost one with a record.json or a date for a name, else
     their own; all of `root` where there is none such. Folders without logs are left out."""
@@ -134,8 +140,7 @@ def records_in(root: Path) -> dict[Path, list[Path]]:
     for name, subfolders, members in os.walk(root):
         folder = Path(name)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        is_record = schema.FILE in members or DATED.match(folder.resolve().name)
-        home[folder] = home.get(folder.parent) or (folder if is_record else None)
+        home[folder] = home.get(folder.parent) or (folder if is_record(folder, map(folder.joinpath, members)) else None)
         members += [name for name in subfolders if (folder / name).is_symlink()]
         files.setdefault(home[folder] or folder, []).extend(folder / name for name in sorted(members))
     if not any(home.values()):
@@ -161,6 +166,8 @@ def examine(root: Path, folder: Path, files: list[Path], track_name: str | None)
             read += [logs.read(path)] if path.suffix in logs.SUFFIXES else []
         except RecordError as e:
             find(path, "odd-log", str(e))
+    if not any(log.variant != "X" for log in read) and not is_record(folder, files):
+        return [], []  # texts of other kinds, such as requirements.txt
     track = track_of(folder, read, track_name)
     if folder / schema.FILE in files:
         packed(folder, files, read, track, find)

@@ -293,6 +293,13 @@ def test_refusals(arguments, sentence, tmp_path, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_no_run_at_all(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("numpy\n")
+    for path in (tmp_path / "a.txt", tmp_path / "none", tmp_path):
+        assert guarded(["check", str(path), "--track", "small"]) == 2
+    assert "expected logs of runs, found none" in capsys.readouterr().err
+
+
 def test_loss_rule_is_waived_for_systems_only(tmp_path, capsys):
     folder, baseline = write(tmp_path / "runs", runs(final=1.62)), write(tmp_path / "other", slow())
     base = ["check", str(folder), "--baseline", str(baseline)]

@@ -415,7 +415,17 @@ def test_hostile_readme(content, tmp_path, capsys):
     findings(folder, capsys)
 
 
+def test_other_texts_beside_records(packed, capsys):
+    """records/ itself holds requirements.txt and a README of its own."""
+    (packed.parents[1] / "requirements.txt").write_text("numpy\n")
+    (packed.parents[1] / README).write_text("# Records\n")
+    assert not findings(packed.parents[1], capsys)
+
+
 def test_paths(tmp_path, capsys):
+    (tmp_path / "requirements.txt").write_text("numpy\n")
+    assert guarded(["verify", str(tmp_path)]) == 2 and "other texts only" in capsys.readouterr().err
+    (tmp_path / "requirements.txt").unlink()
     assert guarded(["verify", str(tmp_path / "none")]) == 2 and "nothing there" in capsys.readouterr().err
     assert guarded(["verify", str(tmp_path)]) == 2 and "expected logs" in capsys.readouterr().err
     (tmp_path / "file.txt").write_text("")
