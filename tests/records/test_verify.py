@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from claims import RUNS, finals, log, public, replaced, runs, slow, uuid, write
 
-from records import schema, verify
+from records import readme, schema, verify
 from records.__main__ import guarded
 
 MODES = {  # numbers of the survey of the public records
@@ -292,6 +292,8 @@ PUBLIC = {
         ("this_pr/requirements.txt", "not-a-log"), (OTHERS, "log-name")}),
     "a spelling of README": (lambda folder: (folder / README).rename(folder / "ReadMe.md"), {("ReadMe.md", "folder-name")}),
     "a link out": (lambda folder: link(folder / THIS, Path("/etc/passwd")), {(THIS, "link"), (README, "number-without-log")}),
+    "a list of whole numbers": (edit(README, r"\Z", "\nlayers: [3, 3, 3]\n", 1), set()),
+    "a folder of tools": (lambda folder: write(folder / ".pack-1", ["no log"]), set()),
     "code in the README": (edit(README, r"\Z", "\nlosses = [__import__('os').system('touch x'), 3.1]\n", 1), set()),
     "a banned flag": (edit_all(r"\A# the trainer", "torch._inductor.config.a = 1"), {(OTHERS, "compile-flags")}),
     "runs after the date": (edit_all("^Thu Jan  2", "Thu Jan  9"), {(OTHERS, "date")}),
@@ -318,6 +320,19 @@ def test_archive_of_several_folders(tmp_path, capsys):
                      ("track_1_short/2025-01-02_Idea1/this_pr", "duplicate-folder"),
                      ("track_1_short/2025-02-01-Idea1", "folder-name"),
                      ("track_1_short/2025-01-03_Other", "other-hardware")}
+
+
+def test_lists_in_a_text():
+    text = "a\nlosses = [1.50, 1.6]\nagain: [1.5, 1.6]\ntimes = ['10.125',\n 2e1]\n[1.5]\n[1, 2]\n[1.5, x]\n"
+    found = [(listed.line, listed.before.strip(), listed.values, listed.digits) for listed in readme.lists(text)]
+    assert found == [(2, "losses =", (1.5, 1.6), 2), (4, "times =", (10.125, 20.0), 3)]
+
+
+def test_probabilities_in_a_text():
+    text = "p=0.0060 and (`p=0.0001`), p-value: 4.53e-04\nz test: p = 0.3, p < 0.01, top=0.5, p = 12, P = 1e-3\n"
+    found = [(line, p) for line, p, _ in readme.probabilities(text)]
+    assert found == [(1, 0.006), (1, 0.0001), (1, 4.53e-4), (2, 0.3), (2, 1e-3)]
+    assert [half for *_, half in readme.probabilities(text)] == pytest.approx([5e-5, 5e-5, 5e-7, 0.05, 5e-4])
 
 
 def kinds(*facts) -> list[tuple[str, str]]:
