@@ -179,7 +179,8 @@ def settings_table(groups: list[Group]) -> list[Column]:
 
 def local_table() -> list[Column]:
     found = [record for track in TRACKS.values() for record in table.local_records(track)]
-    titles = [Cell(shown(record.description, 120), detail=shown(record.why_no_record or "", 200)) for record in found]
+    why = [shown(f"no record: {record.why_no_record}", 200) if record.why_no_record else "" for record in found]
+    titles = [Cell(shown(record.description, 120), detail=reason) for record, reason in zip(found, why)]
     losses = [Cell(table.number(runs.loss_mean, 4), detail=f"± {table.number(runs.loss_sd, 4)}")
               for runs in (record.runs for record in found)]
     return [Column("Record", titles, heads=True), texts("Track", [record.track for record in found], "fact"),

@@ -172,6 +172,9 @@ def test_settings_that_differ_are_shown(example):
 def test_history_alone(place):
     page = Page(make(place / "history.html"))
     assert len(page.tables[-1]) == 156 and "155 public records" in page.text
+    local = table.local_records(TRACKS["shakespeare"])
+    assert local and [row[0] for row in page.tables[-2][1:]] == [
+        record.description + (f"\nno record: {record.why_no_record}" if record.why_no_record else "") for record in local]
     assert [a["id"] for a in page.all("div") if a.get("class") == "chart"] == [
         "history-small", "history-small-steps", "history-optimization", "history-medium", "history-medium-steps"]
     small = {row[1]: row for row in page.tables[-1] if row[0] == "small"}
