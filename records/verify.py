@@ -57,7 +57,7 @@ KINDS = {
 }
 __doc__ = __doc__.format(kinds="\n".join(f"  {kind:<19} {meaning}" for kind, meaning in KINDS.items()))
 
-DATED = re.compile(r"(\d{4}-\d\d-\d\d|\d{8})(?!\d)")
+DATED = re.compile(r"(\d{4}-\d\d-\d\d|\d{8}(?=_|$))(?!\d)", re.A)
 FOLDER_NAME = re.compile(r"(\d{4}-\d\d-\d\d_[A-Za-z0-9]|\d{8}_[a-z0-9])[\w-]*", re.A)
 BASELINE = re.compile(r"base|prev|prior|retim|rerun|master|control", re.I)
 GROUP_RULES = ("same-source", "same-settings", "same-data", "same-hardware", "same-torch", "same-world-size", "validation-tokens",
@@ -194,7 +194,7 @@ def packed(folder: Path, files: list[Path], read: list[Log], track: Track | None
     """Build the folder again from its logs and what a person said, and compare."""
     try:
         record = schema.read(folder / schema.FILE)
-        before, begin, rest = text_of(folder / "README.md").partition(pack.NOTE_BEGIN)
+        before, _, rest = text_of(folder / "README.md").partition(pack.NOTE_BEGIN)
         note = rest.partition(pack.NOTE_END)[0]
         expected_record, verdicts, expected = pack.compose(folder, record, note.strip())
     except RecordError as e:
@@ -261,7 +261,7 @@ def submitted(folder: Path, files: list[Path], read: list[Log], track: Track | N
     groups = defaultdict(list)
     for log in read:
         groups[log.path.parent].append(log)
-    names_of_folder(folder, files, groups, texts, find)
+    names_of_folder(folder, groups, texts, find)
     for place, members in groups.items():
         facts_of_group(place, [log for log in members if log.variant != "X"], track, find)
         for log in members:
@@ -274,7 +274,7 @@ def submitted(folder: Path, files: list[Path], read: list[Log], track: Track | N
         find(folder, "no-baseline", f"{len(runs)} runs, {len(times)} lists of times")
 
 
-def names_of_folder(folder: Path, files: list[Path], groups: dict, texts: dict, find: Find):
+def names_of_folder(folder: Path, groups: dict, texts: dict, find: Find):
     if DATED.match(folder.resolve().name) and not FOLDER_NAME.fullmatch(folder.resolve().name):
         find(folder, "folder-name", "expected <date>_<Name>")
     for path in texts:
@@ -285,11 +285,9 @@ def names_of_folder(folder: Path, files: list[Path], groups: dict, texts: dict, 
     for place, members in groups.items():
         if odd := [log for log in members if not UUID.fullmatch(log.path.stem)]:
             find(place, "log-name", f"{len(odd)} of {len(members)}: {names(odd)}")
-    here = {path.resolve() for path in files}
     for path, text in texts.items():
         for line, target in readme.links(text):
-            goal = path.parent / target
-            if len(target) < 200 and goal.resolve() not in here and not goal.exists():
+            if not os.path.exists(path.parent / target):
                 find(path, "broken-link", f"line {line}: {target}")
 
 

@@ -329,7 +329,7 @@ def test_lists_in_a_text():
 
 
 def test_probabilities_in_a_text():
-    text = "p=0.0060 and (`p=0.0001`), p-value: 4.53e-04\nz test: p = 0.3, p < 0.01, top=0.5, p = 12, P = 1e-3\n"
+    text = "p=0.0060 and (`p=0.0001`), p-value: 4.53e-04\nz test: p = 0.3, p < 0.01, top=0.5, p = 12, p = 2.5, P = 1e-3\n"
     found = [(line, p) for line, p, _ in readme.probabilities(text)]
     assert found == [(1, 0.006), (1, 0.0001), (1, 4.53e-4), (2, 0.3), (2, 1e-3)]
     assert [half for *_, half in readme.probabilities(text)] == pytest.approx([5e-5, 5e-5, 5e-7, 0.05, 5e-4])
@@ -423,7 +423,7 @@ def test_plain_folders(tmp_path, capsys):
 @pytest.mark.parametrize("content", [
     b"", b"\xff\xfe", b"[" * 10**6, b"losses = [" + b"1.5, " * 10**5, b"| a" * 10**5, b"](" * 10**5, b"p=" * 10**5,
     b"[1.5 " * 10**5, b"[" + b"1.5\n" * 10**5 + b"]", b"losses = [1e308, 1e999, nan, -1.0]", b"[3.2, 9" + b"9" * 5000 + b".5]",
-    b"p=1e-999 p=0.e9 p=1e999 p=0e999"])
+    b"p=1e-999 p=0.e9 p=1e999 p=0e999", b"[a](b\0c)", "[a]({})".format("é" * 200).encode(), b"[a](" + b"x" * 299 + b")"])
 def test_hostile_readme(content, tmp_path, capsys):
     folder = public_folder(tmp_path)
     (folder / README).write_bytes(content)
