@@ -210,8 +210,9 @@ def ratio_interval(a: Sequence[float], b: Sequence[float], confidence: float = 0
     may differ, the interval stays positive, and that of b / a is its reciprocal. At the relative spread of times (6 % and
     less) it agrees with Fieller's to a twentieth of the width; where the spread is so large that Fieller's is unbounded,
     neither means much."""
-    ratio = float(np.mean(a) / np.mean(b)) if not (unfit(a, 1) or unfit(b, 1)) and min(*a, *b) > 0 else None
-    if why := unfit(a) or unfit(b) or ("" if ratio else "expected positive values"):
+    ratio = float(np.mean(a)) / float(np.mean(b)) if not (unfit(a, 1) or unfit(b, 1)) and min(*a, *b) > 0 else None
+    ratio = ratio if ratio and math.isfinite(ratio) else None  # of numbers too far apart for a float
+    if why := unfit(a) or unfit(b) or ("" if ratio else "expected positive values of like size"):
         return Interval(ratio, None, None, confidence, why)
     squared = [np.var(group, ddof=1) / len(group) / np.mean(group) ** 2 for group in (a, b)]
     df = sum(squared) ** 2 / sum(part ** 2 / (len(group) - 1) for part, group in zip(squared, (a, b)))
