@@ -12,7 +12,7 @@ For every weight matrix W with gradient G, at learning rate lr, weight decay wd 
 Legend: a matrix is m x n as stored; B matrices make a stack (B, m, n). A 2-D parameter is one matrix, a 3-D parameter
 (k, m, n) a bank of k matrices, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix into blocks of
 rows. This file is the optimizer; muon_ranks.py shares its work out over ranks, muon_fsdp.py does so for DTensor parameters
-(FSDP2). Take the first two, or all three, into another project: they need nothing but torch.
+(FSDP2). Take them into another project: they need nothing but torch.
 
 Use it for the hidden matrices of a network. Embeddings, the output head, gains and biases belong to AdamW;
 muon_tools.py proposes which is which.
@@ -112,8 +112,13 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str | Sequence = "pol
     coefficients: a name in COEFFICIENTS or a sequence of (a, b, c). dtype: of the iteration and the result, default
     `iteration_dtype`. form: see `gram_pays`. symmetric: see `symmetric_product`. Only the direction of G counts: dividing
     by the largest entry first keeps the squares in range for entries from 1e-30 to 1e30. Zero in, zero out."""
+    expect(G.ndim >= 2 and G.numel() > 0 and G.is_floating_point(), "expected real matrices of some size",
+           f"{tuple(G.shape)} in {G.dtype}", "leave it to another optimizer")
     if G.size(-2) > G.size(-1):
         return orthogonalize(G.mT, steps, coefficients, dtype, form, symmetric).mT  # R is smallest on the short side
+    known = is_schedule(coefficients) and form in FORMS and steps > 0
+    expect(known, "expected known coefficients, one of auto, standard and gram, and a step or more",
+           f"{coefficients}, {form} and {steps}", "see the docstring")
     dtype = dtype or iteration_dtype(G.device, form)
     expect(form != "gram" or dtype != torch.bfloat16, "expected fp16, fp32 or fp64 for the Gram form", dtype, "name one")
     safety, triples = COEFFICIENTS[coefficients] if isinstance(coefficients, str) else (1.0, coefficients)
@@ -191,19 +196,26 @@ def is_split(x) -> bool:
 
 def is_schedule(x) -> bool:
     return x in COEFFICIENTS if isinstance(x, str) else len(x) > 0 and all(
-        len(triple) == 3 and all(isinstance(number, (int, float)) for number in triple) for triple in x)
+        len(triple) == 3 and all(math.isfinite(number) for number in triple) for triple in x)
+
+
+def is_rate(x) -> bool:
+    if isinstance(x, Tensor):  # on a GPU its value stays there: reading it would make the host wait
+        return x.numel() == 1 and (not x.is_cpu or 0 <= float(x) < math.inf)
+    return isinstance(x, (int, float)) and 0 <= x < math.inf
 
 
 RULES = {  # setting of a group -> (what is expected, test)
-    "lr": ("one number, 0 or more", lambda x: (not isinstance(x, Tensor) or x.numel() == 1) and float(x) >= 0),
+    "lr": ("one number, 0 or more", is_rate),
     "momentum": ("0 <= momentum < 1", lambda x: 0 <= x < 1),
-    "weight_decay": ("0 or more", lambda x: x >= 0),
+    "weight_decay": ("0 or more", is_rate),
     "ns_steps": ("a whole number above 0", lambda x: type(x) is int and x > 0),
     "coefficients": (f"one of {list(COEFFICIENTS)} or a sequence of (a, b, c)", is_schedule),
     "ns_form": (f"one of {FORMS}", lambda x: x in FORMS),
     "adjust_lr": (f"one of {list(ADJUST_LR)}", lambda x: x in ADJUST_LR),
     "normuon_beta2": ("None or 0 <= beta2 < 1", lambda x: x is None or 0 <= x < 1),
     "split": ("None, a number of equal blocks, or the rows of each block", is_split),
+    **{key: ("True or False", lambda x: isinstance(x, bool)) for key in ("nesterov", "cautious", "split_mantissa", "flatten")},
 }
 
 
@@ -406,6 +418,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         with torch.enable_grad():
             loss = None if closure is None else closure()
+        for number, group in enumerate(self.param_groups):
+            check_settings(group, number)  # they may change between steps
         self.start()
         self._consolidated, inflight = None, deque()
         try:
@@ -481,7 +495,9 @@ class Muon(torch.optim.Optimizer):
                            "save the state of all ranks, see consolidate_state_dict()")
                     if hasattr(state[p][key], "device_mesh") and not hasattr(p, "device_mesh"):
                         state[p][key] = whole(state[p][key])
-                    expected, found = state_shape(key, p, groups[-1]), tuple(state[p][key].shape)
+                    value, expected = state[p][key], state_shape(key, p, groups[-1])
+                    real = isinstance(value, Tensor) and not value.is_complex()
+                    found = tuple(value.shape) if real else f"{type(value).__name__}, {getattr(value, 'dtype', 'no tensor')}"
                     expect(found == expected, f"{self._names[p]}: expected a {key} of shape {expected}", found,
                            "load a checkpoint of this model")
         kept = dict(self.state)

@@ -8,19 +8,21 @@ from torch import Tensor, nn
 def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
     """Propose ([(name, parameter)] for Muon, the same for AdamW) and print the routing with its reasons.
 
-    Muon gets matrices, banks and convolutions inside the network. AdamW gets the rest: scalars and vectors (also as a
-    matrix with one row or column), embeddings, what shares its tensor with one, and the output head: a Linear shaped as an
-    embedding that is the last of the model or called a head. Frozen parameters are left out. Look at the print-out: a
-    network of another kind may call for another choice."""
+    Muon gets matrices, banks and convolutions inside the network. AdamW gets the rest: scalars and vectors (also as a matrix
+    with one row or column), embeddings, what shares its tensor with one, and the output head: a Linear called head, lm_head
+    or classifier, or the last one of the model if it is shaped as an embedding. Frozen parameters are left out. Look at the
+    print-out: a network of another kind may call for another choice."""
     tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     linears = [(name, m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    heads = {w for name, w in linears if w.shape in {t.shape for t in tables}
-             and (w is linears[-1][1] or "head" in name.rpartition(".")[2].lower())}
+    heads = {w for name, w in linears if name.rpartition(".")[2].lower() in ("head", "lm_head", "classifier")
+             or (w is linears[-1][1] and w.shape in {t.shape for t in tables})}
     routes = {"Muon": [], "AdamW": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p in tables or "embed" in name.lower():
+        if p.numel() == 0 or not p.is_floating_point():
+            why = "empty" if p.numel() == 0 else "not real"
+        elif p in tables or "embed" in name.lower():
             why = "embedding"
         elif p.ndim < 2 or max(p.shape) == p.numel():
             why = "vector" if p.numel() > 1 else "scalar"

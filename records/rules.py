@@ -382,13 +382,13 @@ WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")
 
 
 def judge(s: Submission) -> list[Verdict]:
-    """Every rule on a submission; failures are waived where a person gave a reason, the loss rule only for a kind of change
-    that the track exempts, with which the reason then begins."""
+    """Every rule on a submission; failures are waived where a person gave a reason: the loss rule only for a kind of change
+    that the track exempts, with which the reason then begins, and speed only where there is no baseline to measure it by."""
     found = []
     for name, rule in RULES.items():
         verdict, evidence = rule(s)
         reason = s.waivers.get(name, "") if name in WAIVABLE and verdict == FAIL else ""
-        if name == "loss-rule" and not reason.startswith(s.track.waived_for):
+        if name == "loss-rule" and not reason.startswith(s.track.waived_for) or name == "faster-than-baseline" and s.baseline:
             reason = ""
         found.append(Verdict(name, WAIVED if reason else verdict, plain(evidence), plain(reason)))
     return found
