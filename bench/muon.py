@@ -302,7 +302,7 @@ def summary(result: dict) -> str:
     timed = {row["subject"]: row for row in result.get("times", []) if row["shapes"] == first}
     work, exact = ({row["subject"]: row for row in result.get(part, [])} for part in ("work", "accuracy"))
     theirs, rows = timed.get("torch.optim.Muon", {}).get("seconds"), []
-    for name in dict.fromkeys([*timed, *work, *exact, *(row["subject"] for row in result.get("checks", []))]):
+    for name in dict.fromkeys([*timed, *work, *(row["subject"] for row in result.get("checks", []))] or exact):
         seconds, w, a = timed.get(name, {}).get("seconds", []), work.get(name, {}), exact.get(name, {})
         verdicts = [row["outcome"] for row in result.get("checks", []) if row["subject"] == name]
         ratio = statistics.median(theirs) / statistics.median(seconds) if theirs and seconds else None
@@ -462,6 +462,9 @@ def measure_without_cuda(args) -> dict:
 def measure(args, device: torch.device) -> dict:
     subjects, missing = load_all(args.subjects)
     threads, entries = torch.get_num_threads(), candidates(subjects, device)
+    extra = {name: (subjects["muon.py"], settings) for name, settings in (
+        ("muon.py, default coefficients", {}), ("muon.py, float16, Gram", dict(
+            coefficients="jordan", ns_dtype=torch.float16, ns_form="gram"))) if "muon.py" in subjects}
     result = json.loads(args.load.read_text()) if args.load else {}
     if device.type == "cuda":
         result |= measure_without_cuda(args)
@@ -474,7 +477,7 @@ def measure(args, device: torch.device) -> dict:
     def say(text):
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
-    def rows_of(function, *more):
+    def rows_of(entries, function, *more):
         for name, (S, settings) in entries.items():
             try:
                 yield dict(subject=name) | isolated(args.seconds, function, S, settings, *more)
@@ -493,7 +496,8 @@ def measure(args, device: torch.device) -> dict:
             say(f"  {label}")
             yield from times(entries, label, shapes, device, args.reps, args.patience)
     measures = {
-        "checks": all_checks, "accuracy": lambda: rows_of(accuracy_of), "work": lambda: rows_of(work_of, args.scale),
+        "checks": all_checks, "work": lambda: rows_of(entries, work_of, args.scale),
+        "accuracy": lambda: rows_of(entries | extra, accuracy_of),
         "worlds": lambda: worlds(subjects, 12, args.scale, args.seconds), "plans": plans,
         "shares": lambda: shares(subjects["muon.py"], device, args.reps, args.blocks),
         "classes": lambda: classes(device, args.reps, 1 if device.type == "cpu" else 8), "times": all_times}
