@@ -298,7 +298,7 @@ def reasons(rows: list[dict], *keys: str) -> str:
 
 def summary(result: dict) -> str:
     """A row per subject: times of the first set of shapes, and the gist of the other parts."""
-    first = result["times"][0]["shapes"] if result.get("times") else "nothing"
+    first = result["times"][0]["shapes"] if result.get("times") else "nothing yet"
     timed = {row["subject"]: row for row in result.get("times", []) if row["shapes"] == first}
     work, exact = ({row["subject"]: row for row in result.get(part, [])} for part in ("work", "accuracy"))
     theirs, rows = timed.get("torch.optim.Muon", {}).get("seconds"), []

@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import tempfile
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -42,17 +43,22 @@ class Failed(Exception):
 
 class Wire:
     """Counts the bytes that this rank sends in torch.distributed's collectives, as a ring sends them (what it receives is
-    as much), and can delay launches and waits. Stands in their places, so it must be made before the optimizers are
-    imported. DTensor's own collectives do not pass here."""
+    as much), and can delay launches and waits. Stands in their places, so it must be made before other people's
+    optimizers are imported. DTensor's own collectives do not pass here."""
     WEIGHTS = {"all_reduce": 2, "reduce_scatter_tensor": 1, "reduce_scatter_single": 1, "reduce_scatter": 1,
                "all_gather_into_tensor": 1, "all_gather_single": 1, "all_gather": 1, "all_to_all_single": 1,
                "all_to_all": 1, "broadcast": 1, "gather": 1, "scatter": 1}
 
     def __init__(self):
         self.reset()
+        ours = [sys.modules[name] for name in ("muon_ranks", "muon_fsdp") if name in sys.modules]  # imported before
         for name in self.WEIGHTS:
             if hasattr(dist, name):
-                setattr(dist, name, self._wrap(name, getattr(dist, name)))
+                original = getattr(dist, name)
+                counted = self._wrap(name, original)
+                for module in [dist, *ours]:
+                    for key in [key for key, value in vars(module).items() if value is original]:
+                        setattr(module, key, counted)
 
     def reset(self, delay=None) -> None:
         self.sent, self.calls, self.delay, self.inside = 0.0, 0, delay or (lambda: None), False
