@@ -13,8 +13,8 @@ import math
 import os
 import pickle
 import signal
-import tempfile
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
