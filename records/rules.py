@@ -44,8 +44,12 @@ class Submission:
         return [run for log in self.baseline for run in log.runs]
 
     @property
+    def counted(self) -> list[Log]:
+        return [*self.logs, *self.baseline]
+
+    @property
     def all_logs(self) -> list[Log]:
-        return [*self.logs, *self.baseline, *(log for log, _ in self.excluded)]
+        return [*self.counted, *(log for log, _ in self.excluded)]
 
     @cached_property
     def details(self) -> dict[Path, Details]:
@@ -115,15 +119,14 @@ def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, st
 
 def intact_logs(s: Submission):
     """Every log is whole: nothing is cut, binary, unreadable or repeated in it."""
-    counted = [*s.logs, *s.baseline]
-    return judged((f"{names([log])}: {problem}" for log in counted for problem in log.problems
-                   if not problem.startswith("the run is incomplete")), f"{len(counted)} logs")  # final-validation says that
+    return judged((f"{names([log])}: {problem}" for log in s.counted for problem in log.problems
+                   if not problem.startswith("the run is incomplete")), f"{len(s.counted)} logs")  # final-validation says that
 
 
 def consistent_lines(s: Submission):
     """The lines of a log agree: no step is missing, times never fall, averages are time / steps."""
-    return judged((f"{names([log])}: {text}" for log in s.all_logs for text in s.details[log.path].contradictions),
-                  f"{sum(s.details[log.path].num_training for log in s.all_logs):,} training lines")
+    return judged((f"{names([log])}: {text}" for log in s.counted for text in s.details[log.path].contradictions),
+                  f"{sum(s.details[log.path].num_training for log in s.counted):,} training lines")
 
 
 def right_track(s: Submission):
@@ -185,7 +188,7 @@ def hardware(run: Run) -> str | None:
 
 def same_machine(s: Submission):
     """* Runs and baseline ran on one machine, as far as `calibrate` has measured it and the logs carry that."""
-    hosts = {run.run_id: s.details[log.path].boot or None for log in [*s.logs, *s.baseline] for run in log.runs}
+    hosts = {run.run_id: s.details[log.path].boot or None for log in s.counted for run in log.runs}
     return same([*s.runs, *s.baseline_runs], lambda run: hosts[run.run_id])
 
 
@@ -207,7 +210,7 @@ def same_world_size(s: Submission):
 
 def final_validation(s: Submission):
     """Every run is validated at the step that counts; where that is the last one, the run is complete."""
-    wrong = [f"{names([log])}: no run in it" for log in [*s.logs, *s.baseline] if not log.runs]
+    wrong = [f"{names([log])}: no run in it" for log in s.counted if not log.runs]
     counting = [*((run, s.point(run)) for run in s.runs), *((run, last_point(run)) for run in s.baseline_runs)]
     for run, point in counting:
         if point is None:
@@ -299,9 +302,9 @@ def compile_flags(s: Submission):
 
 def code_of(source: str) -> str:
     """Python source with comments and docstrings blanked out; all of it where it is not Python."""
-    lines, begins = source.splitlines(keepends=True), True  # begins: the next token begins a statement
+    lines, begins = [*io.StringIO(source)], True  # the lines that Python sees; begins: the next token begins a statement
     try:
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        for token in tokenize.generate_tokens(iter(lines[:]).__next__):
             if token.type == tokenize.COMMENT or token.type == tokenize.STRING and begins:
                 (first, start), (last, end) = token.start, token.end
                 for row in range(first, last + 1):
@@ -317,8 +320,8 @@ def code_of(source: str) -> str:
 
 def not_resumed(s: Submission):
     """No run went on from a checkpoint."""
-    resumed = [log for log in [*s.logs, *s.baseline] if s.details[log.path].resumed]
-    return judged([f"resumed: {names(resumed)}"] if resumed else [], f"{len(s.logs) + len(s.baseline)} logs")
+    resumed = [log for log in s.counted if s.details[log.path].resumed]
+    return judged([f"resumed: {names(resumed)}"] if resumed else [], f"{len(s.counted)} logs")
 
 
 def planned_runs(s: Submission):

@@ -330,4 +330,6 @@ def test_code_of():
     assert rules.code_of(source).count("max_autotune") == 1
     assert len(rules.code_of(source)) == len(source)
     assert rules.code_of("def f(:\n  max_autotune '") == "def f(:\n  max_autotune '"
+    hidden = 'x = "\u2028"; max_autotune = 1\n# a comment on the second line, which another way of counting takes for the third\n'
+    assert "max_autotune" in rules.code_of(hidden)
     assert "é = 1" in rules.code_of("é = 1  # é\n") and "max" not in rules.code_of("#" + "é" * 9 + "max\r\nx = 1\r\n")
