@@ -308,6 +308,12 @@ def test_loss_rule_is_waived_for_systems_only(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_measured_lack_of_speed_cannot_be_waived(tmp_path, capsys):
+    folder, baseline = write(tmp_path / "runs", runs(pace=121.0)), write(tmp_path / "other", slow())
+    assert guarded(["check", str(folder), "--baseline", str(baseline), "--waive", "faster-than-baseline=nearly"]) == 1
+    capsys.readouterr()
+
+
 def test_hostile_evidence_is_plain(tmp_path, capsys):
     texts = runs()
     texts[0] = replaced(texts[0], "PyTorch 2.13.0.cpu", "PyTorch [red]2")
