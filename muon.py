@@ -61,7 +61,7 @@ def largest(G: Tensor) -> Tensor:
 
 
 def iteration_dtype(device: torch.device, form: str = "auto") -> torch.dtype:
-    """fp32 on a CPU, where bf16 is four times slower; bf16 elsewhere, but fp16 for the Gram form, which needs its digits."""
+    """fp32 on a CPU, as many have no bf16 units (bench/MUON.md); bf16 elsewhere, but fp16 for the Gram form: it has digits."""
     return torch.float32 if device.type == "cpu" else torch.float16 if form == "gram" else torch.bfloat16
 
 
