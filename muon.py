@@ -11,8 +11,8 @@ For every weight matrix W with gradient G, at learning rate lr, weight decay wd 
 
 Legend: a matrix is m x n as stored; B matrices make a stack (B, m, n). A 2-D parameter is one matrix, a 3-D parameter
 (k, m, n) a bank of k matrices, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix into blocks of
-rows. This file is the optimizer; muon_ranks.py shares its work out over ranks, muon_fsdp.py does so for DTensor parameters
-(FSDP2). Take them into another project: they need nothing but torch.
+rows. This file is the optimizer, newton_schulz.py has `orthogonalize`, muon_ranks.py shares the work out over ranks; for
+DTensor parameters (FSDP2) muon_fsdp.py does so. Take them into another project: they need nothing but torch.
 
 Use it for the hidden matrices of a network. Embeddings, the output head, gains and biases belong to AdamW;
 muon_tools.py proposes which is which.
@@ -29,107 +29,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from muon_ranks import (Bucket, Unit, as_bank, expect, expect_agreement, plan_units, state_kinds, state_shape, units_of,
-                        whole, world_and_rank)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Newton-Schulz
-
-# name -> (safety, one (a, b, c) per step; the last one repeats). A step maps each singular value x to
-# a x + b x^3 + c x^5, and the matrix enters with Frobenius norm 1 / safety.
-COEFFICIENTS = {
-    # Keller Jordan's post: one triple with a steep slope at 0; values end anywhere in about 0.7 .. 1.2.
-    "jordan": (1.0, ((3.4445, -4.7750, 2.0315),)),
-    # YouJiacheng, https://x.com/YouJiacheng/status/1893704552689303901: tuned per step, the tightest band after five.
-    "quintic": (1.0, ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
-                      (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))),
-    # Polar Express, optimal for five steps with a margin of 2 % against rounding; the best lift of tiny values.
-    "polar": (1.02, ((8.156554524902461, -22.48329292557795, 15.878769915207462),
-                     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-                     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-                     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-                     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))),
-}
-FORMS = "auto", "standard", "gram"
-
-
-def largest(G: Tensor) -> Tensor:
-    """(..., 1, 1): the largest absolute entry of every matrix, NaN if any is; unlike G.abs(), without a copy of G. Reducing
-    one flat dimension is 100 times as fast on a CPU as reducing two."""
-    flat = G.flatten(-2)
-    return torch.maximum(flat.amax(-1), -flat.amin(-1))[..., None, None]
-
-
-def iteration_dtype(device: torch.device, form: str = "auto") -> torch.dtype:
-    """fp32 on a CPU, as many have no bf16 units (bench/MUON.md); bf16 elsewhere, but fp16 for the Gram form: it has digits."""
-    return torch.float32 if device.type == "cpu" else torch.float16 if form == "gram" else torch.bfloat16
-
-
-def gram_pays(m: int, n: int, form: str, dtype: torch.dtype) -> bool:
-    """Whether to iterate on the Gram matrix. On two CPU cores it is 1.5 times as fast at an aspect of 4, 1.15 times at 2,
-    and even at 1.5; `auto` leaves out bf16, in which a I + b R + c R^2 would lose R."""
-    return form == "gram" or (form == "auto" and max(m, n) >= 2 * min(m, n) and dtype != torch.bfloat16)
-
-
-def newton_schulz_flops(m: int, n: int, steps: int, gram: bool) -> int:
-    """Of the matrix products, 2 for a multiply-add; s and l are the short and the long side."""
-    s, l, restarts = min(m, n), max(m, n), -(-(steps - 2) // 3) if steps > 2 else 0
-    if gram:
-        return 4 * s * s * l * (1 + restarts) + 2 * s**3 * (4 * steps - 3 * (1 + restarts))
-    return steps * (4 * s * s * l + 2 * s**3)
-
-
-def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """alpha A B + beta C of stacks whose result is symmetric: a kernel with this signature needs to compute only half."""
-    return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
-
-
-def standard_steps(X: Tensor, triples: Sequence, symmetric) -> Tensor:
-    for a, b, c in triples:
-        A = symmetric(X, X.mT)
-        X = torch.baddbmm(X, symmetric(A, A, A, alpha=c, beta=b), X, beta=a)
-    return X
-
-
-def gram_steps(X: Tensor, triples: Sequence, symmetric) -> Tensor:
-    """The same map through R = X X^T. One step multiplies X by P = a I + b R + c R^2 and R by P^2; all of these are
-    polynomials in R and commute. Restarting after the second step, and every three from there, renews the small
-    eigenvalues of R, whose relative error the steep first steps would carry on."""
-    for first, last in [(0, 2)] + [(i, i + 3) for i in range(2, len(triples), 3)]:
-        R, Q, segment = symmetric(X, X.mT), None, triples[first:last]
-        for i, (a, b, c) in enumerate(segment, 1):
-            P = symmetric(R, R, R, alpha=c, beta=b)
-            P.diagonal(dim1=-2, dim2=-1).add_(a)
-            Q = P if Q is None else symmetric(Q, P)
-            R = symmetric(symmetric(R, P), P) if i < len(segment) else R
-        X = Q @ X
-    return X
-
-
-def orthogonalize(G: Tensor, steps: int = 5, coefficients: str | Sequence = "polar", dtype: torch.dtype | None = None,
-                  form: str = "auto", symmetric=symmetric_product) -> Tensor:
-    """Approximate U V^T of the SVD U S V^T of every (m, n) matrix of G: (..., m, n), which is not modified.
-    coefficients: a name in COEFFICIENTS or a sequence of (a, b, c). dtype: of the iteration and the result, default
-    `iteration_dtype`. form: see `gram_pays`. symmetric: see `symmetric_product`. Only the direction of G counts: dividing
-    by the largest entry first keeps the squares in range for entries from 1e-30 to 1e30. Zero in, zero out."""
-    expect(G.ndim >= 2 and G.numel() > 0 and G.is_floating_point(), "expected real matrices of some size",
-           f"{tuple(G.shape)} in {G.dtype}", "leave it to another optimizer")
-    if G.size(-2) > G.size(-1):
-        return orthogonalize(G.mT, steps, coefficients, dtype, form, symmetric).mT  # R is smallest on the short side
-    known = is_schedule(coefficients) and form in FORMS and steps > 0
-    expect(known, "expected known coefficients, one of auto, standard and gram, and a step or more",
-           f"{coefficients}, {form} and {steps}", "see the docstring")
-    dtype = dtype or iteration_dtype(G.device, form)
-    expect(form != "gram" or dtype != torch.bfloat16, "expected fp16, fp32 or fp64 for the Gram form", dtype, "name one")
-    safety, triples = COEFFICIENTS[coefficients] if isinstance(coefficients, str) else (1.0, coefficients)
-    triples = [triples[min(i, len(triples) - 1)] for i in range(steps)]
-    tiny = torch.finfo(torch.float32).tiny
-    X = G.reshape(-1, *G.shape[-2:]).float()
-    X = X / largest(X).clamp(min=tiny)
-    X = X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp(min=tiny) * safety).to(dtype)
-    iterate = gram_steps if gram_pays(*X.shape[-2:], form, dtype) else standard_steps
-    return iterate(X, triples, symmetric).reshape(G.shape)
-
+from muon_ranks import (Bucket, Unit, as_bank, expect_agreement, plan_units, state_kinds, state_shape, units_of, whole,
+                        world_and_rank)
+from newton_schulz import (COEFFICIENTS, FORMS, expect, gram_pays, is_schedule, iteration_dtype, largest,
+                           newton_schulz_flops, orthogonalize, symmetric_product)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The update of one stack of B matrices: functions of tensors alone, so that torch.compile can fuse each of them
@@ -192,11 +95,6 @@ def step_master(W: Tensor, low: Tensor, O: Tensor, ok: Tensor, lr, decay, cautio
 
 def is_split(x) -> bool:
     return x is None or all(type(m) is int and m > 0 for m in (x if isinstance(x, Sequence) and len(x) else (x,)))
-
-
-def is_schedule(x) -> bool:
-    return x in COEFFICIENTS if isinstance(x, str) else len(x) > 0 and all(
-        len(triple) == 3 and all(math.isfinite(number) for number in triple) for triple in x)
 
 
 def is_rate(x) -> bool:

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from muon import decay_and_step, largest, step_master
-from muon_ranks import Bucket, Run, as_bank, expect, local, state_kinds, state_shape
+from muon import decay_and_step, step_master
+from muon_ranks import Bucket, Run, as_bank, local, state_kinds, state_shape
+from newton_schulz import expect, largest
 
 _all_to_all = getattr(dist, "all_to_all_single", None)
 

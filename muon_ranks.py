@@ -17,9 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-def expect(holds: bool, expected: str, found, remedy: str, error: type = ValueError) -> None:
-    if not holds:
-        raise error(f"Muon: {expected}, found {found}; {remedy}")
+from newton_schulz import expect
 
 
 def world_and_rank(group) -> tuple[int, int]:

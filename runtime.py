@@ -21,7 +21,8 @@ from torch import Tensor
 from data.shards import ShardError
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("train_gpt.py", "muon.py", "muon_ranks.py", "adam.py", "kernels.py", "runtime.py", "data/loader.py", "data/shards.py")
+SOURCES = ("train_gpt.py", "muon.py", "newton_schulz.py", "muon_ranks.py", "adam.py", "kernels.py", "runtime.py",
+           "data/loader.py", "data/shards.py")
 
 
 class UsageError(ValueError):

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import muon
+import newton_schulz
 from muon import COEFFICIENTS, Muon, newton_schulz_flops, orthogonalize
 from muon_ranks import Bucket, plan_units, units_of
 
@@ -209,10 +210,10 @@ def test_the_two_forms_agree_on_stacks(name):
 def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, form, expected):
     used = []
     for name in FORMS:
-        def spy(*args, steps=getattr(muon, f"{name}_steps"), name=name):
+        def spy(*args, steps=getattr(newton_schulz, f"{name}_steps"), name=name):
             used.append(name)
             return steps(*args)
-        monkeypatch.setattr(muon, f"{name}_steps", spy)
+        monkeypatch.setattr(newton_schulz, f"{name}_steps", spy)
     G = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     orthogonalize(G, dtype=dtype, form=form)
     p = torch.nn.Parameter(G)
@@ -1234,11 +1235,12 @@ def imports(path):
 def test_nothing_but_torch_and_the_standard_library_is_imported():
     folder = os.path.dirname(muon.__file__)
     top, later = imports(muon.__file__)
-    assert top == {"muon_ranks"} and later <= {"muon_fsdp"}  # only where there are DTensor parameters
+    assert top == {"muon_ranks", "newton_schulz"} and later <= {"muon_fsdp"}  # only where there are DTensor parameters
     assert "muon_fsdp" not in subprocess.run([sys.executable, "-c", "import muon, sys; print([*sys.modules])"], cwd=folder,
                                              capture_output=True, text=True, check=True).stdout
-    assert imports(f"{folder}/muon_ranks.py") == [set(), set()]
-    assert imports(f"{folder}/muon_fsdp.py") == [{"muon", "muon_ranks"}, set()]
+    assert imports(f"{folder}/newton_schulz.py") == [set(), set()]
+    assert imports(f"{folder}/muon_ranks.py") == [{"newton_schulz"}, set()]
+    assert imports(f"{folder}/muon_fsdp.py") == [{"muon", "muon_ranks", "newton_schulz"}, set()]
     assert imports(f"{folder}/muon_tools.py") == [set(), set()]
 
 
