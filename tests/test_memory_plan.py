@@ -10,7 +10,6 @@ import torch
 
 import muon
 import plan
-from bench.step import PEAK_TFLOPS
 from runtime import ROOT, UsageError
 from tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from train_gpt import Config, Run
@@ -199,10 +198,6 @@ def test_an_unknown_gpu_needs_its_memory():
     with pytest.raises(UsageError, match="--gpu: expected a name with one of .* found 'Voodoo 2'; add --gpu_gib"):
         plan.find_gpu("Voodoo 2", None)
     assert plan.find_gpu("Voodoo 2", 3.0) == ("Voodoo 2", 3.0, None)
-
-
-def test_peaks_are_those_of_the_benchmark():
-    assert all(plan.GPUS[name][1] == peak for name, peak in PEAK_TFLOPS.items() if name in plan.GPUS)
 
 
 def test_help_lists_it_and_the_command_prints_a_plan():
