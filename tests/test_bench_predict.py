@@ -1,0 +1,40 @@
+"""The page of the prediction is what the code computes, and the formula is the one it prints."""
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import predict
+from train_gpt import Config
+
+PAGE = Path(predict.__file__).parent / "PREDICTION.md"
+
+
+def test_page_and_code_agree():
+    """After a change of the schedule, the model or an input: python -m bench.predict --page bench/PREDICTION.md."""
+    assert PAGE.read_text(encoding="utf-8") == predict.page()
+
+
+def test_prediction_is_the_formula_of_its_inputs():
+    text, c = PAGE.read_text(encoding="utf-8"), predict.count()
+    by_hand = sum((end - first) * tokens * mflop * 1e6 for first, end, tokens, mflop in c["stages"])
+    assert c["work"] == pytest.approx(by_hand)
+    assert sum((end - first) * tokens for first, end, tokens, _ in c["stages"]) == Config.for_track("small").train_tokens
+    central = c["work"] / (8 * 989.4e12 * 0.44 / 1.075 * 0.946)
+    assert f"**Predicted: {central:.0f} s" in text and "not a measurement" in text
+    fast, slow = map(float, re.search(r"at their best (\d+) s, at their worst\s+(\d+) s", text).groups())
+    low, high = map(float, re.search(r"between (\d+) and (\d+) s", text).groups())
+    assert fast < low < central < high < slow
+
+
+def test_inputs_say_where_they_come_from_and_which_way_is_faster():
+    for x in predict.INPUTS:
+        assert x.source and x.kind.split(",")[0] in ("measured", "public", "assumed")
+        at = {key: predict.seconds(1e17, *(getattr(y, key) if y is x else y.central for y in predict.INPUTS)) for key in
+              ("fast", "central", "slow")}
+        assert at["fast"] <= at["central"] <= at["slow"] and at["fast"] < at["slow"]
+
+
+def test_public_record_of_as_many_steps_lies_in_the_range():
+    low, _, high = predict.spread(predict.count()["work"])
+    assert low < predict.RECORD < high
