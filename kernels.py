@@ -1,5 +1,5 @@
 """Attention that every GPU and CPU can run: one definition, four backends with the same values and gradients. Behind it,
-the head in FP8 and the choice of a kernel for Muon.
+head and loss in one, in FP8 where that works, and the choice of a kernel for Muon.
 
 Causal, within a document, over the `window` previous tokens and the token itself. q, k, v: (T, H, d); result (T, H, d).
 Each backend is a pair: a mask, made once per batch and window, and the attention that uses it. Shapes: T tokens of one
@@ -161,48 +161,109 @@ def self_test(candidate: str, head_dim: int, scale: float, device, dtype) -> tup
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The head in FP8: a third of the model's matrix work at twice the rate, with less precision
+# Head and loss in one: a third of the model's matrix work, and by far its largest activation
 
 
-def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in a float8 dtype and the fp32 scale that brings it back, so that the largest entry is the largest number."""
-    scale = x.abs().amax().float().clamp(min=1e-30) / torch.finfo(dtype).max
+def softcap(logits: Tensor, abc: tuple[float, ...]) -> Tensor:
+    """A sigmoid((x + B) / C): bounded logits with more room for unlikely tokens than for likely ones."""
+    if not abc:
+        return logits
+    A, B, C = abc
+    return A * torch.sigmoid((logits + B) / C)
+
+
+def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Mean over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k]; targets past the end are left out.
+    logits: (T, V), targets: (T,), weights: (K,). The same logits serve all K, so no head is added."""
+    T = len(targets)
+    log_z = torch.logsumexp(logits.float(), -1)
+    loss = logits.new_zeros((), dtype=torch.float32)
+    for k, weight in enumerate(weights.unbind()):
+        chosen = logits[: T - k].gather(1, targets[k:, None])[:, 0].float()
+        loss = loss + weight * (log_z[: T - k] - chosen).sum() / T
+    return loss
+
+
+HEAD_PIECE = 8192  # tokens whose logits lie in memory at a time; all 49152 of a slice of track small would be 5 GB
+
+
+class HeadLoss(torch.autograd.Function):
+    """multi_token_loss(softcap(x @ head.T)), the definition, with its gradients computed in the same pass, for `size` tokens
+    at a time: the logits of a piece are read twice and forgotten, once compiled they are never stored in fp32, and what is
+    kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in FP8, see to_fp8."""
+
+    @staticmethod
+    def forward(ctx, x, head, targets, weights, abc, fp8, size):
+        T, K = len(x), len(weights)
+        t, ids = torch.arange(T, device=x.device), torch.arange(len(head), device=x.device)
+        ahead = F.pad(targets, (0, K - 1), value=-1).unfold(0, K, 1)  # (T, K): the next token, the second next, ...
+        w = weights * (t[:, None] + torch.arange(K, device=x.device) < T) / T  # those past the end are left out
+        A, B, C = abc or (1.0, 0.0, 1.0)
+        bound = (A / C / 4 if abc else 1.0) / T * weights.sum()  # of a logit's gradient: no pass over them to find it
+        hq, hs = to_fp8(head, torch.float8_e4m3fn) if fp8 else (None, None)
+        loss, dx, dhead = 0.0, [], 0.0
+        for first in range(0, T, size):
+            rows = slice(first, min(first + size, T))
+            xs, ys, ws = x[rows], ahead[rows], w[rows]
+            if fp8:
+                xq, xscale = to_fp8(xs, torch.float8_e4m3fn)
+            logits = fp8_product(xq, xscale, hq, hs) if fp8 else F.linear(xs, head)
+            s = torch.sigmoid((logits.float() + B) / C) if abc else logits.float()
+            z = A * s
+            log_z = torch.logsumexp(z, -1, keepdim=True)
+            loss = loss + (ws * (log_z - z.gather(1, ys.clamp(min=0)))).sum()
+            g = (z - log_z).exp_().mul_(ws.sum(-1, keepdim=True))
+            if torch.compiler.is_compiling():  # comparisons melt into the kernel around them; a scatter would end it
+                for k in range(K):
+                    g = g - torch.where(ids == ys[:, k, None], ws[:, k, None], 0.0)
+            else:
+                g.scatter_add_(1, ys.clamp(min=0), -ws)
+            g = (g.mul_((1 - s).mul_(s).mul_(A / C)) if abc else g).to(x.dtype)
+            if fp8:
+                gq, gscale = to_fp8(g, torch.float8_e5m2, bound)
+                dx.append(fp8_product(gq, gscale, hq.t().contiguous(), hs))
+                dhead = dhead + fp8_product(gq.t().contiguous(), gscale, xq.t().contiguous(), xscale)
+            else:
+                dx.append(g @ head)
+                dhead = dhead + g.t() @ xs
+        ctx.save_for_backward(torch.cat(dx).to(x.dtype), dhead.to(head.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dhead = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dhead * grad.to(dhead.dtype), None, None, None, None, None
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x in a float8 dtype and the fp32 scale that brings it back, so that the largest entry (or the given bound of it) is the
+    largest number."""
+    scale = (x.abs().amax() if largest is None else largest).float().clamp(min=1e-30) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
 
 
-class Fp8Linear(torch.autograd.Function):
-    """x (T, D) and w (V, D) to x @ w.T (T, V): products in e4m3, gradients in e5m2, sums in fp32."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        (xq, xs), (wq, ws) = to_fp8(x, torch.float8_e4m3fn), to_fp8(w, torch.float8_e4m3fn)
-        ctx.save_for_backward(xq, xs, wq, ws)
-        ctx.dtypes = x.dtype, w.dtype
-        return torch._scaled_mm(xq, wq.t(), scale_a=xs, scale_b=ws, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        xq, xs, wq, ws = ctx.saved_tensors
-        gq, gs = to_fp8(g, torch.float8_e5m2)
-        # The second factor of a scaled product must lie in memory by columns.
-        dx = torch._scaled_mm(gq, wq.t().contiguous().t(), scale_a=gs, scale_b=ws, out_dtype=torch.bfloat16)
-        dw = torch._scaled_mm(gq.t().contiguous(), xq.t().contiguous().t(), scale_a=gs, scale_b=xs, out_dtype=torch.bfloat16)
-        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1])
+def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """(m, k) and (n, k) in float8 to a @ b.T (m, n) in bfloat16, summed in fp32 (but for products of two e4m3: as fast as
+    the hardware can). The second factor of a scaled product must lie in memory by columns, which b.T does."""
+    fast = a.dtype == b.dtype == torch.float8_e4m3fn
+    return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
-    """(whether to use Fp8Linear, reason). It must run forward and backward here and come near the exact product."""
+    """(whether HeadLoss uses FP8, reason). It must run here and come near the exact gradients."""
     if os.environ.get("DISABLE_FP8", "0") not in ("", "0", "false", "False"):
         return False, "DISABLE_FP8 is set"
     if wish == "off" or (wish == "auto" and device.type != "cuda"):
         return False, "asked for" if wish == "off" else "only on a GPU"
     generator = torch.Generator().manual_seed(0)
-    x, w, g = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in ((64, 32), (128, 32), (64, 128)))
-    x, w = x.requires_grad_(), w.requires_grad_()
+    x, head = (torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for shape in ((64, 32), (128, 32)))
+    targets, weights = torch.arange(64, device=device), torch.ones(2, device=device)
+
+    def gradients(fp8):
+        return torch.autograd.grad(HeadLoss.apply(x, head, targets, weights, (23.0, 5.0, 7.5), fp8, 32), (x, head))
+
     try:
-        y, exact = Fp8Linear.apply(x, w), x @ w.t()
-        pairs = zip((y, *torch.autograd.grad(y, (x, w), g)), (exact, *torch.autograd.grad(exact, (x, w), g)))
-        error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+        error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(gradients(True), gradients(False)))
     except Exception as e:  # whatever a GPU without FP8 raises
         error, reason = math.inf, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
     else:

@@ -6,6 +6,7 @@ Nothing runs on the GPU, and there need not be one: model and optimizers are bui
 a shape and no memory, and their bytes are counted. So the figures follow every change of the model. With torch.compile, what
 is kept for the backward pass is what the compiler's partitioner keeps; what its kernels need besides is a formula.
 """
+import dataclasses
 import functools
 import os
 import weakref
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.loader import shards_needed
-from kernels import BACKENDS, Docs, choose_compile, choose_dtype
+from kernels import BACKENDS, HEAD_PIECE, Docs, choose_compile, choose_dtype
 from muon import iteration_dtype, symmetric_product
 from muon_ranks import plan_units, state_kinds, units_of
 from runtime import UsageError
@@ -106,7 +107,7 @@ def batch(cfg: Config, model: GPT, tokens: int, stage: int, final: bool = False)
 
 
 def kept_for_backward(model: GPT, forward, args: tuple) -> int:
-    """Bytes of all that autograd keeps of a forward pass, weights aside."""
+    """Bytes of all that a compiled forward pass keeps, weights aside."""
     kept, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
 
     def pack(x):
@@ -120,21 +121,22 @@ def kept_for_backward(model: GPT, forward, args: tuple) -> int:
         return sum(storage.nbytes() for storage in kept.values())
 
 
-def step_bytes(cfg: Config, model: GPT, compiled: bool) -> tuple[int, int]:
-    """(bytes kept for backward, more at the worst moment after that) of one slice of the longest stage."""
+def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool) -> tuple[int, int]:
+    """(bytes kept for backward, more at the worst moment) of one slice of the longest stage."""
     def length(stage):
         return cfg.at("batch_tokens", cfg.stage_starts[stage]) // cfg.slices
-    stage = max(range(len(cfg.stage_starts)), key=lambda s: (length(s), -s))
-    args = batch(cfg, model.train(), length(stage), stage)
-    if compiled:
-        forward = torch.compile(model, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
-        targets = len(args[2].mtp_weights)  # each is scattered into a gradient of the logits, and these into one
-        logits = length(stage) * model.head.size(0) * model.head.itemsize
-        return kept_for_backward(model, forward, args), (targets + 1) * logits
-    kept = kept_for_backward(model, model, args)
+    stage, model = max(range(len(cfg.stage_starts)), key=lambda s: (length(s), -s)), build(cfg, dtype).model.train()
+    args = batch(cfg, model, length(stage), stage)
     with Peak() as memory:
-        model(*args).backward()
-    return kept, memory.peak - kept
+        loss = model(*args)
+        kept = memory.live
+        loss.backward()
+    if not compiled:
+        return kept, memory.peak - kept
+    piece = min(length(stage), HEAD_PIECE) * model.head.size(0) * model.head.itemsize
+    more = max(3 * piece, memory.peak - kept if cfg.recompute else 0)  # logits, their gradient, that in FP8; or a layer
+    forward = torch.compile(model, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
+    return kept_for_backward(model, forward, args), more
 
 
 def optimizer_bytes(cfg: Config, dtype: torch.dtype, compiled: bool) -> int:
@@ -152,7 +154,7 @@ def optimizer_bytes(cfg: Config, dtype: torch.dtype, compiled: bool) -> int:
 
 @torch.no_grad()
 def validation_bytes(cfg: Config, model: GPT, tokens: int) -> int:
-    """At the worst moment of a validation sequence, run eagerly; compiled kernels need less."""
+    """At the worst moment of a validation sequence, which is run eagerly."""
     model.eval()
     with Peak() as memory:
         model(*batch(cfg, model, tokens, len(cfg.stage_starts) - 1, final=True))
@@ -164,14 +166,16 @@ def first_fit(choices: list[int], need, room: int) -> tuple[int, bool]:
     return next(((n, True) for n in choices if need(n) <= room), (choices[-1], False))
 
 
-def choices(cfg: Config, world: int) -> tuple[list[int], list[int]]:
-    """(--slices, from few and long to many and short, --val_slice, from long to short) that leave the batch as it is."""
+def choices(cfg: Config, world: int) -> tuple[list[tuple[bool, int]], list[int]]:
+    """(--recompute, --slices), from what is fast and the same training to what is neither, and --val_slice, from long to short;
+    all leave the batch as it is."""
     def allowed(slices):
         parts = max(slices, world)
         return all(cfg.at("batch_tokens", s) % parts == 0 and
                    cfg.at("batch_tokens", s) // parts >= DOCS_PER_SLICE * cfg.at("max_doc_len", s) for s in cfg.stage_starts)
-    slices = [cfg.slices, *(cfg.slices * 2**i for i in range(1, 8) if allowed(cfg.slices * 2**i))]
-    return slices, [cfg.val_slice >> i for i in range(6) if cfg.val_slice >> i and cfg.val_tokens % (cfg.val_slice >> i) == 0]
+    steps = [(cfg.recompute, cfg.slices), (True, cfg.slices),
+             *((True, cfg.slices * 2**i) for i in range(1, 8) if allowed(cfg.slices * 2**i))]
+    return steps, [cfg.val_slice >> i for i in range(6) if cfg.val_slice >> i and cfg.val_tokens % (cfg.val_slice >> i) == 0]
 
 
 def find_gpu(name: str | None, gib: float | None) -> tuple[str, float, float | None]:
@@ -199,22 +203,24 @@ def data_size(cfg: Config) -> str:
     return f"{count} shards of 200 MB and one for validation: {0.2 * (count + 1):.1f} GB"
 
 
-def column(cfg: Config, world: int, memory: float, device, dtype, step: tuple[int, int], work: int, validation) -> dict:
-    """One column of the table: the settings that fit and what they need."""
+def column(cfg: Config, world: int, memory: float, device, dtype, step, work: int, validation) -> dict:
+    """One column of the table: the settings that fit and what they need. step: recompute -> step_bytes."""
     parts = static_bytes(cfg, dtype, world, device)
     parts["copy of the weights in warm-up"] = parts["weights"]
     travelling = parts.pop("gathers and reductions") + work // world
     allowance, still = 1 + 0.05 * memory + 0.5 * (world > 1), sum(parts.values())
     between = still - (parts["gradients"] if cfg.val_every % cfg.adam_every == 0 else 0)  # half summed up otherwise
-    room, share, (slices, lengths) = (memory - allowance) * GIB, lambda n: cfg.slices / max(n, world), choices(cfg, world)
-    slices, trains = first_fit(slices, lambda n: still + sum(step) * share(n), room)
+    room, share, (steps, lengths) = (memory - allowance) * GIB, lambda n: cfg.slices / max(n, world), choices(cfg, world)
+    (recompute, slices), trains = first_fit(steps, lambda s: still + sum(step(s[0])) * share(s[1]), room)
     length, validates = first_fit(lengths, lambda n: between + validation(n), room)
-    parts |= {"kept for backward": step[0] * share(slices), "gradient of the loss": step[1] * share(slices),
-              "optimizer's work, gathers": travelling, "needed: training": still + sum(step) * share(slices),
+    kept, more = (part * share(slices) for part in step(recompute))
+    parts |= {"kept for backward": kept, "more at the worst moment": more,
+              "optimizer's work, gathers": travelling, "needed: training": still + kept + more,
               "needed: optimizer": still + travelling, "needed: validation": between + validation(length)}
     return {**{key: f"{value / GIB:.2f}" for key, value in parts.items()}, "allowance": f"{allowance:.2f}",
             "memory": f"{memory:.2f}", "fits": "yes" if trains and validates and still + travelling <= room else "no",
-            "--slices": slices, "--val_slice": length, "slices of a rank, in turn": max(slices, world) // world,
+            "--recompute": "on" if recompute else "off", "--slices": slices, "--val_slice": length,
+            "slices of a rank, in turn": max(slices, world) // world,
             "tokens of the longest slice": max(cfg.batch_tokens) // max(slices, world)}
 
 
@@ -225,16 +231,19 @@ def show(cfg: Config, name: str | None, gib: float | None) -> int:
     device = torch.device("cpu" if name == "CPU" else "cuda")
     dtype, compiled = choose_dtype(cfg.dtype, device), choose_compile(cfg.compile, device)
     model = build(cfg, dtype).model
-    step, work = step_bytes(cfg, model, compiled), optimizer_bytes(cfg, dtype, compiled)
+    step = functools.cache(lambda recompute: step_bytes(dataclasses.replace(cfg, recompute=recompute), dtype, compiled))
+    work = optimizer_bytes(cfg, dtype, compiled)
     validation = functools.cache(lambda n: validation_bytes(cfg, model, n))
     flops = sum(cfg.at("batch_tokens", s) * model.flops_per_token(cfg.stage(s)) for s in range(cfg.train_steps))
+    layers = sum(cfg.train_tokens * 2 * getattr(model, name).numel() for name in MATRICES)  # once more, to recompute them
     worlds = [w for w in (1, 2, 4, 8) if max(cfg.slices, w) % min(cfg.slices, w) == 0]
     columns = []
     for world in worlds:
         memory = gib / (world if name == "CPU" else 1)  # ranks on a CPU share it
-        columns.append({"GiB per rank, with ranks": world,
-                        **column(cfg, world, memory, device, dtype, step, work, validation),
-                        "minutes of training, estimate": f"{flops / world / tflops / UTILIZATION / 6e13:.1f}" if tflops else "-"})
+        found = column(cfg, world, memory, device, dtype, step, work, validation)
+        all_flops = flops + (layers if found["--recompute"] == "on" else 0)
+        columns.append({"GiB per rank, with ranks": world, **found,
+                        "minutes of training, estimate": f"{all_flops / world / tflops / UTILIZATION / 6e13:.1f}" if tflops else "-"})
     print(f"plan: track {cfg.track} on {name}, {gib:.1f} GiB, " + (f"{tflops:g} TFLOP/s in bf16, " if tflops else "") +
           f"{str(dtype)[6:]}, {'torch.compile' if compiled else 'eager'}; not yet checked against a GPU\n")
     for key in columns[0]:
@@ -243,6 +252,8 @@ def show(cfg: Config, name: str | None, gib: float | None) -> int:
           f"a checkpoint: {checkpoint_bytes(cfg, dtype) / 1e9:.2f} GB")
     print(f"Memory is counted from shapes; the allowance for context, libraries and fragmentation is assumed. Minutes assume "
           f"{UTILIZATION:.0%} of the peak{'' if tflops else ' of a GPU that is named'}, without compiling and validation.")
+    if any(c["--recompute"] == "on" for c in columns) and not cfg.recompute:
+        print("--recompute=on: the same training, number for number, with each layer computed twice.")
     if any(c["--slices"] != cfg.slices for c in columns):
         print(f"More than {cfg.slices} slices: as many tokens per step in shorter sequences, so more documents are cut at an "
               "end: not the same run, number for number.")

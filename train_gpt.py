@@ -31,12 +31,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adam import Adam
 from data.loader import Batch, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
-from kernels import (BACKENDS, Docs, Fp8Linear, choose_backend, choose_compile, choose_dtype, choose_fp8, choose_symmetric,
-                     masked_attention, paired_docs)
+from kernels import (BACKENDS, HEAD_PIECE, Docs, HeadLoss, choose_backend, choose_compile, choose_dtype, choose_fp8,
+                     choose_symmetric, masked_attention, paired_docs, softcap)
 from muon import Muon
 from runtime import (Log, RunError, Runtime, Stopped, StopSignal, UsageError, leave, log_header, parse_settings,
                      read_checkpoint, report, write_checkpoint)
@@ -134,6 +135,7 @@ class Config:
     dtype: str = setting("auto", "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32")
     fp8_head: str = setting("auto", "head in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 means off")
     compile: str = setting("auto", "torch.compile the model: auto (on a GPU), on or off")
+    recompute: bool = setting(False, "compute each layer again in the backward pass: a quarter more time, far less memory")
     # Run
     log_dir: str = setting("logs", "folder of the logs")
     stop_at_target: bool = setting(False, "end at the first validation at or below the target")
@@ -293,26 +295,6 @@ def unpair(y: Tensor) -> Tensor:
     return y.view(T2 // 2, 2, H2, d).transpose(1, 2).reshape(T2 // 2, 2 * H2, d)
 
 
-def softcap(logits: Tensor, abc: tuple[float, ...]) -> Tensor:
-    """A sigmoid((x + B) / C): bounded logits with more room for unlikely tokens than for likely ones."""
-    if not abc:
-        return logits
-    A, B, C = abc
-    return A * torch.sigmoid((logits + B) / C)
-
-
-def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Mean over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k]; targets past the end are left out.
-    logits: (T, V), targets: (T,), weights: (K,). The same logits serve all K, so no head is added."""
-    T = len(targets)
-    log_z = torch.logsumexp(logits.float(), -1)
-    loss = logits.new_zeros((), dtype=torch.float32)
-    for k, weight in enumerate(weights.unbind()):
-        chosen = logits[: T - k].gather(1, targets[k:, None])[:, 0].float()
-        loss = loss + weight * (log_z[: T - k] - chosen).sum() / T
-    return loss
-
-
 class Context(NamedTuple):
     """What a forward pass needs besides tokens and weights. masks[long][paired], rope[paired]."""
     masks: list
@@ -401,8 +383,8 @@ class GPT(nn.Module):
         x = x0 = norm(x)
         resid, post = self.resid_lambdas.unbind(), self.post_lambdas.unbind()
         inject = self.x0_lambdas.unbind() if cfg.inject_x0 else None
+        bigram, bigram_lambdas = (self.bigram(tokens), self.bigram_lambdas.unbind()) if cfg.bigram_rows else (None, None)
         if cfg.bigram_rows:
-            bigram, bigram_lambdas = self.bigram(tokens), self.bigram_lambdas.unbind()
             x = x + bigram_lambdas[0] * bigram
         values = {}
         if cfg.value_embed_layers:
@@ -412,11 +394,11 @@ class GPT(nn.Module):
         qk = self.attn_qk.view(-1, 2 * D, D).unbind()
         vo = (self.attn_vo.view(-1, 2, D, D) * self.attn_lambdas[..., None, None].type_as(x)).unbind()
         mlp_in, mlp_out = self.mlp_in.unbind(), self.mlp_out.unbind()
-        outputs = {}
-        for i in range(cfg.num_layers):
+
+        def layer(i: int, x: Tensor, cached: Tensor | None, early: Tensor | None) -> Tensor:
             if i in self.attn_layers:
                 j = self.attn_layers.index(i)
-                source = outputs[cfg.cache_layer] if i in cfg.late_attn_layers else x
+                source = cached if i in cfg.late_attn_layers else x
                 x = resid[i][0] * x + post[i][0] * self.attention(norm(source), i, qk[j], vo[j], values.get(i), ctx)
                 if cfg.inject_x0:
                     x = x + inject[i] * x0
@@ -424,12 +406,18 @@ class GPT(nn.Module):
                     x = x + bigram_lambdas[i] * bigram
             if cfg.skip and i == cfg.skip[1]:
                 gate = F.linear(x0[:, : self.skip_gate.size(1)], self.skip_gate.type_as(x), self.skip_lambda.type_as(x))
-                x = x + torch.sigmoid(gate) * outputs[cfg.skip[0]]
+                x = x + torch.sigmoid(gate) * early
             hidden = F.relu(F.linear(norm(x), mlp_in[i]))
-            x = resid[i][1] * x + post[i][1] * F.linear(hidden * hidden, mlp_out[i])
-            outputs[i] = x
+            return resid[i][1] * x + post[i][1] * F.linear(hidden * hidden, mlp_out[i])
+
+        cached, early, recompute = None, None, cfg.recompute and self.training
+        for i in range(cfg.num_layers):
+            args = i, x, cached, early
+            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            cached = x if i == cfg.cache_layer else cached
+            early = x if i in cfg.skip[:1] else early
         if cfg.backout:
-            x = x - self.backout_lambda.type_as(x) * outputs[cfg.cache_layer]
+            x = x - self.backout_lambda.type_as(x) * cached
         return norm(x)
 
     def bigram(self, tokens: Tensor) -> Tensor:
@@ -470,17 +458,15 @@ class GPT(nn.Module):
         return F.linear(y.reshape(T, D), vo[1])
 
     def logits(self, x: Tensor) -> Tensor:
-        linear = Fp8Linear.apply if self.fp8_head and self.training else F.linear
-        return softcap(linear(x, self.head), self.cfg.softcap)
+        return softcap(F.linear(x, self.head).float(), self.cfg.softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor, ctx: Context) -> Tensor:
         """Training: the weighted multi-token loss. Evaluation: the sum of the T cross entropies, in fp32."""
         x = self.trunk(tokens, ctx)
         if self.training:
-            return multi_token_loss(self.logits(x), targets, ctx.mtp_weights)
-        size = 2048 if x.is_cpu else 16_384  # logits of a whole validation sequence of track small would be 26 GB
-        pieces = zip(x.split(size), targets.split(size))
-        return sum(F.cross_entropy(self.logits(a).float(), b, reduction="sum") for a, b in pieces)
+            return HeadLoss.apply(x, self.head, targets, ctx.mtp_weights, self.cfg.softcap, self.fp8_head, HEAD_PIECE)
+        pieces = zip(x.split(HEAD_PIECE), targets.split(HEAD_PIECE))
+        return sum(F.cross_entropy(self.logits(a), b, reduction="sum") for a, b in pieces)
 
     def matmul_params(self) -> int:
         """Weights that multiply every token."""
@@ -617,7 +603,7 @@ class Run:
             self.model = GPT(cfg, attend, self.fp8)
         self.model.init_weights(self.dtype)
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if self.compiled else self.model
-        if self.compiled:  # stages differ in shapes and windows, and training from evaluation: a graph for each
+        if self.compiled:  # stages differ in shapes and windows: a graph for each
             torch._dynamo.config.recompile_limit = 64
         self.make_optimizers()
         self.step, self.train_ms, self.reached = 0, 0.0, None
@@ -692,7 +678,6 @@ class Run:
             self.accumulate([batch], start)
             self.update(start + cfg.adam_every - 1)
             self.adam.zero_grad()
-        self.evaluate()
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(before[name])
@@ -755,7 +740,7 @@ class Run:
         for batch in self.validation.batches:
             batch = to_device(batch, rt.device)
             ctx = self.context(batch.docs, cfg.stage(before), cfg.tied(before), total, final=self.step == cfg.train_steps)
-            total += self.forward(batch.inputs, batch.targets, ctx)
+            total += self.model(batch.inputs, batch.targets, ctx)  # eager: compiling every window would take longer
         return rt.sum(total).item() / cfg.val_tokens
 
     def save(self, path: Path):
@@ -906,7 +891,7 @@ def check(run: Run) -> int:
 
 def softmax_logits(model: GPT, tokens: Tensor, ctx: Context) -> Tensor:
     """(T, V) log probabilities in fp32."""
-    return torch.log_softmax(model.logits(model.trunk(tokens, ctx)).float(), -1)
+    return torch.log_softmax(model.logits(model.trunk(tokens, ctx)), -1)
 
 
 if __name__ == "__main__":

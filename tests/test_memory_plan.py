@@ -94,7 +94,7 @@ SHAPES = {"small": (SMALL, 256), "longer": (SMALL, 768), "wide": ({**SMALL, **WI
 
 def planned(base: dict, T: int, compiled: bool) -> tuple[int, int]:
     cfg = config({**base, "batch_tokens": (64, 96, 2 * T)})
-    return plan.step_bytes(cfg, plan.build(cfg, torch.float32).model, compiled)
+    return plan.step_bytes(cfg, torch.float32, compiled)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -144,24 +144,28 @@ def test_the_worst_moment_of_an_eager_step_and_of_a_validation_are_those_of_real
 
 @functools.cache
 def table(*argv: str) -> tuple[dict[str, list[str]], str]:
-    """Rows of the printed table by name, and all that was printed, with a step that needs 30 GiB for the track's slices."""
+    """Rows of the printed table by name, and all that was printed, with a step that needs 30 GiB for the track's slices,
+    or a quarter of that when it recomputes."""
     import contextlib
     import io
 
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(plan, "step_bytes", lambda *a: (20 * plan.GIB, 10 * plan.GIB))
+        patch.setattr(plan, "step_bytes", lambda cfg, *a: tuple((5 if cfg.recompute else 20) * x * plan.GIB for x in (1, 0.5)))
         gpu = dict(arg.split("=") for arg in argv)
         plan.show(Config.for_track("small"), gpu.get("gpu"), float(gpu["gib"]) if "gib" in gpu else None)
     lines = [re.split(r"\s{2,}", line.strip()) for line in out.getvalue().splitlines()]
     return {line[0]: line[1:] for line in lines if len(line) == 5}, out.getvalue()
 
 
-def test_a_large_gpu_keeps_the_slices_of_the_track_and_a_small_one_takes_more_of_them():
-    large, small = table("gpu=NVIDIA H100 80GB HBM3")[0], table("gpu=RTX 4090")[0]
-    assert large["--slices"] == ["8"] * 4 and large["fits"] == small["fits"] == ["yes"] * 4
-    assert all(int(n) in (16, 32) for n in small["--slices"])
-    for rows in (large, small):
+def test_a_large_gpu_trains_as_the_track_does_and_a_small_one_recomputes_before_it_takes_shorter_slices():
+    large, small, smaller = (table(*gpu)[0] for gpu in (["gpu=NVIDIA H100 80GB HBM3"], ["gpu=RTX 4090"], ["gib=18"]))
+    assert all(rows["fits"] == ["yes"] * 4 for rows in (large, small, smaller))
+    assert (large["--recompute"], large["--slices"]) == (["off"] * 4, ["8"] * 4)
+    assert (small["--recompute"], small["--slices"]) == (["on"] * 4, ["8"] * 4)
+    assert int(smaller["--slices"][0]) in (16, 32) and "not the same run" in table("gib=18")[1]
+    assert "number for number" in table("gpu=RTX 4090")[1] and "not the same run" not in table("gpu=RTX 4090")[1]
+    for rows in (large, small, smaller):
         assert [int(n) * w for n, w in zip(rows["slices of a rank, in turn"], (1, 2, 4, 8))] == list(map(int, rows["--slices"]))
         for i in range(4):
             assert float(rows["needed: training"][i]) + float(rows["allowance"][i]) <= float(rows["memory"][i])
@@ -179,10 +183,10 @@ def test_a_gpu_that_is_too_small_is_told_so():
 def test_every_setting_of_a_plan_is_one_that_a_run_takes():
     cfg = Config.for_track("small")
     for world in (1, 2, 4, 8):
-        slices, lengths = plan.choices(cfg, world)
-        assert slices == [8, 16, 32] and lengths[0] == cfg.val_slice
-        for n in slices:
-            assert Config.for_track("small", slices=n).train_tokens == cfg.train_tokens
+        steps, lengths = plan.choices(cfg, world)
+        assert steps == [(False, 8), (True, 8), (True, 16), (True, 32)] and lengths[0] == cfg.val_slice
+        for recompute, n in steps:
+            assert Config.for_track("small", recompute=recompute, slices=n).train_tokens == cfg.train_tokens
         for n in lengths:
             Config.for_track("small", val_slice=n)
 
