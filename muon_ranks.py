@@ -49,18 +49,42 @@ class Plan:
 
 
 def plan_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap: int) -> Plan:
-    """Place units, the costliest (FLOPs) first, each on the least loaded rank (longest processing time first). A bucket
-    closes once every rank has `cap` elements (sizes) in it; loads carry over. The cheapest units come last, because no
-    computation hides the last gather. Depends on its arguments only, so that all ranks plan alike."""
-    loads, fill, buckets = [0] * world_size, [cap] * world_size, []
-    for u in sorted(range(len(costs)), key=lambda u: (-costs[u], u)):
-        if min(fill) >= cap:
-            buckets.append([[] for _ in range(world_size)])
-            fill = [0] * world_size
-        rank = min(range(world_size), key=lambda r: (loads[r], fill[r], r))
-        buckets[-1][rank].append(u)
-        loads[rank] += costs[u]
-        fill[rank] += sizes[u]
+    """Place units, the costliest (FLOPs) first, each on the least loaded rank (longest processing time first); then, while
+    that lowers the load of the busiest rank, let it hand a unit over or swap it for another's. A rank's bucket closes at
+    `cap` elements (sizes). The cheapest units come last, because no computation hides the last gather. Depends on its
+    arguments only, so that all ranks plan alike."""
+    ranks, order = range(world_size), lambda u: (-costs[u], u)
+    loads, held, mine = [0] * world_size, [0] * world_size, [[] for _ in ranks]
+
+    def place(u, rank, sign=1):
+        (mine[rank].append if sign > 0 else mine[rank].remove)(u)
+        loads[rank] += sign * costs[u]
+        held[rank] += sign * sizes[u]
+
+    for u in sorted(range(len(costs)), key=order):
+        place(u, min(ranks, key=lambda r: (loads[r], held[r], r)))
+    while True:
+        busiest = max(ranks, key=lambda r: (loads[r], -r))
+        kinds = [{costs[u]: [u] for u in units} for units in mine]  # units of one cost are alike here
+        swaps = [(max(loads[busiest] - a + b, loads[r] + a - b), r, give, take) for r in ranks if loads[r] < loads[busiest]
+                 for a, give in kinds[busiest].items() for b, take in (kinds[r] | {0: []}).items()]
+        top, rank, give, take = min(swaps, default=(loads[busiest], None, [], []))
+        if top >= loads[busiest]:
+            break
+        for units, source, target in (give, busiest, rank), (take, rank, busiest):
+            for u in units:
+                place(u, source, -1)
+                place(u, target)
+    buckets = []
+    for rank in ranks:
+        number, fill = -1, cap
+        for u in sorted(mine[rank], key=order):
+            if fill >= cap:
+                number, fill = number + 1, 0
+            if number == len(buckets):
+                buckets.append([[] for _ in ranks])
+            buckets[number][rank].append(u)
+            fill += sizes[u]
     return Plan([[sorted(ids) for ids in bucket] for bucket in buckets], loads)
 
 
