@@ -173,7 +173,7 @@ class Muon(torch.optim.Optimizer):
     ns_dtype: of the iteration, default `iteration_dtype`; what is gathered is fp32 for fp32, else bf16.
     sync_grads: gradients differ per rank and the optimizer averages them, in bf16 for a bucket of bf16 parameters, else
     in fp32. Without it they must already be equal on all ranks, as DDP leaves them. p.grad is read, never written.
-    bucket_mb: fp32 megabytes per rank and bucket, which also bounds the working memory.
+    bucket_mb: fp32 megabytes per rank and bucket, which also bounds the working memory: two exchanges are in flight at most.
     deterministic: one matrix per call, so that the bits do not depend on the number of ranks or buckets.
     compile: fuse the update functions with torch.compile. symmetric: a kernel like `symmetric_product`."""
 
@@ -307,9 +307,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def start(self) -> None:
-        """With sync_grads: begin to average all gradients and return at once. step() calls it if nobody has."""
+        """With sync_grads: begin to average the gradients of the first two buckets and return at once. step() calls it if
+        nobody has."""
         self._check_world()
-        for bucket in self.buckets if self.sync_grads else ():
+        for bucket in self.buckets[:2] if self.sync_grads else ():
             bucket.start()
 
     @torch.no_grad()
@@ -319,20 +320,28 @@ class Muon(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             check_settings(group, number)  # they may change between steps
         self.start()
-        self._consolidated, inflight = None, deque()
+        self._consolidated, sent = None, deque()
+
+        def room_for(more):  # at most two exchanges are in flight
+            return sum(bucket.pending is not None for bucket in self.buckets) + len(sent) + more <= 2
         try:
             for i, bucket in enumerate(self.buckets):
-                for near in self.buckets[i:i + 2]:
-                    near.start()                                 # 1: gradients of the next bucket are under way;
-                bucket.send(bucket.update())                     # 2: update what I own, send it off,
-                inflight.append(bucket)
-                if len(inflight) == min(2, bucket.world_size):
-                    self._skipped += inflight.popleft().apply()  # 3: and meanwhile apply the bucket before
-            while inflight:
-                self._skipped += inflight.popleft().apply()
+                bucket.start()
+                bucket.receive()                                # 1: my gradients are here, those of the next bucket
+                for following in self.buckets[i + 1:i + 2]:     # get under way;
+                    following.start()
+                results = bucket.update()                       # 2: update what I own,
+                while not room_for(1):
+                    self._skipped += sent.popleft().apply()     # 3: apply the bucket before,
+                bucket.send(results)                            # 4: and send mine off while the next is computed
+                sent.append(bucket)
+                while len(sent) >= min(2, bucket.world_size):
+                    self._skipped += sent.popleft().apply()
+            while sent:
+                self._skipped += sent.popleft().apply()
         finally:
             for bucket in self.buckets:  # after an error nothing of this step may enter the next
-                bucket.pending = bucket.sent = None
+                bucket.pending = bucket.received = bucket.sent = None
         return loss
 
     def _keepers(self) -> list[Bucket]:

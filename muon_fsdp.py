@@ -213,9 +213,7 @@ class Exchanged(Sharded):
                                      [n + mine for n in self.taken])
 
     def update(self) -> list[tuple[Run, Tensor, Tensor]]:
-        (handle, sources, _), self.pending = self.pending, None
-        handle.wait()
-        entries, runs = [], self.runs[self.rank]
+        entries, runs, sources, self.received = [], self.runs[self.rank], self.received, None
         missing = sum(source[n:] for source, n in zip(sources, self.taken))
         for i, (run, *parts) in enumerate(zip(runs, *(self.pieces(x, runs, rank) for rank, x in enumerate(sources)))):
             entries.append((run, *finite(torch.cat(parts, 1 + self.axis(run)), missing[i])))

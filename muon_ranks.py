@@ -174,15 +174,17 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, 
 
 
 class Bucket:
-    """Units that travel together, per rank of a process group, and their way through one step: `start` fetches what
-    other ranks hold of their gradients, `update` computes, `send` shares the results, `apply` changes the weights."""
+    """Units that travel together, per rank of a process group, and their way through one step: `start` asks for what
+    other ranks hold of their gradients, `receive` waits for it, `update` computes, `send` shares the results, `apply` waits
+    for those of others and changes the weights."""
     alone = False             # True: every rank computes by itself what it holds
     owners_keep_state = True  # False: optimizer.state holds it
     part = staticmethod(lambda p: p)  # the tensor whose matrices are the units of p
 
     def __init__(self, optimizer, group, rank: int, units: list[list[Unit]]):
         self.optimizer, self.group, self.rank, self.world_size = optimizer, group, rank, len(units)
-        self.runs, sizes, self.pending, self.sent = [[] for _ in units], [0] * len(units), None, None
+        self.runs, sizes = [[] for _ in units], [0] * len(units)
+        self.pending = self.received = self.sent = None
         for runs, mine, r in zip(self.runs, units, range(len(units))):
             for flag, unit in enumerate(mine):
                 if not (runs and self.merges(unit) and runs[-1].takes(unit)):
@@ -225,13 +227,17 @@ class Bucket:
         handle = _reduce_scatter(mine, packed.view(-1), group=self.group, async_op=True)
         self.pending = handle, mine, packed  # packed must live until the wait
 
+    def receive(self) -> None:
+        """Wait for what `start` launched, if it did, and let go of what it sent."""
+        if self.pending is not None:
+            (handle, self.received, _), self.pending = self.pending, None
+            handle.wait()
+
     def update(self) -> list[tuple[Run, Tensor, Tensor]]:
         """(run, its update or with split_mantissa its new weights (B, m, n), ok (B,)) for all I own in the bucket."""
         mean, entries = None, []
-        if self.pending is not None:
-            handle, mine, _ = self.pending
-            handle.wait()
-            mean, self.pending = mine.float().div_(self.world_size), None
+        if self.received is not None:
+            mean, self.received = self.received.float().div_(self.world_size), None
         for run in self.runs[self.rank]:
             group, G = self.settings(run), self.gradient(run) if mean is None else run.slot(mean)
             M = self.state(run)["momentum_buffer"].view(run.shape)

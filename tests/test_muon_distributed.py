@@ -148,11 +148,11 @@ def continue_from(state, shapes=CASES["a bank"], first=2, dtype=torch.bfloat16):
 
 
 class Recorder:
-    """Stands in for a collective: counts bytes and how many calls are between launch and wait."""
-    flying = most = 0
+    """Stands in for a collective: counts bytes and how many calls, of all kinds, are between launch and wait."""
+    flying = most = held = most_held = 0
 
-    def __init__(self, collective, delays=(), overlap=False):
-        self.collective, self.delays, self.sent, self.calls, self.overlap = collective, list(delays), 0, 0, overlap
+    def __init__(self, collective, delays=()):
+        self.collective, self.delays, self.sent, self.calls = collective, list(delays), 0, 0
 
     def __call__(self, output, input, group=None, async_op=False):
         assert async_op and output.ndim == input.ndim == 1
@@ -162,30 +162,56 @@ class Recorder:
         if self.delays:
             time.sleep(self.delays[self.calls % len(self.delays)])
         self.handle = self.collective(output, input, group=group, async_op=True)
-        Recorder.flying += self.overlap
-        Recorder.most = max(Recorder.most, Recorder.flying)
-        return _Wait(self.handle, self.overlap)
+        Recorder.count(1, output.nbytes + input.nbytes)
+        return _Wait(self.handle, output.nbytes + input.nbytes)
+
+    @classmethod
+    def count(cls, calls, nbytes):
+        cls.flying, cls.held = cls.flying + calls, cls.held + nbytes
+        cls.most, cls.most_held = max(cls.most, cls.flying), max(cls.most_held, cls.held)
 
 
 class _Wait:
-    def __init__(self, handle, overlap):
-        self.handle, self.overlap = handle, overlap
+    def __init__(self, handle, nbytes):
+        self.handle, self.nbytes = handle, nbytes
 
     def wait(self):
         self.handle.wait()
-        Recorder.flying -= self.overlap
+        Recorder.count(-1, -self.nbytes)
 
 
 def recorded(rank, run, delay=0.0):
-    """run() with counted and delayed collectives: (its result, bytes gathered, reduced, most gathers in flight)."""
+    """run() with counted and delayed collectives: (its result, bytes gathered, reduced, most in flight)."""
     gather, scatter = muon_ranks._all_gather, muon_ranks._reduce_scatter
     delays = [delay * ((rank + k) % 3) for k in range(5)]
-    muon_ranks._all_gather, muon_ranks._reduce_scatter = Recorder(gather, delays, overlap=True), Recorder(scatter, delays)
-    Recorder.flying = Recorder.most = 0
+    muon_ranks._all_gather, muon_ranks._reduce_scatter = Recorder(gather, delays), Recorder(scatter, delays)
+    Recorder.flying = Recorder.most = Recorder.held = Recorder.most_held = 0
     try:
         return run(), muon_ranks._all_gather.sent, muon_ranks._reduce_scatter.sent, Recorder.most
     finally:
         muon_ranks._all_gather, muon_ranks._reduce_scatter = gather, scatter
+
+
+def bounded(rank, world_size, sync):
+    """One step of six buckets: exchanges in flight when start() returns, before each iteration, most bytes at once."""
+    shapes = [(16, 32)] * (6 * world_size)
+    params, _ = make(shapes, steps=0)
+    optimizer = Muon(params, sync_grads=sync, bucket_mb=1e-9, deterministic=True)
+    feed(params, make(shapes, steps=1)[1][0])
+    orthogonalize, flying = optimizer._orthogonalize, []
+
+    def spy(*args):
+        flying.append(Recorder.flying)
+        return orthogonalize(*args)
+    optimizer._orthogonalize = spy
+
+    def run():
+        for _ in range(2):  # as train_gpt.py calls it
+            optimizer.start()
+            flying.append(Recorder.flying)
+            optimizer.step()
+    _, _, _, most = recorded(rank, run, delay=0.002)
+    return flying, most, Recorder.most_held, Recorder.flying
 
 
 def refused(run):
@@ -228,6 +254,8 @@ def scenarios(rank, world_size, checkpoint):
     found["bytes", "ddp"] = recorded(rank, lambda: train(regular, make(regular, steps=1)[1], **wire)[0])
     found["slow"] = recorded(rank, lambda: deterministic_run(regular, 1e-9, **SETTINGS), delay=0.01)
     found["fast"] = deterministic_run(regular, 16, **SETTINGS)
+
+    found["bounded"] = {sync: bounded(rank, world_size, sync) for sync in (True, False)}
 
     # ranks that disagree
     p, q = torch.nn.Parameter(torch.zeros(4, 6)), torch.nn.Parameter(torch.zeros(6, 4))
@@ -435,11 +463,24 @@ def test_traffic_is_what_the_ring_model_says(world, W):
 
 
 @pytest.mark.parametrize("W", WORLDS)
-def test_slow_ranks_and_many_buckets_change_nothing_and_two_gathers_fly_at_most(world, W):
+def test_slow_ranks_and_many_buckets_change_nothing_and_two_exchanges_fly_at_most(world, W):
     for found in world(W):
         (bits, buckets), _, _, most = found["slow"]
         assert buckets > 2 and bits == found["fast"][0] and found["fast"][1] == 1
         assert most == 2
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_two_exchanges_are_in_flight_at_most_and_computation_hides_two(world, W):
+    """With sync_grads the gradients of the next bucket and the results of the one before travel while one is computed; what
+    is held does not grow with the number of buckets."""
+    nbytes = 2 * (W + 1) * (16 * 32 + 1) * 4  # of two exchanges: what a rank gives and what it gets, with one flag
+    for found in world(W):
+        flying, most, held, left = found["bounded"][True]
+        assert flying == [2, 1, 2, 2, 2, 2, 1] * 2 and most == 2 and left == 0
+        assert held <= nbytes
+        flying, most, held, left = found["bounded"][False]
+        assert flying == [0, 0, 1, 1, 1, 1, 1] * 2 and most == 2 and left == 0 and held <= nbytes
 
 
 @pytest.mark.parametrize("W", WORLDS)
