@@ -1,12 +1,16 @@
 """What a training step must compute and move, part by part, counted from shapes, and the least time a device takes for that.
 
+    python -m bench.floors [--gpu=H100] [--ranks=1] [--track=small] [--fp8=on]
+
 A floor is the larger of operations over peak and bytes over bandwidth, so nothing can be faster; overlap of parts aside, nothing
 can be expected to reach it. Operations are those of matrix products (2 for a multiply-add). Attention counts the keys that
 queries see in these documents, without what flash attention computes again in its backward pass. Bytes: each factor of a
 product is read once and each result written once, forward and for both gradients, for every packed sequence. The elementwise
 part is an estimate of how many times fused kernels pass over the stream.
 """
+import argparse
 import functools
+import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -95,6 +99,14 @@ def packed(lengths: np.ndarray, max_len: int, T: int, count: int) -> list[np.nda
     return result
 
 
+def synthetic(cfg: Config, step: int, sequences: int) -> list[np.ndarray]:
+    """Document lengths of the packed sequences of a step."""
+    tokens = cfg.at("batch_tokens", step)
+    lengths = document_lengths(np.random.default_rng(0), tokens // 20)
+    lengths = np.full_like(lengths, cfg.split_docs) if cfg.split_docs else lengths
+    return packed(lengths, cfg.at("max_doc_len", step), tokens // sequences, sequences)
+
+
 @functools.cache
 def built(cfg: Config, dtype: torch.dtype, world: int) -> SimpleNamespace:
     return plan.build(cfg, dtype, world)
@@ -141,7 +153,8 @@ def count(cfg: Config, dtype: torch.dtype, docs: list[np.ndarray], step: int, wo
         "attention": Work(12 * D * keys_seen(model, docs, cfg.stage(step)), 0, 12 * b * T * D * A),
         "projections": add(product(D, 2 * D, A), product(D, D, 2 * A)),
         "MLP": add(product(D, cfg.mlp_ratio * D, L), product(cfg.mlp_ratio * D, D, L)),
-        "head and loss": Work(0 if fp8 else head.flops, head.flops if fp8 else 0, head.bytes + 2 * b * T * V),
+        # The logits are read once to become their gradients, which in FP8 have one byte.
+        "head and loss": Work(0 if fp8 else head.flops, head.flops if fp8 else 0, head.bytes + T * V * (3 - b if fp8 else 2 * b)),
         "tables": Work(0, 0, 5 * b * T * D * gathered + 2 * T * D * bool(cfg.bigram_rows) + b * M * scattered),
         "elementwise": Work(gates, 0, 3 * b * T * D * passes + 2 * b * M * sum(size[name] for name in MATRICES)),
         "gradient sums": Work(0, 0, sums + 3 * b * M * V * D * tied),  # tied: the head's two gradients are added up
@@ -170,3 +183,29 @@ def optimizers(cfg: Config, run, moving: set, world: int, device: torch.device) 
         adam += p.numel() / share * (16 + 3 * size + 4 * (p.dtype == torch.bfloat16)) / cfg.adam_every
         sent += ring * 2 * p.numel() * size / cfg.adam_every
     return {"Muon": muon, "Adam": Work(bytes=adam), "communication": Work(link=sent)}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.floors", description=__doc__.partition("\n")[0])
+    parser.add_argument("--gpu", default="H100", choices=BANDWIDTH)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--track", default="small")
+    parser.add_argument("--fp8", default="on", choices=("on", "off"))
+    args = parser.parse_args(argv)
+    cfg, device = Config.for_track(args.track), find_device(torch.device("cuda"), name=args.gpu)
+    fp8 = args.fp8 == "on" and device.fp8_tflops > device.tflops
+    docs = [synthetic(cfg, step, max(cfg.slices, args.ranks)) for step in cfg.stage_starts]
+    stages = [count(cfg, torch.bfloat16, d[:len(d) // args.ranks], step, args.ranks, fp8)
+              for d, step in zip(docs, cfg.stage_starts)]
+    print(f"Track {cfg.track} on {args.ranks} x {args.gpu}, head in {'FP8' if fp8 else 'bf16'}: GFLOP, MB and floor in ms of a "
+          "step of one rank, by stage\n\n| part |" + "".join(f" {stage} |" for stage in range(len(stages))))
+    print("|---" * (1 + len(stages)) + "|")
+    for part in (part for part in PARTS if part in stages[0]):
+        print(f"| {part} |" + "".join(f" {(w[part].flops + w[part].fp8) / 1e9:,.0f}, {sum(w[part][2:]) / 1e6:,.0f}, "
+                                      f"{w[part].floor_ms(device):.2f} |" for w in stages))
+    print("| all |" + "".join(f" {sum(work.floor_ms(device) for work in w.values()):.2f} |" for w in stages))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

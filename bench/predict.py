@@ -50,8 +50,7 @@ def count() -> dict:
     cfg, result = Config.for_track("small"), dict(work=0.0, head=0.0, stages=[], floors=dict.fromkeys(floors.PARTS, 0.0))
     device, ends = floors.find_device(torch.device("cuda"), name="H100"), (*cfg.stage_starts[1:], cfg.train_steps)
     for first, end in zip(cfg.stage_starts, ends):
-        tokens, rng = cfg.at("batch_tokens", first), np.random.default_rng(0)
-        docs = floors.packed(floors.document_lengths(rng, tokens // 20), cfg.at("max_doc_len", first), tokens // GPUS, GPUS)
+        tokens, docs = cfg.at("batch_tokens", first), floors.synthetic(cfg, first, GPUS)
         whole = floors.count(cfg, torch.bfloat16, docs, first)
         flops = [whole[part].flops for part in ("attention", "projections", "MLP", "head and loss")]
         share = floors.count(cfg, torch.bfloat16, docs[:1], first, GPUS, fp8=True)

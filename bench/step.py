@@ -7,8 +7,8 @@ Training data is synthetic (documents of FineWeb's lengths, or of the track's sh
 be downloaded. Prints Markdown tables; with OUT=<folder> in the environment it also writes bench_step.json there.
 
 Parts are told apart by torch.profiler: ranges around their functions, and for a backward pass the ranges of the operations
-that it belongs to. A compiled model has no such ranges inside, so it is profiled twice: as it is, where its kernels go by
-their names, and eagerly. Floors are counted by bench/floors.py.
+that it belongs to. A compiled model has no such ranges inside, so it is profiled twice: eagerly, and as it is, where its kernels
+go by their names (on a CPU all of it counts as elementwise). Floors are counted by bench/floors.py.
 """
 import contextlib
 import json
@@ -40,7 +40,7 @@ MARK = "part: "
 WALL = "all, wall clock"
 PRODUCTS = "all products"  # of a compiled model: projections, MLP and head, whose kernels look alike
 KERNELS = (("nccl", "communication"), ("flash", "attention"), ("fmha", "attention"), ("attention", "attention"),
-           ("flex", "attention"), ("gemm", PRODUCTS), ("nvjet", PRODUCTS), ("cutlass", PRODUCTS), ("_mm", PRODUCTS))
+           ("flex", "attention"), *((word, PRODUCTS) for word in ("gemm", "nvjet", "cutlass", "splitk", "triton_tem")))
 
 
 def synthetic_shards(cfg: Config, folder: Path, tokens: int, ids_used: int = 2**16) -> None:

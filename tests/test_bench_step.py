@@ -163,3 +163,12 @@ def test_report_prints_floor_beside_measurement_and_writes_both(tmp_path, monkey
     lines = out.getvalue().splitlines()
     assert sum(line.startswith("| 2 | MLP |") for line in lines) == 1 and ("| compiled, ms |" in out.getvalue()) == compiled
     assert {line.count("|") for line in lines if line.startswith("| 2 | ")} >= {8 + 2 * compiled}
+
+
+def test_floors_of_a_named_gpu_are_printed_by_part_and_stage(capsys):
+    assert floors.main(["--gpu=4090", "--ranks=2", "--fp8=off"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("| MLP |")).split("|")
+    assert "2 x 4090, head in bf16" in out and len(row) == 7
+    gflop, mb, ms = (float(x.replace(",", "")) for x in row[2].split(", "))  # 6 FLOPs per weight and token
+    assert gflop == pytest.approx(6 * 51.9e6 * 65_536 / 1e9, rel=1e-3) and ms == pytest.approx(gflop / 165.2, rel=1e-3)
