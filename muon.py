@@ -274,6 +274,7 @@ class Muon(torch.optim.Optimizer):
         for (kind, process_group), members in lanes.items():
             world_size, rank = world_and_rank(process_group)
             expect_agreement(process_group, self._facts({p for p, _, _ in members}))
+            kind.announce([p for p, _, _ in members])
             world_size, rank = (1, 0) if kind.alone else (world_size, rank)
             units = [unit for p, i, group in members for unit in units_of(p, kind.part(p), i, group)]
             costs = [self._cost(unit, dtype) for unit in units]
@@ -395,6 +396,10 @@ class Muon(torch.optim.Optimizer):
             settings = {key: ours[key] for key in self.defaults if key in ours} | from_torch(theirs)
             groups.append(settings | {key: ours[key] for key in ("split", "flatten", "ns_form")})  # these shape the state
             check_settings(groups[-1], number)
+            known = ours.get("param_names") or ()  # other names may be the same model, wrapped
+            for name, other in zip(known, theirs.get("param_names") or ()):
+                expect(other == name or other not in known, f"group {number}: expected {name}", f"{other} in its place",
+                       "build the optimizer with its parameters in the order of the checkpoint")
             for i, p in zip(theirs["params"], ours["params"]):
                 state[p] = dict(state_dict["state"].get(i, {}))
                 for key in (key for key in state_kinds(groups[-1]) if key in kinds):

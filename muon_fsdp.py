@@ -52,8 +52,6 @@ def lane(p: DTensor, group: dict) -> tuple[type[Bucket], object]:
         return kind, ranks
     expect(not group["split_mantissa"], "expected a parameter sharded along one mesh dimension for split_mantissa",
            p.placements, "turn that off for this group")
-    warnings.warn(f"Muon: parameters placed as {p.placements} are gathered whole on every rank, which is slow; shard them "
-                  "along one mesh dimension")
     return Gathered, mesh.get_group(0)
 
 
@@ -262,6 +260,11 @@ class Exchanged(Sharded):
 class Gathered(Sharded):
     """For placements without a way of their own: every rank gathers U and computes everything."""
     alone = True
+
+    @staticmethod
+    def announce(params: list[DTensor]) -> None:
+        warnings.warn(f"Muon: {len(params)} parameters, the first placed as {params[0].placements}, are gathered whole on every "
+                      "rank, which is slow; shard them along one mesh dimension")
 
     def view(self, run: Run, x: Tensor) -> Tensor:
         return x

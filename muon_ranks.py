@@ -180,6 +180,7 @@ class Bucket:
     alone = False             # True: every rank computes by itself what it holds
     owners_keep_state = True  # False: optimizer.state holds it
     part = staticmethod(lambda p: p)  # the tensor whose matrices are the units of p
+    announce = staticmethod(lambda params: None)  # say what the user should know of these parameters' way
 
     def __init__(self, optimizer, group, rank: int, units: list[list[Unit]]):
         self.optimizer, self.group, self.rank, self.world_size = optimizer, group, rank, len(units)

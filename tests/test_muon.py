@@ -1061,6 +1061,7 @@ def test_what_shapes_the_state_is_ours_not_the_checkpoint_s():
     (lambda s: s["param_groups"].append(dict(s["param_groups"][0], params=[3])),
      r"expected groups of \[3\] parameters, found \[3, 1\]; load a checkpoint of this model"),
     (lambda s: s["param_groups"][0]["params"].pop(), r"expected groups of \[3\] parameters, found \[2\]"),
+    (lambda s: s["param_groups"][0].update(param_names=["w0", "w2", "w1"]), "group 0: expected w1, found w2 in its place; build"),
     (lambda s: s["param_groups"][0].update(momentum=2.0), "momentum of group 0: expected 0 <= momentum < 1, found 2.0")])
 def test_a_broken_checkpoint_is_refused_and_leaves_the_optimizer_as_it_was(spoil, sentence):
     settings = dict(normuon_beta2=0.9, split_mantissa=True, deterministic=True)
@@ -1081,6 +1082,20 @@ def test_a_broken_checkpoint_is_refused_and_leaves_the_optimizer_as_it_was(spoil
             feed(which, step)
             each.step()
     assert all(same(p.detach(), q.detach()) for p, q in zip(params, straight))
+
+
+@pytest.mark.parametrize("names", [["module.a", "module.b"], None])
+def test_a_checkpoint_of_a_wrapped_model_or_without_names_loads(names):
+    params, gradients = make([(12, 8), (12, 8)], steps=1)
+    optimizer = Muon(list(zip("ab", params)))
+    feed(params, gradients[0])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    group, = saved["param_groups"]
+    assert group.pop("param_names") == ["a", "b"]
+    optimizer = Muon(list(zip("ab", make([(12, 8), (12, 8)])[0])))
+    optimizer.load_state_dict({**saved, "param_groups": [group | ({"param_names": names} if names else {})]})
+    assert same(optimizer.state_dict()["state"][1]["momentum_buffer"], saved["state"][1]["momentum_buffer"])
 
 
 def test_it_loads_again_and_again_and_grows_after_a_load():
