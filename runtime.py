@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import threading
 import uuid
 from pathlib import Path
@@ -243,6 +244,38 @@ def leave(code: int):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def keep_compiled():
+    """Compiled graphs outlive the run and the machine's next start: torch keeps them in one folder, apart by its version, the
+    GPU and the source of each graph, so that only what changed is compiled again."""
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    if os.access(ROOT, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache/compile"))
+    torch._dynamo.config.recompile_limit = 64  # stages differ in shapes and windows: a graph for each
+    if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):  # HeadLoss: else traced at each start
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+
+
+class Startup:
+    """What the time before the first step goes to: seconds of each part, since this process began where the system tells."""
+
+    def __init__(self):
+        self.parts, self.begin = {}, time.perf_counter()
+        try:
+            started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+            self.begin -= time.clock_gettime(time.CLOCK_BOOTTIME) - started
+        except (OSError, AttributeError):  # not Linux
+            pass
+
+    def mark(self, part: str):
+        """All since the last mark was this part."""
+        self.parts[part] = time.perf_counter() - self.begin - sum(self.parts.values())
+
+    def __str__(self):
+        return f"{sum(self.parts.values()):.1f} s: " + ", ".join(f"{part} {s:.1f}" for part, s in self.parts.items())
 
 
 class Runtime:

@@ -39,8 +39,8 @@ from data.shards import document_starts
 from kernels import (BACKENDS, HEAD_PIECE, Docs, HeadLoss, choose_backend, choose_compile, choose_dtype, choose_fp8,
                      choose_symmetric, masked_attention, paired_docs, softcap)
 from muon import Muon
-from runtime import (Log, RunError, Runtime, Stopped, StopSignal, UsageError, leave, log_header, parse_settings,
-                     read_checkpoint, report, write_checkpoint)
+from runtime import (Log, RunError, Runtime, Startup, Stopped, StopSignal, UsageError, keep_compiled, leave, log_header,
+                     parse_settings, read_checkpoint, report, write_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -589,23 +589,27 @@ class Run:
     schedules need (windows, rotary tables, scales, tying) follows from the step."""
 
     def __init__(self, cfg: Config, rt: Runtime):
-        self.cfg, self.rt = cfg, rt
+        self.cfg, self.rt, self.startup = cfg, rt, Startup()
+        self.startup.mark("imports and ranks")
         self.check_world_size()
         cuda = rt.device.type == "cuda"
         self.dtype, self.compiled = choose_dtype(cfg.dtype, rt.device), choose_compile(cfg.compile, rt.device)
         self.loader = rt.together(Loader, cfg, rt.rank, rt.world, cuda)
         self.validation = rt.together(Validation, cfg, rt.rank, rt.world, cuda)
+        self.startup.mark("data")
         self.backend, self.backend_reason = choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, rt.device, self.dtype)
         self.make_mask, attend = BACKENDS[self.backend]
         self.fp8, self.fp8_reason = choose_fp8(cfg.fp8_head, rt.device)
         self.symmetric, self.symmetric_reason = choose_symmetric(rt.device)
+        self.startup.mark("choice of kernels")
         with torch.device(rt.device):
             self.model = GPT(cfg, attend, self.fp8)
         self.model.init_weights(self.dtype)
+        if self.compiled:
+            keep_compiled()
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if self.compiled else self.model
-        if self.compiled:  # stages differ in shapes and windows: a graph for each
-            torch._dynamo.config.recompile_limit = 64
         self.make_optimizers()
+        self.startup.mark("weights and optimizers")
         self.step, self.train_ms, self.reached = 0, 0.0, None
         self.ropes, self.losses, self.stop, self.resumed_at = {}, deque(), StopSignal(), None
 
@@ -678,11 +682,14 @@ class Run:
             self.accumulate([batch], start)
             self.update(start + cfg.adam_every - 1)
             self.adam.zero_grad()
+            rt.synchronize()
+            self.startup.mark(f"stage {stage}")
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(before[name])
         self.make_optimizers()
         rt.synchronize()
+        self.startup.mark("reset")
 
     def update(self, step: int):
         cfg, factor = self.cfg, learning_rate(self.cfg, step)
@@ -855,6 +862,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     with log:
         log_header(run, log, f"{options.resume} at step {state['step']}" if state else "")
         run.warm_up()
+        log.write(f"start-up: {run.startup}", show=False)
         if state:
             run.load(options.resume, state)
             run.resumed_at = run.step

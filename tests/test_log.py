@@ -71,6 +71,27 @@ def test_the_log_starts_with_the_sources(result):
     assert step_lines(steps) == step_lines(result.log)
 
 
+def test_the_log_says_what_the_time_before_the_first_step_went_to(result):
+    total, parts = re.search(r"^start-up: ([\d.]+) s: (.*)$", result.log, re.M).groups()
+    parts = {name: float(s) for name, s in re.findall(r"([a-z][a-z 0-9]*?) ([\d.]+)(?:, |$)", parts)}
+    assert list(parts)[0] == "imports and ranks" and list(parts)[-1] == "reset" and "stage 0" in parts
+    assert 0.1 < parts["imports and ranks"] < float(total)  # torch alone takes that long
+    assert abs(sum(parts.values()) - float(total)) < 0.06 * len(parts)  # as they are rounded
+
+
+def test_compiled_graphs_are_kept_beside_the_sources_unless_a_folder_is_named(monkeypatch):
+    import torch._functorch.config
+
+    allowed = "autograd_cache_allow_custom_autograd_functions"
+    monkeypatch.setattr(torch._functorch.config, allowed, False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    runtime.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(ROOT / ".cache/compile") and getattr(torch._functorch.config, allowed)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    runtime.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
 def test_the_header_tells_what_ran(folder, result):
     header = result.log.split("=" * 100)[1]
     assert re.search(r"^Running [pP]ython (\S+)", header, re.M)
