@@ -2,7 +2,7 @@
 
     python -m bench.muon                      a few minutes on two CPU cores: a twelfth of each set of shapes
     python -m bench.muon --blocks=12          all of GPT-2 124M's hidden matrices, and the other sets in full
-    python -m bench.muon --only=times         parts: times, work, worlds, plans, accuracy, classes, checks, shares
+    python -m bench.muon --only=times         parts: times, limits, work, worlds, plans, accuracy, classes, checks, shares
     python -m bench.muon --peers=FOLDER       other implementations, installed as bench/requirements.txt says
 
 Subjects take turns (A B C A B C ...); what is missing is named and skipped. Prints Markdown; see --help for files. Step
@@ -30,8 +30,9 @@ from bench.muon_peers import (SUBJECTS, WIRE, Failed, NotPosed, Refused, Subject
                               resident_peak, seconds_of, synchronize)
 from bench.muon_checks import CHECKS, judge, singular_value_map, update, with_spectrum
 import muon  # after muon_peers, which counts what goes through torch.distributed
+import newton_schulz
 
-ON_DEVICE = "shares", "classes", "times"
+ON_DEVICE = "shares", "classes", "limits", "times"
 PARTS = "checks", "accuracy", "work", "worlds", "plans", *ON_DEVICE  # first those that fork
 BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # GPT-2 124M: c_attn, attn_proj, fc, mlp_proj; 12 blocks
 WORLDS = 2, 3, 4, 8
@@ -85,8 +86,15 @@ class Products(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm")
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise")
         return func(*args, **(kwargs or {}))
+
+
+def count_flops() -> FlopCounterMode:
+    """Also those of oneDNN's product, which torch's own counter does not know."""
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return FlopCounterMode(display=False, custom_mapping={} if onednn is None else {
+        onednn: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,11 +125,11 @@ def kept_and_peak(S: Subject, settings: dict, shapes: list[tuple], scale: int) -
 
 def work_of(S: Subject, settings: dict, scale: int) -> dict:
     """FLOPs of matrix products and their number for one GPT-2 block; bytes per element that stay and that come and go."""
-    scale = max(1, scale // 2)
+    scale = max(1, scale // (4 if S.name == "muon.py" else 2))  # what ours saves on a CPU depends on the size
     shapes = scaled(BLOCK, scale)
     optimizer, feed, kept, peak = kept_and_peak(S, settings, shapes, scale)
     feed()
-    with FlopCounterMode(display=False) as flops, Products() as products:
+    with count_flops() as flops, Products() as products:
         optimizer.step()
     elements = sum(m * n for m, n in shapes)
     return dict(gflop=flops.get_total_flops() * scale**3 / 1e9, products=products.count, state=kept / elements,
@@ -136,7 +144,7 @@ def rank_work(rank: int, S: Subject, settings: dict, blocks: int, scale: int) ->
     optimizer, feed, kept, peak = kept_and_peak(S, settings, shapes, scale)
     sent, elements = WIRE.sent, sum(m * n for m, n in shapes)
     feed()
-    with FlopCounterMode(display=False) as flops:
+    with count_flops() as flops:
         optimizer.step()
     return dict(flops=flops.get_total_flops() * scale**3, sent=sent * scale**2, state=kept / elements, peak=peak / elements)
 
@@ -261,6 +269,26 @@ def classes(device, reps: int, batch: int) -> list[dict]:
     return rows
 
 
+def least_flops(m: int, n: int, gram: bool) -> float:
+    """Of five steps, if symmetric products take half; with one restart in the Gram form."""
+    s, l = min(m, n), max(m, n)
+    standard = 5 * (3 * s * s * l + s**3)
+    return min(standard, 6 * s * s * l + 14 * s**3) if gram else standard
+
+
+def limits(reps: int) -> list[dict]:
+    """What a CPU allows: the rate of a plain product, the least work, and how many times as fast as the standard form in bf16
+    at that rate this would be."""
+    rows, plain = [], sum(muon.newton_schulz_flops(m, n, 5, False) for m, n in BLOCK)
+    for dtype in torch.bfloat16, torch.float32:
+        A = torch.randn(2048, 2048).to(dtype)
+        run = lambda: newton_schulz.product(A, A)
+        seconds = [seconds_of(run, torch.device("cpu")) for _ in range(reps + 2)][2:]
+        rows.append(dict(dtype=str(dtype)[6:], rate=2 * 2048**3 / statistics.median(seconds), plain=plain,
+                         least=sum(least_flops(m, n, dtype == torch.float32) for m, n in BLOCK)))
+    return [row | dict(ratio=plain / rows[0]["rate"] / (row["least"] / row["rate"])) for row in rows]
+
+
 def shares(S: Subject, device, reps: int, blocks: int, world_size: int = 8) -> list[dict]:
     """Simulated: what each of 8 ranks would compute, one after the other on this device, without communication."""
     shapes, rows = BLOCK * blocks, []
@@ -320,12 +348,12 @@ def targets(result: dict) -> str:
     medians = {row["subject"]: statistics.median(row["seconds"]) for row in result.get("times", [])
                if row["shapes"] == first and row["seconds"]}
     others = {name: seconds for name, seconds in medians.items() if not name.startswith("muon.py")}
-    if "muon.py" in medians and "torch.optim.Muon" in others:
-        ratio = others["torch.optim.Muon"] / medians["muon.py"]
-        rows.append([f"4 times as fast as torch.optim.Muon, {first}", f"{ratio:.2f} times", ratio >= 4])
+    for name in [name for name in ("muon.py", "muon.py, bf16") if name in medians and "torch.optim.Muon" in others]:
+        ratio = others["torch.optim.Muon"] / medians[name]
+        rows.append([f"4 times as fast as torch.optim.Muon, {first}: {name}", f"{ratio:.2f} times", ratio >= 4])
         best = min(others, key=others.get)
-        rows.append(["not slower than any other", f"{others[best] / medians['muon.py']:.2f} times as fast as {best}",
-                     others[best] >= medians["muon.py"]])
+        rows.append([f"not slower than any other: {name}", f"{others[best] / medians[name]:.2f} times as fast as {best}",
+                     others[best] >= medians[name]])
     for row in result.get("plans", []):
         rows.append([f"balance planned for 8 ranks at least 0.97, {row['label']}", f"{row['efficiency']['8']:.3f}",
                      row["efficiency"]["8"] >= 0.97])
@@ -380,6 +408,13 @@ def plans_table(rows: list[dict]) -> str:
         [row["label"], *(f"{x:.3f}" for x in row["efficiency"].values())] for row in rows])
 
 
+def limits_table(rows: list[dict]) -> str:
+    return table(["dtype", "GFLOP/s of a plain product of 2048 x 2048", "GFLOP of the standard form", "least GFLOP",
+                  "ms at that rate", "largest possible speed against the standard form in bf16"],
+                 [[row["dtype"], f"{row['rate'] / 1e9:,.0f}", f"{row['plain'] / 1e9:.1f}", f"{row['least'] / 1e9:.1f}",
+                   f"{row['least'] / row['rate'] * 1e3:.0f}", f"{row['ratio']:.2f}"] for row in rows])
+
+
 def shares_table(rows: list[dict]) -> str:
     busiest = max(rows, key=lambda row: statistics.median(row["seconds"]))
     return f"The busiest rank: {spread(busiest['seconds'])} ms.\n\n" + table(
@@ -395,6 +430,8 @@ def classes_table(rows: list[dict]) -> str:
 
 SECTIONS = {  # part -> (heading and explanation, table)
     "times": ("Step time", times_table),
+    "limits": ("What the CPU allows\n\nNewton-Schulz of one block, if nothing else took time: in bf16 half of every symmetric "
+               "product, in fp32 the Gram form as well.", limits_table),
     "worlds": ("Ranks\n\nReal gloo processes; matrices with shorter sides, figures for full size, all 12 blocks. Balance: work "
                "of one process / ranks / work of the busiest. Model: a ring through which every element passes once.",
                worlds_table),
@@ -500,7 +537,8 @@ def measure(args, device: torch.device) -> dict:
         "accuracy": lambda: rows_of(entries | extra, accuracy_of),
         "worlds": lambda: worlds(subjects, 12, args.scale, args.seconds), "plans": plans,
         "shares": lambda: shares(subjects["muon.py"], device, args.reps, args.blocks),
-        "classes": lambda: classes(device, args.reps, 1 if device.type == "cpu" else 8), "times": all_times}
+        "classes": lambda: classes(device, args.reps, 1 if device.type == "cpu" else 8), "limits": lambda: limits(args.reps),
+        "times": all_times}
     for part in [part for part in PARTS if part in args.only and (device.type == "cpu" or part in ON_DEVICE)]:
         say(part)
         torch.set_num_threads(threads if part in ON_DEVICE else 1)  # a pool of threads survives no fork
@@ -541,7 +579,7 @@ def main(argv: list[str]) -> int:
     if args.load and not args.only:
         result = json.loads(args.load.read_text())
     else:
-        args.only = args.only or [part for part in PARTS if part != "shares" or cuda]
+        args.only = args.only or [part for part in PARTS if part != ("limits" if cuda else "shares")]
         result = measure(args, torch.device(args.device))
     print(tables(result))
     if args.json:
