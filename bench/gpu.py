@@ -7,7 +7,6 @@ a process of its own with a time limit; one that fails or takes too long is repo
 with --cpu, the same parts run at reduced size on track shakespeare: that tries this script, and says nothing about a GPU.
 """
 import argparse
-import dataclasses
 import importlib.util
 import json
 import math
@@ -20,18 +19,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
 
-from bench import floors
 from bench.step import synthetic_shards
 from data.loader import find_shards
 from data.shards import ShardError
-from kernels import BACKENDS, CANDIDATES, Docs, choose_dtype, paired_docs, self_test
-from runtime import ROOT, Runtime
-from train_gpt import GPT, Config, Run, mtp_weights, norm, parse_config
+from kernels import CANDIDATES
+from runtime import ROOT
+from train_gpt import Config, parse_config
 
 BUDGET = 530  # seconds for everything
 LIMITS = {"doctor": 60, "cold start": 140, "warm start": 30, "step": 110, "attention": 35, "head": 40, "eager": 25, "memory": 15,
@@ -75,106 +71,6 @@ def text_of(*args) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces: each runs in a process of its own and returns what goes into the results
-
-
-def milliseconds(call, device: torch.device, reps: int) -> float:
-    """Median of a call, by CUDA events on a GPU, after three that do not count."""
-    times = []
-    for _ in range(reps + 3):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            call()
-            times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times[3:])
-
-
-def piece_attention(cfg: Config, device, candidate: str) -> dict:
-    """Forward and backward at the shapes of the last stage, and the error against the definition in fp32."""
-    dtype, stage, name = choose_dtype(cfg.dtype, device), len(cfg.stage_starts) - 1, candidate.partition(" ")[0]
-    works, said = self_test(candidate, cfg.head_dim, cfg.attn_scale, device, dtype)
-    if not works:
-        raise Failed(said)
-    step, rng, result = cfg.stage_starts[-1], np.random.default_rng(0), dict(said=said, ms={}, tflops={})
-
-    def problem(T: int, window: int, paired: bool, backend: str, dtype):
-        lengths, = floors.packed(floors.document_lengths(rng, T), cfg.at("max_doc_len", step), T, 1)
-        starts = np.full(max(16, T // 16), T, dtype=np.int32)
-        starts[:len(lengths)] = np.cumsum(lengths) - lengths
-        ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        docs = Docs(*(torch.from_numpy(x).to(device) for x in (starts, ids)), min(cfg.at("max_doc_len", step), T))
-        docs = paired_docs(docs) if paired else docs
-        torch.manual_seed(0)
-        shape = (T * (1 + paired), cfg.num_heads // (1 + paired), cfg.head_dim)
-        q, k, v, g = (torch.randn(shape, device=device).bfloat16().to(dtype) for _ in range(4))
-        q, k, v = (x.requires_grad_() for x in (norm(q), norm(k), v))
-        make, attend = BACKENDS[backend]
-        mask = make(docs, window)
-
-        def call():
-            y = attend(q, k, v, mask, cfg.attn_scale)
-            return [y, *torch.autograd.grad(y, (q, k, v), g)]
-        return call, 12 * cfg.model_dim * floors.visible((1 + paired) * lengths, window) / (1 + paired)
-
-    short, long = (w[min(stage, len(w) - 1)] for w in (cfg.window_short, cfg.window_long))
-    T = cfg.at("batch_tokens", step) // cfg.slices
-    for label, window, paired in (("short", short, False), ("long", long, False), ("paired", short, True)):
-        call, flops = problem(T, window, paired, name, dtype)
-        result["ms"][label] = milliseconds(call, device, 10)
-        result["tflops"][label] = flops / result["ms"][label] / 1e9
-    rng = np.random.default_rng(1)
-    ours = problem(min(T, 2048), long, False, name, dtype)[0]()
-    rng = np.random.default_rng(1)
-    exact = problem(min(T, 2048), long, False, "masked", torch.float32)[0]()
-    return result | dict(error=max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(ours, exact)), tokens=T)
-
-
-def piece_head(cfg: Config, device) -> dict:
-    """Head and loss, forward and backward, in bf16 and in FP8: time as the run computes them, error against fp32."""
-    T = cfg.batch_tokens[0] // cfg.slices
-    tokens = torch.randint(0, cfg.vocab_size, (T,), device=device)
-    ctx = SimpleNamespace(mtp_weights=torch.tensor(mtp_weights(cfg, 0), device=device))
-    torch.manual_seed(0)
-    x = norm(torch.randn(T, cfg.model_dim, device=device))
-    head = cfg.head_std * torch.randn(cfg.padded_vocab, cfg.model_dim, device=device)
-
-    def call(dtype, fp8, compiled):
-        with torch.device("meta"):
-            model = GPT(cfg, fp8_head=fp8).train()
-        leaf, model.head = x.to(dtype).requires_grad_(), torch.nn.Parameter(head.to(dtype))
-        model.trunk = lambda tokens, ctx: leaf
-        forward = torch.compile(model, dynamic=False) if compiled else model
-
-        def run():
-            loss = forward(tokens, tokens, ctx)
-            return [loss.detach(), *torch.autograd.grad(loss, (leaf, model.head))]
-        return run
-
-    exact, result = call(torch.float32, False, False)(), dict(tokens=T)
-    for label, fp8 in (("bf16", False), ("fp8", True)):
-        run = call(torch.bfloat16, fp8, device.type == "cuda")
-        errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(run(), exact)]
-        result[label] = dict(zip(("loss", "dx", "dw"), errors), ms=milliseconds(run, device, 10))
-    return result
-
-
-def piece_eager(cfg: Config, device) -> dict:
-    """Whether training and validation run without a compiler in this memory, and the most that they took."""
-    try:
-        Run(dataclasses.replace(cfg, compile="off", val_tokens=cfg.val_slice), Runtime()).warm_up()
-    except torch.OutOfMemoryError as e:
-        return dict(fits=False, said=str(e).splitlines()[0])
-    return dict(fits=True, peak_mib=torch.cuda.max_memory_allocated() // 2**20 if device.type == "cuda" else None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Parts: (settings of the trainer, time limit, results so far, environment) to a dictionary of results
 
 
@@ -185,9 +81,10 @@ class Session:
                     "OUT": str(scratch), **({"CUDA_VISIBLE_DEVICES": ""} if args.cpu else {})}
         self.scratch = scratch
 
-    def piece(self, limit: float, name: str, *more: str) -> dict:
-        text_of([sys.executable, "-m", "bench.gpu", f"--piece={name}", *self.flags, *more], limit, self.env)
-        return json.loads((self.scratch / "piece.json").read_text())
+    def piece(self, limit: float, name: str) -> dict:
+        path = self.scratch / "piece.json"
+        text_of([sys.executable, "-m", "bench.gpu_pieces", str(path), name, *self.flags], limit, self.env)
+        return json.loads(path.read_text())
 
     def train(self, *more: str) -> list[str]:
         return [sys.executable, "train_gpt.py", *self.flags, f"--log_dir={self.scratch}", *more]
@@ -200,7 +97,8 @@ class Session:
         lines = execute(self.train(), limit, self.env, until="step:3/")
         marks = {"log opened": r"\.txt$", "first timed step begins": "^step:0/", "it ends": "^step:1/", "third ends": "^step:3/"}
         at = {key: next(t for t, line in lines if re.search(pattern, line)) for key, pattern in marks.items()}
-        own = [line for _, line in lines if re.match("start|warm|compil", line)]
+        log = Path(ROOT, next(line for _, line in lines if line.endswith(".txt"))).read_text(encoding="utf-8")
+        own = [line for line in log.splitlines() if re.match("(start-?up|warm-?up)[:,]", line)]
         return dict(seconds=at["first timed step begins"], at=at, said=own)
 
     def step(self, limit):
@@ -211,7 +109,7 @@ class Session:
         names, found, end = ["blocked", "masked"] if self.cpu else [*CANDIDATES, "blocked"], {}, time.monotonic() + limit
         for name in names:
             try:
-                found[name] = self.piece(end - time.monotonic(), "attention", f"--candidate={name}")
+                found[name] = self.piece(end - time.monotonic(), f"attention:{name}")
             except Failed as e:
                 found[name] = dict(why=str(e))
         return dict(backends=found)
@@ -268,9 +166,10 @@ def figures(result: dict) -> list[tuple]:
         if name in p:
             rows.append((f"{name}: launch to first timed step", f"<= {limit} s", f"{p[name]['seconds']:.1f} s",
                          p[name]["seconds"] <= limit))
-    if p.get("memory", {}).get("peak_mib"):
-        off = p["memory"]["peak_mib"] / p["memory"]["planned_mib"] - 1
-        rows.append(("peak memory against --plan", "within 10 %", f"{off:+.1%}", abs(off) <= 0.1))
+    if "memory" in p:
+        off = (p["memory"]["peak_mib"] or math.nan) / p["memory"]["planned_mib"] - 1
+        rows.append(("peak memory against --plan", "within 10 %", f"{off:+.1%}" if off == off else "not measured: no peak known",
+                     abs(off) <= 0.1 if off == off else None))
     if "eager" in p:
         rows.append(("trains without a compiler in this memory", "yes", f"{'yes' if p['eager']['fits'] else 'no'}, peak "
                      f"{p['eager'].get('peak_mib') or 'unknown'} MiB", p["eager"]["fits"]))
@@ -338,20 +237,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), help="these parts")
     parser.add_argument("--cpu", action="store_true", help="reduced size, without a GPU")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for everything ({BUDGET})")
-    parser.add_argument("--piece", help=argparse.SUPPRESS)
-    parser.add_argument("--candidate", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args(argv)
-    cuda = torch.cuda.is_available() and not args.cpu
-    if args.piece:
-        more = [args.candidate] if args.candidate else []
-        try:
-            answer = globals()[f"piece_{args.piece}"](config(flags), torch.device("cuda" if cuda else "cpu"), *more)
-        except Failed as e:
-            print(e)
-            return 1
-        Path(os.environ["OUT"], "piece.json").write_text(json.dumps(answer))
-        return 0
-    if not cuda and not args.cpu:
+    if not torch.cuda.is_available() and not args.cpu:
         print("No GPU found: the same at reduced size on track shakespeare, which tries this script only.")
         args.cpu = True
     flags = [f"--track={'shakespeare' if args.cpu else 'small'}", "--max_epochs=1000", *flags]
@@ -363,10 +250,11 @@ def main(argv: list[str]) -> int:
 def measure(args, flags: list[str], scratch: Path) -> None:
     begin, session, cfg = time.monotonic(), Session(args, flags, scratch), config(flags)
     name = "CPU" if args.cpu else torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit, changes = (subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip() for command in
+                       (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
     session.result |= dict(flags=flags, machine=dict(
         device=name, cpu=args.cpu, date=time.strftime("%Y-%m-%d"), torch=torch.__version__, python=sys.version.split()[0],
-        commit=commit or "unknown"))
+        commit=(commit or "unknown") + " with changes" * bool(changes)))
     slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else args.out / f"{time.strftime('%Y-%m-%d')}_{slug}"
     folder.mkdir(parents=True, exist_ok=True)
