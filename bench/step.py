@@ -142,19 +142,19 @@ def owners(events):
     made, known = {}, {}
 
     def part(event):
-        if event is None:
-            return None
-        if event.id not in known:
-            if event.name.startswith(MARK):
-                known[event.id] = event.name[len(MARK):]
-            elif event.name.startswith("autograd::engine::evaluate_function"):
-                sums = "AccumulateGrad" in event.name
-                known[event.id] = "gradient sums" if sums else made.get(event.sequence_nr, "elementwise")
-            else:
-                known[event.id] = part(event.cpu_parent)
-                if event.sequence_nr >= 0 and event.scope == 0 and known[event.id]:
-                    made[event.sequence_nr] = known[event.id]
-        return known[event.id]
+        key = id(event)  # its own id may be another one's too: those of CUDA's calls are numbered apart
+        if event is None or key in known:
+            return known.get(key)
+        if event.name.startswith(MARK):
+            known[key] = event.name[len(MARK):]
+        elif event.name.startswith("autograd::engine::evaluate_function"):
+            sums = "AccumulateGrad" in event.name
+            known[key] = "gradient sums" if sums else made.get(event.sequence_nr, "elementwise")
+        else:
+            known[key] = part(event.cpu_parent)
+            if event.sequence_nr >= 0 and event.scope == 0 and known[key]:
+                made[event.sequence_nr] = known[key]
+        return known[key]
 
     for event in sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end)):
         yield event, part(event)
