@@ -56,7 +56,6 @@ class Work(NamedTuple):
         return 1000 * max(compute / 1e12, self.bytes / device.tb_s / 1e12, self.link / device.gb_s / 1e9, self.host / HOST / 1e9)
 
 
-@functools.cache
 def find_device(device: torch.device, dtype: torch.dtype = torch.float32, name: str = "") -> Device:
     """The data sheet of a GPU that is found or named, else what a large product and a large copy reach here."""
     name = name or (torch.cuda.get_device_name() if device.type == "cuda" else "")
