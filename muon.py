@@ -266,7 +266,7 @@ class Muon(torch.optim.Optimizer):
         devices = sorted({p.device for p in self._names}, key=str)
         expect(len(devices) > 0, "expected parameters", "none", "pass the hidden matrices")
         expect(len(devices) == 1, "expected all parameters on one device", devices, "build one optimizer per device")
-        dtype = self.ns_dtype or iteration_dtype(devices[0])
+        self.dtype = dtype = self.ns_dtype or iteration_dtype(devices[0])
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # dtype of updates as all ranks receive them
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:

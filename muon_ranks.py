@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from newton_schulz import expect
+from newton_schulz import expect, one_by_one
 
 
 def world_and_rank(group) -> tuple[int, int]:
@@ -253,12 +253,12 @@ class Bucket:
 
     def orthogonalize(self, entries: list[tuple[Run, Tensor, Tensor]]) -> list[tuple[Run, Tensor, Tensor]]:
         """(run, O (B, m, n) rounded as everybody applies it, ok) from (run, U, ok): one iteration for all matrices of a
-        kind, the tall ones lying on their side."""
+        kind, the tall ones lying on their side, unless they are faster one by one."""
         kinds, results, optimizer = {}, [], self.optimizer
         for run, U, ok in entries:
             group, U = self.settings(run), U if U.size(1) <= U.size(2) else U.mT
             kind = (U.shape[1:], group["ns_steps"], str(group["coefficients"]), group["ns_form"],
-                    optimizer.deterministic and run.flag)
+                    run.flag if optimizer.deterministic or one_by_one(U, optimizer.dtype) else None)
             kinds.setdefault(kind, []).append((run, ok, U))
         for members in kinds.values():
             runs, oks, U = zip(*members)

@@ -66,13 +66,14 @@ ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if (
 BLOCK_ROWS = 192  # of a symmetric product: fewer save more products, but call more often
 
 
-def one_by_one(X: Tensor) -> bool:
+def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether the wide matrices of a stack are iterated one at a time, by the products below, as measured on one and two
     cores: bf16 pays from two blocks of rows, fp32 where oneDNN is there and a call is worth its 10 microseconds."""
+    dtype = dtype or X.dtype
     if type(X) is not Tensor or X.device.type != "cpu" or X.requires_grad or torch.compiler.is_compiling():
         return False
-    return (X.size(-2) >= 2 * BLOCK_ROWS and X.dtype in (torch.float32, torch.bfloat16)
-            or X[0].numel() >= 2**16 and X.dtype == torch.float32 and ONEDNN is not None)
+    return (X.size(-2) >= 2 * BLOCK_ROWS and dtype in (torch.float32, torch.bfloat16)
+            or X[0].numel() >= 2**16 and dtype == torch.float32 and ONEDNN is not None)
 
 
 def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -150,13 +151,13 @@ def orthogonalize(G: Tensor, steps: int = 5, coefficients: str | Sequence = "pol
     triples = [triples[min(i, len(triples) - 1)] for i in range(steps)]
     tiny = torch.finfo(torch.float32).tiny
     X = G.reshape(-1, *G.shape[-2:]).float()
+    alone = one_by_one(X, dtype)
+    X = X.contiguous() if alone else X
     X = X / largest(X).clamp(min=tiny)
     X = X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp(min=tiny) * safety).to(dtype)
     iterate = gram_steps if gram_pays(*X.shape[-2:], form, dtype) else standard_steps
-    if one_by_one(X):
-        X = X.contiguous()
-        if len(X) > 1:
-            for x in X.split(1):
-                x.copy_(iterate(x, triples, symmetric))
-            return X.reshape(G.shape)
+    if alone and len(X) > 1:
+        for x in X.split(1):
+            x.copy_(iterate(x, triples, symmetric))
+        return X.reshape(G.shape)
     return iterate(X, triples, symmetric).reshape(G.shape)
