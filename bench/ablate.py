@@ -1,0 +1,207 @@
+"""What each technique is worth: the trainer with one of them off, and with some that it does not have, trained on the same
+tokens, over several seeds.
+
+    python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=2] [--only NAME ...]    train what OUT.jsonl lacks
+    python -m bench.ablate time OUT.jsonl [--rounds=12]                                     the time of a step, in turns
+    python -m bench.ablate table OUT.jsonl                                                  the Markdown table
+
+OUT.jsonl gets a line for every run and every timing, so an interrupted sweep goes on where it stopped. A run is the
+trainer's own class, one process with one thread, without its warm-up and with one validation, at the end. The step time is
+that of two threads in one process, all variants in turns, so that what disturbs the machine disturbs all alike.
+
+Equal tokens compares the final losses of runs of as many steps. Equal time adds to a variant's loss what the steps that its
+speed gains or loses are worth, by the slope between the runs "10 % fewer steps" and "10 % more steps".
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from bench.tried import TRIED
+from records.statistics import welch
+from runtime import RunError, Runtime, UsageError
+from train_gpt import TRACKS, Config, Run, parse_config
+
+BASE, FEWER, MORE = "all on", "10 % fewer steps", "10 % more steps"
+OFF = {  # technique -> the settings that turn it off, on track shakespeare
+    "Muon (AdamW for everything)": "--optimizer=adamw --cautious=off --warmup_steps=25",
+    "Polar Express (Jordan's coefficients)": "--coefficients=jordan",
+    "NorMuon": "--normuon_beta2=0",
+    "cautious decay": "--cautious=off",
+    "Muon's decay": "--muon_wd=0",
+    "larger rate for MLP outputs": "--mlp_out_lr_mul=1",
+    "momentum schedule": "--momentum=0.95,0.95",
+    "larger rate for tables": "--table_lr_mul=1",
+    "learning rate floor": "--lr_floor=0",
+    "extension steps": "--extension_steps=0",
+    "window schedule": "--window_short=64 --window_long=128",
+    "multi-token prediction": "--mtp_weights=1",
+    "untying (always tied)": "--untie_stage=-1",
+    "tying (never tied)": "--untie_stage=0",
+    "softcap": "--softcap=",
+    "attention scale (1 over root d)": "--attn_scale=0.1768",
+    "half rotary (all channels)": "--rope_fraction=1",
+    "YaRN": "--yarn=off",
+    "key offset": "--key_offset=off",
+    "paired heads": "--paired_layers=",
+    "attention gates": "--attn_gate_layers=",
+    "XSA": "--xsa_layers=",
+    "smear": "--smear=off",
+    "value embeddings": "--value_embed_layers=",
+    "bigram embedding": "--bigram_rows=0",
+    "bigram signs": "--bigram_signs=off",
+    "x0 injection": "--inject_x0=off",
+    "residual factor 1.1 (1.0)": "--resid_init=1",
+    "backout": "--backout=off",
+    "skip": "--skip=",
+}
+
+
+ALL = "all of them (with AdamW)"
+
+
+def variants(steps: int) -> dict[str, tuple[type[Run], list[str]]]:
+    """name -> (kind of run, changed settings, as on the command line)."""
+    one_of_two = "Polar Express (Jordan's coefficients)", "untying (always tied)", "Muon's decay", "bigram signs", "YaRN"
+    everything = " ".join(settings for name, settings in OFF.items() if name not in one_of_two)
+    settings = {BASE: "", FEWER: f"--train_steps={round(0.9 * steps)}", MORE: f"--train_steps={round(1.1 * steps)}", **OFF,
+                ALL: everything}
+    return {name: (kind, changes.split()) for name, (kind, changes) in
+            {**{name: (Run, changes) for name, changes in settings.items()}, **TRIED}.items()}
+
+
+def config(track: str, steps: int, settings: list[str], seed: int) -> Config:
+    _, changes = parse_config([f"--train_steps={steps}", f"--val_every={10**9}", f"--seed={seed}", *settings])
+    return Config.for_track(track, **changes)
+
+
+def train(job: tuple[str, str, int, int]) -> dict:
+    """Train once, in a process of its own."""
+    track, name, steps, seed = job
+    kind, settings = variants(steps)[name]
+    run = kind(config(track, steps, settings, seed), Runtime())
+    start = time.perf_counter()
+    try:
+        while run.step < run.cfg.train_steps:
+            run.train_step()
+        loss = run.evaluate()
+    except RunError as error:  # a run that diverges is a result, too
+        loss = math.nan
+        print(f"{name}, seed {seed}: {error}", file=sys.stderr)
+    return dict(variant=name, settings=settings, seed=seed, steps=run.cfg.train_steps, loss=round(loss, 5),
+                seconds=round(time.perf_counter() - start, 1), commit=commit())
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(options) -> int:
+    """Seed by seed, so that what is there at any time is balanced; of the trainer as it is, several times as many."""
+    done = {(row["variant"], row["seed"]) for row in read(options.out) if "loss" in row}
+    seeds = {name: options.seeds * (options.base if name == BASE else 1) for name in variants(options.steps)}
+    jobs = [(options.track, name, options.steps, seed) for seed in range(max(seeds.values())) for name in seeds
+            if seed < seeds[name] and (name, seed) not in done and (not options.only or name in options.only)]
+    print(f"{len(jobs)} runs to do, {len(done)} done", file=sys.stderr)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with multiprocessing.get_context("spawn").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
+        for row in pool.imap_unordered(train, jobs):
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{row['variant']}, seed {row['seed']}: {row['loss']:.4f} in {row['seconds']:.0f} s", file=sys.stderr)
+    return 0
+
+
+def measure(options) -> int:
+    """The trainers of all variants side by side in memory; each takes a few steps in every round."""
+    torch.set_num_threads(2)
+    runs = {name: kind(config(options.track, options.steps, settings, 0), Runtime())
+            for name, (kind, settings) in variants(options.steps).items()
+            if name not in (FEWER, MORE) and (not options.only or name in (BASE, *options.only))}
+    middle = options.steps // 2
+    seconds = defaultdict(list)
+    for turn in range(options.rounds + 1):  # the first does not count
+        for name, run in runs.items():
+            if turn == 0:
+                run.step = middle
+                run.loader.load_state_dict({**run.loader.state_dict(), "step": middle})
+            start = time.perf_counter()
+            for _ in range(4):
+                run.train_step()
+            if turn:
+                seconds[name].append((time.perf_counter() - start) / 4)
+            run.step = middle
+    with options.out.open("a") as file:
+        for name, values in seconds.items():
+            ratio = [value / base for value, base in zip(values, seconds[BASE])]
+            file.write(json.dumps(dict(variant=name, ms=[round(1000 * v, 2) for v in values], rounds=options.rounds,
+                                       ratio=round(statistics.median(ratio), 4), threads=2, commit=commit())) + "\n")
+    return 0
+
+
+def table(options) -> int:
+    """By the loss at equal time, the worst first: what helps most stands on top, what should go at the bottom."""
+    losses, steps, ratios = defaultdict(list), {}, {}
+    for row in read(options.out):
+        if "loss" in row:
+            losses[row["variant"]].append(row["loss"])
+            steps[row["variant"]] = row["steps"]
+        else:
+            ratios[row["variant"]] = row["ratio"]
+    if len(losses[BASE]) < 2 or not losses[FEWER] or not losses[MORE]:
+        raise UsageError(f"{options.out}: expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see `run`")
+    mean = {name: statistics.mean(values) for name, values in losses.items() if values}
+    slope = (mean[MORE] - mean[FEWER]) / (steps[MORE] - steps[FEWER])
+    print(f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.\n\n"
+          "| variant | n | final loss | more than the trainer (95 %) | time of a step | more at equal time |\n"
+          "|---|---|---|---|---|---|")
+    lines = []
+    for name, values in losses.items():
+        more, spread = mean[name] - mean[BASE], f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        test = welch(values, losses[BASE])
+        interval = "" if test.why else f" ({test.difference.low:+.4f} to {test.difference.high:+.4f})"
+        ratio = 1.0 if name == BASE else ratios.get(name)
+        at_time = more + slope * steps[BASE] * (1 / ratio - 1) if ratio and name not in (FEWER, MORE) else None
+        cells = (name, str(len(values)), f"{mean[name]:.4f}{spread}", "" if name == BASE else f"{more:+.4f}{interval}",
+                 f"{ratio:.3f}" if ratio else "", "" if at_time is None or name == BASE else f"{at_time:+.4f}")
+        lines.append((math.inf if math.isnan(more) else more if at_time is None else at_time, " | ".join(cells)))
+    print("\n".join(f"| {line} |" for _, line in sorted(lines, reverse=True)))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.ablate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "time", "table"))
+    parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
+    parser.add_argument("--track", default="shakespeare", choices=list(TRACKS))
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run")
+    parser.add_argument("--seeds", type=int, default=4, help="runs of each variant")
+    parser.add_argument("--base", type=int, default=3, help="times as many of the trainer as it is")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--rounds", type=int, default=12, help="time: rounds of four steps of every variant")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
+    options = parser.parse_args(argv)
+    try:
+        return {"run": run, "time": measure, "table": table}[options.verb](options)
+    except UsageError as error:
+        print(f"bench.ablate: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
