@@ -1,5 +1,5 @@
 """Attention that every GPU and CPU can run: one definition, four backends with the same values and gradients. Behind it,
-head and loss in one, in FP8 where that works, and the choice of a kernel for Muon.
+matrix products on a CPU, head and loss in one, in FP8 where that works, and the choice of a kernel for Muon.
 
 Causal, within a document, over the `window` previous tokens and the token itself. q, k, v: (T, H, d); result (T, H, d).
 Each backend is a pair: a mask, made once per batch and window, and the attention that uses it. Shapes: T tokens of one
@@ -8,6 +8,7 @@ packed sequence, H heads, d head width.
 import functools
 import math
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muon import orthogonalize, symmetric_product
+from newton_schulz import ONEDNN, product
 from runtime import UsageError
 
 
@@ -161,6 +163,35 @@ def self_test(candidate: str, head_dim: int, scale: float, device, dtype) -> tup
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Matrix products in fp32 on a CPU: MKL, which torch calls, reaches half the rate of oneDNN on an AMD processor
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """F.linear of x (T, D) and w (N, D), both fp32 on a CPU, by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return product(x, w)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return product(g, w.t().contiguous()), product(g.t(), x.t())
+
+
+def choose_onednn(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:
+    """(whether OneDnnLinear takes the place of F.linear, reason). By the kind of machine, not by a race: a run must compute
+    the same when it is resumed."""
+    if device.type != "cpu" or dtype != torch.float32 or compiled:
+        return False, "only in fp32 on a CPU, eager"
+    cpu = Path("/proc/cpuinfo")
+    if ONEDNN is None or not cpu.exists() or "AuthenticAMD" not in cpu.read_text():
+        return False, "only on AMD processors with AVX-512, where it is twice as fast as MKL"
+    return True, "twice as fast as MKL on AMD processors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Head and loss in one: a third of the model's matrix work, and by far its largest activation
 
 
@@ -190,10 +221,11 @@ HEAD_PIECE = 8192  # tokens whose logits lie in memory at a time; all 49152 of a
 class HeadLoss(torch.autograd.Function):
     """multi_token_loss(softcap(x @ head.T)), the definition, with its gradients computed in the same pass, for `size` tokens
     at a time: the logits of a piece are read twice and forgotten, once compiled they are never stored in fp32, and what is
-    kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in FP8, see to_fp8."""
+    kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in FP8, see to_fp8; onednn: in
+    fp32 by oneDNN."""
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, abc, fp8, size):
+    def forward(ctx, x, head, targets, weights, abc, size, fp8=False, onednn=False):
         T, K = len(x), len(weights)
         t, ids = torch.arange(T, device=x.device), torch.arange(len(head), device=x.device)
         ahead = F.pad(targets, (0, K - 1), value=-1).unfold(0, K, 1)  # (T, K): the next token, the second next, ...
@@ -201,13 +233,14 @@ class HeadLoss(torch.autograd.Function):
         A, B, C = abc or (1.0, 0.0, 1.0)
         bound = (A / C / 4 if abc else 1.0) / T * weights.sum()  # of a logit's gradient: no pass over them to find it
         hq, hs = to_fp8(head, torch.float8_e4m3fn) if fp8 else (None, None)
+        multiply, across = product if onednn else F.linear, head.t().contiguous() if onednn else head.t()
         loss, dx, dhead = 0.0, [], 0.0
         for first in range(0, T, size):
             rows = slice(first, min(first + size, T))
             xs, ys, ws = x[rows], ahead[rows], w[rows]
             if fp8:
                 xq, xscale = to_fp8(xs, torch.float8_e4m3fn)
-            logits = fp8_product(xq, xscale, hq, hs) if fp8 else F.linear(xs, head)
+            logits = fp8_product(xq, xscale, hq, hs) if fp8 else multiply(xs, head)
             s = torch.sigmoid((logits.float() + B) / C) if abc else logits.float()
             z = A * s
             log_z = torch.logsumexp(z, -1, keepdim=True)
@@ -224,15 +257,15 @@ class HeadLoss(torch.autograd.Function):
                 dx.append(fp8_product(gq, gscale, hq.t().contiguous(), hs))
                 dhead = dhead + fp8_product(gq.t().contiguous(), gscale, xq.t().contiguous(), xscale)
             else:
-                dx.append(g @ head)
-                dhead = dhead + g.t() @ xs
+                dx.append(multiply(g, across))
+                dhead = dhead + multiply(g.t(), xs.t())
         ctx.save_for_backward(torch.cat(dx).to(x.dtype), dhead.to(head.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dhead = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dhead * grad.to(dhead.dtype), None, None, None, None, None
+        return dx * grad.to(dx.dtype), dhead * grad.to(dhead.dtype), None, None, None, None, None, None
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -260,7 +293,7 @@ def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
     targets, weights = torch.arange(64, device=device), torch.ones(2, device=device)
 
     def gradients(fp8):
-        return torch.autograd.grad(HeadLoss.apply(x, head, targets, weights, (23.0, 5.0, 7.5), fp8, 32), (x, head))
+        return torch.autograd.grad(HeadLoss.apply(x, head, targets, weights, (23.0, 5.0, 7.5), 32, fp8), (x, head))
 
     try:
         error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(gradients(True), gradients(False)))

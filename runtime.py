@@ -175,7 +175,7 @@ def read_checkpoint(path: str, settings: type) -> dict:
         settings(**state.get("config"))
     except TypeError:  # no dictionary, or one with other keys or values
         state.pop("config", None)
-    missing = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "loader", "rng"} - state.keys()
+    missing = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "ema", "loader", "rng"} - state.keys()
     other = {f.name for f in dataclasses.fields(settings)} ^ state.get("config", {}).keys()
     if missing or other:
         raise UsageError(f"{path}: expected a checkpoint of this version of the program, found one that differs in "
@@ -255,7 +255,7 @@ def keep_compiled():
     if os.access(ROOT, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache/compile"))
     torch._dynamo.config.recompile_limit = 64  # stages differ in shapes and windows: a graph for each
-    if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):  # HeadLoss: else traced at each start
+    if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):  # HeadLoss is one
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
@@ -455,6 +455,7 @@ def log_header(run, log: Log, resumed: str):
         f"seed: {cfg.seed}",
         f"head in FP8: {'yes' if run.fp8 else 'no'} ({run.fp8_reason})",
         f"attention: {run.backend} ({run.backend_reason})",
+        f"products by oneDNN: {'yes' if run.onednn else 'no'} ({run.onednn_reason})",
         f"weights: {str(run.dtype)[6:]}, {'compiled' if run.compiled else 'eager'}",
         *muon_facts(run),
         f"parameters: {sum(p.numel() for p in run.model.parameters()):,}, {run.model.matmul_params():,} in matrix products, "

@@ -36,8 +36,8 @@ from torch.utils.checkpoint import checkpoint
 from adam import Adam
 from data.loader import Batch, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
-from kernels import (BACKENDS, HEAD_PIECE, Docs, HeadLoss, choose_backend, choose_compile, choose_dtype, choose_fp8,
-                     choose_symmetric, masked_attention, paired_docs, softcap)
+from kernels import (BACKENDS, HEAD_PIECE, Docs, HeadLoss, OneDnnLinear, choose_backend, choose_compile, choose_dtype,
+                     choose_fp8, choose_onednn, choose_symmetric, masked_attention, paired_docs, softcap)
 from muon import Muon
 from runtime import (Log, RunError, Runtime, Startup, Stopped, StopSignal, UsageError, keep_compiled, leave, log_header,
                      parse_settings, read_checkpoint, report, write_checkpoint)
@@ -130,6 +130,8 @@ class Config:
     cautious: bool = setting(True, "decay a weight only where the update shrinks it too")
     adamw_lr: float = setting(0.001, "--optimizer=adamw: learning rate of the hidden matrices")
     adamw_wd: float = setting(0.1, "--optimizer=adamw: decoupled weight decay of the hidden matrices")
+    ema_steps: int = setting(0, "steps that the average of the weights remembers; 0: no average")
+    ema_blend: float = setting(0.6, "part of that average in the final weights")
     # Hardware
     attention: str = setting("auto", "attention backend: auto, varlen, flex, blocked or masked")
     dtype: str = setting("auto", "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32")
@@ -166,7 +168,7 @@ class Config:
         for name in ("batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"):
             check(len(getattr(self, name)) > 0 and min(getattr(self, name)) > 0, name, "one or more positive numbers")
         for name in ("extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every",
-                     "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "seed",
+                     "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "seed", "ema_steps",
                      "adam_lr", "muon_lr", "adamw_lr", "mlp_out_lr_mul", "table_lr_mul", "adam_eps", "head_std",
                      "resid_init"):
             check(getattr(self, name) >= 0, name, "zero or more")
@@ -194,6 +196,7 @@ class Config:
         check(len(self.momentum) == 2 and all(0 <= m < 1 for m in self.momentum), "momentum", "two numbers in [0, 1)")
         check(0 <= self.cooldown_frac <= 1, "cooldown_frac", "0 to 1")
         check(0 <= self.rope_fraction <= 1, "rope_fraction", "0 to 1")
+        check(0 <= self.ema_blend <= 1, "ema_blend", "0 to 1")
         check(-1 <= self.untie_stage < self.stages, "untie_stage", f"-1 to {self.stages - 1}")
         check(0 <= self.normuon_beta2 < 1, "normuon_beta2", "0 to 1")
         for name, choices in (("optimizer", ("muon", "adamw")), ("attention", ("auto", *BACKENDS)),
@@ -310,9 +313,10 @@ class GPT(nn.Module):
     A layer: x <- a x + p Attention(norm(x)) + c x0 + e bigram;  x <- a' x + p' MLP(norm(x)), all of a, p, c, e learned.
     """
 
-    def __init__(self, cfg: Config, attend=masked_attention, fp8_head: bool = False):
+    def __init__(self, cfg: Config, attend=masked_attention, fp8_head: bool = False, onednn: bool = False):
         super().__init__()
-        self.cfg, self.attend, self.fp8_head = cfg, attend, fp8_head
+        self.cfg, self.attend, self.fp8_head, self.onednn = cfg, attend, fp8_head, onednn
+        self.linear = OneDnnLinear.apply if onednn else F.linear
         L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.padded_vocab
         self.attn_layers = [i for i in range(L) if i not in cfg.no_attn_layers]
         A, G = len(self.attn_layers), min(12, D)
@@ -407,8 +411,8 @@ class GPT(nn.Module):
             if cfg.skip and i == cfg.skip[1]:
                 gate = F.linear(x0[:, : self.skip_gate.size(1)], self.skip_gate.type_as(x), self.skip_lambda.type_as(x))
                 x = x + torch.sigmoid(gate) * early
-            hidden = F.relu(F.linear(norm(x), mlp_in[i]))
-            return resid[i][1] * x + post[i][1] * F.linear(hidden * hidden, mlp_out[i])
+            hidden = F.relu(self.linear(norm(x), mlp_in[i]))
+            return resid[i][1] * x + post[i][1] * self.linear(hidden * hidden, mlp_out[i])
 
         cached, early, recompute = None, None, cfg.recompute and self.training
         for i in range(cfg.num_layers):
@@ -434,8 +438,8 @@ class GPT(nn.Module):
         """Attention of layer i. h: (T, D) normalized, qk: (2D, D), vo: (2, D, D), value_embed: (T, D)."""
         cfg, (T, D), H, d = self.cfg, h.shape, self.cfg.num_heads, self.cfg.head_dim
         long, paired = i in cfg.long_layers, i in cfg.paired_layers
-        q, k = norm(F.linear(h, qk).view(T, 2, H, d)).unbind(1)
-        v = F.linear(h, vo[0]).view(T, H, d)
+        q, k = norm(self.linear(h, qk).view(T, 2, H, d)).unbind(1)
+        v = self.linear(h, vo[0]).view(T, H, d)
         if value_embed is not None:
             gates = self.value_gates[cfg.value_embed_layers.index(i)]
             half = gates.size(1) // 2
@@ -455,16 +459,16 @@ class GPT(nn.Module):
         if i in cfg.attn_gate_layers:
             gates = self.attn_gates[cfg.attn_gate_layers.index(i)]
             y = y * torch.sigmoid(F.linear(h[:, : gates.size(1)], gates.type_as(h)))[..., None]
-        return F.linear(y.reshape(T, D), vo[1])
+        return self.linear(y.reshape(T, D), vo[1])
 
     def logits(self, x: Tensor) -> Tensor:
-        return softcap(F.linear(x, self.head).float(), self.cfg.softcap)
+        return softcap(self.linear(x, self.head).float(), self.cfg.softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor, ctx: Context) -> Tensor:
         """Training: the weighted multi-token loss. Evaluation: the sum of the T cross entropies, in fp32."""
         x = self.trunk(tokens, ctx)
         if self.training:
-            return HeadLoss.apply(x, self.head, targets, ctx.mtp_weights, self.cfg.softcap, self.fp8_head, HEAD_PIECE)
+            return HeadLoss.apply(x, self.head, targets, ctx.mtp_weights, self.cfg.softcap, HEAD_PIECE, self.fp8_head, self.onednn)
         pieces = zip(x.split(HEAD_PIECE), targets.split(HEAD_PIECE))
         return sum(F.cross_entropy(self.logits(a), b, reduction="sum") for a, b in pieces)
 
@@ -504,6 +508,7 @@ def make_context(model: GPT, make_mask, ropes: dict, docs: Docs, stage: int, tie
     return Context(masks, rope, scale, weights, tied)
 
 
+EMA_EVERY = 4  # steps between two looks at the weights: each is a pass over all of them
 MATRICES = ("attn_qk", "attn_vo", "mlp_in", "mlp_out")
 TABLES = ("head", "embed", "value_embeds", "bigram_embed")
 
@@ -600,17 +605,18 @@ class Run:
         self.backend, self.backend_reason = choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, rt.device, self.dtype)
         self.make_mask, attend = BACKENDS[self.backend]
         self.fp8, self.fp8_reason = choose_fp8(cfg.fp8_head, rt.device)
+        self.onednn, self.onednn_reason = choose_onednn(rt.device, self.dtype, self.compiled)
         self.symmetric, self.symmetric_reason = choose_symmetric(rt.device)
         self.startup.mark("choice of kernels")
         with torch.device(rt.device):
-            self.model = GPT(cfg, attend, self.fp8)
+            self.model = GPT(cfg, attend, self.fp8, self.onednn)
         self.model.init_weights(self.dtype)
         if self.compiled:
             keep_compiled()
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if self.compiled else self.model
         self.make_optimizers()
         self.startup.mark("weights and optimizers")
-        self.step, self.train_ms, self.reached = 0, 0.0, None
+        self.step, self.train_ms, self.reached, self.ema = 0, 0.0, None, None
         self.ropes, self.losses, self.stop, self.resumed_at = {}, deque(), StopSignal(), None
 
     def check_world_size(self):
@@ -653,6 +659,7 @@ class Run:
         self.update(step)
         rt.sum(stats)
         self.step += 1
+        self.average_weights()
         self.read_stats(stats)
 
     def accumulate(self, batches: list[Batch], step: int) -> Tensor:
@@ -719,6 +726,21 @@ class Run:
         for key, value in self.adam.state[self.model.head].items():
             self.adam.state[self.model.embed][key] = value.clone() if isinstance(value, Tensor) else value
 
+    @torch.no_grad()
+    def average_weights(self):
+        """Follow the weights by an exponential average in fp32 over the end of the schedule; after the last step they become a
+        blend of both: the average lies lower than the last of the noisy steps, though it lags behind (upstream's track 3)."""
+        cfg, left, every = self.cfg, self.cfg.train_steps - self.step, EMA_EVERY
+        if cfg.ema_steps == 0 or left % every or left > 3 * cfg.ema_steps:
+            return
+        weights = dict(self.model.named_parameters())
+        if self.ema is None:
+            self.ema = {name: p.float().clone() for name, p in weights.items()}
+        for name, p in weights.items():
+            self.ema[name].lerp_(p.float(), every / max(cfg.ema_steps, every))
+            if left == 0:
+                p.copy_(p.float().lerp(self.ema[name], cfg.ema_blend))
+
     def read_stats(self, stats: Tensor):
         """Look at losses two steps late on a GPU, so that reading them never makes it wait, and on every rank alike."""
         cuda = self.rt.device.type == "cuda"
@@ -757,7 +779,7 @@ class Run:
         state = dict(
             config=dataclasses.asdict(self.cfg), step=self.step, train_ms=self.train_ms,
             reached=self.reached, model=self.model.state_dict(), muon=self.muon.state_dict()["state"] if self.muon else None,
-            adam=self.adam.full_state(), loader=self.loader.state_dict(), rng=torch.get_rng_state())
+            adam=self.adam.full_state(), ema=self.ema, loader=self.loader.state_dict(), rng=torch.get_rng_state())
         self.rt.together(write_checkpoint, path, state if self.rt.rank == 0 else None)
 
     def load(self, path: str, state: dict):
@@ -776,6 +798,8 @@ class Run:
                 self.muon.load_state_dict({"state": state["muon"], "param_groups": self.muon.state_dict()["param_groups"]})
             self.adam.load_full_state(state["adam"])
             self.loader.load_state_dict(state["loader"])
+            weights = self.model.named_parameters() if state["ema"] else ()
+            self.ema = {name: state["ema"][name].to(p.device).view_as(p) for name, p in weights} or None
             torch.set_rng_state(state["rng"])
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise UsageError(f"{path}: expected weights and optimizer states for these settings, found others "

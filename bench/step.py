@@ -96,21 +96,20 @@ def time_stage(run: Run, step: int) -> list[float]:
 # Where the time goes
 
 
-class ByWeight(TorchFunctionMode):
-    """Puts a range around each matrix product and gather of a forward pass, by the weights that it takes."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.square = (model.cfg.model_dim, model.cfg.model_dim)
-        self.parts = {getattr(model, name).untyped_storage().data_ptr(): part for name, part in
-                      (("attn_qk", "projections"), ("mlp_in", "MLP"), ("mlp_out", "MLP"), ("head", "head and loss"))}
+class Gathers(TorchFunctionMode):
+    """Puts a range around each gather from a table."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        part = "tables" if function is F.embedding else None
-        if function is F.linear:  # values and outputs are multiplied by learned factors before
-            part = self.parts.get(args[1].untyped_storage().data_ptr(), "projections" if args[1].shape == self.square else None)
-        with record_function(MARK + part) if part else contextlib.nullcontext():
+        with record_function(MARK + "tables") if function is F.embedding else contextlib.nullcontext():
             return function(*args, **(kwargs or {}))
+
+
+def part_of_product(model):
+    """The part that a matrix product belongs to, by the weights that it takes."""
+    square = (model.cfg.model_dim, model.cfg.model_dim)  # values and outputs are multiplied by learned factors before
+    parts = {getattr(model, name).untyped_storage().data_ptr(): part for name, part in
+             (("attn_qk", "projections"), ("mlp_in", "MLP"), ("mlp_out", "MLP"), ("head", "head and loss"))}
+    return lambda x, w: parts.get(w.untyped_storage().data_ptr(), "projections" if w.shape == square else "elementwise")
 
 
 @contextlib.contextmanager
@@ -122,15 +121,15 @@ def ranges(run: Run, eager: bool):
                for name in ("start", "step", "finish", "zero_grad") if hasattr(optimizer, name)]
     if eager:
         places += [(run, "forward", "head and loss"), (run.model, "trunk", "elementwise"), (run.model, "attend", "attention"),
-                   (run.model, "bigram", "tables")]
+                   (run.model, "bigram", "tables"), (run.model, "linear", part_of_product(run.model))]
     with contextlib.ExitStack() as stack:
         if eager:
             stack.enter_context(mock.patch.object(run, "forward", run.model))
         for owner, name, part in places:
-            inside = ByWeight(run.model) if name == "forward" else contextlib.nullcontext()
+            inside = Gathers() if name == "forward" else contextlib.nullcontext()
 
             def within(*args, function=getattr(owner, name), part=part, inside=inside):
-                with record_function(MARK + part), inside:
+                with record_function(MARK + (part(*args) if callable(part) else part)), inside:
                     return function(*args)
             stack.enter_context(mock.patch.object(owner, name, within))
         yield

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan
+import train_gpt
 from bench import floors, step
 from kernels import masked_mask, paired_docs
 from tiny import BARE, SMALL, build, config, context, docs_of, make_run
@@ -92,24 +93,28 @@ def test_packing_is_the_loaders(tmp_path):
         assert mine[mine > 0].tolist() == theirs.tolist()
 
 
-def test_every_product_of_a_step_belongs_to_its_part(tmp_path):
+@pytest.mark.parametrize("onednn", [False, True])
+def test_every_product_of_a_step_belongs_to_its_part(tmp_path, monkeypatch, onednn):
     """Three for each matrix and sequence, in the backward pass too: two gradients."""
-    run = make_run(tmp_path)
+    if onednn and floors.ONEDNN is None:
+        pytest.skip("needs AVX-512")
+    monkeypatch.setattr(train_gpt, "choose_onednn", lambda *a: (onednn, "as the test says"))
+    run, product = make_run(tmp_path), "mkldnn::_linear_pointwise" if onednn else "aten::mm"
     run.warm_up()
     with step.ranges(run, eager=True), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as p:
         run.train_step()
     found = {}
     for event, part in step.owners(p.events()):
-        if event.name in ("aten::mm", "aten::embedding", "aten::embedding_dense_backward") and part:
+        if event.name in (product, "aten::embedding", "aten::embedding_dense_backward") and part:
             found.setdefault((event.name, part), []).append(event)
     count = {key: len(events) for key, events in found.items()}
     A, L, slices = len(run.model.attn_layers), run.cfg.num_layers, run.cfg.slices
-    assert count["aten::mm", "projections"] == 3 * 3 * A * slices
-    assert count["aten::mm", "MLP"] == 3 * 2 * L * slices
-    assert count["aten::mm", "head and loss"] == 3 * slices
+    assert count[product, "projections"] == 3 * 3 * A * slices
+    assert count[product, "MLP"] == 3 * 2 * L * slices
+    assert count[product, "head and loss"] == 3 * slices
     assert count["aten::embedding", "tables"] == 4 * slices  # tokens, values, bigrams, signs
     assert count["aten::embedding_dense_backward", "tables"] == 3 * slices
-    assert {part for name, part in count if name != "aten::mm"} == {"tables"}
+    assert {part for name, part in count if name != product} == {"tables"}
 
 
 def test_parts_add_up_to_the_step(tmp_path):

@@ -1,9 +1,14 @@
-"""Head and loss in one against their definition, and against the definition's formula; in FP8 on a CPU that emulates the
+"""Matrix products by oneDNN; head and loss in one against their definition, and against the definition's formula; in FP8 on a CPU that emulates the
 float8 matrix product, and its off switch."""
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kernels import HeadLoss, choose_fp8, multi_token_loss, softcap, to_fp8
+import kernels
+from kernels import HeadLoss, OneDnnLinear, choose_fp8, choose_onednn, multi_token_loss, softcap, to_fp8
+from newton_schulz import ONEDNN
 from runtime import UsageError
 
 CPU = torch.device("cpu")
@@ -30,12 +35,12 @@ def example(T=37, V=50, D=12, dtype=torch.float32):
     return x, head, torch.randint(0, V, (T,), generator=generator)
 
 
-def both(x, head, targets, weights, cap, size, fp8=False, compiled=False):
+def both(x, head, targets, weights, cap, size, fp8=False, compiled=False, onednn=False):
     """(loss, its gradients of x and head) in one pass and by the definition, of which twice the loss is used."""
     weights, results = torch.tensor(weights), []
     torch._dynamo.reset()
     fused = torch.compile(HeadLoss.apply, backend="aot_eager", fullgraph=True) if compiled else HeadLoss.apply
-    for f in (lambda: fused(x, head, targets, weights, cap, fp8, size),
+    for f in (lambda: fused(x, head, targets, weights, cap, size, fp8, onednn),
               lambda: multi_token_loss(softcap((x.double() @ head.double().t()), cap), targets, weights)):
         loss = f()
         results.append((loss, *torch.autograd.grad(2 * loss, (x, head))))
@@ -52,6 +57,33 @@ def test_head_and_loss_in_one_equal_their_definition(cap, weights, size, compile
         assert (ours - exact).norm() < 1e-5 * exact.norm()  # fp32
 
 
+@pytest.mark.skipif(ONEDNN is None, reason="needs AVX-512")
+@pytest.mark.parametrize("cap", [(), CAP])
+def test_by_onednn_they_are_the_same(cap):
+    for ours, exact in zip(*both(*example(), (1.0, 0.5), cap, 10, onednn=True)):
+        assert (ours - exact).norm() < 1e-5 * exact.norm()  # fp32
+
+
+@pytest.mark.skipif(ONEDNN is None, reason="needs AVX-512")
+@pytest.mark.parametrize("T, D, N", [(1, 1, 1), (37, 12, 50), (512, 128, 384), (200, 33, 7)])
+def test_a_product_by_onednn_equals_the_plain_one_in_value_and_gradients(T, D, N):
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(3, N, D, generator=generator)
+    x, w, g = torch.randn(T, D, generator=generator).requires_grad_(), bank[1].requires_grad_(), torch.randn(N, T).t()
+    y, exact = OneDnnLinear.apply(x, w), F.linear(x.double(), w.double())
+    for ours, expected in ((y, exact), *zip(torch.autograd.grad(y, (x, w), g), torch.autograd.grad(exact, (x, w), g.double()))):
+        assert (ours - expected).norm() < 1e-6 * expected.norm() and ours.shape == expected.shape
+
+
+def test_onednn_is_for_fp32_on_a_cpu_of_the_kind_that_gains(monkeypatch):
+    for device, dtype, compiled in (("cuda", torch.float32, False), ("cpu", torch.bfloat16, False), ("cpu", torch.float32, True)):
+        assert not choose_onednn(torch.device(device), dtype, compiled)[0]
+    amd = Path("/proc/cpuinfo").exists() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    assert choose_onednn(CPU, torch.float32, False)[0] == (amd and ONEDNN is not None)
+    monkeypatch.setattr(kernels, "ONEDNN", None)
+    assert not choose_onednn(CPU, torch.float32, False)[0]
+
+
 def test_a_confident_prediction_keeps_its_small_gradient_in_bfloat16():
     """p - 1 of the target is small there: rounding p first would leave noise."""
     x, head, targets = example(dtype=torch.bfloat16)
@@ -65,7 +97,7 @@ def test_a_confident_prediction_keeps_its_small_gradient_in_bfloat16():
 def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
     (x, head, targets), kept = example(T=64, V=200), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        HeadLoss.apply(x, head, targets, torch.ones(2), CAP, False, 16)
+        HeadLoss.apply(x, head, targets, torch.ones(2), CAP, 16)
     assert sum(kept) == x.numel() + head.numel()
 
 
@@ -87,7 +119,6 @@ def test_fp8_gradients_are_near_the_exact_ones_at_any_scale(scale, cap):
 
 @pytest.mark.parametrize("cap", [(), CAP])
 def test_the_bound_of_a_logits_gradient_holds(cap, monkeypatch):
-    import kernels
     seen, right = [], kernels.to_fp8
 
     def spy(x, dtype, largest=None):
@@ -96,7 +127,7 @@ def test_the_bound_of_a_logits_gradient_holds(cap, monkeypatch):
 
     monkeypatch.setattr(kernels, "to_fp8", spy)
     x, head, targets = example(T=64, V=128, D=32, dtype=torch.bfloat16)
-    HeadLoss.apply(x * 3, head, targets, torch.tensor([1.0, 0.5]), cap, True, 32)
+    HeadLoss.apply(x * 3, head, targets, torch.tensor([1.0, 0.5]), cap, 32, True)
     bounded = [(largest, bound.item()) for largest, bound in seen if bound is not None]
     assert len(bounded) == 2 and all(0.3 * bound < largest <= 1.01 * bound for largest, bound in bounded), bounded
 

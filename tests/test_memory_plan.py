@@ -12,7 +12,7 @@ import muon
 import plan
 from runtime import ROOT, UsageError
 from tiny import BARE, SMALL, build, config, context, docs_of, make_run
-from train_gpt import Config, Run
+from train_gpt import EMA_EVERY, Config, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 CPU = torch.device("cpu")
@@ -31,15 +31,18 @@ def real_parts(run: Run) -> dict[str, int]:
         p.grad = torch.zeros_like(p)
     gradients = nbytes(p.grad for p in run.model.parameters())
     run.update(run.cfg.adam_every - 1)
+    run.step = run.cfg.train_steps - EMA_EVERY
+    run.average_weights()
     muon = [x for bucket in run.muon.buckets for r in bucket.runs[bucket.rank] for x in r.state.values()] if run.muon else []
     return {"weights": nbytes(run.model.parameters()), "gradients": gradients,
             "Adam: moments, low halves": nbytes(x for state in run.adam.state.values() for x in state.values()
                                                 if isinstance(x, torch.Tensor)),
+            **({"average of the weights": nbytes(run.ema.values())} if run.ema else {}),
             "Muon: momentum, low halves": nbytes(muon), "signs of the bigrams": nbytes(run.model.buffers())}
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16"), dict(optimizer="adamw"), dict(normuon_beta2=0.0), BARE],
-                         ids=["all", "bfloat16", "adamw", "no normuon", "bare"])
+@pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16", ema_steps=9), dict(optimizer="adamw"),
+                                     dict(normuon_beta2=0.0), BARE], ids=["all", "bfloat16", "adamw", "no normuon", "bare"])
 def test_what_stays_in_memory_is_what_a_run_has(tmp_path, changes):
     run = make_run(tmp_path, **{**SMALL, **changes})
     found = plan.static_bytes(run.cfg, run.dtype, 1, CPU)

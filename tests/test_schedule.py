@@ -2,8 +2,9 @@
 import math
 
 import pytest
+import torch
 
-from tiny import BARE, config
+from tiny import BARE, config, make_run
 from train_gpt import learning_rate, mtp_weights, muon_momentum
 
 DEFAULT = config({})  # the real track small: 1480 steps, 16 of them extension, three stages
@@ -117,3 +118,32 @@ def test_tying_ends_at_its_stage():
     assert cfg.tied(0) and cfg.tied(edge - 1) and not cfg.tied(edge) and not cfg.tied(13)
     assert not config(BARE, untie_stage=0).tied(0)
     assert config(BARE, untie_stage=-1).tied(13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_final_weights_are_a_blend_with_their_average_over_the_end(tmp_path, dtype):
+    """Looks at the weights 12, 8, 4 and 0 steps before the end (within three times ema_steps), against the plain formula."""
+    run = make_run(tmp_path, train_steps=40, ema_steps=5, ema_blend=0.6, dtype=dtype)
+    history = []
+    for run.step in range(1, 41):
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(run.step)))
+        history.append({name: p.detach().double() for name, p in run.model.named_parameters()})
+        run.average_weights()
+        assert (run.ema is None) == (run.step < 28)
+    for name, p in run.model.named_parameters():
+        average = history[27][name]
+        for step in (32, 36, 40):
+            average = average + 4 / 5 * (history[step - 1][name] - average)
+        expected = 0.4 * history[39][name] + 0.6 * average
+        assert (p - expected).norm() < (1e-6 if p.dtype == torch.float32 else 3e-3) * expected.norm(), name
+        assert not torch.allclose(p.double(), history[39][name])
+
+
+def test_without_an_average_the_weights_stay(tmp_path):
+    run = make_run(tmp_path)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.step = run.cfg.train_steps
+    run.average_weights()
+    assert run.ema is None and all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
