@@ -93,7 +93,7 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int, device: torch.devi
     weights = size(run.model.parameters())
     return {"weights": weights, "gradients": weights, "Adam: moments, low halves": size(moments),
             "Muon: momentum, low halves": muon, "signs of the bigrams": size(run.model.buffers()),
-            **({"average of the weights": 4 * sum(p.numel() for p in run.model.parameters())} if cfg.ema_steps else {}),
+            **({"average of the weights": 4 * sum(p.numel() for p in run.model.parameters())} if cfg.ema_frac else {}),
             "gathers and reductions": 0 if world == 1 else travelling + 2 * shared}
 
 

@@ -130,8 +130,8 @@ class Config:
     cautious: bool = setting(True, "decay a weight only where the update shrinks it too")
     adamw_lr: float = setting(0.001, "--optimizer=adamw: learning rate of the hidden matrices")
     adamw_wd: float = setting(0.1, "--optimizer=adamw: decoupled weight decay of the hidden matrices")
-    ema_steps: int = setting(0, "steps that the average of the weights remembers; 0: no average")
-    ema_blend: float = setting(0.6, "part of that average in the final weights")
+    ema_frac: float = setting(0.0, "part of the schedule that the average of the weights remembers; 0: no average")
+    ema_blend: float = setting(0.7, "part of that average in the final weights")
     # Hardware
     attention: str = setting("auto", "attention backend: auto, varlen, flex, blocked or masked")
     dtype: str = setting("auto", "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32")
@@ -168,7 +168,7 @@ class Config:
         for name in ("batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"):
             check(len(getattr(self, name)) > 0 and min(getattr(self, name)) > 0, name, "one or more positive numbers")
         for name in ("extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every",
-                     "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "seed", "ema_steps",
+                     "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "seed",
                      "adam_lr", "muon_lr", "adamw_lr", "mlp_out_lr_mul", "table_lr_mul", "adam_eps", "head_std",
                      "resid_init"):
             check(getattr(self, name) >= 0, name, "zero or more")
@@ -196,6 +196,7 @@ class Config:
         check(len(self.momentum) == 2 and all(0 <= m < 1 for m in self.momentum), "momentum", "two numbers in [0, 1)")
         check(0 <= self.cooldown_frac <= 1, "cooldown_frac", "0 to 1")
         check(0 <= self.rope_fraction <= 1, "rope_fraction", "0 to 1")
+        check(0 <= self.ema_frac <= 1, "ema_frac", "0 to 1")
         check(0 <= self.ema_blend <= 1, "ema_blend", "0 to 1")
         check(-1 <= self.untie_stage < self.stages, "untie_stage", f"-1 to {self.stages - 1}")
         check(0 <= self.normuon_beta2 < 1, "normuon_beta2", "0 to 1")
@@ -241,13 +242,13 @@ TRACKS: dict[str, dict] = {
     "shakespeare": dict(  # bytes, two CPU cores, a minute and a half; roles as in small, on four narrow layers
         target_loss=1.6, train_files="data/shakespeare/shakespeare_train_*.bin",
         val_files="data/shakespeare/shakespeare_val_*.bin", max_epochs=4, bos_id=256, vocab_size=257,
-        val_tokens=262_144, val_slice=8192, val_every=120, train_steps=480, extension_steps=10,
+        val_tokens=262_144, val_slice=8192, val_every=105, train_steps=420, extension_steps=10,
         batch_tokens=(2048,), slices=4, max_doc_len=(1024,), split_docs=513, lr_mul=(1.0,),
         window_short=(32, 64), window_long=(64, 128), window_final=128, num_layers=4, model_dim=128, head_dim=32,
         long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,), late_attn_layers=(), cache_layer=2, skip=(0, 2),
         value_embed_layers=(0, 3), bigram_rows=4096, attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
-        muon_lr=0.04, table_lr_mul=25.0, momentum_warmup=50, momentum_cooldown=20, adam_every=1, adam_eps=1e-10,
-        adamw_lr=0.0015),
+        muon_lr=0.04, table_lr_mul=25.0, momentum_warmup=50, momentum_cooldown=20, lr_floor=0.5, ema_frac=0.15,
+        adam_every=1, adam_eps=1e-10, adamw_lr=0.0015),
 }
 
 
@@ -730,14 +731,14 @@ class Run:
     def average_weights(self):
         """Follow the weights by an exponential average in fp32 over the end of the schedule; after the last step they become a
         blend of both: the average lies lower than the last of the noisy steps, though it lags behind (upstream's track 3)."""
-        cfg, left, every = self.cfg, self.cfg.train_steps - self.step, EMA_EVERY
-        if cfg.ema_steps == 0 or left % every or left > 3 * cfg.ema_steps:
+        cfg, left, remembered = self.cfg, self.cfg.train_steps - self.step, self.cfg.ema_frac * self.cfg.train_steps
+        if left % EMA_EVERY or left > 3 * remembered or not cfg.ema_frac:
             return
         weights = dict(self.model.named_parameters())
         if self.ema is None:
             self.ema = {name: p.float().clone() for name, p in weights.items()}
         for name, p in weights.items():
-            self.ema[name].lerp_(p.float(), every / max(cfg.ema_steps, every))
+            self.ema[name].lerp_(p.float(), min(EMA_EVERY / remembered, 1))
             if left == 0:
                 p.copy_(p.float().lerp(self.ema[name], cfg.ema_blend))
 

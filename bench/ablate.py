@@ -3,7 +3,7 @@ tokens, over several seeds.
 
     python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=2] [--only NAME ...]    train what OUT.jsonl lacks
     python -m bench.ablate time OUT.jsonl [--rounds=12]                                     the time of a step, in turns
-    python -m bench.ablate table OUT.jsonl                                                  the Markdown table
+    python -m bench.ablate table OUT.jsonl [--page=bench/ABLATION.md]                       the table, or the page around it
 
 OUT.jsonl gets a line for every run and every timing, so an interrupted sweep goes on where it stopped. A run is the
 trainer's own class, one process with one thread, without its warm-up and with one validation, at the end. The step time is
@@ -41,6 +41,7 @@ OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "larger rate for MLP outputs": "--mlp_out_lr_mul=1",
     "momentum schedule": "--momentum=0.95,0.95",
     "larger rate for tables": "--table_lr_mul=1",
+    "average of the weights": "--ema_frac=0 --lr_floor=0.15",
     "learning rate floor": "--lr_floor=0",
     "extension steps": "--extension_steps=0",
     "window schedule": "--window_short=64 --window_long=128",
@@ -153,22 +154,22 @@ def measure(options) -> int:
     return 0
 
 
-def table(options) -> int:
+def table(path: Path) -> str:
     """By the loss at equal time, the worst first: what helps most stands on top, what should go at the bottom."""
     losses, steps, ratios = defaultdict(list), {}, {}
-    for row in read(options.out):
+    for row in read(path):
         if "loss" in row:
             losses[row["variant"]].append(row["loss"])
             steps[row["variant"]] = row["steps"]
         else:
             ratios[row["variant"]] = row["ratio"]
     if len(losses[BASE]) < 2 or not losses[FEWER] or not losses[MORE]:
-        raise UsageError(f"{options.out}: expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see `run`")
+        raise UsageError(f"{path}: expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see `run`")
     mean = {name: statistics.mean(values) for name, values in losses.items() if values}
     slope = (mean[MORE] - mean[FEWER]) / (steps[MORE] - steps[FEWER])
-    print(f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.\n\n"
-          "| variant | n | final loss | more than the trainer (95 %) | time of a step | more at equal time |\n"
-          "|---|---|---|---|---|---|")
+    head = (f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.\n\n"
+            "| variant | n | final loss | more than the trainer (95 %) | time of a step | more at equal time |\n"
+            "|---|---|---|---|---|---|\n")
     lines = []
     for name, values in losses.items():
         more, spread = mean[name] - mean[BASE], f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
@@ -179,7 +180,18 @@ def table(options) -> int:
         cells = (name, str(len(values)), f"{mean[name]:.4f}{spread}", "" if name == BASE else f"{more:+.4f}{interval}",
                  f"{ratio:.3f}" if ratio else "", "" if at_time is None or name == BASE else f"{at_time:+.4f}")
         lines.append((math.inf if math.isnan(more) else more if at_time is None else at_time, " | ".join(cells)))
-    print("\n".join(f"| {line} |" for _, line in sorted(lines, reverse=True)))
+    return head + "\n".join(f"| {line} |" for _, line in sorted(lines, reverse=True)) + "\n"
+
+
+def show(options) -> int:
+    if options.page is None:
+        print(table(options.out), end="")
+        return 0
+    text, marker = options.page.read_text(encoding="utf-8"), f"<!-- table of {options.out.as_posix()} -->\n"
+    before, found, _ = text.partition(marker)
+    if not found:
+        raise UsageError(f"{options.page}: expected a line {marker.strip()!r}, found none; add it where the table begins")
+    options.page.write_text(before + marker + "\n" + table(options.out), encoding="utf-8")
     return 0
 
 
@@ -191,13 +203,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--track", default="shakespeare", choices=list(TRACKS))
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, default=4, help="runs of each variant")
-    parser.add_argument("--base", type=int, default=3, help="times as many of the trainer as it is")
+    parser.add_argument("--base", type=int, default=3, help="times as many runs of the trainer as it is")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rounds", type=int, default=12, help="time: rounds of four steps of every variant")
+    parser.add_argument("--page", type=Path, help="table: a page whose end, from the line that names OUT.jsonl, is replaced")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
     options = parser.parse_args(argv)
     try:
-        return {"run": run, "time": measure, "table": table}[options.verb](options)
+        return {"run": run, "time": measure, "table": show}[options.verb](options)
     except UsageError as error:
         print(f"bench.ablate: {error}", file=sys.stderr)
         return 2

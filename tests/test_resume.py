@@ -13,7 +13,7 @@ import train_gpt
 
 # Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are split.
 # The average of the weights begins after step 4.
-OPTIONS = ("--adam_every=2", "--save_every=1", "--save_final=1", "--split_docs=40", "--val_every=3", "--ema_steps=5")
+OPTIONS = ("--adam_every=2", "--save_every=1", "--save_final=1", "--split_docs=40", "--val_every=3", "--ema_frac=0.4")
 
 
 @pytest.fixture(scope="module")

@@ -122,8 +122,8 @@ def test_tying_ends_at_its_stage():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_final_weights_are_a_blend_with_their_average_over_the_end(tmp_path, dtype):
-    """Looks at the weights 12, 8, 4 and 0 steps before the end (within three times ema_steps), against the plain formula."""
-    run = make_run(tmp_path, train_steps=40, ema_steps=5, ema_blend=0.6, dtype=dtype)
+    """Looks at the weights 12, 8, 4 and 0 steps before the end (within three times what it remembers), against the plain formula."""
+    run = make_run(tmp_path, train_steps=40, ema_frac=0.125, ema_blend=0.6, dtype=dtype)
     history = []
     for run.step in range(1, 41):
         with torch.no_grad():
