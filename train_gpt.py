@@ -242,7 +242,7 @@ TRACKS: dict[str, dict] = {
     "shakespeare": dict(  # bytes, two CPU cores, a minute and a half; roles as in small, on four narrow layers
         target_loss=1.6, train_files="data/shakespeare/shakespeare_train_*.bin",
         val_files="data/shakespeare/shakespeare_val_*.bin", max_epochs=4, bos_id=256, vocab_size=257,
-        val_tokens=262_144, val_slice=8192, val_every=100, train_steps=400, extension_steps=10,
+        val_tokens=262_144, val_slice=8192, val_every=110, train_steps=440, extension_steps=10,
         batch_tokens=(2048,), slices=4, max_doc_len=(1024,), split_docs=513, lr_mul=(1.0,),
         window_short=(32, 64), window_long=(64, 128), window_final=128, num_layers=4, model_dim=128, head_dim=32,
         long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,), late_attn_layers=(), cache_layer=2, skip=(0, 2),

@@ -210,4 +210,4 @@ def test_an_unknown_gpu_needs_its_memory():
 def test_help_lists_it_and_the_command_prints_a_plan():
     out = subprocess.run([sys.executable, "train_gpt.py", "--track=shakespeare", "--plan"], cwd=ROOT, text=True, timeout=60,
                          capture_output=True)
-    assert out.returncode == 0 and out.stdout.startswith("plan: track shakespeare on CPU") and "819,200 in training" in out.stdout
+    assert out.returncode == 0 and out.stdout.startswith("plan: track shakespeare on CPU") and "901,120 in training" in out.stdout
