@@ -55,14 +55,14 @@ def test_track_table_is_the_presets():
         assert f"| {cfg.target_loss} |" in row and f"| {cfg.train_steps} |" in row
 
 
-@pytest.mark.parametrize("group", ["muon", "adamw", "yardstick", "2026-11-24_Reference"])
+@pytest.mark.parametrize("group", ["muon", "adamw", "yardstick", "2026-11-24_Reference", "2026-11-24_TailAverage"])
 def test_figures_are_those_of_the_logs(group):
     losses, seconds = finals(group)
     row = next(line for line in README.splitlines() if line.startswith("| ") and f"`{group}/`" in line)
     assert f"| {len(losses)} | {spread(losses, 4)} | {spread(seconds, 1)} |" in row
 
 
-@pytest.mark.parametrize("group", ["muon", "2026-11-24_Reference"])
+@pytest.mark.parametrize("group", ["muon", "2026-11-24_Reference", "2026-11-24_TailAverage"])
 def test_reference_runs_meet_the_target_with_p_below_one_percent(group):
     losses, _ = finals(group)
     target = train_gpt.Config.for_track("shakespeare").target_loss
