@@ -1,6 +1,7 @@
-"""Whether a run can start on this machine, found out by trying what it would use.
+"""Whether a run can start on this machine, found out by trying what it would use; and whether a model looks ahead.
 
     python train_gpt.py --doctor [--track=NAME] [--field=value ...]
+    python train_gpt.py --check                                        see check_model
 
 One line for each piece: `ok` it will be used, `note` it will not, or there is something to know, `FAIL` the run cannot start;
 with the reason and what to change. A piece does its work, forward and backward where it has one, in a process of its own with
@@ -22,10 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import plan
-from data.loader import Loader, Validation
+from data.loader import Loader, Validation, to_device
 from data.shards import ShardError
 from kernels import CANDIDATES, choose_backend, choose_compile, choose_dtype, choose_fp8, choose_symmetric, self_test
 from runtime import ROOT, RunError, UsageError, explain
+from train_gpt import softmax_logits
 
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # a fork would share the GPU
 LIMIT = 120.0  # seconds for one piece; FlexAttention compiles two kernels
@@ -268,3 +270,30 @@ CHECKS = {  # name -> (check, what to change where it fails without saying so it
     "data": (check_data, ""),
     "log_dir": (check_log_dir, ""),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --check
+
+
+def check_model(run) -> int:
+    """Causality: other tokens from position t on must not change any loss before t - 1. Probabilities must sum to 1."""
+    cfg, rt, model = run.cfg, run.rt, run.model.eval()
+    with torch.no_grad():
+        for p in model.parameters():  # parts that start at zero would hide what they see
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
+        batch = to_device(run.loader.next()[0], rt.device)
+        stage, t = len(cfg.stage_starts) - 1, len(batch.inputs) // 2
+        ctx = run.context(batch.docs, stage, cfg.tied(cfg.train_steps), torch.ones(1, device=rt.device))
+        changed = batch.inputs.clone()
+        changed[t:] = (changed[t:] + 1) % cfg.bos_id
+        a, b = (softmax_logits(model, x, ctx) for x in (batch.inputs, changed))
+    moved = (a[:t] - b[:t]).abs().max().item()
+    total = (a.double().exp().sum(-1) - 1).abs().max().item()
+    sees = (a[t:] - b[t:]).abs().max().item()
+    ok = rt.sum(torch.tensor(float(moved == 0 and total < 1e-4 and sees > 0), device=rt.device)).item() == rt.world
+    rt.print0(f"causality: largest change of a log probability before token {t}: {moved:.1e} (expected 0), "
+              f"after it: {sees:.1e}")
+    rt.print0(f"probabilities: largest deviation of a sum from 1: {total:.1e} (expected below 1e-4)")
+    rt.print0("check: passed" if ok else "check: failed")
+    return 0 if ok else 1

@@ -509,6 +509,11 @@ def make_context(model: GPT, make_mask, ropes: dict, docs: Docs, stage: int, tie
     return Context(masks, rope, scale, weights, tied)
 
 
+def softmax_logits(model: GPT, tokens: Tensor, ctx: Context) -> Tensor:
+    """(T, V) log probabilities in fp32."""
+    return torch.log_softmax(model.logits(model.trunk(tokens, ctx)), -1)
+
+
 EMA_EVERY = 4  # steps between two looks at the weights: each is a pass over all of them
 MATRICES = ("attn_qk", "attn_vo", "mlp_in", "mlp_out")
 TABLES = ("head", "embed", "value_embeds", "bigram_embed")
@@ -882,7 +887,8 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     run = Run(cfg, rt)
     run.stop = stop
     if options.check:
-        return check(run)
+        import doctor
+        return doctor.check_model(run)
     log = rt.together(Log, cfg, rt)
     with log:
         log_header(run, log, f"{options.resume} at step {state['step']}" if state else "")
@@ -897,34 +903,6 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     rt.print0("reached: no" if run.reached is None else
               f"reached: yes, at step {run.reached[0]} after {run.reached[1] / 1000:.1f} s of training")
     rt.print0(f"log: {log.path}")
-
-
-def check(run: Run) -> int:
-    """Causality: other tokens from position t on must not change any loss before t - 1. Probabilities must sum to 1."""
-    cfg, rt, model = run.cfg, run.rt, run.model.eval()
-    with torch.no_grad():
-        for p in model.parameters():  # parts that start at zero would hide what they see
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
-        batch = to_device(run.loader.next()[0], rt.device)
-        stage, t = len(cfg.stage_starts) - 1, len(batch.inputs) // 2
-        ctx = run.context(batch.docs, stage, cfg.tied(cfg.train_steps), torch.ones(1, device=rt.device))
-        changed = batch.inputs.clone()
-        changed[t:] = (changed[t:] + 1) % cfg.bos_id
-        a, b = (softmax_logits(model, x, ctx) for x in (batch.inputs, changed))
-    moved = (a[:t] - b[:t]).abs().max().item()
-    total = (a.double().exp().sum(-1) - 1).abs().max().item()
-    sees = (a[t:] - b[t:]).abs().max().item()
-    ok = rt.sum(torch.tensor(float(moved == 0 and total < 1e-4 and sees > 0), device=rt.device)).item() == rt.world
-    rt.print0(f"causality: largest change of a log probability before token {t}: {moved:.1e} (expected 0), "
-              f"after it: {sees:.1e}")
-    rt.print0(f"probabilities: largest deviation of a sum from 1: {total:.1e} (expected below 1e-4)")
-    rt.print0("check: passed" if ok else "check: failed")
-    return 0 if ok else 1
-
-
-def softmax_logits(model: GPT, tokens: Tensor, ctx: Context) -> Tensor:
-    """(T, V) log probabilities in fp32."""
-    return torch.log_softmax(model.logits(model.trunk(tokens, ctx)), -1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import Ranks, config, make_shards, run
 
+import doctor
 import kernels
 import train_gpt
 from runtime import UsageError
@@ -114,6 +115,6 @@ def test_check_fails_where_a_token_sees_the_next_one(folder, monkeypatch):
 
 
 def test_check_fails_where_probabilities_do_not_sum_to_one(folder, monkeypatch):
-    softmax_logits = train_gpt.softmax_logits
-    monkeypatch.setattr(train_gpt, "softmax_logits", lambda *args: softmax_logits(*args) + 0.001)
+    softmax_logits = doctor.softmax_logits
+    monkeypatch.setattr(doctor, "softmax_logits", lambda *args: softmax_logits(*args) + 0.001)
     assert run(folder, "--check").code == 1
