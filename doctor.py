@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import plan
 from data.loader import Loader, Validation, to_device
 from data.shards import ShardError
-from kernels import CANDIDATES, choose_backend, choose_compile, choose_dtype, choose_fp8, choose_symmetric, self_test
+from kernels import (CANDIDATES, choose_backend, choose_compile, choose_dtype, choose_fp8, choose_onednn, choose_symmetric,
+                     self_test)
 from runtime import ROOT, RunError, UsageError, explain
 from train_gpt import softmax_logits
 
@@ -132,6 +133,11 @@ def attention(wish: str, *test) -> tuple[str, str]:
     if not works:
         raise RunError(f"{reason}; {said}")
     return name, reason if name in ("varlen", "flex") and wish == "auto" else f"{reason}; {said}"
+
+
+def check_products(cfg, facts, device, dtype):
+    used, reason = choose_onednn(device, dtype, choose_compile(cfg.compile, device))
+    return "ok", f"{'oneDNN' if used else 'torch'} ({reason})"
 
 
 def symmetric_products(device) -> str:
@@ -261,6 +267,7 @@ def check_log_dir(cfg, facts, device, dtype):
 CHECKS = {  # name -> (check, what to change where it fails without saying so itself)
     "device": (check_device, "; see whether nvidia-smi works; CUDA_VISIBLE_DEVICES= trains on the CPU"),
     "attention": (check_attention, ""),
+    "products": (check_products, ""),
     "head": (check_head, "; use --fp8_head=off"),
     "muon": (lambda cfg, facts, device, dtype: ("ok", f"symmetric products by {isolated(symmetric_products, device)}"),
              "; remove the package quack-kernels"),

@@ -220,7 +220,7 @@ HEAD_PIECE = 8192  # tokens whose logits lie in memory at a time; all 49152 of a
 
 class HeadLoss(torch.autograd.Function):
     """multi_token_loss(softcap(x @ head.T)), the definition, with its gradients computed in the same pass, for `size` tokens
-    at a time: the logits of a piece are read twice and forgotten, once compiled they are never stored in fp32, and what is
+    at a time: the logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and what is
     kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in FP8, see to_fp8; onednn: in
     fp32 by oneDNN."""
 
@@ -289,7 +289,7 @@ def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
     if wish == "off" or (wish == "auto" and device.type != "cuda"):
         return False, "asked for" if wish == "off" else "only on a GPU"
     generator = torch.Generator().manual_seed(0)
-    x, head = (torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for shape in ((64, 32), (128, 32)))
+    x, head = (torch.randn(rows, 32, generator=generator).to(device, torch.bfloat16).requires_grad_() for rows in (64, 128))
     targets, weights = torch.arange(64, device=device), torch.ones(2, device=device)
 
     def gradients(fp8):

@@ -135,7 +135,11 @@ def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool) -> tuple[int, in
     if not compiled:
         return kept, memory.peak - kept
     piece = min(length(stage), HEAD_PIECE) * model.head.size(0) * model.head.itemsize
-    more = max(3 * piece, memory.peak - kept if cfg.recompute else 0)  # logits, their gradient, that in FP8; or a layer
+    with Peak() as memory:
+        x = model.trunk(args[0], args[2])
+        before = memory.live
+        x.sum().backward()
+    more = max(3 * piece, memory.peak - before if cfg.recompute else 0)  # logits, their gradient, that in FP8; or a layer
     forward = torch.compile(model, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
     return kept_for_backward(model, forward, args), more
 
@@ -205,16 +209,16 @@ def data_size(cfg: Config) -> str:
 
 
 def column(cfg: Config, world: int, memory: float, device, dtype, step, work: int, validation) -> dict:
-    """One column of the table: the settings that fit and what they need. step: recompute -> step_bytes."""
+    """One column of the table: the settings that fit and what they need. step: (recompute, slices) -> step_bytes."""
     parts = static_bytes(cfg, dtype, world, device)
     parts["copy of the weights in warm-up"] = parts["weights"]
     travelling = parts.pop("gathers and reductions") + work // world
     allowance, still = 1 + 0.05 * memory + 0.5 * (world > 1), sum(parts.values())
     between = still - (parts["gradients"] if cfg.val_every % cfg.adam_every == 0 else 0)  # half summed up otherwise
-    room, share, (steps, lengths) = (memory - allowance) * GIB, lambda n: cfg.slices / max(n, world), choices(cfg, world)
-    (recompute, slices), trains = first_fit(steps, lambda s: still + sum(step(s[0])) * share(s[1]), room)
+    room, (steps, lengths) = (memory - allowance) * GIB, choices(cfg, world)
+    (recompute, slices), trains = first_fit(steps, lambda s: still + sum(step(s[0], max(s[1], world))), room)
     length, validates = first_fit(lengths, lambda n: between + validation(n), room)
-    kept, more = (part * share(slices) for part in step(recompute))
+    kept, more = step(recompute, max(slices, world))
     parts |= {"kept for backward": kept, "more at the worst moment": more,
               "optimizer's work, gathers": travelling, "needed: training": still + kept + more,
               "needed: optimizer": still + travelling, "needed: validation": between + validation(length)}
@@ -232,7 +236,8 @@ def show(cfg: Config, name: str | None, gib: float | None) -> int:
     device = torch.device("cpu" if name == "CPU" else "cuda")
     dtype, compiled = choose_dtype(cfg.dtype, device), choose_compile(cfg.compile, device)
     model = build(cfg, dtype).model
-    step = functools.cache(lambda recompute: step_bytes(dataclasses.replace(cfg, recompute=recompute), dtype, compiled))
+    step = functools.cache(lambda recompute, slices: step_bytes(
+        dataclasses.replace(cfg, recompute=recompute, slices=slices), dtype, compiled))
     work = optimizer_bytes(cfg, dtype, compiled)
     validation = functools.cache(lambda n: validation_bytes(cfg, model, n))
     flops = sum(cfg.at("batch_tokens", s) * model.flops_per_token(cfg.stage(s)) for s in range(cfg.train_steps))
@@ -244,7 +249,8 @@ def show(cfg: Config, name: str | None, gib: float | None) -> int:
         found = column(cfg, world, memory, device, dtype, step, work, validation)
         all_flops = flops + (layers if found["--recompute"] == "on" else 0)
         columns.append({"GiB per rank, with ranks": world, **found,
-                        "minutes of training, estimate": f"{all_flops / world / tflops / UTILIZATION / 6e13:.1f}" if tflops else "-"})
+                        "minutes of training, estimate":
+                        f"{all_flops / world / tflops / UTILIZATION / 6e13:.1f}" if tflops else "-"})
     print(f"plan: track {cfg.track} on {name}, {gib:.1f} GiB, " + (f"{tflops:g} TFLOP/s in bf16, " if tflops else "") +
           f"{str(dtype)[6:]}, {'torch.compile' if compiled else 'eager'}; not yet checked against a GPU\n")
     for key in columns[0]:
@@ -254,7 +260,7 @@ def show(cfg: Config, name: str | None, gib: float | None) -> int:
     print(f"Memory is counted from shapes; the allowance for context, libraries and fragmentation is assumed. Minutes assume "
           f"{UTILIZATION:.0%} of the peak{'' if tflops else ' of a GPU that is named'}, without compiling and validation.")
     if any(c["--recompute"] == "on" for c in columns) and not cfg.recompute:
-        print("--recompute=on: the same training, number for number, with each layer computed twice.")
+        print("--recompute=on: the same training with each layer computed twice.")
     if any(c["--slices"] != cfg.slices for c in columns):
         print(f"More than {cfg.slices} slices: as many tokens per step in shorter sequences, so more documents are cut at an "
               "end: not the same run, number for number.")

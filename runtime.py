@@ -194,8 +194,8 @@ def explain(e: Exception) -> str | None:
     """One sentence about what torch raises where a machine lacks something; None: an error of the program itself."""
     found = (str(e).splitlines() or [""])[0]
     if isinstance(e, torch.OutOfMemoryError) or "out of memory" in found or "can't allocate memory" in found:
-        return (f"expected enough memory, found: {found}; raise --slices for shorter sequences in training, or lower "
-                "--val_slice for those of validation; --plan says what fits")
+        return (f"expected enough memory, found: {found}; --recompute=on needs far less for the same training, a higher "
+                "--slices or lower --val_slice shortens sequences; --plan says what fits")
     if {"BackendCompilerFailed", "TritonMissing"} & {kind.__name__ for kind in type(e).__mro__}:  # not an error in our code
         return (f"expected torch.compile to work here, found: {found}; install a C++ compiler and Triton, or train without by "
                 "--compile=off; TORCHDYNAMO_VERBOSE=1 shows more")
@@ -259,11 +259,20 @@ def keep_compiled():
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
+def say_fallbacks(run):
+    """What a GPU run does without though nobody asked for that."""
+    if run.rt.device.type == "cuda":
+        if run.cfg.attention == "auto" and run.backend != "varlen":
+            run.rt.print0(f"note: attention by {run.backend}, not by FlashAttention: {run.backend_reason}", file=sys.stderr)
+        if run.cfg.fp8_head == "auto" and not run.fp8:
+            run.rt.print0(f"note: head in {str(run.dtype)[6:]}, not in FP8: {run.fp8_reason}", file=sys.stderr)
+
+
 class Startup:
     """What the time before the first step goes to: seconds of each part, since this process began where the system tells."""
 
     def __init__(self):
-        self.parts, self.begin = {}, time.perf_counter()
+        self.parts, self.begin, self.ended = {}, time.perf_counter(), False
         try:
             started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
             self.begin -= time.clock_gettime(time.CLOCK_BOOTTIME) - started
@@ -274,8 +283,13 @@ class Startup:
         """All since the last mark was this part."""
         self.parts[part] = time.perf_counter() - self.begin - sum(self.parts.values())
 
-    def __str__(self):
-        return f"{sum(self.parts.values()):.1f} s: " + ", ".join(f"{part} {s:.1f}" for part, s in self.parts.items())
+    def end(self, part: str, log: "Log"):
+        """The last part; what comes later is no start-up."""
+        if not self.ended:
+            self.mark(part)
+            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
+            log.write(f"start-up: {sum(self.parts.values()):.1f} s: {parts}", show=False)
+            self.ended = True
 
 
 class Runtime:

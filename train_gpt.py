@@ -10,7 +10,7 @@ the ranks.
 
 Shapes: T tokens of one packed sequence, D model width, H heads, d head width, V vocabulary (padded), L layers.
 Reading order: Config, model, loss, schedules, optimizer table, the run (train, evaluate, save), main.
-Beside it: muon.py and adam.py (optimizers), kernels.py (attention), data/loader.py (batches), runtime.py (ranks, log).
+Beside it: muon.py and adam.py (optimizers), kernels.py (attention, loss), data/loader.py (batches), runtime.py (ranks, log).
 """
 import argparse
 import dataclasses
@@ -40,7 +40,7 @@ from kernels import (BACKENDS, HEAD_PIECE, Docs, HeadLoss, OneDnnLinear, choose_
                      choose_fp8, choose_onednn, choose_symmetric, masked_attention, paired_docs, softcap)
 from muon import Muon
 from runtime import (Log, RunError, Runtime, Startup, Stopped, StopSignal, UsageError, keep_compiled, leave, log_header,
-                     parse_settings, read_checkpoint, report, write_checkpoint)
+                     parse_settings, read_checkpoint, report, say_fallbacks, write_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -239,7 +239,7 @@ class Config:
 
 TRACKS: dict[str, dict] = {
     "small": {},
-    "shakespeare": dict(  # bytes, two CPU cores, a minute and a half; roles as in small, on four narrow layers
+    "shakespeare": dict(  # bytes, two CPU cores, a minute; roles as in small, on four narrow layers
         target_loss=1.6, train_files="data/shakespeare/shakespeare_train_*.bin",
         val_files="data/shakespeare/shakespeare_val_*.bin", max_epochs=4, bos_id=256, vocab_size=257,
         val_tokens=262_144, val_slice=8192, val_every=110, train_steps=440, extension_steps=10,
@@ -469,9 +469,13 @@ class GPT(nn.Module):
         """Training: the weighted multi-token loss. Evaluation: the sum of the T cross entropies, in fp32."""
         x = self.trunk(tokens, ctx)
         if self.training:
-            return HeadLoss.apply(x, self.head, targets, ctx.mtp_weights, self.cfg.softcap, HEAD_PIECE, self.fp8_head, self.onednn)
-        pieces = zip(x.split(HEAD_PIECE), targets.split(HEAD_PIECE))
-        return sum(F.cross_entropy(self.logits(a), b, reduction="sum") for a, b in pieces)
+            return HeadLoss.apply(x, self.head, targets, ctx.mtp_weights, self.cfg.softcap, HEAD_PIECE, self.fp8_head,
+                                  self.onednn)
+        return sum(self.cross_entropy(a, b) for a, b in zip(x.split(HEAD_PIECE), targets.split(HEAD_PIECE)))
+
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Sum over tokens of the next token's."""
+        return F.cross_entropy(self.logits(x), targets, reduction="sum")
 
     def matmul_params(self) -> int:
         """Weights that multiply every token."""
@@ -605,6 +609,8 @@ class Run:
         self.check_world_size()
         cuda = rt.device.type == "cuda"
         self.dtype, self.compiled = choose_dtype(cfg.dtype, rt.device), choose_compile(cfg.compile, rt.device)
+        if self.compiled:
+            keep_compiled()
         self.loader = rt.together(Loader, cfg, rt.rank, rt.world, cuda)
         self.validation = rt.together(Validation, cfg, rt.rank, rt.world, cuda)
         self.startup.mark("data")
@@ -617,9 +623,9 @@ class Run:
         with torch.device(rt.device):
             self.model = GPT(cfg, attend, self.fp8, self.onednn)
         self.model.init_weights(self.dtype)
-        if self.compiled:
-            keep_compiled()
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if self.compiled else self.model
+        if self.compiled:
+            self.model.cross_entropy = torch.compile(self.model.cross_entropy, dynamic=False, fullgraph=True)
         self.make_optimizers()
         self.startup.mark("weights and optimizers")
         self.step, self.train_ms, self.reached, self.ema = 0, 0.0, None, None
@@ -729,6 +735,8 @@ class Run:
         """Embedding and head part: the embedding takes over the shared table and its Adam state."""
         with torch.no_grad():
             self.model.embed.copy_(self.model.head)
+            if self.ema:  # what stood in the embedding until now was never used
+                self.ema["embed"].copy_(self.ema["head"])
         for key, value in self.adam.state[self.model.head].items():
             self.adam.state[self.model.embed][key] = value.clone() if isinstance(value, Tensor) else value
 
@@ -737,7 +745,10 @@ class Run:
         """Follow the weights by an exponential average in fp32 over the end of the schedule; after the last step they become a
         blend of both: the average lies lower than the last of the noisy steps, though it lags behind (upstream's track 3)."""
         cfg, left, remembered = self.cfg, self.cfg.train_steps - self.step, self.cfg.ema_frac * self.cfg.train_steps
-        if left % EMA_EVERY or left > 3 * remembered or not cfg.ema_frac:
+        if left > 3 * remembered or not cfg.ema_frac:
+            self.ema = None  # a run that is resumed with more steps averages their end
+            return
+        if left % EMA_EVERY:
             return
         weights = dict(self.model.named_parameters())
         if self.ema is None:
@@ -775,7 +786,7 @@ class Run:
         for batch in self.validation.batches:
             batch = to_device(batch, rt.device)
             ctx = self.context(batch.docs, cfg.stage(before), cfg.tied(before), total, final=self.step == cfg.train_steps)
-            total += self.model(batch.inputs, batch.targets, ctx)  # eager: compiling every window would take longer
+            total += self.model(batch.inputs, batch.targets, ctx)  # eager but for the head: each window would be a graph
         return rt.sum(total).item() / cfg.val_tokens
 
     def save(self, path: Path):
@@ -836,6 +847,7 @@ def train(run: Run, log: Log):
         if (last or run.step % cfg.val_every == 0) and not (run.resumed_at == run.step and not last):
             pause()
             loss = run.evaluate()
+            run.startup.end("validation", log)
             log.validation(run.step, total, run.train_ms, loss)
             if not math.isfinite(loss):
                 raise RunError(f"step {run.step}: expected a finite validation loss, found {loss}; lower the learning rates")
@@ -892,8 +904,9 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     log = rt.together(Log, cfg, rt)
     with log:
         log_header(run, log, f"{options.resume} at step {state['step']}" if state else "")
+        run.startup.mark("log")
+        say_fallbacks(run)
         run.warm_up()
-        log.write(f"start-up: {run.startup}", show=False)
         if state:
             run.load(options.resume, state)
             run.resumed_at = run.step

@@ -133,19 +133,20 @@ def measure(options) -> int:
     runs = {name: kind(config(options.track, options.steps, settings, 0), Runtime())
             for name, (kind, settings) in variants(options.steps).items()
             if name not in (FEWER, MORE) and (not options.only or name in (BASE, *options.only))}
-    middle = options.steps // 2
+    places = [options.steps * k // 6 for k in (1, 3, 5)]  # stages differ in windows and targets
     seconds = defaultdict(list)
     for turn in range(options.rounds + 1):  # the first does not count
         for name, run in runs.items():
-            if turn == 0:
-                run.step = middle
-                run.loader.load_state_dict({**run.loader.state_dict(), "step": middle})
-            start = time.perf_counter()
-            for _ in range(4):
-                run.train_step()
+            spent = 0.0
+            for place in places:
+                run.step = place
+                run.loader.load_state_dict({**run.loader.state_dict(), "step": place})
+                start = time.perf_counter()
+                for _ in range(2):
+                    run.train_step()
+                spent += time.perf_counter() - start
             if turn:
-                seconds[name].append((time.perf_counter() - start) / 4)
-            run.step = middle
+                seconds[name].append(spent / 6)
     with options.out.open("a") as file:
         for name, values in seconds.items():
             ratio = [value / base for value, base in zip(values, seconds[BASE])]
@@ -183,6 +184,20 @@ def table(path: Path) -> str:
     return head + "\n".join(f"| {line} |" for _, line in sorted(lines, reverse=True)) + "\n"
 
 
+def baseline(path: Path) -> str:
+    """The results of nanogpt.json, beside OUT.jsonl, as a table."""
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    lines = ["| nanoGPT, plain GPT-2 with AdamW | n | learning rate, best of those tried | final loss |", "|---|---|---|---|"]
+    for key, name in (("equal_tokens_480_steps", "480 steps: equal tokens"), ("equal_time_810_steps", "810 steps: equal time")):
+        found = results[key]
+        lines.append(f"| {name} | {found['n']} | {found['learning_rate']} | {found['mean']:.4f} ± {found['sd']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def end_of_page(path: Path) -> str:
+    return table(path) + "\n" + baseline(path.parent / "nanogpt.json")
+
+
 def show(options) -> int:
     if options.page is None:
         print(table(options.out), end="")
@@ -191,7 +206,7 @@ def show(options) -> int:
     before, found, _ = text.partition(marker)
     if not found:
         raise UsageError(f"{options.page}: expected a line {marker.strip()!r}, found none; add it where the table begins")
-    options.page.write_text(before + marker + "\n" + table(options.out), encoding="utf-8")
+    options.page.write_text(before + marker + "\n" + end_of_page(options.out), encoding="utf-8")
     return 0
 
 
@@ -205,7 +220,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=4, help="runs of each variant")
     parser.add_argument("--base", type=int, default=3, help="times as many runs of the trainer as it is")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--rounds", type=int, default=12, help="time: rounds of four steps of every variant")
+    parser.add_argument("--rounds", type=int, default=12, help="time: rounds of six steps of every variant")
     parser.add_argument("--page", type=Path, help="table: a page whose end, from the line that names OUT.jsonl, is replaced")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
     options = parser.parse_args(argv)

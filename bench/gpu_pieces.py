@@ -108,7 +108,9 @@ def head(cfg: Config, device) -> dict:
 def eager(cfg: Config, device) -> dict:
     """Whether training and validation run without a compiler in this memory, and the most that they took."""
     try:
-        Run(dataclasses.replace(cfg, compile="off", val_tokens=cfg.val_slice), Runtime()).warm_up()
+        run = Run(dataclasses.replace(cfg, compile="off", val_tokens=cfg.val_slice), Runtime())
+        run.warm_up()
+        run.evaluate()
     except torch.OutOfMemoryError as e:
         return dict(fits=False, said=str(e).splitlines()[0])
     return dict(fits=True, peak_mib=torch.cuda.max_memory_allocated() // 2**20 if device.type == "cuda" else None)

@@ -71,6 +71,7 @@ def time_loader(cfg: Config, step: int, rt: Runtime) -> float:
 
 def steps_of(run: Run, stage_start: int):
     """Take one training step of a stage at every next()."""
+    run.average_weights = lambda: None  # a step that is taken over and over again is at no place in the schedule
     first = stage_start + run.cfg.adam_every  # the very first step of a stage may part embedding and head
     run.loader.load_state_dict({**run.loader.state_dict(), "step": first})
     n = 0
@@ -238,7 +239,7 @@ def main(argv: list[str]) -> int:
         _, changes = parse_config(argv)
         cfg = Config.for_track(changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare"), **changes)
         rt = Runtime()
-        changes["val_tokens"] = cfg.val_slice * rt.world  # the warm-up compiles one validation; no more is needed
+        changes["val_tokens"] = cfg.val_slice * rt.world  # no validation is timed
         with tempfile.TemporaryDirectory() as folder:
             try:
                 find_shards(cfg.train_files, cfg)

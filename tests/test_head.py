@@ -94,10 +94,12 @@ def test_a_confident_prediction_keeps_its_small_gradient_in_bfloat16():
     assert (ours[1] - exact[1]).norm() < 0.01 * exact[1].norm()
 
 
-def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass(compiled):
     (x, head, targets), kept = example(T=64, V=200), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        HeadLoss.apply(x, head, targets, torch.ones(2), CAP, 16)
+        loss = torch.compile(HeadLoss.apply, backend="aot_eager", fullgraph=True) if compiled else HeadLoss.apply
+        loss(x, head, targets, torch.ones(2), CAP, 16)
     assert sum(kept) == x.numel() + head.numel()
 
 

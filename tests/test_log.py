@@ -74,7 +74,7 @@ def test_the_log_starts_with_the_sources(result):
 def test_the_log_says_what_the_time_before_the_first_step_went_to(result):
     total, parts = re.search(r"^start-up: ([\d.]+) s: (.*)$", result.log, re.M).groups()
     parts = {name: float(s) for name, s in re.findall(r"([a-z][a-z 0-9]*?) ([\d.]+)(?:, |$)", parts)}
-    assert list(parts)[0] == "imports and ranks" and list(parts)[-1] == "reset" and "stage 0" in parts
+    assert list(parts)[0] == "imports and ranks" and list(parts)[-1] == "validation" and "stage 0" in parts
     assert 0.1 < parts["imports and ranks"] < float(total)  # torch alone takes that long
     assert abs(sum(parts.values()) - float(total)) < 0.06 * len(parts)  # as they are rounded
 

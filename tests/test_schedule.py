@@ -141,6 +141,26 @@ def test_the_final_weights_are_a_blend_with_their_average_over_the_end(tmp_path,
         assert not torch.allclose(p.double(), history[39][name])
 
 
+def test_an_embedding_that_was_tied_has_the_average_of_the_head(tmp_path):
+    """Until they part the embedding's own values are never used, and are those that it began with."""
+    run = make_run(tmp_path, ema_frac=1.0, untie_stage=2)
+    for run.step in (2, 6):
+        with torch.no_grad():
+            run.model.head.add_(1.0)
+        run.average_weights()
+    assert not torch.equal(run.ema["embed"], run.ema["head"])
+    run.adam.state[run.model.head], run.adam.state[run.model.embed] = {}, {}
+    run.untie()
+    assert torch.equal(run.ema["embed"], run.ema["head"]) and run.ema["embed"] is not run.ema["head"]
+
+
+def test_an_average_begins_anew_where_the_schedule_was_made_longer(tmp_path):
+    run = make_run(tmp_path, train_steps=40, ema_frac=0.125)
+    run.step, run.ema = 20, {"head": torch.zeros(1)}  # as a checkpoint of a shorter schedule holds it
+    run.average_weights()
+    assert run.ema is None
+
+
 def test_without_an_average_the_weights_stay(tmp_path):
     run = make_run(tmp_path)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
