@@ -24,10 +24,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import scipy.stats
 import torch
 
 from bench.tried import TRIED
-from records.statistics import welch
 from runtime import RunError, Runtime, UsageError
 from train_gpt import TRACKS, Config, Run, parse_config
 
@@ -155,33 +155,45 @@ def measure(options) -> int:
     return 0
 
 
+def differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[float]], float, int]:
+    """(variant -> its loss minus the trainer's at each seed that both have, standard deviation of such a difference around its
+    variant's mean over all variants, degrees of freedom). A seed's first weights are better or worse for all variants alike, so
+    that pairs tell more than means; and one spread of all pairs more than that of two."""
+    found = {name: [loss - losses[BASE][seed] for seed, loss in runs.items() if seed in losses[BASE] and math.isfinite(loss)]
+             for name, runs in losses.items() if name != BASE}
+    squares = [(d - statistics.mean(ds)) ** 2 for ds in found.values() for d in ds]
+    free = sum(len(ds) - 1 for ds in found.values() if ds)
+    return found, math.sqrt(sum(squares) / free) if free else math.nan, free
+
+
 def table(path: Path) -> str:
     """By the loss at equal time, the worst first: what helps most stands on top, what should go at the bottom."""
-    losses, steps, ratios = defaultdict(list), {}, {}
+    losses, steps, ratios = defaultdict(dict), {}, {}
     for row in read(path):
         if "loss" in row:
-            losses[row["variant"]].append(row["loss"])
-            steps[row["variant"]] = row["steps"]
+            losses[row["variant"]][row["seed"]], steps[row["variant"]] = row["loss"], row["steps"]
         else:
             ratios[row["variant"]] = row["ratio"]
-    if len(losses[BASE]) < 2 or not losses[FEWER] or not losses[MORE]:
+    if not (losses[BASE] and losses[FEWER] and losses[MORE]):
         raise UsageError(f"{path}: expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see `run`")
-    mean = {name: statistics.mean(values) for name, values in losses.items() if values}
-    slope = (mean[MORE] - mean[FEWER]) / (steps[MORE] - steps[FEWER])
-    head = (f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.\n\n"
-            "| variant | n | final loss | more than the trainer (95 %) | time of a step | more at equal time |\n"
-            "|---|---|---|---|---|---|\n")
+    pairs, sd, free = differences(losses)
+    more = {name: statistics.mean(ds) if ds else math.nan for name, ds in pairs.items()}
+    slope = (more[MORE] - more[FEWER]) / (steps[MORE] - steps[FEWER])
+    out = [f"The trainer: {statistics.mean(losses[BASE].values()):.4f} over {len(losses[BASE])} seeds.",
+           f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.",
+           f"A difference at one seed has a standard deviation of {sd:.4f} ({free} degrees of freedom).", "",
+           "| variant | n | final loss | more than the trainer at the same seeds (95 %) | time of a step | more at equal time |",
+           "|---|---|---|---|---|---|"]
     lines = []
-    for name, values in losses.items():
-        more, spread = mean[name] - mean[BASE], f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        test = welch(values, losses[BASE])
-        interval = "" if test.why else f" ({test.difference.low:+.4f} to {test.difference.high:+.4f})"
-        ratio = 1.0 if name == BASE else ratios.get(name)
-        at_time = more + slope * steps[BASE] * (1 / ratio - 1) if ratio and name not in (FEWER, MORE) else None
-        cells = (name, str(len(values)), f"{mean[name]:.4f}{spread}", "" if name == BASE else f"{more:+.4f}{interval}",
-                 f"{ratio:.3f}" if ratio else "", "" if at_time is None or name == BASE else f"{at_time:+.4f}")
-        lines.append((math.inf if math.isnan(more) else more if at_time is None else at_time, " | ".join(cells)))
-    return head + "\n".join(f"| {line} |" for _, line in sorted(lines, reverse=True)) + "\n"
+    for name, ds in pairs.items():
+        half = float(scipy.stats.t.ppf(0.975, free)) * sd / math.sqrt(len(ds)) if ds and free else math.nan
+        ratio = ratios.get(name)
+        at_time = more[name] + slope * steps[BASE] * (1 / ratio - 1) if ratio and name not in (FEWER, MORE) else None
+        cells = (name, str(len(ds)), f"{statistics.mean(losses[name].values()):.4f}", f"{more[name]:+.4f} ± {half:.4f}",
+                 f"{ratio:.3f}" if ratio else "", "" if at_time is None else f"{at_time:+.4f}")
+        rank = more[name] if at_time is None else at_time
+        lines.append((math.inf if math.isnan(rank) else rank, " | ".join(cells)))
+    return "\n".join(out + [f"| {line} |" for _, line in sorted(lines, reverse=True)]) + "\n"
 
 
 def baseline(path: Path) -> str:

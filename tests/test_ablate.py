@@ -1,5 +1,7 @@
 """bench.ablate: the arithmetic of its table, that every variant is one the trainer takes, and what bench.tried does."""
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from bench import ablate
 from bench.tried import TRIED, Hyperball, LookAhead, PowerCooldown, RowFloor
 from tiny import SMALL, config, make_run
-from runtime import Runtime
+from runtime import ROOT, Runtime
 import train_gpt
 
 torch.set_num_threads(1)
@@ -17,20 +19,23 @@ def rows(variant, losses, steps=100):
     return [dict(variant=variant, seed=seed, steps=steps, loss=loss) for seed, loss in enumerate(losses)]
 
 
-def test_the_table_weighs_loss_against_time(tmp_path, capsys):
+def test_the_table_weighs_loss_against_time_and_compares_seed_by_seed(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    found = [*rows(ablate.BASE, [2.0, 2.02, 1.98]), *rows(ablate.FEWER, [2.05], 90), *rows(ablate.MORE, [1.95], 110),
-             *rows("smear", [2.01, 2.03]), *rows("skip", [2.08, 2.0]),
+    found = [*rows(ablate.BASE, [2.0, 2.4, 1.98]), *rows(ablate.FEWER, [2.05], 90), *rows(ablate.MORE, [1.95], 110),
+             *rows("smear", [2.01, 2.43]), *rows("skip", [2.06, 2.42]),
              dict(variant="smear", ratio=0.8), dict(variant=ablate.BASE, ratio=1.0)]
     out.write_text("\n".join(map(json.dumps, found)))
     assert ablate.main(["table", str(out)]) == 0
     text = capsys.readouterr().out
     lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"}
     assert "1 % of the steps is worth 0.0050" in text  # 0.1 over 20 steps
+    # Differences 0.01, 0.03 and 0.06, 0.02: squares around the means 2 x 0.01^2 + 2 x 0.02^2 over 2 degrees of freedom.
+    assert "a standard deviation of 0.0224 (2 degrees of freedom)" in text
+    half = 4.3027 * math.sqrt(0.001 / 2) / math.sqrt(2)
+    assert lines["skip"][1:4] == ["2", "2.2400", f"+0.0400 ± {half:.4f}"]
     # Without smear a step takes 0.8 of the time, so 25 steps more fit, each worth 0.005.
-    assert lines["smear"][2:] == ["2.0200 ± 0.0141", lines["smear"][3], "0.800", "-0.1050"]
-    assert lines["smear"][3].startswith("+0.0200 (-") and lines["skip"][3].startswith("+0.0400 (")
-    assert list(lines)[2:] == ["10 % fewer steps", "skip", "all on", "10 % more steps", "smear"]
+    assert lines["smear"][2:] == ["2.2200", f"+0.0200 ± {half:.4f}", "0.800", "-0.1050"]
+    assert list(lines)[2:] == ["10 % fewer steps", "skip", "10 % more steps", "smear"]
 
 
 def test_too_few_results_are_said(tmp_path, capsys):
@@ -83,3 +88,9 @@ def test_what_was_tried_does_what_it_says(tmp_path):
     run.train_step()
     ahead = LookAhead.beta * train_gpt.learning_rate(run.cfg, 7) * drift
     torch.testing.assert_close(seen[0] - start, ahead, rtol=1e-3, atol=1e-7)
+
+
+def test_the_page_ends_with_its_table():
+    page = (ROOT / "bench/ABLATION.md").read_text(encoding="utf-8")
+    _, path, end = re.split(r"<!-- table of (\S+) -->\n\n", page)
+    assert end == ablate.end_of_page(ROOT / path)
