@@ -27,6 +27,7 @@ from pathlib import Path
 import scipy.stats
 import torch
 
+from bench.page import write_page
 from bench.tried import TRIED
 from runtime import RunError, Runtime, UsageError
 from train_gpt import TRACKS, Config, Run, parse_config
@@ -206,19 +207,15 @@ def baseline(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def end_of_page(path: Path) -> str:
+def tables(path: Path) -> str:
     return table(path) + "\n" + baseline(path.parent / "nanogpt.json")
 
 
 def show(options) -> int:
     if options.page is None:
         print(table(options.out), end="")
-        return 0
-    text, marker = options.page.read_text(encoding="utf-8"), f"<!-- table of {options.out.as_posix()} -->\n"
-    before, found, _ = text.partition(marker)
-    if not found:
-        raise UsageError(f"{options.page}: expected a line {marker.strip()!r}, found none; add it where the table begins")
-    options.page.write_text(before + marker + "\n" + end_of_page(options.out), encoding="utf-8")
+    else:
+        write_page(options.page, options.out.as_posix(), tables(options.out))
     return 0
 
 
@@ -233,12 +230,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--base", type=int, default=3, help="times as many runs of the trainer as it is")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rounds", type=int, default=12, help="time: rounds of six steps of every variant")
-    parser.add_argument("--page", type=Path, help="table: a page whose end, from the line that names OUT.jsonl, is replaced")
+    parser.add_argument("--page", type=Path, help="table: a page in which the tables between marks are replaced")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
     options = parser.parse_args(argv)
     try:
         return {"run": run, "time": measure, "table": show}[options.verb](options)
-    except UsageError as error:
+    except ValueError as error:  # of settings, or of the page
         print(f"bench.ablate: {error}", file=sys.stderr)
         return 2
 

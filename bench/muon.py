@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.muon_peers import (SUBJECTS, WIRE, Failed, NotPosed, Refused, Subject, first_line, isolated, load_all, ranks, resident,
                               resident_peak, seconds_of, synchronize)
 from bench.muon_checks import CHECKS, judge, singular_value_map, update, with_spectrum
+from bench.page import write_page
 import muon  # after muon_peers, which counts what goes through torch.distributed
 import newton_schulz
 
@@ -36,7 +37,6 @@ ON_DEVICE = "shares", "classes", "limits", "times"
 PARTS = "checks", "accuracy", "work", "worlds", "plans", *ON_DEVICE  # first those that fork
 BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # GPT-2 124M: c_attn, attn_proj, fc, mlp_proj; 12 blocks
 WORLDS = 2, 3, 4, 8
-MARKS = "<!-- figures of ", "<!-- end of figures -->"
 
 
 def shape_sets(blocks: int) -> dict[str, list[tuple]]:
@@ -458,17 +458,6 @@ def tables(result: dict) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def write_page(page: Path, source: str, result: dict) -> None:
-    """Put the tables between the marks of a page that name this source."""
-    mark = f"{MARKS[0]}{source} -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(mark)
-    if not found:
-        raise ValueError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall stand, and below it "
-                         f"{MARKS[1]!r}")
-    after = rest.partition(MARKS[1])[2]
-    page.write_text(f"{before}{mark}\n\n{tables(result)}\n{MARKS[1]}{after}", encoding="utf-8")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 
 def processor() -> str:
@@ -588,7 +577,7 @@ def main(argv: list[str]) -> int:
     if args.markdown:
         args.markdown.write_text(tables(result))
     if args.page:
-        write_page(args.page, (args.json or args.load or Path("nothing")).as_posix(), result)
+        write_page(args.page, (args.json or args.load or Path("nothing")).as_posix(), tables(result))
     return 0
 
 

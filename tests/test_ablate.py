@@ -90,7 +90,7 @@ def test_what_was_tried_does_what_it_says(tmp_path):
     torch.testing.assert_close(seen[0] - start, ahead, rtol=1e-3, atol=1e-7)
 
 
-def test_the_page_ends_with_its_table():
+def test_the_page_has_the_tables_of_its_results():
     page = (ROOT / "bench/ABLATION.md").read_text(encoding="utf-8")
-    _, path, end = re.split(r"<!-- table of (\S+) -->\n\n", page)
-    assert end == ablate.end_of_page(ROOT / path)
+    path, found, after = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->(.*)", page, re.S).groups()
+    assert found == ablate.tables(ROOT / path) and after == "\n"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import muon as bench
+from bench.page import MARKS
 from bench.muon_checks import CHECKS, judge
 from bench.muon_peers import SUBJECTS, Failed, Subject, isolated, load, load_all, ranks, resident_peak
 import muon
@@ -130,12 +131,12 @@ def test_what_is_missing_is_named_and_skipped(monkeypatch):
 def test_one_command_prints_one_table_and_writes_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "shape_sets", lambda blocks: {"two": [(16, 8), (8, 16)], "a bank": [(2, 8, 16)]})
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{bench.MARKS[0]}{tmp_path}/a/r.json -->\nold\n{bench.MARKS[1]}\nafter\n")
+    page.write_text(f"before\n{MARKS[0]}{tmp_path}/a/r.json -->\nold\n{MARKS[1]}\nafter\n")
     assert bench.main(["--only=times,plans,checks", "--subjects=muon.py,torch.optim.Muon", "--checks=6b", "--reps=3",
                        "--device=cpu", f"--json={tmp_path}/a/r.json", f"--markdown={tmp_path}/r.md", f"--page={page}"]) == 0
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "a" / "r.json").read_text())
     assert (tmp_path / "r.md").read_text() == bench.tables(result) == printed[:-1]
-    assert page.read_text() == f"before\n{bench.MARKS[0]}{tmp_path}/a/r.json -->\n\n{printed}{bench.MARKS[1]}\nafter\n"
+    assert page.read_text() == f"before\n{MARKS[0]}{tmp_path}/a/r.json -->\n\n{printed}{MARKS[1]}\nafter\n"
     rows = {(row["subject"], row["shapes"]): row for row in result["times"]}
     assert len(rows["muon.py", "two"]["seconds"]) == 3 and "Refused" in rows["torch.optim.Muon", "a bank"]["why"]
     assert re.search(r"^\| torch.optim.Muon \| [\d.,]+ \([\d.,]+-[\d.,]+\) \| 3 \| 1.00 \|", printed, re.M)
@@ -152,11 +153,11 @@ def test_unknown_parts_are_refused(capsys):
 
 
 def test_the_page_shows_the_committed_results():
-    parts = PAGE.read_text(encoding="utf-8").split(bench.MARKS[0])[1:]
+    parts = PAGE.read_text(encoding="utf-8").split(MARKS[0])[1:]
     assert parts
     for part in parts:
         source, _, rest = part.partition(" -->\n\n")
-        assert rest.split("\n" + bench.MARKS[1])[0] == bench.tables(json.loads((ROOT / source).read_text())), source
+        assert rest.split("\n" + MARKS[1])[0] == bench.tables(json.loads((ROOT / source).read_text())), source
 
 
 def test_a_page_without_the_mark_is_left_alone(tmp_path):
