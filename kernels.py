@@ -233,7 +233,8 @@ class HeadLoss(torch.autograd.Function):
         A, B, C = abc or (1.0, 0.0, 1.0)
         bound = (A / C / 4 if abc else 1.0) / T * weights.sum()  # of a logit's gradient: no pass over them to find it
         hq, hs = to_fp8(head, torch.float8_e4m3fn) if fp8 else (None, None)
-        multiply, across = product if onednn else F.linear, head.t().contiguous() if onednn else head.t()
+        multiply = product if onednn else F.linear
+        across = hq.t().contiguous() if fp8 else head.t().contiguous() if onednn else head.t()
         loss, dx, dhead = 0.0, [], 0.0
         for first in range(0, T, size):
             rows = slice(first, min(first + size, T))
@@ -254,7 +255,7 @@ class HeadLoss(torch.autograd.Function):
             g = (g.mul_((1 - s).mul_(s).mul_(A / C)) if abc else g).to(x.dtype)
             if fp8:
                 gq, gscale = to_fp8(g, torch.float8_e5m2, bound)
-                dx.append(fp8_product(gq, gscale, hq.t().contiguous(), hs))
+                dx.append(fp8_product(gq, gscale, across, hs))
                 dhead = dhead + fp8_product(gq.t().contiguous(), gscale, xq.t().contiguous(), xscale)
             else:
                 dx.append(multiply(g, across))

@@ -98,7 +98,7 @@ class Session:
         marks = {"log opened": r"\.txt$", "first timed step begins": "^step:0/", "it ends": "^step:1/", "third ends": "^step:3/"}
         at = {key: next(t for t, line in lines if re.search(pattern, line)) for key, pattern in marks.items()}
         log = Path(ROOT, next(line for _, line in lines if line.endswith(".txt"))).read_text(encoding="utf-8")
-        own = [line for line in log.splitlines() if re.match("(start-?up|warm-?up)[:,]", line)]
+        own = [line for line in log.splitlines() if line.startswith("start-up: ")]
         return dict(seconds=at["first timed step begins"], at=at, said=own)
 
     def step(self, limit):
