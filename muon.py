@@ -290,7 +290,7 @@ class Muon(torch.optim.Optimizer):
         if not hasattr(p, "device_mesh"):
             return Bucket, self.process_group
         try:
-            import muon_fsdp
+            from muon_extras import fsdp as muon_fsdp
         except ImportError:
             expect(False, "expected muon_fsdp.py for DTensor parameters", "none", "put it beside muon.py", ImportError)
         self._fsdp = muon_fsdp

@@ -2,8 +2,8 @@
 # Does all set-up and trains: ./run.sh [--track=NAME] [--field=value ...]; ./run.sh --help tells the rest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=setup.sh
-source ./setup.sh
+# shellcheck source=tools/setup.sh
+source ./tools/setup.sh
 
 usage() {
     cat <<'EOF'
@@ -33,4 +33,4 @@ for argument in "$@"; do
     fi
 done
 choose_python requirements.txt records/requirements.txt
-exec "$python" launch.py "$@"
+exec "$python" -m tools.launch "$@"

@@ -2,8 +2,8 @@
 # Does all set-up for the tests and runs them; arguments go to pytest: ./test.sh -k muon
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=setup.sh
-source ./setup.sh
+# shellcheck source=tools/setup.sh
+source ./tools/setup.sh
 choose_python requirements.txt records/requirements.txt requirements-dev.txt
 
 # Several tests at a time with one thread each: most start gloo processes of their own.

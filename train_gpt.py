@@ -33,14 +33,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adam import Adam
-from data.loader import Batch, Loader, Validation, make_batch, to_device
+from data.errors import RunError, UsageError
+from data.loader import Batch, Docs, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
-from kernels import (BACKENDS, HEAD_PIECE, Docs, HeadLoss, OneDnnLinear, choose_backend, choose_compile, choose_dtype,
-                     choose_fp8, choose_onednn, choose_symmetric, masked_attention, paired_docs, softcap)
+from engine.adam import Adam
+from engine.attention import BACKENDS, choose_backend, masked_attention, paired_docs
+from engine.checkpoint import read_checkpoint, write_checkpoint
+from engine.endings import Stopped, StopSignal, leave, report
+from engine.head_loss import HEAD_PIECE, HeadLoss, choose_fp8, softcap
+from engine.kernels import choose_compile, choose_dtype, keep_compiled
+from engine.log import Log, Startup, log_header, say_fallbacks
+from engine.products import OneDnnLinear, choose_onednn, choose_symmetric
+from engine.ranks import Runtime
+from engine.settings import parse_settings
 from muon import Muon
-from runtime import (Log, RunError, Runtime, Startup, Stopped, StopSignal, UsageError, keep_compiled, leave, log_header,
-                     parse_settings, read_checkpoint, report, say_fallbacks, write_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -890,7 +896,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     track = changes.pop("track", "small" if torch.cuda.is_available() or options.gpu or options.gpu_gib else "shakespeare")
     cfg = Config.for_track(track, **changes)
     if options.doctor or options.plan:
-        import doctor, plan  # noqa: E401  they import this file
+        from tools import doctor, plan  # noqa: E401  they import this file
         return plan.show(cfg, options.gpu, options.gpu_gib) if options.plan else doctor.examine(cfg)
     rt = Runtime()
     if rt.world > cfg.slices:
@@ -899,7 +905,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     run = Run(cfg, rt)
     run.stop = stop
     if options.check:
-        import doctor
+        from tools import doctor
         return doctor.check_model(run)
     log = rt.together(Log, cfg, rt)
     with log:

@@ -29,7 +29,8 @@ import torch
 
 from bench.page import write_page
 from bench.tried import TRIED
-from runtime import RunError, Runtime, UsageError
+from data.errors import RunError, UsageError
+from engine.ranks import Runtime
 from train_gpt import TRACKS, Config, Run, parse_config
 
 BASE, FEWER, MORE = "all on", "10 % fewer steps", "10 % more steps"

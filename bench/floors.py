@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils import benchmark
 
-import plan
+from tools import plan
 from muon import iteration_dtype
 from muon_ranks import plan_units, units_of
 from newton_schulz import ONEDNN, product

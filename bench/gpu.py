@@ -25,8 +25,8 @@ import torch
 from bench.step import synthetic_shards
 from data.loader import find_shards
 from data.shards import ShardError
-from kernels import CANDIDATES
-from runtime import ROOT
+from engine.attention import CANDIDATES
+from engine.log import ROOT
 from train_gpt import Config, parse_config
 
 BUDGET = 530  # seconds for everything

@@ -15,8 +15,9 @@ import torch
 
 from bench import floors
 from data.loader import make_batch, to_device
-from kernels import BACKENDS, choose_dtype, paired_docs, self_test
-from runtime import Runtime
+from engine.attention import BACKENDS, paired_docs, self_test
+from engine.kernels import choose_dtype
+from engine.ranks import Runtime
 from train_gpt import GPT, Config, Run, mtp_weights, norm, parse_config
 
 

@@ -32,7 +32,8 @@ import train_gpt
 from bench import floors
 from data.loader import Loader, find_shards
 from data.shards import ShardError, write_shard
-from runtime import Runtime, UsageError
+from data.errors import UsageError
+from engine.ranks import Runtime
 from train_gpt import Config, Run, parse_config
 
 STEPS = 10  # timed per stage, after two that are not

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from data import shards
-from kernels import Docs
-from runtime import RunError
+from data.errors import RunError
+
+
+class Docs(NamedTuple):
+    """Documents of one packed sequence. starts: (capacity,) int32, first token of each document, padded with T, so that
+    it is what varlen attention wants; ids: (T,) number of each token's document; max_len: longest document possible."""
+    starts: Tensor
+    ids: Tensor
+    max_len: int
 
 
 class OutOfData(RunError):

@@ -11,12 +11,14 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from adam import Adam
+from engine.adam import Adam
 from bench import gpu_pieces
 from bench.step import synthetic_shards
-from kernels import CANDIDATES, choose_backend, choose_fp8, self_test
+from engine.attention import CANDIDATES, choose_backend, self_test
+from engine.head_loss import choose_fp8
 from muon import Muon
-from runtime import ROOT, Runtime
+from engine.log import ROOT
+from engine.ranks import Runtime
 from train_gpt import Config, Run
 
 DEVICE = torch.device("cuda")
@@ -86,7 +88,7 @@ def test_nccl_carries_the_collectives_of_both_optimizers_on_one_rank():
 import os, torch, torch.distributed as dist
 os.environ |= dict(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
-from adam import all_gather, reduce_scatter
+from engine.adam import all_gather, reduce_scatter
 from muon_ranks import _all_gather, _reduce_scatter
 for gather, scatter in ((all_gather, reduce_scatter), (lambda *a: _all_gather(*a, async_op=True),
                                                        lambda *a: _reduce_scatter(*a, async_op=True))):

@@ -11,8 +11,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from bench.step import synthetic_shards
-from kernels import BACKENDS, Docs, choose_fp8
-from runtime import Runtime
+from data.loader import Docs
+from engine.attention import BACKENDS
+from engine.head_loss import choose_fp8
+from engine.ranks import Runtime
 from train_gpt import Config, Run
 
 DEVICE = torch.device("cuda")

@@ -17,7 +17,7 @@ from records import ab, logs
 from records.errors import RecordError
 
 ROOT = Path(__file__).parents[2]
-FAKE = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests/records/fake_trainer.py'))}"
+FAKE = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests/helpers/fake_trainer.py'))}"
 
 
 @pytest.fixture(autouse=True)

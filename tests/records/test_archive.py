@@ -1,7 +1,7 @@
 """bench.archive on a small archive of synthetic logs: what agrees is counted, what differs is shown."""
 import csv
 
-from synthetic import make
+from tests.helpers.synthetic import make
 
 from bench import archive
 

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from claims import RUNS, TOTAL, log, replaced, runs, slow, write
-from synthetic import LINE
+from tests.helpers.claims import RUNS, TOTAL, log, replaced, runs, slow, write
+from tests.helpers.synthetic import LINE
 
 from records import logs, rules
 from records.__main__ import guarded

@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     (folder / "bench").symlink_to(ROOT / "bench")
     (folder / "records").symlink_to(ROOT / "records")
-    trainer = [sys.executable, str(ROOT / "tests/records/fake_trainer.py")]
+    trainer = [sys.executable, str(ROOT / "tests/helpers/fake_trainer.py")]
     (folder / "run.sh").write_text(f"""#!/bin/sh
 for a; do case $a in --seed=*) seed=$a;; esac; done
 exec {shlex.join(trainer)} $seed

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.stats
-from synthetic import make, own
+from tests.helpers.synthetic import make, own
 
 from records import compare, logs
 from records.__main__ import guarded

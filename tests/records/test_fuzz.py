@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from synthetic import LINE, VARIANTS, make, own
+from tests.helpers.synthetic import LINE, VARIANTS, make, own
 
 from records import logs, show
 

@@ -3,8 +3,8 @@ import random
 import re
 
 import pytest
-from claims import log, replaced
-from synthetic import LINE
+from tests.helpers.claims import log, replaced
+from tests.helpers.synthetic import LINE
 
 from records import logs
 from records.lines import examine

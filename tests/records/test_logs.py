@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic import LINE, VARIANTS, embedded, make, own
+from tests.helpers.synthetic import LINE, VARIANTS, embedded, make, own
 
 from records import logs
 from records.errors import RecordError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
-from claims import RUNS, log, replaced, runs, slow, uuid, write
+from tests.helpers.claims import RUNS, log, replaced, runs, slow, uuid, write
 
 from records import pack, schema
 from records.__main__ import guarded
@@ -227,7 +227,7 @@ def test_failure_leaves_nothing(inputs, capsys, monkeypatch):
 
 
 def test_several_runs_in_a_log(tmp_path, capsys):
-    from synthetic import make
+    from tests.helpers.synthetic import make
     logs = tmp_path / "logs"
     logs.mkdir()
     make("T2m", seed=1).write(logs / "a.txt")

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from synthetic import own
+from tests.helpers.synthetic import own
 
 from records import __main__ as cli
 from records import charts, difference, groups, history, logs, report, stats, table

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import VARIANTS, make, own
+from tests.helpers.synthetic import VARIANTS, make, own
 
 from records import logs, show
 from records.__main__ import guarded

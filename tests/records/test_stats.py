@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_trainer import log_text
+from tests.helpers.fake_trainer import log_text
 
 from records import stats
 from records.__main__ import guarded

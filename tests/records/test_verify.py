@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
-from claims import RUNS, finals, log, public, replaced, runs, slow, uuid, write
+from tests.helpers.claims import RUNS, finals, log, public, replaced, runs, slow, uuid, write
 
 from records import readme, schema, verify
 from records.__main__ import guarded
@@ -369,7 +369,7 @@ def test_curves_twice_in_other_files(tmp_path, capsys):
 
 def test_several_trials_in_a_file(tmp_path, capsys):
     """A list of all trials in one file is found; a list with one more is not."""
-    from synthetic import make
+    from tests.helpers.synthetic import make
     folder = tmp_path / "track_3_optimization/results/20260502_trials"
     folder.mkdir(parents=True)
     made = make("T2m", seed=1)

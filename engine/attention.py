@@ -1,0 +1,139 @@
+"""Attention that every GPU and CPU can run: one definition, four backends with the same values and gradients.
+
+Causal, within a document, over the `window` previous tokens and the token itself. q, k, v: (T, H, d); result (T, H, d).
+Each backend is a pair: a mask, made once per batch and window, and the attention that uses it. Shapes: T tokens of one
+packed sequence, H heads, d head width.
+"""
+import functools
+
+import torch
+import torch.nn.attention
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.errors import UsageError
+from data.loader import Docs
+
+
+def masked_mask(docs: Docs, window: int) -> Tensor:
+    """(T, T) bool, the definition: query i sees key j if both are in one document and 0 <= i - j <= window."""
+    t = torch.arange(len(docs.ids), device=docs.ids.device)
+    distance = t[:, None] - t[None, :]
+    return (docs.ids[:, None] == docs.ids[None, :]) & (distance >= 0) & (distance <= window)
+
+
+def masked_attention(q, k, v, mask, scale):
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+
+
+def blocked_mask(docs: Docs, window: int) -> Tensor:
+    """(N, 1, W, 2 W) bool: N blocks of W = window queries, each with the keys of its own and the previous block."""
+    T, W, N = len(docs.ids), window, -(-len(docs.ids) // window)
+    ids = F.pad(docs.ids, (W, N * W - T), value=-1)
+    ids_k = ids.unfold(0, 2 * W, W)
+    i, j = torch.arange(W, 2 * W, device=ids.device)[:, None], torch.arange(2 * W, device=ids.device)[None, :]
+    near = (i >= j) & (i - j <= W)
+    return (near & (ids_k[:, W:, None] == ids_k[:, None, :]))[:, None]
+
+
+def blocked_attention(q, k, v, mask, scale):
+    """Work and memory grow with T W instead of T T; the fastest on a CPU, and the fallback anywhere."""
+    T, H, d = q.shape
+    N, W = mask.size(0), mask.size(2)
+
+    def blocks(x, before):  # (before + T + padding, H, d) to (N, H, (1 + before / W) W, d)
+        return F.pad(x, (0, 0, 0, 0, before, N * W - T)).unfold(0, before + W, W).permute(0, 1, 3, 2)
+
+    y = F.scaled_dot_product_attention(blocks(q, 0), blocks(k, W), blocks(v, W), attn_mask=mask, scale=scale)
+    return y.transpose(1, 2).reshape(N * W, H, d)[:T]
+
+
+compiled = functools.cache(torch.compile)
+
+
+def flex_mask(docs: Docs, window: int):
+    from torch.nn.attention.flex_attention import create_block_mask
+    ids, T = docs.ids, len(docs.ids)
+    make = compiled(create_block_mask) if ids.is_cuda else create_block_mask  # eager, it builds the whole (T, T) mask
+    return make(lambda b, h, i, j: (i >= j) & (i - j <= window) & (ids[i] == ids[j]), None, None, T, T, device=ids.device)
+
+
+def flex(q, k, v, mask, scale):
+    from torch.nn.attention.flex_attention import flex_attention
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    attend = compiled(flex_attention) if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    return attend(q, k, v, block_mask=mask, scale=scale)[0].transpose(0, 1)
+
+
+def varlen_mask(docs: Docs, window: int):
+    return docs.starts, docs.max_len, window
+
+
+def varlen(q, k, v, mask, scale):
+    from torch.nn.attention.varlen import varlen_attn
+    starts, max_len, window = mask
+    return varlen_attn(q, k, v, starts, starts, max_len, max_len, scale=scale, window_size=(window, 0))
+
+
+BACKENDS = {"varlen": (varlen_mask, varlen), "flex": (flex_mask, flex), "blocked": (blocked_mask, blocked_attention),
+            "masked": (masked_mask, masked_attention)}
+# Tried on a GPU, in this order. FA3 and FA4 are packages of their own, which varlen_attn can use instead of the
+# FlashAttention 2 that torch contains.
+CANDIDATES = ("varlen FA4", "varlen FA3", "varlen", "flex")
+
+
+def paired_docs(docs: Docs) -> Docs:
+    """Documents of a sequence in which every token stands twice."""
+    return Docs(docs.starts * 2, docs.ids.repeat_interleave(2), docs.max_len * 2)
+
+
+def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(name, reason) of the attention backend."""
+    if device.type == "cpu" and wish in ("varlen", "flex"):
+        raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has no "
+                         "gradients there; leave it out")
+    if wish != "auto":
+        return wish, "asked for"
+    if device.type == "cpu":
+        return "blocked", "fastest on a CPU"
+    return first_correct(CANDIDATES, head_dim, scale, device, dtype)
+
+
+def first_correct(candidates, head_dim: int, scale: float, device, dtype) -> tuple[str, str]:
+    """The first candidate that passes its self-test here, else blocked, and why."""
+    refused = []
+    for candidate in candidates:
+        works, said = self_test(candidate, head_dim, scale, device, dtype)
+        if works:
+            return candidate.partition(" ")[0], "; ".join([said, *refused])
+        refused.append(said)
+    return "blocked", "; ".join(refused)
+
+
+def self_test(candidate: str, head_dim: int, scale: float, device, dtype) -> tuple[bool, str]:
+    """Whether a candidate runs forward and backward here and agrees with the definition, and what it said: a kernel that
+    imports is not yet one that works. What passes stays activated."""
+    torch.manual_seed(0)
+    q, k, v, g = torch.randn(4, 256, 2, head_dim, device=device, dtype=dtype).unbind()
+    ids = torch.arange(256, device=device, dtype=torch.int32) // 100
+    docs = Docs(torch.tensor([0, 100, 200, 256, 256], device=device, dtype=torch.int32), ids, 100)
+
+    def run(name):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        make, attend = BACKENDS[name]
+        y = attend(*leaves, make(docs, 64), scale)
+        return [y, *torch.autograd.grad(y, leaves, g)]
+
+    expected, (name, _, flash) = run("masked"), candidate.partition(" ")
+    try:
+        if flash:
+            torch.nn.attention.activate_flash_attention_impl(flash)
+        errors = torch.stack([(a - b).float().norm() / b.float().norm() for a, b in zip(run(name), expected)])
+        error = errors.max().item()  # NaN if one of them is
+        works, said = error < 0.02, f"self-test error {error:.1e}"  # two bfloat16 roundings of sums in another order
+    except Exception as e:  # whatever a missing or broken kernel raises
+        works, said = False, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    if flash and not works and hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+    return works, f"{candidate}: {said}"

@@ -1,0 +1,53 @@
+"""Checkpoint files: written whole or not at all, read without running anything in them."""
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from data.errors import RunError, UsageError
+
+
+CHECKPOINT_FORMAT = "nanogpt-speedrun checkpoint 1"
+
+
+def write_checkpoint(path: Path, state: dict | None):
+    """Write a state (None: nothing) under a partial name, then give it its own: it appears whole or not at all."""
+    if state is None:
+        return
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0]
+        raise RunError(f"{path}: expected to write a checkpoint, found: {reason}; free some space and resume from an earlier "
+                       "one") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str, settings: type) -> dict:
+    """What write_checkpoint wrote, if it is of this version of the program: same entries, same settings."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # an unpickler fed with some other file raises anything
+        reason = "no such file" if isinstance(e, FileNotFoundError) else "another kind of file or a damaged one"
+        raise UsageError(f"{path}: expected a checkpoint of this program, found {reason}; give a state_step*.pt that it "
+                         "wrote") from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise UsageError(f"{path}: expected a {CHECKPOINT_FORMAT}, found another kind of file; give a state_step*.pt")
+    try:
+        settings(**state.get("config"))
+    except TypeError:  # no dictionary, or one with other keys or values
+        state.pop("config", None)
+    missing = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "ema", "loader", "rng"} - state.keys()
+    other = {f.name for f in dataclasses.fields(settings)} ^ state.get("config", {}).keys()
+    if missing or other:
+        raise UsageError(f"{path}: expected a checkpoint of this version of the program, found one that differs in "
+                         f"{min(missing or other)}; use the version of its log")
+    return state

@@ -1,0 +1,260 @@
+"""The loader against a slow loop over the documents, at every world size, with its state, and out of data."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from tests.helpers.runs import BOS, config, documents, make_shards
+
+from data.loader import Loader, OutOfData, Validation, find_shards
+from data.shards import ShardError, document_starts, open_shard, write_shard
+
+STAGED = (
+    "--batch_tokens=256,512,768",
+    "--max_doc_len=24,64",
+    "--train_steps=20",
+    "--extension_steps=4",
+    "--adam_every=2",
+)
+VARIANTS = {  # the shards have 12,000 tokens each, so that all cross into the second one, and some into a second epoch
+    "whole documents": (*STAGED, "--train_steps=40", "--max_doc_len=64"),
+    "cut documents": (*STAGED, "--max_epochs=2", "--train_steps=40"),
+    "split documents": (*STAGED, "--split_docs=40", "--train_steps=60", "--max_epochs=3"),
+    "split and cut documents": (
+        *STAGED,
+        "--split_docs=40",
+        "--max_doc_len=16,40,24",
+        "--train_steps=40",
+        "--max_epochs=3",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("loader"), tokens=12_000)
+
+
+@pytest.fixture(autouse=True)
+def data_path(folder, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(folder))
+
+
+def slow_steps(cfg, slices: int = 8):
+    """Yield (buffers of T + 1 tokens, positions of document starts in each) of each step, one document at a time."""
+    shards = [open_shard(path) for path in find_shards(cfg.train_files, cfg)]
+    step = 0
+    for epoch in range(cfg.max_epochs):
+        for number, tokens in enumerate(shards):
+            starts = [i for i, token in enumerate(tokens) if token == cfg.bos_id]
+            docs = [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]
+            if cfg.split_docs:
+                docs = [doc[i : i + cfg.split_docs] for doc in docs for i in range(0, len(doc), cfg.split_docs)]
+                docs = [docs[i] for i in np.random.default_rng((epoch, number)).permutation(len(docs))]
+            while True:
+                if step == cfg.train_steps:
+                    return
+                T = cfg.at("batch_tokens", step) // slices
+                buffers, positions, left = [], [], list(docs)
+                while len(buffers) < slices and left:
+                    buffer, begins = [], []
+                    while len(buffer) < T + 1 and left:
+                        begins.append(len(buffer))
+                        buffer += left.pop(0)[: cfg.at("max_doc_len", step)].tolist()
+                    if len(buffer) >= T + 1:
+                        buffers.append(buffer[: T + 1])
+                        positions.append([b for b in begins if b < T])
+                if len(buffers) < slices:
+                    break  # the rest of this shard is too short
+                yield buffers, positions
+                docs, step = left, step + 1
+
+
+def take(loader, steps: int) -> list:
+    return [loader.next() for _ in range(steps)]
+
+
+def same(a, b) -> bool:
+    """Bitwise equality of two batches."""
+    return (
+        torch.equal(a.inputs, b.inputs)
+        and torch.equal(a.targets, b.targets)
+        and torch.equal(a.docs.ids, b.docs.ids)
+        and torch.equal(a.docs.starts, b.docs.starts)
+        and a.docs.max_len == b.docs.max_len
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_batches_are_those_of_a_slow_loop(variant):
+    cfg = config(*VARIANTS[variant])
+    loader, positions = Loader(cfg, 0, 1, False), []
+    for step, (buffers, begins) in enumerate(slow_steps(cfg)):
+        batches = loader.next()
+        positions.append((loader.position["epoch"], loader.position["shard"]))
+        assert len(batches) == 8
+        for batch, buffer, begin in zip(batches, buffers, begins):
+            assert batch.inputs.tolist() == buffer[:-1] and batch.targets.tolist() == buffer[1:]
+            T = len(buffer) - 1
+            assert batch.docs.starts.tolist() == begin + [T] * (len(batch.docs.starts) - len(begin))
+            assert batch.docs.ids.tolist() == [sum(t >= b for b in begin) - 1 for t in range(T)]
+            lengths = np.diff([*begin, T])
+            assert lengths.max() <= batch.docs.max_len <= cfg.at("max_doc_len", step)
+            assert cfg.split_docs or all(batch.inputs[b] == BOS for b in begin)  # every document from its start
+    assert step + 1 == cfg.train_steps and (0, 1) in positions  # into the second shard
+    assert cfg.max_epochs == 1 or positions[-1][0] > 0  # and epoch
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_the_ranks_together_have_the_batches_of_one(variant, world):
+    cfg = config(*VARIANTS[variant])
+    alone = take(Loader(cfg, 0, 1, False), cfg.train_steps)
+    ranks = [take(Loader(cfg, rank, world, False), cfg.train_steps) for rank in range(world)]
+    for step in range(cfg.train_steps):
+        together = [batch for rank in ranks for batch in rank[step]]
+        assert len(together) == 8 and all(map(same, together, alone[step]))
+
+
+def test_more_ranks_than_slices_share_the_batch_in_shorter_sequences():
+    cfg = config(*STAGED)
+    ranks = [take(Loader(cfg, rank, 16, False), cfg.train_steps) for rank in range(16)]
+    for step, (buffers, _) in zip(range(cfg.train_steps), slow_steps(cfg, slices=16)):
+        assert [[batch.inputs.tolist() for batch in rank[step]] for rank in ranks] == [
+            [buffer[:-1]] for buffer in buffers
+        ]
+
+
+def test_preparing_in_the_background_changes_nothing():
+    cfg = config(*VARIANTS["split documents"])
+    ahead, direct = Loader(cfg, 0, 1, False), Loader(cfg, 0, 1, False)
+    position = direct.state_dict()
+    for step in range(cfg.train_steps):
+        if step % 16 == 0:
+            time.sleep(0.05)  # the next step is ready by now; otherwise it is waited for
+        batches, position = direct.prepare(position)
+        assert all(map(same, ahead.next(), batches))
+        assert ahead.state_dict() == position
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_position_continues_exactly(variant):
+    """Everywhere: in the middle of a shard, where a shard ends, and where an epoch ends."""
+    cfg = config(*VARIANTS[variant])
+    loader, states, batches = Loader(cfg, 0, 2, False), [], []
+    for _ in range(cfg.train_steps):
+        states.append(loader.state_dict())
+        batches.append(loader.next())
+    borders = [b for a, b in zip(states, states[1:]) if (a["epoch"], a["shard"]) != (b["epoch"], b["shard"])]
+    assert borders and (cfg.max_epochs == 1 or any(state["epoch"] for state in borders))
+    resumed = Loader(cfg, 0, 2, False)
+    for step, state in enumerate(states):
+        assert all(type(value) is int for value in state.values())  # torch.load(weights_only=True) takes them
+        resumed.load_state_dict(state)
+        for expected in batches[step : step + 2]:
+            assert all(map(same, resumed.next(), expected))
+        if step + 2 < cfg.train_steps:
+            assert resumed.state_dict() == states[step + 2]
+
+
+def test_a_position_beyond_the_shards_is_refused():
+    loader = Loader(config(), 0, 1, False)
+    with pytest.raises(ShardError, match="expected more than 2 training shards.*found 2; get"):
+        loader.load_state_dict(dict(step=3, epoch=0, shard=2, doc=0))
+
+
+def test_a_schedule_that_needs_too_many_tokens_is_refused_at_the_start():
+    Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)  # 10,240 of 24,000 tokens, but much is cut off
+    with pytest.raises(
+        ShardError,
+        match=r"--train_steps: expected about [\d,]+ tokens .* 30 steps, found 24,000 in 2 shards times "
+        "1 epochs; get more shards, raise --max_epochs or lower --train_steps",
+    ):
+        Loader(config("--train_steps=30", "--max_epochs=1"), 0, 1, False)
+    Loader(config("--train_steps=30", "--max_epochs=4"), 0, 1, False)
+
+
+def test_shards_smaller_than_a_step_are_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path, tokens=400)))
+    with pytest.raises(
+        ShardError, match="step 0: expected more training tokens, found the end of 2 shards after 4 epochs; get"
+    ):
+        Loader(config(), 0, 1, False)
+
+
+def test_running_out_of_data_on_the_way_says_so(tmp_path, monkeypatch):
+    """The estimate sees documents that are used whole; later ones are so long that most of them is cut off."""
+    make_shards(tmp_path, shards=1, tokens=30_000)
+    write_shard(
+        tmp_path / "data/shakespeare/shakespeare_train_000001.bin", documents(12_000, 5, shortest=300, longest=301)
+    )
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    cfg = config("--train_steps=38", "--max_epochs=1")
+    loader, steps = Loader(cfg, 0, 1, False), 0
+    with pytest.raises(
+        OutOfData,
+        match=r"step \d+: expected more training tokens, found the end of 2 shards after 1 epochs; get "
+        "more shards, raise --max_epochs or lower --train_steps",
+    ):
+        while True:
+            loader.next()
+            steps += 1
+    assert 20 < steps < 38
+
+
+def test_a_bad_token_in_a_later_shard_arrives_as_an_error_of_its_file(tmp_path, monkeypatch):
+    make_shards(tmp_path, shards=1)
+    bad = documents(12_000, 5)
+    bad[11_000] = 300
+    path = write_shard(tmp_path / "data/shakespeare/shakespeare_train_000001.bin", bad)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    loader = Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)
+    with pytest.raises(
+        ShardError, match=rf"{path}: expected token ids below the vocabulary size 257, found 300 at position 11,000"
+    ):
+        take(loader, 20)
+
+
+def test_a_shard_without_documents_is_refused(tmp_path, monkeypatch):
+    make_shards(tmp_path)
+    write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", np.full(5000, 97, np.uint16))
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    with pytest.raises(ShardError, match="expected documents that start with token 256, found none; make"):
+        Loader(config(), 0, 1, False)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_validation_is_the_first_tokens_in_order_shared_out_over_the_ranks(folder, world):
+    cfg = config()
+    tokens = open_shard(folder / "data/shakespeare/shakespeare_val_000000.bin")[:1025].astype(int)
+    sets = [Validation(cfg, rank, world, False) for rank in range(world)]
+    assert len({one.sha256 for one in sets}) == 1
+    for i in range(4):
+        batch, piece = sets[i % world].batches[i // world], tokens[256 * i : 256 * i + 257]
+        assert batch.inputs.tolist() == piece[:-1].tolist() and batch.targets.tolist() == piece[1:].tolist()
+        begins = sorted({0, *document_starts(piece[:-1], BOS).tolist()})  # context is cut where a sequence starts
+        assert batch.docs.ids.tolist() == [sum(t >= b for b in begins) - 1 for t in range(256)]
+    assert sum(len(one.batches) for one in sets) == 4
+
+
+def test_validation_goes_on_in_the_next_shard_and_needs_enough_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
+    whole = Validation(config(), 0, 1, False).sha256
+    path = tmp_path / "data/shakespeare/shakespeare_val_000000.bin"
+    tokens = np.array(open_shard(path))
+    write_shard(path, tokens[:700])
+    with pytest.raises(ShardError, match=r"--val_tokens: expected 1,025 tokens in .*, found 700; get the whole"):
+        Validation(config(), 0, 1, False)
+    write_shard(path.with_name("shakespeare_val_000001.bin"), tokens[700:])
+    assert Validation(config(), 0, 1, False).sha256 == whole
+
+
+def test_the_fingerprint_tells_sets_of_shards_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
+    before = Loader(config(), 0, 1, False).fingerprint
+    assert Loader(config(), 0, 2, False).fingerprint == before
+    tokens = documents(12_000, 0)
+    tokens[5] = 98 if tokens[5] == 97 else 97
+    write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", tokens)
+    assert Loader(config(), 0, 1, False).fingerprint != before

