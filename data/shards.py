@@ -15,7 +15,12 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
+
 import numpy as np
+
+from data.files import written_whole
 
 MAGIC = 20240520
 VERSION = 1
@@ -54,19 +59,10 @@ def write_shard(path, tokens) -> Path:
         tokens = tokens.astype(TOKEN_DTYPE)
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: a rename cannot cross disks
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(header.data)
-                file.write(np.ascontiguousarray(tokens).data)
-                file.flush()
-                os.fsync(file.fileno())  # without it a power cut could keep the new name and lose the bytes
-            os.replace(partial, path)
-        except BaseException:  # also Ctrl-C: leave no leftover behind
-            partial.unlink(missing_ok=True)
-            raise
+        with written_whole(path) as file:
+            file.write(header.data)
+            file.write(np.ascontiguousarray(tokens).data)
     except OSError as error:
         raise ShardError(f"{path}: expected to write {HEADER_BYTES + 2 * tokens.size:,} bytes, found "
                          f"\"{error.strerror or error}\"; nothing was left behind, free some space or choose another "
@@ -200,5 +196,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
     sys.exit(main())

@@ -1,34 +1,26 @@
 """Checkpoint files: written whole or not at all, read without running anything in them."""
 import dataclasses
-import os
 from pathlib import Path
 
 import torch
 
 from data.errors import RunError, UsageError
-
+from data.files import written_whole
 
 CHECKPOINT_FORMAT = "nanogpt-speedrun checkpoint 1"
 
 
 def write_checkpoint(path: Path, state: dict | None):
-    """Write a state (None: nothing) under a partial name, then give it its own: it appears whole or not at all."""
+    """Write a state (None: nothing); it appears under its name whole or not at all."""
     if state is None:
         return
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with written_whole(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
-        os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0]
         raise RunError(f"{path}: expected to write a checkpoint, found: {reason}; free some space and resume from an earlier "
                        "one") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str, settings: type) -> dict:

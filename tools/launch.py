@@ -1,7 +1,7 @@
 """What ./run.sh starts once there is a Python with the requirements: choose track and ranks, prepare the data, run
 train_gpt.py under torchrun, pass on its exit code.
 
-    python launch.py [--track=NAME] [--field=value ...]      # ./run.sh --help explains
+    python -m tools.launch [--track=NAME] [--field=value ...]      # ./run.sh --help explains
 
 Why not plain torchrun: it ends with exit code 1 and a traceback of its own whatever train_gpt.py said. Here the
 trainer's one message stays the last one on the screen, and its exit code (2 usage, 1 run failure) is ours.
@@ -12,20 +12,10 @@ import signal
 import subprocess
 import sys
 
-LOST_CONTACT = 3  # as in runtime.py, which imports torch
+from tools.machine import usable_cores
+
+LOST_CONTACT = 3  # as in engine/endings.py, which imports torch
 DATA_SCRIPTS = {"shakespeare": "data/shakespeare.py", "small": "data/cached_fineweb10B.py"}  # track -> its data
-
-
-def usable_cores() -> int:
-    """Cores this process may use: those the scheduler allows it, cut to the CPU quota of a container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has only the latter
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:  # "200000 100000" is two cores, "max 100000" all of them
-            quota, period = file.read().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return cores
 
 
 def choose_ranks(num_gpus: int, cores: int, wanted: str) -> int:

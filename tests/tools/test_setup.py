@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tools import launch
+from tools import launch, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["run.sh", "test.sh", "tools/setup.sh", ".ci/run"]
@@ -333,11 +333,11 @@ def test_data_scripts_exist_and_are_skipped_for_shards_of_the_user(monkeypatch):
 
 
 def test_container_quota_limits_cores(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     for text, cores in [("400000 100000", 4), ("50000 100000", 1), ("max 100000", 16), ("", 16)]:
         (tmp_path / "cpu.max").write_text(text)
-        monkeypatch.setattr(launch, "open", lambda path: (tmp_path / "cpu.max").open(), raising=False)
-        assert launch.usable_cores() == cores
+        monkeypatch.setattr(machine, "open", lambda path: (tmp_path / "cpu.max").open(), raising=False)
+        assert machine.usable_cores() == cores
 
 
 @pytest.mark.parametrize("failures, code, message", [
@@ -356,7 +356,8 @@ def test_exit_code_of_failed_ranks(capsys, failures, code, message):
 
 def start_launch(tmp_path, trainer: str, *args: str, data: str = "") -> subprocess.Popen:
     (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools/launch.py", tmp_path / "tools")
+    for name in ("launch.py", "machine.py"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     (tmp_path / "data").mkdir()
     for script in launch.DATA_SCRIPTS.values():
         (tmp_path / script).write_text(data)
