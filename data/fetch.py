@@ -17,10 +17,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from data.shards import sha256_of
+from data.errors import UsageError
+from data.files import sha256_of
 
 
-class FetchError(OSError):
+class FetchError(UsageError):
     """Something could not be fetched; the message says what was expected, what was found and what to do next."""
 
 

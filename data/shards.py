@@ -1,25 +1,18 @@
 """The shard format: token files that the trainer maps into memory.
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by exactly
-that many little-endian uint16 token ids. A document begins with the beginning-of-sequence id: 50256 for GPT-2 tokens,
-256 for bytes. The format is the one of llm.c and modded-nanogpt, so their FineWeb shards can be read as they are.
-
-    python data/shards.py FILE...     what is in these files: tokens, documents, lengths, first text, SHA-256
+that many little-endian uint16 token ids. A document begins with the beginning-of-sequence id: 50256 for GPT-2
+tokens, 256 for bytes. The format is the one of llm.c and modded-nanogpt, so their FineWeb shards can be read as they
+are. `python -m data.describe FILE` says what is in a shard.
 
 Imports numpy and the standard library only, because the trainer imports this file.
 """
-
-import argparse
-import hashlib
 import os
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
 
 import numpy as np
 
+from data.errors import UsageError
 from data.files import written_whole
 
 MAGIC = 20240520
@@ -27,17 +20,14 @@ VERSION = 1
 HEADER_BYTES = 1024  # 256 int32
 TOKEN_DTYPE = np.dtype("<u2")  # little-endian on disk on every machine
 MAX_TOKENS = 2**31 - 1  # the header holds the count as int32
-BYTE_BOS = 256  # starts a document in a byte shard; ids 0-255 are the bytes themselves
-GPT2_BOS = 50256  # <|endoftext|>
+MAKERS = {  # folder of shards -> the module that fills it
+    "data/fineweb10B": "data.cached_fineweb10B",
+    "data/shakespeare": "data.shakespeare",
+}
 CHUNK = 1 << 22  # tokens looked at in one go: 8 MiB, so that scanning a mapped shard never needs a second copy of it
 
 
-def data_root() -> Path:
-    """The folder in which data/ lies: $DATA_PATH, or the repository."""
-    return Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent.parent)
-
-
-class ShardError(ValueError):
+class ShardError(UsageError):
     """A file is not a shard that can be used; the message says what was expected, what was found, what to do next."""
 
 
@@ -134,66 +124,3 @@ def check_ids(tokens, vocab_size: int, path) -> None:
             raise ShardError(f"{path}: expected token ids below the vocabulary size {vocab_size:,}, found "
                              f"{int(chunk[at])} at position {first + at:,}; these tokens are of another vocabulary, "
                              f"choose the data or the track that fits")
-
-
-def sha256_of(path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _first_text(ids, bos: int, characters: int = 200) -> str:
-    """The beginning of a shard as one readable line."""
-    if bos == BYTE_BOS:
-        text = bytes(i for i in ids.tolist() if i < 256).decode("utf-8", errors="replace")
-    else:
-        from data.fineweb import gpt2_encoding  # here, not above: the trainer must not need tiktoken to read shards
-        try:
-            encoding = gpt2_encoding(network=False)
-        except (ImportError, OSError, ValueError) as error:
-            return f"(ids {' '.join(map(str, ids[:8].tolist()))} ...; as text they need the GPT-2 vocabulary: {error})"
-        text = encoding.decode([i for i in ids.tolist() if i < GPT2_BOS])
-    return repr(text[:characters])
-
-
-def describe(path) -> str:
-    """What a shard holds, in a few lines for people. Raises ShardError."""
-    tokens = open_shard(path)
-    largest = max(int(tokens[first:first + CHUNK].max()) for first in range(0, len(tokens), CHUNK))
-    # The header does not name the vocabulary, but English GPT-2 text always has ids above 256 and byte shards never do.
-    bos, vocabulary = (BYTE_BOS, "bytes") if largest <= BYTE_BOS else (GPT2_BOS, "GPT-2")
-    starts = document_starts(tokens, bos)
-    lines = [str(path), f"  tokens      {len(tokens):,} ({vocabulary}: {bos} starts a document; largest id {largest})",
-             f"  documents   {len(starts):,}"]
-    if len(starts) == 0:
-        lines[-1] += f" (id {bos} does not occur)"
-    else:
-        if starts[0]:
-            lines[-1] += f" (after {starts[0]:,} tokens of a document begun in the shard before)"
-        lengths = np.diff(np.append(starts, len(tokens)))
-        low, median, high, top = np.quantile(lengths, [0.1, 0.5, 0.9, 0.99])
-        lines.append(f"  lengths     mean {lengths.mean():,.0f}; smallest {lengths.min():,}, 10% {low:,.0f}, median "
-                     f"{median:,.0f}, 90% {high:,.0f}, 99% {top:,.0f}, largest {lengths.max():,} tokens")
-    lines += [f"  first text  {_first_text(tokens[:256], bos)}", f"  sha256      {sha256_of(path)}"]
-    return "\n".join(lines)
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Say what is in token shards: tokens, documents, document lengths in "
-                                     "tokens, first text, SHA-256. Exit 2 if any file is not a whole shard.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="shards (.bin) made by the scripts in data/")
-    status = 0
-    for path in parser.parse_args(argv).files:
-        try:
-            print(describe(path), flush=True)
-        except ShardError as error:
-            print(error, file=sys.stderr)
-            status = 2
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

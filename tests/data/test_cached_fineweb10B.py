@@ -6,18 +6,16 @@ import os
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from tests.helpers.fake_hub import serve  # noqa: E402
+from tests.helpers.fake_hub import serve
 
-import data.loader  # noqa: E402
-from data import cached_fineweb10B, shards  # noqa: E402
-from train_gpt import Config  # noqa: E402
+from data import cached_fineweb10B
+from data.files import ROOT
+from data.loader import shards_needed
+from train_gpt import Config
 
 pytest.importorskip("huggingface_hub")
 VAL, TRAIN1, TRAIN2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
@@ -175,17 +173,34 @@ def test_impossible_numbers_are_usage_errors(tmp_path, args):
     assert rc == 2 and "Traceback" not in err and not (tmp_path / "data").exists()
 
 
-def test_default_is_what_the_trainer_computes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data.loader, "shards_needed", lambda cfg: 4 if cfg == Config.for_track("small") else 0)
-    monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    fetched = []
+def test_default_is_what_the_track_small_needs(tmp_path, monkeypatch):
+    assert cached_fineweb10B.DEFAULT_SHARDS == shards_needed(Config.for_track("small"))
+    asked = []
+    monkeypatch.setattr(cached_fineweb10B, "download", lambda num_train, *rest: asked.append(num_train) or [])
+    cached_fineweb10B.main([])
+    cached_fineweb10B.main(["3"])
+    assert asked == [cached_fineweb10B.DEFAULT_SHARDS, 3]
 
-    def fetch(repo, filename, path, check):
-        fetched.append(filename)
-        shards.write_shard(path, [50256, 1])
-        return shards.sha256_of(path)
-    monkeypatch.setattr(cached_fineweb10B, "fetch_hub", fetch)
-    assert cached_fineweb10B.main([]) == 0
-    assert fetched == [VAL] + [f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3, 4)]
+
+def test_a_manifest_that_cannot_be_read_means_to_check_again(hub, tmp_path):
+    assert run(tmp_path, hub.endpoint, 1)[0] == 0
     (tmp_path / "data" / "fineweb10B" / "manifest.json").write_text("{broken")
-    assert cached_fineweb10B.main(["1"]) == 0 and fetched[5:] == [VAL, TRAIN1]  # checked again, no crash
+    seen = len(hub.requests)
+    assert run(tmp_path, hub.endpoint, 1)[0] == 0
+    asked = {path.split("/")[-1] for _, path, _ in hub.requests[seen:] if "/resolve/" in path}
+    assert asked == {VAL, TRAIN1}
+    assert len(hub.gets(VAL)) == len(hub.gets(TRAIN1)) == 1  # and they are the hub's: nothing is downloaded
+
+
+def test_a_hash_that_was_not_computed_now_is_called_noted(hub, tmp_path):
+    assert run(tmp_path, hub.endpoint, 1)[0] == 0
+    path = tmp_path / "data" / "fineweb10B" / TRAIN1
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1  # a bit that flipped on the disk: size and header are as they were
+    path.write_bytes(damaged)
+    noted = hashlib.sha256(hub.bodies[TRAIN1]).hexdigest()
+    rc, out, err = run(tmp_path, hub.endpoint, 1)
+    assert rc == 0 and f"sha256 {noted} (as noted in manifest.json; --rehash computes it)" in out
+    rc, out, err = run(tmp_path, hub.endpoint, 1, "--rehash")
+    assert rc == 0 and f"sha256 {noted}\n" in out and "noted" not in out
+    assert path.read_bytes() == hub.bodies[TRAIN1]

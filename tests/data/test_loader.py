@@ -43,7 +43,7 @@ def data_path(folder, monkeypatch):
 
 def slow_steps(cfg, slices: int = 8):
     """Yield (buffers of T + 1 tokens, positions of document starts in each) of each step, one document at a time."""
-    shards = [open_shard(path) for path in find_shards(cfg.train_files, cfg)]
+    shards = [open_shard(path) for path in find_shards(cfg.train_files)]
     step = 0
     for epoch in range(cfg.max_epochs):
         for number, tokens in enumerate(shards):
@@ -222,6 +222,19 @@ def test_a_shard_without_documents_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     with pytest.raises(ShardError, match="expected documents that start with token 256, found none; make"):
         Loader(config(), 0, 1, False)
+
+
+def test_missing_shards_are_told_who_makes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    advice = {
+        "data/fineweb10B/fineweb_train_*.bin": "run python -m data.cached_fineweb10B or set DATA_PATH",
+        "data/shakespeare/shakespeare_val_*.bin": "run python -m data.shakespeare or set DATA_PATH",
+        "data/mine/mine_val_*.bin": "correct the pattern, or make shards of your own text with python -m data.fineweb",
+    }
+    for pattern, expected in advice.items():
+        with pytest.raises(ShardError, match=f"found none; {expected}") as caught:
+            find_shards(pattern)
+        assert str(tmp_path / pattern) in str(caught.value)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

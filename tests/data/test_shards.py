@@ -1,4 +1,4 @@
-"""data/shards.py: the format round-trips, every damaged file gives the promised sentence, writing is all or nothing."""
+"""data/shards.py, data/describe.py: the format round-trips, every damaged file gives the promised sentence, writing is all or nothing."""
 
 import hashlib
 import os
@@ -6,14 +6,12 @@ import re
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from data import shards  # noqa: E402
+from data import shards
+from data.files import ROOT, sha256_of
 
 
 def by_hand(tokens, magic=20240520, version=1, count=None, dtype="<u2") -> bytes:
@@ -23,8 +21,8 @@ def by_hand(tokens, magic=20240520, version=1, count=None, dtype="<u2") -> bytes
 
 
 def cli(*files, **env):
-    return subprocess.run([sys.executable, str(ROOT / "data" / "shards.py"), *map(str, files)], capture_output=True,
-                          text=True, env=os.environ | {k: str(v) for k, v in env.items()})
+    return subprocess.run([sys.executable, "-m", "data.describe", *map(str, files)], capture_output=True,
+                          text=True, cwd=ROOT, env=os.environ | {k: str(v) for k, v in env.items()})
 
 
 @pytest.mark.parametrize("tokens", [
@@ -38,7 +36,7 @@ def test_file_is_the_format_and_reads_back(tmp_path, tokens):
     assert back.tolist() == np.asarray(tokens).tolist()
     assert shards.num_tokens(str(path)) == len(tokens)
     assert [p.name for p in path.parent.iterdir()] == ["demand.bin"]
-    assert shards.sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 DAMAGED = {
@@ -145,7 +143,7 @@ def test_cli_describes_a_byte_shard(tmp_path):
     assert "tokens      43 (bytes: 256 starts a document; largest id 256)" in done.stdout
     assert "documents   3\n" in done.stdout
     assert re.search(r"mean 14; smallest 2, 10% \d+, median 20, 90% 21, 99% 21, largest 21 tokens", done.stdout)
-    assert "'To be, or not to be" in done.stdout and shards.sha256_of(path) in done.stdout
+    assert "'To be, or not to be" in done.stdout and sha256_of(path) in done.stdout
 
 
 def test_cli_describes_a_gpt2_shard_without_the_vocabulary(tmp_path):
