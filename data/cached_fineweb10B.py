@@ -1,10 +1,11 @@
-"""Download FineWeb as GPT-2 tokens that others have computed: 100 M tokens a shard, from the hub dataset below.
+"""Download FineWeb as GPT-2 tokens that others have computed, 100 M tokens a shard, from a hub dataset.
 
     python data/cached_fineweb10B.py [N]      the validation shard, then N training shards, to data/fineweb10B
 
-Without N it brings as many as the track `small` consumes. A download that broke off continues where it ended. Every
-file is checked for size, header and the hub's SHA-256 before it gets its name, and noted in manifest.json (name,
-tokens, bytes, sha256); what is noted there is neither downloaded nor, without --rehash, hashed again.
+Without N it brings as many as the track `small` consumes. A download that broke off continues where it ended.
+Every file is checked for size, header and the hub's SHA-256 before it gets its name, and noted in
+manifest.json (name, tokens, bytes, sha256); what is noted there is neither downloaded nor, without --rehash,
+hashed again.
 """
 import argparse
 import json
@@ -26,12 +27,12 @@ DEFAULT_SHARDS = 6  # what data.loader.shards_needed computes for the track `sma
 
 
 def shard_names(num_train: int) -> list[str]:
-    """Return the files to fetch: validation first, so that a download given up early leaves something to evaluate on."""
+    """Return the files to fetch, validation first: without it there is nothing to evaluate on."""
     return ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, num_train + 1)]
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
-    """Return the entries of manifest.json by file name; none if there is no such file or it cannot be read."""
+    """Return the entries of manifest.json by file name; none if it cannot be read."""
     try:
         return {entry["name"]: entry for entry in json.loads((folder / MANIFEST).read_text())["files"]}
     except (OSError, ValueError, KeyError, TypeError):  # then every file is checked against the hub again
@@ -45,7 +46,7 @@ def write_manifest(folder: Path, entries: dict[str, dict]) -> None:
 
 
 def is_verified(folder: Path, entry: dict | None, rehash: bool) -> bool:
-    """Return whether a file was verified before and still has its size and header; with rehash, also its SHA-256."""
+    """Return whether a file verified before still has its size, its header and, with rehash, its SHA-256."""
     if entry is None:
         return False
     try:
@@ -58,8 +59,8 @@ def is_verified(folder: Path, entry: dict | None, rehash: bool) -> bool:
 def download(num_train: int, folder: Path, rehash: bool) -> Iterator[tuple[dict, bool]]:
     """Make sure that the validation shard and num_train training shards are in folder.
 
-    Yields (manifest entry, whether the file was hashed now) of each as soon as it is. Needs no network for files that
-    were verified before. Raises FetchError or ShardError.
+    Yields (manifest entry, whether the file was hashed now) of each as soon as it is. Needs no network for
+    files that were verified before. Raises FetchError or ShardError.
     """
     entries = read_manifest(folder)
     for name in shard_names(num_train):
@@ -76,29 +77,33 @@ def download(num_train: int, folder: Path, rehash: bool) -> Iterator[tuple[dict,
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=f"Download GPT-2 tokens of FineWeb from the hub dataset {REPO} to data/fineweb10B under $DATA_PATH "
-        "(default: the repository): the validation shard, then N training shards. 200 MB each. Continues where an "
-        "earlier download ended; keeps files that were verified before.")
+        description=f"Download GPT-2 tokens of FineWeb from the hub dataset {REPO} to data/fineweb10B under "
+                    "$DATA_PATH (default: the repository): the validation shard, then N training shards. "
+                    "200 MB each. Continues where an earlier download ended; keeps files that were verified "
+                    "before.")
     parser.add_argument("N", nargs="?", type=int, default=DEFAULT_SHARDS,
                         help="training shards (default: %(default)s, what the track `small` consumes)")
-    parser.add_argument("--rehash", action="store_true", help="compute the SHA-256 of files that are there already")
+    parser.add_argument("--rehash", action="store_true", help="compute the SHA-256 of files that are there "
+                                                              "already")
     args = parser.parse_args(argv)
     if args.N < 1:
-        parser.error(f"expected N of at least 1, found {args.N}; leave N out for what the track `small` consumes")
+        parser.error(f"expected N of at least 1, found {args.N}; leave N out for what the track `small` "
+                     "consumes")
 
     folder = data_root() / "data" / "fineweb10B"
     files = total = 0
     try:
         for entry, hashed in download(args.N, folder, args.rehash):
             noted = "" if hashed else f" (as noted in {MANIFEST}; --rehash computes it)"
-            print(f"{folder / entry['name']}: {entry['tokens']:,} tokens, sha256 {entry['sha256']}{noted}", flush=True)
+            print(f"{folder / entry['name']}: {entry['tokens']:,} tokens, sha256 "
+                  f"{entry['sha256']}{noted}", flush=True)
             files += 1
             total += entry["tokens"]
     except BrokenPipeError:
         raise
     except OSError as error:  # the folder or the manifest cannot be written
-        raise UsageError(f"{folder}: expected a folder to write to, found \"{error.strerror or error}\"; free some "
-                         f"space, or choose another folder with DATA_PATH") from None
+        raise UsageError(f"{folder}: expected a folder to write to, found \"{error.strerror or error}\"; "
+                         "free some space, or choose another folder with DATA_PATH") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("start again to continue where this ended") from None
     print(f"{total:,} tokens in {files} files, listed in {folder / MANIFEST}")

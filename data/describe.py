@@ -33,7 +33,8 @@ def describe(path) -> str:
     """Return what a shard holds, in a few lines for people. Raises ShardError."""
     tokens = open_shard(path)
     largest = max(int(tokens[first:first + CHUNK].max()) for first in range(0, len(tokens), CHUNK))
-    # The header does not name the vocabulary, but English GPT-2 text always has ids above 256, byte shards never do.
+    # The header does not name the vocabulary, but English GPT-2 text always has ids above 256, byte shards
+    # never do.
     bos = BYTE_BOS if largest <= BYTE_BOS else GPT2_BOS
     vocabulary = "bytes" if bos == BYTE_BOS else "GPT-2"
     starts = document_starts(tokens, bos)

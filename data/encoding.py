@@ -13,7 +13,8 @@ from data.fetch import FetchError
 
 BYTE_BOS = 256  # the ids below it are the bytes themselves
 GPT2_BOS = 50256  # <|endoftext|>
-# The names that tiktoken gives to GPT-2's vocab.bpe and encoder.json in its cache: the SHA-1 of their addresses.
+# The names that tiktoken gives to GPT-2's vocab.bpe and encoder.json in its cache: the SHA-1 of their
+# addresses.
 GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
 
 
@@ -36,8 +37,8 @@ class GPT2Encoding:
         self.pairs = pairs
 
     def encode(self, text: str) -> np.ndarray:
-        # To an array: 10 % faster than encode_ordinary, whose result is a Python list. Allowing no special token
-        # makes "<|endoftext|>" in a text the ordinary characters that it is there.
+        # To an array: 10 % faster than encode_ordinary, whose result is a Python list. Allowing no special
+        # token makes "<|endoftext|>" in a text the ordinary characters that it is there.
         return self.pairs.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids) -> bytes:
@@ -45,13 +46,15 @@ class GPT2Encoding:
 
 
 def gpt2_encoding(network: bool = True) -> GPT2Encoding:
-    """Return GPT-2's vocabulary, which tiktoken downloads once, 1.5 MB, checks by hash and keeps in its cache.
+    """Return GPT-2's vocabulary, which tiktoken downloads once, 1.5 MB, checks by hash and keeps in its
+    cache.
 
     network: False takes it from the cache only. Raises FetchError.
     """
     import tiktoken
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))  # as tiktoken looks it up
-    cache = Path(tempfile.gettempdir(), "data-gym-cache") if cache is None else Path(cache)
+    cache = Path(tempfile.gettempdir(), "data-gym-cache")
+    for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):  # as tiktoken looks it up
+        cache = Path(os.environ.get(variable, cache))
     if not network and not all((cache / name).is_file() for name in GPT2_FILES):
         raise FetchError(f"expected GPT-2's vocabulary in {cache}, found none; `python -c \"import tiktoken; "
                          f"tiktoken.get_encoding('gpt2')\"` fetches it")
@@ -59,15 +62,15 @@ def gpt2_encoding(network: bool = True) -> GPT2Encoding:
         return GPT2Encoding(tiktoken.get_encoding("gpt2"))
     except Exception as error:  # those of requests and tiktoken's own
         found = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FetchError(f"expected to download GPT-2's vocabulary with tiktoken, found \"{found}\"; connect to the "
-                         f"network, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+        raise FetchError(f"expected to download GPT-2's vocabulary with tiktoken, found \"{found}\"; connect "
+                         "to the network, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from None
 
 
 def encoding_for(bos: int, network: bool = True) -> ByteEncoding | GPT2Encoding:
-    """Return the vocabulary in which `bos` starts a document. Raises FetchError, or UsageError for another id."""
+    """Return the vocabulary in which `bos` starts a document. Raises FetchError or UsageError."""
     if bos == BYTE_BOS:
         return ByteEncoding()
     if bos == GPT2_BOS:
         return gpt2_encoding(network)
-    raise UsageError(f"expected tokens whose documents start with {BYTE_BOS} (bytes) or {GPT2_BOS} (GPT-2), found "
-                     f"{bos}; their vocabulary is not known here")
+    raise UsageError(f"expected tokens whose documents start with {BYTE_BOS} (bytes) or {GPT2_BOS} (GPT-2), "
+                     f"found {bos}; their vocabulary is not known here")

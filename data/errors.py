@@ -1,4 +1,4 @@
-"""The two ancestors of every error that a person can act on, and the one place that prints them for a program.
+"""The two ancestors of every error that a person can act on, and the one place that prints them.
 
 They lie on the ground floor, because every room raises them.
 """
@@ -16,10 +16,11 @@ class RunError(RuntimeError):
 
 
 def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: str = "") -> int:
-    """Call main(argv) and return the exit code of the program; an error becomes one sentence on standard error.
+    """Call main(argv) and return the exit code; an error becomes one sentence on standard error.
 
-    Exit codes: what main returns (None: 0), 2 for a UsageError or a package that is not installed, 1 for a RunError,
-    130 for Ctrl-C, 0 where the reader of our output, such as head, has seen enough. `name` goes before the sentence.
+    Exit codes: what main returns (None: 0), 2 for a UsageError or a package that is not installed, 1 for a
+    RunError, 130 for Ctrl-C, 0 where the reader of our output, such as head, has seen enough. `name` goes
+    before the sentence.
     """
     prefix = f"{name}: " if name else ""
     try:
@@ -28,8 +29,8 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: 
         print(f"{prefix}{error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
-        print(f"{prefix}expected the Python package {error.name}, found none; run `{sys.executable} -m pip install "
-              f"-r requirements.txt`", file=sys.stderr)
+        print(f"{prefix}expected the Python package {error.name}, found none; run `{sys.executable} -m pip "
+              "install -r requirements.txt`", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         advice = f"; {error}" if str(error) else ""

@@ -30,7 +30,8 @@ def written_whole(path: Path, mode: str = "wb"):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: a rename cannot cross disks
+    # In the same folder, because a rename cannot cross disks.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

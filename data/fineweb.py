@@ -9,12 +9,13 @@ What is a document, each preceded by the token that starts one (50256 of GPT-2, 
     .txt      the whole file; with --split, each block of lines between blank lines
     .jsonl    the field "text" (--field) of each line
     .parquet  the column "text" (--field) of each row
-Files are read in the order given, text is UTF-8. Shard 0 is for validation ({name}_val_000000.bin), the others for
-training ({name}_train_000001.bin ...); a document may continue in the next shard, as in the shards published upstream.
+Files are read in the order given, text is UTF-8. Shard 0 is for validation ({name}_val_000000.bin), the
+others for training ({name}_train_000001.bin ...); a document may continue in the next shard, as in the shards
+published upstream.
 
-The same text gives the same bytes for any number of processes: this process reads, the others encode, and results
-are taken in the order of the text. Memory is bounded by a few MiB of text per process, the longest document and one
-shard.
+The same text gives the same bytes for any number of processes: this process reads, the others encode, and
+results are taken in the order of the text. Memory is bounded by a few MiB of text per process, the longest
+document and one shard.
 """
 import argparse
 import os
@@ -52,7 +53,7 @@ IN_FLIGHT = 4  # pieces of work per process that are read ahead; more would only
 
 # ------------------------------------------------------------------------------------------------ encoding
 
-encoding_here = None  # of this process; set once, because sending it along with every piece of work would be slow
+encoding_here = None  # of this process; set once, because sending it along with every piece would be slow
 
 
 def start_encoding(encoding) -> None:
@@ -92,13 +93,14 @@ def encode_text(text: str) -> np.ndarray:
 
 
 def encode_all(pieces, encoding, processes: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield encode_piece(piece) for each piece of work, in order, computed by so many processes (1: by this one)."""
+    """Yield encode_piece(piece) of each piece, in order, computed by so many processes (1: this one)."""
     if processes == 1:
         start_encoding(encoding)
         yield from map(encode_piece, pieces)
         return
     # spawn, because fork copies locks that other threads (Arrow, progress bars) may hold at that moment
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker, initargs=(encoding,))
+    spawn = get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, initializer=start_worker, initargs=(encoding,))
     waiting = deque()
     try:
         for piece in pieces:
@@ -108,8 +110,8 @@ def encode_all(pieces, encoding, processes: int) -> Iterator[tuple[np.ndarray, i
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise TextError(f"expected {processes} working processes, found one that was ended from outside; it may have "
-                        f"run out of memory: start again with fewer --processes") from None
+        raise TextError(f"expected {processes} working processes, found one that was ended from outside; it "
+                        "may have run out of memory: start again with fewer --processes") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -120,13 +122,14 @@ def shard_path(folder, name: str, index: int) -> Path:
     return Path(folder, f"{name}_{'train' if index else 'val'}_{index:06d}.bin")
 
 
-def write_shards(encoded, folder, name: str, shard_tokens: int, val_tokens: int, max_shards: int | None = None,
-                 progress=None) -> tuple[list[int], int]:
+def write_shards(encoded, folder, name: str, shard_tokens: int, val_tokens: int,
+                 max_shards: int | None = None, progress=None) -> tuple[list[int], int]:
     """Write encoded, an iterator of (tokens (n,) uint16, documents), as shards of shard_tokens tokens.
 
-    Shard 0 has val_tokens, the last one what remains. Stops after max_shards. progress.update(n) is told of n new
-    tokens. Returns the sizes of the shards in tokens, and the number of documents read. Raises ShardError, and
-    UsageError, with nothing written, if no token is left for training though max_shards allows for it.
+    Shard 0 has val_tokens, the last one what remains. Stops after max_shards. progress.update(n) is told of n
+    new tokens. Returns the sizes of the shards in tokens, and the number of documents read. Raises
+    ShardError, and UsageError, with nothing written, if no token is left for training though max_shards
+    allows for it.
     """
     sizes, documents, filled = [], 0, 0
     buffer = np.empty(max(shard_tokens, val_tokens), dtype=np.uint16)
@@ -156,18 +159,19 @@ def write_shards(encoded, folder, name: str, shard_tokens: int, val_tokens: int,
     if not filled:
         raise UsageError("expected text, found none; nothing was written")
     if not sizes and max_shards != 1:
-        raise UsageError(f"expected more than the {val_tokens:,} tokens of the validation shard, so that some are left "
-                         f"for training, found {filled:,}; nothing was written: give more text, or --val_tokens below "
-                         f"{filled:,}")
+        raise UsageError(f"expected more than the {val_tokens:,} tokens of the validation shard, so that "
+                         f"some are left for training, found {filled:,}; nothing was written: give more "
+                         f"text, or --val_tokens below {filled:,}")
     flush()
     return sizes, documents
 
 
 def hub_texts(folder: Path) -> Iterator[tuple]:
-    """Yield pieces of work from FineWeb's sample. One parquet file at a time is on disk, 2 GB, in a hidden folder."""
+    """Yield pieces of FineWeb's sample. One parquet file of 2 GB at a time is on disk, in a hidden folder."""
     from huggingface_hub import HfApi
     with hub_errors(f"the list of files in {FOLDER} of {REPO}"):
-        # The revision first: it is what the output depends on, and it fails at once where the list would try for long.
+        # The revision first: it is what the output depends on, and it fails at once where the list would try
+        # for long.
         revision = HfApi().dataset_info(REPO, expand=["sha"]).sha
         tree = HfApi().list_repo_tree(REPO, FOLDER, repo_type="dataset", revision=revision)
         files = sorted(entry.path for entry in tree if entry.path.endswith(".parquet"))
@@ -184,24 +188,30 @@ def hub_texts(folder: Path) -> Iterator[tuple]:
 # ------------------------------------------------------------------------------------------------ the command
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Return the arguments, with defaults that depend on others filled in: name, out (a folder) and val_tokens."""
+    """Return the arguments with their dependent defaults: out (a folder) and val_tokens."""
     parser = argparse.ArgumentParser(prog="data.fineweb", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("files", nargs="*", metavar="FILE", help=".txt, .jsonl or .parquet (default: FineWeb from the hub)")
     add("--bytes", action="store_true", help="the bytes of FILE... as tokens, instead of GPT-2's")
-    add("--name", default="fineweb", help="prefix of the shards (default: %(default)s), and for FILE... the folder")
+    add("--name", default="fineweb", help="prefix of the shards (default: %(default)s), and for FILE... the "
+                                          "folder")
     add("--out", type=Path, metavar="FOLDER",
         help="where to write (default: data/fineweb10B, or data/NAME for FILE..., under $DATA_PATH)")
     add("--field", default="text", help="where .jsonl and .parquet hold the text (default: %(default)s)")
     add("--split", action="store_true", help="a blank line in .txt files ends a document")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens per shard (default: %(default)s)")
-    add("--val_tokens", type=int, metavar="N", help="tokens in shard 0, for validation (default: SHARD_TOKENS; for "
-        f"FILE... what a track evaluates, {VAL_TOKENS}, or {VAL_BYTES} of bytes)")
-    add("--shards", type=int, metavar="N", help="stop after N shards, validation included (default: all text)")
-    add("--processes", type=int, default=cores, metavar="N", help="that encode (default: the cores, %(default)s)")
-    add("--overwrite", action="store_true", help="delete earlier shards of the same name in that folder first")
+    add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens per shard (default: "
+                                                                            "%(default)s)")
+    add("--val_tokens", type=int, metavar="N", help="tokens in shard 0, for validation (default: "
+                                                    "SHARD_TOKENS; for FILE... what a track evaluates, "
+                                                    f"{VAL_TOKENS}, or {VAL_BYTES} of bytes)")
+    add("--shards", type=int, metavar="N", help="stop after N shards, validation included (default: all "
+                                                "text)")
+    add("--processes", type=int, default=cores, metavar="N", help="that encode (default: the cores, "
+                                                                  "%(default)s)")
+    add("--overwrite", action="store_true", help="delete earlier shards of the same name in that folder "
+                                                 "first")
 
     args = parser.parse_args(argv)
     for option in ("shard_tokens", "val_tokens", "shards", "processes"):
@@ -232,11 +242,12 @@ def make_shards(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
     shutil.rmtree(args.out / ".hub", ignore_errors=True)
     rate = sum(sizes) / seconds
-    print(f"{sum(sizes):,} tokens, {documents:,} documents, {len(sizes)} shards in {seconds:.1f} s: {rate:,.0f} "
-          f"tokens/s, {rate / args.processes:,.0f} per process ({args.processes})")
+    print(f"{sum(sizes):,} tokens, {documents:,} documents, {len(sizes)} shards in {seconds:.1f} s: "
+          f"{rate:,.0f} tokens/s, {rate / args.processes:,.0f} per process ({args.processes})")
     if args.files:
         track = "shakespeare" if args.bytes else "small"
-        print(f"to train on them: ./run.sh --track={track} --train_files='{args.out / args.name}_train_*.bin' "
+        print(f"to train on them: ./run.sh --track={track} "
+              f"--train_files='{args.out / args.name}_train_*.bin' "
               f"--val_files='{args.out / args.name}_val_*.bin'")
 
 
@@ -249,16 +260,17 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_names(args.files)
     earlier = shards_named(args)
-    if earlier and not args.overwrite:  # a shorter run would leave some among its own, and both would be trained on
-        raise UsageError(f"{args.out}: expected no shards named {args.name}, found {len(earlier)}; choose another "
-                         f"--name or --out, or replace them with --overwrite")
+    if earlier and not args.overwrite:  # a shorter run would leave some of them, and both would be trained on
+        raise UsageError(f"{args.out}: expected no shards named {args.name}, found {len(earlier)}; choose "
+                         "another --name or --out, or replace them with --overwrite")
     try:
         make_shards(args)
     except UsageError as error:
         kept = len(shards_named(args))
         raise UsageError(f"{error} ({kept} whole shards in {args.out} are kept)") if kept else error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"whole shards in {args.out} are kept, start again with --overwrite") from None
+        raise KeyboardInterrupt(f"whole shards in {args.out} are kept, start again with "
+                                "--overwrite") from None
 
 
 if __name__ == "__main__":

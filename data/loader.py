@@ -1,4 +1,5 @@
-"""Batches of packed documents from shards: the same global batch at every world size, prepared in the background.
+"""Batches of packed documents from shards: the same global batch at every world size, prepared in the
+background.
 
 Shapes: T tokens of one packed sequence.
 """
@@ -21,8 +22,8 @@ from data.files import data_root
 class Docs(NamedTuple):
     """Documents of one packed sequence.
 
-    starts: (capacity,) int32, first token of each document, padded with T, as varlen attention wants it; ids: (T,)
-    number of each token's document; max_len: longest document possible.
+    starts: (capacity,) int32, first token of each document, padded with T, as varlen attention wants it; ids:
+    (T,) number of each token's document; max_len: longest document possible.
     """
     starts: Tensor
     ids: Tensor
@@ -40,9 +41,9 @@ class Batch(NamedTuple):
 
 
 def make_batch(buffer: np.ndarray, starts: np.ndarray, max_len: int, pin: bool) -> Batch:
-    """Return a batch from T + 1 tokens and the positions below T at which documents start, the first one 0."""
+    """Return a batch of T + 1 tokens. starts: where documents begin, below T, the first one 0."""
     T = len(buffer) - 1
-    capacity = max(16, T // 256)  # fixed shapes for compiled kernels; grows only where documents are unusually short
+    capacity = max(16, T // 256)  # fixed, for compiled kernels; grows where documents are unusually short
     while capacity <= len(starts):
         capacity *= 2
     padded = np.full(capacity, T, dtype=np.int32)
@@ -84,7 +85,7 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """Return a short digest of names, sizes and first megabytes: it tells sets of shards apart without reading all."""
+    """Return a digest of names, sizes and first megabytes, which tells sets of shards apart."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -94,7 +95,7 @@ def fingerprint(paths: list[Path]) -> str:
 
 
 def cut_documents(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return starts and lengths of the pieces when documents are cut into pieces of at most `longest` tokens."""
+    """Return starts and lengths of documents cut into pieces of at most `longest` tokens."""
     pieces = -(-lengths // longest)
     first = np.repeat(np.cumsum(pieces) - pieces, pieces)  # number of the first piece of the same document
     offsets = (np.arange(pieces.sum()) - first) * longest
@@ -103,12 +104,13 @@ def cut_documents(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tupl
 
 
 class Loader:
-    """Packed training batches. Every rank makes the same walk over the documents and copies out only its own slices.
+    """Packed training batches. Every rank makes the same walk over the documents and copies out only its own
+    slices.
 
-    A slice takes whole documents, each cut to the stage's max_doc_len, until T + 1 tokens are full; the last one is
-    cut to fit, and what was cut off is not used. A shard's tail that cannot fill a step is left out. With
-    cfg.split_docs a shard's documents are first cut into pieces, which then count as documents and come in a new
-    order every epoch. The next step is prepared in the background, and so is the next shard.
+    A slice takes whole documents, each cut to the stage's max_doc_len, until T + 1 tokens are full; the last
+    one is cut to fit, and what was cut off is not used. A shard's tail that cannot fill a step is left out.
+    With cfg.split_docs a shard's documents are first cut into pieces, which then count as documents and come
+    in a new order every epoch. The next step is prepared in the background, and so is the next shard.
     """
 
     def __init__(self, cfg, rank: int, world: int, pin: bool):
@@ -130,8 +132,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]):
         if state["shard"] >= len(self.paths):
             raise shards.ShardError(
-                f"--resume: expected more than {state['shard']} training shards, as where the checkpoint was written, "
-                f"found {len(self.paths)}; get the others again")
+                f"--resume: expected more than {state['shard']} training shards, as where the checkpoint was "
+                f"written, found {len(self.paths)}; get the others again")
         self.position = dict(state)
         self.upcoming = self.preparer.submit(self.prepare, self.position)
 
@@ -143,7 +145,7 @@ class Loader:
         return batches
 
     def open(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return tokens, document starts and document lengths of a shard; open the one after it in the background."""
+        """Return tokens, document starts and lengths of a shard; open the next one in the background."""
         wanted = {number, number + 1}
         for n in sorted(wanted - set(self.opened)):
             if n < len(self.paths):
@@ -157,15 +159,15 @@ class Loader:
         shards.check_ids(tokens, self.cfg.vocab_size, path)
         starts = shards.document_starts(tokens, self.cfg.bos_id)
         if len(starts) == 0:
-            raise shards.ShardError(f"{path}: expected documents that start with token {self.cfg.bos_id}, found none; "
-                                    f"make the shard again with this vocabulary")
+            raise shards.ShardError(f"{path}: expected documents that start with token {self.cfg.bos_id}, "
+                                    "found none; make the shard again with this vocabulary")
         lengths = np.diff(starts, append=len(tokens))
         if self.cfg.split_docs:
             starts, lengths = cut_documents(starts, lengths, self.cfg.split_docs)
         return tokens, starts, lengths
 
     def documents(self, epoch: int, shard: int, first: int, count: int) -> np.ndarray:
-        """Return the numbers of up to `count` documents of a shard, in this epoch's order, from the first-th on."""
+        """Return up to `count` document numbers of a shard, in this epoch's order, from `first` on."""
         total = len(self.open(shard)[2])
         docs = np.arange(first, min(first + count, total))
         if not self.cfg.split_docs:
@@ -175,12 +177,13 @@ class Loader:
         return self.order[1][docs]
 
     def walk(self, position: dict[str, int]) -> tuple[dict[str, int], np.ndarray, list[int]]:
-        """Return where a step begins, the documents from there on, and how many are used up after each slice."""
+        """Return where a step begins, the documents from there on, and how many each slice ends with."""
         step, epoch, shard, doc = (position[key] for key in ("step", "epoch", "shard", "doc"))
         max_len = self.cfg.at("max_doc_len", step)
         T = self.cfg.at("batch_tokens", step) // self.slices
         while True:
-            docs = self.documents(epoch, shard, doc, self.slices * (T + 1))  # every document has a token or more
+            most = self.slices * (T + 1)  # every document has a token or more
+            docs = self.documents(epoch, shard, doc, most)
             ends = np.cumsum(np.minimum(self.open(shard)[2][docs], max_len))
             used = [0]
             while len(used) <= self.slices and used[-1] <= len(docs):
@@ -193,9 +196,9 @@ class Loader:
             if shard == len(self.paths):
                 shard, epoch = 0, epoch + 1
             if epoch == self.cfg.max_epochs:
-                raise OutOfData(f"step {step}: expected more training tokens, found the end of {len(self.paths)} "
-                                f"shards after {epoch} epochs; get more shards, raise --max_epochs or lower "
-                                f"--train_steps")
+                raise OutOfData(f"step {step}: expected more training tokens, found the end of "
+                                f"{len(self.paths)} shards after {epoch} epochs; get more shards, raise "
+                                "--max_epochs or lower --train_steps")
 
     def prepare(self, position: dict[str, int]) -> tuple[list[Batch], dict[str, int]]:
         """Return this rank's micro-batches of the step at a position, and the position after it."""
@@ -223,12 +226,12 @@ class Loader:
         found = sum(map(shards.num_tokens, self.paths)) * cfg.max_epochs
         if needed > found:
             raise shards.ShardError(
-                f"--train_steps: expected about {needed:,.0f} tokens in the training shards for {cfg.train_steps} "
-                f"steps, found {found:,} in {len(self.paths)} shards times {cfg.max_epochs} epochs; get more shards, "
-                f"raise --max_epochs or lower --train_steps")
+                f"--train_steps: expected about {needed:,.0f} tokens in the training shards for "
+                f"{cfg.train_steps} steps, found {found:,} in {len(self.paths)} shards times "
+                f"{cfg.max_epochs} epochs; get more shards, raise --max_epochs or lower --train_steps")
 
     def tokens_of_steps(self, first: int, count: int) -> int:
-        """Return the tokens of the documents that `count` steps use up, counted from the first shard's beginning."""
+        """Return the tokens that `count` steps use up, packed from the first shard's beginning."""
         position, raw = dict(epoch=0, shard=0, doc=0), 0
         for step in range(first, first + count):
             try:
@@ -243,8 +246,8 @@ class Loader:
 def shards_needed(cfg) -> int:
     """Return the number of shards of 100 M FineWeb tokens that a schedule uses up.
 
-    FineWeb documents are about log-normal with median 403 and mean 690 tokens; a tenth is added for shard tails and
-    for the uncertainty of that fit.
+    FineWeb documents are about log-normal with median 403 and mean 690 tokens; a tenth is added for shard
+    tails and for the uncertainty of that fit.
     """
     mean, mu = 690, math.log(403)
     sigma = math.sqrt(2 * (math.log(mean) - mu))

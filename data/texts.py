@@ -1,8 +1,8 @@
 """Read text files as documents, in pieces that several processes can encode: .txt, .jsonl and .parquet.
 
-A piece of work is (texts, continues): encode the texts, each a document, except that with `continues` the first one
-goes on with the document before. JSON is parsed by the encoding processes, because here it would hold many cores up.
-JSON lines have a reader of our own, because pyarrow's does not name the line of an error.
+A piece of work is (texts, continues): encode the texts, each a document, except that with `continues` the
+first one goes on with the document before. JSON is parsed by the encoding processes, because here it would
+hold many cores up. JSON lines have a reader of our own, because pyarrow's does not name the line of an error.
 """
 import codecs
 import io
@@ -20,8 +20,8 @@ LONGEST = 4 << 20  # characters without white space that stay together: tokenizi
 LOOK_BACK = 4096  # characters at the end of a block among which a place to cut is looked for
 
 # Every token of GPT-2 that contains white space has it in front, so that no token spans a change from another
-# character to white space: text may be cut there without changing a single token. The set is the white space that
-# Python and the tokenizer agree on.
+# character to white space: text may be cut there without changing a single token. The set is the white space
+# that Python and the tokenizer agree on.
 CUT = re.compile(r"(?<=\S)[ \t\r\n]")
 
 
@@ -38,11 +38,11 @@ class TextError(UsageError):
 
 
 def check_names(files) -> None:
-    """Raise TextError for a file that is missing or of another format: before any work, not after an hour of it."""
+    """Raise TextError for a file that is missing or of another format, before any work is done."""
     for file in map(Path, files):
         if file.suffix not in SUFFIXES:
-            raise TextError(f"{file}: expected a name ending in .txt, .jsonl or .parquet, found another; convert or "
-                            f"rename it")
+            raise TextError(f"{file}: expected a name ending in .txt, .jsonl or .parquet, found another; "
+                            "convert or rename it")
         if not file.is_file():
             raise TextError(f"{file}: expected a text file, found none of that name; correct it")
 
@@ -59,11 +59,11 @@ def read_texts(paths, field: str = "text", split: bool = False) -> Iterator[tupl
             else:
                 yield from parquet_rows(path, field)
         except OSError as error:
-            raise TextError(f"{path}: expected a readable file, found \"{error.strerror or error}\"; correct the name "
-                            f"or its permissions") from error
+            raise TextError(f"{path}: expected a readable file, found \"{error.strerror or error}\"; correct "
+                            "the name or its permissions") from error
 
 
-# ------------------------------------------------------------------------------------------------ where to cut
+# ----------------------------------------------------------------------------------------------- where to cut
 
 def last_cut(text: str) -> int:
     """Return the last place near the end of a text at which a cut changes no token; 0 if there is none."""
@@ -72,7 +72,7 @@ def last_cut(text: str) -> int:
 
 
 def parts_of(text: str) -> Iterator[str]:
-    """Yield a text in parts of at most LONGEST characters, cut where that changes no token if there is a place."""
+    """Yield a text in parts of at most LONGEST characters, cut where no token changes if it can be."""
     start = 0
     while len(text) - start > LONGEST:
         part = text[start:start + LONGEST]
@@ -99,8 +99,9 @@ def whole_lines(path) -> Iterator[tuple[int, bytes]]:
 def not_utf8(path, first_line: int, error: UnicodeDecodeError) -> TextError:
     """Return the error for bytes of a file that begin in line `first_line` and are not UTF-8."""
     line = first_line + error.object.count(b"\n", 0, error.start)
-    return TextError(f"{path}, line {line}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}; convert "
-                     f"the file to UTF-8 (iconv) or remove the line")
+    return TextError(f"{path}, line {line}: expected UTF-8 text, found byte "
+                     f"0x{error.object[error.start]:02x}; convert the file to UTF-8 (iconv) or remove the "
+                     "line")
 
 
 def decode(path, first_line: int, block: bytes) -> str:
@@ -136,10 +137,11 @@ def one_document(path) -> Iterator[tuple[list[str], bool]]:
 
 
 def blocks_of_lines(path) -> Iterator[tuple[list[str], bool]]:
-    """Yield each block of lines between blank lines as a document, without the line end after its last line."""
+    """Yield each block of lines between blank lines as a document, without its last line end."""
     texts, size, lines = [], 0, []
     for first_line, block in whole_lines(path):
-        for line in io.StringIO(decode(path, first_line, block)):  # not splitlines, which knows a dozen line ends
+        text = decode(path, first_line, block)
+        for line in io.StringIO(text):  # not splitlines, which knows a dozen line ends
             if line.strip():
                 lines.append(line)
                 size += len(line)
@@ -155,7 +157,7 @@ def blocks_of_lines(path) -> Iterator[tuple[list[str], bool]]:
         yield texts, False
 
 
-# ------------------------------------------------------------------------------------------------ .parquet, .jsonl
+# ------------------------------------------------------------------------------------------- .parquet, .jsonl
 
 def parquet_rows(path, field: str) -> Iterator[tuple[list[str], bool]]:
     """Yield the rows of a parquet file as documents; an error names the row, counted from 1."""
@@ -168,8 +170,8 @@ def parquet_rows(path, field: str) -> Iterator[tuple[list[str], bool]]:
             for batch in file.iter_batches(batch_size=64, columns=[field]):
                 if batch.column(0).null_count:
                     bad = row + 1 + batch.column(0).is_null().to_pylist().index(True)
-                    raise TextError(f"{path}, row {bad}: expected text in \"{field}\", found nothing (null); remove "
-                                    f"the row or fill it")
+                    raise TextError(f"{path}, row {bad}: expected text in \"{field}\", found nothing (null); "
+                                    "remove the row or fill it")
                 texts += batch.column(0).to_pylist()
                 row += len(batch)
                 size += batch.nbytes
@@ -179,8 +181,9 @@ def parquet_rows(path, field: str) -> Iterator[tuple[list[str], bool]]:
             if texts:
                 yield texts, False
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise TextError(f"{path}: expected a parquet file with UTF-8 text, found \"{str(error).splitlines()[0]}\"; it "
-                        f"is damaged or of another format, make or fetch it again") from error
+        raise TextError(f"{path}: expected a parquet file with UTF-8 text, found "
+                        f"\"{str(error).splitlines()[0]}\"; it is damaged or of another format, make or "
+                        "fetch it again") from error
 
 
 def check_column(path, schema, field: str) -> None:
@@ -192,8 +195,8 @@ def check_column(path, schema, field: str) -> None:
         found = f"one of {schema.field(field).type}"
     else:
         return
-    raise TextError(f"{path}: expected a column \"{field}\" of strings, found {found}; name the column that holds the "
-                    f"text with --field")
+    raise TextError(f"{path}: expected a column \"{field}\" of strings, found {found}; name the column that "
+                    "holds the text with --field")
 
 
 def parse_lines(lines: JsonLines) -> list[str]:
@@ -219,6 +222,6 @@ def parse_lines(lines: JsonLines) -> list[str]:
             found = "something that is not an object"
         except ValueError:
             found = "a number of too many digits"
-        raise TextError(f"{path}, line {number}: expected a JSON object with text in \"{field}\", found {found}; "
-                        f"correct or remove the line, or name another field with --field")
+        raise TextError(f"{path}, line {number}: expected a JSON object with text in \"{field}\", found "
+                        f"{found}; correct or remove the line, or name another field with --field")
     return texts

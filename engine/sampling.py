@@ -10,9 +10,9 @@ def generate(log_probs: Callable[[list[int]], Tensor], prompt: list[int], count:
              temperature: float = 0.8, top_k: int = 0, seed: int = 0) -> Iterator[int]:
     """Yield up to `count` tokens that go on from `prompt`, which is one document from its first token on.
 
-    log_probs(tokens): (V,) log probabilities of the token after a document that begins with these. Ends before the
-    token `end`, with which the model ends the document. temperature: 0 takes the likeliest token. top_k: draw from
-    so many of the likeliest, 0 from all. seed: of the draws.
+    log_probs(tokens): (V,) log probabilities of the token after a document that begins with these. Ends
+    before the token `end`, with which the model ends the document. temperature: 0 takes the likeliest token.
+    top_k: draw from so many of the likeliest, 0 from all. seed: of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
@@ -31,7 +31,8 @@ def generate(log_probs: Callable[[list[int]], Tensor], prompt: list[int], count:
         yield token
 
 
-def sample_text(log_probs: Callable[[list[int]], Tensor], encoding, prompt: str, count: int, **draws) -> Iterator[str]:
+def sample_text(log_probs: Callable[[list[int]], Tensor], encoding, prompt: str, count: int,
+                **draws) -> Iterator[str]:
     """Yield the text of up to `count` tokens after a prompt, as it is drawn.
 
     encoding: a vocabulary of data/encoding.py. draws: temperature, top_k and seed of generate().

@@ -1,10 +1,10 @@
-"""What ./run.sh starts once there is a Python with the requirements: look at the settings, choose track and ranks,
-prepare the data, run train_gpt.py under torchrun, pass on its exit code.
+"""Look at the settings, choose track and ranks, prepare the data, run train_gpt.py under torchrun.
 
     python -m tools.launch [--track=NAME] [--field=value ...]      # ./run.sh --help explains
 
-Why not plain torchrun: it ends with exit code 1 and a traceback of its own whatever train_gpt.py said. Here the
-trainer's one message stays the last one on the screen, and its exit code (2 usage, 1 run failure) is ours.
+This is what ./run.sh starts once there is a Python with the requirements. Why not plain torchrun: it ends
+with exit code 1 and a traceback of its own whatever train_gpt.py said. Here the trainer's one message stays
+the last one on the screen, and its exit code (2 usage, 1 run failure) is ours.
 """
 import logging
 import os
@@ -30,13 +30,14 @@ from train_gpt import Config, parse_config
 
 RANK_PROGRAM = ["-m", "tools.rank"]
 WORLD_SIZES = (1, 2, 4, 8)
-# Rounds that an idle thread waits in a loop before it sleeps. Without a limit, a rank of several threads becomes many
-# times slower as soon as another program uses one of its cores.
+# Rounds that an idle thread waits in a loop before it sleeps. Without a limit, a rank of several threads
+# becomes many times slower as soon as another program uses one of its cores.
 SPIN_COUNT = 1000
 
 
 def choose_ranks(num_gpus: int, cores: int, wanted: str) -> int:
-    """Return the number of ranks: `wanted` (the text of NPROC) if it is not empty, else one per GPU, else up to two.
+    """Return the number of ranks: `wanted` (the text of NPROC) if it is not empty, else one per GPU, else up
+    to two.
 
     Raises UsageError for a number that cannot share the batch or the GPUs.
     """
@@ -45,34 +46,35 @@ def choose_ranks(num_gpus: int, cores: int, wanted: str) -> int:
     ranks = int(wanted) if wanted else num_gpus or min(2, cores)
     if num_gpus and ranks > num_gpus:
         fitting = max(n for n in WORLD_SIZES if n <= num_gpus)
-        raise UsageError(f"NPROC: expected at most one rank per GPU, found {ranks} ranks for {num_gpus} GPUs; set "
-                         f"NPROC={fitting}.")
+        raise UsageError(f"NPROC: expected at most one rank per GPU, found {ranks} ranks for {num_gpus} "
+                         f"GPUs; set NPROC={fitting}.")
     if 8 % ranks:
         fitting = max(n for n in WORLD_SIZES if n < ranks)
         unit = "" if wanted else " GPUs"
-        raise UsageError(f"expected 1, 2, 4 or 8 ranks, so that they share the batch evenly, found {ranks}{unit}; set "
-                         f"NPROC={fitting}.")
+        raise UsageError("expected 1, 2, 4 or 8 ranks, so that they share the batch evenly, found "
+                         f"{ranks}{unit}; set NPROC={fitting}.")
     return ranks
 
 
 def settings_of(options, changes: dict, track: str) -> Config:
     """Return the settings of the run, those of its checkpoint included, as train_gpt.py will find them.
 
-    They are looked at once, here, because of several ranks that meet an error, torchrun may end the one that speaks
-    before it has spoken. track: the one for this hardware. Raises UsageError.
+    They are looked at once, here, because of several ranks that meet an error, torchrun may end the one that
+    speaks before it has spoken. track: the one for this hardware. Raises UsageError.
     """
     if options.resume:
         saved = read_checkpoint(options.resume, Config)["config"]
         named = changes.get("track", saved["track"])
         if named != saved["track"]:
-            raise UsageError(f"--track: expected the checkpoint's track, {saved['track']}, found {named}; leave it out")
+            raise UsageError(f"--track: expected the checkpoint's track, {saved['track']}, found {named}; "
+                             "leave it out")
         changes = {**saved, **changes}
     changes = {"track": track, **changes}
     return Config.for_track(changes.pop("track"), **changes)
 
 
 def prepare_data(cfg: Config) -> int:
-    """Run the script that prepares the track's data, which is quick when the data is there. Returns its exit code."""
+    """Run the script that prepares the track's data, quick when they are there. Returns its exit code."""
     maker = MAKERS.get(os.path.dirname(cfg.train_files))
     if maker is None:
         return 0
@@ -86,8 +88,8 @@ def prepare_data(cfg: Config) -> int:
 def exit_code(failures: dict) -> int:
     """Return one exit code for failed ranks, given torchrun's {rank: failure}.
 
-    Says it if a signal ended a rank, for nobody else can. A rank that lost contact with another one exits with
-    LOST_CONTACT, silently.
+    Says it if a signal ended a rank, for nobody else can. A rank that lost contact with another one exits
+    with LOST_CONTACT, silently.
     """
     # A rank that fails makes others fail at once, and torchrun ends the rest: by SIGTERM, later by SIGKILL.
     first_second = min(failure.timestamp for failure in failures.values())
@@ -98,13 +100,14 @@ def exit_code(failures: dict) -> int:
         of_itself = number != signal.SIGTERM and failure.timestamp <= first_second + 1
         if number > 0 and (not codes or of_itself):
             hint = " (often the system's answer to a lack of memory)" if number == signal.SIGKILL else ""
-            print(f"expected every rank to finish, found rank {rank} ended by {signal.Signals(number).name}{hint}; "
-                  f"{advice}", file=sys.stderr)
+            print(f"expected every rank to finish, found rank {rank} ended by "
+                  f"{signal.Signals(number).name}{hint}; {advice}", file=sys.stderr)
             break
     else:
         if codes and set(codes) == {LOST_CONTACT}:
             print(f"expected all ranks to go on, found that they lost contact; {advice}", file=sys.stderr)
-    # Where one rank says 2 and others only notice that it left, it is 2. Ranks ended by torchrun have 128 and more.
+    # Where one rank says 2 and others only notice that it left, it is 2. Ranks ended by torchrun have 128 and
+    # more.
     return max((code for code in codes if code < LOST_CONTACT), default=1)
 
 
@@ -126,9 +129,10 @@ def torchrun(ranks: int, args: list[str]) -> int:
     for number in handled:
         signal.signal(number, interrupt)
 
-    os.environ["LAUNCHED_BY"] = str(os.getpid())  # a rank leaves it to us to say which of them was ended from outside
+    os.environ["LAUNCHED_BY"] = str(os.getpid())  # it is for us to say which rank was ended from outside
     logging.disable(logging.CRITICAL)  # torchrun's account of a failure; the ranks tell their own
-    options = ["--standalone", f"--nproc-per-node={ranks}", "--shutdown-timeout=60", "--signals-to-handle=SIGTERM,SIGQUIT",
+    options = ["--standalone", f"--nproc-per-node={ranks}", "--shutdown-timeout=60",
+               "--signals-to-handle=SIGTERM,SIGQUIT",
                "--local-addr=127.0.0.1"]  # or ranks look each other up by a host name that need not resolve
     try:
         run.run(run.parse_args([*options, *RANK_PROGRAM, *args]))
@@ -153,7 +157,8 @@ def main(args: list[str]) -> int:
 
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {cfg.track}, ranks: {ranks}, threads of each: {threads}",
+    print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {cfg.track}, ranks: {ranks}, threads of each: "
+          f"{threads}",
           file=sys.stderr)
     if not options.resume:
         args = [f"--track={cfg.track}", *args]
@@ -166,5 +171,5 @@ def main(args: list[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # also ends a data script under way
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends a data script, too
     sys.exit(run_program(main, sys.argv[1:]))

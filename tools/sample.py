@@ -1,4 +1,5 @@
-"""Print text from a checkpoint of train_gpt.py (one written by --save_final or --save_every), on a GPU or a CPU.
+"""Print text from a checkpoint of train_gpt.py (one written by --save_final or --save_every), on a GPU or a
+CPU.
 
     python -m tools.sample logs/UUID/state_step000400.pt --prompt "ROMEO. " --tokens 500
 
@@ -32,13 +33,13 @@ def load(path: str, device: torch.device) -> tuple[GPT, int]:
         model.load_state_dict(weights)
     except (AttributeError, RuntimeError) as error:
         found = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: expected the weights of its own settings, found others ({found}); use another "
-                         f"checkpoint") from None
+        raise UsageError(f"{path}: expected the weights of its own settings, found others ({found}); use "
+                         "another checkpoint") from None
     return model.eval(), state["step"]
 
 
 def log_probs_of(model: GPT, step: int) -> Callable[[list[int]], Tensor]:
-    """Return log_probs(tokens): the (V,) log probabilities of the next token, as the validation after `step` has them."""
+    """Return log_probs(tokens): (V,) of the next token, as in the validation after `step`."""
     cfg, device, ropes = model.cfg, model.head.device, {}
     before = max(step - 1, 0)
     final = step == cfg.train_steps
@@ -49,7 +50,8 @@ def log_probs_of(model: GPT, step: int) -> Callable[[list[int]], Tensor]:
         T = len(x)
         starts = torch.tensor([0, T], dtype=torch.int32, device=device)
         docs = Docs(starts, torch.zeros(T, dtype=torch.int32, device=device), T)
-        context = make_context(model, MAKE_MASK, ropes, docs, cfg.stage(before), cfg.tied(before), None, final)
+        stage, tied = cfg.stage(before), cfg.tied(before)
+        context = make_context(model, MAKE_MASK, ropes, docs, stage, tied, None, final)
         return softmax_logits(model, x, context)[-1, :cfg.vocab_size]
 
     return log_probs

@@ -1,4 +1,4 @@
-"""data/cached_fineweb10B.py against a hub on loopback: complete and verified files, or one sentence and no file."""
+"""data/cached_fineweb10B.py against a hub on loopback: verified files, or one sentence and no file."""
 
 import hashlib
 import json
@@ -125,7 +125,7 @@ def test_broken_connection_is_continued_at_once(hub, tmp_path):
 
 
 def test_killed_download_is_continued_by_the_next(hub, tmp_path):
-    """12 M tokens, because the hub library hands over 10 MiB at a time, and what it holds when it is killed is lost."""
+    """The hub library hands over 10 MiB at a time; what it holds when it is killed is lost."""
     body = hub.files[f"{cached_fineweb10B.REPO}/{VAL}"] = shard(5, 6_000_000)
     hub.stall[VAL] = 11_000_000
     process = start(tmp_path, hub.endpoint, 1)
@@ -151,7 +151,8 @@ def test_killed_download_is_continued_by_the_next(hub, tmp_path):
 def test_no_network_is_one_sentence(tmp_path, endpoint):
     rc, out, err = run(tmp_path, endpoint, 1)
     assert rc == 2 and out == "" and len(err.splitlines()) == 1
-    assert err.startswith(f"expected {VAL} of kjj0/fineweb10B-gpt2 from the hub, found ") and "connect to" in err
+    assert err.startswith(f"expected {VAL} of kjj0/fineweb10B-gpt2 from the hub, "
+                          "found ") and "connect to" in err
     assert visible(tmp_path) == []
 
 

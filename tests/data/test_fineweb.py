@@ -1,5 +1,4 @@
-"""data/texts.py and data/fineweb.py: the tokens of tiktoken, the same bytes for any number of processes, bad text
-named by its line."""
+"""data/texts.py, data/fineweb.py: the tokens of tiktoken, the same for any number of processes."""
 
 import json
 import os
@@ -75,7 +74,7 @@ def write(path, documents):
     return path
 
 
-# ------------------------------------------------------------------------------------------------ reading, encoding
+# ------------------------------------------------------------------------------------------ reading, encoding
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("block", [1, 50, 1 << 20])
@@ -90,7 +89,7 @@ def test_each_line_and_row_is_a_document(tmp_path, monkeypatch, suffix, block):
 
 @pytest.mark.parametrize("block", [1, 7, 64, 4096, 1 << 20])
 def test_text_file_is_one_document_wherever_it_is_cut(tmp_path, monkeypatch, block):
-    """A long text is cut to be encoded in parallel; every cut must leave the tokens of the whole, letter by letter."""
+    """A text is cut to be encoded in parallel; every cut must leave the tokens of the whole."""
     monkeypatch.setattr(texts, "BLOCK", block)
     generator = random.Random(block)
     parts = ["the", " the", "'s", " ", "  ", "\n", "\r\n", "\n\n", "\t", "abab", "12", "!?", "é", "\x1c", "東"]
@@ -104,7 +103,7 @@ def test_text_file_is_one_document_wherever_it_is_cut(tmp_path, monkeypatch, blo
 
 
 def test_text_without_any_space_is_one_document_in_parts_of_bounded_size(tmp_path, monkeypatch):
-    """The tokenizer's memory grows with the longest part that it gets: 50 bytes for each byte without white space."""
+    """The tokenizer takes 50 bytes for each byte of the longest part that it gets."""
     monkeypatch.setattr(texts, "BLOCK", 1000)
     path = write(tmp_path / "x.txt", ["東京" * 3000])
     assert tokens_of(read_texts([path]), toy()) == oracle(["東京" * 3000], toy())
@@ -202,7 +201,8 @@ def test_shards_hold_every_token_once(tmp_path):
 @pytest.mark.parametrize("tokens", [1, 19, 20])
 def test_text_that_leaves_nothing_for_training_is_refused(tmp_path, tokens):
     encoded = [(np.zeros(tokens, dtype=np.uint16), 1)]
-    with pytest.raises(UsageError, match=f"more than the 20 tokens .*, found {tokens}; nothing was written: give more"):
+    with pytest.raises(UsageError, match=f"more than the 20 tokens .*, found {tokens}; nothing was written: "
+                                         "give more"):
         fineweb.write_shards(encoded, tmp_path, "x", shard_tokens=100, val_tokens=20)
     assert list(tmp_path.iterdir()) == []
     assert fineweb.write_shards(encoded, tmp_path, "x", 100, 20, max_shards=1)[0] == [tokens]  # as wanted
@@ -249,13 +249,14 @@ def test_split_names_the_line_too(tmp_path):
 def test_bad_parquet_rows_and_columns_are_named(tmp_path):
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 100 + [None], "n": list(range(101))}), path)
-    for field, expected in {"text": "x.parquet, row 101: expected text .*null", "n": "of strings, found one of int64",
+    for field, expected in {"text": "x.parquet, row 101: expected "
+                                    "text .*null", "n": "of strings, found one of int64",
                             "body": "expected a column \"body\" .* found columns text, n"}.items():
         with pytest.raises(TextError, match=expected):
             tokens_of(read_texts([path], field), toy())
 
 
-# -------------------------------------------------------------------------------- below: with the package registry
+# --------------------------------------------------------------------------- below: with the package registry
 
 @pytest.fixture(scope="module")
 def gpt2_cache(tmp_path_factory):
@@ -288,7 +289,8 @@ def test_the_vocabulary_is_gpt2s(gpt2):
 
 def test_a_vocabulary_that_is_not_here_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    with pytest.raises(FetchError, match="expected GPT-2's vocabulary in .*, found none; `python -c .*` fetches it"):
+    with pytest.raises(FetchError, match="expected GPT-2's vocabulary in .*, found none; `python -c .*` "
+                                         "fetches it"):
         gpt2_encoding(network=False)
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     path = write(tmp_path / "x.txt", ["x"])

