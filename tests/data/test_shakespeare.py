@@ -73,8 +73,9 @@ DOCUMENTS = [
 
 
 def run(folder, **env):
-    return subprocess.run([sys.executable, "-m", "data.shakespeare"], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"DATA_PATH": str(folder)} | env)
+    command = [sys.executable, "-m", "data.shakespeare"]
+    env = os.environ | {"DATA_PATH": str(folder)} | env
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
 
 def test_markdown_becomes_clean_documents():
@@ -138,7 +139,8 @@ def test_split_is_whole_plays_and_nothing_leaks(made, wheel):
     assert val == held_out  # whole, in reading order
     assert not set(train) & set(val) and len(set(train)) == len(train)
     lines = collections.Counter(line for text in train for line in text.splitlines())
-    long_lines = [line for text in val for line in text.splitlines() if len(line) > 30 and line[0] not in "[S"]
+    val_lines = [line for text in val for line in text.splitlines()]
+    long_lines = [line for line in val_lines if len(line) > 30 and line[0] not in "[S"]
     assert sum(lines[line] > 0 for line in long_lines) <= 3, "validation text occurs in training"
     assert [hashlib.sha256(text.encode()).hexdigest() for text in train] == sorted(
         hashlib.sha256(text.encode()).hexdigest() for text in train)

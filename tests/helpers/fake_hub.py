@@ -69,7 +69,8 @@ def serve(files):
                      "ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}
             if name in hub.damage:
                 body = bytes([body[0] ^ 1]) + body[1:]
-            first = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) if self.headers.get("Range") else 0
+            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "bytes=0-")
+            first = int(wanted[1])
             status = 206 if first else 200
             if first:
                 about["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"

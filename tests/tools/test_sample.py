@@ -100,7 +100,8 @@ def test_characters_of_several_bytes_survive(finished, capsys):
 
 
 def test_a_screen_without_such_characters_shows_a_question_mark(finished):
-    command = [sys.executable, "-m", "tools.sample", finished.checkpoints[-1], "--prompt", "é€a", "--tokens", "0"]
+    command = [sys.executable, "-m", "tools.sample", finished.checkpoints[-1]]
+    command += ["--prompt", "é€a", "--tokens", "0"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=90)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"??a\n", b"")
