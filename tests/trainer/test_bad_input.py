@@ -92,7 +92,7 @@ FIELDS = {
     "--optimizer=sgd": "--optimizer: expected one of muon, adamw",
     "--backout=perhaps": "found 'perhaps'",
     "--val_slice=100": "--val_tokens: expected a multiple of val_slice",
-    "--seed=99999999999999999999": "--seed: expected less than 2^63",
+    "--seed=99999999999999999999": "--seed: expected zero or more and less than 2^63",
     "--train_steps=900": "--train_steps: expected about",
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.helpers.runs import Ranks, config, launch, make_shards, run, step_lines
 
-from engine import endings
+from engine import clock as clock_module, endings
 import train_gpt
 
 # Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are split.
@@ -28,11 +28,11 @@ def clock():
 
     def train_step(self):
         now[0] += 0.125
-        step(self)
+        return step(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt.Run, "train_step", train_step)
-        patch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+        patch.setattr(clock_module.time, "perf_counter", lambda: now[0])
         yield
 
 
@@ -124,7 +124,7 @@ def stop_at(monkeypatch, at: int, *signals: int):
         if self.step == at - 1:
             for number in signals:
                 os.kill(os.getpid(), number)
-        step(self)
+        return step(self)
 
     monkeypatch.setattr(train_gpt.Run, "train_step", train_step)
 
@@ -181,7 +181,7 @@ def hang_one(rank):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             open(os.environ["HANGS"], "w").close()
             time.sleep(1000)
-        step(self)
+        return step(self)
 
     train_gpt.Run.train_step = train_step
 
