@@ -610,7 +610,8 @@ class GPT(nn.Module):
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
             source = cached if i in cfg.late_attn_layers else x
             value_embed = inputs.values.get(i)
-            x = weights.resid[0] * x + weights.post[0] * self.attention(norm(source), i, weights, value_embed, ctx)
+            kept = weights.resid[0] * x
+            x = kept + weights.post[0] * self.attention(norm(source), i, weights, value_embed, ctx)
             # The first embeddings again (record 9): no layer has to carry them along.
             if cfg.inject_x0:
                 x = x + weights.x0 * inputs.x0

@@ -17,8 +17,8 @@ from engine.ranks import Runtime
 SOURCES = (  # what the log embeds, in reading order
     "train_gpt.py", "muon.py", "newton_schulz.py", "muon_ranks.py",
     "engine/settings.py", "engine/kernels.py", "engine/attention.py", "engine/head_loss.py",
-    "engine/products.py", "engine/adam.py", "engine/ranks.py", "engine/clock.py", "engine/log.py",
-    "engine/checkpoint.py", "engine/endings.py", "data/loader.py", "data/shards.py")
+    "engine/self_test.py", "engine/products.py", "engine/adam.py", "engine/ranks.py", "engine/clock.py",
+    "engine/log.py", "engine/checkpoint.py", "engine/endings.py", "data/loader.py", "data/shards.py")
 BANNER = "=" * 100
 
 
