@@ -213,3 +213,19 @@ def test_ctrl_c_at_the_launcher_saves_and_ends_all_ranks(folder):
     assert process.returncode == 130 and len(err.splitlines()) == 1, err  # the line with ranks and threads
     path = out.splitlines()[-1].partition("; go on with --resume=")[2]
     assert load(path)["step"] >= 3
+
+
+def test_the_latest_checkpoint_is_found_and_only_the_newest_ones_are_kept(folder, whole):
+    kept = run(folder, *OPTIONS, "--keep=2")
+    assert [path.name for path in kept.checkpoints] == ["state_step000010.pt", "state_step000012.pt"]
+    resumed = run(folder, "--resume=latest", "--train-steps=14")
+    assert resumed.code == 0 and sorted(resumed.train) == [13, 14]  # a dash is as good as an underscore
+    found = run(folder / "elsewhere", "--resume=latest")
+    assert found.code == 2 and "expected a checkpoint in" in found.err
+
+
+def test_a_dry_run_says_what_would_run_and_leaves_nothing(folder):
+    before = set(folder.glob("logs/*"))
+    result = run(folder, "--dry_run", "--seed=7")
+    assert result.code == 0 and set(folder.glob("logs/*")) == before
+    assert "--seed=7" in result.out.splitlines() and "training data: 6,144 tokens from 2 shards" in result.out
