@@ -293,3 +293,9 @@ class Validation:
             if len(starts) == 0 or starts[0] != 0:
                 starts = np.append(0, starts)
             self.batches.append(make_batch(buffer, starts, cfg.val_slice, pin))
+        self.num_rounds = -(-cfg.val_tokens // cfg.val_slice // world)
+
+    def rounds(self):
+        """Yield this rank's batches, then None where others still have one: equally often on every rank."""
+        for i in range(self.num_rounds):
+            yield self.batches[i] if i < len(self.batches) else None
