@@ -109,8 +109,8 @@ def torchrun(ranks: int, args: list[str]) -> int:
         signal.signal(stop, interrupt)
     os.environ["LAUNCHED_BY"] = str(os.getpid())  # it is for us to say which rank was ended from outside
     logging.disable(logging.CRITICAL)  # torchrun's account of a failure; the ranks tell their own
-    options = ["--standalone", f"--nproc-per-node={ranks}", "--shutdown-timeout=60",
-               "--signals-to-handle=SIGTERM,SIGQUIT",
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")  # seconds; older torch has no option for it
+    options = ["--standalone", f"--nproc-per-node={ranks}", "--signals-to-handle=SIGTERM,SIGQUIT",
                "--local-addr=127.0.0.1"]  # or ranks look each other up by a host name that need not resolve
     try:
         run.run(run.parse_args([*options, *RANK_PROGRAM, *args]))
@@ -131,9 +131,8 @@ def main(args: list[str]) -> int:
 
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {cfg.track}, ranks: {ranks}, threads of each: "
-          f"{threads}",
-          file=sys.stderr)
+    print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {cfg.track}, ranks: {ranks}, "
+          f"threads of each: {threads}", file=sys.stderr)
     own_data = options.resume or "train_files" in parse_config(args)[1]  # they lie somewhere already
     code = 0 if own_data else prepare_data(cfg)
     return code or torchrun(ranks, args)
