@@ -259,7 +259,7 @@ def measure(args, flags: list[str], scratch: Path) -> None:
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else args.out / f"{time.strftime('%Y-%m-%d')}_{slug}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        find_shards(cfg.train_files, cfg)
+        find_shards(cfg.train_files)
     except ShardError:
         synthetic_shards(cfg, scratch, 2 * 10**6 if args.cpu else 100 * 10**6)
         session.env["DATA_PATH"] = str(scratch)

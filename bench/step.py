@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
         changes["val_tokens"] = cfg.val_slice * rt.world  # no validation is timed
         with tempfile.TemporaryDirectory() as folder:
             try:
-                find_shards(cfg.train_files, cfg)
+                find_shards(cfg.train_files)
                 data = "the track's shards"
             except ShardError:
                 os.environ["DATA_PATH"], data = folder, "synthetic documents"

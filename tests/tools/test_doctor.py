@@ -58,7 +58,7 @@ def test_missing_shards_and_a_folder_that_cannot_be_written_are_both_found(capsy
     (tmp_path / "logs").write_text("mine")
     code, found = lines(capsys, tmp_path, only=("data", "log_dir"))
     assert code == 1 and found["data"][0] == found["log_dir"][0] == "FAIL"
-    assert "run python data/shakespeare.py" in found["data"][1] and "choose another one" in found["log_dir"][1]
+    assert "run python -m data.shakespeare" in found["data"][1] and "choose another one" in found["log_dir"][1]
 
 
 def test_too_few_shards_for_the_schedule(capsys, tmp_path):
