@@ -23,8 +23,8 @@ import torch
 
 from bench.page import grid
 from bench.step import ensure_shards
+from data.files import ROOT
 from engine.attention import CANDIDATES
-from engine.log import ROOT
 from tools.children import ending, run_limited
 from train_gpt import Config, parse_config
 

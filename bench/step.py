@@ -33,6 +33,7 @@ from bench import floors
 from data.errors import UsageError
 from data.loader import Loader, find_shards
 from data.shards import ShardError, write_shard
+from engine.kernels import Kernels
 from engine.ranks import Runtime
 from tools import plan
 from tools.gpus import Gpu
@@ -145,14 +146,14 @@ def part_of_product(model):
 def places_of(run: Run, eager: bool):
     """Return (owner, name of a function, its part or a function of its arguments that names it); in an eager model also
     those inside of it."""
-    places = [(run, "accumulate", "elementwise"), (run, "context", "masks"), (run.loader, "next", "data"),
+    places = [(run, "accumulate", "elementwise"), (run.model, "context", "masks"), (run.loader, "next", "data"),
               (train_gpt, "to_device", "data"), (run.rt, "sum", "communication")]
     for optimizer, part in ((run.muon, "Muon"), (run.adam, "Adam")):
         names = ("start", "step", "finish", "zero_grad") if optimizer else ()
         places += [(optimizer, name, part) for name in names if hasattr(optimizer, name)]
     if eager:
         model = run.model
-        places += [(run, "forward", "head and loss"), (model, "trunk", "elementwise"), (model, "attend", "attention"),
+        places += [(run, "forward", "head and loss"), (model, "trunk", "elementwise"), (Kernels, "attend", "attention"),
                    (model, "bigram", "tables"), (model, "linear", part_of_product(model))]
     return places
 
@@ -264,18 +265,18 @@ def parts_of(run: Run, step: int, device: Gpu) -> list[dict]:
     for batch in run.loader.next():
         starts, T = batch.docs.starts.numpy(), len(batch.inputs)
         docs.append(np.diff(starts[starts < T], append=T))
-    work = floors.count(run.cfg, run.dtype, docs, step, run.rt.world, run.fp8, run.rt.device)
+    work = floors.count(run.cfg, run.kernels.dtype, docs, step, run.rt.world, run.kernels.fp8_head, run.rt.device)
     floor = {part: w.floor_ms(device) for part, w in work.items() if any(w)}
     products = sum(floor[part] for part in ("projections", "MLP", "head and loss"))
     floor |= {WALL: sum(floor.values()), PRODUCTS: products}
     measured = {}
-    for mode in ("eager", "compiled") if run.compiled else ("eager",):
+    for mode in ("eager", "compiled") if run.kernels.compiled else ("eager",):
         try:
             measured[mode] = profile(run, step, mode == "eager")
         except torch.OutOfMemoryError:  # it may fit compiled
             torch.cuda.empty_cache()
     rows = []
-    for part in (*floors.PARTS, "idle", *([PRODUCTS] if run.compiled else []), WALL):
+    for part in (*floors.PARTS, "idle", *([PRODUCTS] if run.kernels.compiled else []), WALL):
         w = work.get(part, floors.Work())
         ms = {mode: found.get(part, 0.0) for mode, found in measured.items()}
         if part in floor or any(x > 0.005 for x in ms.values()):
@@ -292,7 +293,7 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
     ready = time.perf_counter() - begin
     cuda = rt.device.type == "cuda"
     seconds = [time_stage(run, step) for step in cfg.stage_starts]
-    device, source = floors.find_device(rt.device, run.dtype, run.model.linear)
+    device, source = floors.find_device(rt.device, run.kernels.dtype, run.kernels.linear)
     rows = []
     for stage, step in enumerate(cfg.stage_starts):
         tokens, median = cfg.at("batch_tokens", step), statistics.median(seconds[stage])
@@ -307,8 +308,8 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
     return dict(
         device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads a rank",
         world=rt.world, torch=torch.__version__, date=time.strftime("%Y-%m-%d"), track=cfg.track,
-        attention=run.backend, fp8=run.fp8, dtype=str(run.dtype), data=data, warm_up_s=ready, steps=STEPS,
-        compiled=run.compiled, peak=device._asdict() | dict(source=source), rows=rows, peak_mib=peak_mib,
+        attention=run.kernels.attention, fp8=run.kernels.fp8_head, dtype=str(run.kernels.dtype), data=data, warm_up_s=ready, steps=STEPS,
+        compiled=run.kernels.compiled, peak=device._asdict() | dict(source=source), rows=rows, peak_mib=peak_mib,
         muon_flops=plan.muon_shares(cfg, rt.device))
 
 

@@ -6,7 +6,6 @@ Prints one entry for each piece: `ok`, `note` where a run does without it or sho
 cannot start, with what to change. A child process tries piece after piece. Where one ends the process or hangs, that is
 its finding, and another child goes on behind it.
 """
-import argparse
 import functools
 import json
 import os
@@ -23,10 +22,9 @@ import torch.nn.functional as F
 
 from data.errors import RunError, UsageError
 from data.loader import Loader, Validation
-from data.shards import ShardError
 from engine.attention import CANDIDATES, self_test
 from engine.endings import explain
-from engine.kernels import Kernels, choose_dtype
+from engine.kernels import Kernels, choose_dtype, name_of
 from tools.children import ending, run_limited
 from tools.plan import GIB, checkpoint_bytes, static_bytes
 from train_gpt import Config, parse_config
@@ -60,10 +58,11 @@ def expect_exact(function, device: torch.device, dtype: torch.dtype) -> str:
 
 def try_device(cfg: Config, device: torch.device) -> tuple[str, str]:
     dtype = choose_dtype(cfg.dtype, device)
-    works = f"{str(dtype).removeprefix('torch.')}: {expect_exact(small_function, device, dtype)}"
+    works = f"{name_of(dtype)}: {expect_exact(small_function, device, dtype)}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability()
-        text = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, compute capability {capability}, {works}"
+        text = (f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, compute capability "
+                f"{capability[0]}.{capability[1]}, {works}")
         if dtype == torch.bfloat16 and capability < (8, 0):
             return "note", f"{text}; bfloat16 is only emulated before 8.0: use --dtype=float32"
         return "ok", text
@@ -150,8 +149,8 @@ PIECES = {  # name -> (function, what to change where it fails)
     "compile": (try_compile, "--compile=off trains the same without, slower"),
     "ranks": (try_ranks, "NPROC=1 ./run.sh does without"),
     "memory": (try_memory, "end what else uses it (nvidia-smi), or see python -m tools.plan"),
-    "data": (try_data, ""),
     "log_dir": (try_log_dir, "choose another --log_dir"),
+    "data": (try_data, ""),
 }
 
 
@@ -162,13 +161,12 @@ PIECES = {  # name -> (function, what to change where it fails)
 def try_pieces(cfg: Config, names: list[str]) -> None:
     """Print [name, mark, text] of each piece as JSON; end behind one that fails, for it may have spoilt the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)
     for name in names:
         piece, advice = PIECES[name]
         try:
             mark, text = piece(cfg, device)
         except Exception as e:
-            known = isinstance(e, (UsageError, ShardError, RunError))
+            known = isinstance(e, (UsageError, RunError))
             found = str(e) if known else explain(e) or f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
             mark, text = "FAIL", found if "--" in found or not advice else f"{found}; {advice}"
         print(json.dumps([name, mark, text]), flush=True)
@@ -180,7 +178,7 @@ def examine(names: list[str], settings: list[str]) -> int:
     """Print an entry for each piece as a child finds it. Return 1 if one of them fails."""
     failed = False
     while names:
-        child = run_limited([*CHILD, "--child=" + ",".join(names), *settings], LIMIT_S)
+        child = run_limited([*CHILD, "--pieces=" + ",".join(names), *settings], LIMIT_S)
         found = [json.loads(line) for line in child.stdout.splitlines() if line.startswith('["')]
         if not found or (len(found) < len(names) and found[-1][1] != "FAIL"):
             name = names[len(found)]  # it ended the child
@@ -194,24 +192,24 @@ def examine(names: list[str], settings: list[str]) -> int:
     return int(failed)
 
 
+ACTIONS = {
+    "pieces": dict(metavar="NAME,NAME", help="try these in this process, and print what was found as JSON"),
+}
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.doctor", description=__doc__, allow_abbrev=False,
-                                     epilog="Settings of the run: python train_gpt.py --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options, settings = parser.parse_known_args(argv)
     cuda = torch.cuda.is_available()
     try:
-        _, changes = parse_config(settings)
+        options, changes = parse_config(argv, __doc__, ACTIONS)
         cfg = Config.for_track(changes.pop("track", "small" if cuda else "shakespeare"), **changes)
     except UsageError as error:
         print(f"tools.doctor: {error}", file=sys.stderr)
         return 2
-    if options.child:
-        try_pieces(cfg, options.child.split(","))
+    if options.pieces:
+        try_pieces(cfg, options.pieces.split(","))
         return 0
     print(f"doctor: track {cfg.track}, Python {platform.python_version()}, torch {torch.__version__}", flush=True)
-    return examine([name for name in PIECES if cuda or name not in GPU_ONLY], settings)
+    return examine([name for name in PIECES if cuda or name not in GPU_ONLY], argv)
 
 
 if __name__ == "__main__":

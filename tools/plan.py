@@ -5,11 +5,9 @@
 Nothing runs on a GPU, and there need not be one. What stays in memory is counted from the shapes of the parameters; what
 a step needs besides is the formula in `step_bytes`. No GPU has confirmed either yet.
 """
-import argparse
 import functools
 import os
 import sys
-from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -17,7 +15,7 @@ import torch
 from data.errors import UsageError
 from data.loader import shards_needed
 from engine.head_loss import HEAD_PIECE
-from engine.kernels import choose_dtype
+from engine.kernels import Kernels, choose_dtype, name_of
 from muon import gram_pays, iteration_dtype, newton_schulz_flops
 from tools.gpus import GPUS, find_gpu
 from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, parse_config
@@ -36,7 +34,7 @@ DOCS_PER_SLICE = 4  # a shorter packed sequence would cut too many of its docume
 def shapes_of(cfg: Config) -> GPT:
     """Return the model on torch's meta device: shapes without memory."""
     with torch.device("meta"):
-        return GPT(cfg)
+        return GPT(cfg, Kernels.plain())
 
 
 def muon_matrices(cfg: Config) -> list[tuple[int, int]]:
@@ -209,7 +207,7 @@ def show(cfg: Config, name: str, gib: float, tflops: float | None) -> None:
     compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
     worlds = [w for w in (1, 2, 4, 8) if max(cfg.slices, w) % min(cfg.slices, w) == 0]
     columns = [column(cfg, dtype, compiled, w, gib / w if name == "CPU" else gib, tflops) for w in worlds]
-    print(f"plan: track {cfg.track} on {name}, {gib:.1f} GiB, {str(dtype).removeprefix('torch.')}, "
+    print(f"plan: track {cfg.track} on {name}, {gib:.1f} GiB, {name_of(dtype)}, "
           f"{'torch.compile' if compiled else 'eager'}; not yet checked against a GPU\n")
     for key in columns[0]:
         print(f"{key:36}" + "".join(f"{cells.get(key, ''):>10}" for cells in columns))
@@ -224,26 +222,27 @@ are cut, so it is not the same run. A smaller --val_slice cuts contexts: the los
         print("Where it does not fit, take a GPU with more memory, more GPUs, or a smaller model.")
 
 
+ACTIONS = {
+    "gpu": dict(metavar="NAME", help="plan for this GPU, such as 'RTX 4090', instead of the one found"),
+    "gpu_gib": dict(metavar="GIB", type=float, help="plan for a GPU with so much memory"),
+}
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__, allow_abbrev=False,
-                                     epilog="Settings of the run: python train_gpt.py --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", metavar="NAME", help="for this GPU, such as 'RTX 4090', instead of the one found")
-    parser.add_argument("--gpu_gib", metavar="GIB", type=float, help="for a GPU with so much memory")
-    options, settings = parser.parse_known_args(argv)
-    name, gib, tflops = options.gpu, options.gpu_gib, None
-    if name is None and gib is None and torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        gib = torch.cuda.get_device_properties(0).total_memory / GIB
     try:
+        options, changes = parse_config(argv, __doc__, ACTIONS)
+        name, gib, tflops = options.gpu, options.gpu_gib, None
+        if name is None and gib is None and torch.cuda.is_available():
+            name = torch.cuda.get_device_name()
+            gib = torch.cuda.get_device_properties(0).total_memory / GIB
         gpu = find_gpu(name) if name else None
         if gpu:
             gib, tflops = gib or gpu.gib, gpu.tflops
         elif name and gib is None:
-            raise UsageError(f"--gpu: expected a name with one of {', '.join(GPUS)}, found {name!r}; add --gpu_gib=NUMBER")
+            raise UsageError(f"--gpu: expected a name with one of {', '.join(GPUS)}, found {name!r}; add "
+                             "--gpu_gib=NUMBER")
         elif gib is None:
             name, gib = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        _, changes = parse_config(settings)
         track = changes.pop("track", "shakespeare" if name == "CPU" else "small")
         show(Config.for_track(track, **changes), name or "some GPU", gib, tflops)
     except UsageError as error:

@@ -8,7 +8,7 @@ import muon
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from tools import plan
 from tools.gpus import GPUS, find_gpu
-from train_gpt import EMA_EVERY, Config, Run
+from train_gpt import EMA_EVERY, Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 CPU = torch.device("cpu")
@@ -36,25 +36,24 @@ def test_what_stays_in_memory_is_what_a_run_has(tmp_path, changes):
     run.step = run.cfg.train_steps - EMA_EVERY
     run.average_weights()
     momenta = [x for bucket in run.muon.buckets for r in bucket.runs[0] for x in r.state.values()] if run.muon else []
-    assert plan.static_bytes(run.cfg, run.dtype, 1) == {
+    assert plan.static_bytes(run.cfg, run.kernels.dtype, 1) == {
         "weights": nbytes(run.model.parameters()), "gradients": gradients, "Adam: moments, low halves": adam_bytes(run),
         "Muon: momentum, low halves": nbytes(momenta), "average of the weights": nbytes((run.ema or {}).values()),
         "signs of the bigrams": nbytes(run.model.buffers()), "gathers and reductions": 0}
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_shares_are_not_below_those_of_the_fullest_rank(monkeypatch, world):
+def test_shares_are_not_below_those_of_the_fullest_rank(tmp_path, monkeypatch, world):
     """Each rank's real optimizers, laid out one after the other without talking to each other."""
     monkeypatch.setattr(muon, "expect_agreement", lambda *a: None)
-    cfg, adam, momenta = config(LARGE), [], []
+    run, adam, momenta = make_run(tmp_path, LARGE), [], []
     for rank in range(world):
         monkeypatch.setattr(muon, "world_and_rank", lambda group: (world, rank))
-        run = SimpleNamespace(cfg=cfg, rt=SimpleNamespace(rank=rank, world=world), compiled=False, dtype=torch.float32,
-                              symmetric=muon.symmetric_product, model=build(cfg))
-        Run.make_optimizers(run)
+        run.rt = SimpleNamespace(rank=rank, world=world)
+        run.make_optimizers()
         adam.append(adam_bytes(run))
         momenta.append(nbytes(x for bucket in run.muon.buckets for r in bucket.runs[rank] for x in bucket.state(r).values()))
-    found, alone = (plan.static_bytes(cfg, torch.float32, n) for n in (world, 1))
+    found, alone = (plan.static_bytes(run.cfg, torch.float32, n) for n in (world, 1))
     assert found["Adam: moments, low halves"] == max(adam) < 1.2 / world * alone["Adam: moments, low halves"]
     largest = 3 * 128 * 128 * 4 + 4 * 384
     assert max(momenta) <= found["Muon: momentum, low halves"] <= max(momenta) + largest
@@ -64,7 +63,7 @@ def test_shares_are_not_below_those_of_the_fullest_rank(monkeypatch, world):
 def kept_by_a_real_pass(cfg: Config, T: int, compiled: bool) -> int:
     """Bytes that a forward pass on the CPU keeps, in tensors of their own; not weights, not masks."""
     model = build(cfg, perturb=False, backend="blocked").train()
-    ctx = context(model, docs_of([T // 4] * 4), stage=2, weights=(1.0,), backend="blocked")
+    ctx = context(model, docs_of([T // 4] * 4), stage=2)
     masks = [m for row in ctx.masks for m in row if m is not None]
     ignored = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *masks]}
     found = {}
@@ -77,7 +76,7 @@ def kept_by_a_real_pass(cfg: Config, T: int, compiled: bool) -> int:
     forward = torch.compile(model, backend="aot_eager_decomp_partition") if compiled else model
     ids = torch.randint(0, cfg.bos_id, (T,))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        forward(ids, ids.roll(-1), ctx)
+        forward(ids, ids.roll(-1), ctx, torch.ones(1))
     return sum(size for _, size in found.values())
 
 
