@@ -78,9 +78,9 @@ def variants(steps: int) -> dict[str, list[str]]:
     return {name: settings.split() for name, settings in {BASE: "", **lengths, **OFF, ALL: everything}.items()}
 
 
-def make_run(steps: int, settings: list[str], seed: int) -> Run:
+def config(steps: int, settings: list[str], seed: int) -> Config:
     _, changes = parse_config([f"--train_steps={steps}", f"--val_every={10**9}", f"--seed={seed}", *settings])
-    return Run(Config.for_track("shakespeare", **changes), Runtime())
+    return Config.for_track("shakespeare", **changes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -101,11 +101,10 @@ def append(path: Path, row: dict) -> None:
         file.write(json.dumps(row | dict(commit=commit())) + "\n")
 
 
-def train(job: tuple[str, int, int]) -> dict:
-    """Train once, in a process of its own."""
-    name, steps, seed = job
-    settings = variants(steps)[name]
-    run = make_run(steps, settings, seed)
+def train(job: tuple[str, list[str], int, int]) -> dict:
+    """Train once, in a process of its own. job: name of the variant, its settings, steps, seed."""
+    name, settings, steps, seed = job
+    run = Run(config(steps, settings, seed), Runtime())
     start = time.perf_counter()
     try:
         while run.step < run.cfg.train_steps:
@@ -121,7 +120,8 @@ def train(job: tuple[str, int, int]) -> dict:
 def run_all(options) -> None:
     """Train seed by seed, so that what is there at any time is balanced."""
     done = {(row["variant"], row["seed"]) for row in read(options.out) if "loss" in row}
-    jobs = [(name, options.steps, seed) for seed in range(options.seeds * BASE_SEEDS) for name in variants(options.steps)
+    jobs = [(name, settings, options.steps, seed) for seed in range(options.seeds * BASE_SEEDS)
+            for name, settings in variants(options.steps).items()
             if (seed < options.seeds or name == BASE) and (name, seed) not in done
             and (not options.only or name in options.only)]
     print(f"{len(jobs)} runs to do, {len(done)} done", file=sys.stderr)
@@ -135,7 +135,8 @@ def run_all(options) -> None:
 def time_all(options) -> None:
     """Hold the runs of all variants in memory; each takes six steps, two in each stage, in every round."""
     torch.set_num_threads(2)
-    runs = {name: make_run(options.steps, settings, 0) for name, settings in variants(options.steps).items()
+    runs = {name: Run(config(options.steps, settings, 0), Runtime())
+            for name, settings in variants(options.steps).items()
             if name not in (FEWER, MORE) and (not options.only or name in (BASE, *options.only))}
     places = [options.steps * k // 6 for k in (1, 3, 5)]
     seconds = defaultdict(list)

@@ -28,7 +28,7 @@ from engine.attention import CANDIDATES
 from tools.children import ending, run_limited
 from train_gpt import Config, parse_config
 
-LIMITS_S = {"doctor": 60, "cold start": 200, "warm start": 35, "step": 110, "attention": 40, "head": 40, "memory": 10,
+LIMITS_S = {"doctor": 60, "cold start": 200, "warm start": 35, "step": 110, "attention": 40, "head": 40, "memory": 20,
             "tests": 45, "muon": 30}  # below ten minutes together
 UPSTREAM = 609e3  # tokens per second of upstream's code on one H100, see bench/PREDICTION.md
 SHORT = ["--train_steps=24", "--extension_steps=6"]  # a run with every stage, for the sake of its start
@@ -89,10 +89,10 @@ class Parts:
                 found[name] = self.piece(end - time.monotonic(), f"attention:{name}")
             except Failed as e:
                 found[name] = dict(error=math.nan, why=str(e))
-        return dict(rows=found)
+        return dict(table=found)
 
     def head(self, limit_s: float) -> dict:
-        return dict(rows=self.piece(limit_s, "head"))
+        return dict(table=self.piece(limit_s, "head"))
 
     def memory(self, limit_s: float) -> dict:
         """The fullest moment of a training step that tools.plan expects, its allowance left out."""
@@ -156,12 +156,12 @@ def figures(result: dict) -> list[tuple]:
     if "memory" in found and step and step["peak_mib"]:
         off = step["peak_mib"] / found["memory"]["planned_mib"] - 1
         add("peak memory against tools.plan", "within 10 %", f"{off:+.1%}", abs(off) <= 0.1)
-    for name, row in found.get("attention", dict(rows={}))["rows"].items():
+    for name, row in found.get("attention", dict(table={}))["table"].items():
         if "why" not in row:
             add(f"attention by {name}: error", "< 0.02", f"{row['error']:.1e}", row["error"] < 0.02)
     if head := found.get("head"):
-        fp8 = head["rows"]["fp8"]
-        error, ratio = max(fp8[key] for key in ("loss", "dx", "dw")), head["rows"]["bf16"]["ms"] / fp8["ms"]
+        fp8 = head["table"]["fp8"]
+        error, ratio = max(fp8[key] for key in ("loss", "dx", "dw")), head["table"]["bf16"]["ms"] / fp8["ms"]
         add("FP8 head: error", "< 0.15", f"{error:.3f}", error < 0.15)
         add("FP8 head: speed against bf16", "> 1", f"{ratio:.2f}", ratio > 1)
     if times := found.get("muon", {}).get("times"):
@@ -196,10 +196,10 @@ def page(result: dict) -> str:
     out.append(grid(["what", "required", "measured", "met"], judged))
     for name, part in result["parts"].items():
         out += [f"## {name}", f"{part['took']:.0f} s; {part.get('why', 'done')}"]
-        if "rows" in part:
-            columns = list(max(part["rows"].values(), key=len))
+        if "table" in part:
+            columns = list(max(part["table"].values(), key=len))
             cells = [[key, *(f"{row[c]:.3g}" if c in row else row.get("why", "-") for c in columns)]
-                     for key, row in part["rows"].items()]
+                     for key, row in part["table"].items()]
             out.append(grid(["", *columns], cells))
         if "text" in part:
             out.append(part["text"] if "|---" in part["text"] else f"```\n{part['text']}\n```")
