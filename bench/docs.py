@@ -3,9 +3,10 @@
     python -m bench.docs           # write what has changed
     python -m bench.docs --check   # write nothing; exit code 1 if something would change
 
-Prose is written by hand. What is put in: tables between marks (bench/page.py), and in docs/techniques.md the lines that
-begin with "- Settings:" and "- Worth here", whose backquoted settings and quoted rows of bench/ABLATION.md stay as they are
-while the values behind them are written anew.
+Prose is written by hand. What is put in: the table between two marks in docs/results.md, and in
+docs/techniques.md the lines that begin with "- Settings:" and "- Worth here, without it:". The settings and
+the rows of bench/ABLATION.md that they name stay as they are, and the values behind the names are written anew.
+Figures in sentences are looked for and never written.
 """
 import argparse
 import re
@@ -36,10 +37,11 @@ GROUPS = {
     NANOGPT: pictures.RUNS / "nanogpt",
     f"Muon, {SHORT_STEPS} steps": pictures.RUNS / "short",
 }
-ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<n>\d+) \| [\d.]+ \| (?P<loss>[^|]+) \| [\d.]* \| (?P<at_time>[^|]*)\|$", re.M)
+ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<n>\d+) \| [\d.]+ \| (?P<loss>[^|]+) \| [\d.]* "
+                 r"\| (?P<at_time>[^|]*)\|$", re.M)  # of the table in bench/ABLATION.md
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # docs/techniques.md
 
 
@@ -53,12 +55,12 @@ def shown(value) -> str:
 
 
 def settings_line(line: str) -> str:
-    """The values of the settings that a line names, for the default track, and for others in brackets where they differ."""
+    """The values of the settings that a line names; in brackets, those of tracks that have others."""
     names = [name for name in re.findall(r"`(\w+)`", line) if name not in TRACKS]
     entries = []
     for name in names:
         if not hasattr(Config, name):
-            raise UsageError(f"{TECHNIQUES}: expected settings of Config, found {name!r}; correct the line {line!r}")
+            raise UsageError(f"{TECHNIQUES}: expected settings of Config, found {name!r}; correct {line!r}")
         values = {track: shown(getattr(Config.for_track(track), name)) for track in TRACKS}
         default, *_ = values.values()
         others = [f"`{track}` {value}" for track, value in values.items() if value != default]
@@ -71,7 +73,7 @@ def worth_line(line: str, rows: dict[str, re.Match]) -> str:
     entries = []
     for name in re.findall(r'"([^"]+)"', line):
         if name not in rows:
-            raise UsageError(f"{TECHNIQUES}: expected a row of {ABLATION}, found {name!r}; correct the line {line!r}")
+            raise UsageError(f"{TECHNIQUES}: expected a row of {ABLATION}, found {name!r}; correct {line!r}")
         found = rows[name]
         at_time = f", {found['at_time'].strip()} at equal time" if found["at_time"].strip() else ""
         entries.append(f'"{name}" {found["loss"]} (n = {found["n"]}){at_time}')
@@ -91,7 +93,7 @@ def techniques(page: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Figures of README.md and docs/results.md
 
 
@@ -106,7 +108,7 @@ class Summary:
         read = pictures.nanogpt_run if folder.name == "nanogpt" else pictures.own_run
         ends = [read(path)[-1] for path in sorted(folder.glob("*.txt"))]
         if len(ends) < 2:
-            raise UsageError(f"{folder}: expected two or more logs, found {len(ends)}; name a folder of *.txt")
+            raise UsageError(f"{folder}: expected two or more logs, found {len(ends)}; name a folder of them")
         return cls([loss for _, _, loss in ends], [seconds for _, seconds, _ in ends])
 
     @property
@@ -138,7 +140,7 @@ def runs_table() -> str:
 
 
 def seconds_to(loss: float, folder: Path) -> list[float]:
-    """Training seconds at which each run of train_gpt.py first is at this loss, on straight lines between validations."""
+    """Training seconds to this loss of each run of train_gpt.py, on straight lines between validations."""
     found = [logs.read(path).runs[0].time_to(loss) for path in sorted(folder.glob("*.txt"))]
     return [ms / 1000 for ms in found if ms is not None]
 
@@ -148,14 +150,17 @@ def facts() -> dict[str, str]:
     groups = {name: Summary.of(folder) for name, folder in GROUPS.items()}
     record, muon, adamw, nanogpt = (groups[name] for name in ("the record", MUON, ADAMW, NANOGPT))
     target = Config.for_track("shakespeare").target_loss
-    adamw_to_target, muon_to_target = (statistics.mean(seconds_to(target, GROUPS[name])) for name in (ADAMW, MUON))
+    adamw_to_target = statistics.mean(seconds_to(target, GROUPS[ADAMW]))
+    muon_to_target = statistics.mean(seconds_to(target, GROUPS[MUON]))
     muon_to_nanogpt = statistics.mean(seconds_to(statistics.mean(nanogpt.losses), GROUPS[MUON]))
-    # The short runs had the machine not to themselves, so their steps count at the mean time of the whole runs' steps.
-    short_seconds = statistics.mean(muon.seconds) * SHORT_STEPS / Config.for_track("shakespeare").train_steps
-    nanogpt_seconds = statistics.mean(nanogpt.seconds)
+    muon_seconds, adamw_seconds, nanogpt_seconds = (
+        statistics.mean(group.seconds) for group in (muon, adamw, nanogpt))
+
+    # The short runs did not have the machine to themselves: a step counts as long as one of the whole runs.
+    short_seconds = muon_seconds * SHORT_STEPS / Config.for_track("shakespeare").train_steps
     return {
         "the record": f"{record.time} s (n = {record.n}",
-        "AdamW, whole schedule": f"{statistics.mean(adamw.seconds) / statistics.mean(muon.seconds):.2f} times",
+        "AdamW, whole schedule": f"{adamw_seconds / muon_seconds:.2f} times",
         "AdamW, to the target": f"{adamw_to_target / muon_to_target:.2f} times",
         "nanoGPT, on the way of a whole run": f"{nanogpt_seconds / muon_to_nanogpt:.1f} times",
         "nanoGPT, a run that stops there": f"{nanogpt_seconds / short_seconds:.1f} times",
@@ -163,7 +168,7 @@ def facts() -> dict[str, str]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # All of it
 
 
@@ -183,8 +188,8 @@ def page_with(page: str, mark: str, table: str) -> str:
     before, found, rest = page.partition(mark)
     _, end, after = rest.partition(END)
     if not (found and end):
-        raise UsageError(f"{RESULTS}: expected the lines {mark!r} and {END!r}, found no such pair; write them where the table "
-                         "shall stand")
+        raise UsageError(f"{RESULTS}: expected the lines {mark!r} and {END!r}, found no such pair; write "
+                         "them where the table shall stand")
     return f"{before}{mark}\n\n{table}\n{END}{after}"
 
 
@@ -196,7 +201,8 @@ def main(argv: list[str]) -> int:
     try:
         stale = [(path, text) for path, text in wanted().items()
                  if not path.exists() or path.read_text(encoding="utf-8") != text]
-        missing = [(about, text) for about, text in facts().items() if text not in README.read_text(encoding="utf-8")]
+        prose = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
+        missing = [(about, text) for about, text in facts().items() if text not in prose]
     except (OSError, UsageError) as error:
         print(f"bench.docs: {error}", file=sys.stderr)
         return 2
@@ -207,7 +213,7 @@ def main(argv: list[str]) -> int:
             with written_whole(path, "w") as file:
                 file.write(text)
     for about, text in missing:
-        print(f"{README}: expected it to say, of {about}: {text!r}")
+        print(f"{README} and {RESULTS}: expected one to say, of {about}: {text!r}")
     return 1 if missing or (stale and options.check) else 0
 
 
