@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_gpt
 from bench import docs
@@ -135,3 +136,15 @@ def test_the_verdict_it_shows_is_that_of_the_committed_experiment():
         assert line in verdict, line
     a, b = re.findall(r"^ {4}[AB]: (.*)$", verdict, re.M)
     assert f"--a '{a}' --b '{b}'" in README
+
+
+def test_its_lines_about_muon_train_a_model():
+    lines = re.search(r"^ {4}from muon import Muon\n(?:(?: {4}.*)?\n)+", README, re.M)[0]
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 7))
+    before = [p.detach().clone() for p in model.parameters()]
+    names = {"model": model, "torch": torch}
+    exec("\n".join(line[4:] for line in lines.splitlines()), names)
+    model(torch.arange(7)).square().mean().backward()
+    for optimizer in names["optimizers"]:
+        optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
