@@ -3,13 +3,15 @@ import contextlib
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent  # the repository
+
 
 @contextlib.contextmanager
 def written_whole(path: Path, mode: str = "wb"):
     """Yield a file under a partial name beside `path`, and give it the name once its bytes are on the disk.
 
-    An error inside, or one of the disk (OSError), leaves what stood at `path` before as it was. mode: "wb" or "w" (UTF-8).
-    The folder of `path` is made where it is missing.
+    An error inside, or one of the disk (OSError), leaves what stood at `path` before as it was. mode: "wb" or
+    "w" (UTF-8). The folder of `path` is made where it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -233,3 +233,9 @@ class Validation:
             starts = shards.document_starts(buffer[:-1], cfg.bos_id)
             starts = starts if len(starts) and starts[0] == 0 else np.append(0, starts)
             self.batches.append(make_batch(buffer, starts, cfg.val_slice, pin))
+        self.num_rounds = -(-cfg.val_tokens // cfg.val_slice // world)
+
+    def rounds(self):
+        """Yield this rank's batches, then None where others still have one: equally often on every rank."""
+        for i in range(self.num_rounds):
+            yield self.batches[i] if i < len(self.batches) else None

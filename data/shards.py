@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from data.errors import UsageError
 from data.files import written_whole
 
 MAGIC = 20240520
@@ -37,7 +38,7 @@ def data_root() -> Path:
     return Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent.parent)
 
 
-class ShardError(ValueError):
+class ShardError(UsageError):
     """A file is not a shard that can be used; the message says what was expected, what was found, what to do next."""
 
 

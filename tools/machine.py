@@ -3,7 +3,8 @@ import os
 
 
 def usable_cores() -> int:
-    """Return the cores this process may use: those the scheduler allows it, cut to the CPU quota of a container."""
+    """Return the cores this process may use: those the scheduler allows it, cut to the CPU quota of a
+    container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS: only the latter
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:  # "200000 100000" is two cores, "max 100000" all of them

@@ -196,7 +196,7 @@ def non_finite_on_one(rank):
     accumulate = train_gpt.Run.accumulate
     train_gpt.Run.accumulate = lambda self, batches, step: (
         accumulate(self, batches, step)
-        * (torch.nan if rank == 1 and self.step == 1 and self.train_ms >= 0 and hasattr(self, "stop_agreed") else 1)
+        * (torch.nan if rank == 1 and self.step == 1 and self.clock.started is not None else 1)
     )
 
 

@@ -106,23 +106,14 @@ def test_the_header_tells_what_ran(folder, result):
     for pattern in (
         r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$",
         r"^seed: 3$",
-        r'^host: \{"probe": 1, "boot": ".*", "note": ".*"\}$',
-        r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000; symmetric products by torch",
+        r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000$",
+        r"^symmetric products for Muon: torch",
         r"^attention: blocked \(fastest on a CPU\)",
         r"^training data: 6,144 tokens from 2 shards, fingerprint [0-9a-f]{16}$",
         r"^validation data: first 1024 tokens, sha256 [0-9a-f]{64}$",
         r"^parameters: [\d,]+, ",
     ):
         assert re.search(pattern, header, re.M), pattern
-
-
-@pytest.mark.parametrize("text", [None, "", "{", "\xff"])
-def test_a_host_file_that_is_missing_or_broken_is_left_out(tmp_path, text):
-    if text is not None:
-        (tmp_path / "host.json").write_bytes(text.encode("latin1"))
-    assert engine_log.host_facts(str(tmp_path)) == []
-    (tmp_path / "host.json").write_text('{"boot": "of another machine"}')
-    assert engine_log.host_facts(str(tmp_path)) == ["host: measured on another machine or before a restart, left out"]
 
 
 def test_no_peak_memory_on_a_cpu(result):
