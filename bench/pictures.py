@@ -136,13 +136,14 @@ def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint])
 
 
 def loss_picture(theme: Theme, target: float) -> str:
-    """The SVG text. matplotlib's ids and dates are fixed, so that equal data give equal files."""
+    """The SVG text. matplotlib's ids and dates are fixed, so that one version writes equal files from equal data."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": "loss", "font.sans-serif": ["DejaVu Sans"]}
     with matplotlib.rc_context(settings):
         out = io.StringIO()
         figure = figure_of_loss(theme, target)
         about = {"Title": "Validation loss against training seconds",
-                 "Description": json.dumps(drawn_data(figure)), "Date": None, "Creator": None}
+                 "Description": json.dumps(drawn_data(figure)), "Creator": f"matplotlib {matplotlib.__version__}",
+                 "Date": None}
         figure.savefig(out, format="svg", metadata=about, transparent=True)
     text = re.sub(r"[ \t]+$", "", out.getvalue(), flags=re.M)
     return text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, Helvetica, Arial")

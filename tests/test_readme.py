@@ -10,7 +10,6 @@ import torch
 
 import train_gpt
 from bench import docs
-from engine.settings import ACTIONS
 from records.__main__ import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,10 +72,10 @@ def test_every_command_is_one_that_its_program_takes(words):
 def check_options(source: Path, options: list[str]):
     """The text of a program must hold each of these options, or the trainer must have it as a setting or an action."""
     text = source.read_text(encoding="utf-8")
-    trainers = {f.name for f in dataclasses.fields(train_gpt.Config)} | {*ACTIONS}
+    trainers = {f.name for f in dataclasses.fields(train_gpt.Config)} | {*train_gpt.ACTIONS}
     for option in options:
         name = option.partition("=")[0]
-        assert f'"{name}"' in text or name[2:] in trainers, f"{source} has no {name}"
+        assert name[2:] in trainers or f'"{name}"' in text or f'"{name[2:]}"' in text, f"{source} has no {name}"
 
 
 def check_settings(words: list[str]):

@@ -9,6 +9,7 @@ import re
 from itertools import combinations
 from pathlib import Path
 
+import matplotlib
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -37,8 +38,10 @@ def entries(block: str, label: str) -> str:
 
 def test_what_the_command_writes_is_what_is_there():
     for path, text in docs.wanted().items():
-        if not path.name.startswith("loss_"):  # other versions of matplotlib write it in other words
-            assert path.read_text(encoding="utf-8") == text, f"{path}: run python -m bench.docs"
+        found = path.read_text(encoding="utf-8")
+        if path.name.startswith("loss_") and f"matplotlib {matplotlib.__version__}<" not in found:
+            continue  # another version writes it in other words; its data are compared below
+        assert found == text, f"{path}: run python -m bench.docs"
 
 
 def test_every_technique_of_the_trainer_has_one_block():
