@@ -5,7 +5,7 @@
 
 Prose is written by hand. What is put in: the table between two marks in docs/results.md, and in
 docs/techniques.md the lines that begin with "- Settings:" and "- Worth here, without it:". The settings and
-the rows of bench/ABLATION.md that they name stay as they are, and the values behind the names are written anew.
+the rows of bench/ABLATION.md that they name stay as they are; the values behind the names are written anew.
 Figures in sentences are looked for and never written.
 """
 import argparse

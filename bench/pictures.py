@@ -136,14 +136,14 @@ def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint])
 
 
 def loss_picture(theme: Theme, target: float) -> str:
-    """The SVG text. matplotlib's ids and dates are fixed, so that one version writes equal files from equal data."""
+    """The SVG text; ids and dates are fixed, so that one matplotlib writes equal files from equal data."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": "loss", "font.sans-serif": ["DejaVu Sans"]}
     with matplotlib.rc_context(settings):
         out = io.StringIO()
         figure = figure_of_loss(theme, target)
-        about = {"Title": "Validation loss against training seconds",
-                 "Description": json.dumps(drawn_data(figure)), "Creator": f"matplotlib {matplotlib.__version__}",
-                 "Date": None}
+        about = {"Title": "Validation loss against training seconds", "Date": None,
+                 "Description": json.dumps(drawn_data(figure)),
+                 "Creator": f"matplotlib {matplotlib.__version__}"}
         figure.savefig(out, format="svg", metadata=about, transparent=True)
     text = re.sub(r"[ \t]+$", "", out.getvalue(), flags=re.M)
     return text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, Helvetica, Arial")
@@ -211,8 +211,8 @@ def muon_picture(theme: Theme) -> str:
                       "Every rank has gradients of the matrices A, B, C and D. A reduce-scatter brings their "
                       "mean to the owner of each matrix, which alone keeps its momentum and runs "
                       "Newton-Schulz; an all-gather brings the updates to all ranks, which apply them. "
-                      "Buckets overlap: while one is computed, the gradients of the next and the updates of the one "
-                      "before travel.")
+                      "Buckets overlap: while one is computed, the gradients of the next and the updates of "
+                      "the one before travel.")
     draw_ranks(drawing, theme)
     draw_buckets(drawing, theme)
     return drawing.finish()

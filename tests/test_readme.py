@@ -70,12 +70,12 @@ def test_every_command_is_one_that_its_program_takes(words):
 
 
 def check_options(source: Path, options: list[str]):
-    """The text of a program must hold each of these options, or the trainer must have it as a setting or an action."""
+    """Each of these options must be a setting or an action of the trainer, or stand in the program's text."""
     text = source.read_text(encoding="utf-8")
     trainers = {f.name for f in dataclasses.fields(train_gpt.Config)} | {*train_gpt.ACTIONS}
     for option in options:
-        name = option.partition("=")[0]
-        assert name[2:] in trainers or f'"{name}"' in text or f'"{name[2:]}"' in text, f"{source} has no {name}"
+        name = option.partition("=")[0].removeprefix("--")
+        assert name in trainers or f'"--{name}"' in text or f'"{name}"' in text, f"{source} has no --{name}"
 
 
 def check_settings(words: list[str]):

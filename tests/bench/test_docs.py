@@ -1,5 +1,5 @@
-"""bench.docs and bench.pictures: figures and pictures are those of the committed logs, and every technique has
-its block."""
+"""bench.docs and bench.pictures: figures and pictures are those of the committed logs; every technique has a
+block."""
 import ast
 import csv
 import dataclasses
@@ -20,9 +20,10 @@ from train_gpt import Config
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / docs.TECHNIQUES).read_text(encoding="utf-8")
 BLOCKS = re.split(r"^### ", PAGE, flags=re.M)[1:]
+# Sizes, files, and how a run is made.
 NO_TECHNIQUES = set("""track target_loss seed train_files val_files max_epochs bos_id vocab_size val_tokens
     val_slice val_every train_steps slices num_layers model_dim head_dim mlp_ratio attention dtype compile
-    recompute log_dir stop_at_target save_every save_final wandb""".split())  # sizes, files, and how a run is made
+    recompute log_dir stop_at_target save_every save_final wandb""".split())
 
 
 @pytest.fixture(autouse=True)
