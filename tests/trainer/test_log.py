@@ -8,7 +8,6 @@ import subprocess
 import sys
 import types
 import uuid
-from pathlib import Path
 
 import pytest
 from tests.helpers.runs import ROOT, TINY, TRAIN_KEYS, VAL_KEYS, config, make_shards, run, step_lines
@@ -26,10 +25,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    (folder / "logs").mkdir()
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    host = {"probe": 1, "boot": boot.read_text().strip() if boot.exists() else "", "note": "step:1/2 val_loss:3"}
-    (folder / "logs" / "host.json").write_text(json.dumps(host, indent=1))
     result = run(folder, "--seed=3")
     assert (result.code, result.err) == (0, "")
     return result
