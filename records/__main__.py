@@ -6,12 +6,13 @@ import os
 import sys
 import textwrap
 
+from data.errors import RunError, UsageError
 from records.errors import RecordError
 
 VERBS = {  # in the order of the manual
     "read": ("show", "compare", "report"),
-    "judge": ("stats", "plan", "ab", "calibrate"),
-    "submit and review": ("check", "pack", "verify", "table"),
+    "run and judge": ("plan", "ab", "check"),
+    "submit and review": ("pack", "verify", "table"),
 }
 
 MANUAL = """usage: python -m records VERB [ARGUMENTS]
@@ -51,11 +52,12 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(manual(), end="")
         return 0 if argv else 2
-    verb, known = argv[0], [verb for verbs in VERBS.values() for verb in verbs]
+    verb = argv[0]
+    known = [verb for verbs in VERBS.values() for verb in verbs]
     if verb not in known:
         near = difflib.get_close_matches(verb, known, n=1)
-        raise RecordError(f"expected a verb ({', '.join(known)}), found {verb!r}; "
-                          + (f"did you mean {near[0]}?" if near else "see python -m records --help"))
+        advice = f"did you mean {near[0]}?" if near else "see python -m records --help"
+        raise RecordError(f"expected a verb ({', '.join(known)}), found {verb!r}; {advice}")
     module = importlib.import_module(f"records.{verb}")
     parser = Parser(prog=f"python -m records {verb}", description=module.__doc__, epilog=f"example: {module.EXAMPLE}",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -69,10 +71,10 @@ def guarded(argv: list[str]) -> int:
         code = main(argv)
         sys.stdout.flush()
         return code
-    except RecordError as e:
+    except (UsageError, RunError) as e:
         sentence = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(e))  # may quote a file or its name
         print(f"records: {sentence}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(e, UsageError) else 1
     except ModuleNotFoundError as e:
         print(f"records: expected the package {e.name}, found none; pip install -r records/requirements.txt", file=sys.stderr)
         return 2

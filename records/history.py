@@ -17,7 +17,7 @@ COMMIT = "f411b3d346aa52d3504324ca93c230fd84c6c07f"
 
 
 @dataclass(frozen=True)
-class Record:
+class HistoryRow:
     """A row of a record table."""
     track: str
     number: int
@@ -41,7 +41,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Final:
+class HistoryFinal:
     """The last validation of a run."""
     track: str
     number: int | None  # None: of no row of a table
@@ -60,7 +60,7 @@ class Final:
 
 
 @dataclass(frozen=True)
-class Point:
+class HistoryPoint:
     """A validation of a run whose curve is kept."""
     track: str
     number: int
@@ -71,31 +71,31 @@ class Point:
 
 
 @cache
-def records() -> tuple[Record, ...]:
-    return read("records.csv", Record)
+def records() -> tuple[HistoryRow, ...]:
+    return read("records.csv", HistoryRow)
 
 
 @cache
-def finals() -> tuple[Final, ...]:
+def finals() -> tuple[HistoryFinal, ...]:
     """Of all runs that belong to a record."""
-    return read("finals.csv", Final)
+    return read("finals.csv", HistoryFinal)
 
 
 @cache
-def other_finals() -> tuple[Final, ...]:
-    return read("finals_other.csv", Final)
+def other_finals() -> tuple[HistoryFinal, ...]:
+    return read("finals_other.csv", HistoryFinal)
 
 
 @cache
-def curves() -> dict[tuple[str, int, str], tuple[Point, ...]]:
+def curves() -> dict[tuple[str, int, str], tuple[HistoryPoint, ...]]:
     """Curves by track, number and run_id."""
     found = {}
-    for point in read("curves.csv", Point):
+    for point in read("curves.csv", HistoryPoint):
         found.setdefault((point.track, point.number, point.run_id), []).append(point)
     return {key: tuple(points) for key, points in found.items()}
 
 
-def runs_of(record: Record) -> list[Final]:
+def runs_of(record: HistoryRow) -> list[HistoryFinal]:
     """The runs of a record. A retiming is the one log that its row names."""
     return [final for final in finals() if (final.track, final.number, final.kind) == (record.track, record.number, record.kind)
             and (record.kind == "record" or final.log_path == record.log_path)]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from records.logs import SEPARATOR, Log
+from records.errors import RecordError
+from records.logs import SEPARATOR, LogFile
 
 SIZE_LIMIT = 1 << 24  # bytes; the lines of a longer log are not judged (the longest of the public archive has 1.1 million)
 STEP = re.compile(rb"^step:(\d{1,12})/\d{1,12} ((?:[a-z_]{1,40}:\S{1,40} ){0,12}?)train_time:(\d{1,15}(?:\.\d{1,9})?)(m?s) "
@@ -16,8 +17,8 @@ STEP = re.compile(rb"^step:(\d{1,12})/\d{1,12} ((?:[a-z_]{1,40}:\S{1,40} ){0,12}
 DATE = re.compile(rb"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d) +(\d{4})\s*$", re.M)
 RESUMED = re.compile(rb"^resumed: ", re.M)
 COMMIT = re.compile(rb"^commit: ([0-9a-f]{40}(?: with changes)?)$", re.M)
-BOOT = re.compile(rb'^host: \{.{0,60000}"boot": "([0-9a-f-]{8,64})"', re.M)
-DATA = re.compile(rb"^((?:training|validation) data: .{1,300})$", re.M)
+TRAINING_DATA = re.compile(rb"^training data: .{1,200}, fingerprint ([0-9a-f]{8,64})$", re.M)
+VALIDATION_DATA = re.compile(rb"^validation data: first \d{1,15} tokens, sha256 ([0-9a-f]{64})$", re.M)
 QUEUE = 5  # steps that a GPU may still have to do when a training line is printed (at most 3.06 in the public archive)
 
 
@@ -26,15 +27,17 @@ class Details:
     date: datetime.datetime | None = None  # by the clock and in the time zone of the machine
     resumed: bool = False
     commit: str = ""
-    boot: str = ""  # identity of the running machine, which `calibrate` has noted
-    data: tuple[str, ...] = ()  # what the log says of its data
+    training_data: str | None = None  # fingerprint of the shards
+    validation_data: str | None = None  # SHA-256 of the tokens that are validated
     num_training: int = 0  # training lines
     clock: frozenset = frozenset()  # (step, ms) of training lines; of every eighth step where there are very many
     contradictions: tuple[str, ...] = ()  # what does not fit among the step lines, by run
 
 
-def examine(log: Log) -> Details:
+def examine(log: LogFile) -> Details:
     """The details of a log; its file is read again."""
+    if not log.path.is_file():
+        raise RecordError(f"{log.path}: expected a file, since its lines are read twice, found a pipe; write it to a file first")
     if log.size > SIZE_LIMIT:
         return Details(contradictions=(f"expected at most {SIZE_LIMIT:,} bytes, found {log.size:,}: its lines are not judged",))
     text = log.path.read_bytes().replace(b"\r\n", b"\n")
@@ -50,13 +53,18 @@ def examine(log: Log) -> Details:
     return Details(
         date=parse_date(DATE.findall(head)),
         resumed=bool(RESUMED.search(header)),
-        commit=match[1].decode() if (match := COMMIT.search(header)) else "",
-        boot=match[1].decode() if (match := BOOT.search(header)) else "",
-        data=tuple(line.decode("utf-8", "replace") for line in DATA.findall(header)),
+        commit=found_in(header, COMMIT) or "",
+        training_data=found_in(header, TRAINING_DATA),
+        validation_data=found_in(header, VALIDATION_DATA),
         num_training=len(training),
         clock=frozenset(map(tuple, training[training[:, 0] % (8 if len(training) > 400 else 1) == 0].tolist())),
         contradictions=tuple(found),
     )
+
+
+def found_in(header: bytes, pattern: re.Pattern) -> str | None:
+    match = pattern.search(header)
+    return match[1].decode() if match else None
 
 
 def parse_date(found: list[tuple]) -> datetime.datetime | None:

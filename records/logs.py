@@ -7,21 +7,28 @@ A log is: embedded source, a line of 100 `=`, a header (versions, hardware, sett
 
 Whatever part is missing, the rest is read. A log is hostile text: it is searched block by block for lines that matter, in
 bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what is odd about it is said in
-`Log.problems`. The source can hold anything, so whatever looks like output before the last header counts as source.
+`LogFile.problems`. The source can hold anything, so whatever looks like output before the last header counts as source.
 """
 import codecs
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import select
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from records.errors import RecordError
+from records.experiment import ROLES, read_experiment
 
+RECORD_FILE = "record.json"  # what the folder of a record claims; its logs are in runs/
 SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs
 BLOCK = 1 << 20  # bytes read at a time
+PIPE_LIMIT = 1 << 26  # bytes read from a pipe, which are held in memory
+PIPE_PATIENCE = 60  # seconds in which a pipe must bring something
 LINE_LIMIT = 1 << 16  # bytes; no longer line is read (the longest that matters in the public logs has 587)
 SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the public logs has 187,761)
 POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
@@ -37,25 +44,29 @@ class ValPoint:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFacts:
     """One training run; a file may hold several. What the log does not say is None."""
     run_id: str  # stem of the file name; of several runs in a file the first appends #01
     val_points: tuple[ValPoint, ...]
-    total_steps: int | None  # as printed
-    complete: bool  # there is a validation at total_steps
-    torch: str | None
-    cuda: str | None
-    triton: str | None
-    python: str | None
-    gpu_name: str | None  # on a CPU its description and model
-    num_gpus: int | None  # rows of nvidia-smi's table, else the world size; 0 on a CPU
-    world_size: int | None
-    seed: int | None
-    peak_mib: int | None  # peak of allocated memory
-    config: dict  # resolved settings of our own logs; {} for others
-    val_tokens: int | None  # tokens of a validation
-    step_avg_ms: float | None  # total time / steps of the last validation, whatever the log calls its average
-    source_sha256: str | None  # of the embedded source, all files of it; of a single file it is the file's own
+    total_steps: int | None = None  # as printed
+    complete: bool = False  # there is a validation at total_steps
+    torch: str | None = None
+    cuda: str | None = None
+    triton: str | None = None
+    python: str | None = None
+    gpu_name: str | None = None  # on a CPU its description and model
+    num_gpus: int | None = None  # rows of nvidia-smi's table, else the world size; 0 on a CPU
+    world_size: int | None = None
+    seed: int | None = None
+    peak_mib: int | None = None  # peak of allocated memory
+    config: dict = field(default_factory=dict)  # resolved settings of our own logs; {} for others
+    val_tokens: int | None = None  # tokens of a validation
+    step_avg_ms: float | None = None  # total time / steps of the last validation, whatever the log calls its average
+    source_sha256: str | None = None  # of the embedded source, all files of it; of a single file it is the file's own
+
+    @property
+    def hardware(self) -> str | None:
+        return f"{self.num_gpus} x {self.gpu_name}" if self.gpu_name and self.num_gpus else self.gpu_name
 
     @property
     def first_val_loss(self) -> float | None:
@@ -101,10 +112,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Log:
+class LogFile:
     path: Path
     variant: str  # id in VARIANTS
-    runs: tuple[Run, ...]
+    runs: tuple[RunFacts, ...]
     sha256: str  # of the file
     size: int  # bytes
     problems: tuple[str, ...]  # what is odd about the file
@@ -143,6 +154,7 @@ VARIANTS = (
 )
 
 SEPARATOR = "=" * 100
+UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n", re.M)  # before the second, third, ... source file
 NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", re.A)
 TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)", re.A)
@@ -169,17 +181,18 @@ LINES = re.compile(  # beginnings of lines that matter, after a newline: one sea
 
 
 def find(paths) -> list[Path]:
-    """Files that may be logs, sorted: each file of `paths`, and those with a usual suffix below its folders. None comes twice,
-    and links that lead out of a folder are not followed."""
+    """Files that may be logs, sorted: each file of `paths`, and those with a usual suffix below its folders.
+
+    None comes twice. Hidden files, such as those that macOS leaves behind, and links that lead out of a folder are left
+    out; so is everything but the logs of both arms in the folder of an A/B experiment, and everything but the runs in the
+    folder of a record.
+    """
     found = {}
     for path in map(Path, paths):
         try:
             if path.is_dir():
-                root = path.resolve()
-                files = sorted(Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
-                for file in files:
-                    if file.suffix in SUFFIXES and file.is_file() and file.resolve().is_relative_to(root):
-                        found.setdefault(file.resolve(), file)
+                for file in sorted(files_below(path)):
+                    found.setdefault(file.resolve(), file)
             elif path.exists():
                 found.setdefault(path.resolve(), path)
             else:
@@ -189,19 +202,36 @@ def find(paths) -> list[Path]:
     return sorted(found.values())
 
 
+def files_below(root: Path) -> Iterator[Path]:
+    """The files of a folder that may be logs."""
+    inside = root.resolve()
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
+        if read_experiment(Path(folder)):
+            subfolders[:] = [name for name in subfolders if name in ROLES]
+            continue
+        if RECORD_FILE in names:
+            subfolders[:] = [name for name in subfolders if name == "runs"]
+            continue
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            file = Path(folder, name)
+            usual = file.suffix in SUFFIXES and not name.startswith(".")
+            if usual and file.is_file() and file.resolve().is_relative_to(inside):
+                yield file
+
+
 def refuse(error: OSError, path: Path | None = None):
     raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; check path and "
                       "permissions") from None
 
 
-def read(path) -> Log:
+def read(path) -> LogFile:
     """The log at a path. Raises RecordError where there is no readable file, and never for what is in it."""
-    path, notes, digest = Path(path), Notes(), hashlib.sha256()
+    path = Path(path)
+    notes = Notes()
+    digest = hashlib.sha256()
     try:
-        if not path.is_file():  # a pipe or a device might never end
-            kind = "a folder" if path.is_dir() else "something else" if path.exists() else "nothing there"
-            raise RecordError(f"{path}: expected a log, found {kind}; name a file")
-        with open(path, "rb") as file:
+        with opened(path) as file:
             body = Body(notes)
             for offset, line in lines(file, digest, notes):
                 body = body.take(offset, line)
@@ -209,14 +239,50 @@ def read(path) -> Log:
             source = read_source(file, body, notes)
     except OSError as e:
         refuse(e, path)
+
     sources = split_source(source, notes)
-    body.marks |= {f"file{len(sources)}", f"separators{body.num_separators}"} | ({"source"} if body.source_end else set())
+    body.marks |= {f"file{len(sources)}", f"separators{body.num_separators}"}
+    if body.source_end:
+        body.marks.add("source")
     runs = body.runs(path.stem, hashlib.sha256(source).hexdigest() if source else None)
     if not size:
         notes.add("the file is empty")
     elif not any(run.val_points for run in runs):
         notes.add("there is no validation in it" if runs else "this is no log of a training run")
-    return Log(path, body.variant(), runs, digest.hexdigest(), size, notes.sentences(), sources)
+    return LogFile(path, body.variant(), runs, digest.hexdigest(), size, notes.sentences(), sources)
+
+
+def read_curve(path) -> list[tuple[int, float | None, float]]:
+    """(step, training milliseconds, validation loss) of each validation of the first run in a log."""
+    runs = read(path).runs
+    return [(point.step, point.train_time_ms, point.val_loss) for point in runs[0].val_points] if runs else []
+
+
+def opened(path: Path):
+    """A file, or what comes out of a pipe such as <(zcat LOG), opened for reading from its beginning."""
+    if path.is_file():
+        return open(path, "rb")
+    if path.is_fifo():
+        return io.BytesIO(drained(path))
+    kind = "a folder" if path.is_dir() else "a device or the like" if path.exists() else "nothing there"
+    raise RecordError(f"{path}: expected a log, found {kind}; name a file")
+
+
+def drained(path: Path) -> bytes:
+    """All that a pipe brings until its writer closes it; one that nobody writes to is empty."""
+    content = bytearray()
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        while len(content) <= PIPE_LIMIT:
+            block = pipe.read(BLOCK)  # None where a writer is there and has nothing yet
+            if block is None:
+                if not select.select([pipe], [], [], PIPE_PATIENCE)[0]:
+                    raise RecordError(f"{path}: expected a log from this pipe, found nothing for {PIPE_PATIENCE} s; check "
+                                      "the command that writes to it")
+            elif not block:
+                return bytes(content)
+            else:
+                content += block
+    raise RecordError(f"{path}: expected at most {PIPE_LIMIT:,} bytes from a pipe, found more; write them to a file first")
 
 
 class Notes:
@@ -287,6 +353,11 @@ def split_source(source: bytes, notes: Notes) -> dict[str, str]:
         notes.add("the embedded source has file names that cannot be used, and is taken as one file")
         return {"train_gpt.py": text}
     return {name: part.rstrip("\n") + "\n" for name, part in zip(names, [first, *parts[1::2]])}
+
+
+def short_name(name: str) -> str:
+    """A name, printable, with each UUID in it cut to its first part, as people do."""
+    return UUID.sub(r"\1", printable(name))
 
 
 def printable(text: str) -> str:
@@ -454,7 +525,7 @@ class Body:
         if not self.parts[-1].points and self.parts.pop().step >= 0:
             self.notes.add("a run without a validation is left out")
 
-    def runs(self, stem: str, source_sha256: str | None) -> tuple[Run, ...]:
+    def runs(self, stem: str, source_sha256: str | None) -> tuple[RunFacts, ...]:
         if len(self.parts) > 1:
             self.end_part()
         parts, seen = [], set()
@@ -472,7 +543,7 @@ class Body:
         return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k:02}", source_sha256)
                      for k, part in enumerate(parts, start=1))
 
-    def run(self, part: Part, run_id: str, source_sha256: str | None) -> Run:
+    def run(self, part: Part, run_id: str, source_sha256: str | None) -> RunFacts:
         points, facts, config = part.points, self.facts, self.config
         device = facts.get("device") or facts.get("device_line")
         world_size = int(facts["world_size"]) if "world_size" in facts else None
@@ -480,7 +551,7 @@ class Body:
         if on_cpu and "cpu" in facts:
             device = f"{device}, {facts['cpu']}"
         self.note_oddities(part)
-        return Run(
+        return RunFacts(
             run_id=run_id,
             val_points=tuple(points),
             total_steps=part.total,

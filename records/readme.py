@@ -14,7 +14,7 @@ LINK = re.compile(r"\]\(([^()\s#]{1,300})[^()\s]{0,100}\)")
 
 
 @dataclass(frozen=True)
-class List:
+class NumberList:
     line: int
     before: str  # what stands before it on its line, such as "losses ="
     values: tuple[float, ...]
@@ -25,7 +25,7 @@ def line_of(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def lists(text: str) -> list[List]:
+def lists(text: str) -> list[NumberList]:
     """Lists of two or more decimal numbers; a list that comes again counts once."""
     found = {}
     for match in LIST.finditer(text):
@@ -38,7 +38,7 @@ def lists(text: str) -> list[List]:
         if len(found) == LIST_LIMIT:
             break
         if len(values) > 1 and digits:
-            found.setdefault(values, List(line_of(text, match.start()), match["before"].lower(), values, min(digits, 9)))
+            found.setdefault(values, NumberList(line_of(text, match.start()), match["before"].lower(), values, min(digits, 9)))
     return [*found.values()]
 
 

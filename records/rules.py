@@ -11,16 +11,15 @@ from pathlib import Path
 
 from records import statistics
 from records.lines import Details, examine
-from records.logs import Log, Run, ValPoint
+from records.logs import LogFile, RunFacts, ValPoint, printable, short_name
 from records.tracks import Track
 
 PASS, FAIL, WAIVED, NOT_APPLICABLE = "pass", "fail", "waived", "n/a"
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 SEED_VALUE = re.compile(r"(seed\w{0,20}\s{0,9}(?::\s{0,9}int\s{0,9})?[=(]\s{0,9})\d{1,18}", re.I)
 NOT_TRAINING = {"seed", "log_dir", "save_every", "save_final", "wandb"}  # settings that do not change what is trained
 
 
-def last_point(run: Run) -> ValPoint | None:
+def last_point(run: RunFacts) -> ValPoint | None:
     return run.val_points[-1] if run.val_points else None
 
 
@@ -28,42 +27,41 @@ def last_point(run: Run) -> ValPoint | None:
 class Submission:
     """Runs for which something is claimed, and what a person says of them."""
     track: Track
-    logs: list[Log]
-    baseline: list[Log] = field(default_factory=list)
-    excluded: list[tuple[Log, str]] = field(default_factory=list)  # with the reason
+    logs: list[LogFile]
+    baseline: list[LogFile] = field(default_factory=list)
+    excluded: list[tuple[LogFile, str]] = field(default_factory=list)  # with the reason
     step: int | None = None  # whose validation counts; None: the last
-    planned: tuple[int, ...] = ()  # numbers of runs after which to judge
+    planned: int | None = None  # runs that were planned before the first one
     waivers: dict[str, str] = field(default_factory=dict)  # reason by rule
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunFacts]:
         return [run for log in self.logs for run in log.runs]
 
     @property
-    def baseline_runs(self) -> list[Run]:
+    def baseline_runs(self) -> list[RunFacts]:
         return [run for log in self.baseline for run in log.runs]
 
     @property
-    def counted(self) -> list[Log]:
+    def counted(self) -> list[LogFile]:
         return [*self.logs, *self.baseline]
 
     @property
-    def all_logs(self) -> list[Log]:
+    def all_logs(self) -> list[LogFile]:
         return [*self.counted, *(log for log, _ in self.excluded)]
 
     @cached_property
     def details(self) -> dict[Path, Details]:
         return {log.path: examine(log) for log in self.all_logs}
 
-    def point(self, run: Run) -> ValPoint | None:
+    def point(self, run: RunFacts) -> ValPoint | None:
         """The validation that counts."""
         return last_point(run) if self.step is None else run.at(self.step)
 
-    def loss_test(self, runs: list[Run] | None = None) -> tuple:
-        """(result of the track's loss rule on these or all runs, probability left to each planned look, whether it passes)."""
-        losses = [point.val_loss if (point := self.point(run)) else math.nan for run in (self.runs if runs is None else runs)]
-        result, alpha = statistics.loss_rule(self.track, losses), self.track.alpha / max(len(self.planned), 1)
-        return result, alpha, result.passes and (len(self.planned) < 2 or result.p < alpha)
+    def loss_test(self, runs: list[RunFacts] | None = None) -> statistics.RuleResult:
+        """The track's loss rule on these runs, or on all that count."""
+        points = [self.point(run) for run in (self.runs if runs is None else runs)]
+        return statistics.loss_rule(self.track, [point.val_loss if point else math.nan for point in points])
 
     def speed(self) -> statistics.Welch:
         """Times of the runs, in ms, against those of the baseline at its last step."""
@@ -80,18 +78,13 @@ class Verdict:
     reason: str = ""  # of a waiver
 
 
-def short(name: str) -> str:
-    """A name with its UUID cut to the first part, as people do."""
-    return UUID.sub(lambda match: match[0][:8], name)[:60]
-
-
 def some(texts: Iterable[str], limit: int = 4) -> str:
     texts = list(texts)
     return "; ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
-def names(items: Iterable[Run | Log]) -> str:
-    ids = [short(item.run_id if isinstance(item, Run) else item.path.stem) for item in items]
+def names(items: Iterable[RunFacts | LogFile]) -> str:
+    ids = [short_name(item.run_id if isinstance(item, RunFacts) else item.path.stem)[:60] for item in items]
     return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
 
 
@@ -150,7 +143,7 @@ def same_source(s: Submission):
                   f"{', '.join(first.sources)} in all {len(s.logs)} logs")
 
 
-def difference(a: Log, b: Log) -> str:
+def difference(a: LogFile, b: LogFile) -> str:
     """How two sources differ, in numbers of lines."""
     changed = {name: len(set(a.sources.get(name, "").splitlines()) ^ set(b.sources.get(name, "").splitlines()))
                for name in {**a.sources, **b.sources}}
@@ -173,23 +166,23 @@ def same_validations(s: Submission):
 
 
 def same_data(s: Submission):
-    """All runs train and are judged on the same data, by its fingerprints in the logs."""
-    return same(s.logs, lambda log: " / ".join(s.details[log.path].data) or None, "logs")
+    """All runs train on the same shards, by their fingerprint in the logs."""
+    return same(s.logs, lambda log: s.details[log.path].training_data, "logs")
+
+
+def validation_data(s: Submission):
+    """Runs and baseline are judged on the same tokens, by their hash in the logs: those of the track, where they are known."""
+    hashes = {log.path: s.details[log.path].validation_data for log in s.counted}
+    known = s.track.val_sha256
+    if known and (wrong := [log for log in s.counted if hashes[log.path] not in (known, None)]):
+        found = (hashes[wrong[0].path] or "")[:12]
+        return FAIL, f"expected tokens with SHA-256 {known[:12]}..., found {found}... in {names(wrong)}"
+    return same(s.counted, lambda log: hashes[log.path], "logs")
 
 
 def same_hardware(s: Submission):
     """Runs and baseline have the same model of GPU or CPU, and as many of them."""
-    return same([*s.runs, *s.baseline_runs], hardware)
-
-
-def hardware(run: Run) -> str | None:
-    return f"{run.num_gpus} x {run.gpu_name}" if run.gpu_name and run.num_gpus else run.gpu_name
-
-
-def same_machine(s: Submission):
-    """* Runs and baseline ran on one machine, as far as `calibrate` has measured it and the logs carry that."""
-    hosts = {run.run_id: s.details[log.path].boot or None for log in s.counted for run in log.runs}
-    return same([*s.runs, *s.baseline_runs], lambda run: hosts[run.run_id])
+    return same([*s.runs, *s.baseline_runs], lambda run: run.hardware)
 
 
 def same_torch(s: Submission):
@@ -199,7 +192,7 @@ def same_torch(s: Submission):
     return baseline if baseline[0] == FAIL != verdict[0] else verdict
 
 
-def build(run: Run) -> str | None:
+def build(run: RunFacts) -> str | None:
     return run.torch and f"torch {run.torch}, CUDA {run.cuda}" + (f", Triton {run.triton}" if run.triton else "")
 
 
@@ -272,7 +265,7 @@ def overlaps(sets: list[Iterable]) -> Counter:
     return shared
 
 
-def curve(run: Run) -> set:
+def curve(run: RunFacts) -> set:
     """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the same by chance."""
     points = [point for point in run.val_points if point.step > 0]
     return {(point.step, point.val_loss) for point in points} | {point.train_time_ms for point in points[:len(points) == 1]}
@@ -327,11 +320,13 @@ def not_resumed(s: Submission):
 def planned_runs(s: Submission):
     """* There are as many runs, excluded ones included, as were planned: none was added after a look."""
     n = len(s.runs) + sum(len(log.runs) for log, _ in s.excluded)
-    if s.planned:
-        return judged([] if n in s.planned else [f"planned {' or '.join(map(str, s.planned))}, found {n}"], f"{n} of {n}")
+    if s.planned is not None:
+        return judged([f"planned {s.planned}, found {n}"] if n != s.planned else [], f"{n} of {n}")
+
     dates = {run.run_id: s.details[log.path].date for log in s.logs for run in log.runs}
-    if n > 2 and None not in dates.values() and s.loss_test()[2]:
-        if not s.loss_test(sorted(s.runs, key=lambda run: dates[run.run_id])[:-1])[2]:
+    if n > 2 and None not in dates.values() and s.loss_test().passes:
+        all_but_the_latest = sorted(s.runs, key=lambda run: dates[run.run_id])[:-1]
+        if not s.loss_test(all_but_the_latest).passes:
             return FAIL, "no plan is stated, and the loss rule holds only since the latest run"
     return NOT_APPLICABLE, f"no plan is stated for the {n} runs"
 
@@ -342,23 +337,30 @@ def exclusions(s: Submission):
         return NOT_APPLICABLE, "no run is left out"
     if unexplained := [log for log, reason in s.excluded if not reason]:
         return FAIL, f"no reason to leave out {names(unexplained)}"
+
     alike = {(run.source_sha256, run.world_size) for run in s.runs}
-    back = [run for log, _ in s.excluded for run in log.runs if (run.source_sha256, run.world_size) in alike
-            and s.point(run) and (run.complete or s.step is not None or not math.isfinite(s.point(run).val_loss))]
+    back = [run for log, _ in s.excluded for run in log.runs
+            if (run.source_sha256, run.world_size) in alike and says_something(run, s)]
     evidence = some(f"{names([log])}: {reason}" for log, reason in s.excluded)
-    if back and s.loss_test()[2] and not s.loss_test([*s.runs, *back])[2]:
+    if back and s.loss_test().passes and not s.loss_test([*s.runs, *back]).passes:
         return FAIL, f"the loss rule does not hold with {names(back)} put back ({evidence})"
     return PASS, evidence
 
 
+def says_something(run: RunFacts, s: Submission) -> bool:
+    """Whether an excluded run tells anything about its recipe: it came to the step that counts, or it diverged."""
+    point = s.point(run)
+    return point is not None and (run.complete or s.step is not None or not math.isfinite(point.val_loss))
+
+
 def loss_rule(s: Submission):
-    """* The mean loss is below the target by the test of the track, its alpha shared out over the planned looks."""
-    result, alpha, passes = s.loss_test()
+    """* The mean loss is below the target by the test of the track."""
+    result = s.loss_test()
     if result.p is None:
         return FAIL, result.why
     sd = "" if result.sd is None else f" ± {result.sd:.5f}"
-    return PASS if passes else FAIL, (f"{result.mean:.5f}{sd} (n = {result.n}) against {s.track.target:g}: "
-                                      f"p = {result.p:.2g}, {alpha:g} is asked")
+    return PASS if result.passes else FAIL, (
+        f"{result.mean:.5f}{sd} (n = {result.n}) against {s.track.target:g}: p = {result.p:.2g}, {s.track.alpha:g} is asked")
 
 
 def faster_than_baseline(s: Submission):
@@ -377,8 +379,8 @@ def faster_than_baseline(s: Submission):
 
 
 RULES = {rule.__name__.replace("_", "-"): rule for rule in (
-    intact_logs, consistent_lines, right_track, same_source, same_settings, same_validations, same_data, same_hardware,
-    same_machine, same_torch, same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses,
+    intact_logs, consistent_lines, right_track, same_source, same_settings, same_validations, same_data, validation_data,
+    same_hardware, same_torch, same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses,
     distinct_files, distinct_curves, distinct_seeds, compile_flags, not_resumed, planned_runs, exclusions, loss_rule,
     faster_than_baseline)}
 WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")}
@@ -399,4 +401,4 @@ def judge(s: Submission) -> list[Verdict]:
 
 def plain(text: str) -> str:
     """Text out of a log for a terminal or a README: one line of bounded length, nothing invisible in it."""
-    return "".join(c if c.isprintable() else "?" for c in text[:1000])
+    return printable(text[:1000])

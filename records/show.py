@@ -17,7 +17,7 @@ from records.errors import RecordError
 from records.logs import printable
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
-EXAMPLE = "python -m records show bench/results/2026-11-22_shakespeare_cpu/muon"
+EXAMPLE = "python -m records show records/track_0_laptop/2026-11-24_TailAverage"
 
 POINTS_SHOWN = 40  # validations of a run in the terminal; --json has all
 
@@ -34,6 +34,7 @@ def add_arguments(parser):
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a log, or a folder of logs")
     parser.add_argument("--target", type=target_loss, metavar="LOSS",
                         help="validation loss to reach (default: that of the log's track, or 3.28)")
+    parser.add_argument("--source", metavar="FILE", help="print a source file that the log embeds, such as train_gpt.py")
     parser.add_argument("--json", action="store_true", help="facts for a program, with every validation")
 
 
@@ -41,33 +42,52 @@ def run(args) -> int:
     paths = logs.find(args.paths)
     if not paths:
         raise RecordError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; check the path")
-    found = []
+    found, errors = [], []
     for path in paths:
         try:
             found.append(logs.read(path))
         except RecordError as e:  # one file that cannot be opened does not hide the others
-            print(f"records: {e}", file=sys.stderr)
-    if args.json:
+            errors.append(e)
+    if not found:
+        raise errors[0]
+    for error in errors:
+        print(f"records: {error}", file=sys.stderr)
+
+    if args.source:
+        print(source_of(found[0], args.source), end="")
+    elif args.json:
         facts = [as_json(log, args.target or target_of(log)) for log in found]
         one_file = len(args.paths) == 1 and not Path(args.paths[0]).is_dir()
-        print(json.dumps(facts[0] if one_file and facts else facts, indent=1, allow_nan=False))
+        print(json.dumps(facts[0] if one_file else facts, indent=1, allow_nan=False))
     else:
         print_facts(found, args.target)
-    return int(len(found) < len(paths) or any(log.variant == "X" for log in found))
+    return int(bool(errors) or any(log.variant == "X" for log in found))
 
 
-def target_of(log: logs.Log) -> float:
+def source_of(log: logs.LogFile, name: str) -> str:
+    if name not in log.sources:
+        raise RecordError(f"--source: expected a file that {log.path} embeds ({', '.join(log.sources) or 'it has none'}), "
+                          f"found {name!r}; choose one of these")
+    return log.sources[name]
+
+
+def track_of(log: logs.LogFile) -> tracks.Track | None:
+    """The track that a log is of, None where it does not say."""
     try:
-        return tracks.choose(None, [log]).target
+        return tracks.choose(None, [log])
     except RecordError:
-        return tracks.TRACKS["small"].target
+        return None
+
+
+def target_of(log: logs.LogFile) -> float:
+    return (track_of(log) or tracks.TRACKS["small"]).target
 
 
 def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def as_json(log: logs.Log, target: float) -> dict:
+def as_json(log: logs.LogFile, target: float) -> dict:
     """Facts by names that do not change; new ones are only ever added at an end."""
     return {
         "path": os.fspath(log.path),
@@ -118,10 +138,6 @@ def nats(loss: float | None) -> str:
     return shown(loss, "{:.4f}" if loss == round(loss or 0, 4) else "{}")
 
 
-def hardware(run: logs.Run) -> str:
-    return shown(run.gpu_name, f"{run.num_gpus} x {{}}" if run.num_gpus else "{}")
-
-
 def terminal():
     """A rich console that takes no text for markup; wide where no terminal sets a limit."""
     from rich.console import Console
@@ -138,7 +154,7 @@ def new_table(*names: str, words: tuple[str, ...] = ()):
     return table
 
 
-def print_facts(found: list[logs.Log], target: float | None):
+def print_facts(found: list[logs.LogFile], target: float | None):
     console = terminal()
     if len(found) == 1:
         print_one(console, found[0], target or target_of(found[0]))
@@ -149,7 +165,7 @@ def print_facts(found: list[logs.Log], target: float | None):
             console.print(f"{printable(str(log.path))}: {problem}", style="yellow", soft_wrap=True)
 
 
-def print_runs(console, found: list[logs.Log], target: float | None):
+def print_runs(console, found: list[logs.LogFile], target: float | None):
     """One row for each run. What is the same in all of them stands below the table once."""
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(log.path)) for log in found])
     rows = []
@@ -168,7 +184,7 @@ def print_runs(console, found: list[logs.Log], target: float | None):
                 "at step": shown(run.steps_to(loss), "{:,.1f}"),
                 "seed": shown(run.seed),
                 "ranks": shown(run.world_size),
-                "hardware": hardware(run),
+                "hardware": shown(run.hardware),
                 "torch": shown(run.torch),
             })
     if not rows:
@@ -182,7 +198,7 @@ def print_runs(console, found: list[logs.Log], target: float | None):
         console.print("in all: " + ", ".join(f"{name} {value}" for name, value in common.items() if value != "-"))
 
 
-def print_one(console, log: logs.Log, target: float):
+def print_one(console, log: logs.LogFile, target: float):
     """Facts of the file, then of its run with the validations, or of its runs as a table."""
     from rich.table import Table
 
@@ -192,7 +208,7 @@ def print_one(console, log: logs.Log, target: float):
     if log.runs:
         run = log.runs[0]
         facts += [("its SHA-256", shown(run.source_sha256)), ("Python", shown(run.python)), ("torch", shown(run.torch)),
-                  ("CUDA", shown(run.cuda)), ("Triton", shown(run.triton)), ("hardware", hardware(run)),
+                  ("CUDA", shown(run.cuda)), ("Triton", shown(run.triton)), ("hardware", shown(run.hardware)),
                   ("world size", shown(run.world_size)), ("peak memory", shown(run.peak_mib, "{:,} MiB"))]
     if len(log.runs) == 1:
         time, steps = run.time_to(target), run.steps_to(target)
@@ -215,7 +231,7 @@ def print_one(console, log: logs.Log, target: float):
         console.print(points_table(run))
 
 
-def points_table(run: logs.Run):
+def points_table(run: logs.RunFacts):
     """The validations; of very many the first ten and the last ones."""
     points, names = run.val_points, list(dict.fromkeys(name for point in run.val_points for name in point.extra))
     table = new_table("step", "validation loss", "time, s", *names)

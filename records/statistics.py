@@ -6,7 +6,7 @@ Probabilities are one-sided, since a claim has a direction: below the target, fa
 """
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 
 import numpy as np
 import scipy  # scipy.stats, 0.5 s, is imported by its first use
@@ -36,7 +36,7 @@ def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
         return (float(np.mean(values)) if len(values) else None), (float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
-class Rule:
+class RuleResult:
     """What the results of loss rules share."""
 
     @property
@@ -48,7 +48,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class TTest(Rule):
+class TTest(RuleResult):
     """One-sample t-test that the mean is below the target."""
     n: int
     mean: float | None
@@ -78,7 +78,7 @@ def t_test(losses: Sequence[float], target: float, alpha: float = 0.01) -> TTest
 
 
 @dataclass(frozen=True)
-class ZRule(Rule):
+class ZRule(RuleResult):
     """(target - mean) sqrt(n) against what is needed. p: of a z-test with the assumed sigma."""
     n: int
     mean: float | None
@@ -122,7 +122,7 @@ def loss_rule(track, losses: Sequence[float]) -> TTest | ZRule:
 
 
 @dataclass(frozen=True)
-class PairwiseRule(Rule):
+class PairwiseRule(RuleResult):
     """Candidate against predecessor: (loss gained + loss that the saved steps are worth) / sqrt(1/n + 1/n_baseline)."""
     n: int
     n_baseline: int
@@ -254,3 +254,15 @@ def power(n: int, margin: float, sd: float, alpha: float, sigma: float | None = 
 def detectable(n: int, alpha: float, wanted: float = 0.8) -> float:
     """The difference, in standard deviations, at which the t-test of n values has the wanted power."""
     return scipy.optimize.brentq(lambda margin: power(n, margin, 1.0, alpha) - wanted, 0, 1e3)
+
+
+def plain(value):
+    """Results as JSON holds them: dataclasses as dictionaries, numbers that are not finite as None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if is_dataclass(value):
+        passes = {"passes": value.passes} if hasattr(value, "passes") else {}
+        return plain(asdict(value) | passes)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

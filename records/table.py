@@ -22,14 +22,14 @@ BEGIN, END = "<!-- Tables: written by python -m records table. -->", "<!-- End o
 
 
 @dataclass(frozen=True)
-class Row:
+class RankedRow:
     """A public record with what it gained."""
-    record: history.Record
+    record: history.HistoryRow
     gain: Decimal | None  # minutes, or steps; None where there is nothing to compare with, or no gain is claimed
     percent: float | None
 
 
-def history_rows(track: Track) -> list[Row]:
+def history_rows(track: Track) -> list[RankedRow]:
     """The public records of a track by date. By time each is compared with the row before, be it a retiming, since
     both are of the same rules; by steps with the best before, as the list also holds results that are not the best."""
     rows, before = [], None
@@ -40,7 +40,7 @@ def history_rows(track: Track) -> list[Row]:
         amount, gain = record.minutes_or_steps, None
         if before is not None and record.kind == "record" and (track.ranked_by == "time" or amount < before):
             gain = before - amount
-        rows.append(Row(record, gain, None if gain is None else float(100 * gain / before)))
+        rows.append(RankedRow(record, gain, None if gain is None else float(100 * gain / before)))
         before = min(amount, before or amount) if track.ranked_by == "steps" else amount
     return rows
 
@@ -70,7 +70,7 @@ def number(value: float | None, digits: int, factor: float = 1) -> str:
     return "?" if value is None else f"{value * factor:.{digits}f}"
 
 
-def public_table(track: Track, rows: list[Row]) -> list[str]:
+def public_table(track: Track, rows: list[RankedRow]) -> list[str]:
     unit = "minutes" if track.ranked_by == "time" else "steps"
     best = min((row.record for row in rows), key=lambda record: record.minutes_or_steps)
     lines = [f"Public records: {len(rows)} rows, the best with {best.minutes_or_steps} {unit} (number {best.number}).", "",

@@ -1,6 +1,6 @@
 """Compare what a folder, or a whole archive, says with the logs beside it. Offline; nothing is run, nothing is written.
 
-A folder built by pack is built again from its logs and compared: record.json, README.md, source/, and the rules of check. Any
+A folder built by pack is built again from its logs and compared: record.json, README.md, and the rules of check. Any
 other folder, as those of the public archive, is one record where its name begins with a date, and its README is read for lists
 of losses and times, for probabilities, and for table rows that name a log. Kinds of findings:
 
@@ -22,12 +22,12 @@ from pathlib import Path
 
 from records import check, logs, pack, readme, schema, statistics
 from records.errors import RecordError
-from records.logs import Log, Run
-from records.rules import FAIL, RULES, UUID, Submission, curve, hardware, last_point, names, plain, some
+from records.logs import UUID, LogFile, RunFacts
+from records.rules import FAIL, RULES, Submission, curve, last_point, names, plain, some
 from records.tracks import TRACKS, Track
 
 HELP = "what a reviewer runs: numbers of a record, or of a whole archive, against its logs"
-EXAMPLE = "python -m records verify bench/results/2026-11-22_shakespeare_cpu"
+EXAMPLE = "python -m records verify records/track_0_laptop"
 
 KINDS = {
     "altered": "a file of a packed folder is not what its logs give, or does not belong there",
@@ -60,7 +60,7 @@ __doc__ = __doc__.format(kinds="\n".join(f"  {kind:<19} {meaning}" for kind, mea
 DATED = re.compile(r"(\d{4}-\d\d-\d\d|\d{8}(?=_|$))(?!\d)", re.A)
 FOLDER_NAME = re.compile(r"(\d{4}-\d\d-\d\d_[A-Za-z0-9]|\d{8}_[a-z0-9])[\w-]*", re.A)
 BASELINE = re.compile(r"base|prev|prior|retim|rerun|master|control", re.I)
-GROUP_RULES = ("same-source", "same-settings", "same-data", "same-hardware", "same-torch", "same-world-size", "validation-tokens",
+GROUP_RULES = ("same-source", "same-settings", "same-data", "validation-data", "same-hardware", "same-torch", "same-world-size", "validation-tokens",
                "finite-losses", "distinct-curves", "distinct-seeds", "compile-flags", "not-resumed", "consistent-lines")
 NEAR = 15  # lines between a probability and the losses that it may come from
 
@@ -73,7 +73,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ComparedRun:
     """What a comparison of folders needs of a run."""
     record: str  # folder of the record
     folder: str  # of the log
@@ -141,6 +141,7 @@ def records_in(root: Path) -> dict[Path, list[Path]]:
         folder = Path(name)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         home[folder] = home.get(folder.parent) or (folder if is_record(folder, map(folder.joinpath, members)) else None)
+        members = [name for name in members if not name.startswith(".")]  # macOS leaves such files behind
         members += [name for name in subfolders if (folder / name).is_symlink()]
         files.setdefault(home[folder] or folder, []).extend(folder / name for name in sorted(members))
     if not any(home.values()):
@@ -149,7 +150,7 @@ def records_in(root: Path) -> dict[Path, list[Path]]:
             if any(file.suffix in logs.SUFFIXES or file.name == schema.FILE for file in group)}
 
 
-def examine(root: Path, folder: Path, files: list[Path], track_name: str | None) -> tuple[list[Finding], list[Facts]]:
+def examine(root: Path, folder: Path, files: list[Path], track_name: str | None) -> tuple[list[Finding], list[ComparedRun]]:
     """Findings in the folder of one record, and what a comparison with others needs."""
     findings = []
 
@@ -174,12 +175,12 @@ def examine(root: Path, folder: Path, files: list[Path], track_name: str | None)
         read = [log for log in read if log.path.parent != folder / "baseline"]  # its logs may well be the runs of another record
     else:
         submitted(folder, files, read, track, find)
-    return findings, [Facts(str(folder.relative_to(root)), str(log.path.parent.relative_to(root)), log.path.name, log.sha256,
-                            frozenset(curve(run)), hardware(run), track.name if track and track.ranked_by == "time" else None)
+    return findings, [ComparedRun(str(folder.relative_to(root)), str(log.path.parent.relative_to(root)), log.path.name, log.sha256,
+                            frozenset(curve(run)), run.hardware, track.name if track and track.ranked_by == "time" else None)
                       for log in read for run in log.runs]
 
 
-def track_of(folder: Path, read: list[Log], name: str | None) -> Track | None:
+def track_of(folder: Path, read: list[LogFile], name: str | None) -> Track | None:
     by_folder = [track for track in TRACKS.values() if track.folder in folder.resolve().parts]
     by_settings = {run.config["track"] for log in read for run in log.runs if isinstance(run.config.get("track"), str)}
     if name or by_folder:
@@ -190,7 +191,7 @@ def track_of(folder: Path, read: list[Log], name: str | None) -> Track | None:
 # A folder built by pack
 
 
-def packed(folder: Path, files: list[Path], read: list[Log], track: Track | None, find: Find):
+def packed(folder: Path, files: list[Path], read: list[LogFile], track: Track | None, find: Find):
     """Build the folder again from its logs and what a person said, and compare."""
     try:
         record = schema.read(folder / schema.FILE)
@@ -199,25 +200,32 @@ def packed(folder: Path, files: list[Path], read: list[Log], track: Track | None
         expected_record, verdicts, expected = pack.compose(folder, record, note.strip())
     except RecordError as e:
         return find(folder / schema.FILE, "record-file", str(e))
+
     numbers(folder / "README.md", "\n" * before.count("\n") + note, read, track, find)
     if Path(record.folder).parts != folder.resolve().parts[-2:]:
         find(folder, "folder-name", f"record.json says {record.folder}")
     for where, says, is_now in differences(record.model_dump(mode="json"), expected_record.model_dump(mode="json")):
         find(folder / schema.FILE, "altered", f"{where}: says {says}, the logs give {is_now}")
-    there = {path.relative_to(folder).as_posix(): path for path in files}
-    for name, content in expected.items():
-        if name not in there:
-            find(folder / name, "altered", "is missing")
-        elif name != schema.FILE or record == expected_record:  # a record that differs has its own findings above
-            if (found := content_of(there[name], len(content) + 1)) != content:
-                find(folder / name, "altered", first_difference(found, content))
-    for name in there.keys() - expected.keys():
-        if name.partition("/")[0] not in (*check.GROUPS, "media"):
-            find(folder / name, "altered", "does not belong here; pictures for the note have their place in media/")
+    compare_files(folder, files, expected, record == expected_record, find)
     if record.kind == "record":
         for verdict in verdicts:
             if verdict.verdict == FAIL:
                 find(folder, verdict.rule, verdict.evidence)
+
+
+def compare_files(folder: Path, files: list[Path], expected: dict[str, bytes], same_record: bool, find: Find):
+    """The files of a packed folder, byte by byte. A record.json that says something else has its own findings."""
+    there = {path.relative_to(folder).as_posix(): path for path in files}
+    for name, content in expected.items():
+        if name not in there:
+            find(folder / name, "altered", "is missing")
+        elif name != schema.FILE or same_record:
+            found = content_of(there[name], len(content) + 1)
+            if found != content:
+                find(folder / name, "altered", first_difference(found, content))
+    for name in there.keys() - expected.keys():
+        if name.partition("/")[0] not in (*check.FOLDERS, "media"):
+            find(folder / name, "altered", "does not belong here; pictures for the note have their place in media/")
 
 
 def differences(a, b, where: str = "") -> Iterable[tuple[str, str, str]]:
@@ -256,7 +264,7 @@ def text_of(path: Path) -> str:
 # Any other folder
 
 
-def submitted(folder: Path, files: list[Path], read: list[Log], track: Track | None, find: Find):
+def submitted(folder: Path, files: list[Path], read: list[LogFile], track: Track | None, find: Find):
     texts = {path: text_of(path) for path in files if path.suffix.lower() == ".md"}
     groups = defaultdict(list)
     for log in read:
@@ -291,7 +299,7 @@ def names_of_folder(folder: Path, groups: dict, texts: dict, find: Find):
                 find(path, "broken-link", f"line {line}: {target}")
 
 
-def facts_of_group(place: Path, members: list[Log], track: Track | None, find: Find):
+def facts_of_group(place: Path, members: list[LogFile], track: Track | None, find: Find):
     """The rules that hold among the logs of one folder, and what single logs lack."""
     if not members:
         return
@@ -327,7 +335,7 @@ def day_of(place: Path) -> datetime | None:
     return None
 
 
-def numbers(path: Path, text: str, read: list[Log], track: Track | None, find: Find) -> list[readme.List]:
+def numbers(path: Path, text: str, read: list[LogFile], track: Track | None, find: Find) -> list[readme.NumberList]:
     """Compare what a README lists with the logs. Returns its lists of times."""
     choices = groups_of(read)
     all_times = [point.train_time_ms / 1000 for runs in choices.values() for run in runs
@@ -353,7 +361,7 @@ def numbers(path: Path, text: str, read: list[Log], track: Track | None, find: F
     return [listed for listed, kind in lists if kind == "times"]
 
 
-def rows(path: Path, text: str, read: list[Log], find: Find):
+def rows(path: Path, text: str, read: list[LogFile], find: Find):
     """Table rows whose first cell is the name of a log, or its beginning, must have its last loss and time."""
     logs_by_name = sorted(((log.path.stem, log.runs[0]) for log in read if len(log.runs) == 1 and log.runs[0].val_points),
                           key=lambda pair: pair[0])
@@ -366,7 +374,7 @@ def rows(path: Path, text: str, read: list[Log], find: Find):
             find(path, "table-row", f"line {line}: {times[0]} ms, the log says {points[0].train_time_ms} ms")
 
 
-def groups_of(read: list[Log]) -> dict[str, list[Run]]:
+def groups_of(read: list[LogFile]) -> dict[str, list[RunFacts]]:
     """Sets of runs that a list may be about, by description: a folder, or the runs of one source and length in it."""
     groups = defaultdict(list)
     for log in read:
@@ -378,7 +386,7 @@ def groups_of(read: list[Log]) -> dict[str, list[Run]]:
     return groups
 
 
-def kind_of(listed: readme.List, track: Track | None, times: list[float]) -> str | None:
+def kind_of(listed: readme.NumberList, track: Track | None, times: list[float]) -> str | None:
     """Whether a list is of losses or times: by its name, else by its values; None where it is of neither."""
     if named := re.search(r"(loss|accs)|tim(?:e|ing)", listed.before[-40:]):
         return "losses" if named[1] else "times"
@@ -387,11 +395,11 @@ def kind_of(listed: readme.List, track: Track | None, times: list[float]) -> str
     return "times" if times and all(min(times) / 1.5 < value < max(times) * 1.5 for value in listed.values) else None
 
 
-def rounded(values: Iterable[float], listed: readme.List) -> list[float]:
+def rounded(values: Iterable[float], listed: readme.NumberList) -> list[float]:
     return [round(value, listed.digits) for value in values]
 
 
-def best_group(listed: readme.List, kind: str, choices: dict[str, list[Run]], track: Track | None):
+def best_group(listed: readme.NumberList, kind: str, choices: dict[str, list[RunFacts]], track: Track | None):
     """(number of values found, label, values) of the smallest group of runs in which most of the values are."""
     results, wanted = [(0, 0, "none", [])], Counter(rounded(listed.values, listed))
     for label, runs in choices.items():
@@ -409,7 +417,7 @@ def best_group(listed: readme.List, kind: str, choices: dict[str, list[Run]], tr
     return count, label, values
 
 
-def pairings(path: Path, lists: list, matched: dict, choices: dict[str, list[Run]], find: Find):
+def pairings(path: Path, lists: list, matched: dict, choices: dict[str, list[RunFacts]], find: Find):
     """Losses and times that stand side by side, both of one group, must be of the same runs."""
     for (losses, kind), (times, next_kind) in zip(lists, lists[1:]):
         side_by_side = (kind, next_kind) == ("losses", "times") and 0 <= times.line - losses.line <= 4
@@ -422,7 +430,7 @@ def pairings(path: Path, lists: list, matched: dict, choices: dict[str, list[Run
                      f"of no run, such as {[*wrong][0]}")
 
 
-def probabilities(path: Path, text: str, losses: list[readme.List], track: Track | None, find: Find):
+def probabilities(path: Path, text: str, losses: list[readme.NumberList], track: Track | None, find: Find):
     """Probabilities that stand near lists of losses must follow from one of them by the test of the track, or a t-test."""
     alone = []
     for line, p, half in readme.probabilities(text):
@@ -441,7 +449,7 @@ def probabilities(path: Path, text: str, losses: list[readme.List], track: Track
 # Across folders
 
 
-def across(facts: list[Facts]) -> Iterable[Finding]:
+def across(facts: list[ComparedRun]) -> Iterable[Finding]:
     """Files, folders and curves that are there twice, and hardware that most of a track did not run on."""
     files = defaultdict(set)  # by their places
     by_sha, by_curve, shas = defaultdict(set), defaultdict(set), defaultdict(set)
