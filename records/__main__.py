@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
         advice = f"did you mean {near[0]}?" if near else "see python -m records --help"
         raise RecordError(f"expected a verb ({', '.join(known)}), found {verb!r}; {advice}")
     module = importlib.import_module(f"records.{verb}")
-    parser = Parser(prog=f"python -m records {verb}", description=module.__doc__, epilog=f"example: {module.EXAMPLE}",
+    parser = Parser(prog=f"python -m records {verb}", description=module.__doc__,
+                    epilog=f"example: {module.EXAMPLE}",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv[1:]))
@@ -72,11 +73,13 @@ def guarded(argv: list[str]) -> int:
         sys.stdout.flush()
         return code
     except (UsageError, RunError) as e:
-        sentence = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(e))  # may quote a file or its name
+        sentence = "".join(c if c.isprintable() or c == "\n" else "?"
+                           for c in str(e))  # may quote a file or its name
         print(f"records: {sentence}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
     except ModuleNotFoundError as e:
-        print(f"records: expected the package {e.name}, found none; pip install -r records/requirements.txt", file=sys.stderr)
+        print(f"records: expected the package {e.name}, found none; pip install -r records/requirements.txt",
+              file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has seen enough; Python would complain again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,13 +1,15 @@
 """Run a candidate and a baseline in turn on this machine, pair by pair, and say by how much they differ.
 
-A is the candidate, B the baseline. Both runs of a pair get the same new seed: {seed} in a command becomes the seed, and to a
-command without it --seed=SEED is appended. Which one goes first is drawn by lot, A as often as B. A command is split into
-words as by a shell, but there is no shell. It must end with exit code 0 and print, on a line of its own, the path of the log
-that it wrote, relative to where ab runs or to a file named in the command (../other/run.sh writes to ../other/logs).
+A is the candidate, B the baseline. Both runs of a pair get the same new seed: {seed} in a command becomes the
+seed, and to a command without it --seed=SEED is appended. Which one goes first is drawn by lot, A as often as
+B. A command is split into words as by a shell, but there is no shell. It must end with exit code 0 and print,
+on a line of its own, the path of the log that it wrote, relative to where ab runs or to a file named in the
+command (../other/run.sh writes to ../other/logs).
 
-The folder --out holds all there is: the plan with commands, seeds and order; the logs; what every attempt printed; the
-verdict. After an interruption the same command goes on with the runs that are missing. There is no verdict before the
-planned number of pairs, and no more pairs can be added after it: both would turn chance into findings."""
+The folder --out holds all there is: the plan with commands, seeds and order; the logs; what every attempt
+printed; the verdict. After an interruption the same command goes on with the runs that are missing. There is
+no verdict before the planned number of pairs, and no more pairs can be added after it: both would turn chance
+into findings."""
 import contextlib
 import json
 import math
@@ -37,16 +39,20 @@ TAIL = 5  # last lines of a failed run's output to show
 def add_arguments(parser):
     parser.add_argument("--a", required=True, metavar="CMD", help="command that runs the candidate")
     parser.add_argument("--b", required=True, metavar="CMD", help="command that runs the baseline")
-    parser.add_argument("--runs", required=True, type=int, metavar="N", help="pairs of runs, 2 or more; see plan")
-    parser.add_argument("--out", type=Path, default=Path("logs/ab"), metavar="FOLDER", help="where all of it goes (logs/ab)")
-    parser.add_argument("--limit", type=float, default=240, metavar="MINUTES", help="end a run that takes longer (240)")
+    parser.add_argument("--runs", required=True, type=int, metavar="N",
+                        help="pairs of runs, 2 or more; see plan")
+    parser.add_argument("--out", type=Path, default=Path("logs/ab"), metavar="FOLDER",
+                        help="where all of it goes (logs/ab)")
+    parser.add_argument("--limit", type=float, default=240, metavar="MINUTES",
+                        help="end a run that takes longer (240)")
 
 
 def run(args) -> int:
     if args.runs < 2 or args.runs > 999:
         raise RecordError(f"--runs: expected 2 to 999 pairs, found {args.runs}; ask plan how many this needs")
     if not args.limit > 0:
-        raise RecordError(f"--limit: expected minutes above 0, found {args.limit}; give the longest that a run may take")
+        raise RecordError(f"--limit: expected minutes above 0, found {args.limit}; give the longest that a "
+                          "run may take")
     for command in (args.a, args.b):
         words(command, 0)
 
@@ -80,17 +86,20 @@ def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
     path = out / PLAN
     if not path.exists():
         if any(not file.name.startswith(".") for file in out.iterdir()):
-            raise RecordError(f"{out}: expected an empty folder or one that ab began, found other files; choose another --out")
+            raise RecordError(f"{out}: expected an empty folder or one that ab began, found other files; "
+                              "choose another --out")
         with written_whole(path, "w") as file:
             json.dump(asdict(make_experiment(a, b, runs)), file, indent=1)
     experiment = read_experiment(out)
     if experiment is None:
-        raise RecordError(f"{path}: expected the plan of an A/B experiment, found something else; choose another --out")
+        raise RecordError(f"{path}: expected the plan of an A/B experiment, found something else; choose "
+                          "another --out")
 
     found = (experiment.a, experiment.b, len(experiment.pairs))
     for name, old, new in zip(("--a", "--b", "--runs"), found, (a, b, runs)):
         if old != new:
-            raise RecordError(f"{name}: expected {old!r}, with which {out} was begun, found {new!r}; choose another --out "
+            raise RecordError(f"{name}: expected {old!r}, with which {out} was begun, found {new!r}; choose "
+                              "another --out "
                               "to begin another experiment")
     for name in (*ROLES, "output"):
         (out / name).mkdir(exist_ok=True)
@@ -105,15 +114,18 @@ def locked(out: Path):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
     except OSError as e:
-        raise RecordError(f"--out: expected a folder to write to, found {e.strerror} at {out}; choose another one") from None
+        raise RecordError(f"--out: expected a folder to write to, found {e.strerror} at {out}; choose "
+                          "another one") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RecordError(f"{out}: expected no run at work, found another ab, or a run that outlived its ab; wait for it or "
+            raise RecordError(f"{out}: expected no run at work, found another ab, or a run that outlived its "
+                              "ab; wait for it or "
                               f"end it (fuser {out}/.lock names it)") from None
         except OSError as e:
-            print(f"note: {out} cannot be locked ({e.strerror}): see to it that no other ab uses it", file=sys.stderr)
+            print(f"note: {out} cannot be locked ({e.strerror}): see to it that no other ab uses it",
+                  file=sys.stderr)
         yield lock
 
 
@@ -164,7 +176,8 @@ class Attempt:
     def failure(self, found: str) -> RecordError:
         tail = self.output.read_bytes()[-4096:].decode("utf-8", "replace") if self.output.exists() else ""
         return RecordError("\n".join((
-            f"pair {self.number}, {self.arm}: expected exit code 0 and the log of a complete run, found {found}; correct what "
+            f"pair {self.number}, {self.arm}: expected exit code 0 and the log of a complete run, found "
+            f"{found}; correct what "
             f"is wrong and start the same ab again. {self.output} ends with:",
             *("  " + printable(line) for line in tail.splitlines()[-TAIL:]))))
 
@@ -207,7 +220,8 @@ def perform(attempt: Attempt, limit: float, lock, stop: StopSignals):
     if found[0].seed not in (seed, None):
         raise attempt.failure(f"seed {found[0].seed} in {path} instead of {seed}")
     if equal := pair_with_equal_losses(out, arm, number, found[0]):
-        raise attempt.failure(f"the very losses of pair {equal}, as if the command did not use its seed ({{seed}} in it says "
+        raise attempt.failure(f"the very losses of pair {equal}, as if the command did not use its seed "
+                              f"({{seed}} in it says "
                               "where it goes)")
 
     with written_whole(out / arm / f"{number:03d}_{path.name}") as file:
@@ -250,7 +264,8 @@ def written_log(argv: list[str], output: Path, started: float) -> Path | None:
             for folder in folders if 0 < len(line.strip()) < 4096 else ():
                 path = folder / line.strip()
                 try:
-                    if path.is_file() and path.stat().st_mtime > started - 2:  # some file systems keep even seconds
+                    # some file systems keep even seconds
+                    if path.is_file() and path.stat().st_mtime > started - 2:
                         return path
                 except (OSError, ValueError):
                     pass
@@ -264,7 +279,8 @@ def find_run(out: Path, arm: str, number: int) -> RunFacts | None:
         return None
     runs = logs.read(path).runs
     if len(runs) != 1 or not runs[0].complete:
-        raise RecordError(f"{path}: expected the log of a complete run, which ab put there, found {len(runs)} runs or an "
+        raise RecordError(f"{path}: expected the log of a complete run, which ab put there, found "
+                          f"{len(runs)} runs or an "
                           "incomplete one; remove the file and start the same ab again")
     return runs[0]
 
@@ -275,14 +291,16 @@ def pair_with_equal_losses(out: Path, arm: str, number: int, new: RunFacts) -> i
         return [(point.step, point.val_loss) for point in run.val_points]
 
     earlier = ((k, find_run(out, arm, k)) for k in range(1, number))
-    return next((k for k, run in earlier if run and len(losses(run)) > 2 and losses(run) == losses(new)), None)
+    return next((k for k, run in earlier if run and len(losses(run)) > 2 and losses(run) == losses(new)),
+                None)
 
 
 # The verdict
 
 def conclude(out: Path, experiment: Experiment):
     """Write the verdict on all pairs, and print it."""
-    from records.statistics import plain  # scipy takes a second, and has threads that must not be there while ab starts runs
+    # scipy takes a second, and has threads that must not be there while ab starts runs
+    from records.statistics import plain
     a, b = ([find_run(out, arm, number) for number in range(1, len(experiment.pairs) + 1)] for arm in "ab")
     verdict = judge(a, b)
     lines = [*sentences(verdict), *notes(out, a, b)]
@@ -297,7 +315,8 @@ def judge(a: list[RunFacts], b: list[RunFacts]) -> dict:
     """The paired tests of A minus B; speed_up: mean of B's time over A's, by the logarithms."""
     from records import statistics
     losses = statistics.paired([run.final_val_loss for run in a], [run.final_val_loss for run in b])
-    times = [[math.nan if run.final_time_ms is None else run.final_time_ms / 1000 for run in arm] for arm in (a, b)]
+    times = [[math.nan if run.final_time_ms is None else run.final_time_ms / 1000 for run in arm]
+             for arm in (a, b)]
     logarithms = [math.log(y / x) if x > 0 and y > 0 else math.nan for x, y in zip(*times)]
     mean = statistics.mean_interval(logarithms)
     limits = [None if value is None else math.exp(value) for value in (mean.estimate, mean.low, mean.high)]
@@ -317,8 +336,10 @@ def sentences(verdict: dict):
             continue
         p = min(test.p_below, test.p_above)
         word = "no difference shown" if p >= test.alpha else below if test.p_below < test.alpha else above
-        yield (f"{name.capitalize()}: {word}. A minus B is {test.difference:{'+' + digits}}, one-sided p = {p:.2g}, needed < "
-               f"{test.alpha}. {test.n} pairs with this spread show a difference of {test.floor:{digits}} in 8 cases of 10.")
+        yield (f"{name.capitalize()}: {word}. A minus B is {test.difference:{'+' + digits}}, one-sided p = "
+               f"{p:.2g}, needed < "
+               f"{test.alpha}. {test.n} pairs with this spread show a difference of {test.floor:{digits}} in "
+               "8 cases of 10.")
     yield f"Speed-up: {verdict['speed_up']:.4f}."
 
 

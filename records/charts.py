@@ -1,8 +1,9 @@
-"""The charts of report, as plotly figures: the history of records, curves with the spread of seeds, ends of runs.
+"""The charts of report, as plotly figures: the history of records, curves with the spread of seeds, ends of
+runs.
 
-Colours of text, axes and grid come from the style sheet of the page, which knows light, dark and print; those of groups from
-records/palette.py. Names of groups stand in a legend below a chart, where no line runs through them. plotly reads a little HTML
-in its texts, so that whatever comes out of a file is escaped here.
+Colours of text, axes and grid come from the style sheet of the page, which knows light, dark and print; those
+of groups from records/palette.py. Names of groups stand in a legend below a chart, where no line runs through
+them. plotly reads a little HTML in its texts, so that whatever comes out of a file is escaped here.
 """
 import datetime
 import html
@@ -74,7 +75,8 @@ def ticks(low: float, high: float) -> list[float]:
     return [size * i for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
 
 
-def figure(x_title: str, y_title: str, x_range: list, y_range: list, y_log: bool = True, height: int = 440) -> go.Figure:
+def figure(x_title: str, y_title: str, x_range: list, y_range: list, y_log: bool = True,
+           height: int = 440) -> go.Figure:
     """An empty chart with its axes; the title of the vertical one stands above it."""
     y = dict(range=y_range)
     if y_log:
@@ -95,7 +97,8 @@ def figure(x_title: str, y_title: str, x_range: list, y_range: list, y_log: bool
         xaxis=dict(title=title, range=x_range, showgrid=False, zeroline=False, separatethousands=True),
         yaxis=dict(automargin=True, zeroline=False, **y),
     ))
-    fig.add_annotation(text=y_title, x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom", yshift=8,
+    fig.add_annotation(text=y_title, x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+                       yshift=8,
                        showarrow=False)
     return fig
 
@@ -109,7 +112,8 @@ def add_target(fig: go.Figure, target: float | None):
     """The line of the target, with its value at the left end below it, where curves are still far above."""
     if target is not None:
         fig.add_hline(y=target, line=dict(color=GREY, width=1, dash="dot"))
-        fig.add_annotation(text=f"target {target:g}", x=0, xref="paper", y=on_axis(fig, target), xanchor="left",
+        fig.add_annotation(text=f"target {target:g}", x=0, xref="paper", y=on_axis(fig, target),
+                           xanchor="left",
                            yanchor="top", showarrow=False)
 
 
@@ -151,11 +155,13 @@ def add_curve(fig: go.Figure, k: int, name: str, x: list[float], points: list[Cu
     name = html.escape(name)
     if max(point.n for point in points) > 1:
         around = [point.high for point in points] + [point.low for point in reversed(points)]
-        fig.add_scatter(x=x + x[::-1], y=around, fill="toself", fillcolor=COLORS[k], opacity=0.2, mode="lines",
+        fig.add_scatter(x=x + x[::-1], y=around, fill="toself", fillcolor=COLORS[k], opacity=0.2,
+                        mode="lines",
                         line=dict(width=0), hoverinfo="skip", legendgroup=name, showlegend=False)
     fig.add_scatter(x=x, y=[point.loss for point in points], name=name, legendgroup=name,
                     mode="lines+markers" if len(points) <= FEW_POINTS else "lines",
-                    line=dict(color=COLORS[k], width=2, dash="dash" if dashed(k) else "solid"), marker=dict(size=5),
+                    line=dict(color=COLORS[k], width=2, dash="dash" if dashed(k) else "solid"),
+                    marker=dict(size=5),
                     text=[f"<b>{name}</b><br>{in_words(point)}" for point in points], hoverinfo="text")
 
 
@@ -194,7 +200,8 @@ def ends_of_runs(groups: list[tuple[str, list]], target: float | None) -> go.Fig
 def ends_of(runs: list) -> list[tuple[str, CurveMean]]:
     """(run_id, last validation) of the runs that a chart can show."""
     ends = [(run.run_id, mean(run.final_step, run.val_points[-1:])) for run in runs if run.val_points]
-    return [(run_id, end) for run_id, end in ends if end.seconds is not None and LOSSES[0] <= end.loss <= LOSSES[1]]
+    return [(run_id, end) for run_id, end in ends if end.seconds is not None
+            and LOSSES[0] <= end.loss <= LOSSES[1]]
 
 
 # The history of records
@@ -214,14 +221,18 @@ def history(events: list[Event], unit: str, best_only: bool = False, labels: boo
     first, last = min(event.date for event in events), max(event.date for event in events)
     pad = (last - first) * 0.02
     values = [event.value for event in events]
-    fig = figure("", unit, [first - pad, last + pad], [min(values) * (0.6 if labels else 0.93), max(values) * 1.07],
+    fig = figure("", unit, [first - pad, last + pad],
+                 [min(values) * (0.6 if labels else 0.93), max(values) * 1.07],
                  height=440 if labels else 300)
     stairs = [event for i, event in enumerate(events)
               if not best_only or all(event.value < other.value for other in events[:i])]
-    fig.add_scatter(x=[event.date for event in stairs] + [last], y=[event.value for event in stairs] + [stairs[-1].value],
+    fig.add_scatter(x=[event.date for event in stairs] + [last],
+                    y=[event.value for event in stairs] + [stairs[-1].value],
                     mode="lines", line=dict(color=COLORS[0], width=1.5, shape="hv"), hoverinfo="skip")
-    words = [f"<b>{event.number}</b> {html.escape(event.title)}<br>{event.date}: {event.value:,g} {unit}" for event in events]
-    fig.add_scatter(x=[event.date for event in events], y=values, mode="markers", hoverinfo="text", text=words,
+    words = [f"<b>{event.number}</b> {html.escape(event.title)}<br>{event.date}: {event.value:,g} {unit}"
+             for event in events]
+    fig.add_scatter(x=[event.date for event in events], y=values, mode="markers", hoverinfo="text",
+                    text=words,
                     marker=dict(size=6, color=[COLORS[0] if event in stairs else GREY for event in events]))
     if labels:
         name_gains(fig, events)
@@ -229,7 +240,8 @@ def history(events: list[Event], unit: str, best_only: bool = False, labels: boo
 
 
 def name_gains(fig: go.Figure, events: list[Event]):
-    """Name the largest gain of each quarter: above the stairs in the left half, below in the right one, where there is room.
+    """Name the largest gain of each quarter: above the stairs in the left half, below in the right one, where
+    there is room.
 
     The page shows text and hovertext side by side where it is wide, and else the text alone.
     """
@@ -239,7 +251,8 @@ def name_gains(fig: go.Figure, events: list[Event]):
         if event.gain >= 1 and (quarter not in best or event.gain > best[quarter].gain):
             best[quarter] = event
     middle = events[0].date + (events[-1].date - events[0].date) / 2
-    left, right = ([event for event in best.values() if (event.date < middle) == side] for side in (True, False))
+    left, right = ([event for event in best.values() if (event.date < middle) == side]
+                   for side in (True, False))
     for chosen, sign in ((left[::-1], 1), (right, -1)):  # the right half is the left one upside down
         boxes = []
         for event in chosen:
@@ -247,8 +260,10 @@ def name_gains(fig: go.Figure, events: list[Event]):
             boxes.append((sign * x, sign * x + CHARACTER * 50, sign * y))
         for event, lift in zip(chosen, lifts(boxes)):
             title = html.escape(textwrap.shorten(event.title, 50, placeholder=" …"))
-            fig.add_annotation(x=event.date, y=on_axis(fig, event.value), ax=sign * 10, ay=-sign * (14 + lift),
-                               text=str(event.number), hovertext=title, showarrow=True, arrowhead=0, arrowwidth=1,
+            fig.add_annotation(x=event.date, y=on_axis(fig, event.value), ax=sign * 10,
+                               ay=-sign * (14 + lift),
+                               text=str(event.number), hovertext=title, showarrow=True, arrowhead=0,
+                               arrowwidth=1,
                                arrowcolor=GREY, standoff=4, xanchor="left" if sign > 0 else "right")
 
 
@@ -266,7 +281,8 @@ def lifts(boxes: list[tuple[float, float, float]]) -> list[float]:
         y = bottom
         while hit := [other for other in placed
                       if other[0] < right and left < other[1] and abs(other[2] - y) < LINE - 0.5]:
-            y = max(other[2] for other in hit) + LINE  # rounding may make it a hair less, and the loop must end
+            # rounding may make it a hair less, and the loop must end
+            y = max(other[2] for other in hit) + LINE
         placed.append((left, right, y))
         result.append(y - bottom)
     return result

@@ -1,8 +1,9 @@
 """Judge a submission rule by rule: what each rule asks, whether the logs meet it, and the evidence.
 
-PATH is a folder that pack has built, the folder of an A/B experiment, or logs and folders of logs; those below a folder called
-baseline* are the baseline. A rule that does not hold is a failure. Those with an asterisk can be waived by a person with a
-reason that a reviewer may weigh, the loss rule only for a kind of change that the track exempts:
+PATH is a folder that pack has built, the folder of an A/B experiment, or logs and folders of logs; those
+below a folder called baseline* are the baseline. A rule that does not hold is a failure. Those with an
+asterisk can be waived by a person with a reason that a reviewer may weigh, the loss rule only for a kind of
+change that the track exempts:
 --waive 'loss-rule=systems: the same training, faster kernels'.
 
 {rules}
@@ -36,18 +37,23 @@ def planned(text: str) -> int:
 
 def add_claim_arguments(parser):
     """What a person says of the runs; the same for check and pack."""
-    parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH", help="the record before, run on this machine")
+    parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH",
+                        help="the record before, run on this machine")
     parser.add_argument("--track", metavar="TRACK", help=f"{', '.join(TRACKS)} (default: as the logs say)")
-    parser.add_argument("--step", type=int, metavar="N", help="step whose validation counts, where the track wants it stated")
+    parser.add_argument("--step", type=int, metavar="N",
+                        help="step whose validation counts, where the track wants it stated")
     parser.add_argument("--planned", type=planned, metavar="N",
                         help="runs that were planned before the first one (default: as in ab's plan)")
     parser.add_argument("--exclude", action="append", default=[], metavar="LOG=REASON",
-                        help="leave a log out, for a reason other than its result; it stays in the folder (repeatable)")
-    parser.add_argument("--waive", action="append", default=[], metavar="RULE=REASON", help="accept a failure (repeatable)")
+                        help="leave a log out, for a reason other than its result; it stays in the folder "
+                             "(repeatable)")
+    parser.add_argument("--waive", action="append", default=[], metavar="RULE=REASON",
+                        help="accept a failure (repeatable)")
 
 
 def add_arguments(parser):
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="a folder built by pack or ab, or logs and folders of logs")
+    parser.add_argument("paths", nargs="+", metavar="PATH",
+                        help="a folder built by pack or ab, or logs and folders of logs")
     add_claim_arguments(parser)
     parser.add_argument("--json", action="store_true", help="verdicts for a program")
 
@@ -70,7 +76,8 @@ def run(args) -> int:
 def from_folder(folder: Path, statement: schema.Statement, siblings: Path | None = None) -> Submission:
     """The submission in a folder built by pack: all logs that lie there now.
 
-    siblings: the folder of the track, where another record may hold the baseline (default: the one that `folder` is in).
+    siblings: the folder of the track, where another record may hold the baseline (default: the one that
+    `folder` is in).
     """
     runs, baseline, excluded = ([logs.read(path) for path in members(folder / name)] for name in FOLDERS)
     if statement.baseline_record:
@@ -83,10 +90,12 @@ def from_folder(folder: Path, statement: schema.Statement, siblings: Path | None
 
 def members(folder: Path) -> list[Path]:
     """The logs in a folder of a submission. Hidden files, such as those that macOS leaves behind, are none."""
-    found = sorted(path for path in folder.glob("*") if not path.name.startswith(".") and not path.is_symlink())
+    found = sorted(path for path in folder.glob("*") if not path.name.startswith(".")
+                   and not path.is_symlink())
     for path in found:
         if not re.fullmatch(schema.LOG_NAME, path.name) or not path.is_file():
-            raise RecordError(f"{folder}: expected logs, with names of letters, digits and . _ -, found {path.name!r}; rename "
+            raise RecordError(f"{folder}: expected logs, with names of letters, digits and . _ -, found "
+                              f"{path.name!r}; rename "
                               "it or take it away")
     return found
 
@@ -109,7 +118,8 @@ def from_arguments(args) -> Submission:
         step = max((run.final_step for log in submitted for run in log.runs if run.val_points), default=None)
     left_out = [(logs.read(path), reason) for path, reason in excluded.items()]
     planned_runs = args.planned or planned_by_ab([*submitted, *(log for log, _ in left_out)])
-    return Submission(track, submitted, [logs.read(path) for path in [*baseline, *sorted(below)]], left_out, step,
+    return Submission(track, submitted, [logs.read(path) for path in [*baseline, *sorted(below)]], left_out,
+                      step,
                       planned_runs, waivers(args.waive))
 
 
@@ -133,7 +143,8 @@ def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Pat
     for name, reason in pairs(texts, "--exclude").items():
         matches = [path for path in found if path.name == Path(name).name or path.name.startswith(name)]
         if len(matches) != 1:
-            raise RecordError(f"--exclude: expected the name of one log, found {len(matches)} called {name!r}; say it in full")
+            raise RecordError(f"--exclude: expected the name of one log, found {len(matches)} called "
+                              f"{name!r}; say it in full")
         excluded[matches[0]] = reason
     return [path for path in found if path not in excluded], excluded
 
@@ -142,7 +153,8 @@ def waivers(texts: list[str]) -> dict[str, str]:
     found = pairs(texts, "--waive")
     if wrong := sorted(found.keys() - WAIVABLE):
         advice = "this rule cannot be waived" if wrong[0] in RULES else "see check --help for the rules"
-        raise RecordError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; {advice}")
+        raise RecordError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; "
+                          f"{advice}")
     return found
 
 
@@ -161,7 +173,8 @@ def print_verdicts(found: list[Verdict], s: Submission):
     from rich.text import Text
 
     styles = {PASS: "green", FAIL: "bold red", WAIVED: "yellow", NOT_APPLICABLE: "dim"}
-    title = (f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline, {len(s.excluded)} logs left out")
+    title = (f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline, "
+             f"{len(s.excluded)} logs left out")
     table = Table("rule", "verdict", "evidence", title=title, title_justify="left")
     for v in found:
         evidence = f"{v.evidence} (accepted: {v.reason})" if v.reason else v.evidence

@@ -1,10 +1,12 @@
-"""Compare runs: the loss rule of their track, time and steps to a loss, curves side by side, where they part, what differs.
+"""Compare runs: the loss rule of their track, time and steps to a loss, curves side by side, where they part,
+what differs.
 
-A PATH that is a log is a group of its own; the logs in a folder are a group of seeds, those of each subfolder another one. The
-first group is what the others are compared with; of an A/B experiment that is its baseline, and with --history a record of the
-public speedrun. Numbers are mean ± standard deviation over the runs of a group; intervals are of 95 %, probabilities one-sided.
-All runs count: a set that holds a run without the validation that counts cannot be judged, and to leave one out is to name the
-logs that stay. Between validations a curve is a straight line.
+A PATH that is a log is a group of its own; the logs in a folder are a group of seeds, those of each subfolder
+another one. The first group is what the others are compared with; of an A/B experiment that is its baseline,
+and with --history a record of the public speedrun. Numbers are mean ± standard deviation over the runs of a
+group; intervals are of 95 %, probabilities one-sided. All runs count: a set that holds a run without the
+validation that counts cannot be judged, and to leave one out is to name the logs that stay. Between
+validations a curve is a straight line.
 """
 import itertools
 import json
@@ -32,15 +34,21 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser):
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="a log, or a folder of logs or of such folders")
-    parser.add_argument("--track", metavar="TRACK", help=f"{', '.join(TRACKS)} (default: that of the first log)")
+    parser.add_argument("paths", nargs="+", metavar="PATH",
+                        help="a log, or a folder of logs or of such folders")
+    parser.add_argument("--track", metavar="TRACK",
+                        help=f"{', '.join(TRACKS)} (default: that of the first log)")
     parser.add_argument("--target", type=show.target_loss, metavar="LOSS",
                         help="validation loss to reach (default: that of the track, or 3.28)")
-    parser.add_argument("--step", type=int, metavar="N", help="step whose validation counts (default: the last one)")
+    parser.add_argument("--step", type=int, metavar="N",
+                        help="step whose validation counts (default: the last one)")
     parser.add_argument("--history", type=int, metavar="N",
-                        help="is my loss normal? Compare with public record N of the track, or of track small")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the curves; ends in {', '.join(SUFFIXES)}")
-    parser.add_argument("--diff", action="store_true", help="print the changes of the embedded sources line by line")
+                        help="is my loss normal? Compare with public record N of the track, or of track "
+                             "small")
+    parser.add_argument("--plot", type=Path, metavar="FILE",
+                        help=f"draw the curves; ends in {', '.join(SUFFIXES)}")
+    parser.add_argument("--diff", action="store_true",
+                        help="print the changes of the embedded sources line by line")
     parser.add_argument("--json", action="store_true", help="figures for a program")
 
 
@@ -70,7 +78,8 @@ def run(args) -> int:
     return 0
 
 
-def print_groups(groups: list[RunGroup], counted: list[Counted], track: Track | None, target: float, left_out):
+def print_groups(groups: list[RunGroup], counted: list[Counted], track: Track | None, target: float,
+                 left_out):
     """The table of groups, what makes it doubtful, the loss rule of each, and their curves side by side."""
     console = show.terminal()
     console.print(summary(groups, target))
@@ -80,7 +89,8 @@ def print_groups(groups: list[RunGroup], counted: list[Counted], track: Track | 
         for group, its in zip(groups, counted):
             if group.logs:  # of a public record only some runs are here
                 rule = statistics.loss_rule(track, its.losses)
-                console.print(printable(f"loss rule of track {track.name}, {group.name}: {rule}"), soft_wrap=True)
+                console.print(printable(f"loss rule of track {track.name}, {group.name}: {rule}"),
+                              soft_wrap=True)
     for axis in AXES:
         title, table = losses_by(axis, groups)
         console.print(f"\n{printable(title)}", style="bold", soft_wrap=True)
@@ -95,7 +105,8 @@ def spread(values: list, form: str, factor: float = 1) -> str:
 
 
 def summary(groups: list[RunGroup], target: float):
-    table = show.new_table("group", "runs", "steps", "final loss", "time, s", "ms/step", f"reach {target:g}", "after, s",
+    table = show.new_table("group", "runs", "steps", "final loss", "time, s", "ms/step", f"reach {target:g}",
+                           "after, s",
                            "at step", words=("group",))
     for group in groups:
         runs = group.runs
@@ -120,7 +131,8 @@ def warnings(groups: list[RunGroup], counted: list[Counted]):
     for name, fact in FACTS.items():
         values = {group.name: sorted({shown(fact(run)) for run in group.runs}) for group in groups}
         if len({value for found in values.values() for value in found}) > 1:
-            yield f"{name} differs: " + "; ".join(f"{group} {' and '.join(found)}" for group, found in values.items())
+            yield f"{name} differs: " + "; ".join(f"{group} {' and '.join(found)}" for group,
+                                                  found in values.items())
     for group, its in zip(groups, counted):
         for note in [*group.notes, *its.notes]:
             yield note if len(groups) == 1 else f"{group.name}: {note}"
@@ -135,7 +147,8 @@ def shown(value) -> str:
 def tokens_of(run: RunFacts) -> list[float] | None:
     """Tokens trained on at each validation; None where the log does not say.
 
-    They follow from the settings in the log, where the batch is given by stage as by train_gpt.py's Config.stage_starts.
+    They follow from the settings in the log, where the batch is given by stage as by train_gpt.py's
+    Config.stage_starts.
     """
     names = ("train_steps", "extension_steps", "stages", "adam_every", "batch_tokens")
     try:
@@ -143,7 +156,8 @@ def tokens_of(run: RunFacts) -> list[float] | None:
         if not (0 < stages <= 100 and 0 < every <= total):
             return None
         scheduled = total - extension
-        starts = [min(round(scheduled * k / stages / every) * every, scheduled) for k in range(stages)] + [scheduled]
+        starts = [min(round(scheduled * k / stages / every) * every, scheduled)
+                  for k in range(stages)] + [scheduled]
         ends = [*starts[1:], total]
         batches = [batches[min(k, len(batches) - 1)] for k in range(len(starts))]
         return [float(sum(batch * max(min(point.step, end) - start, 0)
@@ -164,7 +178,8 @@ def places(run: RunFacts, axis: str) -> list[float] | None:
 
 def shared_steps(groups: list[RunGroup]) -> list[int]:
     """Steps, after the first, at which every run has a validation."""
-    steps = set.intersection(*({point.step for point in run.val_points} for group in groups for run in group.runs))
+    steps = set.intersection(*({point.step for point in run.val_points} for group in groups
+                               for run in group.runs))
     return sorted(steps - {0})
 
 
@@ -183,7 +198,8 @@ def losses_by(axis: str, groups: list[RunGroup]):
     if len(grid) > ROWS:
         grid = [grid[k * (len(grid) - 1) // (ROWS - 1)] for k in range(ROWS)]
     table = show.new_table("time, s" if axis == "time" else axis, *found)
-    columns = [np.transpose([losses_at(grid, run, curve) for run, curve in zip(group.runs, found[group.name])])
+    columns = [np.transpose([losses_at(grid, run, curve) for run,
+                             curve in zip(group.runs, found[group.name])])
                for group in groups]
     for place, *losses in zip(grid, *columns):
         cells = ["-" if np.isnan(column).any() else spread(column.tolist(), ".4f") for column in losses]
@@ -214,13 +230,15 @@ def losses_at(grid: list[float], run: RunFacts, curve: list[float]) -> list[floa
 
 # One group against another
 
-def tests_against(first: RunGroup, its_first: Counted, group: RunGroup, its: Counted, track: Track | None) -> dict:
+def tests_against(first: RunGroup, its_first: Counted, group: RunGroup, its: Counted,
+                  track: Track | None) -> dict:
     """Tests of a group against the first one; None where there is nothing to compare, such as times of different hardware."""
     same_machine = all({fact(run) for run in group.runs} == {fact(run) for run in first.runs}
                        for fact in (FACTS["hardware"], FACTS["world size"]))
     pairwise = None
     if track and None not in (track.loss_per_step, its.step, its_first.step):
-        pairwise = statistics.pairwise_rule(its.losses, its_first.losses, its_first.step - its.step, track.loss_per_step)
+        pairwise = statistics.pairwise_rule(its.losses, its_first.losses, its_first.step - its.step,
+                                            track.loss_per_step)
     return {
         "loss": statistics.welch(its.losses, its_first.losses),
         "seconds": statistics.welch(its.seconds, its_first.seconds) if same_machine else None,
@@ -229,7 +247,8 @@ def tests_against(first: RunGroup, its_first: Counted, group: RunGroup, its: Cou
     }
 
 
-def against(first: RunGroup, its_first: Counted, group: RunGroup, its: Counted, track: Track | None, target: float):
+def against(first: RunGroup, its_first: Counted, group: RunGroup, its: Counted, track: Track | None,
+            target: float):
     """Sentences about what a group gains over the first one, and by what it may do so."""
     tests = tests_against(first, its_first, group, its, track)
     yield f"loss: {tests['loss']:+.5f}"
@@ -274,7 +293,8 @@ def parting(first: RunGroup, group: RunGroup) -> str:
 def changed_sources(first: RunGroup, group: RunGroup) -> str:
     if not (first.sources and group.sources):
         return "source: not in the logs of both"
-    changes = [f"{change.file} +{change.added:,} -{change.removed:,}" for change in differences(first.sources, group.sources)]
+    changes = [f"{change.file} +{change.added:,} -{change.removed:,}"
+               for change in differences(first.sources, group.sources)]
     return "source: " + (", ".join(changes) or "the same")
 
 
@@ -283,7 +303,8 @@ def changed_settings(first: RunGroup, group: RunGroup):
     before, after = first.runs[0].config, group.runs[0].config
     if before and after:
         changes = [f"{name} {json.dumps(before.get(name))[:60]} -> {json.dumps(after.get(name))[:60]}"
-                   for name in before | after if name not in NOT_TRAINING and before.get(name) != after.get(name)]
+                   for name in before | after if name not in NOT_TRAINING
+                   and before.get(name) != after.get(name)]
         yield "settings: " + (", ".join(changes) or "the same")
 
 
@@ -304,13 +325,17 @@ def public_group(track: Track | None, number: int) -> RunGroup:
     kept = {run_id: points for (of_track, its_number, run_id), points in history.curves().items()
             if (of_track, its_number) == (name, number)}
     if not any(of_track == name for of_track, *_ in history.curves()):
-        raise RecordError(f"--history: expected a log of a track with public records, found track {name}; leave it out")
+        raise RecordError(f"--history: expected a log of a track with public records, found track {name}; "
+                          "leave it out")
     if not kept:
         known = sorted({its_number for of_track, its_number, _ in history.curves() if of_track == name})
-        raise RecordError(f"--history: expected the number of a public record of track {name} whose curve is kept, found "
+        raise RecordError(f"--history: expected the number of a public record of track {name} whose curve is "
+                          "kept, found "
                           f"{number}; choose one from {known[0]} to {known[-1]}, see records/README.md")
-    finals = {final.run_id: final for final in history.finals() if (final.track, final.number) == (name, number)}
-    return RunGroup(f"public record {number}", [], [public_run(points, finals[run_id]) for run_id, points in kept.items()], [])
+    finals = {final.run_id: final for final in history.finals()
+              if (final.track, final.number) == (name, number)}
+    return RunGroup(f"public record {number}", [],
+                    [public_run(points, finals[run_id]) for run_id, points in kept.items()], [])
 
 
 def public_run(points: tuple, final: history.HistoryFinal) -> RunFacts:
@@ -378,7 +403,8 @@ def band(group: RunGroup, axis: str) -> list[tuple[float, float, float, float]]:
             if math.isfinite(point.val_loss):
                 rows.setdefault(point.step, []).append((place, point.val_loss))
     columns = [tuple(zip(*row)) for _, row in sorted(rows.items()) if len(row) == len(group.runs)]
-    return [(sum(where) / len(where), sum(losses) / len(losses), min(losses), max(losses)) for where, losses in columns]
+    return [(sum(where) / len(where), sum(losses) / len(losses), min(losses), max(losses)) for where,
+            losses in columns]
 
 
 def plot(groups: list[RunGroup], target: float, path: Path):
@@ -386,17 +412,21 @@ def plot(groups: list[RunGroup], target: float, path: Path):
 
     All but the steep start is shown above, what is near the target below.
     """
-    from matplotlib.figure import Figure  # draws into a file, without pyplot and a screen; half a second to import
+    # draws into a file, without pyplot and a screen; half a second to import
+    from matplotlib.figure import Figure
 
     if path.suffix not in SUFFIXES:
-        raise RecordError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, found {path.name!r}; change it")
+        raise RecordError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, found {path.name!r}; "
+                          "change it")
     if len(groups) > len(COLORS):
-        raise RecordError(f"--plot: expected at most {len(COLORS)} groups, which have as many colours, found {len(groups)}; "
+        raise RecordError(f"--plot: expected at most {len(COLORS)} groups, which have as many colours, found "
+                          f"{len(groups)}; "
                           "name fewer")
     bands = {axis: [band(group, axis) for group in groups] for axis in ("step", "time")}
     drawn = [rows for rows in bands["step"] if rows]
     lowest = min([target, *(row[2] for rows in drawn for row in rows)])
-    start = max([target, *(rows[len(rows) > 2][1] for rows in drawn)])  # after the first validation, if there are enough
+    start = max([target, *(rows[len(rows) > 2][1]
+                           for rows in drawn)])  # after the first validation, if there are enough
     near = min(start, target + 3 * max(target - lowest, 0.01 * target))
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -407,7 +437,8 @@ def plot(groups: list[RunGroup], target: float, path: Path):
     for ax_row in axes:
         ax_row[0].set_ylabel("validation loss")
     axes[0, 0].legend(title="mean, and lowest to highest run")
-    axes[0, 0].annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom", color="gray")
+    axes[0, 0].annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom",
+                        color="gray")
     try:
         figure.savefig(path, dpi=150)
     except OSError as e:
@@ -420,7 +451,8 @@ def draw(ax, groups: list[RunGroup], bands: list, target: float, losses: tuple[f
     for k, (group, rows) in enumerate(zip(groups, bands)):
         if rows:
             x, mean, low, high = zip(*rows)
-            label = f" {group.name} (n = {len(group.runs)})".replace("$", r"\$")  # no formula, and none to be left out
+            # no formula, and none to be left out
+            label = f" {group.name} (n = {len(group.runs)})".replace("$", r"\$")
             ax.plot(x, mean, marker=".", color=COLORS[k], linestyle="--" if dashed(k) else "-", label=label)
             ax.fill_between(x, low, high, color=COLORS[k], alpha=0.2, linewidth=0)
     ax.axhline(target, color="gray", linewidth=1, linestyle=":")

@@ -1,6 +1,8 @@
-"""The folder of an A/B experiment, as `ab` lays it out: plan.json, the logs of both arms in a/ and b/, what they printed in output/.
+"""The folder of an A/B experiment, as `ab` lays it out: plan.json, the logs of both arms in a/ and b/, what
+they printed in output/.
 
-plan.json is written before the first run, so that it can be asked later which arm was which and how many pairs were planned.
+plan.json is written before the first run, so that it can be asked later which arm was which and how many
+pairs were planned.
 """
 import json
 from dataclasses import dataclass

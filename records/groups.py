@@ -1,7 +1,7 @@
 """Groups of runs, as compare and report see them, and which validation counts of each run.
 
-A PATH that is a log is a group of its own; the logs in a folder are a group of seeds, those of each subfolder another one. In
-the folder of an A/B experiment the baseline comes first, as its plan says which arm that is.
+A PATH that is a log is a group of its own; the logs in a folder are a group of seeds, those of each subfolder
+another one. In the folder of an A/B experiment the baseline comes first, as its plan says which arm that is.
 """
 import math
 import os
@@ -25,7 +25,8 @@ FACTS = {  # what runs that are compared should have in common
     "world size": lambda run: run.world_size,
     "tokens of a validation": lambda run: run.val_tokens,
 }
-LENGTH = {"number of steps": lambda run: run.total_steps}  # what seeds of one recipe have in common beside these
+# what seeds of one recipe have in common beside these
+LENGTH = {"number of steps": lambda run: run.total_steps}
 
 
 @dataclass
@@ -107,7 +108,8 @@ def make_group(members: list[LogFile], name: str = "") -> RunGroup:
             copies.append(run.run_id)
     runs = [*distinct.values()]
     if copies:
-        notes.append(f"Counted once, for they are the same as another run to the millisecond: {listed(copies)}.")
+        notes.append("Counted once, for they are the same as another run to the millisecond: "
+                     f"{listed(copies)}.")
 
     for name_of_fact, fact in {**FACTS, **LENGTH}.items():
         values = Counter(str(fact(run)) for run in runs)
@@ -131,14 +133,16 @@ def count(group: RunGroup, track: Track | None, step: int | None = None) -> Coun
     stated = track is not None and track.claim_step == "stated"
     if step is None and stated and len(steps) > 1:
         found = ", ".join(map(str, sorted(steps)[:NAMED]))
-        raise RecordError(f"expected runs that end at the same step, found {found}; say which step counts: --step=N")
+        raise RecordError(f"expected runs that end at the same step, found {found}; say which step counts: "
+                          "--step=N")
 
     points, notes = [], []
     for run in group.runs:
         points.append(counting_point(run, step, stated))
         if points[-1] is None:
             where = "its last step" if step is None else f"step {step}"
-            notes.append(f"{run.run_id} has no validation at {where} and ends at {run.final_step} of {run.total_steps}: "
+            notes.append(f"{run.run_id} has no validation at {where} and ends at {run.final_step} of "
+                         f"{run.total_steps}: "
                          "name the logs that count to leave it out.")
     if step is None and len(steps) == 1:
         step, = steps

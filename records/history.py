@@ -1,4 +1,5 @@
-"""The public history of the speedrun: rows of the record tables, last validations of their runs, and some whole curves.
+"""The public history of the speedrun: rows of the record tables, last validations of their runs, and some
+whole curves.
 
 The data and what their columns mean: records/history/README.md. Attributes are called as the columns are."""
 import csv
@@ -97,7 +98,8 @@ def curves() -> dict[tuple[str, int, str], tuple[HistoryPoint, ...]]:
 
 def runs_of(record: HistoryRow) -> list[HistoryFinal]:
     """The runs of a record. A retiming is the one log that its row names."""
-    return [final for final in finals() if (final.track, final.number, final.kind) == (record.track, record.number, record.kind)
+    return [final for final in finals() if (final.track, final.number,
+                                            final.kind) == (record.track, record.number, record.kind)
             and (record.kind == "record" or final.log_path == record.log_path)]
 
 
@@ -105,7 +107,8 @@ def read(name: str, row: type) -> tuple:
     """The rows of a file as instances of a dataclass, each cell as its attribute's type wants it."""
     convert = {field.name: converter(field.type) for field in fields(row)}
     with open(FOLDER / name, encoding="utf-8", newline="") as file:
-        return tuple(row(**{column: convert[column](cell) for column, cell in cells.items()}) for cells in csv.DictReader(file))
+        return tuple(row(**{column: convert[column](cell) for column, cell in cells.items()})
+                     for cells in csv.DictReader(file))
 
 
 def converter(kind):

@@ -1,13 +1,16 @@
-"""Read the log of a training run, whatever wrote it: the 24 formats of the public speedrun, and that of train_gpt.py.
+"""Read the log of a training run, whatever wrote it: the 24 formats of the public speedrun, and that of
+train_gpt.py.
 
-A log is: embedded source, a line of 100 `=`, a header (versions, hardware, settings), the same line, then step lines:
+A log is: embedded source, a line of 100 `=`, a header (versions, hardware, settings), the same line, then
+step lines:
 
     step:125/1480 val_loss:4.0123 train_time:6021ms step_avg:48.17ms      validation
     step:125/1480 train_time:6021ms step_avg:48.17ms                      training
 
-Whatever part is missing, the rest is read. A log is hostile text: it is searched block by block for lines that matter, in
-bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what is odd about it is said in
-`LogFile.problems`. The source can hold anything, so whatever looks like output before the last header counts as source.
+Whatever part is missing, the rest is read. A log is hostile text: it is searched block by block for lines
+that matter, in bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what
+is odd about it is said in `LogFile.problems`. The source can hold anything, so whatever looks like output
+before the last header counts as source.
 """
 import codecs
 import hashlib
@@ -61,8 +64,10 @@ class RunFacts:
     peak_mib: int | None = None  # peak of allocated memory
     config: dict = field(default_factory=dict)  # resolved settings of our own logs; {} for others
     val_tokens: int | None = None  # tokens of a validation
-    step_avg_ms: float | None = None  # total time / steps of the last validation, whatever the log calls its average
-    source_sha256: str | None = None  # of the embedded source, all files of it; of a single file it is the file's own
+    # total time / steps of the last validation, whatever the log calls its average
+    step_avg_ms: float | None = None
+    # of the embedded source, all files of it; of a single file it is the file's own
+    source_sha256: str | None = None
 
     @property
     def hardware(self) -> str | None:
@@ -89,8 +94,8 @@ class RunFacts:
         return next((point for point in self.val_points if point.step == step), None)
 
     def time_to(self, loss: float) -> float | None:
-        """Training milliseconds at which the validation loss first is `loss` or less, on straight lines between validations;
-        None where it never is, or where times are missing."""
+        """Training milliseconds at which the validation loss first is `loss` or less, on straight lines
+        between validations; None where it never is, or where times are missing."""
         return self._first_crossing(loss, lambda point: point.train_time_ms)
 
     def steps_to(self, loss: float) -> float | None:
@@ -122,7 +127,8 @@ class LogFile:
     sources: dict[str, str]  # embedded source files by name
 
 
-# Formats by their marks, the first row that fits; `!` says that a mark is absent. The ids are those of a survey of the public
+# Formats by their marks, the first row that fits; `!` says that a mark is absent. The ids are those of a
+# survey of the public
 # archive in August 2026; "own" is train_gpt.py of this repository, "X" is no log.
 VARIANTS = (
     ("own", "config"),
@@ -155,14 +161,16 @@ VARIANTS = (
 
 SEPARATOR = "=" * 100
 UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n", re.M)  # before the second, third, ... source file
+DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n",
+                     re.M)  # before the second, third, ... source file
 NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", re.A)
 TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)", re.A)
 STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)", re.A)
 LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?", re.A)
 SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})", re.A)
 TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)", re.A)
-GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?", re.A)  # of nvidia-smi, or of a table without bars
+GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?",
+                     re.A)  # of nvidia-smi, or of a table without bars
 GPU_ITEM = re.compile(r"GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*", re.A)  # of nvidia-smi -L
 FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names the fact, or the mark
     r"Running [pP]ython (?P<python>\S+)",
@@ -175,7 +183,8 @@ FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names
     r"(?P<loader>\w+ DataLoader: )",
     r"(?P<warmup>Resetting Model)",
 )]
-LINES = re.compile(  # beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
+# beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
+LINES = re.compile(
     rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed |config: \{|Model name: "
     rb"|peak memory |\w+ DataLoader: |Resetting Model|ended after step )[^\n]*)")
 
@@ -183,9 +192,9 @@ LINES = re.compile(  # beginnings of lines that matter, after a newline: one sea
 def find(paths) -> list[Path]:
     """Files that may be logs, sorted: each file of `paths`, and those with a usual suffix below its folders.
 
-    None comes twice. Hidden files, such as those that macOS leaves behind, and links that lead out of a folder are left
-    out; so is everything but the logs of both arms in the folder of an A/B experiment, and everything but the runs in the
-    folder of a record.
+    None comes twice. Hidden files, such as those that macOS leaves behind, and links that lead out of a
+    folder are left out; so is everything but the logs of both arms in the folder of an A/B experiment, and
+    everything but the runs in the folder of a record.
     """
     found = {}
     for path in map(Path, paths):
@@ -196,7 +205,8 @@ def find(paths) -> list[Path]:
             elif path.exists():
                 found.setdefault(path.resolve(), path)
             else:
-                raise RecordError(f"{path}: expected a log or a folder of logs, found nothing there; check the path")
+                raise RecordError(f"{path}: expected a log or a folder of logs, found nothing there; check "
+                                  "the path")
         except OSError as e:
             refuse(e, path)
     return sorted(found.values())
@@ -221,7 +231,8 @@ def files_below(root: Path) -> Iterator[Path]:
 
 
 def refuse(error: OSError, path: Path | None = None):
-    raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; check path and "
+    raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; "
+                      "check path and "
                       "permissions") from None
 
 
@@ -276,13 +287,15 @@ def drained(path: Path) -> bytes:
             block = pipe.read(BLOCK)  # None where a writer is there and has nothing yet
             if block is None:
                 if not select.select([pipe], [], [], PIPE_PATIENCE)[0]:
-                    raise RecordError(f"{path}: expected a log from this pipe, found nothing for {PIPE_PATIENCE} s; check "
+                    raise RecordError(f"{path}: expected a log from this pipe, found nothing for "
+                                      f"{PIPE_PATIENCE} s; check "
                                       "the command that writes to it")
             elif not block:
                 return bytes(content)
             else:
                 content += block
-    raise RecordError(f"{path}: expected at most {PIPE_LIMIT:,} bytes from a pipe, found more; write them to a file first")
+    raise RecordError(f"{path}: expected at most {PIPE_LIMIT:,} bytes from a pipe, found more; write them to "
+                      "a file first")
 
 
 class Notes:
@@ -381,7 +394,8 @@ class Part:
 def read_config(text: str) -> dict:
     """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes. Raises ValueError."""
     def plain(value) -> bool:
-        return value is None or isinstance(value, (bool, int, float)) or isinstance(value, str) and value.isprintable()
+        return value is None or isinstance(value, (bool, int,
+                                                   float)) or isinstance(value, str) and value.isprintable()
     try:
         config = json.loads(text)
     except RecursionError:
@@ -434,7 +448,8 @@ class Body:
 
     def restarted(self, separator: int) -> "Body":
         if self.marks & {"training", "validation"}:
-            self.notes.add("step lines before the last header are not read: they belong to the source, or to another log")
+            self.notes.add("step lines before the last header are not read: they belong to the source, or to "
+                           "another log")
         return Body(self.notes, self.marks & {"lead"}, separator)
 
     def take_fact(self, line: str):
@@ -484,7 +499,8 @@ class Body:
         self.marks |= {"seconds"} if time[2] == "s" else set()
         self.marks |= {"decimals6"} if len(loss[0].partition(".")[2]) == 6 else set()
         ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
-        extra = {name: float(text) for name, text in values.items() if name != "val_loss" and NUMBER.fullmatch(text)}
+        extra = {name: float(text) for name, text in values.items() if name != "val_loss"
+                 and NUMBER.fullmatch(text)}
         self.take_point(ValPoint(step, float(loss[0]), ms if "train_time" in values else None,
                                  dict([*extra.items()][:EXTRA_LIMIT])), total)
 
@@ -580,8 +596,10 @@ class Body:
         if any(later < earlier for earlier, later in zip(times, times[1:])):
             self.notes.add("the training time falls from one validation to the next")
         if points and part.total is not None and points[-1].step != part.total:
-            self.notes.add("the run is incomplete", f"last validation at step {points[-1].step} of {part.total}")
+            self.notes.add("the run is incomplete",
+                           f"last validation at step {points[-1].step} of {part.total}")
 
     def variant(self) -> str:
         return next(name for name, needs in VARIANTS
-                    if all(word[1:] not in self.marks if word[0] == "!" else word in self.marks for word in needs.split()))
+                    if all(word[1:] not in self.marks if word[0] == "!" else word in self.marks
+                           for word in needs.split()))

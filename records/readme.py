@@ -38,7 +38,8 @@ def lists(text: str) -> list[NumberList]:
         if len(found) == LIST_LIMIT:
             break
         if len(values) > 1 and digits:
-            found.setdefault(values, NumberList(line_of(text, match.start()), match["before"].lower(), values, min(digits, 9)))
+            found.setdefault(values, NumberList(line_of(text, match.start()), match["before"].lower(), values,
+                                                min(digits, 9)))
     return [*found.values()]
 
 
@@ -54,7 +55,8 @@ def probabilities(text: str) -> list[tuple[int, float, float]]:
 
 def rows(text: str) -> list[tuple[int, str, list[str], list[str]]]:
     """(line, name in the first cell, losses, milliseconds) of each table row whose first cell may name a log."""
-    return [(line_of(text, match.start()), match[1], ROW_LOSS.findall("|" + match[2]), ROW_MS.findall("|" + match[2]))
+    return [(line_of(text, match.start()), match[1], ROW_LOSS.findall("|" + match[2]),
+             ROW_MS.findall("|" + match[2]))
             for match in ROW.finditer(text)]
 
 

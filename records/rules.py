@@ -16,7 +16,8 @@ from records.tracks import Track
 
 PASS, FAIL, WAIVED, NOT_APPLICABLE = "pass", "fail", "waived", "n/a"
 SEED_VALUE = re.compile(r"(seed\w{0,20}\s{0,9}(?::\s{0,9}int\s{0,9})?[=(]\s{0,9})\d{1,18}", re.I)
-NOT_TRAINING = {"seed", "log_dir", "save_every", "save_final", "wandb"}  # settings that do not change what is trained
+NOT_TRAINING = {"seed", "log_dir", "save_every", "save_final",
+                "wandb"}  # settings that do not change what is trained
 
 
 def last_point(run: RunFacts) -> ValPoint | None:
@@ -66,7 +67,8 @@ class Submission:
     def speed(self) -> statistics.Welch:
         """Times of the runs, in ms, against those of the baseline at its last step."""
         def times(points):
-            return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms for point in points]
+            return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms
+                    for point in points]
         return statistics.welch(times(map(self.point, self.runs)), times(map(last_point, self.baseline_runs)))
 
 
@@ -104,7 +106,8 @@ def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, st
     (most, members), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
     if not others:
         return PASS, f"{known[most]} in all {len(members)} {plural}"
-    return FAIL, some([f"{known[most]} in {len(members)} {plural}", *(f"{known[key]} in {names(few)}" for key, few in others)])
+    return FAIL, some([f"{known[most]} in {len(members)} {plural}",
+                       *(f"{known[key]} in {names(few)}" for key, few in others)])
 
 
 # The first line of each docstring is the manual. An asterisk: a person may waive it.
@@ -112,14 +115,17 @@ def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, st
 
 def intact_logs(s: Submission):
     """Every log is whole: nothing is cut, binary, unreadable or repeated in it."""
-    return judged((f"{names([log])}: {problem}" for log in s.counted for problem in log.problems
-                   if not problem.startswith("the run is incomplete")), f"{len(s.counted)} logs")  # final-validation says that
+    incomplete = "the run is incomplete"  # final-validation says that
+    wrong = [f"{names([log])}: {problem}" for log in s.counted for problem in log.problems
+             if not problem.startswith(incomplete)]
+    return judged(wrong, f"{len(s.counted)} logs")
 
 
 def consistent_lines(s: Submission):
     """The lines of a log agree: no step is missing, times never fall, averages are time / steps."""
-    return judged((f"{names([log])}: {text}" for log in s.counted for text in s.details[log.path].contradictions),
-                  f"{sum(s.details[log.path].num_training for log in s.counted):,} training lines")
+    details = [(log, s.details[log.path]) for log in s.counted]
+    wrong = [f"{names([log])}: {text}" for log, found in details for text in found.contradictions]
+    return judged(wrong, f"{sum(found.num_training for _, found in details):,} training lines")
 
 
 def right_track(s: Submission):
@@ -127,7 +133,9 @@ def right_track(s: Submission):
     if not any(run.config for run in s.runs):
         return NOT_APPLICABLE, "the logs hold no settings"
     wrong = [run for run in s.runs if run.config.get("track") != s.track.name]
-    return judged([f"expected {s.track.name}, found another in {names(wrong)}"] if wrong else [], s.track.name)
+    if wrong:
+        return FAIL, f"expected {s.track.name}, found another in {names(wrong)}"
+    return PASS, s.track.name
 
 
 def same_source(s: Submission):
@@ -145,15 +153,19 @@ def same_source(s: Submission):
 
 def difference(a: LogFile, b: LogFile) -> str:
     """How two sources differ, in numbers of lines."""
-    changed = {name: len(set(a.sources.get(name, "").splitlines()) ^ set(b.sources.get(name, "").splitlines()))
-               for name in {**a.sources, **b.sources}}
-    return ", ".join(f"{count} lines of {name} differ" for name, count in changed.items() if count) or "lines are moved"
+    changed = []
+    for name in {**a.sources, **b.sources}:
+        before, after = (set(log.sources.get(name, "").splitlines()) for log in (a, b))
+        if before != after:
+            changed.append(f"{len(before ^ after)} lines of {name} differ")
+    return ", ".join(changed) or "lines are moved"
 
 
 def same_settings(s: Submission):
     """All runs have as many steps and the same settings, those aside that do not change the training."""
     def settings(run):
-        return {"total_steps": run.total_steps, **{key: run.config[key] for key in run.config if key not in NOT_TRAINING}}
+        trained_with = {key: value for key, value in run.config.items() if key not in NOT_TRAINING}
+        return {"total_steps": run.total_steps, **trained_with}
     keys = {key: None for run in s.runs for key in settings(run)}
     found = {key: same(s.runs, lambda run: repr(settings(run).get(key))) for key in keys}
     wrong = [f"{key}: {evidence}" for key, (verdict, evidence) in found.items() if verdict == FAIL]
@@ -193,7 +205,8 @@ def same_torch(s: Submission):
 
 
 def build(run: RunFacts) -> str | None:
-    return run.torch and f"torch {run.torch}, CUDA {run.cuda}" + (f", Triton {run.triton}" if run.triton else "")
+    triton = f", Triton {run.triton}" if run.triton else ""
+    return run.torch and f"torch {run.torch}, CUDA {run.cuda}{triton}"
 
 
 def same_world_size(s: Submission):
@@ -204,7 +217,8 @@ def same_world_size(s: Submission):
 def final_validation(s: Submission):
     """Every run is validated at the step that counts; where that is the last one, the run is complete."""
     wrong = [f"{names([log])}: no run in it" for log in s.counted if not log.runs]
-    counting = [*((run, s.point(run)) for run in s.runs), *((run, last_point(run)) for run in s.baseline_runs)]
+    counting = [(run, s.point(run)) for run in s.runs]
+    counting += [(run, last_point(run)) for run in s.baseline_runs]
     for run, point in counting:
         if point is None:
             wrong.append(f"{names([run])}: no validation" + ("" if s.step is None else f" at step {s.step}"))
@@ -223,14 +237,17 @@ def validation_tokens(s: Submission):
     stated = [run for run in [*s.runs, *s.baseline_runs] if run.val_tokens is not None]
     if not stated:
         return NOT_APPLICABLE, f"the logs do not say; the track asks for {s.track.val_tokens:,}"
-    return judged((f"{names([run])}: {run.val_tokens:,}, expected {s.track.val_tokens:,}" for run in stated
-                   if run.val_tokens != s.track.val_tokens), f"{s.track.val_tokens:,} in {len(stated)} runs")
+    wrong = [f"{names([run])}: {run.val_tokens:,}, expected {s.track.val_tokens:,}"
+             for run in stated if run.val_tokens != s.track.val_tokens]
+    return judged(wrong, f"{s.track.val_tokens:,} in {len(stated)} runs")
 
 
 def finite_losses(s: Submission):
     """No validation loss is nan or infinite."""
-    return judged((f"{names([run])}: {point.val_loss} at step {point.step}" for run in [*s.runs, *s.baseline_runs]
-                   for point in run.val_points if not math.isfinite(point.val_loss)), "all losses")
+    wrong = [f"{names([run])}: {point.val_loss} at step {point.step}"
+             for run in [*s.runs, *s.baseline_runs] for point in run.val_points
+             if not math.isfinite(point.val_loss)]
+    return judged(wrong, "all losses")
 
 
 def distinct_files(s: Submission):
@@ -238,24 +255,33 @@ def distinct_files(s: Submission):
     groups = {}
     for log in s.all_logs:
         groups.setdefault(log.sha256, []).append(log)
-    return judged((f"the same bytes in {names(group)}" for group in groups.values() if len(group) > 1), f"{len(groups)} files")
+    wrong = [f"the same bytes in {names(group)}" for group in groups.values() if len(group) > 1]
+    return judged(wrong, f"{len(groups)} files")
 
 
 def distinct_curves(s: Submission):
     """No two runs share their losses or their times: a copy with another header or last line still has the rest."""
     runs = [run for log in s.all_logs for run in log.runs if run.val_points]
-    curves, clocks = [curve(run) for run in runs], [s.details[log.path].clock for log in s.all_logs]
-    found = [f"{shared} of {len(curves[j])} losses are the same in {names([runs[i], runs[j]])}"
-             for (i, j), shared in overlaps(curves).items()
-             if curves[i] == curves[j] or shared >= 3 and 4 * shared >= 3 * len(curves[j])]  # by chance once in 10,000 pairs
-    found += [f"{shared} of {len(clocks[j])} times are the same in {names([s.all_logs[i], s.all_logs[j]])}"
-              for (i, j), shared in overlaps(clocks).items() if shared >= 10 and 2 * shared > len(clocks[j])]
+    curves = [curve(run) for run in runs]
+    found = []
+    for (i, j), shared in overlaps(curves).items():
+        many = shared >= 3 and 4 * shared >= 3 * len(curves[j])  # by chance once in 10,000 pairs
+        if many or curves[i] == curves[j]:
+            found.append(f"{shared} of {len(curves[j])} losses are the same in {names([runs[i], runs[j]])}")
+
+    clocks = [s.details[log.path].clock for log in s.all_logs]
+    for (i, j), shared in overlaps(clocks).items():
+        if shared >= 10 and 2 * shared > len(clocks[j]):
+            both = names([s.all_logs[i], s.all_logs[j]])
+            found.append(f"{shared} of {len(clocks[j])} times are the same in {both}")
     return judged(found, f"{len(runs)} runs")
 
 
 def overlaps(sets: list[Iterable]) -> Counter:
-    """For pairs of sets that share something, i < j, how much. What 50 sets share is not compared with further ones, so that
-    many copies take linear time."""
+    """For pairs of sets that share something, i < j, how much.
+
+    What 50 sets share is not compared with further ones, so that many copies take linear time.
+    """
     shared, holders = Counter(), defaultdict(list)
     for j, items in enumerate(sets):
         for item in items:
@@ -268,7 +294,10 @@ def overlaps(sets: list[Iterable]) -> Counter:
 def curve(run: RunFacts) -> set:
     """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the same by chance."""
     points = [point for point in run.val_points if point.step > 0]
-    return {(point.step, point.val_loss) for point in points} | {point.train_time_ms for point in points[:len(points) == 1]}
+    found = {(point.step, point.val_loss) for point in points}
+    if len(points) == 1:
+        found.add(points[0].train_time_ms)
+    return found
 
 
 def distinct_seeds(s: Submission):
@@ -279,8 +308,8 @@ def distinct_seeds(s: Submission):
     if None in groups:
         applies = len(groups) > 1 or any(run.config for run in s.runs)
         return FAIL if applies else NOT_APPLICABLE, f"no seed in {names(groups[None])}"
-    return judged((f"seed {seed} in {names(group)}" for seed, group in groups.items() if len(group) > 1),
-                  ", ".join(map(str, sorted(groups)))[:120])
+    wrong = [f"seed {seed} in {names(group)}" for seed, group in groups.items() if len(group) > 1]
+    return judged(wrong, ", ".join(map(str, sorted(groups)))[:120])
 
 
 def compile_flags(s: Submission):
@@ -289,13 +318,17 @@ def compile_flags(s: Submission):
         return NOT_APPLICABLE, "the track bans none"
     sources = {(name, text): log for log in s.logs for name, text in log.sources.items()}
     pattern = re.compile("|".join(s.track.banned_flags))
-    return judged((f"{' '.join(match[0].split())} in {name} of {names([log])}" for (name, text), log in sources.items()
-                   if pattern.search(text) and (match := pattern.search(code_of(text)))), f"{len(sources)} source files")
+    wrong = []
+    for (name, text), log in sources.items():
+        if pattern.search(text) and (match := pattern.search(code_of(text))):  # the second search is slow
+            wrong.append(f"{' '.join(match[0].split())} in {name} of {names([log])}")
+    return judged(wrong, f"{len(sources)} source files")
 
 
 def code_of(source: str) -> str:
     """Python source with comments and docstrings blanked out; all of it where it is not Python."""
-    lines, begins = [*io.StringIO(source)], True  # the lines that Python sees; begins: the next token begins a statement
+    lines = [*io.StringIO(source)]  # those that Python sees
+    begins = True  # whether the next token begins a statement
     try:
         for token in tokenize.generate_tokens(iter(lines[:]).__next__):
             if token.type == tokenize.COMMENT or token.type == tokenize.STRING and begins:
@@ -314,7 +347,7 @@ def code_of(source: str) -> str:
 def not_resumed(s: Submission):
     """No run went on from a checkpoint."""
     resumed = [log for log in s.counted if s.details[log.path].resumed]
-    return judged([f"resumed: {names(resumed)}"] if resumed else [], f"{len(s.counted)} logs")
+    return (FAIL, f"resumed: {names(resumed)}") if resumed else (PASS, f"{len(s.counted)} logs")
 
 
 def planned_runs(s: Submission):
@@ -360,7 +393,8 @@ def loss_rule(s: Submission):
         return FAIL, result.why
     sd = "" if result.sd is None else f" ± {result.sd:.5f}"
     return PASS if result.passes else FAIL, (
-        f"{result.mean:.5f}{sd} (n = {result.n}) against {s.track.target:g}: p = {result.p:.2g}, {s.track.alpha:g} is asked")
+        f"{result.mean:.5f}{sd} (n = {result.n}) against {s.track.target:g}: p = {result.p:.2g}, "
+        f"{s.track.alpha:g} is asked")
 
 
 def faster_than_baseline(s: Submission):
@@ -372,31 +406,40 @@ def faster_than_baseline(s: Submission):
     result = s.speed()
     if result.p is None:
         return FAIL, result.why
-    gap, low, high = (value / 1000 for value in (result.difference.estimate, result.difference.low, result.difference.high))
+    gap = result.difference
     return PASS if result.p < s.track.alpha else FAIL, (
-        f"{gap:+.3f} s against the baseline (95 % interval {low:+.3f} to {high:+.3f}): p = {result.p:.2g}, "
-        f"{s.track.alpha:g} is asked")
+        f"{gap.estimate / 1000:+.3f} s against the baseline (95 % interval {gap.low / 1000:+.3f} to "
+        f"{gap.high / 1000:+.3f}): p = {result.p:.2g}, {s.track.alpha:g} is asked")
 
 
 RULES = {rule.__name__.replace("_", "-"): rule for rule in (
-    intact_logs, consistent_lines, right_track, same_source, same_settings, same_validations, same_data, validation_data,
-    same_hardware, same_torch, same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses,
-    distinct_files, distinct_curves, distinct_seeds, compile_flags, not_resumed, planned_runs, exclusions, loss_rule,
-    faster_than_baseline)}
+    intact_logs, consistent_lines, right_track,
+    same_source, same_settings, same_validations, same_data, validation_data, same_hardware, same_torch,
+    same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses,
+    distinct_files, distinct_curves, distinct_seeds,
+    compile_flags, not_resumed, planned_runs, exclusions, loss_rule, faster_than_baseline,
+)}
 WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")}
 
 
 def judge(s: Submission) -> list[Verdict]:
-    """Every rule on a submission; failures are waived where a person gave a reason: the loss rule only for a kind of change
-    that the track exempts, with which the reason then begins, and speed only where there is no baseline to measure it by."""
+    """Every rule on a submission; a failure is waived where a person gave a reason that counts."""
     found = []
     for name, rule in RULES.items():
         verdict, evidence = rule(s)
-        reason = s.waivers.get(name, "") if name in WAIVABLE and verdict == FAIL else ""
-        if name == "loss-rule" and not reason.startswith(s.track.waived_for) or name == "faster-than-baseline" and s.baseline:
-            reason = ""
+        reason = s.waivers.get(name, "") if verdict == FAIL and can_be_waived(name, s) else ""
         found.append(Verdict(name, WAIVED if reason else verdict, plain(evidence), plain(reason)))
     return found
+
+
+def can_be_waived(name: str, s: Submission) -> bool:
+    """Whether a reason counts: for the loss rule one that begins with a kind of change that the track
+    exempts, for speed only where there is no baseline to measure it by."""
+    if name == "loss-rule":
+        return s.waivers.get(name, "").startswith(s.track.waived_for)
+    if name == "faster-than-baseline":
+        return not s.baseline
+    return name in WAIVABLE
 
 
 def plain(text: str) -> str:

@@ -1,10 +1,10 @@
 """record.json: what the folder of a record claims, and the logs that it rests on.
 
-`python -m records.schema` prints the JSON schema. A Statement is what a person says; all else in a Record is computed from the
-logs, and `verify` computes it again.
+`python -m records.schema` prints the JSON schema. A Statement is what a person says; all else in a Record is
+computed from the logs, and `verify` computes it again.
 
-Losses are nats per token with 5 decimals, times training milliseconds with 1, probabilities have 3 significant digits. null is
-a number that the logs do not hold, or not a finite one."""
+Losses are nats per token with 5 decimals, times training milliseconds with 1, probabilities have 3
+significant digits. null is a number that the logs do not hold, or not a finite one."""
 import datetime
 import json
 import re
@@ -103,11 +103,15 @@ class Statement(Model):
     why_no_record: Line | None = Field(description="null for a record")
     description: Line
     contributors: list[Line] = Field(max_length=100)
-    step: Count | None = Field(description="whose validation counts, in a track that wants it stated; null: the last")
-    planned_runs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(description="runs planned before the first one")
-    waivers: dict[Name, Line] = Field(max_length=50, description="reasons to accept a failure, by rule of `check`")
+    step: Count | None = Field(description="whose validation counts, in a track that wants it stated; null: "
+                                           "the last")
+    planned_runs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(description="runs planned before the "
+                                                                                    "first one")
+    waivers: dict[Name, Line] = Field(max_length=50,
+                                      description="reasons to accept a failure, by rule of `check`")
     baseline_record: FolderName | None = Field(
-        description="folder of the record, of the same track, whose runs are the baseline; null: it lies in baseline/")
+        description="folder of the record, of the same track, whose runs are the baseline; null: it lies in "
+                    "baseline/")
     excluded: dict[LogName, Line] = Field(max_length=10_000, description="reasons to leave a log out, by log")
 
     @model_validator(mode="after")
@@ -124,7 +128,8 @@ class Statement(Model):
 
 class Record(Statement):
     """A folder records/<folder of the track>/<date>_<name>/: what a person says, and what the logs say."""
-    hardware: Line | None = Field(description="null, as torch and world_size, where the runs differ or do not say")
+    hardware: Line | None = Field(description="null, as torch and world_size, where the runs differ or do "
+                                              "not say")
     torch: Line | None
     world_size: Count | None
     runs: GroupSummary
@@ -132,7 +137,8 @@ class Record(Statement):
     baseline: GroupSummary | None
     speed: Speed | None
     excluded_logs: list[LogEntry] = Field(max_length=10_000)
-    sources: dict[SourceName, Sha256] = Field(max_length=50, description="files that the logs of the runs embed")
+    sources: dict[SourceName, Sha256] = Field(max_length=50,
+                                              description="files that the logs of the runs embed")
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -147,7 +153,8 @@ def read(path) -> Record:
     except OSError as e:
         raise RecordError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
     if len(text) > SIZE_LIMIT:
-        raise RecordError(f"{path}: expected at most {SIZE_LIMIT:,} bytes, found more; it is not written by pack")
+        raise RecordError(f"{path}: expected at most {SIZE_LIMIT:,} bytes, found more; it is not written by "
+                          "pack")
     return parse(text, path)
 
 
@@ -158,7 +165,8 @@ def parse(data: str | bytes | dict, what="record.json", kind=Record):
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         where = f" at {ascii('.'.join(map(str, first['loc'])))[1:-1][:100]}" if first["loc"] else ""
-        raise RecordError(f"{what}: expected what the schema of a record asks for{where}, found: {first['msg']}; "
+        raise RecordError(f"{what}: expected what the schema of a record asks for{where}, found: "
+                          f"{first['msg']}; "
                           "see python -m records.schema") from None
 
 

@@ -1,9 +1,9 @@
 """Show the facts of logs: one log in full, several as a table with a row for each run.
 
-Formats of the public speedrun have the ids of records/logs.py; "own" is train_gpt.py's, "X" is no log. Time and steps to the
-target are those of the first validation at or below it, less what a straight line from the validation before saves.
-With --json: one object for a file, a list of them for a folder or several paths. What a log does not say is null, and so
-is a loss that is not a finite number.
+Formats of the public speedrun have the ids of records/logs.py; "own" is train_gpt.py's, "X" is no log. Time
+and steps to the target are those of the first validation at or below it, less what a straight line from the
+validation before saves. With --json: one object for a file, a list of them for a folder or several paths.
+What a log does not say is null, and so is a loss that is not a finite number.
 """
 import argparse
 import json
@@ -34,14 +34,16 @@ def add_arguments(parser):
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a log, or a folder of logs")
     parser.add_argument("--target", type=target_loss, metavar="LOSS",
                         help="validation loss to reach (default: that of the log's track, or 3.28)")
-    parser.add_argument("--source", metavar="FILE", help="print a source file that the log embeds, such as train_gpt.py")
+    parser.add_argument("--source", metavar="FILE",
+                        help="print a source file that the log embeds, such as train_gpt.py")
     parser.add_argument("--json", action="store_true", help="facts for a program, with every validation")
 
 
 def run(args) -> int:
     paths = logs.find(args.paths)
     if not paths:
-        raise RecordError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; check the path")
+        raise RecordError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; "
+                          "check the path")
     found, errors = [], []
     for path in paths:
         try:
@@ -66,7 +68,8 @@ def run(args) -> int:
 
 def source_of(log: logs.LogFile, name: str) -> str:
     if name not in log.sources:
-        raise RecordError(f"--source: expected a file that {log.path} embeds ({', '.join(log.sources) or 'it has none'}), "
+        raise RecordError(f"--source: expected a file that {log.path} embeds "
+                          f"({', '.join(log.sources) or 'it has none'}), "
                           f"found {name!r}; choose one of these")
     return log.sources[name]
 
@@ -94,7 +97,8 @@ def as_json(log: logs.LogFile, target: float) -> dict:
         "variant": log.variant,
         "runs": [{
             "run_id": run.run_id,
-            "val_points": [{"step": point.step, "val_loss": finite(point.val_loss), "train_time_ms": point.train_time_ms}
+            "val_points": [{"step": point.step, "val_loss": finite(point.val_loss),
+                            "train_time_ms": point.train_time_ms}
                            for point in run.val_points],
             "first_val_loss": finite(run.first_val_loss),
             "final_val_loss": finite(run.final_val_loss),
@@ -170,7 +174,8 @@ def print_runs(console, found: list[logs.LogFile], target: float | None):
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(log.path)) for log in found])
     rows = []
     for log in found:
-        loss, name = target or target_of(log), os.path.relpath(os.path.abspath(printable(str(log.path))), folder)
+        loss, name = target or target_of(log), os.path.relpath(os.path.abspath(printable(str(log.path))),
+                                                               folder)
         for run in log.runs:
             rows.append({
                 "run": name + run.run_id[len(log.path.stem):],
@@ -189,25 +194,31 @@ def print_runs(console, found: list[logs.LogFile], target: float | None):
             })
     if not rows:
         return
-    common = {name: value for name, value in rows[0].items() if len(rows) > 1 and all(row[name] == value for row in rows)}
-    table = new_table(*(name for name in rows[0] if name not in common), words=("run", "format", "hardware", "torch"))
+    common = {name: value for name, value in rows[0].items() if len(rows) > 1
+              and all(row[name] == value for row in rows)}
+    table = new_table(*(name for name in rows[0] if name not in common),
+                      words=("run", "format", "hardware", "torch"))
     for row in rows:
         table.add_row(*(value for name, value in row.items() if name not in common))
     console.print(table)
     if common:
-        console.print("in all: " + ", ".join(f"{name} {value}" for name, value in common.items() if value != "-"))
+        console.print("in all: " + ", ".join(f"{name} {value}" for name, value in common.items()
+                                             if value != "-"))
 
 
 def print_one(console, log: logs.LogFile, target: float):
     """Facts of the file, then of its run with the validations, or of its runs as a table."""
     from rich.table import Table
 
-    facts = [("file", printable(str(log.path))), ("format", log.variant), ("bytes", f"{log.size:,}"), ("SHA-256", log.sha256)]
+    facts = [("file", printable(str(log.path))), ("format", log.variant), ("bytes", f"{log.size:,}"),
+             ("SHA-256", log.sha256)]
     if log.sources:
-        facts.append(("source", ", ".join(f"{name} ({len(text.splitlines()):,} lines)" for name, text in log.sources.items())))
+        facts.append(("source", ", ".join(f"{name} ({len(text.splitlines()):,} lines)" for name,
+                                          text in log.sources.items())))
     if log.runs:
         run = log.runs[0]
-        facts += [("its SHA-256", shown(run.source_sha256)), ("Python", shown(run.python)), ("torch", shown(run.torch)),
+        facts += [("its SHA-256", shown(run.source_sha256)), ("Python", shown(run.python)),
+                  ("torch", shown(run.torch)),
                   ("CUDA", shown(run.cuda)), ("Triton", shown(run.triton)), ("hardware", shown(run.hardware)),
                   ("world size", shown(run.world_size)), ("peak memory", shown(run.peak_mib, "{:,} MiB"))]
     if len(log.runs) == 1:
@@ -216,8 +227,10 @@ def print_one(console, log: logs.LogFile, target: float):
         if time is not None:
             reached += f", after {seconds(time)} s"
         facts += [("seed", shown(run.seed)),
-                  ("steps", f"{shown(run.final_step)} of {shown(run.total_steps)}{'' if run.complete else ': not complete'}"),
-                  ("final loss", nats(run.final_val_loss)), ("training time", f"{seconds(run.final_time_ms)} s"),
+                  ("steps", f"{shown(run.final_step)} of "
+                            f"{shown(run.total_steps)}{'' if run.complete else ': not complete'}"),
+                  ("final loss", nats(run.final_val_loss)),
+                  ("training time", f"{seconds(run.final_time_ms)} s"),
                   ("time per step", shown(run.step_avg_ms, "{:,.2f} ms")), (f"loss {target:g}", reached)]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -233,7 +246,8 @@ def print_one(console, log: logs.LogFile, target: float):
 
 def points_table(run: logs.RunFacts):
     """The validations; of very many the first ten and the last ones."""
-    points, names = run.val_points, list(dict.fromkeys(name for point in run.val_points for name in point.extra))
+    points, names = run.val_points, list(dict.fromkeys(name for point in run.val_points
+                                                       for name in point.extra))
     table = new_table("step", "validation loss", "time, s", *names)
     for i, point in enumerate(points):
         if len(points) <= POINTS_SHOWN or i < 10 or i >= len(points) - POINTS_SHOWN + 10:
