@@ -1,4 +1,4 @@
-"""Read training logs of the NanoGPT speedrun, compare runs, judge a claim, pack a submission, check an archive."""
+"""Read training logs of the NanoGPT speedrun, judge a claim, pack a submission, check an archive."""
 import argparse
 import difflib
 import importlib
@@ -18,8 +18,8 @@ VERBS = {  # in the order of the manual
 MANUAL = """usage: python -m records VERB [ARGUMENTS]
 
 {about}
-A PATH is a log, or a folder of logs. Logs of every format of the public speedrun are read, and those of train_gpt.py.
-Nothing that is read is ever run, no network is used, and neither torch nor a GPU is needed.
+A PATH is a log, or a folder of logs. Logs of every format of the public speedrun are read, and those of
+train_gpt.py. Nothing that is read is ever run, no network is used, and neither torch nor a GPU is needed.
 
 {verbs}
 python -m records VERB --help tells the arguments of a verb.

@@ -82,7 +82,8 @@ def make_experiment(a: str, b: str, runs: int) -> Experiment:
 
 
 def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
-    """The experiment in this folder, which must be the one that is asked for; a new one if the folder is empty."""
+    """The experiment in this folder, which must be the one that is asked for; a new one if the
+    folder is empty."""
     path = out / PLAN
     if not path.exists():
         if any(not file.name.startswith(".") for file in out.iterdir()):
@@ -108,7 +109,10 @@ def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Make the folder and hold its lock. Runs inherit it, so that none works on whose ab was killed without being noticed."""
+    """Make the folder and hold its lock.
+
+    Runs inherit it, so that none works on whose ab was killed without being noticed.
+    """
     import fcntl  # not on Windows
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +235,10 @@ def perform(attempt: Attempt, limit: float, lock, stop: StopSignals):
 
 
 def execute(argv: list[str], output: Path, limit: float, lock, stop: StopSignals) -> int:
-    """Exit code of the command, whose output goes to a file; limit in seconds. Nothing that it started is left at work."""
+    """Exit code of the command, whose output goes to a file; limit in seconds.
+
+    Nothing that it started is left at work.
+    """
     process = None
     try:
         with open(output, "wb") as file, stop.held_back():
@@ -244,7 +251,8 @@ def execute(argv: list[str], output: Path, limit: float, lock, stop: StopSignals
 
 
 def end(process: subprocess.Popen):
-    """End the group of a process, by force where it does not obey in time or where ab is told to stop again."""
+    """End the group of a process, by force where it does not obey in time or where ab is told to
+    stop again."""
     try:
         if process.poll() is None:
             kill_group(process.pid, signal.SIGTERM)
@@ -286,7 +294,8 @@ def find_run(out: Path, arm: str, number: int) -> RunFacts | None:
 
 
 def pair_with_equal_losses(out: Path, arm: str, number: int, new: RunFacts) -> int | None:
-    """An earlier pair whose run of this arm has the same losses: with another seed all of them cannot be equal by chance."""
+    """An earlier pair whose run of this arm has the same losses: with another seed all of them
+    cannot be equal by chance."""
     def losses(run):
         return [(point.step, point.val_loss) for point in run.val_points]
 
@@ -352,7 +361,8 @@ def notes(out: Path, a: list[RunFacts], b: list[RunFacts]):
         yield "Some logs name no seed, so that nobody can tell whether it was used."
     attempts = len(list((out / "output").iterdir()))
     if attempts > len(a) + len(b):
-        yield f"Attempts that failed or were interrupted and were made again: {attempts - len(a) - len(b)} (see output/)."
+        more = attempts - len(a) - len(b)
+        yield f"Attempts that failed or were interrupted and were made again: {more} (see output/)."
 
 
 def markdown(experiment: Experiment, a: list[RunFacts], b: list[RunFacts], lines: list[str]) -> str:

@@ -172,7 +172,10 @@ def in_words(point: CurveMean) -> str:
 
 
 def ends_of_runs(groups: list[tuple[str, list]], target: float | None) -> go.Figure | None:
-    """Final loss against training time, a dot for each run of (name, runs). None without a run that has both."""
+    """Final loss against training time, a dot for each run of (name, runs).
+
+    None without a run that has both.
+    """
     ends = [(k, html.escape(name), ends_of(runs)) for k, (name, runs) in enumerate(groups[:MAX_GROUPS])]
     ends = [(k, name, dots) for k, name, dots in ends if dots]
     if not ends:
@@ -217,7 +220,8 @@ class Event:
 
 
 def history(events: list[Event], unit: str, best_only: bool = False, labels: bool = False) -> go.Figure:
-    """Records by date, as stairs; with best_only these go through the ones below all before, and the others are grey dots."""
+    """Records by date, as stairs; with best_only these go through the ones below all before, and
+    the others are grey dots."""
     first, last = min(event.date for event in events), max(event.date for event in events)
     pad = (last - first) * 0.02
     values = [event.value for event in events]
@@ -275,7 +279,8 @@ def place(fig: go.Figure, x, y: float, width: float) -> tuple[float, float]:
 
 
 def lifts(boxes: list[tuple[float, float, float]]) -> list[float]:
-    """By how many pixels labels must rise to not cover each other; a box is (left, right, bottom), and the first ones stay."""
+    """By how many pixels labels must rise to not cover each other; a box is (left, right, bottom),
+    and the first ones stay."""
     placed, result = [], []
     for left, right, bottom in boxes:
         y = bottom

@@ -89,7 +89,10 @@ def from_folder(folder: Path, statement: schema.Statement, siblings: Path | None
 
 
 def members(folder: Path) -> list[Path]:
-    """The logs in a folder of a submission. Hidden files, such as those that macOS leaves behind, are none."""
+    """The logs in a folder of a submission.
+
+    Hidden files, such as those that macOS leaves behind, are none.
+    """
     found = sorted(path for path in folder.glob("*") if not path.name.startswith(".")
                    and not path.is_symlink())
     for path in found:
@@ -138,7 +141,10 @@ def planned_by_ab(submitted: list[LogFile]) -> int | None:
 
 
 def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Path, str]]:
-    """(logs that count, excluded logs with the reason). A log is named by its file name or the beginning of it."""
+    """(logs that count, excluded logs with the reason).
+
+    A log is named by its file name or the beginning of it.
+    """
     excluded = {}
     for name, reason in pairs(texts, "--exclude").items():
         matches = [path for path in found if path.name == Path(name).name or path.name.startswith(name)]

@@ -24,8 +24,9 @@ from records.palette import COLORS, dashed
 from records.rules import NOT_TRAINING
 from records.tracks import TRACKS, Track, choose
 
-HELP = "groups of runs side by side: loss rule, speed-up, loss by step, tokens and time, changes of the source"
-EXAMPLE = "python -m records compare records/track_0_laptop/2026-11-22_AdamW records/track_0_laptop/2026-11-22_Muon"
+HELP = "groups of runs side by side: loss rule, speed-up, loss by step and time, changes of the source"
+EXAMPLE = ("python -m records compare records/track_0_laptop/2026-11-22_AdamW "
+           "records/track_0_laptop/2026-11-22_Muon")
 
 AXES = ("step", "tokens", "time")
 ROWS = 12  # most rows of a table of losses
@@ -215,14 +216,16 @@ def only_batch(groups: list[RunGroup], found: dict[str, list]) -> float | None:
 
 
 def even_grid(curves: list[list[float]]) -> list[float]:
-    """Places at even distances from the second validation on: up to there a curve is far from a straight line."""
+    """Places at even distances from the second validation on: up to there a curve is far from a
+    straight line."""
     begin = max(sorted(curve)[:2][-1] for curve in curves)
     end = min(max(curve) for curve in curves)
     return np.linspace(begin, max(begin, end), ROWS).tolist()
 
 
 def losses_at(grid: list[float], run: RunFacts, curve: list[float]) -> list[float]:
-    """The loss of a run at each place of a grid, nan where it has none; `curve` tells where its validations stand."""
+    """The loss of a run at each place of a grid, nan where it has none; `curve` tells where its
+    validations stand."""
     pairs = sorted(zip(curve, (point.val_loss for point in run.val_points)))
     where, losses = zip(*pairs[len(pairs) > 1:])
     return np.interp(grid, where, losses, left=math.nan, right=math.nan).tolist()
@@ -232,7 +235,8 @@ def losses_at(grid: list[float], run: RunFacts, curve: list[float]) -> list[floa
 
 def tests_against(first: RunGroup, its_first: Counted, group: RunGroup, its: Counted,
                   track: Track | None) -> dict:
-    """Tests of a group against the first one; None where there is nothing to compare, such as times of different hardware."""
+    """Tests of a group against the first one; None where there is nothing to compare, such as times
+    of different hardware."""
     same_machine = all({fact(run) for run in group.runs} == {fact(run) for run in first.runs}
                        for fact in (FACTS["hardware"], FACTS["world size"]))
     pairwise = None
@@ -282,11 +286,13 @@ def parting(first: RunGroup, group: RunGroup) -> str:
                for step in steps]
     if all(result.p is None for result in results):
         return f"where the curves part: unknown, {results[0].why}"
-    test = f"Welch's t-test at {len(steps)} validations, two-sided, {ALPHA:g} shared out over them (Bonferroni)"
+    test = (f"Welch's t-test at {len(steps)} validations, two-sided, {ALPHA:g} shared out over them "
+            "(Bonferroni)")
     for step, result in zip(steps, results):
         p = 1 if result.p is None else 2 * min(result.p, 1 - result.p)
         if p < ALPHA / len(steps):
-            return f"the curves part by step {step:,}: {result.difference.estimate:+.4f}, p = {p:.2g} ({test})"
+            gap = result.difference.estimate
+            return f"the curves part by step {step:,}: {gap:+.4f}, p = {p:.2g} ({test})"
     return f"the curves do not part ({test})"
 
 
@@ -353,7 +359,8 @@ def public_run(points: tuple, final: history.HistoryFinal) -> RunFacts:
 
 
 def beside(public: RunGroup, group: RunGroup) -> str:
-    """How far the mean loss of a group is from that of a public record, at the validations of the group within both."""
+    """How far the mean loss of a group is from that of a public record, at the validations of the
+    group within both."""
     steps = shared_steps([group])[1:]
     means = [np.mean([losses_at(steps, run, places(run, "step")) for run in side.runs], axis=0)
              for side in (group, public)] if steps else ([], [])
@@ -442,7 +449,8 @@ def plot(groups: list[RunGroup], target: float, path: Path):
     try:
         figure.savefig(path, dpi=150)
     except OSError as e:
-        raise RecordError(f"--plot: expected to write {path}, found: {e.strerror}; choose another folder") from None
+        raise RecordError(f"--plot: expected to write {path}, found: {e.strerror}; "
+                          "choose another folder") from None
 
 
 def draw(ax, groups: list[RunGroup], bands: list, target: float, losses: tuple[float, float]):

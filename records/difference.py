@@ -47,8 +47,8 @@ def difference(file: str, before: str, after: str) -> Difference:
                 if kind == "equal":
                     lines += [("same", " " + line) for line in old[i0:i1]]
                 else:
-                    lines += [("removed", "-" + line) for line in old[i0:i1]] + [("added", "+" + line)
-                                                                                 for line in new[j0:j1]]
+                    lines += [("removed", "-" + line) for line in old[i0:i1]]
+                    lines += [("added", "+" + line) for line in new[j0:j1]]
     except TooLong:
         a, b = Counter(old), Counter(new)
         return Difference(file, (b - a).total(), (a - b).total(), [])

@@ -52,7 +52,10 @@ class Counted:
 
 
 def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[tuple[str, str]]]:
-    """Groups in the order of the paths, and (file, why) of each file without a run. RecordError where there is no group."""
+    """Groups in the order of the paths, and (file, why) of each file without a run.
+
+    RecordError where there is no group.
+    """
     members, left_out = {}, []
     for path in map(Path, paths):
         for file in sorted(logs.find([path]), key=folder_before_subfolders):

@@ -15,9 +15,12 @@ from records.logs import SEPARATOR, LogFile
 
 # bytes; the lines of a longer log are not judged (the longest of the public archive has 1.1 million)
 SIZE_LIMIT = 1 << 24
-STEP = re.compile(rb"^step:(\d{1,12})/\d{1,12} ((?:[a-z_]{1,40}:\S{1,40} ){0,12}?)train_time:(\d{1,15}(?:\.\d{1,9})?)(m?s) "
-                  rb"step_avg:(\d{1,12}\.\d{1,9}|nan)ms(?: [a-z_]{1,40}:\S{1,40}){0,12}\s*$", re.M)
-DATE = re.compile(rb"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d) +(\d{4})\s*$", re.M)
+PAIR = rb"[a-z_]{1,40}:\S{1,40}"
+STEP = re.compile(
+    rb"^step:(\d{1,12})/\d{1,12} ((?:" + PAIR + rb" ){0,12}?)train_time:(\d{1,15}(?:\.\d{1,9})?)(m?s) "
+    rb"step_avg:(\d{1,12}\.\d{1,9}|nan)ms(?: " + PAIR + rb"){0,12}\s*$", re.M)
+DATE = re.compile(
+    rb"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d) +(\d{4})\s*$", re.M)
 RESUMED = re.compile(rb"^resumed: ", re.M)
 COMMIT = re.compile(rb"^commit: ([0-9a-f]{40}(?: with changes)?)$", re.M)
 TRAINING_DATA = re.compile(rb"^training data: .{1,200}, fingerprint ([0-9a-f]{8,64})$", re.M)
@@ -59,6 +62,7 @@ def examine(log: LogFile) -> Details:
     found = [text for run in np.split(lines, starts)
              for text in contradictions(run, 0.1 if on_cpu else QUEUE)]
     training = lines[lines[:, 1] == 0][:, [0, 2]]
+    every = 8 if len(training) > 400 else 1
     return Details(
         date=parse_date(DATE.findall(head)),
         resumed=bool(RESUMED.search(header)),
@@ -66,8 +70,7 @@ def examine(log: LogFile) -> Details:
         training_data=found_in(header, TRAINING_DATA),
         validation_data=found_in(header, VALIDATION_DATA),
         num_training=len(training),
-        clock=frozenset(map(tuple, training[training[:, 0] % (8 if len(training) > 400
-                                                              else 1) == 0].tolist())),
+        clock=frozenset(map(tuple, training[training[:, 0] % every == 0].tolist())),
         contradictions=tuple(found),
     )
 
@@ -93,23 +96,27 @@ def contradictions(lines: np.ndarray, queue: float):
     training, validation = lines[is_validation == 0], lines[is_validation == 1]
     # Early trainers started the clock anew after 10 untimed steps.
     for i in np.flatnonzero((np.diff(ms) < 0) & (step[1:] != 11)):
-        yield f"the time falls from {ms[i]:g} ms at step {step[i]:.0f} to {ms[i + 1]:g} ms at step {step[i + 1]:.0f}"
+        yield (f"the time falls from {ms[i]:g} ms at step {step[i]:.0f} to {ms[i + 1]:g} ms at step "
+               f"{step[i + 1]:.0f}")
     for kind, rows in (("training", training), ("validation", validation)):
         yield from wrong_averages(kind, *rows.T[[0, 2, 3]])
     if len(training):
         steps = training[:, 0]
         for i in np.flatnonzero(np.diff(steps, prepend=0) != 1):
-            yield f"expected a training line at step {steps[i - 1] + 1 if i else 1:.0f}, found the next at step {steps[i]:.0f}"
+            expected = steps[i - 1] + 1 if i else 1
+            yield f"expected a training line at step {expected:.0f}, found the next at step {steps[i]:.0f}"
         time_at = dict(training[:, [0, 2]].tolist())
         for step, _, ms, average in validation:
             if step and step not in time_at:
                 yield f"expected a training line at step {step:.0f}, found a validation only"
             elif step > 20 and ms - time_at[step] > queue * ms / step:
-                yield f"the validation at step {step:.0f} is {ms - time_at[step]:g} ms after the training line of that step"
+                yield (f"the validation at step {step:.0f} is {ms - time_at[step]:g} ms after the training line "
+                       "of that step")
 
 
 def wrong_averages(kind: str, step, ms, average):
-    """Averages that are not time / steps under the one convention of the public logs that suits the run best."""
+    """Averages that are not time / steps under the one convention of the public logs that suits the
+    run best."""
     conventions = (
         (ms, np.maximum(step, 1)),  # from the start
         (ms, np.maximum(step - 10, 1)),  # without 10 untimed steps

@@ -185,8 +185,8 @@ FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names
 )]
 # beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
 LINES = re.compile(
-    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed |config: \{|Model name: "
-    rb"|peak memory |\w+ DataLoader: |Resetting Model|ended after step )[^\n]*)")
+    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed "
+    rb"|config: \{|Model name: |peak memory |\w+ DataLoader: |Resetting Model|ended after step )[^\n]*)")
 
 
 def find(paths) -> list[Path]:
@@ -314,7 +314,10 @@ class Notes:
 
 
 def lines(file, digest, notes: Notes):
-    """(offset, line) of each line that matters. Never more than a block and the beginning of a line is in memory."""
+    """(offset, line) of each line that matters.
+
+    Never more than a block and the beginning of a line is in memory.
+    """
     carry, end, decoder = b"\n", 0, codecs.getincrementaldecoder("utf-8")()
     while block := file.read(BLOCK):
         digest.update(block)
@@ -344,7 +347,8 @@ def lines(file, digest, notes: Notes):
 
 
 def read_source(file, body: "Body", notes: Notes) -> bytes:
-    """The embedded source with LF line ends and one newline at the end, as a source file has; empty where there is none."""
+    """The embedded source with LF line ends and one newline at the end, as a source file has; empty
+    where there is none."""
     if body.source_end > SOURCE_LIMIT:
         notes.add(f"an embedded source of more than {SOURCE_LIMIT:,} bytes is not read")
         return b""
@@ -356,7 +360,10 @@ def read_source(file, body: "Body", notes: Notes) -> bytes:
 
 
 def split_source(source: bytes, notes: Notes) -> dict[str, str]:
-    """The files of an embedded source by name. The first bears none in any format, and is train_gpt.py in all that do."""
+    """The files of an embedded source by name.
+
+    The first bears none in any format, and is train_gpt.py in all that do.
+    """
     if not source:
         return {}
     text = source.decode("utf-8", "replace")
@@ -392,7 +399,10 @@ class Part:
 
 
 def read_config(text: str) -> dict:
-    """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes. Raises ValueError."""
+    """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes.
+
+    Raises ValueError.
+    """
     def plain(value) -> bool:
         return value is None or isinstance(value, (bool, int,
                                                    float)) or isinstance(value, str) and value.isprintable()
@@ -416,7 +426,9 @@ class Body:
 
     def __init__(self, notes: Notes, marks: frozenset = frozenset(), separator: int | None = None):
         self.notes, self.marks = notes, set(marks)
-        self.separator, self.num_separators, self.source_end = separator, int(separator is not None), separator or 0
+        self.separator = separator  # offset of the last one
+        self.num_separators = int(separator is not None)
+        self.source_end = separator or 0
         self.facts: dict[str, str] = {}
         self.gpus: dict[int, str] = {}
         self.config: dict = {}
@@ -437,7 +449,7 @@ class Body:
             elif "header" not in self.marks:
                 return self.restarted(offset)
             self.separator, self.num_separators = offset, self.num_separators + 1
-        elif line.startswith("Running ") and self.separator is not None and offset - self.separator <= len(SEPARATOR) + 2:
+        elif line.startswith("Running ") and self.is_just_before(offset):
             body = self.restarted(self.separator)
             body.marks.add("header")
             body.take_fact(line)
@@ -445,6 +457,10 @@ class Body:
         else:
             self.take_fact(line)
         return self
+
+    def is_just_before(self, offset: int) -> bool:
+        """Whether the last separator is the line before."""
+        return self.separator is not None and offset - self.separator <= len(SEPARATOR) + 2
 
     def restarted(self, separator: int) -> "Body":
         if self.marks & {"training", "validation"}:

@@ -26,7 +26,8 @@ from records import check, logs, schema
 from records.errors import RecordError
 from records.lines import SIZE_LIMIT
 from records.logs import LogFile, RunFacts, short_name
-from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS, Submission, Verdict, judge, last_point, plain
+from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
+from records.rules import Submission, Verdict, judge, last_point, plain
 from records.schema import GroupSummary, LogEntry, LossTest, Record, RunEntry, Speed, Statement
 from records.statistics import mean_sd
 
@@ -99,7 +100,10 @@ def run(args) -> int:
 
 def build(submission: Submission, statement: Statement, note: str, temporary: Path, target: Path,
           dry_run: bool):
-    """Fill a temporary folder and move it to its place, or print what it would hold. RunError where a rule does not hold."""
+    """Fill a temporary folder and move it to its place, or print what it would hold.
+
+    RunError where a rule does not hold.
+    """
     copy(submission, statement, temporary)
     record, verdicts, files = compose(temporary, statement, note, target.parent)
     check.print_verdicts([verdict for verdict in verdicts if verdict.verdict != PASS], submission)
@@ -145,7 +149,8 @@ def date_of(submission: Submission) -> str:
 
 
 def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
-    """The name of the folder of a record whose runs are these logs and no others; None where there is none."""
+    """The name of the folder of a record whose runs are these logs and no others; None where there
+    is none."""
     wanted = {log.sha256 for log in baseline}
     for folder in sorted(path for path in track_folder.glob("*")
                          if re.fullmatch(schema.FOLDER_NAME, path.name)):
@@ -180,7 +185,8 @@ def copy(submission: Submission, statement: Statement, target: Path):
 
 def compose(folder: Path, statement: Statement, note: str,
             siblings: Path | None = None) -> tuple[Record, list[Verdict], dict[str, bytes]]:
-    """What belongs into a folder of logs beside them: the record, the verdict on it, and its files by name."""
+    """What belongs into a folder of logs beside them: the record, the verdict on it, and its files
+    by name."""
     s = check.from_folder(folder, statement, siblings)
     record = describe(s, statement)
     verdicts = judge(s)

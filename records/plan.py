@@ -19,7 +19,8 @@ SAFE_MARGIN = 100  # standard deviations; a larger difference is one of units
 
 
 def runs_needed(margin: float, sd: float, alpha: float, wanted: float, sigma: float | None = None) -> int:
-    """The fewest runs that pass the test with the wanted probability: of the t-test, or of the z-test with sigma."""
+    """The fewest runs that pass the test with the wanted probability: of the t-test, or of the
+    z-test with sigma."""
     return fewest(range(1 if sigma else 2, MOST_RUNS + 1), lambda n: power(n, margin, sd, alpha, sigma),
                   wanted)
 

@@ -1,4 +1,4 @@
-"""Numbers in a README: lists of losses and times, probabilities, table rows and links, read as text and never run."""
+"""Numbers in a README: lists of losses and times, probabilities, table rows and links. Text is never run."""
 import re
 from dataclasses import dataclass
 from itertools import islice
@@ -54,7 +54,8 @@ def probabilities(text: str) -> list[tuple[int, float, float]]:
 
 
 def rows(text: str) -> list[tuple[int, str, list[str], list[str]]]:
-    """(line, name in the first cell, losses, milliseconds) of each table row whose first cell may name a log."""
+    """(line, name in the first cell, losses, milliseconds) of each table row whose first cell may
+    name a log."""
     return [(line_of(text, match.start()), match[1], ROW_LOSS.findall("|" + match[2]),
              ROW_MS.findall("|" + match[2]))
             for match in ROW.finditer(text)]

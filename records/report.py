@@ -42,7 +42,10 @@ class JudgedGroup(RunGroup):
 
 
 def judge(groups: list[RunGroup], track: Track | None) -> list[JudgedGroup]:
-    """Statistics, differences and notes, against the first group. Without a track there is no rule and no target."""
+    """Statistics, differences and notes, against the first group.
+
+    Without a track there is no rule and no target.
+    """
     judged = [JudgedGroup(**vars(group)) for group in groups]
     for group in judged[:MAX_GROUPS]:
         group.differences = difference.differences(groups[0].sources, group.sources)
@@ -315,7 +318,8 @@ def run(args) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise RecordError(f"-o: expected to write {output}, found: {e.strerror}; choose another place") from None
+        raise RecordError(f"-o: expected to write {output}, found: {e.strerror}; "
+                          "choose another place") from None
     print(f"{shown(output, 200)}: {sum(len(group.runs) for group in groups)} runs in {len(groups)} groups, "
           f"{len(history.records())} public records, {output.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -96,7 +96,10 @@ def judged(wrong: Iterable[str], good: str) -> tuple[str, str]:
 
 
 def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, str]:
-    """Whether a fact is the same in all. Evidence: each value with those that have it, the largest group first."""
+    """Whether a fact is the same in all.
+
+    Evidence: each value with those that have it, the largest group first.
+    """
     groups = {}
     for run in runs:
         groups.setdefault(value(run), []).append(run)
@@ -183,7 +186,7 @@ def same_data(s: Submission):
 
 
 def validation_data(s: Submission):
-    """Runs and baseline are judged on the same tokens, by their hash in the logs: those of the track, where they are known."""
+    """Runs and baseline are judged on the same tokens, by their hash: those of the track, where known."""
     hashes = {log.path: s.details[log.path].validation_data for log in s.counted}
     known = s.track.val_sha256
     if known and (wrong := [log for log in s.counted if hashes[log.path] not in (known, None)]):
@@ -260,7 +263,7 @@ def distinct_files(s: Submission):
 
 
 def distinct_curves(s: Submission):
-    """No two runs share their losses or their times: a copy with another header or last line still has the rest."""
+    """No two runs share their losses or times: a copy with another header or last line still has the rest."""
     runs = [run for log in s.all_logs for run in log.runs if run.val_points]
     curves = [curve(run) for run in runs]
     found = []
@@ -292,7 +295,8 @@ def overlaps(sets: list[Iterable]) -> Counter:
 
 
 def curve(run: RunFacts) -> set:
-    """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the same by chance."""
+    """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the
+    same by chance."""
     points = [point for point in run.val_points if point.step > 0]
     found = {(point.step, point.val_loss) for point in points}
     if len(points) == 1:
@@ -365,7 +369,7 @@ def planned_runs(s: Submission):
 
 
 def exclusions(s: Submission):
-    """* Runs are left out for a stated reason, and the loss rule holds with those of the same source put back."""
+    """* Runs are left out for a stated reason, and the loss rule holds with those of one source put back."""
     if not s.excluded:
         return NOT_APPLICABLE, "no run is left out"
     if unexplained := [log for log, reason in s.excluded if not reason]:
@@ -381,7 +385,8 @@ def exclusions(s: Submission):
 
 
 def says_something(run: RunFacts, s: Submission) -> bool:
-    """Whether an excluded run tells anything about its recipe: it came to the step that counts, or it diverged."""
+    """Whether an excluded run tells anything about its recipe: it came to the step that counts, or
+    it diverged."""
     point = s.point(run)
     return point is not None and (run.complete or s.step is not None or not math.isfinite(point.val_loss))
 

@@ -103,10 +103,10 @@ class Statement(Model):
     why_no_record: Line | None = Field(description="null for a record")
     description: Line
     contributors: list[Line] = Field(max_length=100)
-    step: Count | None = Field(description="whose validation counts, in a track that wants it stated; null: "
-                                           "the last")
-    planned_runs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(description="runs planned before the "
-                                                                                    "first one")
+    step: Count | None = Field(
+        description="whose validation counts, in a track that wants it stated; null: the last")
+    planned_runs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        description="runs planned before the first one")
     waivers: dict[Name, Line] = Field(max_length=50,
                                       description="reasons to accept a failure, by rule of `check`")
     baseline_record: FolderName | None = Field(

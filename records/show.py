@@ -174,8 +174,8 @@ def print_runs(console, found: list[logs.LogFile], target: float | None):
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(log.path)) for log in found])
     rows = []
     for log in found:
-        loss, name = target or target_of(log), os.path.relpath(os.path.abspath(printable(str(log.path))),
-                                                               folder)
+        loss = target or target_of(log)
+        name = os.path.relpath(os.path.abspath(printable(str(log.path))), folder)
         for run in log.runs:
             rows.append({
                 "run": name + run.run_id[len(log.path.stem):],
@@ -246,8 +246,8 @@ def print_one(console, log: logs.LogFile, target: float):
 
 def points_table(run: logs.RunFacts):
     """The validations; of very many the first ten and the last ones."""
-    points, names = run.val_points, list(dict.fromkeys(name for point in run.val_points
-                                                       for name in point.extra))
+    points = run.val_points
+    names = list(dict.fromkeys(name for point in points for name in point.extra))
     table = new_table("step", "validation loss", "time, s", *names)
     for i, point in enumerate(points):
         if len(points) <= POINTS_SHOWN or i < 10 or i >= len(points) - POINTS_SHOWN + 10:

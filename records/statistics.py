@@ -33,10 +33,11 @@ def unfit(values: Sequence[float], at_least: int = 2, what: str = "values") -> s
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values for one, nan or inf where a value is."""
+    """Mean and sample standard deviation; None where there are too few values, nan or inf where a value is."""
     with np.errstate(invalid="ignore", over="ignore"):
-        return (float(np.mean(values)) if len(values) else None), (float(np.std(values, ddof=1))
-                                                                   if len(values) > 1 else None)
+        mean = float(np.mean(values)) if len(values) else None
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return mean, sd
 
 
 class RuleResult:
@@ -129,7 +130,8 @@ def loss_rule(track, losses: Sequence[float]) -> TTest | ZRule:
 
 @dataclass(frozen=True)
 class PairwiseRule(RuleResult):
-    """Candidate against predecessor: (loss gained + loss that the saved steps are worth) / sqrt(1/n + 1/n_baseline)."""
+    """Candidate against predecessor: (loss gained + loss that the saved steps are worth) / sqrt(1/n
+    + 1/n_baseline)."""
     n: int
     n_baseline: int
     loss_gain: float | None
@@ -171,8 +173,10 @@ class Interval:
     def __format__(self, digits: str) -> str:
         """f"{interval:.2f}": the estimate with its limits."""
         if self.why:
-            return f"{'unknown' if self.estimate is None else format(self.estimate, digits)} (no interval: {self.why})"
-        return f"{self.estimate:{digits}} ({100 * self.confidence:g} %: {self.low:{digits}} to {self.high:{digits}})"
+            estimate = "unknown" if self.estimate is None else format(self.estimate, digits)
+            return f"{estimate} (no interval: {self.why})"
+        limits = f"{self.low:{digits}} to {self.high:{digits}}"
+        return f"{self.estimate:{digits}} ({100 * self.confidence:g} %: {limits})"
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -218,9 +222,11 @@ def ratio_interval(a: Sequence[float], b: Sequence[float], confidence: float = 0
     freedom: spreads may differ, the interval stays positive, and that of b / a is its reciprocal. At the
     relative spread of times (6 % and less) it agrees with Fieller's to a twentieth of the width; where the
     spread is so large that Fieller's is unbounded, neither means much."""
-    ratio = float(np.mean(a)) / float(np.mean(b)) if not (unfit(a, 1)
-                                                          or unfit(b, 1)) and min(*a, *b) > 0 else None
-    ratio = ratio if ratio and math.isfinite(ratio) else None  # of numbers too far apart for a float
+    ratio = None
+    if not (unfit(a, 1) or unfit(b, 1)) and min(*a, *b) > 0:
+        ratio = float(np.mean(a)) / float(np.mean(b))
+        if not math.isfinite(ratio) or ratio == 0:  # numbers too far apart for a float
+            ratio = None
     if why := unfit(a) or unfit(b) or ("" if ratio else "expected positive values of like size"):
         return Interval(ratio, None, None, confidence, why)
     squared = [np.var(group, ddof=1) / len(group) / np.mean(group) ** 2 for group in (a, b)]

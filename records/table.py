@@ -101,11 +101,12 @@ def local_table(records: list) -> list[str]:
             f"{number(-speed.difference_ms, 2, 1e-3)} s" + ("" if speed.low_ms is None else
             f" (95 %: {number(-speed.high_ms, 2, 1e-3)} to {number(-speed.low_ms, 2, 1e-3)})"))
         title = link(escaped(record.description), record.folder)
+        why = f" (no record: {escaped(record.why_no_record)})" if record.why_no_record else ""
         lines.append(f"| {record.date} | {number(runs.time_ms_mean, 3, 1 / 60_000)} | "
                      f"{number(runs.loss_mean, 4)} ± "
                      f"{number(runs.loss_sd, 4)} | {runs.n} | {'?' if runs.step is None else runs.step} | "
                      f"{gain} | "
-                     f"{title}{' (no record: ' + escaped(record.why_no_record) + ')' if record.why_no_record else ''} | "
+                     f"{title}{why} | "
                      f"{escaped(', '.join(record.contributors))} |")
     return lines + [""]
 

@@ -160,8 +160,8 @@ def records_in(root: Path) -> dict[Path, list[Path]]:
             if any(file.suffix in logs.SUFFIXES or file.name == schema.FILE for file in group)}
 
 
-def examine(root: Path, folder: Path, files: list[Path], track_name: str | None) -> tuple[list[Finding],
-                                                                                          list[ComparedRun]]:
+def examine(root: Path, folder: Path, files: list[Path],
+            track_name: str | None) -> tuple[list[Finding], list[ComparedRun]]:
     """Findings in the folder of one record, and what a comparison with others needs."""
     findings = []
 
@@ -231,7 +231,10 @@ def packed(folder: Path, files: list[Path], read: list[LogFile], track: Track | 
 
 
 def compare_files(folder: Path, files: list[Path], expected: dict[str, bytes], same_record: bool, find: Find):
-    """The files of a packed folder, byte by byte. A record.json that says something else has its own findings."""
+    """The files of a packed folder, byte by byte.
+
+    A record.json that says something else has its own findings.
+    """
     there = {path.relative_to(folder).as_posix(): path for path in files}
     for name, content in expected.items():
         if name not in there:
@@ -389,30 +392,35 @@ def numbers(path: Path, text: str, read: list[LogFile], track: Track | None,
 
 
 def rows(path: Path, text: str, read: list[LogFile], find: Find):
-    """Table rows whose first cell is the name of a log, or its beginning, must have its last loss and time."""
+    """Table rows whose first cell is the name of a log, or its beginning, must have its last loss
+    and time."""
     logs_by_name = sorted(((log.path.stem, log.runs[0]) for log in read if len(log.runs) == 1
                            and log.runs[0].val_points),
                           key=lambda pair: pair[0])
     for line, name, losses, times in readme.rows(text):
-        at = bisect_left(logs_by_name, name := name.removesuffix(".txt"), key=lambda pair: pair[0])
+        name = name.removesuffix(".txt")
+        at = bisect_left(logs_by_name, name, key=lambda pair: pair[0])
         points = [last_point(run) for stem, run in logs_by_name[at:at + 20] if stem.startswith(name)]
-        if points and losses and not any(abs(float(loss) - point.val_loss) < 1e-4 for loss in losses
-                                         for point in points):
+        if not points:
+            continue
+        if losses and not any(abs(float(loss) - point.val_loss) < 1e-4 for loss in losses for point in points):
             find(path, "table-row", f"line {line}: {losses[0]}, the log says {points[0].val_loss}")
-        if points and times and not any(abs(int(ms) - (point.train_time_ms or 0)) <= 1 for ms in times
-                                        for point in points):
-            find(path, "table-row", f"line {line}: {times[0]} ms, the log says {points[0].train_time_ms} ms")
+        if times and not any(abs(int(ms) - (point.train_time_ms or 0)) <= 1 for ms in times for point in points):
+            says = f"{points[0].train_time_ms} ms"
+            find(path, "table-row", f"line {line}: {times[0]} ms, the log says {says}")
 
 
 def groups_of(read: list[LogFile]) -> dict[str, list[RunFacts]]:
-    """Sets of runs that a list may be about, by description: a folder, or the runs of one source and length in it."""
+    """Sets of runs that a list may be about, by description: a folder, or the runs of one source
+    and length in it."""
     groups = defaultdict(list)
     for log in read:
         for run in log.runs:
             if run.val_points:
                 folder = f"{log.path.parent.name}/"
+                source = (run.source_sha256 or "none")[:8]
                 groups[folder].append(run)
-                groups[f"{folder}, source {(run.source_sha256 or 'none')[:8]}, {run.total_steps} steps"].append(run)
+                groups[f"{folder}, source {source}, {run.total_steps} steps"].append(run)
     return groups
 
 
@@ -431,7 +439,8 @@ def rounded(values: Iterable[float], listed: readme.NumberList) -> list[float]:
 
 
 def best_group(listed: readme.NumberList, kind: str, choices: dict[str, list[RunFacts]], track: Track | None):
-    """(number of values found, label, values) of the smallest group of runs in which most of the values are."""
+    """(number of values found, label, values) of the smallest group of runs in which most of the
+    values are."""
     results, wanted = [(0, 0, "none", [])], Counter(rounded(listed.values, listed))
     for label, runs in choices.items():
         if kind == "times":
@@ -453,22 +462,22 @@ def best_group(listed: readme.NumberList, kind: str, choices: dict[str, list[Run
 def pairings(path: Path, lists: list, matched: dict, choices: dict[str, list[RunFacts]], find: Find):
     """Losses and times that stand side by side, both of one group, must be of the same runs."""
     for (losses, kind), (times, next_kind) in zip(lists, lists[1:]):
-        side_by_side = (kind, next_kind) == ("losses", "times") and 0 <= times.line - losses.line <= 4
-        if side_by_side and len(losses.values) == len(times.values) and matched.get(losses, 0) == matched.get(times):
-            real = Counter((round(point.val_loss, losses.digits),
-                            round(point.train_time_ms / 1000, times.digits))
-                           for run in choices[matched[losses]]
-                           if (point := last_point(run)).train_time_ms is not None)
-            wrong = Counter(zip(rounded(losses.values, losses), rounded(times.values, times))) - real
-            if wrong:
-                find(path, "pairing",
-                     f"lines {losses.line} and {times.line}: {wrong.total()} of {len(losses.values)} pairs "
-                     "are "
-                     f"of no run, such as {[*wrong][0]}")
+        if (kind, next_kind) != ("losses", "times") or not 0 <= times.line - losses.line <= 4:
+            continue
+        if len(losses.values) != len(times.values) or matched.get(losses, 0) != matched.get(times):
+            continue
+        points = [last_point(run) for run in choices[matched[losses]]]
+        real = Counter((round(point.val_loss, losses.digits), round(point.train_time_ms / 1000, times.digits))
+                       for point in points if point.train_time_ms is not None)
+        wrong = Counter(zip(rounded(losses.values, losses), rounded(times.values, times))) - real
+        if wrong:
+            find(path, "pairing", f"lines {losses.line} and {times.line}: {wrong.total()} of {len(losses.values)} "
+                 f"pairs are of no run, such as {[*wrong][0]}")
 
 
 def probabilities(path: Path, text: str, losses: list[readme.NumberList], track: Track | None, find: Find):
-    """Probabilities that stand near lists of losses must follow from one of them by the test of the track, or a t-test."""
+    """Probabilities that stand near lists of losses must follow from one of them by the test of the
+    track, or a t-test."""
     alone = []
     for line, p, half in readme.probabilities(text):
         near = [listed for listed in losses if abs(listed.line - line) <= NEAR]
@@ -490,34 +499,52 @@ def probabilities(path: Path, text: str, losses: list[readme.NumberList], track:
 
 def across(facts: list[ComparedRun]) -> Iterable[Finding]:
     """Files, folders and curves that are there twice, and hardware that most of a track did not run on."""
-    files = defaultdict(set)  # by their places
-    by_sha, by_curve, shas = defaultdict(set), defaultdict(set), defaultdict(set)
+    yield from files_twice(facts)
+    yield from curves_twice(facts)
+    yield from other_hardware(facts)
+
+
+def files_twice(facts: list[ComparedRun]) -> Iterable[Finding]:
+    places_of = defaultdict(set)  # (folder, log) by hash
+    hashes_in = defaultdict(set)  # by folder
     for fact in facts:
-        by_sha[fact.sha256].add((fact.folder, fact.log))
-        shas[fact.folder].add(fact.sha256)
+        places_of[fact.sha256].add((fact.folder, fact.log))
+        hashes_in[fact.folder].add(fact.sha256)
+
+    copies = defaultdict(set)  # hashes by the folders that they are in
+    for sha256, places in places_of.items():
+        if len(places) > 1:
+            copies[tuple(sorted(folder for folder, _ in places))].add(sha256)
+    for folders, hashes in copies.items():
+        several = len(set(folders)) > 1 and len(hashes) > 1
+        whole = several and all(hashes_in[folder] == hashes for folder in folders)
+        yield Finding(folders[0], "duplicate-folder" if whole else "duplicate-files",
+                      f"{len(hashes)} logs are also in {', '.join(folders[1:])}")
+
+
+def curves_twice(facts: list[ComparedRun]) -> Iterable[Finding]:
+    by_curve = defaultdict(set)
+    for fact in facts:
         if len(fact.curve) >= 3:
             by_curve[fact.curve].add((fact.sha256, fact.folder))
-    for sha, places in by_sha.items():
-        if len(places) > 1:
-            files[tuple(sorted(folder for folder, _ in places))].add(sha)
-    for folders, copies in files.items():
-        whole = len(set(folders)) > 1 and len(copies) > 1 and all(shas[folder] == copies
-                                                                  for folder in folders)
-        yield Finding(folders[0], "duplicate-folder" if whole else "duplicate-files",
-                      f"{len(copies)} logs are also in {', '.join(folders[1:])}")
-    curves = Counter()
+
+    counts = Counter()
     for places in by_curve.values():
-        if len({sha for sha, _ in places}) > 1 and len(folders := sorted({folder for _,
-                                                                          folder in places})) > 1:
-            curves[tuple(folders)] += 1
-    for folders, count in curves.items():
+        hashes, folders = map(set, zip(*places))
+        if len(hashes) > 1 and len(folders) > 1:
+            counts[tuple(sorted(folders))] += 1
+    for folders, count in counts.items():
         yield Finding(folders[0], "duplicate-curves",
                       f"{count} curves are also in {', '.join(folders[1:])}, in other files")
+
+
+def other_hardware(facts: list[ComparedRun]) -> Iterable[Finding]:
     for track in {fact.timed_track for fact in facts} - {None}:
         of_track = [fact for fact in facts if fact.timed_track == track and fact.hardware]
         (usual, most), = Counter(fact.hardware for fact in of_track).most_common(1) or [(None, 0)]
-        for (record, other), count in Counter((fact.record, fact.hardware) for fact in of_track).items():
-            if other != usual and 2 * most > len(of_track):
-                yield Finding(record, "other-hardware",
-                              f"{count} runs on {other}; {most} of {len(of_track)} runs of track "
-                              f"{track} on {usual}")
+        if 2 * most <= len(of_track):
+            continue
+        for (record, hardware), count in Counter((fact.record, fact.hardware) for fact in of_track).items():
+            if hardware != usual:
+                yield Finding(record, "other-hardware", f"{count} runs on {hardware}; {most} of {len(of_track)} "
+                              f"runs of track {track} on {usual}")
