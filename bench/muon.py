@@ -31,7 +31,6 @@ from bench.muon_peers import (SUBJECTS, WIRE, Failed, NotPosed, Refused, Subject
 from bench.muon_checks import CHECKS, judge, singular_value_map, update, with_spectrum
 from bench.page import write_page
 import muon  # after muon_peers, which counts what goes through torch.distributed
-import newton_schulz
 
 ON_DEVICE = "shares", "classes", "limits", "times"
 PARTS = "checks", "accuracy", "work", "worlds", "plans", *ON_DEVICE  # first those that fork
@@ -181,7 +180,7 @@ def plans(world_sizes=(2, 3, 4, 8, 16, 32)) -> list[dict]:
     for label, block, gram in (("standard form", BLOCK, never), ("Gram form where l >= 2 s", BLOCK, long),
                                ("standard form, QKV split in three", [(768, 768)] * 3 + BLOCK[1:], never)):
         costs, sizes = zip(*((muon.newton_schulz_flops(m, n, 5, gram(m, n)), m * n) for m, n in block * 12))
-        made = {W: muon.plan_units(costs, sizes, W, 4_000_000) for W in world_sizes}
+        made = {W: muon.place_units(costs, sizes, W, 4_000_000) for W in world_sizes}
         rows.append(dict(label=label, efficiency={W: plan.efficiency for W, plan in made.items()}))
     return rows
 
@@ -282,7 +281,7 @@ def limits(reps: int) -> list[dict]:
     rows, plain = [], sum(muon.newton_schulz_flops(m, n, 5, False) for m, n in BLOCK)
     for dtype in torch.bfloat16, torch.float32:
         A = torch.randn(2048, 2048).to(dtype)
-        run = lambda: newton_schulz.product(A, A)
+        run = lambda: muon.product(A, A)
         seconds = min(seconds_of(run, torch.device("cpu")) for _ in range(20 * reps))
         rows.append(dict(dtype=str(dtype)[6:], rate=2 * 2048**3 / seconds, plain=plain,
                          least=sum(least_flops(m, n, dtype == torch.float32) for m, n in BLOCK)))
@@ -292,7 +291,7 @@ def limits(reps: int) -> list[dict]:
 def shares(S: Subject, device, reps: int, blocks: int, world_size: int = 8) -> list[dict]:
     """Simulated: what each of 8 ranks would compute, one after the other on this device, without communication."""
     shapes, rows = BLOCK * blocks, []
-    plan = muon.plan_units([muon.newton_schulz_flops(m, n, 5, False) for m, n in shapes], [m * n for m, n in shapes],
+    plan = muon.place_units([muon.newton_schulz_flops(m, n, 5, False) for m, n in shapes], [m * n for m, n in shapes],
                            world_size, 4_000_000)
     for rank in range(world_size):
         mine = [shapes[u] for bucket in plan.buckets for u in bucket[rank]]

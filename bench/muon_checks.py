@@ -156,9 +156,9 @@ def plan(S):
     shapes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
     costs, sizes = [muon.newton_schulz_flops(*s, 5, False) for s in shapes], [m * n for m, n in shapes]
     for W in (1, 2, 3, 4, 8, 16, 32):
-        plan = muon.plan_units(costs, sizes, W, 4_000_000)
+        plan = muon.place_units(costs, sizes, W, 4_000_000)
         units = [u for bucket in plan.buckets for mine in bucket for u in mine]
-        assert sorted(units) == list(range(48)) and plan == muon.plan_units(costs, sizes, W, 4_000_000)
+        assert sorted(units) == list(range(48)) and plan == muon.place_units(costs, sizes, W, 4_000_000)
         two = sum(sorted(costs, reverse=True)[W - 1:W + 1])  # W + 1 units on W ranks: two of them meet
         bound = (4 / 3 - 1 / (3 * W)) * max(sum(costs) / W, max(costs), two)
         assert max(plan.loads) <= bound and sum(plan.loads) == sum(costs), f"{W} ranks: loads {plan.loads}, bound {bound}"

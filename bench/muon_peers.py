@@ -51,7 +51,7 @@ class Wire:
 
     def __init__(self):
         self.reset()
-        ours = [sys.modules[name] for name in ("muon_ranks", "muon_fsdp") if name in sys.modules]  # imported before
+        ours = [sys.modules[name] for name in ("muon", "muon_extras.fsdp") if name in sys.modules]  # imported before
         for name in self.WEIGHTS:
             if hasattr(dist, name):
                 original = getattr(dist, name)
@@ -138,8 +138,15 @@ def original(lr, shape):
 
 def ours(muon) -> Subject:
     fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
-    make = lambda params, **settings: muon.Muon(params, **settings)
-    make.__signature__ = inspect.signature(muon.Muon)
+    def make(params, coefficients="polar", adjust_lr="original", flatten=False, **settings):
+        kind = muon.Muon
+        if any(hasattr(p, "device_mesh") for p in params):
+            kind = importlib.import_module("muon_extras.fsdp").FsdpMuon
+        return kind(params, ns_coefficients=coefficients, adjust_lr_fn=adjust_lr or "identity", flatten=flatten,
+                    **settings)
+    known = [p for name, p in inspect.signature(muon.Muon).parameters.items() if name != "flatten"]
+    mine = [p for p in inspect.signature(make).parameters.values() if p.name not in ("params", "settings")]
+    make.__signature__ = inspect.Signature([*known, *(p.replace(kind=p.KEYWORD_ONLY) for p in mine)])
     return Subject("muon.py", "this", make, coefficients="polar", variants=(
         {}, dict(ns_dtype=fp32, ns_form="standard"), dict(ns_dtype=fp32, ns_form="gram"),
         dict(ns_dtype=bf16, ns_form="standard"), dict(ns_dtype=fp16, ns_form="gram")))
