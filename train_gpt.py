@@ -41,7 +41,7 @@ from engine.attention import BACKENDS, choose_backend, masked_attention, paired_
 from engine.checkpoint import read_checkpoint, write_checkpoint
 from engine.endings import Stopped, StopSignal, leave, report
 from engine.head_loss import HEAD_PIECE, HeadLoss, choose_fp8, softcap
-from engine.kernels import choose_compile, choose_dtype, keep_compiled
+from engine.kernels import choose_compile, choose_dtype, choose_ns_dtype, keep_compiled
 from engine.log import Log, Startup, log_header, say_fallbacks
 from engine.products import OneDnnLinear, choose_onednn, choose_symmetric
 from engine.ranks import Runtime
@@ -660,9 +660,10 @@ class Run:
         self.adam = self.muon = None  # after the warm-up: the old state goes before the new one comes
         self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, self.compiled)
         if groups["muon"]:
-            self.muon = Muon(groups["muon"], coefficients=cfg.coefficients, cautious=cfg.cautious,
+            self.muon = Muon(groups["muon"], ns_coefficients=cfg.coefficients, cautious=cfg.cautious, flatten=False,
                              normuon_beta2=cfg.normuon_beta2 or None, split_mantissa=self.dtype == torch.bfloat16,
-                             sync_grads=True, compile=self.compiled, symmetric=self.symmetric)
+                             ns_dtype=choose_ns_dtype(rt.device), sync_grads=True, compile=self.compiled,
+                             symmetric=self.symmetric)
 
     def context(self, docs: Docs, stage: int, tied: bool, weights: Tensor, final: bool = False) -> Context:
         return make_context(self.model, self.make_mask, self.ropes, docs, stage, tied, weights, final)

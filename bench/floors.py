@@ -19,9 +19,8 @@ import torch
 from torch.utils import benchmark
 
 from tools import plan
-from muon import iteration_dtype
-from muon_ranks import plan_units, units_of
-from newton_schulz import ONEDNN, product
+from engine.kernels import choose_ns_dtype
+from muon import ONEDNN, place_units, product, units_of
 from train_gpt import MATRICES, Config
 
 BANDWIDTH = {  # as plan.GPUS -> TB/s of its memory; GB/s to other GPUs, one direction, over NVLink or PCIe; data sheets
@@ -170,10 +169,10 @@ def optimizers(cfg: Config, run, moving: set, world: int, device: torch.device) 
     sent, muon, adam = 0.0, Work(), 0.0
     ring = (world - 1) / world
     if run.muon is not None:
-        groups, kind = run.muon.param_groups, iteration_dtype(device)
+        groups, kind = run.muon.param_groups, choose_ns_dtype(device)
         units = [u for i, group in enumerate(groups) for p in group["params"] for u in units_of(p, p, i, group)]
-        costs, sizes = [run.muon._cost(u, kind) for u in units], [u.m * u.n for u in units]
-        loads = plan_units(costs, sizes, world, int(run.muon.bucket_mb * 1e6 / 4)).loads
+        costs, sizes = [run.muon.cost(u, kind) for u in units], [u.m * u.n for u in units]
+        loads = place_units(costs, sizes, world, int(run.muon.bucket_mb * 1e6 / 4)).loads
         # An iteration reads X, writes X X^T, reads it twice and the polynomial once, and writes the next X.
         moved = sum(groups[u.group]["ns_steps"] * kind.itemsize * (3 * u.m * u.n + 4 * min(u.m, u.n) ** 2) for u in units)
         state = 12 if groups[0]["split_mantissa"] else 8  # momentum, lower halves: read and written

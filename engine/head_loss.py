@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UsageError
-from newton_schulz import product
+from muon import product
 
 
 def softcap(logits: Tensor, abc: tuple[float, ...]) -> Tensor:

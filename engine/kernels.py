@@ -11,6 +11,11 @@ def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
     return getattr(torch, wish) if wish != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def choose_ns_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of Muon's iteration: fp32 on every CPU, so that losses do not depend on its kind."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def choose_compile(wish: str, device: torch.device) -> bool:
     return wish == "on" or (wish == "auto" and device.type == "cuda")
 

@@ -16,7 +16,7 @@ from engine.endings import Stopped
 from engine.ranks import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("train_gpt.py", "muon.py", "newton_schulz.py", "muon_ranks.py", "engine/adam.py", "engine/attention.py",
+SOURCES = ("train_gpt.py", "muon.py", "engine/adam.py", "engine/attention.py",
            "engine/products.py", "engine/head_loss.py", "engine/kernels.py", "engine/ranks.py", "engine/endings.py",
            "engine/settings.py", "engine/checkpoint.py", "engine/log.py", "data/loader.py", "data/shards.py")
 
@@ -141,7 +141,7 @@ def host_facts(folder: str) -> list[str]:
 def muon_facts(run) -> list[str]:
     if run.muon is None:
         return []
-    plan, = run.muon.plans
+    plan, = run.muon.placements
     matrices = sum(len(units) for bucket in plan.buckets for units in bucket)
     return [f"Muon: {matrices} matrices in {len(plan.buckets)} buckets over {run.rt.world} ranks, planned balance "
             f"{plan.efficiency:.3f}; symmetric products by {run.symmetric_reason}"]

@@ -3,8 +3,7 @@ from pathlib import Path
 
 import torch
 
-from muon import orthogonalize, symmetric_product
-from newton_schulz import ONEDNN, product
+from muon import ONEDNN, orthogonalize, product, symmetric_product
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,9 +21,8 @@ from data.loader import shards_needed
 from data.loader import Docs
 from engine.attention import BACKENDS
 from engine.head_loss import HEAD_PIECE
-from engine.kernels import choose_compile, choose_dtype
-from muon import iteration_dtype, symmetric_product
-from muon_ranks import plan_units, state_kinds, units_of
+from engine.kernels import choose_compile, choose_dtype, choose_ns_dtype
+from muon import place_units, state_kinds, symmetric_product, units_of
 from data.errors import UsageError
 from train_gpt import GPT, MATRICES, TABLES, Config, Run, make_context, mtp_weights
 
@@ -71,7 +70,7 @@ def build(cfg: Config, dtype: torch.dtype, world: int = 1) -> SimpleNamespace:
         model = GPT(cfg, BACKENDS["varlen"][1])
     for name, p in model.named_parameters():
         p.data = p.data.to(dtype if name in MATRICES + TABLES else torch.float32)
-    run = SimpleNamespace(cfg=cfg, model=model, dtype=dtype, rt=SimpleNamespace(rank=0, world=world), compiled=False,
+    run = SimpleNamespace(cfg=cfg, model=model, dtype=dtype, rt=SimpleNamespace(rank=0, world=world, device=torch.device("meta")), compiled=False,
                           symmetric=symmetric_product)
     Run.make_optimizers(run)
     return run
@@ -84,8 +83,8 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int, device: torch.devi
     if run.muon is not None:
         groups = run.muon.param_groups
         units = [unit for i, group in enumerate(groups) for p in group["params"] for unit in units_of(p, p, i, group)]
-        costs = [run.muon._cost(unit, iteration_dtype(device)) for unit in units]
-        buckets = plan_units(costs, [u.m * u.n for u in units], world, int(run.muon.bucket_mb * 1e6 / 4)).buckets
+        costs = [run.muon.cost(unit, choose_ns_dtype(device)) for unit in units]
+        buckets = place_units(costs, [u.m * u.n for u in units], world, int(run.muon.bucket_mb * 1e6 / 4)).buckets
         state = [sum(kind.itemsize * (max(u.m, u.n) if key == "second_moment" else u.m * u.n)
                      for key, kind in state_kinds(groups[u.group]).items()) for u in units]
         muon = max(sum(state[u] for bucket in buckets for u in bucket[rank]) for rank in range(world))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from bench.muon.processes import NotPosed, Refused, first_line
-from muon_extras.fsdp import ShardedMuon
+from muon_extras.fsdp import FsdpMuon
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 
@@ -57,7 +57,7 @@ def one_of(table: dict, adjust_lr_fn: str):
 def ours(muon) -> Subject:
     def make(params, **settings):
         sharded = any(hasattr(p, "device_mesh") for p in params)
-        return (ShardedMuon if sharded else muon.Muon)(params, **settings)
+        return (FsdpMuon if sharded else muon.Muon)(params, **settings)
     make.__signature__ = inspect.signature(muon.Muon)
     dtypes = torch.float32, torch.bfloat16, torch.float16
     return Subject("muon.py", make, "polar", variants=({}, *(dict(ns_dtype=dtype) for dtype in dtypes)))

@@ -38,7 +38,7 @@ class Plain(torch.optim.Optimizer):
                 raise KeyError("no gradient")
             grad = p.grad if self.fault == "writes p.grad" else torch.zeros_like(p) if p.grad is None else p.grad.clone()
             M.lerp_(grad, 0.05)
-            O = muon.orthogonalize(grad.lerp_(M, 0.95), coefficients="jordan", form="standard")
+            O = muon.orthogonalize(grad.lerp_(M, 0.95), ns_coefficients="jordan", form="standard")
             O = O * 0.9 if self.fault == "wrong scale" else O
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.sub_(O.to(p.dtype), alpha=group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)

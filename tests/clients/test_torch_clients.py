@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler, swa_utils
 
 from muon import Muon
-from muon_extras.fsdp import ShardedMuon
+from muon_extras.fsdp import FsdpMuon
 from tests.clients.net import LR, SETTINGS, Net, batch, same_bits, straight, train, weights
 from tests.helpers.dist import run_ranks
 
@@ -32,7 +32,7 @@ def fsdp(world_size):
     model = Net()
     for part in (model.inner, model.outer, model):
         fully_shard(part, mesh=init_device_mesh("cpu", (world_size,)))
-    return model, ShardedMuon(model.parameters(), **SETTINGS)
+    return model, FsdpMuon(model.parameters(), **SETTINGS)
 
 
 def full(model: nn.Module) -> list[torch.Tensor]:
