@@ -55,9 +55,9 @@ def one_of(table: dict, adjust_lr_fn: str):
 
 
 def ours(muon) -> Subject:
-    def make(params, **settings):
+    def make(params, flatten=False, **settings):
         sharded = any(hasattr(p, "device_mesh") for p in params)
-        return (FsdpMuon if sharded else muon.Muon)(params, **settings)
+        return (FsdpMuon if sharded else muon.Muon)(params, flatten=flatten, **settings)
     make.__signature__ = inspect.signature(muon.Muon)
     dtypes = torch.float32, torch.bfloat16, torch.float16
     return Subject("muon.py", make, "polar", variants=({}, *(dict(ns_dtype=dtype) for dtype in dtypes)))

@@ -436,9 +436,8 @@ def convolution(S):
 
 @question("13b", "banks: every matrix by itself")
 def bank(S):
-    settings = dict(flatten=False) if S.offers("flatten") else {}
     G = gradients([(4, 16, 8)])[0][0]
-    together = update(S, G, **settings)[0]
+    together = update(S, G)[0]
     if (together.flatten(1) - update(S, G.flatten(1))[0]).norm() < HALF * together.norm():
         raise NotPosed("it takes a bank for one flattened matrix")
     for part, g in zip(together, G):
