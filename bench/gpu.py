@@ -129,7 +129,7 @@ class Session:
         return dict(text=text, summary=text.strip().splitlines()[-1])
 
     def muon(self, limit):
-        parts = "plans" if self.cpu else "times,classes"
+        parts = "accuracy" if self.cpu else "times"
         text = text_of([sys.executable, "-m", "bench.muon", f"--only={parts}", "--subjects=muon.py,torch.optim.Muon",
                         f"--json={self.scratch}/muon.json"], limit, self.env)
         return dict(text=text, **json.loads((self.scratch / "muon.json").read_text()))

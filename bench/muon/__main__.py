@@ -1,12 +1,12 @@
-"""Muon side by side: step time, work, traffic, memory, accuracy and behaviour of muon.py and of other implementations.
+"""Muon side by side: time, work, traffic, memory, accuracy and behaviour of muon.py and of other implementations.
 
-    python -m bench.muon                               everything, with a twelfth of each set of shapes
-    python -m bench.muon --only=times --blocks=12      step times of all of GPT-2 124M's hidden matrices
-    python -m bench.muon --peers=FOLDER --page         everything and everybody, into bench/results and bench/MUON.md
+    python -m bench.muon                            everything, with a twelfth of each set of shapes
+    python -m bench.muon --only=times --blocks=12   step times of all of GPT-2 124M's hidden matrices
+    python -m bench.muon --peers=FOLDER --page      everything and everybody, into bench/results and bench/MUON.md
 
-Subjects take turns (A B C A B C ...); what is missing is named and skipped: bench/requirements.txt says how to install
-it. Prints Markdown. Step times are taken on the device there is, all else in forked processes on the CPU, which needs
-Linux.
+Subjects take turns (A B C A B C ...); what is missing is named and skipped: bench/requirements.txt says how to
+install it. Prints Markdown. Step times are taken on the device there is, all else in forked processes on the CPU,
+which needs Linux.
 """
 import argparse
 import json
@@ -38,7 +38,7 @@ def processor() -> str:
     """Return name and vector units of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+        fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
         units = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in fields["flags"].split()]
         return f"{fields['model name']} (family {fields['cpu family']}, {', '.join(units) or 'no AVX-512'})"
     except (OSError, KeyError):
@@ -76,9 +76,10 @@ def time_steps(subjects, args):
 def times_without_bf16_units(args) -> list[dict]:
     """Time the steps in a process of its own, which reads the variable when it starts."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "bench.muon", "--only=times", f"--subjects={','.join(args.subjects)}",
-                   f"--reps={args.reps}", f"--patience-s={args.patience_s}", f"--json={folder}/times.json",
-                   *([f"--peers={args.peers}"] if args.peers else [])]
+        command = [sys.executable, "-m", "bench.muon", "--only=times", f"--json={folder}/times.json"]
+        command += [f"--subjects={','.join(args.subjects)}", f"--reps={args.reps}", f"--patience-s={args.patience_s}"]
+        if args.peers:
+            command += [f"--peers={args.peers}"]
         run = run_limited(command, 600, env=os.environ | AVX512_ONLY)
         if run.returncode != 0:
             return [dict(subject="all", shapes="all", seconds=[], why=run.stderr[-160:])]
@@ -101,10 +102,11 @@ def measure(args) -> dict:
         "times": lambda: time_steps(subjects, args),
         "hidden": lambda: times_without_bf16_units(args),
     }
-    for part in [part for part in PARTS if part in args.only]:  # times last: a process that used CUDA cannot be forked
-        say(part)
-        torch.set_num_threads(threads if part == "times" else 1)  # a pool of threads survives no fork
-        result[part] = list(measures[part]())
+    for part in PARTS:  # times after all that forks: a process that used CUDA, or a pool of threads, cannot be forked
+        if part in args.only:
+            say(part)
+            torch.set_num_threads(threads if part == "times" else 1)
+            result[part] = list(measures[part]())
     if cuda:
         result["machine"]["device"] = f"{torch.cuda.get_device_name(args.device)}, {processor()}"
     return json.loads(json.dumps(result))  # as it will be read: keys are texts
@@ -115,7 +117,7 @@ def choice(known):
     def parse(text: str) -> list[str]:
         names = text.split(",")
         if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {', '.join(unknown)}")
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {unknown[0]}")
         return names
     return parse
 
@@ -123,31 +125,40 @@ def choice(known):
 def publish(result: dict, page: Path, root: Path = Path("bench/results")) -> None:
     """Write the results under their date, and their tables into the page in place of those it has."""
     machine = result["machine"]
-    source = root / f"{machine['date']}_muon_{'cpu' if machine['device'] == processor() else 'gpu'}" / "muon.json"
+    device = "cpu" if machine["device"] == processor() else "gpu"
+    source = root / f"{machine['date']}_muon_{device}" / "muon.json"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(json.dumps(result, indent=1) + "\n")
-    mark = f"{MARKS[0]}{source.as_posix()} -->"
-    page.write_text(re.sub(re.escape(MARKS[0]) + r"\S+ -->", mark, page.read_text(encoding="utf-8")), encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(re.escape(MARKS[0]) + r"\S+ -->", f"{MARKS[0]}{source.as_posix()} -->", text)
+    page.write_text(text, encoding="utf-8")
     write_page(page, source.as_posix(), tables(result))
 
 
-def main(argv: list[str]) -> int:
+def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.muon", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks without starting CUDA, so that forks stay possible
+    add = parser.add_argument
+    # Asked so, torch tells whether there is a GPU without starting CUDA, and this process can still be forked.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     cuda = torch.cuda.is_available()
-    parser.add_argument("--only", type=choice(PARTS), default=list(PARTS[:5] if cuda else PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--subjects", type=choice(SUBJECTS), default=list(SUBJECTS), help=f"of {', '.join(SUBJECTS)}")
-    parser.add_argument("--questions", type=choice(QUESTIONS), default=list(QUESTIONS), help=f"of {', '.join(QUESTIONS)}")
-    parser.add_argument("--peers", help="folder that other implementations were installed to")
-    parser.add_argument("--blocks", type=int, default=12 if cuda else 1, help="of GPT-2's 12; other sets shrink alike")
-    parser.add_argument("--reps", type=int, default=9, help="timed steps per subject")
-    parser.add_argument("--limit-s", type=float, default=30, help="seconds after which a forked process counts as hung")
-    parser.add_argument("--patience-s", type=float, default=10, help="seconds of a first step above which it is the only one")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--json", type=Path, help="write the results")
-    parser.add_argument("--page", action="store_true", help=f"write the results under bench/results, the tables into {PAGE}")
-    args = parser.parse_args(argv)
+    parts = [part for part in PARTS if part != "hidden" or not cuda]
+    for name, known, default in (
+            ("only", PARTS, parts), ("subjects", SUBJECTS, SUBJECTS), ("questions", QUESTIONS, QUESTIONS)):
+        add(f"--{name}", type=choice(known), default=list(default), help=f"of {', '.join(known)}")
+    add("--peers", help="folder that other implementations were installed to")
+    add("--blocks", type=int, default=12 if cuda else 1, help="of GPT-2's 12; the other sets shrink alike")
+    add("--reps", type=int, default=9, help="timed steps per subject")
+    add("--limit-s", type=float, default=30, help="seconds after which a forked process counts as hung")
+    add("--patience-s", type=float, default=10, help="seconds of a first step above which it is the only one")
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--json", type=Path, help="write the results")
+    add("--page", action="store_true", help=f"write the results under bench/results, and the tables into {PAGE}")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
     if args.peers:
         sys.path.append(args.peers)
     result = measure(args)

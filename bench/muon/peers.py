@@ -1,7 +1,7 @@
-"""Whom bench.muon asks: a maker for each implementation, behind the same settings, which have torch.optim.Muon's names.
+"""Whom bench.muon asks: a maker for each implementation, behind settings with torch.optim.Muon's names.
 
-A setting that an implementation lacks and that would change its result raises NotPosed: the question cannot be put to
-it. Nothing but public interfaces is used.
+A setting that an implementation lacks and that would change its result raises NotPosed: the question cannot be put
+to it. Nothing but public interfaces is used.
 """
 import contextlib
 import importlib
@@ -64,10 +64,11 @@ def ours(muon) -> Subject:
 
 
 def torch_muon(optim) -> Subject:
+    modes = {name: name for name in ("original", "match_rms_adamw")}
+
     def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn):
-        adjust = one_of({"original": "original", "match_rms_adamw": "match_rms_adamw"}, adjust_lr_fn)
         return optim.Muon(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                          ns_coefficients=JORDAN, adjust_lr_fn=adjust)
+                          ns_coefficients=JORDAN, adjust_lr_fn=one_of(modes, adjust_lr_fn))
     return Subject("torch.optim.Muon", make, version=torch.__version__)
 
 
@@ -75,22 +76,25 @@ def gram_newton_schulz(module) -> Subject:
     def original(lr, shape):
         return lr * math.sqrt(max(1, shape[-2] / shape[-1]))
 
+    modes = {"original": original, "match_rms_adamw": "rms_norm", "identity": None}
+
     def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn, split=None):
-        adjust = one_of({"original": original, "match_rms_adamw": "rms_norm", "identity": None}, adjust_lr_fn)
         group = dict(params=params)
         if split:
             group |= dict(param_split_fn=lambda x: list(x.split(split)), param_recombine_fn=torch.cat)
         kernels = torch.cuda.is_available() and importlib.util.find_spec("quack") is not None
         with contextlib.redirect_stdout(io.StringIO()):  # it reports the restarts that it chose
-            return module.Muon([group], lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                               ns_coefficients=[JORDAN] * 5, ns_use_kernels=kernels, adjust_lr=adjust)
+            return module.Muon(
+                [group], lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
+                adjust_lr=one_of(modes, adjust_lr_fn), ns_coefficients=[JORDAN] * 5, ns_use_kernels=kernels)
     return Subject("gram-newton-schulz", make)
 
 
 def heavyball(module) -> Subject:
     def make(params, lr, momentum, nesterov, weight_decay):
-        return module.Muon(params, lr=lr, betas=(momentum, 0.99), nesterov=nesterov, weight_decay=weight_decay,
-                           heavyball_momentum=True)  # its other average adds M to G without weights
+        return module.Muon(
+            params, lr=lr, betas=(momentum, 0.99), nesterov=nesterov, weight_decay=weight_decay,
+            heavyball_momentum=True)  # its other average adds M to G without weights
     return Subject("heavyball", make, "quintic")
 
 
@@ -102,23 +106,26 @@ def muon_optimizer(module) -> Subject:
 
 
 def optimuon(module) -> Subject:
+    modes = {"original": "original", "match_rms_adamw": "match_rms_adamw", "identity": "none"}
+
     def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn, ns_dtype=torch.bfloat16, split=None):
-        adjust = one_of({"original": "original", "match_rms_adamw": "match_rms_adamw", "identity": "none"}, adjust_lr_fn)
         cuts = dict(ns_split_fn=lambda x: list(x.split(split)), ns_recombine_fn=torch.cat) if split else {}
-        return module.Muon(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                           ns_coefficients=JORDAN, ns_norm_scale=1.0, ns_dtype=ns_dtype, normuon=False,
-                           cautious_wd=False, gram_ns=False, distributed=dist.is_initialized(), adjust_lr=adjust,
-                           **cuts)
+        return module.Muon(
+            params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, ns_coefficients=JORDAN,
+            adjust_lr=one_of(modes, adjust_lr_fn), ns_norm_scale=1.0, ns_dtype=ns_dtype, normuon=False,
+            cautious_wd=False, gram_ns=False, distributed=dist.is_initialized(), **cuts)
     return Subject("optimuon", make, variants=({}, dict(ns_dtype=torch.float32)))
 
 
 def dion(module) -> Subject:
+    modes = {"spectral": "spectral_norm", "match_rms_adamw": "rms_norm", "identity": None}
+
     def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn, split=None, flatten=False, mesh=None):
-        adjust = one_of({"spectral": "spectral_norm", "match_rms_adamw": "rms_norm", "identity": None}, adjust_lr_fn)
         group = dict(params=params) | (dict(split_sizes=tuple(split)) if split else {})
         world = dist.group.WORLD if dist.is_initialized() else None
-        return module.Muon([group], mesh or world, lr=lr, mu=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                           flatten=flatten, adjust_lr=adjust)
+        return module.Muon(
+            [group], mesh or world, lr=lr, mu=momentum, nesterov=nesterov, weight_decay=weight_decay, flatten=flatten,
+            adjust_lr=one_of(modes, adjust_lr_fn))
     return Subject("dion", make, "polar", "spectral")
 
 

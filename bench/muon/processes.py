@@ -1,4 +1,4 @@
-"""Forked processes to ask a question in: one that may hang or die, and gloo ranks, whose traffic is counted."""
+"""Forked processes to ask a question in: one that may hang or die, and gloo ranks with counted traffic."""
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -40,7 +40,7 @@ def first_line(error: BaseException) -> str:
 
 
 def isolated(limit_s: float, function, *args):
-    """Return function(*args) of a forked process, which is ended with all that it started after limit_s seconds."""
+    """Return function(*args) of a forked process; after limit_s seconds it ends with all that it started."""
     with tempfile.TemporaryDirectory() as folder:
         child = FORK.Process(target=_child, args=(0, folder, _leader, (function, *args)))
         child.start()
@@ -55,10 +55,10 @@ def isolated(limit_s: float, function, *args):
 
 
 def ranks(world_size: int, function, *args) -> list:
-    """Return [function(rank, *args) of each rank], in gloo processes; an error of one of them ends them all."""
+    """Return [function(rank, *args) of each rank], in gloo processes; an error of one ends them all."""
     with tempfile.TemporaryDirectory() as folder:
-        children = [FORK.Process(target=_child, args=(rank, folder, _join_world, (world_size, folder, function, *args)))
-                    for rank in range(world_size)]
+        job = _join_world, (world_size, folder, function, *args)
+        children = [FORK.Process(target=_child, args=(rank, folder, *job)) for rank in range(world_size)]
         for child in children:
             child.start()
         waiting = {child.sentinel: rank for rank, child in enumerate(children)}
@@ -113,7 +113,7 @@ def _answer(folder: str, rank: int):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends in collectives, as a ring sends them, and may delay it before each of them."""
+    """Counts the bytes that this rank sends in collectives, as a ring sends them, and may delay each of them."""
 
     def __init__(self, longest_delay_s: float = 0.0, seed: int = 0):
         super().__init__()

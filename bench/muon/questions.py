@@ -1,9 +1,9 @@
-"""What a Muon is asked: one table of questions, which `python -m bench.muon` puts to everybody and the tests to muon.py.
+"""What a Muon is asked: one table, which `python -m bench.muon` puts to everybody and the tests put to muon.py.
 
-A question is a function that returns when the optimizer passes and raises when it does not. NotPosed: it has no such
-setting, or nothing that could go wrong. Refused: it turned the parameters away when it was built, which is an honest
-answer. All else fails, a crash and a hang too. Every subject is judged by this code, on a CPU, with torch.compile off
-except where it is what is asked about.
+A question is a function that returns when the optimizer passes and raises when it does not. NotPosed: it has no
+such setting, or nothing that could go wrong. Refused: it turned the parameters away when it was built, which is an
+honest answer. All else fails, a crash and a hang too. Every subject is judged by this code, on a CPU, with
+torch.compile off except where it is what is asked about.
 """
 import contextlib
 import copy
@@ -25,12 +25,17 @@ from bench.muon.processes import ChildFailed, NotPosed, Refused, Traffic, first_
 from muon import COEFFICIENTS
 
 QUESTIONS = {}  # number -> (title, function)
-GPT2_BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # c_attn, attn_proj, fc, mlp_proj; 12 blocks in 124M
-CASES = ([(12, 8)] * 5, [(24, 8), (8, 24), (12, 12), (20, 6), (6, 20), (9, 5), (5, 9)], [(10, 6)], [(8, 8), (6, 10)])
+GPT2_BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # c_attn, attn_proj, fc, mlp_proj; 124M has 12
+CASES = (
+    [(12, 8)] * 5,
+    [(24, 8), (8, 24), (12, 12), (20, 6), (6, 20), (9, 5), (5, 9)],
+    [(10, 6)],
+    [(8, 8), (6, 10)],
+)
 SHAPES = [(24, 8), (8, 24), (16, 16)]
 EQUAL = [(12, 8)] * 6  # for questions that have nothing to do with mixed shapes
-HALF = 0.1             # relative error in the Frobenius norm that 16-bit iterations may have: 0.02 to 0.08 are common
-SINGLE = 1e-4          # and those in fp32
+HALF = 0.1             # relative error in the Frobenius norm of 16-bit iterations: 0.02 to 0.08 are common
+SINGLE = 1e-4          # and of those in fp32
 ADJUST_LR = {
     "original": lambda m, n: math.sqrt(max(1, m / n)),
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
@@ -62,7 +67,7 @@ def judge(S: Subject, number: str, limit_s: float = 60) -> tuple[str, str]:
     return "pass", ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Gradients, steps, and what they should give
 
 
@@ -110,7 +115,10 @@ def moved_alike(found, expected, start, what: str) -> None:
 
 
 def digest(tensors) -> str:
-    return hashlib.sha256(b"".join(x.detach().contiguous().view(torch.uint8).numpy().tobytes() for x in tensors)).hexdigest()
+    found = hashlib.sha256()
+    for x in tensors:
+        found.update(x.detach().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def bitwise(S: Subject) -> dict:
@@ -152,10 +160,11 @@ def whole_state(optimizer) -> dict:
 def momenta(optimizer, number: int, p: Tensor) -> list[Tensor]:
     """Return what state_dict() holds for a parameter in its size."""
     state = whole_state(optimizer)["state"].get(number, {})
-    return [x.detach().clone().view(p.shape) for x in tree_leaves(state) if isinstance(x, Tensor) and x.numel() == p.numel()]
+    tensors = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+    return [x.detach().clone().view(p.shape) for x in tensors if x.numel() == p.numel()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # 1-3: ranks, counts, balance
 
 
@@ -196,7 +205,7 @@ def balance(S):
     assert max(shares) <= alone / 8 / 0.97, f"balance {alone / 8 / max(shares):.3f}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # 4: DTensor parameters
 
 
@@ -204,12 +213,15 @@ def sharded(shapes, placement, members, S):
     steps = gradients(shapes, 3)
 
     def train(rank):
-        mesh = DeviceMesh("cpu", members)
+        mesh = DeviceMesh("cpu", list(members))
         if rank not in members:
             return []
-        params = [Parameter(distribute_tensor(p.detach(), mesh, [placement])) for p in weights(shapes)]
+
+        def shards(tensors):
+            return [distribute_tensor(x.detach(), mesh, [placement]) for x in tensors]
+        params = [Parameter(p) for p in shards(weights(shapes))]
         optimizer = S(params, **(dict(mesh=mesh) if S.offers("mesh") else {}))
-        advance(optimizer, params, [[distribute_tensor(g, mesh, [placement]) for g in grads] for grads in steps])
+        advance(optimizer, params, map(shards, steps))
         return [p.detach().redistribute(mesh, [Replicate()]).to_local() for p in params]
     alone = trained(S, shapes, steps)
     for answer in ranks(max(members) + 1, train):
@@ -217,14 +229,14 @@ def sharded(shapes, placement, members, S):
 
 
 for number, title, *case in (
-        ("4a", "DTensor shards of rows, uneven and empty", [(18, 12), (3, 12), (50, 12)], Shard(0), [0, 1, 2, 3]),
-        ("4b", "DTensor shards of columns", [(12, 18), (16, 8), (12, 50)], Shard(1), [0, 1, 2, 3, 4]),
-        ("4c", "DTensor shards of a bank's matrices", [(6, 8, 12), (3, 12, 8)], Shard(0), [0, 1, 2, 3]),
-        ("4d", "DTensor mesh that leaves out rank 0", [(18, 12), (12, 18)], Shard(0), [1, 2])):
+        ("4a", "DTensor shards of rows, uneven and empty", [(18, 12), (3, 12), (50, 12)], Shard(0), range(4)),
+        ("4b", "DTensor shards of columns", [(12, 18), (16, 8), (12, 50)], Shard(1), range(5)),
+        ("4c", "DTensor shards of a bank's matrices", [(6, 8, 12), (3, 12, 8)], Shard(0), range(4)),
+        ("4d", "DTensor mesh that leaves out rank 0", [(18, 12), (12, 18)], Shard(0), range(1, 3))):
     question(number, title)(functools.partial(sharded, *case))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # 5: checkpoints
 
 
@@ -254,7 +266,8 @@ def reshard(S):
     def save(_):
         params, optimizer = train(0, 2)
         state = whole_state(optimizer)
-        state["param_groups"] = [{k: v for k, v in g.items() if not callable(v)} for g in state["param_groups"]]
+        for i, group in enumerate(state["param_groups"]):
+            state["param_groups"][i] = {key: value for key, value in group.items() if not callable(value)}
         return params, state
     saved = ranks(3, save)[0]
     straight = ranks(1, lambda _: digest(train(0, 5)[0]))[0]
@@ -290,7 +303,7 @@ def from_torch(S):
         close(q - before, p - before, 2 * HALF, "the step after loading")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # 6-9: gradients
 
 
@@ -317,8 +330,8 @@ def momentum_closed_form(S):
             for i, p in enumerate(params):
                 expected = sum(0.95 ** (2 - t) * steps[t][i].double() for t in range(3))
                 M = momenta(optimizer, i, p)[0].double()
-                M = M * ((M * expected).sum() / M.square().sum())  # plain and averaging momentum differ by a factor
-                close(M, expected, 0.02, f"momentum, {dtype}, nesterov={nesterov}")
+                factor = (M * expected).sum() / M.square().sum()  # between plain and averaging momentum
+                close(M * factor, expected, 0.02, f"momentum, {dtype}, nesterov={nesterov}")
 
 
 @question("7", "the size of gradients does not matter, 1e-30 to 1e30")
@@ -348,7 +361,7 @@ def missing_gradient(S):
 
 
 def spoiled(spoil, S) -> None:
-    """Ask whether ranks agree although something is wrong with one gradient on one rank, whoever owns that matrix."""
+    """Ask whether ranks agree although one gradient is wrong on one rank, whoever owns that matrix."""
     def train(rank):
         found = []
         with Traffic() as wire:
@@ -364,7 +377,9 @@ def spoiled(spoil, S) -> None:
     assert len(set(found)) == 1, "ranks hold different weights afterwards"
 
 
-question("8c", "gradient missing on one rank: no hang, ranks agree")(functools.partial(spoiled, lambda g: None))
+@question("8c", "gradient missing on one rank: no hang, ranks agree")
+def missing_on_one_rank(S):
+    spoiled(lambda g: None, S)
 
 
 @question("9a", "NaN or Inf in one matrix: it and its momentum stay, the others step")
@@ -385,10 +400,12 @@ def not_finite(S):
             close(params[i], expected[i], SINGLE, f"{bad}: another matrix")
 
 
-question("9b", "NaN on one rank only: ranks agree")(functools.partial(spoiled, lambda g: g * math.nan))
+@question("9b", "NaN on one rank only: ranks agree")
+def nan_on_one_rank(S):
+    spoiled(lambda g: g * math.nan, S)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # 10-16: the mathematics
 
 
@@ -397,9 +414,11 @@ def exact_map(S):
     for settings in S.variants:
         allowed = allowed_error(settings)
         for m, n in ((24, 72), (64, 24), (32, 32)):
-            values = torch.logspace(0, -3 if allowed == SINGLE else -1, min(m, n))  # smaller ones drown in bf16
+            least = -3 if allowed == SINGLE else -1  # smaller ones drown in bf16
+            values = torch.logspace(0, least, min(m, n))
             U, V, G = with_spectrum(m, n, values)
-            close(update(S, G.float(), **settings)[0], exact_update(S, U, V, values), allowed, f"{m} x {n} {settings}")
+            found = update(S, G.float(), **settings)[0]
+            close(found, exact_update(S, U, V, values), allowed, f"{m} x {n} {settings}")
 
 
 @question("11", "rank-deficient: the null space stays bounded")
@@ -408,8 +427,8 @@ def null_space(S):
         U, V, G = with_spectrum(32, 48, torch.ones(8))
         O = update(S, G.float(), **settings)[0].double()
         noise = torch.linalg.matrix_norm(O - U @ (U.mT @ O @ V.mT) @ V, 2).item()
-        # Rounding to fp32, 6e-8, times the slope at zero, which is 990 for "polar"; in 16 bits it must stay below what
-        # a true direction gets.
+        # Rounding to fp32, 6e-8, times the slope at zero, which is 990 for "polar"; in 16 bits it must stay below
+        # what a true direction gets.
         bound = 1e-4 if allowed_error(settings) == SINGLE else 1.0
         assert noise <= bound, f"{noise:.2g} outside of the row space {settings}"
 
@@ -429,9 +448,10 @@ def convolution(S):
     for shape in ((64, 3, 3, 3), (48, 1, 3, 3)):
         values = torch.linspace(1, 0.1, 9 * shape[1])
         U, V, G = with_spectrum(shape[0], 9 * shape[1], values)
-        G = G.float().view(shape)
-        for G in (G, G.contiguous(memory_format=torch.channels_last)):
-            close(update(S, G, **settings)[0].flatten(1), exact_update(S, U, V, values), HALF, f"{shape}")
+        for order in (torch.contiguous_format, torch.channels_last):
+            kernels = G.float().view(shape).contiguous(memory_format=order)
+            found = update(S, kernels, **settings)[0].flatten(1)
+            close(found, exact_update(S, U, V, values), HALF, f"{shape}")
 
 
 @question("13b", "banks: every matrix by itself")
@@ -459,7 +479,8 @@ def update_rms(S):
         values = torch.linspace(1, 0.5, min(shape))
         G = with_spectrum(*shape, values)[2].float()
         rms = update(S, G, adjust_lr_fn="match_rms_adamw")[0].square().mean().sqrt()
-        close(rms, 0.2 * mapped(values, S.coefficients).square().mean().sqrt(), HALF, f"{shape}: root mean square")
+        expected = 0.2 * mapped(values, S.coefficients).square().mean().sqrt()
+        close(rms, expected, HALF, f"{shape}: root mean square")
 
 
 @question("14b", "decay is 1 - lr weight_decay in every mode")
@@ -497,12 +518,13 @@ def parity(S):
                 M = torch.zeros_like(W)
                 for G in grads:
                     M = momentum * M + (1 - momentum) * G
-                    U, values, V = torch.linalg.svd((1 - momentum) * G + momentum * M if nesterov else M, False)
+                    ahead = (1 - momentum) * G + momentum * M if nesterov else M
+                    U, values, V = torch.linalg.svd(ahead, full_matrices=False)
                     W = (1 - lr * decay) * W - lr * exact_update(S, U, V, values)
                 close(w - start, W - start, allowed_error(settings), f"nesterov={nesterov} {settings}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # 17-20: running it
 
 
@@ -510,14 +532,16 @@ def parity(S):
 def overlap(S):
     def train(rank, longest_delay_s):
         found = []
+        sizes = [dict(bucket_mb=mb) for mb in (16, 1e-9)] if S.offers("bucket_mb") else [{}]
         with Traffic(longest_delay_s, seed=rank) as wire:
-            for size in [dict(bucket_mb=mb) for mb in (16, 1e-9)] if S.offers("bucket_mb") else [{}]:
+            for size in sizes:
                 found.append(digest(trained(S, EQUAL, gradients(EQUAL, 3), **bitwise(S), **size)))
         return found, wire.calls
     answers = ranks(3, train, 0.0) + ranks(3, train, 0.02)
     if not any(calls for _, calls in answers):
         raise NotPosed("its ranks exchange nothing")
-    assert len({bits for found, _ in answers for bits in found}) == 1, "the weights depend on timing or buckets"
+    bits = {bits for found, _ in answers for bits in found}
+    assert len(bits) == 1, "the weights depend on timing or buckets"
 
 
 @question("18a", "ranks that disagree on order or shapes: the right result or an error on every rank")
@@ -539,8 +563,9 @@ def disagreement(S):
         raise NotPosed("its ranks exchange nothing")
     assert len(set(raised)) == 1, "one rank raises, the other does not"
     if not any(raised):
+        expected = trained(S, shapes, gradients(shapes))
         for answer in found:
-            moved_alike(answer, trained(S, shapes, gradients(shapes)), weights(shapes), "wrong, and nobody says so")
+            moved_alike(answer, expected, weights(shapes), "wrong weights, and nobody says so")
 
 
 @question("18b", "a closure that raises leaves no trace")

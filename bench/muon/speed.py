@@ -1,4 +1,4 @@
-"""What a step costs: seconds on the device there is; FLOPs, bytes sent and memory in processes on the CPU; digits."""
+"""What a step costs: seconds on the device there is; FLOPs, bytes sent and memory on the CPU; digits."""
 import ctypes
 import gc
 import math
@@ -36,7 +36,7 @@ def shape_sets(blocks: int) -> dict[str, list[tuple]]:
 
 
 def variants(subjects: dict[str, Subject]) -> Variants:
-    """Return ours in the dtypes people choose, with the coefficients of the others where these can be set, and the others."""
+    """Return ours in the dtypes people choose, with the coefficients that most others have, and the others."""
     found = {}
     for name, S in subjects.items():
         if name == "muon.py":
@@ -53,7 +53,7 @@ def variants(subjects: dict[str, Subject]) -> Variants:
 
 
 def problem(S: Subject, shapes: list[tuple], settings: dict, device=torch.device("cpu")):
-    """Return (optimizer, a function that gives every parameter its gradient again: some optimizers take or change them)."""
+    """Return (optimizer, a function that gives every parameter its gradient again: some optimizers take them)."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     grads = [torch.randn(shape, device=device) for shape in shapes]
@@ -65,7 +65,7 @@ def problem(S: Subject, shapes: list[tuple], settings: dict, device=torch.device
     return S(params, **settings), feed
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Time
 
 
@@ -80,8 +80,8 @@ def seconds_of(run, device: torch.device) -> float:
 
 
 def times(entries: Variants, label: str, shapes: list[tuple], device: torch.device, reps: int, patience_s: float):
-    """Return a row per subject; they take turns. The first two steps, which may compile, are not timed, unless the first
-    takes longer than patience_s: then it is the only one, and the subject leaves `entries`."""
+    """Return a row per subject; they take turns. The first two steps, which may compile, are not timed, unless the
+    first takes longer than patience_s: then it is the only one, and the subject leaves `entries`."""
     rows = []
     running = []
     for name, (S, settings) in list(entries.items()):
@@ -106,12 +106,12 @@ def times(entries: Variants, label: str, shapes: list[tuple], device: torch.devi
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Work, traffic and memory
 
 
 def resident(key: str = "VmRSS") -> int:
-    """Return the bytes of this process in memory, as Linux counts them; VmHWM: at most, since the mark was reset."""
+    """Return the bytes of this process in memory, as Linux counts them; VmHWM: at most, since a reset."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
@@ -128,13 +128,13 @@ def resident_peak(run) -> int:
 
 
 def costs(_, S: Subject, settings: dict, shapes: list[tuple], bucket_mb: float = 16) -> dict:
-    """Return FLOPs of products and bytes sent in one step on this rank, and bytes of memory per element of the weights:
-    `kept` after a step beside weights and gradients, `peak` during a step on top of that."""
+    """Return FLOPs of products and bytes sent in one step on this rank, and bytes of memory per element of the
+    weights: `kept` after a step beside weights and gradients, `peak` during a step on top of that."""
     if S.offers("bucket_mb"):
         settings = dict(bucket_mb=bucket_mb) | settings
     torch.compiler.set_stance("force_eager")
-    ctypes.CDLL(None).mallopt(-3, 65536)  # glibc: blocks of 64 KiB and more go back to the system when they are freed
-    problem(S, shapes, settings)[0].step()  # brings the libraries' code and kernels for these shapes into memory
+    ctypes.CDLL(None).mallopt(-3, 65536)  # glibc: freed blocks of 64 KiB and more go back to the system
+    problem(S, shapes, settings)[0].step()  # brings the libraries' code and kernels into memory
     gc.collect()
     start = resident()
     optimizer, feed = problem(S, shapes, settings)
@@ -160,9 +160,9 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     ONEDNN_FLOPS[torch.ops.mkldnn._linear_pointwise] = onednn_flops
 
 
-def worlds(subjects: dict[str, Subject], blocks: int, scale: int, limit_s: float, world_sizes=WORLDS) -> list[dict]:
-    """Return a row per subject and number of gloo ranks; sides are divided by `scale`, figures are for full size. Balance:
-    the work of one process, divided by the ranks and by what the busiest rank does."""
+def worlds(subjects: dict[str, Subject], blocks: int, scale: int, limit_s: float, world_sizes=WORLDS) -> list:
+    """Return a row per subject and number of gloo ranks; sides are divided by `scale`, figures are for full size.
+    Balance: the work of one process, divided by the ranks and by what the busiest rank does."""
     shapes = [(m // scale, n // scale) for m, n in GPT2_BLOCK * blocks]
     elements = sum(m * n for m, n in GPT2_BLOCK * blocks)
     rows = []
@@ -186,7 +186,7 @@ def worlds(subjects: dict[str, Subject], blocks: int, scale: int, limit_s: float
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Digits
 
 
@@ -204,6 +204,7 @@ def accuracy(S: Subject, settings: dict, m: int = 192, n: int = 576) -> dict:
     for exponent in (-100, -33, 33, 100):
         other = update(S, G.float() * 2.0**exponent, **settings)[0].double() / scale
         by_size[exponent] = ((other - O).norm() / O.norm()).nan_to_num(math.inf).item()
-    return dict(
-        coefficients=coefficients, low=found.min().item(), high=found.max().item(), by_size=by_size,
-        polar=((O - U @ V).norm() / m**0.5).item(), error=((O - U @ exact.diag() @ V).norm() / exact.norm()).item())
+    polar = (O - U @ V).norm() / m**0.5
+    error = (O - U @ exact.diag() @ V).norm() / exact.norm()
+    return dict(coefficients=coefficients, low=found.min().item(), high=found.max().item(), by_size=by_size,
+                polar=polar.item(), error=error.item())
