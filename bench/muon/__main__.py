@@ -1,12 +1,12 @@
-"""Muon side by side: time, work, traffic, memory, accuracy and behaviour of muon.py and of other implementations.
+"""Muon side by side: time, work, traffic, memory, accuracy and behaviour of muon.py and of others.
 
-    python -m bench.muon                            everything, with a twelfth of each set of shapes
-    python -m bench.muon --only=times --blocks=12   step times of all of GPT-2 124M's hidden matrices
-    python -m bench.muon --peers=FOLDER --page      everything and everybody, into bench/results and bench/MUON.md
+    python -m bench.muon                           everything, with a twelfth of each set of shapes
+    python -m bench.muon --only=times --blocks=12  step times of all of GPT-2 124M's hidden matrices
+    python -m bench.muon --peers=FOLDER --page     everything, everybody, into bench/results and bench/MUON.md
 
-Subjects take turns (A B C A B C ...); what is missing is named and skipped: bench/requirements.txt says how to
-install it. Prints Markdown. Step times are taken on the device there is, all else in forked processes on the CPU,
-which needs Linux.
+Subjects take turns (A B C A B C ...); what is missing is named and skipped: bench/requirements.txt says how
+to install it. Prints Markdown. Step times are taken on the device there is, all else in forked processes on
+the CPU, which needs Linux.
 """
 import argparse
 import json
@@ -77,9 +77,8 @@ def times_without_bf16_units(args) -> list[dict]:
     """Time the steps in a process of its own, which reads the variable when it starts."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bench.muon", "--only=times", f"--json={folder}/times.json"]
-        command += [f"--subjects={','.join(args.subjects)}", f"--reps={args.reps}", f"--patience-s={args.patience_s}"]
-        if args.peers:
-            command += [f"--peers={args.peers}"]
+        command += [f"--{name}={getattr(args, name)}" for name in ("reps", "patience_s", "peers")]
+        command += [f"--subjects={','.join(args.subjects)}"]
         run = run_limited(command, 600, env=os.environ | AVX512_ONLY)
         if run.returncode != 0:
             return [dict(subject="all", shapes="all", seconds=[], why=run.stderr[-160:])]
@@ -102,7 +101,7 @@ def measure(args) -> dict:
         "times": lambda: time_steps(subjects, args),
         "hidden": lambda: times_without_bf16_units(args),
     }
-    for part in PARTS:  # times after all that forks: a process that used CUDA, or a pool of threads, cannot be forked
+    for part in PARTS:  # times come after all that forks, which CUDA or a pool of threads would not survive
         if part in args.only:
             say(part)
             torch.set_num_threads(threads if part == "times" else 1)
@@ -139,21 +138,21 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.muon", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    # Asked so, torch tells whether there is a GPU without starting CUDA, and this process can still be forked.
+    # Asked so, torch finds a GPU without starting CUDA, and this process can still be forked.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     cuda = torch.cuda.is_available()
     parts = [part for part in PARTS if part != "hidden" or not cuda]
     for name, known, default in (
             ("only", PARTS, parts), ("subjects", SUBJECTS, SUBJECTS), ("questions", QUESTIONS, QUESTIONS)):
         add(f"--{name}", type=choice(known), default=list(default), help=f"of {', '.join(known)}")
-    add("--peers", help="folder that other implementations were installed to")
+    add("--peers", default="", help="folder that other implementations were installed to")
     add("--blocks", type=int, default=12 if cuda else 1, help="of GPT-2's 12; the other sets shrink alike")
     add("--reps", type=int, default=9, help="timed steps per subject")
-    add("--limit-s", type=float, default=30, help="seconds after which a forked process counts as hung")
-    add("--patience-s", type=float, default=10, help="seconds of a first step above which it is the only one")
+    add("--limit_s", type=float, default=30, help="seconds after which a forked process counts as hung")
+    add("--patience_s", type=float, default=10, help="seconds of a first step above which it is the only one")
     add("--device", default="cuda" if cuda else "cpu")
     add("--json", type=Path, help="write the results")
-    add("--page", action="store_true", help=f"write the results under bench/results, and the tables into {PAGE}")
+    add("--page", action="store_true", help=f"write the results under bench/results, tables into {PAGE}")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,7 @@
 """Whom bench.muon asks: a maker for each implementation, behind settings with torch.optim.Muon's names.
 
-A setting that an implementation lacks and that would change its result raises NotPosed: the question cannot be put
-to it. Nothing but public interfaces is used.
+A setting that an implementation lacks and that would change its result raises NotPosed: the question cannot
+be put to it. Nothing but public interfaces is used.
 """
 import contextlib
 import importlib
@@ -111,21 +111,22 @@ def optimuon(module) -> Subject:
     def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn, ns_dtype=torch.bfloat16, split=None):
         cuts = dict(ns_split_fn=lambda x: list(x.split(split)), ns_recombine_fn=torch.cat) if split else {}
         return module.Muon(
-            params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, ns_coefficients=JORDAN,
-            adjust_lr=one_of(modes, adjust_lr_fn), ns_norm_scale=1.0, ns_dtype=ns_dtype, normuon=False,
-            cautious_wd=False, gram_ns=False, distributed=dist.is_initialized(), **cuts)
+            params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
+            adjust_lr=one_of(modes, adjust_lr_fn), ns_coefficients=JORDAN, ns_norm_scale=1.0,
+            ns_dtype=ns_dtype, normuon=False, cautious_wd=False, gram_ns=False, distributed=dist.is_initialized(), **cuts)
     return Subject("optimuon", make, variants=({}, dict(ns_dtype=torch.float32)))
 
 
 def dion(module) -> Subject:
     modes = {"spectral": "spectral_norm", "match_rms_adamw": "rms_norm", "identity": None}
 
-    def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn, split=None, flatten=False, mesh=None):
+    def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn, split=None, flatten=False,
+             mesh=None):
         group = dict(params=params) | (dict(split_sizes=tuple(split)) if split else {})
         world = dist.group.WORLD if dist.is_initialized() else None
         return module.Muon(
-            [group], mesh or world, lr=lr, mu=momentum, nesterov=nesterov, weight_decay=weight_decay, flatten=flatten,
-            adjust_lr=one_of(modes, adjust_lr_fn))
+            [group], mesh or world, lr=lr, mu=momentum, nesterov=nesterov, weight_decay=weight_decay,
+            flatten=flatten, adjust_lr=one_of(modes, adjust_lr_fn))
     return Subject("dion", make, "polar", "spectral")
 
 

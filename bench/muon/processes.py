@@ -113,7 +113,7 @@ def _answer(folder: str, rank: int):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends in collectives, as a ring sends them, and may delay each of them."""
+    """Counts the bytes that this rank sends in collectives, as a ring sends them, and may delay each."""
 
     def __init__(self, longest_delay_s: float = 0.0, seed: int = 0):
         super().__init__()

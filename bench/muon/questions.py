@@ -1,9 +1,9 @@
-"""What a Muon is asked: one table, which `python -m bench.muon` puts to everybody and the tests put to muon.py.
+"""What a Muon is asked: one table, put to everybody by `python -m bench.muon` and to muon.py by the tests.
 
-A question is a function that returns when the optimizer passes and raises when it does not. NotPosed: it has no
-such setting, or nothing that could go wrong. Refused: it turned the parameters away when it was built, which is an
-honest answer. All else fails, a crash and a hang too. Every subject is judged by this code, on a CPU, with
-torch.compile off except where it is what is asked about.
+A question is a function that returns when the optimizer passes and raises when it does not. NotPosed: it has
+no such setting, or nothing that could go wrong. Refused: it turned the parameters away when it was built,
+which is an honest answer. All else fails, a crash and a hang too. Every subject is judged by this code, on a
+CPU, with torch.compile off except where it is what is asked about.
 """
 import contextlib
 import copy
@@ -25,7 +25,7 @@ from bench.muon.processes import ChildFailed, NotPosed, Refused, Traffic, first_
 from muon import COEFFICIENTS
 
 QUESTIONS = {}  # number -> (title, function)
-GPT2_BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # c_attn, attn_proj, fc, mlp_proj; 124M has 12
+GPT2_BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # c_attn, attn_proj, fc, mlp_proj; 12 times
 CASES = (
     [(12, 8)] * 5,
     [(24, 8), (8, 24), (12, 12), (20, 6), (6, 20), (9, 5), (5, 9)],
@@ -427,8 +427,8 @@ def null_space(S):
         U, V, G = with_spectrum(32, 48, torch.ones(8))
         O = update(S, G.float(), **settings)[0].double()
         noise = torch.linalg.matrix_norm(O - U @ (U.mT @ O @ V.mT) @ V, 2).item()
-        # Rounding to fp32, 6e-8, times the slope at zero, which is 990 for "polar"; in 16 bits it must stay below
-        # what a true direction gets.
+        # Rounding to fp32, 6e-8, times the slope at zero, which is 990 for "polar"; in 16 bits it must stay
+        # below what a true direction gets.
         bound = 1e-4 if allowed_error(settings) == SINGLE else 1.0
         assert noise <= bound, f"{noise:.2g} outside of the row space {settings}"
 

@@ -36,7 +36,7 @@ def shape_sets(blocks: int) -> dict[str, list[tuple]]:
 
 
 def variants(subjects: dict[str, Subject]) -> Variants:
-    """Return ours in the dtypes people choose, with the coefficients that most others have, and the others."""
+    """Return ours in the dtypes people choose, with the coefficients of most others, and the others."""
     found = {}
     for name, S in subjects.items():
         if name == "muon.py":
@@ -53,7 +53,7 @@ def variants(subjects: dict[str, Subject]) -> Variants:
 
 
 def problem(S: Subject, shapes: list[tuple], settings: dict, device=torch.device("cpu")):
-    """Return (optimizer, a function that gives every parameter its gradient again: some optimizers take them)."""
+    """Return (optimizer, a function that gives every parameter its gradient again: some take them away)."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     grads = [torch.randn(shape, device=device) for shape in shapes]
@@ -79,9 +79,9 @@ def seconds_of(run, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def times(entries: Variants, label: str, shapes: list[tuple], device: torch.device, reps: int, patience_s: float):
-    """Return a row per subject; they take turns. The first two steps, which may compile, are not timed, unless the
-    first takes longer than patience_s: then it is the only one, and the subject leaves `entries`."""
+def times(entries: Variants, label: str, shapes: list[tuple], device, reps: int, patience_s: float) -> list:
+    """Return a row per subject; they take turns. The first two steps, which may compile, are not timed,
+    unless the first takes longer than patience_s: then it is the only one, and the subject leaves `entries`."""
     rows = []
     running = []
     for name, (S, settings) in list(entries.items()):
@@ -128,8 +128,8 @@ def resident_peak(run) -> int:
 
 
 def costs(_, S: Subject, settings: dict, shapes: list[tuple], bucket_mb: float = 16) -> dict:
-    """Return FLOPs of products and bytes sent in one step on this rank, and bytes of memory per element of the
-    weights: `kept` after a step beside weights and gradients, `peak` during a step on top of that."""
+    """Return FLOPs of products and bytes sent in one step on this rank, and bytes of memory per element of
+    the weights: `kept` after a step beside weights and gradients, `peak` during a step on top of that."""
     if S.offers("bucket_mb"):
         settings = dict(bucket_mb=bucket_mb) | settings
     torch.compiler.set_stance("force_eager")
@@ -161,7 +161,7 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
 
 
 def worlds(subjects: dict[str, Subject], blocks: int, scale: int, limit_s: float, world_sizes=WORLDS) -> list:
-    """Return a row per subject and number of gloo ranks; sides are divided by `scale`, figures are for full size.
+    """Return a row per subject and number of gloo ranks; sides are divided by `scale`, figures for full size.
     Balance: the work of one process, divided by the ranks and by what the busiest rank does."""
     shapes = [(m // scale, n // scale) for m, n in GPT2_BLOCK * blocks]
     elements = sum(m * n for m, n in GPT2_BLOCK * blocks)

@@ -120,8 +120,8 @@ SECTIONS = {  # part -> (heading, explanation, table)
         times_table),
     "worlds": (
         "Ranks",
-        "Real gloo processes; matrices with shorter sides, figures for full size, all 12 blocks. Balance: work of "
-        "one process / ranks / work of the busiest. Model: a ring through which every element passes once.",
+        "Real gloo processes; matrices with shorter sides, figures for full size, all 12 blocks. Balance: "
+        "work of one process / ranks / work of the busiest. Model: a ring through which all elements pass once.",
         worlds_table),
     "accuracy": (
         "Accuracy",
@@ -141,8 +141,8 @@ def tables(result: dict) -> str:
     versions = ", ".join(f"{name} {version}".strip() for name, version in result["versions"].items())
     text = [
         f"{machine['device']}; torch {machine['torch']}, Python {machine['python']}; {machine['date']}; "
-        f"{machine['threads']} threads for step times, one per process elsewhere; n = {machine['reps']} unless "
-        f"given. {versions}."]
+        f"{machine['threads']} threads for step times, one per process elsewhere; n = {machine['reps']} "
+        f"unless given. {versions}."]
     text += [f"Missing: {name} ({why})." for name, why in result["missing"].items()]
     text += [summary(result)]
     for part, (title, explanation, render) in SECTIONS.items():

@@ -1,4 +1,4 @@
-"""Muon inside Hugging Face accelerate and the transformers Trainer, at 1 and 2 ranks: saved and resumed bit for bit."""
+"""Muon inside Hugging Face accelerate and the Trainer, at 1 and 2 ranks: saved and resumed bit for bit."""
 import os
 
 import pytest
@@ -13,11 +13,12 @@ STEPS = 4
 
 def rank_environment(rank: int, world_size: int) -> None:
     """Set what a launcher would; run_ranks has made the process group already."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-                       MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+    os.environ |= dict(
+        RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world_size}", LOCAL_WORLD_SIZE=f"{world_size}",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # accelerate
 
 
@@ -53,7 +54,7 @@ def test_accelerate_resumes_bit_for_bit(tmp_path, world_size):
         assert same_bits(found[0][0], straight(STEPS))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Trainer
 
 
@@ -68,13 +69,14 @@ class Rows(torch.utils.data.Dataset):
 
 
 def with_trainer(rank: int, world_size: int, folder: str) -> list[list[torch.Tensor]]:
-    """Return the weights without and with an interruption, and what the optimizer held on this rank."""
+    """Return the weights without and with an interruption."""
     rank_environment(rank, world_size)
     from transformers import Trainer, TrainingArguments
 
     def trainer():
-        args = TrainingArguments(folder, max_steps=STEPS, save_steps=2, per_device_train_batch_size=4, use_cpu=True,
-                                 report_to=[], disable_tqdm=True, lr_scheduler_type="cosine", logging_steps=1)
+        args = TrainingArguments(
+            folder, max_steps=STEPS, save_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+            disable_tqdm=True, lr_scheduler_type="cosine", logging_steps=1)
         model = Net()
         optimizer = Muon(model.parameters(), replicate_state=world_size > 1, **SETTINGS)
         return Trainer(model, args, train_dataset=Rows(), optimizers=(optimizer, None))

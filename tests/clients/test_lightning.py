@@ -17,7 +17,7 @@ class Module(lightning.LightningModule):
         self.net = Net()
 
     def training_step(self, *_):
-        return self.net(**batch(self.global_step))["loss"]  # after a resume in mid-epoch its loader begins anew
+        return self.net(**batch(self.global_step))["loss"]  # resumed in mid-epoch, its loader begins anew
 
     def configure_optimizers(self):
         optimizer = Muon(self.net.parameters(), **SETTINGS)

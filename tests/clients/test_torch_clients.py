@@ -1,9 +1,12 @@
-"""Muon inside what torch itself offers for training: DDP, FSDP2, distributed checkpoints, GradScaler, schedulers, averages."""
+"""Muon inside what torch offers: DDP, FSDP2, distributed checkpoints, GradScaler, schedulers, averages."""
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -14,7 +17,7 @@ from muon_extras.fsdp import FsdpMuon
 from tests.clients.net import LR, SETTINGS, Net, batch, same_bits, straight, train, weights
 from tests.helpers.dist import run_ranks
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Several ranks: one world runs all scenarios
 
 
@@ -40,12 +43,12 @@ def full(model: nn.Module) -> list[torch.Tensor]:
 
 
 def resumed(kind, rank: int, world_size: int, folder: str, flat: bool) -> tuple[list, list]:
-    """Return the weights after four steps, and after two, a checkpoint on disk, a new optimizer and two more."""
+    """Return the weights after four steps, and after two, a checkpoint, a new optimizer and two more."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = kind(world_size)
     train(model, optimizer, range(2), rank)
-    dcp.save(dict(model=model.state_dict(), optimizer=get_optimizer_state_dict(model, optimizer, options=options)),
-             checkpoint_id=folder)
+    state = dict(model=model.state_dict(), optimizer=get_optimizer_state_dict(model, optimizer, options=options))
+    dcp.save(state, checkpoint_id=folder)
     train(model, optimizer, range(2, 4), rank)
     other, fresh = kind(world_size)
     state = dict(model=other.state_dict(), optimizer=get_optimizer_state_dict(other, fresh, options=options))
@@ -83,9 +86,10 @@ def test_ddp_ranks_hold_the_weights_of_one_process_and_the_whole_momentum(two_ra
         optimizer.step()
     for found in two_ranks:
         assert found["groups before a step"] == 1
-        assert same_bits(found["DDP"], two_ranks[0]["DDP"]) and same_bits(found["momenta"], two_ranks[0]["momenta"])
+        for key in ("DDP", "momenta"):
+            assert same_bits(found[key], two_ranks[0][key])
         for p, w, M in zip(model.parameters(), found["DDP"], found["momenta"]):
-            # the sum of two ranks' gradients is rounded in another order: 1e-7, times the slope of the iteration
+            # The sum of two ranks' gradients is rounded in another order: 1e-7, times the iteration's slope.
             torch.testing.assert_close(w, p.detach(), rtol=0, atol=1e-4)
             torch.testing.assert_close(M, optimizer.state[p]["momentum_buffer"], rtol=1e-3, atol=1e-6)
 
@@ -105,7 +109,7 @@ def test_a_distributed_checkpoint_continues_bit_for_bit_in_one_process(tmp_path,
     assert same_bits(after_loading, uninterrupted)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # One process
 
 
@@ -134,12 +138,12 @@ def warm_up_then_cosine(optimizer):
 
 
 SCHEDULERS = {
-    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
-    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8),  # moves momentum too
-    "CyclicLR": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.05, step_size_up=2),
+    "LambdaLR": partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
+    "OneCycleLR": partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=8),  # moves momentum too
+    "CyclicLR": partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.05, step_size_up=2),
     "SequentialLR": warm_up_then_cosine,
-    "ReduceLROnPlateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10),
-    "SWALR": lambda optimizer: swa_utils.SWALR(optimizer, swa_lr=0.005, anneal_epochs=3),
+    "ReduceLROnPlateau": partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10),
+    "SWALR": partial(swa_utils.SWALR, swa_lr=0.005, anneal_epochs=3),
 }
 
 
@@ -167,7 +171,8 @@ def test_a_scheduler_gives_what_the_same_rates_set_by_hand_give(name, kind):
 def test_averaged_weights_are_those_of_the_steps_taken(decay):
     model = Net()
     optimizer = Muon(model.parameters(), **SETTINGS)
-    average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay) if decay else None)
+    exponential = swa_utils.get_ema_multi_avg_fn(decay) if decay else None
+    average = swa_utils.AveragedModel(model, multi_avg_fn=exponential)
     expected = None
     for step in range(4):
         train(model, optimizer, [step])

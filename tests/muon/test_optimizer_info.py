@@ -17,16 +17,17 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.Muon)
 INPUTS = INFO.optim_inputs_func("cpu")
 ERRORS = INFO.optim_error_inputs_func("cpu", torch.float32)
-SHARED = dict(lr=1e-3, weight_decay=0.1, ns_coefficients=(3.4445, -4.7750, 2.0315), eps=1e-7)  # torch's defaults, named
+TORCH_DEFAULTS = dict(lr=1e-3, weight_decay=0.1, ns_coefficients=(3.4445, -4.7750, 2.0315), eps=1e-7)
 DIFFERENT = {  # an error input -> (the error of ours, its sentence), each with the reason
     # Every refusal is a sentence of one form: expected ..., found ...; what to do.
     "Tensor lr must be 1-element": (ValueError, "lr of group 0: expected one number, 0 or more"),
     "only support `original` and `match_rms_adamw`": (ValueError, "adjust_lr_fn of group 0: expected one of"),
     # torch warns, steps such a parameter twice and means to make it an error; here it is one.
     "a param group cannot have duplicate parameters": (ValueError, "expected each parameter once"),
-    "duplicate parameters should not occur across param groups either": (ValueError, "expected each parameter once"),
+    "duplicate parameters should not occur across param groups either": (
+        ValueError, "expected each parameter once"),
     # A bank of matrices or a 1-D convolution: ours takes both, and asks which it is.
-    "only support 2D parameters": (ValueError, "expected flatten=False for a bank of matrices or flatten=True"),
+    "only support 2D parameters": (ValueError, "expected flatten=False for a bank of matrices"),
     # torch notices at the first step; ours when it is built, before a training has begun.
     "does not support complex parameters": (ValueError, "expected a real floating-point parameter"),
 }
@@ -37,7 +38,7 @@ DIFFERENT = {  # an error input -> (the error of ours, its sentence), each with 
 def test_it_goes_where_torch_muon_goes(given, schedule):
     """Three matrices, ten steps; bf16, in which torch iterates, has three digits."""
     kinds = {}
-    for kind, settings in ((Muon, SHARED | given.kwargs), (torch.optim.Muon, given.kwargs)):
+    for kind, settings in ((Muon, TORCH_DEFAULTS | given.kwargs), (torch.optim.Muon, given.kwargs)):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((10, 5), (5, 10), (8, 8))]
         start = [p.detach().clone() for p in params]
