@@ -113,7 +113,8 @@ def optimuon(module) -> Subject:
         return module.Muon(
             params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
             adjust_lr=one_of(modes, adjust_lr_fn), ns_coefficients=JORDAN, ns_norm_scale=1.0,
-            ns_dtype=ns_dtype, normuon=False, cautious_wd=False, gram_ns=False, distributed=dist.is_initialized(), **cuts)
+            ns_dtype=ns_dtype, normuon=False, cautious_wd=False, gram_ns=False,
+            distributed=dist.is_initialized(), **cuts)
     return Subject("optimuon", make, variants=({}, dict(ns_dtype=torch.float32)))
 
 

@@ -121,7 +121,7 @@ SECTIONS = {  # part -> (heading, explanation, table)
     "worlds": (
         "Ranks",
         "Real gloo processes; matrices with shorter sides, figures for full size, all 12 blocks. Balance: "
-        "work of one process / ranks / work of the busiest. Model: a ring through which all elements pass once.",
+        "work of one process / ranks / work of the busiest. Model: a ring that all elements pass once.",
         worlds_table),
     "accuracy": (
         "Accuracy",

@@ -1,4 +1,4 @@
-"""A small regression problem that every client trains: two matrices, batches that follow from step and rank."""
+"""A small regression problem for every client: two matrices, batches that follow from step and rank."""
 import torch
 from torch import Tensor, nn
 
