@@ -104,8 +104,9 @@ def update(S: Subject, *grads: Tensor, **settings) -> list[Tensor]:
 
 def close(actual: Tensor, expected: Tensor, allowed: float, what: str) -> None:
     assert actual.isfinite().all(), f"{what}: not finite"
-    actual, expected = actual.detach().double(), expected.detach().double()
-    error = ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+    expected = expected.detach().double()
+    distance = (actual.detach().double() - expected).norm()
+    error = (distance / expected.norm().clamp(min=1e-300)).item()
     assert error <= allowed, f"{what}: relative error {error:.2g}, allowed {allowed:g}"
 
 
@@ -128,7 +129,8 @@ def bitwise(S: Subject) -> dict:
 def with_spectrum(m: int, n: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (U, V^T, the m x n matrix with these singular values), in fp64."""
     torch.manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(k, len(values), dtype=torch.float64))[0] for k in (m, n))
+    U = torch.linalg.qr(torch.randn(m, len(values), dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(n, len(values), dtype=torch.float64))[0]
     return U, V.mT, U @ values.double().diag() @ V.mT
 
 
@@ -143,7 +145,8 @@ def mapped(values: Tensor, coefficients: str) -> Tensor:
 
 
 def exact_update(S: Subject, U: Tensor, V: Tensor, values: Tensor) -> Tensor:
-    return ADJUST_LR[S.adjust_lr_fn](U.size(0), V.size(1)) * U @ mapped(values, S.coefficients).diag() @ V
+    scale = ADJUST_LR[S.adjust_lr_fn](U.size(0), V.size(1))
+    return scale * U @ mapped(values, S.coefficients).diag() @ V
 
 
 def allowed_error(settings: dict) -> float:
@@ -172,7 +175,9 @@ def momenta(optimizer, number: int, p: Tensor) -> list[Tensor]:
 def same_bits(S):
     def bits(_):
         return [digest(trained(S, shapes, gradients(shapes, 3), **bitwise(S))) for shapes in CASES]
-    found = [answer for W in range(1, 6) for answer in ranks(W, bits)]
+    found = []
+    for W in range(1, 6):
+        found += ranks(W, bits)
     for shapes, *several in zip(CASES, *found):
         assert len(set(several)) == 1, f"ranks or worlds differ for shapes {shapes}"
 
@@ -194,8 +199,9 @@ def balance(S):
     def flops(_):
         params = weights(shapes)
         optimizer = S(params)
-        with Traffic() as wire, FlopCounterMode(display=False) as counter:
-            advance(optimizer, params, gradients(shapes))
+        with Traffic() as wire:
+            with FlopCounterMode(display=False) as counter:
+                advance(optimizer, params, gradients(shapes))
         return counter.get_total_flops(), wire.calls
     alone = ranks(1, flops)[0][0]
     shares, calls = zip(*ranks(8, flops))
@@ -254,7 +260,9 @@ def complete_state(S):
 @question("5b", "saved on 3 ranks, continued on 1, 2 and 4, bit for bit")
 def reshard(S):
     def train(first, last, saved=None):
-        params = [Parameter(w.clone()) for w in saved[0]] if saved else weights(EQUAL)
+        params = weights(EQUAL)
+        if saved:
+            params = [Parameter(w.clone()) for w in saved[0]]
         optimizer = S(params, **bitwise(S))
         if saved:
             optimizer.load_state_dict(copy.deepcopy(saved[1]))
@@ -316,7 +324,8 @@ def grad_is_read_only(S):
             advance(optimizer, params, [grads])
             if all(p.grad is None for p in params):
                 raise NotPosed("it takes p.grad away")
-            assert all(torch.equal(p.grad, g) for p, g in zip(params, grads)), f"{dtype}: p.grad changed"
+            for p, g in zip(params, grads):
+                assert torch.equal(p.grad, g), f"{dtype}: p.grad changed"
 
 
 @question("6b", "momentum is the average of gradients, fp32 and bf16, with and without Nesterov")
@@ -435,8 +444,10 @@ def null_space(S):
 
 @question("12", "a matrix does not feel its neighbours, flattened ones neither")
 def isolation(S):
-    cases = [((16, 8), {}), ((8, 3, 3), dict(flatten=True))]
-    for shape, settings in cases[:1 + S.offers("flatten")]:
+    cases = [((16, 8), {})]
+    if S.offers("flatten"):
+        cases += [((8, 3, 3), dict(flatten=True))]
+    for shape, settings in cases:
         grads = gradients([shape] * 3)[0]
         for g, together in zip(grads, update(S, *grads, **settings)):
             close(together, update(S, g, **settings)[0], HALF, f"{shape}")
@@ -494,7 +505,7 @@ def decay(S):
             continue
         posed += 1
         for p, w in zip(weights(SHAPES), found):
-            close(w, 0.95 * p, 1e-6, f"decay with adjust_lr_fn={name}")
+            close(w, p * 0.95, 1e-6, f"decay with adjust_lr_fn={name}")
     assert posed, "no mode could be set"
 
 
@@ -508,13 +519,17 @@ def split(S):
 
 @question("16", "five steps as a reference in fp64")
 def parity(S):
-    lr, momentum, decay = 0.1, 0.95, 0.1
-    steps = gradients(SHAPES[:2], 5)
+    lr = 0.1
+    momentum = 0.95
+    decay = 0.1
+    shapes = SHAPES[:2]
+    steps = gradients(shapes, 5)
     for settings in S.variants:
         for nesterov in (True, False) if S.offers("nesterov") else (True,):
-            found = trained(S, SHAPES[:2], steps, lr=lr, weight_decay=decay, nesterov=nesterov, **settings)
-            for p, w, grads in zip(weights(SHAPES[:2]), found, zip(*steps)):
-                start = W = p.detach().double()
+            found = trained(S, shapes, steps, lr=lr, weight_decay=decay, nesterov=nesterov, **settings)
+            for p, w, grads in zip(weights(shapes), found, zip(*steps)):
+                start = p.detach().double()
+                W = start
                 M = torch.zeros_like(W)
                 for G in grads:
                     M = momentum * M + (1 - momentum) * G
@@ -617,7 +632,8 @@ def schedules(S):
 def learns(S):
     def train():
         torch.manual_seed(0)
-        inner, outer = torch.nn.Linear(16, 32, bias=False), torch.nn.Linear(32, 8, bias=False)
+        inner = torch.nn.Linear(16, 32, bias=False)
+        outer = torch.nn.Linear(32, 8, bias=False)
         x = torch.randn(64, 16)
         y = torch.tanh(x @ torch.randn(16, 8))
         optimizer = S([inner.weight, outer.weight])

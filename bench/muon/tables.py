@@ -116,7 +116,7 @@ SECTIONS = {  # part -> (heading, explanation, table)
     "times": ("Step time", "", times_table),
     "hidden": (
         "Step time where the processor has no bf16 units",
-        "The same machine with them hidden from torch's products. Ours asks the processor, which has them: its row here "
+        "The same machine with them hidden from torch. Ours asks the processor, which has them: its row here "
         "is the one of fp32.",
         times_table),
     "worlds": (
