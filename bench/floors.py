@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import benchmark
 
-from muon import iteration_dtype
+from engine.kernels import choose_ns_dtype
 from tools.gpus import GPUS, Gpu, find_gpu
 from tools.plan import muon_flops, muon_matrices, shapes_of
 from train_gpt import MATRICES, TABLES, Config, optimizer_table
@@ -185,7 +185,7 @@ def optimizer_work(cfg: Config, dtype: torch.dtype, step: int, M: int, world: in
             adam += (p.numel() * (20 if low else 16) + 3 * size) / share / every
     # An iteration reads X, writes X X^T, reads it twice and the polynomial once, and writes the next X. Then momentum
     # and lower halves are read and written.
-    matrices, kind = muon_matrices(cfg), iteration_dtype(device)
+    matrices, kind = muon_matrices(cfg), choose_ns_dtype(device)
     moved = sum(5 * kind.itemsize * (3 * m * n + 4 * min(m, n) ** 2) for m, n in matrices)
     moved += sum(m * n for m, n in matrices) * (3 * dtype.itemsize + (12 if dtype == torch.bfloat16 else 8))
     return {

@@ -59,7 +59,7 @@ def test_a_block_tells_formula_place_settings_and_worth(block):
 
 
 def test_the_code_it_names_is_there():
-    files = [ROOT / "train_gpt.py", ROOT / "muon.py", ROOT / "newton_schulz.py",
+    files = [ROOT / "train_gpt.py", ROOT / "muon.py",
              *(ROOT / "engine").glob("*.py"), *(ROOT / "data").glob("*.py")]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files if path.exists()]
     nodes = [node for tree in trees for node in ast.walk(tree)]
