@@ -1,18 +1,18 @@
 """FsdpMuon: Muon for DTensor parameters, as FSDP2 makes them, beside plain ones.
 
-A parameter sharded along one mesh dimension, by rows or columns of its matrices, goes through two packed all-to-alls
-per bucket: every rank sends its pieces of each look-ahead gradient U to the unit's owner, which assembles and
-orthogonalizes the matrix, and gets its pieces of the result back. Momentum and mantissa are DTensors placed as the
-parameter is: N / W elements per rank, and torch.distributed.checkpoint can save them. Sizes follow from the shapes by
-the rule of torch.chunk, so uneven and empty shards need neither padding nor headers.
+A parameter sharded along one mesh dimension, by rows or columns of its matrices, goes through two packed
+all-to-alls per bucket: every rank sends its pieces of each look-ahead gradient U to the unit's owner, which
+assembles and orthogonalizes the matrix, and gets its pieces of the result back. Momentum and mantissa are
+DTensors placed as the parameter is: N / W elements per rank, and torch.distributed.checkpoint can save them. Sizes
+follow from the shapes by the rule of torch.chunk, so uneven and empty shards need neither padding nor headers.
 
-    by rows or columns: Shard(0), (1) of a matrix or convolution, (1), (2) of a bank    Exchanged, as just described
-    by matrices: Shard(0) of a bank, such as experts                                    Whole: no traffic at all
-    the same, and Replicate on further mesh dimensions (HSDP)       as above; each replica repeats it, and all must lack
-                                                                    the same gradients
+    by rows or columns: Shard(0), (1) of a matrix or convolution, (1), (2) of a bank  Exchanged, as described
+    by matrices: Shard(0) of a bank, such as experts                                  Whole: no traffic at all
+    the same, and Replicate on further mesh dimensions (HSDP)       as above; each replica repeats it, and all
+                                                                    must lack the same gradients
     anything else: two sharded dimensions, strided shards           Gathered: correct, but slow
 
-The owner of a unit decides whether its gradient is finite; the answer, and V of NorMuon, travel with the result.
+The owner of a unit decides whether its gradient is finite; the answer and V of NorMuon travel with the result.
 """
 import math
 import warnings
@@ -22,18 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from muon import (Bucket, Flight, Muon, Stack, as_bank, decay_and_step, iteration_dtype, largest, local, of_all_ranks,
-                  refusal, state_kinds, state_shape, step_master)
+from muon import (Bucket, Flight, Muon, Stack, as_bank, decay_and_step, iteration_dtype, largest, local,
+                  of_all_ranks, refusal, state_kinds, state_shape, step_master)
 
 _all_to_all = getattr(dist, "all_to_all_single", None)
 
 
 class FsdpMuon(Muon):
-    """Muon, with the same arguments, for parameters of which some or all are DTensors. Their state is DTensors too."""
+    """Muon, with the same arguments, for parameters of which some or all are DTensors. Their state is
+    DTensors too."""
 
     def _check_kind(self, name: str, p: Tensor) -> None:
         if self.replicate_state and isinstance(p, DTensor):
-            raise refusal("plain tensors for replicate_state", "a DTensor", "leave it out: its state is a DTensor", name)
+            raise refusal("plain tensors for replicate_state", "a DTensor",
+                          "leave it out: its state is a DTensor", name)
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
         if not isinstance(p, DTensor):
@@ -54,7 +56,7 @@ class FsdpMuon(Muon):
         if self.ns_dtype is not None or not isinstance(p, DTensor) or p.device.type != "cpu":
             return super()._agreed_dtype(process_group, p)
         names = {str(iteration_dtype(p.device))}
-        for group in p.device_mesh.get_all_groups():  # one dimension after the other, so that replicas agree as well
+        for group in p.device_mesh.get_all_groups():  # one by one, so that replicas agree as well
             names = set().union(*of_all_ranks(names, group))
         return iteration_dtype(p.device) if len(names) == 1 else torch.float32
 
@@ -71,7 +73,7 @@ class FsdpMuon(Muon):
 
     def _keep_my_share(self) -> None:
         super()._keep_my_share()
-        for group in self.param_groups:  # on every rank alike, so that checkpoints have the same keys everywhere
+        for group in self.param_groups:  # on every rank, so that checkpoints have the same keys everywhere
             for p in group["params"]:
                 if isinstance(p, DTensor):
                     state_of(self, p, group)
@@ -83,8 +85,8 @@ def sharded_dims(p: DTensor) -> list[int]:
 
 
 def shard_axis(p: DTensor, flatten: bool | None) -> int:
-    """Return what the shards of a parameter cut: -1 its bank of matrices, 0 rows, 1 columns, above that pieces of
-    columns."""
+    """Return what the shards of a parameter cut: -1 its bank of matrices, 0 rows, 1 columns, above that
+    pieces of columns."""
     dim = next(placement.dim for placement in p.placements if isinstance(placement, Shard))
     return dim - 1 if p.ndim == 3 and not flatten else dim
 
@@ -97,16 +99,16 @@ def kind_of(p: DTensor, flatten: bool | None) -> type[Bucket]:
 
 
 def new_state(key: str, dtype: torch.dtype, p: DTensor, group: dict) -> DTensor:
-    """Return zeros for a parameter, placed as it is; second_moment (matrices, numbers) is sharded with a bank's
-    matrices, and otherwise the same on all ranks."""
+    """Return zeros for a parameter, placed as it is; second_moment (matrices, numbers) is sharded with a
+    bank's matrices, and otherwise the same on all ranks."""
     if key != "second_moment":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
     by_matrices = kind_of(p, group["flatten"]) is Whole
     rows, numbers = state_shape(key, p, group)
     mine = torch.zeros(p.to_local().size(0) if by_matrices else rows, numbers, device=p.device)
     placements = p.placements if by_matrices else [Replicate()] * p.device_mesh.ndim
-    return DTensor.from_local(mine, p.device_mesh, placements, run_check=False, shape=torch.Size((rows, numbers)),
-                              stride=(numbers, 1))
+    return DTensor.from_local(mine, p.device_mesh, placements, run_check=False,
+                              shape=torch.Size((rows, numbers)), stride=(numbers, 1))
 
 
 def state_of(optimizer: Muon, p: DTensor, group: dict) -> dict[str, DTensor]:
@@ -135,8 +137,8 @@ def look_ahead(M: Tensor, G: Tensor, group: dict) -> Tensor:
 
 
 def finite(U: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (U with zeros for each of the B matrices that does not move, which are finite). alive (B,): 0 for a
-    gradient that is zero throughout, NaN for one that is missing, else above 0."""
+    """Return (U with zeros for each of the B matrices that does not move, which are finite). alive (B,): 0
+    for a gradient that is zero throughout, NaN for one that is missing, else above 0."""
     alive = alive.view(-1, 1, 1)
     ok = torch.isfinite(largest(U) + alive)
     return torch.where(ok & (alive > 0), U, 0), ok.view(-1)
@@ -149,15 +151,19 @@ def chunk(size: int, parts: int, i: int) -> tuple[int, int]:
 
 
 class Sharded(Bucket):
-    """What all kinds share: state is DTensors in optimizer.state, present on every rank from the first step on."""
+    """What all kinds share: state is DTensors in optimizer.state, present on every rank from the first step
+    on."""
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
-        states = state_of(self.optimizer, stack.unit.param, self.settings(stack))
-        return {key: stack.state_view(key, x.to_local()) if key == "second_moment" else self.piece(stack, x.to_local())
-                for key, x in states.items()}
+        views = {}
+        for key, x in state_of(self.optimizer, stack.unit.param, self.settings(stack)).items():
+            by_shape = self.piece if key != "second_moment" else lambda stack, x: stack.state_view(key, x)
+            views[key] = by_shape(stack, x.to_local())
+        return views
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
-        """Return what this rank holds of the matrices of a stack, in the local part of something shaped like p."""
+        """Return what this rank holds of the matrices of a stack, in the local part of something shaped like
+        p."""
         return x
 
 
@@ -174,18 +180,20 @@ class Whole(Sharded):
 
 
 class Exchanged(Sharded):
-    """Pieces of a unit lie on all ranks. Per rank the stacks of its units, as everywhere; `cut` tells which piece is
-    whose."""
+    """Pieces of a unit lie on all ranks. Per rank the stacks of its units, as everywhere; `cut` tells which
+    piece is whose."""
 
     def __init__(self, *args):
         super().__init__(*args)
         ranks = range(self.world_size)
         mine = self.stacks[self.rank]
-        self.given = [sum(self.numel(stack, self.rank) for stack in self.stacks[r]) for r in ranks]  # my part of r's
-        self.taken = [sum(self.numel(stack, r) for stack in mine) for r in ranks]  # r's part of my units
+        # Numbers of elements: my part of the units of each rank, and each rank's part of mine.
+        self.given = [sum(self.numel(stack, self.rank) for stack in self.stacks[r]) for r in ranks]
+        self.taken = [sum(self.numel(stack, r) for stack in mine) for r in ranks]
 
     def merges(self, unit) -> bool:
-        return super().merges(unit) and self.optimizer.param_groups[unit.group]["split"] is None  # blocks are cut unlike
+        blocks = self.optimizer.param_groups[unit.group]["split"] is not None  # shards cut them unlike
+        return super().merges(unit) and not blocks
 
     def axis(self, stack: Stack) -> int:
         return shard_axis(stack.unit.param, stack.flatten)
@@ -205,7 +213,8 @@ class Exchanged(Sharded):
         return stack.count * (end - begin) * (stack.unit.m if self.axis(stack) else stack.unit.n)
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
-        """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the parameter."""
+        """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the
+        parameter."""
         row, count = stack.unit.row, stack.unit.m
         if self.axis(stack) == 0:
             begin, end = self.cut(stack, self.rank)
@@ -215,12 +224,15 @@ class Exchanged(Sharded):
         return stack.view(as_bank(x, stack.flatten), max(row, 0), count)
 
     def pieces(self, flat: Tensor, stacks: list[Stack], rank: int) -> list[Tensor]:
-        """Return the pieces (B, rows, columns) of these stacks on a rank, out of a flat buffer in which they follow
-        each other."""
+        """Return the pieces (B, rows, columns) of these stacks on a rank, out of a flat buffer in which they
+        follow each other."""
         sizes = [self.numel(stack, rank) for stack in stacks]
         parts = flat[:sum(sizes)].split(sizes)
-        return [x.view(stack.count, stack.unit.m, -1) if self.axis(stack) else x.view(stack.count, -1, stack.unit.n)
-                for stack, x in zip(stacks, parts)]
+        pieces = []
+        for stack, x in zip(stacks, parts):
+            count, m, n = stack.shape
+            pieces.append(x.view(count, m, -1) if self.axis(stack) else x.view(count, -1, n))
+        return pieces
 
     def exchange(self, parts: list[Tensor], given: list[int], taken: list[int]) -> Flight:
         nothing = self.new(0)  # a rank may own no unit of a bucket
@@ -248,8 +260,8 @@ class Exchanged(Sharded):
         self.flags = mine
 
     def signs_of_life(self, stack: Stack, G: Tensor | None) -> Tensor:
-        """Return (B,): 1 where my piece of a gradient has an entry that is not 0, else 0; NaN for a missing gradient,
-        even of an empty piece."""
+        """Return (B,): 1 where my piece of a gradient has an entry that is not 0, else 0; NaN for a missing
+        gradient, even of an empty piece."""
         if G is None:
             return torch.full((stack.count,), math.nan, device=self.device)
         return (G.flatten(1) != 0).any(1).float()
@@ -321,8 +333,8 @@ class Gathered(Sharded):
 
     @staticmethod
     def announce(params: list[DTensor]) -> None:
-        warnings.warn(f"Muon: {len(params)} parameters, the first placed as {params[0].placements}, are gathered whole on "
-                      "every rank, which is slow; shard them along one mesh dimension")
+        warnings.warn(f"Muon: {len(params)} parameters, the first placed as {params[0].placements}, are "
+                      "gathered whole on every rank, which is slow; shard them along one mesh dimension")
 
     def params(self) -> dict[Tensor, list[Stack]]:
         found = {}
@@ -333,7 +345,8 @@ class Gathered(Sharded):
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
         entries = []
         for p, stacks in self.params().items():
-            group, M, G = self.settings(stacks[0]), self.state(stacks[0])["momentum_buffer"], local_gradient(p)
+            group, G = self.settings(stacks[0]), local_gradient(p)
+            M = self.state(stacks[0])["momentum_buffer"]
             G = torch.full_like(M, math.nan) if G is None else G.float()
             U, alive = self.gather(look_ahead(M, G, group), p), self.gather((G != 0).to(torch.uint8), p)
             for stack in stacks:
@@ -348,7 +361,8 @@ class Gathered(Sharded):
         return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
 
     def apply_to(self, p: DTensor, stacks: list[Stack], results: dict) -> None:
-        group, M, G = self.settings(stacks[0]), self.state(stacks[0])["momentum_buffer"], local_gradient(p)
+        group, G = self.settings(stacks[0]), local_gradient(p)
+        M = self.state(stacks[0])["momentum_buffer"]
         step, moves = (torch.zeros(p.shape, device=self.device) for _ in range(2))
         for stack in stacks:
             O, ok = results[stack]
@@ -372,4 +386,5 @@ class Gathered(Sharded):
         """Return the local part of what every rank holds whole, placed as p is."""
         mesh = p.device_mesh
         everywhere = [Replicate()] * mesh.ndim
-        return DTensor.from_local(x, mesh, everywhere, run_check=False).redistribute(mesh, p.placements).to_local()
+        x = DTensor.from_local(x, mesh, everywhere, run_check=False)
+        return x.redistribute(mesh, p.placements).to_local()
