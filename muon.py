@@ -13,18 +13,18 @@ A gradient that is zero throughout, as of an expert without tokens, moves nothin
 A gradient that is missing or not finite skips its matrix, and so does an iteration that overflows; `skipped`
 counts them.
 
-Legend: a matrix is m x n as stored, s and l are its short and its long side; B matrices make a stack (B, m, n). A
-2-D parameter is one matrix, a 3-D parameter (k, m, n) a bank of k matrices or, with flatten, one matrix
+Legend: a matrix is m x n as stored, s and l are its short and its long side; B matrices make a stack
+(B, m, n). A 2-D parameter is one matrix, a 3-D parameter (k, m, n) a bank of k matrices or, with flatten, one matrix
 (o, i k) of a 1-D convolution, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix into
-blocks of rows. The work is shared over ranks: each owns some of the matrices and computes their updates for all.
+blocks of rows. The work is shared over ranks: each owns some of the matrices and computes them for all.
 
 Use it for the hidden matrices of a network. Embeddings, the output head, routers, gains and biases belong to
 AdamW. This file needs nothing but torch and can be copied alone. For DTensor parameters (FSDP2) there is
 muon_extras/fsdp.py.
 
 Sources: Muon, https://kellerjordan.github.io/posts/muon/; decay and RMS matching, arXiv 2502.16982
-(Moonlight); default coefficients, arXiv 2505.16932 (Polar Express); variance normalization, arXiv 2510.05491 (NorMuon);
-cautious decay, arXiv 2510.12402; iteration on the Gram matrix,
+(Moonlight); default coefficients, arXiv 2505.16932 (Polar Express); variance normalization, arXiv 2510.05491
+(NorMuon); cautious decay, arXiv 2510.12402; iteration on the Gram matrix,
 https://github.com/Dao-AILab/gram-newton-schulz.
 """
 import math
@@ -85,7 +85,8 @@ def is_schedule(x) -> bool:
 
 def schedule(ns_coefficients: str | Sequence, steps: int) -> tuple[float, list[Sequence[float]]]:
     """Return (safety, one (a, b, c) per step)."""
-    safety, triples = 1.0, ns_coefficients
+    safety = 1.0
+    triples = ns_coefficients
     if isinstance(ns_coefficients, str):
         safety, triples = COEFFICIENTS[ns_coefficients]
     elif not isinstance(ns_coefficients[0], Sequence):
@@ -116,7 +117,8 @@ def gram_pays(m: int, n: int, form: str, dtype: torch.dtype) -> bool:
 
 def newton_schulz_flops(m: int, n: int, steps: int, gram: bool) -> int:
     """Count the operations of the matrix products of one m x n matrix, 2 for a multiply-add."""
-    s, l = min(m, n), max(m, n)
+    s = min(m, n)
+    l = max(m, n)
     if not gram:
         return steps * (4 * s * s * l + 2 * s**3)
     restarts = -(-(steps - 2) // 3) if steps > 2 else 0
@@ -210,7 +212,8 @@ def gram_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
     renews the small eigenvalues of R, whose relative error the steep first steps would carry on."""
     segments = [triples[:2], *(triples[i:i + 3] for i in range(2, len(triples), 3))]
     for segment in segments:
-        R, Q = symmetric(X, X.mT), None
+        R = symmetric(X, X.mT)
+        Q = None
         for i, (a, b, c) in enumerate(segment, 1):
             P = symmetric(R, R, R, alpha=c, beta=b)
             P.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -392,7 +395,8 @@ def block_rows(rows: int, split: int | Sequence[int] | None) -> Sequence[int]:
 def units_of(p: Tensor, held: Tensor, number: int, group: dict) -> list[Unit]:
     """Return the units of a parameter p of group `number`, or of the part `held` of it that a rank has."""
     matrices, rows, *columns = as_bank(held, group["flatten"]).shape
-    n, units = math.prod(columns), []
+    n = math.prod(columns)
+    units = []
     for k in range(matrices):
         row = mark = 0
         for m in block_rows(rows, group["split"]):
@@ -439,7 +443,8 @@ def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap
     place alike."""
     order = sorted(range(len(costs)), key=lambda u: (-costs[u], u))
     mine = [[] for _ in range(world_size)]
-    loads, held = [0] * world_size, [0] * world_size
+    loads = [0] * world_size
+    held = [0] * world_size
     for u in order:
         rank = min(range(world_size), key=lambda r: (loads[r], held[r], r))
         mine[rank].append(u)
@@ -449,10 +454,12 @@ def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap
         pass
     buckets = []
     for rank, units in enumerate(mine):
-        number, fill = -1, cap
+        number = -1
+        fill = cap
         for u in sorted(units, key=lambda u: (-costs[u], u)):
             if fill >= cap:
-                number, fill = number + 1, 0
+                number = number + 1
+                fill = 0
             if number == len(buckets):
                 buckets.append([[] for _ in mine])
             buckets[number][rank].append(u)
@@ -512,7 +519,8 @@ class Stack:
             follows = not distance and unit.row == first.row + self.count * unit.m
             follows = follows and (self.count == 1 or self.step == 0)
         if follows:
-            self.count, self.step = self.count + 1, step
+            self.count = self.count + 1
+            self.step = step
         return follows
 
     @property
@@ -641,7 +649,10 @@ class Bucket:
     announce = staticmethod(lambda params: None)  # say what the user should know of these parameters' way
 
     def __init__(self, optimizer: "Muon", group, rank: int, units: list[list[Unit]], dtype: torch.dtype):
-        self.optimizer, self.group, self.rank, self.world_size = optimizer, group, rank, len(units)
+        self.optimizer = optimizer
+        self.group = group
+        self.rank = rank
+        self.world_size = len(units)
         self.dtype = dtype  # of the iteration
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
         self.pending = self.received = self.sent = None
@@ -653,7 +664,8 @@ class Bucket:
         self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
 
     def stack_up(self, units: list[Unit]) -> list[Stack]:
-        stacks, offset = [], 0
+        stacks = []
+        offset = 0
         for flag, unit in enumerate(units):
             if not (stacks and self.merges(unit) and stacks[-1].takes(unit)):
                 stacks.append(Stack(unit, self.optimizer.param_groups[unit.group]["flatten"], offset, flag))
@@ -699,7 +711,8 @@ class Bucket:
     def receive(self) -> None:
         """Wait for what `start` launched, if it did, and let go of what it sent."""
         if self.pending is not None:
-            flight, self.pending = self.pending, None
+            flight = self.pending
+            self.pending = None
             self.received = flight.wait()
 
     def mean_gradient(self, stack: Stack, owner: int, total: Tensor | None) -> Tensor | None:
@@ -710,10 +723,12 @@ class Bucket:
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
         """Return {stack: (its update or, with split_mantissa, its new weights, (B, m, n); ok (B,))} for all I
         own."""
-        total, self.received = self.received, None
+        total = self.received
+        self.received = None
         if total is not None:
             total = total.float().div_(self.world_size)
-        entries, results = [], {}
+        entries = []
+        results = {}
         for owner, stacks in enumerate(self.stacks):
             if owner != self.rank and not self.optimizer.replicate_state:
                 continue
@@ -729,7 +744,8 @@ class Bucket:
         return {stack: self.master_weights(stack, *result) for stack, result in results.items()}
 
     def move_momentum(self, stack: Stack, G: Tensor) -> tuple[Tensor, Tensor]:
-        group, M = self.settings(stack), self.state(stack)["momentum_buffer"].view(stack.shape)
+        group = self.settings(stack)
+        M = self.state(stack)["momentum_buffer"].view(stack.shape)
         return self.optimizer._momentum_update(M, G, group["momentum"], group["nesterov"])
 
     def master_weights(self, stack: Stack, O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
@@ -744,9 +760,11 @@ class Bucket:
         """Return {stack: (O (B, m, n), rounded as everybody applies it; ok)} from (stack, U, ok): one
         iteration for all matrices of a kind, the tall ones lying on their side, unless they are faster one by
         one."""
-        kinds, results = {}, {}
+        kinds = {}
+        results = {}
         for stack, U, ok in entries:
-            group, U = self.settings(stack), U if U.size(1) <= U.size(2) else U.mT
+            group = self.settings(stack)
+            U = U if U.size(1) <= U.size(2) else U.mT
             dtype = self.optimizer.dtype_for(group, self.dtype, self.device)
             apart = self.optimizer.deterministic or one_by_one(U, dtype)
             how = group["ns_steps"], group["ns_coefficients"], dtype, group["ns_form"]
@@ -786,7 +804,8 @@ class Bucket:
             self.sent = results
             return
         tails = [sum(sum(self.tail(stack)) for stack in stacks) for stacks in self.stacks]
-        mine, tail = self.new(self.num_elements + max(tails)), []  # all values, then all tails
+        mine = self.new(self.num_elements + max(tails))  # all values, then all tails
+        tail = []
         for stack in self.stacks[self.rank]:
             value, ok = results[stack]
             stack.slot(mine).copy_(value)
@@ -798,7 +817,8 @@ class Bucket:
 
     def arrived(self) -> dict[Stack, tuple[Tensor, Tensor]]:
         """Wait for the results of all ranks."""
-        sent, self.sent = self.sent, None
+        sent = self.sent
+        self.sent = None
         if self.world_size == 1:
             return sent
         results = {}
@@ -922,7 +942,8 @@ def check_parameter(name: str, p: Tensor, group: dict) -> None:
                       f"{shape} without", "say which in its group", name)
     if group["split_mantissa"] and p.dtype != torch.bfloat16:
         raise refusal("torch.bfloat16 for split_mantissa", p.dtype, "turn that off for this group", name)
-    rows, split = as_bank(p, group["flatten"]).size(1), group["split"]
+    rows = as_bank(p, group["flatten"]).size(1)
+    split = group["split"]
     if split is not None and (rows % split if isinstance(split, int) else sum(split) != rows):
         raise refusal(f"a split of its {rows} rows", split, "change it for this group", name)
 
@@ -967,11 +988,11 @@ class Muon(torch.optim.Optimizer):
         flatten           a 3-D parameter is one matrix (o, i k), as a 1-D convolution; False: a bank
         ns_form           see `gram_pays`
     Of the optimizer:
-        ns_dtype          of the iteration; None: bf16 where there are units for it, else fp32 (some CPUs), alike
-                          on all ranks. Gradients of low rank (LoRA) lose their digits in bf16: ask for
+        ns_dtype          of the iteration; None: bf16 where there are units for it, else fp32 (some CPUs);
+                          alike on all ranks. Gradients of low rank (LoRA) lose their digits in bf16: ask for
                           torch.float32. What is gathered is fp32 for fp32, else bf16
         sync_grads        gradients differ per rank and the optimizer averages them, in bf16 for a bucket of
-                          bf16 parameters, else in fp32; without it they are equal on all ranks, as DDP leaves them
+                          bf16 parameters, else in fp32; without it they are equal already, as DDP leaves them
         replicate_state   all ranks keep all state, not its owner alone: each can save and load by itself
         bucket_mb         fp32 megabytes per rank and bucket, which also bounds the working memory: two
                           exchanges are in flight at most
@@ -997,14 +1018,21 @@ class Muon(torch.optim.Optimizer):
         if ns_dtype not in (None, torch.bfloat16, torch.float16, torch.float32) or not bucket_mb > 0:
             raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32 and bucket_mb "
                           "above 0", f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
-        self.ns_dtype, self.process_group, self.sync_grads = ns_dtype, process_group, sync_grads
-        self.replicate_state, self.bucket_mb, self.deterministic = replicate_state, bucket_mb, deterministic
-        self.compile, self.symmetric = compile, symmetric
+        self.ns_dtype = ns_dtype
+        self.process_group = process_group
+        self.sync_grads = sync_grads
+        self.replicate_state = replicate_state
+        self.bucket_mb = bucket_mb
+        self.deterministic = deterministic
+        self.compile = compile
+        self.symmetric = symmetric
         self.world_size, self.rank = world_and_rank(process_group)
         if self.rank < 0:
             raise refusal("a process_group that this rank belongs to", "another",
                           "build the optimizer on the ranks of the group only")
-        self._skipped, self._version, self._whole = 0, 0, True
+        self._skipped = 0
+        self._version = 0
+        self._whole = True
         self._reset()
         super().__init__(params, dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
@@ -1015,9 +1043,13 @@ class Muon(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Set up what a copy does not take along."""
-        self.buckets, self.placements = [], []
-        self._names, self._shares, self._seen = {}, {}, []
-        self._fingerprint, self._digest, self._started = None, 0, False
+        self.buckets = []
+        self.placements = []
+        self._names = {}
+        self._shares = {}
+        self._seen = []
+        self._fingerprint = None
+        self._started = False
         for function in FUSED:
             setattr(self, f"_{function.__name__}", fuse(function) if self.compile else function)
 
@@ -1053,7 +1085,8 @@ class Muon(torch.optim.Optimizer):
         if unknown:
             raise refusal("ns_coefficients and adjust_lr_fn", unknown, "use torch's names", error=TypeError)
         given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        number, group = len(self.param_groups), {**self.defaults, **group, "params": given}
+        number = len(self.param_groups)
+        group = {**self.defaults, **group, "params": given}
         group |= {key: checked(key, group[key], number) for key in RULES}
         self._check_parameters([*self.param_groups, group])
         super().add_param_group(group)
@@ -1157,7 +1190,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-        names, lanes = self._check_parameters(self.param_groups), {}
+        names = self._check_parameters(self.param_groups)
+        lanes = {}
         devices = sorted({p.device for p in names}, key=str)
         if not devices:
             raise refusal("parameters", "none", "pass the hidden matrices")
@@ -1169,14 +1203,17 @@ class Muon(torch.optim.Optimizer):
         for (_, process_group), members in lanes.items():
             expect_agreement(process_group, self._facts_of({p for p, _ in members}))
         self._make_whole()
-        self.buckets, self.placements, self._names = [], [], names
+        self.buckets = []
+        self.placements = []
+        self._names = names
         for (kind, process_group), members in lanes.items():
             self._fill_buckets(kind, process_group, members)
         self.buckets.sort(key=lambda bucket: bucket.alone)  # of these, ranks may have unlike numbers
         self._share_out()
         self._forget()
         self._seen = [{key: group[key] for key in RULES} for group in self.param_groups]
-        self._fingerprint, self._version = self._print(), self._version + 1
+        self._fingerprint = self._print()
+        self._version = self._version + 1
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
         """Return (kind of bucket, process group) for a parameter."""
@@ -1231,14 +1268,16 @@ class Muon(torch.optim.Optimizer):
     def _share_out(self) -> None:
         """Give the stacks that this rank owns their places in its shares: {parameter: None if it owns all
         units, else (elements, numbers of second_moment)}."""
-        owned, held = {}, {}
+        owned = {}
+        held = {}
         for bucket in self._divided():
             for owner, stacks in enumerate(bucket.stacks):
                 for stack in stacks:
                     elements, numbers, units = owned.get(stack.unit.param, (0, 0, 0))
                     held[stack.unit.param] = held.get(stack.unit.param, 0) + stack.count
                     if owner == bucket.rank:
-                        stack.begin, stack.mark = elements, numbers
+                        stack.begin = elements
+                        stack.mark = numbers
                         elements += stack.numel
                         numbers += stack.count * max(stack.shape[1:])
                         units += stack.count
@@ -1247,8 +1286,10 @@ class Muon(torch.optim.Optimizer):
                         for p, (elements, numbers, units) in owned.items()}
 
     def _state_of(self, stack: Stack) -> dict[str, Tensor]:
-        p, group = stack.unit.param, self.param_groups[stack.unit.group]
-        state, views = self.state[p], {}
+        p = stack.unit.param
+        group = self.param_groups[stack.unit.group]
+        state = self.state[p]
+        views = {}
         for key, dtype in state_kinds(group).items():
             if key not in state:
                 share = self._shares.get(p)
@@ -1270,7 +1311,8 @@ class Muon(torch.optim.Optimizer):
         for p, share in self._shares.items():
             if share is None or not self.state[p]:
                 continue
-            whole, self.state[p] = self.state[p], {}
+            whole = self.state[p]
+            self.state[p] = {}
             for bucket, stack in mine.get(p, ()):
                 for key in whole.keys() & state_kinds(bucket.settings(stack)).keys():
                     view = self._state_of(stack)[key]
@@ -1283,7 +1325,8 @@ class Muon(torch.optim.Optimizer):
         for bucket in self._divided():
             for owner, stacks in enumerate(bucket.stacks):
                 for stack in stacks:
-                    parts, p = bucket.fetch_state(stack, owner), stack.unit.param
+                    parts = bucket.fetch_state(stack, owner)
+                    p = stack.unit.param
                     for key, part in parts.items() if to in (None, self.rank) else ():
                         whole = found.setdefault(p, {})
                         if key not in whole:
@@ -1375,7 +1418,8 @@ class Muon(torch.optim.Optimizer):
 
     def _checked_state(self, state: dict, saved: list[dict], groups: list[dict]) -> dict[Tensor, dict]:
         """Return the state of each parameter as it is kept."""
-        found, kinds = {}, set().union(*state.values())
+        found = {}
+        kinds = set().union(*state.values())
         for theirs, ours, group in zip(saved, self.param_groups, groups):
             for i, p in zip(theirs["params"], ours["params"]):
                 given = dict(state.get(i, {}))
