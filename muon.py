@@ -14,9 +14,9 @@ A gradient that is missing or not finite skips its matrix, and so does an iterat
 counts them.
 
 Legend: a matrix is m x n as stored, s and l are its short and its long side; B matrices make a stack
-(B, m, n). A 2-D parameter is one matrix, a 3-D parameter (k, m, n) a bank of k matrices or, with flatten, one matrix
-(o, i k) of a 1-D convolution, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix into
-blocks of rows. The work is shared over ranks: each owns some of the matrices and computes them for all.
+(B, m, n). A 2-D parameter is one matrix, a 3-D parameter (k, m, n) a bank of k matrices or, with flatten, one
+matrix (o, i k) of a 1-D convolution, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix
+into blocks of rows. The work is shared over ranks: each owns some of the matrices and computes them for all.
 
 Use it for the hidden matrices of a network. Embeddings, the output head, routers, gains and biases belong to
 AdamW. This file needs nothing but torch and can be copied alone. For DTensor parameters (FSDP2) there is

@@ -4,7 +4,7 @@ A parameter sharded along one mesh dimension, by rows or columns of its matrices
 all-to-alls per bucket: every rank sends its pieces of each look-ahead gradient U to the unit's owner, which
 assembles and orthogonalizes the matrix, and gets its pieces of the result back. Momentum and mantissa are
 DTensors placed as the parameter is: N / W elements per rank; torch.distributed.checkpoint can save them.
-Sizes follow from the shapes by the rule of torch.chunk, so uneven and empty shards need no padding and no headers.
+Sizes follow from the shapes by the rule of torch.chunk, so uneven and empty shards need no padding.
 
     by rows or columns: Shard(0), (1) of a matrix or convolution, (1), (2) of a bank  Exchanged, as described
     by matrices: Shard(0) of a bank, such as experts                                  Whole: no traffic at all
@@ -12,7 +12,7 @@ Sizes follow from the shapes by the rule of torch.chunk, so uneven and empty sha
                                                                     must lack the same gradients
     anything else: two sharded dimensions, strided shards           Gathered: correct, but slow
 
-The owner of a unit decides whether its gradient is finite; the answer, and NorMuon's V, travel with the result.
+The owner of a unit decides whether its gradient is finite; that, and NorMuon's V, travel with the result.
 """
 
 import math
