@@ -1,4 +1,5 @@
-"""A Hugging Face hub on loopback, as far as huggingface_hub 2.4.0 asks: metadata, lists of files, ranges of bytes."""
+"""A Hugging Face hub on loopback, as far as huggingface_hub 2.4.0 asks: metadata, lists of files,
+ranges of bytes."""
 
 import contextlib
 import hashlib
