@@ -1,5 +1,4 @@
-"""Tiny runs of the trainer's main on one rank, in this process or in forked ones: shards, losses,
-logs, exit codes."""
+"""Tiny runs of the trainer's main on one rank, in this process or in forked ones: shards, losses, logs, exit codes."""
 
 import contextlib
 import io
@@ -81,8 +80,7 @@ def recorded():
 
 
 def run(folder: Path, *args: str) -> SimpleNamespace:
-    """One run with data and logs in folder, in this process: code, out, err, train, val, log (text),
-    checkpoints (sorted)."""
+    """One run with data and logs in folder, in this process: code, out, err, train, val, log (text), checkpoints (sorted)."""
     out, err, before = io.StringIO(), io.StringIO(), os.environ.get("DATA_PATH")
     logs, known = folder / "logs", set(folder.glob("logs/*"))
     os.environ["DATA_PATH"] = str(folder)
@@ -132,9 +130,7 @@ def free_port() -> int:
 
 
 class Ranks:
-    """commands, a list of (world size, arguments), run one after another by forked ranks.
-
-    hook(rank) runs on each rank
+    """commands, a list of (world size, arguments), run one after another by forked ranks. hook(rank) runs on each rank
     before each command. `results()[command][rank]` is what run() returns, None for a rank that did not get that far."""
 
     def __init__(self, folder: Path, commands, hook=None, **env: str):
