@@ -54,6 +54,7 @@ def test_a_sweep_trains_what_is_missing_and_times_in_turns(tmp_path, monkeypatch
     monkeypatch.setattr(ablate, "variants", lambda steps: {ablate.BASE: TINY[1:], "smear": [*TINY[1:], "--smear=off"]})
     threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)  # which start at once
     monkeypatch.setattr(ablate, "multiprocessing", threads)
+    monkeypatch.setattr(ablate.torch, "set_num_threads", lambda n: None)  # more than there are cores would wait for turns
     out = tmp_path / "out.jsonl"
     out.write_text(json.dumps(rows(ablate.BASE, [1.0])[0]) + "\n")
     assert ablate.main(["run", str(out), "--seeds=1", "--workers=1", "--steps=4", "--only", "smear"]) == 0

@@ -13,14 +13,13 @@ def test_parts_run_and_both_files_tell_what_came_of_them(tmp_path, monkeypatch, 
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setitem(gpu.LIMITS_S, "memory", 60)
     monkeypatch.setattr(gpu.Parts, "tests", lambda self, limit: self.call(0.5, "-c", "print('begun', flush=True); input()"))
-    assert gpu.main(["--cpu", "--only", "cold start", "attention", "head", "tests", "memory", *TINY]) == 0
+    assert gpu.main(["--cpu", "--only", "cold start", "head", "tests", "memory", *TINY]) == 0
     result, page = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
     parts = result["parts"]
-    assert list(parts) == ["cold start", "attention", "head", "tests", "memory"] and "gpu.md" in capsys.readouterr().out
+    assert list(parts) == ["cold start", "head", "tests", "memory"] and "gpu.md" in capsys.readouterr().out
     assert parts["tests"]["why"].startswith("ended with exit code 1") and "| tests |  | not measured: ended" in page
     assert parts["cold start"]["seconds"] > 0 and "stage 2" in parts["cold start"]["text"]
-    assert all(row["error"] < 1e-5 and row["ms paired"] > 0 for row in parts["attention"]["table"].values())
-    head = parts["head"]["table"]
+    head = parts["head"]
     assert 0 < head["bf16"]["dx"] < 0.02 < head["fp8"]["dx"] < 0.15  # three and two bits against eight
     assert 0 < parts["memory"]["planned_mib"] < 1024
     assert "| muon |  | not measured: left out | - |" in page and "says anything about a GPU" in page

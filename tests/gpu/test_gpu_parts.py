@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from engine.adam import Adam
-from bench import gpu_pieces
+from bench.head import measure_head
 from bench.step import synthetic_shards
 from engine.attention import CANDIDATES, choose_backend, self_test
 from engine.head_loss import choose_fp8
@@ -46,7 +46,7 @@ def test_the_chosen_backend_is_the_first_that_passes_its_test():
 
 def test_head_and_loss_are_those_of_fp32_up_to_the_precision_of_their_dtype():
     cfg = Config.for_track("small", batch_tokens=(16_384,), vocab_size=2001, bos_id=0)
-    found = gpu_pieces.head(cfg, DEVICE) if choose_fp8("auto", DEVICE)[0] else pytest.skip("needs FP8")
+    found = measure_head(cfg, DEVICE) if choose_fp8("auto", DEVICE)[0] else pytest.skip("needs FP8")
     assert max(found["bf16"][key] for key in ("loss", "dx", "dw")) < 0.02
     assert 0.001 < max(found["fp8"][key] for key in ("dx", "dw")) < 0.15 and found["fp8"]["loss"] < 0.01
 
