@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+
 # Growing segments instead of fixed blocks: stages change the sequence length, which would fragment a GPU's
 # memory.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -48,7 +51,7 @@ from engine.log import Log
 from engine.ranks import Runtime
 from engine.settings import (
     ALL_POSITIVE, POSITIVE, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
-    setting)
+    setting, show_value)
 from muon import Muon
 
 # ------------------------------------------------------------------------------------------------------------
@@ -204,6 +207,7 @@ class Config:
     stop_at_target: bool = setting(False, "end at the first validation at or below the target")
     save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none", ZERO_OR_MORE)
     save_final: bool = setting(False, "write a checkpoint at the end")
+    keep: int = setting(0, "checkpoints of this run to keep, the newest ones; 0: all", ZERO_OR_MORE)
     wandb: str = setting("", "Weights & Biases project to mirror the run to; empty: none")
 
     @staticmethod
@@ -315,7 +319,10 @@ TRACKS: dict[str, dict] = {
 }
 
 ACTIONS = {  # flags that are no settings, and what argparse wants to know of them
-    "resume": dict(metavar="PATH", help="continue from a checkpoint, with its settings"),
+    "resume": dict(metavar="PATH", help="continue from a checkpoint, with its settings; latest: the newest "
+                                        "in log_dir"),
+    "force_data": dict(action="store_true", help="resume although the training data are other ones"),
+    "dry_run": dict(action="store_true", help="say what would run, from settings to data, then end"),
     "check": dict(action="store_true", help="test causality and probabilities of the model, then end"),
 }
 
@@ -333,6 +340,8 @@ def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]
     options, changes = parse_config(argv)
     state = None
     if options.resume:
+        if options.resume == "latest":
+            options.resume = latest_checkpoint(changes.get("log_dir", Config.log_dir))
         state = read_checkpoint(options.resume, Config)
         track = state["config"]["track"]
         if changes.get("track", track) != track:
@@ -341,6 +350,16 @@ def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]
         changes = {**state["config"], **changes}
     track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
     return options, Config.for_track(track, **changes), state
+
+
+def latest_checkpoint(log_dir: str) -> str:
+    """Return the newest checkpoint of all runs whose logs lie in this folder."""
+    paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise UsageError(f"--resume: expected a checkpoint in {log_dir}/*/, found none; give its path, or "
+                         "another "
+                         "--log_dir")
+    return str(paths[-1])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -610,7 +629,8 @@ class GPT(nn.Module):
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
             source = cached if i in cfg.late_attn_layers else x
             value_embed = inputs.values.get(i)
-            x = weights.resid[0] * x + weights.post[0] * self.attention(norm(source), i, weights, value_embed, ctx)
+            kept = weights.resid[0] * x
+            x = kept + weights.post[0] * self.attention(norm(source), i, weights, value_embed, ctx)
             # The first embeddings again (record 9): no layer has to carry them along.
             if cfg.inject_x0:
                 x = x + weights.x0 * inputs.x0
@@ -880,8 +900,9 @@ class Run:
         self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.compiled)
         if groups["muon"]:
             self.muon = Muon(
-                groups["muon"], coefficients=cfg.coefficients, cautious=cfg.cautious,
-                normuon_beta2=cfg.normuon_beta2 or None, split_mantissa=kernels.dtype == torch.bfloat16,
+                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype, cautious=cfg.cautious,
+                flatten=False, normuon_beta2=cfg.normuon_beta2 or None,
+                split_mantissa=kernels.dtype == torch.bfloat16,
                 sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
 
     def facts(self) -> list[str]:
@@ -902,10 +923,10 @@ class Run:
     def muon_facts(self) -> list[str]:
         if self.muon is None:
             return []
-        plan, = self.muon.plans
-        matrices = sum(len(units) for bucket in plan.buckets for units in bucket)
-        return [f"Muon: {matrices} matrices in {len(plan.buckets)} buckets over {self.rt.world} ranks, "
-                f"planned balance {plan.efficiency:.3f}"]
+        placement, = self.muon.placements
+        matrices = sum(len(units) for bucket in placement.buckets for units in bucket)
+        return [f"Muon: {matrices} matrices in {len(placement.buckets)} buckets over {self.rt.world} ranks, "
+                f"planned balance {placement.efficiency:.3f}"]
 
     # A step
 
@@ -1089,12 +1110,14 @@ class Run:
             muon=self.muon.state_dict()["state"] if self.muon else None,
             adam=self.adam.full_state(),
             ema=self.ema,
+            data=self.loader.fingerprint,
             loader=self.loader.state_dict(),
             rng=torch.get_rng_state())
         self.rt.together(write_checkpoint, path, state if self.rt.rank == 0 else None)
 
-    def load(self, path: str, state: dict):
-        """Go on from a checkpoint. Raises UsageError where it is one of another model or another schedule."""
+    def load(self, path: str, state: dict, force_data: bool = False):
+        """Go on from a checkpoint. Raises UsageError where it is one of another model, schedule or data
+        set."""
         cfg = self.cfg
         for name in MODEL_SETTINGS:
             found, expected = state["config"][name], getattr(cfg, name)
@@ -1105,6 +1128,11 @@ class Run:
         if state["step"] > cfg.train_steps:
             raise UsageError(f"--train_steps: expected at least the {state['step']} steps of {path}, found "
                              f"{cfg.train_steps}; raise it")
+        if state["data"] != self.loader.fingerprint and not force_data:
+            raise UsageError(f"{path}: expected the training data of its run, fingerprint {state['data']}, "
+                             "found "
+                             f"{self.loader.fingerprint}; set --train_files, or go on with other data: "
+                             "--force_data")
         try:
             self.load_state(state)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
@@ -1167,7 +1195,7 @@ def train(run: Run, log: Log):
         due = cfg.save_every and whole and run.step - saved_at >= cfg.save_every
         if due or run.stopping or (done and cfg.save_final):
             with clock.paused():
-                path = save(run, log, folder)
+                path = save(run, log, folder, must=run.stopping or (done and cfg.save_final))
             saved_at = run.step
         if run.stopping:
             raise Stopped(run.stop.number or signal.SIGINT, f"; go on with --resume={path}")
@@ -1187,7 +1215,7 @@ def train(run: Run, log: Log):
         log.train(run.step, cfg.train_steps, ms, loss, 1000 * tokens / ms)
 
     if cfg.save_final and saved_at != run.step:  # it ended early, at its target
-        save(run, log, folder)
+        save(run, log, folder, must=True)
     if run.rt.device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated(run.rt.device) // 2**20
         reserved = torch.cuda.max_memory_reserved(run.rt.device) // 2**20
@@ -1210,12 +1238,23 @@ def validate(run: Run, log: Log):
         run.reached = step, ms
 
 
-def save(run: Run, log: Log, folder: Path) -> Path:
+def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
+    """Write a checkpoint and remove those that are too many. One of several may fail: must says whether this
+    may not."""
     if run.stopping:
         run.stop.agreed()
     path = folder / f"state_step{run.step:06d}.pt"
-    run.save(path)
+    try:
+        run.save(path)
+    except RunError as e:
+        if must:
+            raise
+        log.write(f"warning: {e}")
+        return path
     log.write(f"checkpoint: {path}")
+    if run.cfg.keep and run.rt.rank == 0:
+        for old in sorted(folder.glob("state_step*.pt"))[: -run.cfg.keep]:
+            old.unlink(missing_ok=True)
     return path
 
 
@@ -1255,6 +1294,9 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     run = Run(cfg, rt, stop)
     if options.check:
         return check_model(run)
+    if options.dry_run:
+        settings = [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
+        return rt.print0("\n".join([*settings, *run.facts()]))
     with rt.together(Log, cfg, rt) as log:
         facts = run.facts()
         if state:
@@ -1265,7 +1307,10 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
             rt.print0(f"note: {note}", file=sys.stderr)
         run.warm_up()
         if state:
-            run.load(options.resume, state)
+            run.load(options.resume, state, options.force_data)
+            if cfg.seed != state["config"]["seed"]:
+                rt.print0("note: --seed has no effect on a resumed run; its weights come from the checkpoint",
+                          file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")

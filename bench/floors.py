@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils import benchmark
 
 from bench.page import grid
-from muon import iteration_dtype
+from engine.kernels import choose_ns_dtype
 from tools.gpus import GPUS, Gpu, find_gpu
 from tools.plan import muon_flops, muon_matrices, shapes_of
 from train_gpt import MATRICES, TABLES, Config, optimizer_table
@@ -218,7 +218,7 @@ def optimizer_work(cfg: Config, dtype: torch.dtype, step: int, M: int, world: in
 
     # An iteration reads X, writes X X^T, reads it twice and the polynomial once, and writes the next X.
     # Momentum and lower halves are read and written, gradient and weight read, the weight written.
-    kind = iteration_dtype(device)
+    kind = choose_ns_dtype(device)
     state = 3 * dtype.itemsize + (12 if dtype == torch.bfloat16 else 8)
     moved = 0
     for m, n in muon_matrices(cfg):

@@ -105,9 +105,9 @@ class Parts:
         return dict(text=text, summary=text.strip().splitlines()[-1].strip("= "))
 
     def muon(self, limit_s: float) -> dict:
-        path, parts = self.scratch / "muon.json", "plans" if self.cpu else "times,classes"
-        text = self.call(limit_s, "-m", "bench.muon", f"--only={parts}",
-                         "--subjects=muon.py,torch.optim.Muon", f"--json={path}")
+        path = self.scratch / "muon.json"
+        subjects = "--subjects=muon.py,torch.optim.Muon"
+        text = self.call(limit_s, "-m", "bench.muon", "--only=times", subjects, f"--json={path}")
         return dict(text=text, **json.loads(path.read_text()))
 
     def run(self, name: str, limit_s: float) -> dict:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.errors import UsageError
 from data.loader import Docs
+from engine.self_test import in_one_line, largest_error
 
 # ------------------------------------------------------------------------------------------------------------
 # The definition
@@ -27,9 +28,14 @@ def masked_mask(docs: Docs, window: int) -> Tensor:
 
 
 def masked_attention(q, k, v, mask, scale):
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    q, k, v = map(heads_first, (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return y[0].transpose(0, 1)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """(T, H, d) to (1, H, T, d)."""
+    return x.transpose(0, 1)[None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -49,7 +55,8 @@ def blocked_mask(docs: Docs, window: int) -> Tensor:
     i = torch.arange(W, 2 * W, device=ids.device)[:, None]
     j = torch.arange(2 * W, device=ids.device)[None, :]
     near = (i >= j) & (i - j <= W)
-    return (near & (query_ids[:, :, None] == key_ids[:, None, :]))[:, None]
+    same_document = query_ids[:, :, None] == key_ids[:, None, :]
+    return (near & same_document)[:, None]
 
 
 def blocked_attention(q, k, v, mask, scale):
@@ -61,7 +68,10 @@ def blocked_attention(q, k, v, mask, scale):
         padded = F.pad(x, (0, 0, 0, 0, before, N * W - T))
         return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
 
-    y = F.scaled_dot_product_attention(blocks(q, 0), blocks(k, W), blocks(v, W), attn_mask=mask, scale=scale)
+    q = blocks(q, 0)
+    k = blocks(k, W)
+    v = blocks(v, W)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return y.transpose(1, 2).reshape(N * W, H, d)[:T]
 
 
@@ -87,9 +97,12 @@ def flex_mask(docs: Docs, window: int):
 def flex(q, k, v, mask, scale):
     from torch.nn.attention.flex_attention import flex_attention
 
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    attend = compiled(flex_attention) if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    return attend(q, k, v, block_mask=mask, scale=scale)[0].transpose(0, 1)
+    q, k, v = map(heads_first, (q, k, v))
+    attend = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        attend = compiled(flex_attention)
+    y = attend(q, k, v, block_mask=mask, scale=scale)
+    return y[0].transpose(0, 1)
 
 
 def varlen_mask(docs: Docs, window: int):
@@ -122,13 +135,15 @@ def pair(x: Tensor) -> Tensor:
     """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two consecutive positions of one
     head."""
     T, H, d = x.shape
-    return x.view(T, H // 2, 2, d).transpose(1, 2).reshape(2 * T, H // 2, d)
+    by_pairs = x.view(T, H // 2, 2, d)
+    return by_pairs.transpose(1, 2).reshape(2 * T, H // 2, d)
 
 
 def unpair(y: Tensor) -> Tensor:
     """(2 T, H/2, d) back to (T, H, d)."""
     T2, H2, d = y.shape
-    return y.view(T2 // 2, 2, H2, d).transpose(1, 2).reshape(T2 // 2, 2 * H2, d)
+    by_tokens = y.view(T2 // 2, 2, H2, d)
+    return by_tokens.transpose(1, 2).reshape(T2 // 2, 2 * H2, d)
 
 
 def paired_docs(docs: Docs) -> Docs:
@@ -187,14 +202,12 @@ def self_test(candidate: str, head_dim: int, scale: float, device, dtype) -> tup
     try:
         if flash:
             torch.nn.attention.activate_flash_attention_impl(flash)
-        found = outputs(name)
-        errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(found, expected)]
-        error = torch.stack(errors).max().item()  # NaN if one of them is
+        error = largest_error(outputs(name), expected)
         works = error < 0.02  # two bfloat16 roundings of sums in another order
         said = f"self-test error {error:.1e}"
     except Exception as e:  # whatever a missing or broken kernel raises
         works = False
-        said = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        said = in_one_line(e)
     if flash and not works and hasattr(torch.nn.attention, "restore_flash_attention_impl"):
         torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
     return works, f"{candidate}: {said}"

@@ -8,7 +8,7 @@ from data.errors import RunError, UsageError
 from data.files import written_whole
 
 CHECKPOINT_FORMAT = "nanogpt-speedrun checkpoint 1"
-ENTRIES = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "ema", "loader", "rng"}
+ENTRIES = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "ema", "data", "loader", "rng"}
 
 
 def write_checkpoint(path: Path, state: dict | None) -> None:
@@ -18,11 +18,20 @@ def write_checkpoint(path: Path, state: dict | None) -> None:
     try:
         with written_whole(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0]
+    except (OSError, RuntimeError) as e:
+        reason = disk_error(e)
         raise RunError(f"{path}: expected to write a checkpoint, found: {reason}; free some space and resume "
                        "from "
                        "an earlier one") from None
+
+
+def disk_error(e: Exception) -> str:
+    """Return what the system said. torch reports a full disk as a RuntimeError of its own, in whose wake it
+    comes."""
+    first = e
+    while e is not None and not isinstance(e, OSError):
+        e = e.__context__
+    return e.strerror if e is not None else str(first).splitlines()[0]
 
 
 def read_checkpoint(path: str, settings: type) -> dict:

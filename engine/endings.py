@@ -1,5 +1,6 @@
 """How a run ends: by a signal, or by an error that becomes one sentence, with the exit code that says
 which."""
+import contextlib
 import os
 import signal
 import socket
@@ -152,6 +153,7 @@ def leave(code: int):
     """
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

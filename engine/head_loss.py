@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UsageError
-from newton_schulz import product
+from engine.self_test import in_one_line, largest_error
+from muon import product
 
 # ----------------------------------------------------------------------------------------------------------
 # The definition
@@ -39,8 +40,10 @@ def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor
     log_z = torch.logsumexp(logits.float(), -1)
     loss = logits.new_zeros((), dtype=torch.float32)
     for k, weight in enumerate(weights.unbind()):
-        chosen = logits[: T - k].gather(1, targets[k:, None])[:, 0].float()
-        loss = loss + weight * (log_z[: T - k] - chosen).sum() / T
+        known = slice(T - k)  # positions whose k-th next token is in the sequence
+        chosen = logits[known].gather(1, targets[k:, None])
+        cross_entropy = log_z[known] - chosen[:, 0].float()
+        loss = loss + weight * cross_entropy.sum() / T
     return loss
 
 
@@ -92,13 +95,16 @@ class HeadLoss(torch.autograd.Function):
             dx_piece, dhead_piece = products.gradients(g.to(x.dtype), x[rows])
             dx.append(dx_piece)
             dhead = dhead + dhead_piece
-        ctx.save_for_backward(torch.cat(dx).to(x.dtype), dhead.to(head.dtype))
+        dx = torch.cat(dx).to(x.dtype)
+        ctx.save_for_backward(dx, dhead.to(head.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dhead = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dhead * grad.to(dhead.dtype), None, None, None, None, None, None
+        dx = dx * grad.to(dx.dtype)
+        dhead = dhead * grad.to(dhead.dtype)
+        return dx, dhead, *[None] * 6
 
 
 def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tuple[Tensor, Tensor]:
@@ -119,7 +125,8 @@ def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tu
     if torch.compiler.is_compiling():  # comparisons melt into the kernel around them; a scatter would end it
         ids = torch.arange(logits.size(1), device=logits.device)
         for k in range(ahead.size(1)):
-            g = g - torch.where(ids == ahead[:, k, None], weights[:, k, None], 0.0)
+            hit = ids == ahead[:, k, None]
+            g = g - torch.where(hit, weights[:, k, None], 0.0)
     else:
         g.scatter_add_(1, ahead.clamp(min=0), -weights)
     if cap:
@@ -140,7 +147,9 @@ class PlainProducts:
 
     def gradients(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of x (tokens, D) and of the head (V, D) from that of the logits."""
-        return self.multiply(g, self.across), self.multiply(g.t(), x.t())
+        dx = self.multiply(g, self.across)
+        dhead = self.multiply(g.t(), x.t())
+        return dx, dhead
 
 
 class Fp8Products:
@@ -160,7 +169,8 @@ class Fp8Products:
         """Return the gradients of the x that logits() saw last and of the head."""
         g, g_scale = to_fp8(g, torch.float8_e5m2, self.bound)
         dx = fp8_product(g, g_scale, self.across, self.scale)
-        return dx, fp8_product(g.t().contiguous(), g_scale, self.x.t().contiguous(), self.x_scale)
+        g, x = g.t().contiguous(), self.x.t().contiguous()
+        return dx, fp8_product(g, g_scale, x, self.x_scale)
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -208,8 +218,9 @@ def fp8_error(device: torch.device) -> tuple[float, str]:
     """Return the larger relative error of the two gradients in FP8, infinite where it does not run, and it in
     words."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 32, generator=generator).to(device, torch.bfloat16).requires_grad_()
-    head = torch.randn(128, 32, generator=generator).to(device, torch.bfloat16).requires_grad_()
+    x = torch.randn(64, 32, generator=generator)
+    head = torch.randn(128, 32, generator=generator)
+    x, head = (leaf.to(device, torch.bfloat16).requires_grad_() for leaf in (x, head))
     targets = torch.arange(64, device=device)
     weights = torch.ones(2, device=device)
 
@@ -218,8 +229,7 @@ def fp8_error(device: torch.device) -> tuple[float, str]:
         return torch.autograd.grad(loss, (x, head))
 
     try:
-        pairs = zip(gradients(True), gradients(False))
-        error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+        error = largest_error(gradients(True), gradients(False))
     except Exception as e:  # whatever a GPU without FP8 raises
-        return math.inf, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        return math.inf, in_one_line(e)
     return error, f"self-test error {error:.1e}"

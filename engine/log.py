@@ -1,4 +1,5 @@
 """The log of a run: everything that it takes to tell what ran, then one line for each event."""
+import contextlib
 import dataclasses
 import json
 import platform
@@ -9,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UsageError
+from data.errors import RunError, UsageError
 from data.files import ROOT
 from engine.endings import Stopped
-from engine.ranks import Runtime
+from engine.ranks import Runtime, say
 
 SOURCES = (  # what the log embeds, in reading order
-    "train_gpt.py", "muon.py", "newton_schulz.py", "muon_ranks.py",
+    "train_gpt.py", "muon.py",
     "engine/settings.py", "engine/kernels.py", "engine/attention.py", "engine/head_loss.py",
-    "engine/products.py", "engine/adam.py", "engine/ranks.py", "engine/clock.py", "engine/log.py",
-    "engine/checkpoint.py", "engine/endings.py", "data/loader.py", "data/shards.py")
+    "engine/self_test.py", "engine/products.py", "engine/adam.py", "engine/ranks.py", "engine/clock.py",
+    "engine/log.py", "engine/checkpoint.py", "engine/endings.py", "data/loader.py", "data/shards.py")
 BANNER = "=" * 100
 
 
@@ -43,7 +44,7 @@ class Log:
             raise UsageError(f"--log_dir: expected a folder to write to, found {e.strerror} at "
                              f"{cfg.log_dir}; "
                              "choose another one")
-        print(self.path, flush=True)
+        say(self.path)
         if cfg.wandb:
             self.wandb = start_wandb(cfg, self.run_id)
         if sys.stderr.isatty():
@@ -55,24 +56,31 @@ class Log:
     def __exit__(self, kind, error, traceback):
         if error is not None:
             reason = str(error).partition("\n")[0]
-            self.write(f"ended after step {self.step}: {reason}", show=kind is Stopped)
+            with contextlib.suppress(RunError):  # a log that cannot grow cannot say so either
+                self.write(f"ended after step {self.step}: {reason}", show=kind is Stopped)
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(error is not None))
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):
+                self.file.close()
             self.file = None
 
     def write(self, line: str, show: bool = True):
         """Write a line, and show it on the screen too unless told not to."""
         if self.file is None:
             return
-        self.file.write(line + "\n")
+        try:
+            self.file.write(line + "\n")
+        except OSError as e:
+            raise RunError(f"{self.path}: expected to write the log, found: {e.strerror}; free some space "
+                           "and start "
+                           "again, or go on from a checkpoint: --resume=latest") from None
         if show and self.bar is not None:
             self.bar.write(line)
         elif show:
-            print(line, flush=True)
+            say(line)
 
     def header(self, cfg, rt: Runtime, facts: list[str]):
         """Write sources, versions, hardware, settings, and the facts that only the run knows."""
@@ -111,7 +119,7 @@ def start_wandb(cfg, run_id: str):
                          "pip install -r requirements.txt") from None
     try:
         return wandb.init(project=cfg.wandb, name=run_id, config=dataclasses.asdict(cfg),
-                          settings=wandb.Settings(silent=True))
+                          settings=wandb.Settings(silent=True, init_timeout=20))
     except wandb.Error as e:
         found = str(e).partition("\n")[0]
         raise UsageError(f"--wandb: expected to reach Weights & Biases, found: {found}; run wandb login, or "

@@ -20,6 +20,7 @@ class Runtime:
     """Rank, world size and device of this process, as torchrun's variables say; without them it is alone."""
 
     def __init__(self):
+        check_environment()
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -39,7 +40,7 @@ class Runtime:
 
     def print0(self, *args, **kwargs):
         if self.rank == 0:
-            print(*args, flush=True, **kwargs)
+            say(*args, **kwargs)
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -67,6 +68,25 @@ class Runtime:
             if error is not None:
                 raise error
         return result
+
+
+def say(*args, **kwargs) -> None:
+    """Print, unless nobody listens any more, as behind `| head`: a run goes on without its screen."""
+    try:
+        print(*args, flush=True, **kwargs)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def check_environment() -> None:
+    """Raise UsageError where torchrun's variables are incomplete, as in WORLD_SIZE=8 python train_gpt.py."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing and not alone:
+        raise UsageError(f"expected torchrun's variables {', '.join(needed)}, found no {missing[0]}; start "
+                         "by "
+                         "torchrun --standalone --nproc_per_node=8 train_gpt.py, or unset WORLD_SIZE")
 
 
 def check_gpus(ranks: int) -> None:

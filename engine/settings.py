@@ -76,7 +76,7 @@ def parse_settings(settings: type, argv: list[str], about: str,
         meaning = f"{field.metadata['help']} [{show_value(field.default)}]"
         group.add_argument(f"--{field.name}", metavar="VALUE", help=meaning.replace("%", "%%"))
 
-    options, unknown = parser.parse_known_args(argv)
+    options, unknown = parser.parse_known_args(list(map(underscored, argv)))
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
         near = difflib.get_close_matches(name, [*(field.name for field in fields), *actions], n=1)
@@ -95,6 +95,14 @@ def parse_settings(settings: type, argv: list[str], about: str,
             raise UsageError(f"--{field.name}: expected a value like {example!r}, found {text!r}; see "
                              "--help") from None
     return options, changes
+
+
+def underscored(argument: str) -> str:
+    """Write --train-steps=100 as --train_steps=100; values stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def parse_value(text: str, kind):

@@ -15,8 +15,8 @@ import torch
 from data.errors import UsageError
 from data.loader import shards_needed
 from engine.head_loss import HEAD_PIECE
-from engine.kernels import Kernels, choose_dtype, name_of
-from muon import gram_pays, iteration_dtype, newton_schulz_flops
+from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of
+from muon import gram_pays, newton_schulz_flops
 from tools.gpus import GPUS, find_gpu
 from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, parse_config
 
@@ -161,7 +161,7 @@ def training_flops(cfg: Config) -> int:
 
 def muon_flops(cfg: Config, device: torch.device) -> int:
     """Return the FLOPs of one Muon step: Newton-Schulz of all matrices."""
-    kind = iteration_dtype(device)
+    kind = choose_ns_dtype(device)
     return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, "auto", kind)) for m, n in muon_matrices(cfg))
 
 

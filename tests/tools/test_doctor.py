@@ -40,7 +40,7 @@ def test_a_machine_that_works_is_told_so_piece_by_piece(capsys, tmp_path):
 
 
 def test_missing_shards_and_too_few_for_the_schedule(capsys, tmp_path):
-    assert "run python data/shakespeare.py" in lines(capsys, tmp_path, pieces=["data"])["data"][1]
+    assert "run python -m data.shakespeare" in lines(capsys, tmp_path, pieces=["data"])["data"][1]
     mark, text = lines(capsys, make_shards(tmp_path), "--train_steps=900", pieces=["data"])["data"]
     assert mark == "FAIL" and "get more shards, raise --max_epochs or lower --train_steps" in text
 
