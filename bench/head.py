@@ -58,8 +58,8 @@ def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float
     result = {}
     for name, fp8 in (("bf16", False), ("fp8", True)):
         call = make(torch.bfloat16, fp8, compiled=device.type == "cuda")
-        errors = {key: relative_error(a, b) for key, a, b in zip(("loss", "dx", "dw"), call(), exact)}
-        result[name] = errors | dict(ms=milliseconds(call, device))
+        loss, dx, dw = map(relative_error, call(), exact)
+        result[name] = dict(loss=loss, dx=dx, dw=dw, ms=milliseconds(call, device))
     return result
 
 
