@@ -22,8 +22,8 @@ def nbytes(tensors) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
 
 
-def adam_bytes(run) -> int:
-    return nbytes(x for state in run.adam.state.values() for x in state.values())
+def state_bytes(optimizer) -> int:
+    return nbytes(x for state in optimizer.state.values() for x in state.values()) if optimizer else 0
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,11 @@ def test_what_stays_in_memory_is_what_a_run_has(tmp_path, changes):
     run.update(run.cfg.adam_every - 1)
     run.step = run.cfg.train_steps - EMA_EVERY
     run.average_weights()
-    buckets = run.muon.buckets if run.muon else []
-    momenta = [x for bucket in buckets for r in bucket.runs[0] for x in r.state.values()]
     assert plan.static_bytes(run.cfg, run.kernels.dtype, 1) == {
         "weights": nbytes(run.model.parameters()),
         "gradients": gradients,
-        "Adam: moments, low halves": adam_bytes(run),
-        "Muon: momentum, low halves": nbytes(momenta),
+        "Adam: moments, low halves": state_bytes(run.adam),
+        "Muon: momentum, low halves": state_bytes(run.muon),
         "average of the weights": nbytes((run.ema or {}).values()),
         "signs of the bigrams": nbytes(run.model.buffers()),
         "gathers and reductions": 0,
@@ -61,9 +59,11 @@ def test_shares_are_not_below_those_of_the_fullest_rank(tmp_path, monkeypatch, w
         monkeypatch.setattr(muon, "world_and_rank", lambda group: (world, rank))
         run.rt = SimpleNamespace(rank=rank, world=world)
         run.make_optimizers()
-        adam.append(adam_bytes(run))
-        states = [bucket.state(r) for bucket in run.muon.buckets for r in bucket.runs[rank]]
-        momenta.append(nbytes(x for state in states for x in state.values()))
+        for bucket in run.muon.buckets:
+            for stack in bucket.stacks[rank]:
+                bucket.state(stack)  # made at first use
+        adam.append(state_bytes(run.adam))
+        momenta.append(state_bytes(run.muon))
     found, alone = (plan.static_bytes(run.cfg, torch.float32, n) for n in (world, 1))
     assert found["Adam: moments, low halves"] == max(adam) < 1.2 / world * alone["Adam: moments, low halves"]
     largest = 3 * 128 * 128 * 4 + 4 * 384
