@@ -1,16 +1,17 @@
 """Train a GPT-2-class model to a target validation loss as fast as possible: the NanoGPT speedrun.
 
-    python train_gpt.py                                        one process: track small on a GPU, shakespeare on a CPU
-    torchrun --standalone --nproc_per_node=8 train_gpt.py      eight GPUs, FineWeb, target 3.28
-    python train_gpt.py --help                                 every setting, with its unit and meaning
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   eight GPUs, FineWeb, target 3.28
+    python train_gpt.py                                     one GPU; without any, track shakespeare
+    python train_gpt.py --help                              every setting, with its unit and meaning
 
-A run counts by its `train_time`: training only, after an untimed warm-up, with the clock stopped during validation.
-Every world size that divides `slices` trains the same model: a step is always so many packed sequences, shared out over
-the ranks.
+A run counts by its `train_time`: training only, after an untimed warm-up, with the clock stopped during
+validation. Every world size that divides `slices` trains the same model: a step is always so many packed
+sequences, shared out over the ranks.
 
-Shapes: T tokens of one packed sequence, D model width, H heads, d head width, V vocabulary (padded), L layers.
-Reading order: Config, model, loss, schedules, optimizer table, the run (train, evaluate, save), main.
-Beside it: muon.py and adam.py (optimizers), kernels.py (attention, loss), data/loader.py (batches), runtime.py (ranks, log).
+Shapes: T tokens of one packed sequence, D model width, H heads, d head width, V vocabulary (padded), L
+layers. Reading order: settings, model, schedules, optimizer table, the run (train, evaluate, save), main.
+docs/techniques.md has a row for every technique: formula, reason, source, and what it was measured to be
+worth.
 """
 import argparse
 import dataclasses
@@ -19,13 +20,16 @@ import math
 import os
 import signal
 import sys
-import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# Growing segments instead of fixed blocks: stages change the sequence length, which would fragment the GPU's memory.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+
+# Growing segments instead of fixed blocks: stages change the sequence length, which would fragment a GPU's
+# memory.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
@@ -37,23 +41,29 @@ from data.errors import RunError, UsageError
 from data.loader import Batch, Docs, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
 from engine.adam import Adam
-from engine.attention import BACKENDS, choose_backend, masked_attention, paired_docs
+from engine.attention import BACKENDS, pair, paired_docs, unpair
 from engine.checkpoint import read_checkpoint, write_checkpoint
+from engine.clock import Clock, Startup
 from engine.endings import Stopped, StopSignal, leave, report
-from engine.head_loss import HEAD_PIECE, HeadLoss, choose_fp8, softcap
-from engine.kernels import choose_compile, choose_dtype, choose_ns_dtype, keep_compiled
-from engine.log import Log, Startup, log_header, say_fallbacks
-from engine.products import OneDnnLinear, choose_onednn, choose_symmetric
+from engine.head_loss import HEAD_PIECE, HeadLoss, softcap, summed_cross_entropy
+from engine.kernels import Kernels
+from engine.log import Log
 from engine.ranks import Runtime
-from engine.settings import parse_settings
+from engine.settings import (
+    ALL_POSITIVE, POSITIVE, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
+    setting, show_value)
 from muon import Muon
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config
+# ------------------------------------------------------------------------------------------------------------
+# Settings
 
-
-def setting(default, meaning: str):
-    return field(default=default, metadata={"help": meaning})
+FRACTION = between(0, 1)
+BELOW_ONE = Rule("0 or more and below 1", lambda x: 0 <= x < 1)
+SWITCH = one_of("auto", "on", "off")
+SEED = Rule("zero or more and less than 2^63", lambda x: 0 <= x < 2**63)
+MOMENTUM = Rule("two numbers in [0, 1)", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs))
+SOFTCAP = Rule("A,B,C with C above 0, or nothing", lambda xs: xs == () or (len(xs) == 3 and xs[2] > 0))
+SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 2 and xs[0] < xs[1]))
 
 
 @dataclass(frozen=True)
@@ -62,154 +72,184 @@ class Config:
 
     track: str = setting("small", "preset that the other settings start from: small or shakespeare")
     target_loss: float = setting(3.28, "validation loss in nats per token that the run tries to reach")
-    seed: int = setting(0, "seed of the initial weights; the order of the data does not depend on it")
+    seed: int = setting(0, "seed of the initial weights; the order of the data does not depend on it", SEED)
+
     # Data
-    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, below the folder DATA_PATH")
-    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, below the folder DATA_PATH")
-    max_epochs: int = setting(1, "passes over the training shards allowed before the data counts as used up")
+    train_files: str = setting(
+        "data/fineweb10B/fineweb_train_*.bin", "training shards, below the folder DATA_PATH")
+    val_files: str = setting(
+        "data/fineweb10B/fineweb_val_*.bin", "validation shards, below the folder DATA_PATH")
+    max_epochs: int = setting(
+        1, "passes over the training shards allowed before the data counts as used up", POSITIVE)
     bos_id: int = setting(50256, "token that starts every document")
-    vocab_size: int = setting(50257, "number of token ids in the data")
-    val_tokens: int = setting(10_485_760, "tokens of the validation shards that are evaluated, from the first on")
-    val_slice: int = setting(262_144, "tokens of one validation sequence; context is cut where one starts")
-    val_every: int = setting(250, "steps between validations; there is always one at step 0 and one at the end")
+    vocab_size: int = setting(50257, "number of token ids in the data", between(1, 65_536))
+    val_tokens: int = setting(
+        10_485_760, "tokens of the validation shards that are evaluated, from the first on", POSITIVE)
+    val_slice: int = setting(
+        262_144, "tokens of one validation sequence; context is cut where one starts", POSITIVE)
+    val_every: int = setting(
+        250, "steps between validations; there is always one at step 0 and one at the end", POSITIVE)
+
     # Schedule
-    train_steps: int = setting(1480, "optimizer steps, extension included")
-    extension_steps: int = setting(16, "last steps, at the final learning rate and with one more window stage")
-    stages: int = setting(3, "equal parts of the schedule before the extension")
-    batch_tokens: tuple[int, ...] = setting((131_072, 262_144, 393_216), "tokens per step over all ranks, by stage")
-    slices: int = setting(8, "packed sequences per step, shared out over the ranks; must be a multiple of their number")
-    max_doc_len: tuple[int, ...] = setting((896, 2048), "tokens kept of a document, by stage")
-    split_docs: int = setting(0, "for few long documents: cut them into pieces of this many tokens, shuffled; 0: never")
-    window_short: tuple[int, ...] = setting((128, 384, 640, 768), "previous tokens seen by short layers, by stage")
-    window_long: tuple[int, ...] = setting((384, 896, 1408, 1664), "previous tokens seen by long layers, by stage")
-    window_final: int = setting(2560, "previous tokens seen by long layers in the final validation")
-    lr_mul: tuple[float, ...] = setting((1.0, 1.52, 1.73), "factor of all learning rates, by stage")
-    warmup_steps: int = setting(0, "steps over which the learning rates rise from 0")
-    cooldown_frac: float = setting(0.6, "part of the schedule over which the learning rates fall")
-    lr_floor: float = setting(0.15, "factor of all learning rates at the end of the schedule")
-    mtp_weights: tuple[float, ...] = setting((1.0, 0.5, 0.25), "loss weights of the next, second next, ... token; "
-                                             "every stage fades out the last one; (1,) predicts the next only")
+    train_steps: int = setting(1480, "optimizer steps, extension included", POSITIVE)
+    extension_steps: int = setting(
+        16, "last steps, at the final learning rate and with one more window stage", ZERO_OR_MORE)
+    stages: int = setting(3, "equal parts of the schedule before the extension", POSITIVE)
+    batch_tokens: tuple[int, ...] = setting(
+        (131_072, 262_144, 393_216), "tokens per step over all ranks, by stage", ALL_POSITIVE)
+    slices: int = setting(
+        8,
+        "packed sequences per step, shared out over the ranks; must be a multiple of their number",
+        POSITIVE)
+    max_doc_len: tuple[int, ...] = setting((896, 2048), "tokens kept of a document, by stage", ALL_POSITIVE)
+    split_docs: int = setting(
+        0,
+        "for few long documents: cut them into pieces of this many tokens, shuffled; 0: never",
+        ZERO_OR_MORE)
+    window_short: tuple[int, ...] = setting(
+        (128, 384, 640, 768), "previous tokens seen by short layers, by stage", ALL_POSITIVE)
+    window_long: tuple[int, ...] = setting(
+        (384, 896, 1408, 1664), "previous tokens seen by long layers, by stage", ALL_POSITIVE)
+    window_final: int = setting(2560, "previous tokens seen by long layers in the final validation", POSITIVE)
+    lr_mul: tuple[float, ...] = setting(
+        (1.0, 1.52, 1.73), "factor of all learning rates, by stage", ALL_POSITIVE)
+    warmup_steps: int = setting(0, "steps over which the learning rates rise from 0", ZERO_OR_MORE)
+    cooldown_frac: float = setting(0.6, "part of the schedule over which the learning rates fall", FRACTION)
+    lr_floor: float = setting(0.15, "factor of all learning rates at the end of the schedule", ZERO_OR_MORE)
+    mtp_weights: tuple[float, ...] = setting(
+        (1.0, 0.5, 0.25),
+        "loss weights of the next, second next, ... token; every stage fades out the last one; "
+        "(1,) predicts the next only",
+        ALL_POSITIVE)
     untie_stage: int = setting(2, "stage at which embedding and head part; 0 never tied, -1 always tied")
+
     # Model
-    num_layers: int = setting(11, "layers L")
-    model_dim: int = setting(768, "width D of the residual stream")
-    head_dim: int = setting(128, "width d of one head; D/d heads")
-    mlp_ratio: int = setting(4, "hidden width of the MLP in units of D")
+    num_layers: int = setting(11, "layers L", POSITIVE)
+    model_dim: int = setting(768, "width D of the residual stream", POSITIVE)
+    head_dim: int = setting(128, "width d of one head; D/d heads", POSITIVE)
+    mlp_ratio: int = setting(4, "hidden width of the MLP in units of D", POSITIVE)
     long_layers: tuple[int, ...] = setting((3, 10), "layers with the long window")
     no_attn_layers: tuple[int, ...] = setting((6,), "layers without attention")
     paired_layers: tuple[int, ...] = setting((0, 2, 5, 9), "layers whose heads attend in adjacent pairs")
     late_attn_layers: tuple[int, ...] = setting((8, 9, 10), "layers whose attention reads the cached stream")
     cache_layer: int = setting(7, "layer whose output is cached for late attention and backout")
     backout: bool = setting(True, "subtract a learned part of the cached stream before the head")
-    skip: tuple[int, ...] = setting((3, 6), "from and to: the output of one layer is added, gated, in a later one")
+    skip: tuple[int, ...] = setting(
+        (3, 6), "from and to: the output of one layer is added, gated, in a later one", SKIP)
     key_offset: bool = setting(True, "long layers: second half of each key comes from the previous token")
-    rope_base: float = setting(1024.0, "slowest rotary wavelength is 2 pi times this many tokens")
-    rope_fraction: float = setting(0.5, "part of each head that rotates")
+    rope_base: float = setting(1024.0, "slowest rotary wavelength is 2 pi times this many tokens", POSITIVE)
+    rope_fraction: float = setting(0.5, "part of each head that rotates", FRACTION)
     yarn: bool = setting(True, "rescale rotary frequencies and attention when the long window grows")
-    attn_scale: float = setting(0.1, "softmax scale of the normalized queries and keys at stage 0")
-    softcap: tuple[float, ...] = setting((23.0, 5.0, 7.5), "logits A sigmoid((x + B) / C) as A,B,C; empty: none")
-    value_embed_layers: tuple[int, ...] = setting((1, 2, 8, 9, 10), "layers whose values get a gated token embedding")
-    bigram_rows: int = setting(377_280, "rows of the hashed bigram embedding; 0: none")
+    attn_scale: float = setting(0.1, "softmax scale of the normalized queries and keys at stage 0", POSITIVE)
+    softcap: tuple[float, ...] = setting(
+        (23.0, 5.0, 7.5), "logits A sigmoid((x + B) / C) as A,B,C; empty: none", SOFTCAP)
+    value_embed_layers: tuple[int, ...] = setting(
+        (1, 2, 8, 9, 10), "layers whose values get a gated token embedding")
+    bigram_rows: int = setting(377_280, "rows of the hashed bigram embedding; 0: none", ZERO_OR_MORE)
     bigram_signs: bool = setting(True, "decorrelate colliding bigrams by random signs")
     smear: bool = setting(True, "mix the previous token's embedding into each embedding")
     attn_gate_layers: tuple[int, ...] = setting((3, 10), "layers with a sigmoid gate on each head's output")
-    xsa_layers: tuple[int, ...] = setting((1, 3, 4, 7), "layers that remove each token's own value from its output")
+    xsa_layers: tuple[int, ...] = setting(
+        (1, 3, 4, 7), "layers that remove each token's own value from its output")
     inject_x0: bool = setting(True, "add the first embedding back in every layer")
-    resid_init: float = setting(1.1, "initial factor of the residual stream per layer")
-    head_std: float = setting(0.005, "standard deviation of the initial head and embedding")
+    resid_init: float = setting(1.1, "initial factor of the residual stream per layer", ZERO_OR_MORE)
+    head_std: float = setting(0.005, "standard deviation of the initial head and embedding", ZERO_OR_MORE)
+
     # Optimizer
-    optimizer: str = setting("muon", "optimizer of the hidden matrices: muon, or adamw for everything")
-    muon_lr: float = setting(0.023, "Muon learning rate: spectral norm of an update of a square matrix")
-    muon_wd: float = setting(1.2, "Muon weight decay, multiplied by lr squared")
-    mlp_out_lr_mul: float = setting(4.0, "factor of the Muon learning rate for the zero-initialized MLP outputs")
-    momentum: tuple[float, ...] = setting((0.85, 0.95), "Muon momentum: at both ends, in between")
-    momentum_warmup: int = setting(300, "steps over which the momentum rises")
-    momentum_cooldown: int = setting(50, "last steps over which the momentum falls")
-    normuon_beta2: float = setting(0.9, "NorMuon: memory of the variance per neuron; 0: plain Muon")
-    coefficients: str = setting("polar", "Newton-Schulz coefficients: polar, quintic or jordan")
-    adam_lr: float = setting(0.008, "Adam learning rate, before the factor of each label")
-    adam_wd: float = setting(0.005, "Adam weight decay, multiplied by lr squared and the factor of each label")
-    adam_eps: float = setting(5e-15, "Adam epsilon; tiny, because the loss is a mean over a sequence of 16384 tokens and "
-                                     "more, and a token's own row of a table sees its share only")
-    adam_every: int = setting(2, "steps over which Adam's gradients are summed up before it moves")
-    table_lr_mul: float = setting(75.0, "Adam learning rate factor of the value and bigram embeddings")
+    optimizer: str = setting(
+        "muon", "optimizer of the hidden matrices: muon, or adamw for everything", one_of("muon", "adamw"))
+    muon_lr: float = setting(
+        0.023, "Muon learning rate: spectral norm of an update of a square matrix", ZERO_OR_MORE)
+    muon_wd: float = setting(1.2, "Muon weight decay, multiplied by lr squared", ZERO_OR_MORE)
+    mlp_out_lr_mul: float = setting(
+        4.0, "factor of the Muon learning rate for the zero-initialized MLP outputs", ZERO_OR_MORE)
+    momentum: tuple[float, ...] = setting((0.85, 0.95), "Muon momentum: at both ends, in between", MOMENTUM)
+    momentum_warmup: int = setting(300, "steps over which the momentum rises", ZERO_OR_MORE)
+    momentum_cooldown: int = setting(50, "last steps over which the momentum falls", ZERO_OR_MORE)
+    normuon_beta2: float = setting(
+        0.9, "NorMuon: memory of the variance per neuron; 0: plain Muon", BELOW_ONE)
+    coefficients: str = setting(
+        "polar", "Newton-Schulz coefficients: polar, quintic or jordan", one_of("polar", "quintic", "jordan"))
+    adam_lr: float = setting(0.008, "Adam learning rate, before the factor of each label", ZERO_OR_MORE)
+    adam_wd: float = setting(
+        0.005, "Adam weight decay, multiplied by lr squared and the factor of each label", ZERO_OR_MORE)
+    adam_eps: float = setting(
+        5e-15,
+        "Adam epsilon; tiny, because the loss is a mean over a sequence of 16384 tokens and more, "
+        "and a token's own row of a table sees its share only",
+        ZERO_OR_MORE)
+    adam_every: int = setting(2, "steps over which Adam's gradients are summed up before it moves", POSITIVE)
+    table_lr_mul: float = setting(
+        75.0, "Adam learning rate factor of the value and bigram embeddings", ZERO_OR_MORE)
     cautious: bool = setting(True, "decay a weight only where the update shrinks it too")
-    adamw_lr: float = setting(0.001, "--optimizer=adamw: learning rate of the hidden matrices")
-    adamw_wd: float = setting(0.1, "--optimizer=adamw: decoupled weight decay of the hidden matrices")
-    ema_frac: float = setting(0.0, "part of the schedule that the average of the weights remembers; 0: no average")
-    ema_blend: float = setting(0.7, "part of that average in the final weights")
+    adamw_lr: float = setting(0.001, "--optimizer=adamw: learning rate of the hidden matrices", ZERO_OR_MORE)
+    adamw_wd: float = setting(
+        0.1, "--optimizer=adamw: decoupled weight decay of the hidden matrices", ZERO_OR_MORE)
+    ema_frac: float = setting(
+        0.0, "part of the schedule that the average of the weights remembers; 0: no average", FRACTION)
+    ema_blend: float = setting(0.7, "part of that average in the final weights", FRACTION)
+
     # Hardware
-    attention: str = setting("auto", "attention backend: auto, varlen, flex, blocked or masked")
-    dtype: str = setting("auto", "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32")
-    fp8_head: str = setting("auto", "head in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 means off")
-    compile: str = setting("auto", "torch.compile the model: auto (on a GPU), on or off")
-    recompute: bool = setting(False, "compute each layer again in the backward pass: a quarter more time, far less memory")
+    attention: str = setting(
+        "auto", "attention backend: auto, varlen, flex, blocked or masked", one_of("auto", *BACKENDS))
+    dtype: str = setting(
+        "auto",
+        "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32",
+        one_of("auto", "bfloat16", "float32"))
+    fp8_head: str = setting(
+        "auto", "head in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 means off", SWITCH)
+    compile: str = setting("auto", "torch.compile the model: auto (on a GPU), on or off", SWITCH)
+    recompute: bool = setting(
+        False, "compute each layer again in the backward pass: a quarter more time, far less memory")
+
     # Run
     log_dir: str = setting("logs", "folder of the logs")
     stop_at_target: bool = setting(False, "end at the first validation at or below the target")
-    save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none")
+    save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none", ZERO_OR_MORE)
     save_final: bool = setting(False, "write a checkpoint at the end")
+    keep: int = setting(0, "checkpoints of this run to keep, the newest ones; 0: all", ZERO_OR_MORE)
     wandb: str = setting("", "Weights & Biases project to mirror the run to; empty: none")
 
     @staticmethod
     def for_track(name: str, **changes) -> "Config":
-        """The preset of a track with some settings changed."""
+        """Return the preset of a track with some settings changed."""
         if name not in TRACKS:
             raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {name!r}; choose one")
         return Config(**{**TRACKS[name], "track": name, **changes})
 
     def __post_init__(self):
-        def check(ok: bool, name: str, expected: str):
-            if not ok:
-                raise UsageError(f"--{name}: expected {expected}, found {getattr(self, name)!r}; see --help")
+        """Check each setting by its own rule, then what two settings ask of each other."""
+        check_rules(self)
 
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            finite = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
-            check(all(map(math.isfinite, finite)), f.name, "finite numbers")
-        for name in ("train_steps", "stages", "slices", "num_layers", "model_dim", "head_dim", "mlp_ratio", "val_every",
-                     "val_tokens", "val_slice", "adam_every", "max_epochs", "vocab_size", "window_final",
-                     "rope_base", "attn_scale"):
-            check(getattr(self, name) > 0, name, "a positive number")
-        for name in ("batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"):
-            check(len(getattr(self, name)) > 0 and min(getattr(self, name)) > 0, name, "one or more positive numbers")
-        for name in ("extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every",
-                     "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "seed",
-                     "adam_lr", "muon_lr", "adamw_lr", "mlp_out_lr_mul", "table_lr_mul", "adam_eps", "head_std",
-                     "resid_init"):
-            check(getattr(self, name) >= 0, name, "zero or more")
-        for name in ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
-                     "attn_gate_layers", "xsa_layers", "skip"):
-            check(all(0 <= i < self.num_layers for i in getattr(self, name)), name,
-                  f"layer indices from 0 to {self.num_layers - 1}")
-        check(all(b % self.slices == 0 for b in self.batch_tokens), "batch_tokens", f"multiples of {self.slices} slices")
-        check(self.val_tokens % self.val_slice == 0, "val_tokens", f"a multiple of val_slice, {self.val_slice}")
-        check(self.seed < 2**63, "seed", "less than 2^63")
-        check(self.extension_steps < self.train_steps, "extension_steps", f"fewer than train_steps, {self.train_steps}")
-        check(self.model_dim % self.head_dim == 0, "model_dim", f"a multiple of head_dim, {self.head_dim}")
-        check(self.head_dim % 4 == 0, "head_dim", "a multiple of 4")
-        check(not self.paired_layers or self.num_heads % 2 == 0, "paired_layers",
-              f"none, because the number of heads, {self.num_heads}, is odd")
-        check(0 <= self.bos_id < self.vocab_size, "bos_id", f"an id below vocab_size, {self.vocab_size}")
-        check(self.vocab_size <= 65_536, "vocab_size", "at most 65536, the range of a shard's uint16")
-        check(0 <= self.cache_layer < self.num_layers, "cache_layer", f"0 to {self.num_layers - 1}")
-        check(not self.late_attn_layers or min(self.late_attn_layers) > self.cache_layer, "late_attn_layers",
-              f"layers after cache_layer, {self.cache_layer}")
-        check(self.skip == () or (len(self.skip) == 2 and self.skip[0] < self.skip[1]), "skip", "two rising layers")
-        check(len(set(self.no_attn_layers)) < self.num_layers, "no_attn_layers", "to leave a layer with attention")
-        check(self.softcap == () or (len(self.softcap) == 3 and self.softcap[2] > 0), "softcap",
-              "A,B,C with C above 0, or nothing")
-        check(len(self.momentum) == 2 and all(0 <= m < 1 for m in self.momentum), "momentum", "two numbers in [0, 1)")
-        check(0 <= self.cooldown_frac <= 1, "cooldown_frac", "0 to 1")
-        check(0 <= self.rope_fraction <= 1, "rope_fraction", "0 to 1")
-        check(0 <= self.ema_frac <= 1, "ema_frac", "0 to 1")
-        check(0 <= self.ema_blend <= 1, "ema_blend", "0 to 1")
-        check(-1 <= self.untie_stage < self.stages, "untie_stage", f"-1 to {self.stages - 1}")
-        check(0 <= self.normuon_beta2 < 1, "normuon_beta2", "0 to 1")
-        for name, choices in (("optimizer", ("muon", "adamw")), ("attention", ("auto", *BACKENDS)),
-                              ("dtype", ("auto", "bfloat16", "float32")), ("compile", ("auto", "on", "off")),
-                              ("fp8_head", ("auto", "on", "off")), ("coefficients", ("polar", "quintic", "jordan"))):
-            check(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
+        def check(name: str, expected: str, holds: bool):
+            require(self, name, expected, holds)
+
+        # Data and schedule
+        check("bos_id", f"an id below vocab_size, {self.vocab_size}", 0 <= self.bos_id < self.vocab_size)
+        check("val_tokens", "a multiple of val_slice, "
+                            f"{self.val_slice}", self.val_tokens % self.val_slice == 0)
+        even = all(tokens % self.slices == 0 for tokens in self.batch_tokens)
+        check("batch_tokens", f"multiples of {self.slices} slices", even)
+        fewer = self.extension_steps < self.train_steps
+        check("extension_steps", f"fewer than train_steps, {self.train_steps}", fewer)
+        check("untie_stage", f"-1 to {self.stages - 1}", -1 <= self.untie_stage < self.stages)
+
+        # Shapes
+        check("model_dim", f"a multiple of head_dim, {self.head_dim}", self.model_dim % self.head_dim == 0)
+        check("head_dim", "a multiple of 4", self.head_dim % 4 == 0)  # half of it rotates, in planes of two
+        odd = f"none, because the number of heads, {self.num_heads}, is odd"
+        check("paired_layers", odd, not self.paired_layers or self.num_heads % 2 == 0)
+
+        # Roles of layers
+        layers = range(self.num_layers)
+        for name in LAYER_SETTINGS:
+            within = all(i in layers for i in getattr(self, name))
+            check(name, f"layer indices from 0 to {self.num_layers - 1}", within)
+        check("cache_layer", f"0 to {self.num_layers - 1}", self.cache_layer in layers)
+        late = not self.late_attn_layers or min(self.late_attn_layers) > self.cache_layer
+        check("late_attn_layers", f"layers after cache_layer, {self.cache_layer}", late)
+        some = len(set(self.no_attn_layers)) < self.num_layers
+        check("no_attn_layers", "to leave a layer with attention", some)
 
     @property
     def num_heads(self) -> int:
@@ -217,25 +257,35 @@ class Config:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of embedding and head: the next multiple of 128, which makes faster matrix products (50304 for GPT-2)."""
+        """Rows of embedding and head: the next multiple of 128, which makes faster products (50304 for
+        GPT-2)."""
         return -(-self.vocab_size // 128) * 128
 
     @functools.cached_property
     def stage_starts(self) -> tuple[int, ...]:
-        """First step of each stage, then of the extension. Stages begin where Adam does, so that no gradient straddles."""
+        """First step of each stage, then of the extension.
+
+        Stages begin where Adam does, so that no summed gradient straddles two of them.
+        """
         scheduled = self.train_steps - self.extension_steps
-        even = [round(scheduled * k / self.stages / self.adam_every) * self.adam_every for k in range(self.stages)]
+        pairs = scheduled / self.stages / self.adam_every
+        even = [round(pairs * k) * self.adam_every for k in range(self.stages)]
         return (*(min(start, scheduled) for start in even), scheduled)
 
     def stage(self, step: int) -> int:
         return sum(step >= start for start in self.stage_starts) - 1
 
-    def at(self, name: str, step: int):
-        """Value of a setting that is given by stage."""
+    def by_stage(self, name: str, stage: int):
+        """Return the value of a setting that is given by stage."""
         values = getattr(self, name)
-        return values[min(self.stage(step), len(values) - 1)]
+        return values[min(stage, len(values) - 1)]
+
+    def at(self, name: str, step: int):
+        """Return the value at a step of a setting that is given by stage."""
+        return self.by_stage(name, self.stage(step))
 
     def tied(self, step: int) -> bool:
+        """Return whether embedding and head are one matrix at this step."""
         return self.untie_stage < 0 or self.stage(step) < self.untie_stage
 
     @property
@@ -243,28 +293,82 @@ class Config:
         return sum(self.at("batch_tokens", step) for step in range(self.train_steps))
 
 
+LAYER_SETTINGS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
+                  "attn_gate_layers", "xsa_layers", "skip")
+
 TRACKS: dict[str, dict] = {
     "small": {},
-    "shakespeare": dict(  # bytes, two CPU cores, a minute; roles as in small, on four narrow layers
-        target_loss=1.6, train_files="data/shakespeare/shakespeare_train_*.bin",
-        val_files="data/shakespeare/shakespeare_val_*.bin", max_epochs=4, bos_id=256, vocab_size=257,
-        val_tokens=262_144, val_slice=8192, val_every=110, train_steps=440, extension_steps=10,
-        batch_tokens=(2048,), slices=4, max_doc_len=(1024,), split_docs=513, lr_mul=(1.0,),
-        window_short=(32, 64), window_long=(64, 128), window_final=128, num_layers=4, model_dim=128, head_dim=32,
-        long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,), late_attn_layers=(), cache_layer=2, skip=(0, 2),
-        value_embed_layers=(0, 3), bigram_rows=4096, attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
-        muon_lr=0.04, table_lr_mul=25.0, momentum_warmup=50, momentum_cooldown=20, lr_floor=0.5, ema_frac=0.15,
-        adam_every=1, adam_eps=1e-10, adamw_lr=0.0015),
+    # Bytes, two CPU cores, a minute: the roles of track small on four narrow layers.
+    "shakespeare": dict(
+        target_loss=1.6,
+        # Data
+        train_files="data/shakespeare/shakespeare_train_*.bin",
+        val_files="data/shakespeare/shakespeare_val_*.bin",
+        max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=110,
+        # Schedule
+        train_steps=440, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
+        batch_tokens=(2048,), slices=4, max_doc_len=(1024,), split_docs=513,
+        window_short=(32, 64), window_long=(64, 128), window_final=128,
+        # Model
+        num_layers=4, model_dim=128, head_dim=32, long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,),
+        late_attn_layers=(), cache_layer=2, skip=(0, 2), value_embed_layers=(0, 3), bigram_rows=4096,
+        attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
+        # Optimizer
+        muon_lr=0.04, momentum_warmup=50, momentum_cooldown=20, ema_frac=0.15,
+        adam_every=1, adam_eps=1e-10, table_lr_mul=25.0, adamw_lr=0.0015),
+}
+
+ACTIONS = {  # flags that are no settings, and what argparse wants to know of them
+    "resume": dict(metavar="PATH", help="continue from a checkpoint, with its settings; latest: the newest "
+                                        "in log_dir"),
+    "force_data": dict(action="store_true", help="resume although the training data are other ones"),
+    "dry_run": dict(action="store_true", help="say what would run, from settings to data, then end"),
+    "check": dict(action="store_true", help="test causality and probabilities of the model, then end"),
 }
 
 
-def parse_config(argv: list[str]) -> tuple[argparse.Namespace, dict]:
-    """Command line to (actions, changed settings)."""
-    return parse_settings(Config, argv, __doc__)
+def parse_config(argv: list[str], about: str = __doc__, actions=ACTIONS) -> tuple[argparse.Namespace, dict]:
+    """Parse a command line to (actions, changed settings)."""
+    return parse_settings(Config, argv, about, actions)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]:
+    """Return the actions of a command line, its settings, and the checkpoint that it resumes from, if any.
+
+    A checkpoint brings its settings along, and the command line changes them. Raises UsageError.
+    """
+    options, changes = parse_config(argv)
+    state = None
+    if options.resume:
+        if options.resume == "latest":
+            options.resume = latest_checkpoint(changes.get("log_dir", Config.log_dir))
+        state = read_checkpoint(options.resume, Config)
+        track = state["config"]["track"]
+        if changes.get("track", track) != track:
+            raise UsageError(f"--track: expected the checkpoint's track, {track}, found {changes['track']}; "
+                             "leave it out")
+        changes = {**state["config"], **changes}
+    track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
+    return options, Config.for_track(track, **changes), state
+
+
+def latest_checkpoint(log_dir: str) -> str:
+    """Return the newest checkpoint of all runs whose logs lie in this folder."""
+    paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise UsageError(f"--resume: expected a checkpoint in {log_dir}/*/, found none; give its path, or "
+                         "another "
+                         "--log_dir")
+    return str(paths[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Model
+
+MATRICES = ("attn_qk", "attn_vo", "mlp_in", "mlp_out")  # banks of hidden matrices
+TABLES = ("head", "embed", "value_embeds", "bigram_embed")
+GATE_WIDTH = 12  # channels of the stream that a gate looks at
+NUM_SIGNS = 8192  # rows of random signs for the bigram embedding
 
 
 def norm(x: Tensor) -> Tensor:
@@ -273,20 +377,25 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay. x: (T, H, d)."""
+    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay. x: (T, H,
+    d)."""
     r = cos.size(-1)
     a, b, still = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, still], -1)
 
 
 def rotary_settings(cfg: Config, stage: int) -> tuple[Tensor, float]:
-    """(r,) angular frequencies per token, and the softmax scale. With YaRN (arXiv 2309.00071), each growth of the long
-    window stretches those wavelengths that do not fit it often, and sharpens the softmax."""
+    """Return the (r,) angular frequencies per token, and the softmax scale.
+
+    With YaRN (arXiv 2309.00071), each growth of the long window stretches those wavelengths that do not fit
+    it often, and sharpens the softmax: what was learned at short range is kept while the range grows.
+    """
     r = int(cfg.head_dim * cfg.rope_fraction) // 2
     omega = cfg.rope_base ** -torch.linspace(0, 1, r, dtype=torch.float64)
-    scale, windows = cfg.attn_scale, cfg.window_long
-    for old, new in zip(windows[:stage], windows[1 : stage + 1] if cfg.yarn else ()):
-        if old != new:
+    scale = cfg.attn_scale
+    windows = cfg.window_long[: stage + 1]
+    for old, new in zip(windows, windows[1:]):
+        if cfg.yarn and old != new:
             turns = old * omega / (2 * math.pi)
             keep = ((turns - 1) / (32 - 1)).clamp(0, 1)
             omega = omega * (old / new + keep * (1 - old / new))
@@ -294,74 +403,94 @@ def rotary_settings(cfg: Config, stage: int) -> tuple[Tensor, float]:
     return omega, scale
 
 
-def pair(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two consecutive positions of one head."""
-    T, H, d = x.shape
-    return x.view(T, H // 2, 2, d).transpose(1, 2).reshape(2 * T, H // 2, d)
-
-
-def unpair(y: Tensor) -> Tensor:
-    T2, H2, d = y.shape
-    return y.view(T2 // 2, 2, H2, d).transpose(1, 2).reshape(T2 // 2, 2 * H2, d)
-
-
 class Context(NamedTuple):
-    """What a forward pass needs besides tokens and weights. masks[long][paired], rope[paired]."""
+    """What a forward pass needs besides tokens and weights. masks[long][paired], rope[paired]: (cos, sin)."""
     masks: list
     rope: list
     scale: float
-    mtp_weights: Tensor
     tied: bool
 
 
-class GPT(nn.Module):
-    """Hidden matrices live in banks (matrix index first), so that optimizer and communication handle them in one piece.
+class LayerWeights(NamedTuple):
+    """The weights of one layer, as views of the banks. Layers without attention have none of its weights."""
+    qk: Tensor | None  # (2D, D)
+    vo: Tensor | None  # (2, D, D)
+    mlp_in: Tensor  # (4D, D)
+    mlp_out: Tensor  # (D, 4D)
+    resid: Tensor  # (2,) factors of the stream, before attention and before the MLP
+    post: Tensor  # (2,) factors of what attention and the MLP add
+    x0: Tensor | None  # factor of the first embedding
+    bigram: Tensor | None  # factor of the bigram embedding
 
-    A layer: x <- a x + p Attention(norm(x)) + c x0 + e bigram;  x <- a' x + p' MLP(norm(x)), all of a, p, c, e learned.
+
+class Inputs(NamedTuple):
+    """What the layers read besides the stream, each (T, D)."""
+    x0: Tensor
+    bigram: Tensor | None
+    values: dict[int, Tensor]  # layer -> value embedding
+
+
+class GPT(nn.Module):
+    """A decoder whose hidden matrices live in banks (matrix index first), so that optimizer and communication
+    handle them in one piece.
+
+    A layer: x <- a x + p Attention(norm(x)) + c x0 + e bigram;  x <- a' x + p' MLP(norm(x)), all of a, p, c,
+    e learned. QK norm, squared ReLU, no biases, no learned norm gains.
     """
 
-    def __init__(self, cfg: Config, attend=masked_attention, fp8_head: bool = False, onednn: bool = False):
+    def __init__(self, cfg: Config, kernels: Kernels):
         super().__init__()
-        self.cfg, self.attend, self.fp8_head, self.onednn = cfg, attend, fp8_head, onednn
-        self.linear = OneDnnLinear.apply if onednn else F.linear
+        self.cfg, self.kernels = cfg, kernels
+        self.linear = kernels.linear
+        self.cross_entropy = kernels.compile(summed_cross_entropy)
+        self.rope_tables = {}  # (stage, T) -> (scale, rope): a cache
         L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.padded_vocab
         self.attn_layers = [i for i in range(L) if i not in cfg.no_attn_layers]
-        A, G = len(self.attn_layers), min(12, D)
+        A, G = len(self.attn_layers), min(GATE_WIDTH, D)
 
         def param(*shape):
             return nn.Parameter(torch.empty(shape))
 
-        # Queries and keys are orthogonalized by pairs of adjacent heads (two heads of a layer are one matrix).
+        # Queries and keys are orthogonalized by pairs of adjacent heads (two heads of a layer are one
+        # matrix).
         group = 2 if H % 2 == 0 else 1
         self.attn_qk = param(A * 2 * H // group, group * cfg.head_dim, D)
         self.attn_vo = param(A * 2, D, D)
         self.mlp_in = param(L, cfg.mlp_ratio * D, D)
         self.mlp_out = param(L, D, cfg.mlp_ratio * D)
-        self.head, self.embed = param(V, D), param(V, D)
-        self.resid_lambdas, self.post_lambdas = param(L, 2), param(L, 2)
+        self.head = param(V, D)
+        self.embed = param(V, D)
+
+        self.resid_lambdas = param(L, 2)
+        self.post_lambdas = param(L, 2)
         self.attn_lambdas = param(A, 2)  # factors of the value and the output matrix
         if cfg.inject_x0:
             self.x0_lambdas = param(L)
         if cfg.value_embed_layers:
-            self.value_embeds = param(len(cfg.value_embed_layers) * V, D)
-            self.value_gates = param(len(cfg.value_embed_layers), H, 2 * (G // 2))
+            num_tables = len(cfg.value_embed_layers)
+            self.value_embeds = param(num_tables * V, D)
+            self.value_gates = param(num_tables, H, 2 * (G // 2))
         if cfg.bigram_rows:
-            self.bigram_embed, self.bigram_lambdas = param(cfg.bigram_rows, D), param(L)
-            self.register_buffer("signs", torch.empty(8192, D, dtype=torch.int8))
+            self.bigram_embed = param(cfg.bigram_rows, D)
+            self.bigram_lambdas = param(L)
+            self.register_buffer("signs", torch.empty(NUM_SIGNS, D, dtype=torch.int8))
         if cfg.smear:
-            self.smear_gate, self.smear_lambda = param(1, G), param(1)
+            self.smear_gate = param(1, G)
+            self.smear_lambda = param(1)
         if cfg.attn_gate_layers:
             self.attn_gates = param(len(cfg.attn_gate_layers), H, G)
         if cfg.xsa_layers:
             self.xsa_alphas = param(len(cfg.xsa_layers), H)
         if cfg.skip:
-            self.skip_gate, self.skip_lambda = param(1, G), param(1)
+            self.skip_gate = param(1, G)
+            self.skip_lambda = param(1)
         if cfg.backout:
             self.backout_lambda = param(1)
 
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype):
-        """Fill every parameter in place, the same for all ranks and devices; matrices and tables take the given dtype."""
+        """Fill every parameter in place, alike on all ranks and devices; matrices and tables take the
+        dtype."""
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
         bound = 0.5 * math.sqrt(3 / cfg.model_dim)
@@ -376,7 +505,8 @@ class GPT(nn.Module):
             elif name == "value_embeds":
                 w.normal_(0, 0.01, generator=generator)
             elif name == "attn_lambdas":
-                w[:, 0], w[:, 1] = 0.5, 1.0
+                w[:, 0] = 0.5
+                w[:, 1] = 1.0
             else:  # MLP outputs, bigram table and all gates start at zero
                 w.fill_(constants.get(name, 0.0))
             p.data = w.to(p.device, dtype if name in MATRICES + TABLES else torch.float32)
@@ -384,166 +514,259 @@ class GPT(nn.Module):
         if cfg.bigram_rows:
             self.signs.copy_(torch.randint(0, 2, self.signs.shape, generator=generator) * 2 - 1)
 
+    def layer_weights(self) -> list[LayerWeights]:
+        """Return the weights layer by layer. Each bank is taken apart once, which gives its gradient in one
+        piece."""
+        cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
+        nothing = [None] * L
+        qk, vo = list(nothing), list(nothing)
+        # Scaling two D x D matrices is cheaper than scaling T x D activations.
+        factors = self.attn_lambdas[..., None, None].type_as(self.attn_vo)
+        scaled = self.attn_vo.view(-1, 2, D, D) * factors
+        attention = zip(self.attn_layers, self.attn_qk.view(-1, 2 * D, D).unbind(), scaled.unbind())
+        for i, layer_qk, layer_vo in attention:
+            qk[i] = layer_qk
+            vo[i] = layer_vo
+        x0 = self.x0_lambdas.unbind() if cfg.inject_x0 else nothing
+        bigram = self.bigram_lambdas.unbind() if cfg.bigram_rows else nothing
+        columns = (qk, vo, self.mlp_in.unbind(), self.mlp_out.unbind(), self.resid_lambdas.unbind(),
+                   self.post_lambdas.unbind(), x0, bigram)
+        return [LayerWeights(*weights) for weights in zip(*columns)]
+
+    def forward(self, tokens: Tensor, targets: Tensor, ctx: Context, mtp_weights: Tensor) -> Tensor:
+        """Return the training loss: the mean cross entropy of the next tokens, weighted by mtp_weights (K,).
+
+        Multi-token prediction (record 53): the same logits also predict later tokens, which teaches the trunk
+        more per token while the weights of later tokens fade out over the run.
+        """
+        x = self.trunk(tokens, ctx)
+        fp8, onednn = self.kernels.fp8_head, self.kernels.onednn
+        return HeadLoss.apply(x, self.head, targets, mtp_weights, self.cfg.softcap, HEAD_PIECE, fp8, onednn)
+
+    def evaluate(self, tokens: Tensor, targets: Tensor, ctx: Context) -> Tensor:
+        """Return the sum of the T cross entropies of the next token, in fp32."""
+        x = self.trunk(tokens, ctx)
+        pieces = zip(x.split(HEAD_PIECE), targets.split(HEAD_PIECE))
+        return sum(self.cross_entropy(a, self.head, b, self.cfg.softcap, self.linear) for a, b in pieces)
+
+    def log_probs(self, tokens: Tensor, ctx: Context) -> Tensor:
+        """Return the (T, V) log probabilities of the next token, in fp32."""
+        logits = self.linear(self.trunk(tokens, ctx), self.head).float()
+        return torch.log_softmax(softcap(logits, self.cfg.softcap), -1)
+
     def trunk(self, tokens: Tensor, ctx: Context) -> Tensor:
-        """(T,) tokens to (T, D) normalized final stream."""
+        """(T,) tokens to the (T, D) normalized final stream."""
         cfg = self.cfg
-        x = F.embedding(tokens, self.head if ctx.tied else self.embed)
-        if cfg.smear:
-            gate = torch.sigmoid(F.linear(x[1:, : self.smear_gate.size(1)], self.smear_gate.type_as(x)))
-            x = torch.cat([x[:1], x[1:] + self.smear_lambda.type_as(x) * gate * x[:-1]])
-        x = x0 = norm(x)
-        resid, post = self.resid_lambdas.unbind(), self.post_lambdas.unbind()
-        inject = self.x0_lambdas.unbind() if cfg.inject_x0 else None
-        bigram, bigram_lambdas = (self.bigram(tokens), self.bigram_lambdas.unbind()) if cfg.bigram_rows else (None, None)
+        layers = self.layer_weights()
+        x0 = self.first_embedding(tokens, ctx.tied)
+        bigram = self.bigram(tokens) if cfg.bigram_rows else None
+        inputs = Inputs(x0, bigram, self.value_embeddings(tokens))
+
+        x = x0
         if cfg.bigram_rows:
-            x = x + bigram_lambdas[0] * bigram
-        values = {}
-        if cfg.value_embed_layers:
-            offsets = torch.arange(len(cfg.value_embed_layers), device=tokens.device)[:, None] * cfg.padded_vocab
-            values = dict(zip(cfg.value_embed_layers, F.embedding(tokens + offsets, self.value_embeds)))
-        D = cfg.model_dim
-        qk = self.attn_qk.view(-1, 2 * D, D).unbind()
-        vo = (self.attn_vo.view(-1, 2, D, D) * self.attn_lambdas[..., None, None].type_as(x)).unbind()
-        mlp_in, mlp_out = self.mlp_in.unbind(), self.mlp_out.unbind()
+            x = x + layers[0].bigram * bigram
 
-        def layer(i: int, x: Tensor, cached: Tensor | None, early: Tensor | None) -> Tensor:
-            if i in self.attn_layers:
-                j = self.attn_layers.index(i)
-                source = cached if i in cfg.late_attn_layers else x
-                x = resid[i][0] * x + post[i][0] * self.attention(norm(source), i, qk[j], vo[j], values.get(i), ctx)
-                if cfg.inject_x0:
-                    x = x + inject[i] * x0
-                if cfg.bigram_rows and i > 0:
-                    x = x + bigram_lambdas[i] * bigram
-            if cfg.skip and i == cfg.skip[1]:
-                gate = F.linear(x0[:, : self.skip_gate.size(1)], self.skip_gate.type_as(x), self.skip_lambda.type_as(x))
-                x = x + torch.sigmoid(gate) * early
-            hidden = F.relu(self.linear(norm(x), mlp_in[i]))
-            return resid[i][1] * x + post[i][1] * self.linear(hidden * hidden, mlp_out[i])
+        cached = early = None  # the streams that later layers read
+        recompute = cfg.recompute and torch.is_grad_enabled()
+        for i, weights in enumerate(layers):
+            args = i, x, cached, early, weights, inputs, ctx
+            x = checkpoint(self.layer, *args, use_reentrant=False) if recompute else self.layer(*args)
+            if i == cfg.cache_layer:
+                cached = x
+            if cfg.skip and i == cfg.skip[0]:
+                early = x
 
-        cached, early, recompute = None, None, cfg.recompute and self.training
-        for i in range(cfg.num_layers):
-            args = i, x, cached, early
-            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-            cached = x if i == cfg.cache_layer else cached
-            early = x if i in cfg.skip[:1] else early
+        # Backout (record 40): early layers may write what only attention needs; the head does not see it.
         if cfg.backout:
             x = x - self.backout_lambda.type_as(x) * cached
         return norm(x)
 
+    def first_embedding(self, tokens: Tensor, tied: bool) -> Tensor:
+        """(T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
+        x = F.embedding(tokens, self.head if tied else self.embed)
+
+        # Smear (record 34): a little of the previous token's embedding, which saves layer 0 from looking it
+        # up.
+        if self.cfg.smear:
+            seen = x[1:, : self.smear_gate.size(1)]
+            gate = torch.sigmoid(F.linear(seen, self.smear_gate.type_as(x)))
+            x = torch.cat([x[:1], x[1:] + self.smear_lambda.type_as(x) * gate * x[:-1]])
+        return norm(x)
+
     def bigram(self, tokens: Tensor) -> Tensor:
-        """(T, D) embedding of each token and the one before it, hashed; colliding bigrams differ in their signs."""
+        """Return the (T, D) embedding of each token and the one before it, hashed to a row of one table.
+
+        Records 62 and 83: memory instead of products, -165 steps. Bigrams that share a row differ in their
+        random signs, so that what they teach it cancels on average.
+        """
         rows = self.cfg.bigram_rows
         now = tokens.int()
         before = F.pad(now[:-1], (1, 0))
-        index = torch.remainder((36313 * now) ^ (27191 * before), max(rows - 1, 1))  # int32 products wrap around
-        index = torch.where(torch.arange(len(now), device=now.device) == 0, rows - 1, index)
+        mixed = (36313 * now) ^ (27191 * before)  # int32 products wrap around
+        index = torch.remainder(mixed, max(rows - 1, 1))
+        first = torch.arange(len(now), device=now.device) == 0
+        index = torch.where(first, rows - 1, index)
         e = F.embedding(index, self.bigram_embed)
-        return e * F.embedding((now ^ before) % 8192, self.signs).type_as(e) if self.cfg.bigram_signs else e
+        if not self.cfg.bigram_signs:
+            return e
+        return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
 
-    def attention(self, h: Tensor, i: int, qk: Tensor, vo: Tensor, value_embed: Tensor | None, ctx: Context) -> Tensor:
-        """Attention of layer i. h: (T, D) normalized, qk: (2D, D), vo: (2, D, D), value_embed: (T, D)."""
-        cfg, (T, D), H, d = self.cfg, h.shape, self.cfg.num_heads, self.cfg.head_dim
+    def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
+        """Return {layer: (T, D)}: one more table for each of these layers, read by its values (records 14 to
+        65)."""
+        layers = self.cfg.value_embed_layers
+        if not layers:
+            return {}
+        offsets = torch.arange(len(layers), device=tokens.device)[:, None] * self.cfg.padded_vocab
+        return dict(zip(layers, F.embedding(tokens + offsets, self.value_embeds)))
+
+    def layer(self, i: int, x: Tensor, cached: Tensor | None, early: Tensor | None, weights: LayerWeights,
+              inputs: Inputs, ctx: Context) -> Tensor:
+        """Return the stream after layer i. cached, early: outputs of cfg.cache_layer and cfg.skip[0], once
+        known."""
+        cfg = self.cfg
+        if i in self.attn_layers:
+            # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
+            source = cached if i in cfg.late_attn_layers else x
+            value_embed = inputs.values.get(i)
+            kept = weights.resid[0] * x
+            x = kept + weights.post[0] * self.attention(norm(source), i, weights, value_embed, ctx)
+            # The first embeddings again (record 9): no layer has to carry them along.
+            if cfg.inject_x0:
+                x = x + weights.x0 * inputs.x0
+            if cfg.bigram_rows and i > 0:
+                x = x + weights.bigram * inputs.bigram
+
+        # One skip from an early to a middle layer (records 11 and 45), gated by the token.
+        if cfg.skip and i == cfg.skip[1]:
+            seen = inputs.x0[:, : self.skip_gate.size(1)]
+            gate = F.linear(seen, self.skip_gate.type_as(x), self.skip_lambda.type_as(x))
+            x = x + torch.sigmoid(gate) * early
+
+        hidden = F.relu(self.linear(norm(x), weights.mlp_in))
+        return weights.resid[1] * x + weights.post[1] * self.linear(hidden * hidden, weights.mlp_out)
+
+    def attention(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None,
+                  ctx: Context) -> Tensor:
+        """Return what attention of layer i adds, (T, D). h, value_embed: (T, D), h normalized."""
+        cfg = self.cfg
+        T, D = h.shape
+        H, d = cfg.num_heads, cfg.head_dim
         long, paired = i in cfg.long_layers, i in cfg.paired_layers
-        q, k = norm(self.linear(h, qk).view(T, 2, H, d)).unbind(1)
-        v = self.linear(h, vo[0]).view(T, H, d)
+
+        # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
+        # layers.
+        q, k = norm(self.linear(h, weights.qk).view(T, 2, H, d)).unbind(1)
+        v = self.linear(h, weights.vo[0]).view(T, H, d)
+
+        # Value embeddings: what a token offers, looked up instead of computed; the gate starts at 1.
         if value_embed is not None:
             gates = self.value_gates[cfg.value_embed_layers.index(i)]
             half = gates.size(1) // 2
-            gate = 2 * torch.sigmoid(F.linear(torch.cat([h[:, :half], value_embed[:, :half]], 1), gates.type_as(h)))
+            seen = torch.cat([h[:, :half], value_embed[:, :half]], 1)
+            gate = 2 * torch.sigmoid(F.linear(seen, gates.type_as(h)))
             v = v + gate[..., None] * value_embed.view(T, H, d)
-        q, k = rotary(q, *ctx.rope[paired]), rotary(k, *ctx.rope[paired])
+
+        # Half of each head rotates (record 17); the other half can match content at any distance.
+        q = rotary(q, *ctx.rope[paired])
+        k = rotary(k, *ctx.rope[paired])
+
+        # Partial key offset (record 49): half of each key comes from the token before, so that one layer can
+        # find what followed the last time.
         if cfg.key_offset and long:
-            k = torch.cat([k[..., : d // 2], torch.cat([k[:1, :, d // 2 :], k[:-1, :, d // 2 :]])], -1)
+            shifted = torch.cat([k[:1, :, d // 2 :], k[:-1, :, d // 2 :]])
+            k = torch.cat([k[..., : d // 2], shifted], -1)
+
         mask = ctx.masks[long][paired]
-        if paired:
-            y = unpair(self.attend(pair(q), pair(k), pair(v), mask, ctx.scale))
+        if paired:  # two heads share a softmax over the keys of both (record 58): -65 steps at the same FLOPs
+            y = unpair(self.kernels.attend(pair(q), pair(k), pair(v), mask, ctx.scale))
         else:
-            y = self.attend(q, k, v, mask, ctx.scale)
+            y = self.kernels.attend(q, k, v, mask, ctx.scale)
+
+        # Exclusive self attention (record 82, arXiv 2603.09078): remove what a token only tells itself.
         if i in cfg.xsa_layers:
             alpha = torch.tanh(self.xsa_alphas[cfg.xsa_layers.index(i)]).type_as(y)[:, None]
-            y = y - alpha * v * ((y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8))
+            removed = alpha * v
+            y = y - removed * ((y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8))
+
+        # A gate on each head's output (record 28) lets a head attend to nothing.
         if i in cfg.attn_gate_layers:
             gates = self.attn_gates[cfg.attn_gate_layers.index(i)]
-            y = y * torch.sigmoid(F.linear(h[:, : gates.size(1)], gates.type_as(h)))[..., None]
-        return self.linear(y.reshape(T, D), vo[1])
+            gate = torch.sigmoid(F.linear(h[:, : gates.size(1)], gates.type_as(h)))
+            y = y * gate[..., None]
+        return self.linear(y.reshape(T, D), weights.vo[1])
 
-    def logits(self, x: Tensor) -> Tensor:
-        return softcap(self.linear(x, self.head).float(), self.cfg.softcap)
+    def context(self, docs: Docs, step: int, final: bool = False) -> Context:
+        """Return masks, rotary tables and scale of the stage of a step.
 
-    def forward(self, tokens: Tensor, targets: Tensor, ctx: Context) -> Tensor:
-        """Training: the weighted multi-token loss. Evaluation: the sum of the T cross entropies, in fp32."""
-        x = self.trunk(tokens, ctx)
-        if self.training:
-            return HeadLoss.apply(x, self.head, targets, ctx.mtp_weights, self.cfg.softcap, HEAD_PIECE, self.fp8_head,
-                                  self.onednn)
-        return sum(self.cross_entropy(a, b) for a, b in zip(x.split(HEAD_PIECE), targets.split(HEAD_PIECE)))
+        final: with the longer window of the final validation, which costs training nothing (record 33).
+        """
+        cfg, stage = self.cfg, self.cfg.stage(step)
+        scale, rope = self.rotary_tables(stage, docs)
+        window_long = cfg.window_final if final else cfg.by_stage("window_long", stage)
+        windows = cfg.by_stage("window_short", stage), window_long
+        used = {(i in cfg.long_layers, i in cfg.paired_layers) for i in self.attn_layers}
 
-    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Sum over tokens of the next token's."""
-        return F.cross_entropy(self.logits(x), targets, reduction="sum")
+        def mask(long: bool, paired: bool):
+            if (long, paired) in used:
+                return self.kernels.make_mask(paired_docs(docs) if paired else docs, windows[long])
+
+        masks = [[mask(long, paired) for paired in (False, True)] for long in (False, True)]
+        return Context(masks, rope, scale, cfg.tied(step))
+
+    def rotary_tables(self, stage: int, docs: Docs) -> tuple[float, list]:
+        """Return the softmax scale and the (cos, sin) of plain and of paired heads, kept for the next call.
+
+        A token of paired heads stands at two positions: even heads at 2t, odd ones at 2t + 1.
+        """
+        T, device, dtype = len(docs.ids), docs.ids.device, self.embed.dtype
+        if (stage, T) not in self.rope_tables:
+            omega, scale = rotary_settings(self.cfg, stage)
+            omega = omega.to(device)
+            angle = torch.arange(T, dtype=torch.float64, device=device)[:, None, None] * omega  # (T, 1, r)
+            heads = torch.arange(self.cfg.num_heads, dtype=torch.float64, device=device)
+            paired = 2 * angle + heads[None, :, None] % 2 * omega
+            rope = [[f(a).to(dtype) for f in (torch.cos, torch.sin)] for a in (angle, paired)]
+            for other in [key for key in self.rope_tables if key[0] != stage]:
+                del self.rope_tables[other]
+            self.rope_tables[stage, T] = scale, rope
+        return self.rope_tables[stage, T]
 
     def matmul_params(self) -> int:
-        """Weights that multiply every token."""
-        return sum(getattr(self, n).numel() for n in MATRICES) + self.head.numel()
+        """Return the number of weights that multiply every token."""
+        return sum(getattr(self, name).numel() for name in MATRICES) + self.head.numel()
 
     def flops_per_token(self, stage: int) -> int:
-        """Training FLOPs: 6 per weight, 12 D per visible key and attention layer, windows taken as full. Paired heads
-        have half the heads at twice the places, which is the same."""
-        cfg, keys = self.cfg, 0
+        """Return training FLOPs: 6 per weight, and 12 D per visible key and attention layer, windows taken as
+        full.
+
+        Paired heads have half the heads at twice the places, which is the same.
+        """
+        keys = 0
         for i in self.attn_layers:
-            windows = cfg.window_long if i in cfg.long_layers else cfg.window_short
-            keys += windows[min(stage, len(windows) - 1)] + 1  # and the token itself
-        return 6 * self.matmul_params() + 12 * cfg.model_dim * keys
+            window = "window_long" if i in self.cfg.long_layers else "window_short"
+            keys += self.cfg.by_stage(window, stage) + 1  # and the token itself
+        return 6 * self.matmul_params() + 12 * self.cfg.model_dim * keys
 
 
-def make_context(model: GPT, make_mask, ropes: dict, docs: Docs, stage: int, tied: bool, weights: Tensor,
-                 final: bool = False) -> Context:
-    """Masks and rotary tables of a stage; final: with the window of the final validation. ropes keeps tables for the next
-    call."""
-    cfg, T, device, dtype = model.cfg, len(docs.ids), docs.ids.device, model.embed.dtype
-    if (stage, T) not in ropes:
-        omega, scale = rotary_settings(cfg, stage)
-        omega = omega.to(device)
-        t = torch.arange(T, dtype=torch.float64, device=device)[:, None, None] * omega  # (T, 1, r)
-        parity = torch.arange(cfg.num_heads, dtype=torch.float64, device=device)[None, :, None] % 2 * omega
-        for other in [key for key in ropes if key[0] != stage]:
-            del ropes[other]
-        ropes[stage, T] = scale, [[f(a).to(dtype) for f in (torch.cos, torch.sin)] for a in (t, 2 * t + parity)]
-    scale, rope = ropes[stage, T]
-    windows = [w[min(stage, len(w) - 1)] for w in (cfg.window_short, cfg.window_long)]
-    windows[1] = cfg.window_final if final else windows[1]
-    used = {(i in cfg.long_layers, i in cfg.paired_layers) for i in model.attn_layers}
-    masks = [[make_mask(paired_docs(docs) if paired else docs, windows[long]) if (long, paired) in used else None
-              for paired in (False, True)] for long in (False, True)]
-    return Context(masks, rope, scale, weights, tied)
-
-
-def softmax_logits(model: GPT, tokens: Tensor, ctx: Context) -> Tensor:
-    """(T, V) log probabilities in fp32."""
-    return torch.log_softmax(model.logits(model.trunk(tokens, ctx)), -1)
-
-
-EMA_EVERY = 4  # steps between two looks at the weights: each is a pass over all of them
-MATRICES = ("attn_qk", "attn_vo", "mlp_in", "mlp_out")
-TABLES = ("head", "embed", "value_embeds", "bigram_embed")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Schedules: pure functions of the step
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Factor of every learning rate: the stage's, then falling to lr_floor over the last cooldown_frac of the schedule."""
+    """Return the factor of every learning rate: the stage's, then falling to lr_floor at the end of the
+    schedule."""
     scheduled = cfg.train_steps - cfg.extension_steps
     start = int(scheduled * (1 - cfg.cooldown_frac))
-    t = min(max(step - start, 0) / (scheduled - start), 1.0) if start < scheduled else 0.0
+    t = 0.0
+    if start < scheduled:
+        t = min(max(step - start, 0) / (scheduled - start), 1.0)
     warmup = min((step + 1) / cfg.warmup_steps, 1.0) if cfg.warmup_steps else 1.0
     return warmup * (cfg.at("lr_mul", step) * (1 - t) + cfg.lr_floor * t)
 
 
 def muon_momentum(cfg: Config, step: int) -> float:
-    """Linear from the first value to the second, and back at the very end."""
+    """Return the momentum: linear from its first value to its second, and back at the very end."""
     low, high = cfg.momentum
     rise = step / cfg.momentum_warmup if cfg.momentum_warmup else 1.0
     fall = (cfg.train_steps - step) / cfg.momentum_cooldown if cfg.momentum_cooldown else 1.0
@@ -551,7 +774,10 @@ def muon_momentum(cfg: Config, step: int) -> float:
 
 
 def mtp_weights(cfg: Config, step: int) -> tuple[float, ...]:
-    """Stage s keeps all but s of cfg.mtp_weights and fades the last of those, never the first, linearly to zero."""
+    """Return the loss weights of the next, the second next, ... token.
+
+    Stage s keeps all but s of cfg.mtp_weights and fades the last of those, never the first, linearly to zero.
+    """
     stage = cfg.stage(step)
     kept = cfg.mtp_weights[: max(len(cfg.mtp_weights) - stage, 1)]
     if len(kept) == 1:
@@ -560,12 +786,12 @@ def mtp_weights(cfg: Config, step: int) -> tuple[float, ...]:
     return (*kept[:-1], kept[-1] * (1 - (step - start) / (end - start)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers: one table, and Adam (Muon is in muon.py)
+# ------------------------------------------------------------------------------------------------------------
+# Optimizers: one table says what moves each parameter
 
 
 class Row(NamedTuple):
-    optimizer: str  # "muon": Newton-Schulz work and state shared out over the ranks; "adam": large ones in equal parts
+    optimizer: str  # "muon": shared out over the ranks by matrix; "adam": large ones in equal parts
     lr: float
     wd: float  # weight decay at the full learning rate; a step decays by lr wd
     wd_follows_lr: bool = True  # then decay is quadratic in the schedule
@@ -573,7 +799,8 @@ class Row(NamedTuple):
 
 
 def optimizer_table(cfg: Config) -> dict[str, Row]:
-    """What moves each parameter, by name. Fast-forgetting Adam for tables, slow for scalars and gates."""
+    """Return what moves each parameter, by name: Adam forgets fast for tables and slowly for scalars and
+    gates."""
     def adam(lr_mul, wd_mul, betas):
         lr = cfg.adam_lr * lr_mul
         return Row("adam", lr, cfg.adam_wd * wd_mul * lr, betas=betas)
@@ -581,151 +808,161 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
     def muon(lr_mul, wd_mul):
         return Row("muon", cfg.muon_lr * lr_mul, cfg.muon_wd * cfg.muon_lr * wd_mul)
 
-    scalar, gate = adam(5, 0, (0.9, 0.99)), adam(1, 1, (0.9, 0.99))
+    embedding = adam(1, 150, (0.5, 0.95))
+    sparse_table = adam(cfg.table_lr_mul, 5, (0.75, 0.95))
+    scalar = adam(5, 0, (0.9, 0.99))
+    gate = adam(1, 1, (0.9, 0.99))
     table = {
-        "attn_qk": muon(1, 1), "attn_vo": muon(1, 1),
-        "mlp_in": muon(1, 2), "mlp_out": muon(cfg.mlp_out_lr_mul, 1),
-        "head": adam(1, 150, (0.5, 0.95)), "embed": adam(1, 150, (0.5, 0.95)),
-        "value_embeds": adam(cfg.table_lr_mul, 5, (0.75, 0.95)), "bigram_embed": adam(cfg.table_lr_mul, 5, (0.75, 0.95)),
-        "resid_lambdas": adam(5, 0, (0.9, 0.95)), "post_lambdas": adam(1, 0, (0.9, 0.95)),
-        "attn_lambdas": scalar, "x0_lambdas": scalar, "bigram_lambdas": scalar, "smear_lambda": scalar,
-        "skip_lambda": scalar, "backout_lambda": scalar, "xsa_alphas": scalar,
-        "smear_gate": adam(0.01, 0, (0.9, 0.99)), "value_gates": gate, "attn_gates": gate, "skip_gate": gate,
+        "attn_qk": muon(1, 1),
+        "attn_vo": muon(1, 1),
+        "mlp_in": muon(1, 2),
+        "mlp_out": muon(cfg.mlp_out_lr_mul, 1),
+        "head": embedding,
+        "embed": embedding,
+        "value_embeds": sparse_table,
+        "bigram_embed": sparse_table,
+        "resid_lambdas": adam(5, 0, (0.9, 0.95)),
+        "post_lambdas": adam(1, 0, (0.9, 0.95)),
+        "attn_lambdas": scalar,
+        "x0_lambdas": scalar,
+        "bigram_lambdas": scalar,
+        "smear_lambda": scalar,
+        "skip_lambda": scalar,
+        "backout_lambda": scalar,
+        "xsa_alphas": scalar,
+        "smear_gate": adam(0.01, 0, (0.9, 0.99)),
+        "value_gates": gate,
+        "attn_gates": gate,
+        "skip_gate": gate,
     }
     if cfg.optimizer == "adamw":
-        table.update({name: Row("adam", cfg.adamw_lr, cfg.adamw_wd, False, (0.9, 0.95)) for name in MATRICES})
+        adamw = Row("adam", cfg.adamw_lr, cfg.adamw_wd, False, (0.9, 0.95))
+        table.update({name: adamw for name in MATRICES})
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The run
 
-
-MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_ratio", "no_attn_layers", "value_embed_layers",
-                  "bigram_rows", "smear", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0")
+EMA_EVERY = 4  # steps between two looks at the weights for their average: each is a pass over all of them
+MODEL_SETTINGS = (  # what a checkpoint's weights depend on
+    "vocab_size", "num_layers", "model_dim", "head_dim", "mlp_ratio", "no_attn_layers", "value_embed_layers",
+    "bigram_rows", "smear", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0")
 
 
 class Run:
-    """All state of a training run: weights, optimizers, loader position, step, clock, random state. What else the
-    schedules need (windows, rotary tables, scales, tying) follows from the step."""
+    """All state of a training run: weights, optimizers, loader position, step, clock, random state.
 
-    def __init__(self, cfg: Config, rt: Runtime):
-        self.cfg, self.rt, self.startup = cfg, rt, Startup()
+    What else the schedules need (windows, rotary tables, scales, tying) follows from the step.
+    """
+
+    def __init__(self, cfg: Config, rt: Runtime, stop: StopSignal | None = None):
+        self.cfg, self.rt = cfg, rt
+        self.stop = stop or StopSignal()
+        self.startup = Startup()
         self.startup.mark("imports and ranks")
-        self.check_world_size()
+        check_world_size(cfg, rt.world)
         cuda = rt.device.type == "cuda"
-        self.dtype, self.compiled = choose_dtype(cfg.dtype, rt.device), choose_compile(cfg.compile, rt.device)
-        if self.compiled:
-            keep_compiled()
         self.loader = rt.together(Loader, cfg, rt.rank, rt.world, cuda)
         self.validation = rt.together(Validation, cfg, rt.rank, rt.world, cuda)
         self.startup.mark("data")
-        self.backend, self.backend_reason = choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, rt.device, self.dtype)
-        self.make_mask, attend = BACKENDS[self.backend]
-        self.fp8, self.fp8_reason = choose_fp8(cfg.fp8_head, rt.device)
-        self.onednn, self.onednn_reason = choose_onednn(rt.device, self.dtype, self.compiled)
-        self.symmetric, self.symmetric_reason = choose_symmetric(rt.device)
+
+        self.kernels = Kernels.choose(cfg, rt.device)
         self.startup.mark("choice of kernels")
+
         with torch.device(rt.device):
-            self.model = GPT(cfg, attend, self.fp8, self.onednn)
-        self.model.init_weights(self.dtype)
-        self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if self.compiled else self.model
-        if self.compiled:
-            self.model.cross_entropy = torch.compile(self.model.cross_entropy, dynamic=False, fullgraph=True)
+            self.model = GPT(cfg, self.kernels)
+        self.model.init_weights(self.kernels.dtype)
+        self.forward = self.kernels.compile(self.model)
         self.make_optimizers()
         self.startup.mark("weights and optimizers")
-        self.step, self.train_ms, self.reached, self.ema = 0, 0.0, None, None
-        self.ropes, self.losses, self.stop, self.resumed_at = {}, deque(), StopSignal(), None
 
-    def check_world_size(self):
-        cfg, world = self.cfg, self.rt.world
-
-        def fits(w):
-            return cfg.slices % w == 0 or (w % cfg.slices == 0 and all(b % w == 0 and b // w >= 16 for b in cfg.batch_tokens))
-
-        if not fits(world):
-            valid = [str(w) for w in range(1, 257) if fits(w)]
-            raise UsageError(f"world size: expected one of {', '.join(valid)} for {cfg.slices} slices of "
-                             f"{min(cfg.batch_tokens):,} tokens per step, found {world}; change --nproc_per_node")
+        self.step = 0
+        self.clock = Clock(rt.synchronize)
+        self.reached = None  # (step, milliseconds) of the first validation at or below the target
+        self.ema = None  # name -> average of that parameter, in fp32
+        self.resumed_at = None
+        self.losses = deque()  # (step, loss and signals, event) on their way from the device
+        self.stop_agreed = False
 
     def make_optimizers(self):
-        cfg, rt = self.cfg, self.rt
-        groups = {"muon": [], "adam": []}
+        cfg, rt, kernels = self.cfg, self.rt, self.kernels
         table = optimizer_table(cfg)
+        groups = {"muon": [], "adam": []}
         for name, p in self.model.named_parameters():
             row = table[name]
-            groups[row.optimizer].append(dict(params=[p], row=row, lr=row.lr, weight_decay=row.wd))
+            group = dict(params=[p], row=row, lr=row.lr, weight_decay=row.wd)
             if row.optimizer == "adam":
-                groups["adam"][-1]["betas"] = row.betas
+                group["betas"] = row.betas
+            groups[row.optimizer].append(group)
+
         self.adam = self.muon = None  # after the warm-up: the old state goes before the new one comes
-        self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, self.compiled)
+        self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.compiled)
         if groups["muon"]:
-            self.muon = Muon(groups["muon"], ns_coefficients=cfg.coefficients, cautious=cfg.cautious, flatten=False,
-                             normuon_beta2=cfg.normuon_beta2 or None, split_mantissa=self.dtype == torch.bfloat16,
-                             ns_dtype=choose_ns_dtype(rt.device), sync_grads=True, compile=self.compiled,
-                             symmetric=self.symmetric)
+            self.muon = Muon(
+                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype, cautious=cfg.cautious,
+                flatten=False, normuon_beta2=cfg.normuon_beta2 or None,
+                split_mantissa=kernels.dtype == torch.bfloat16,
+                sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
 
-    def context(self, docs: Docs, stage: int, tied: bool, weights: Tensor, final: bool = False) -> Context:
-        return make_context(self.model, self.make_mask, self.ropes, docs, stage, tied, weights, final)
+    def facts(self) -> list[str]:
+        """Return what the log says of this run besides settings and machine."""
+        cfg, model = self.cfg, self.model
+        flops = [f"{model.flops_per_token(stage) / 1e6:.1f}" for stage in range(len(cfg.stage_starts))]
+        parameters = sum(p.numel() for p in model.parameters())
+        return [
+            *self.kernels.facts(),
+            *self.muon_facts(),
+            f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
+            f"MFLOP per token by stage: {', '.join(flops)}",
+            f"training data: {cfg.train_tokens:,} tokens from {len(self.loader.paths)} shards, "
+            f"fingerprint {self.loader.fingerprint}",
+            f"validation data: first {cfg.val_tokens} tokens, sha256 {self.validation.sha256}",
+        ]
 
-    def train_step(self):
-        cfg, rt, step = self.cfg, self.rt, self.step
-        if step == cfg.stage_starts[max(cfg.untie_stage, 0)] and cfg.untie_stage >= 0:
+    def muon_facts(self) -> list[str]:
+        if self.muon is None:
+            return []
+        placement, = self.muon.placements
+        matrices = sum(len(units) for bucket in placement.buckets for units in bucket)
+        return [f"Muon: {matrices} matrices in {len(placement.buckets)} buckets over {self.rt.world} ranks, "
+                f"planned balance {placement.efficiency:.3f}"]
+
+    # A step
+
+    def train_step(self) -> float | None:
+        """Take one optimizer step. Return the newest training loss that has arrived from the device, if
+        any."""
+        step = self.step
+        if step == self.cfg.stage_starts[max(self.cfg.untie_stage, 0)] and self.cfg.untie_stage >= 0:
             self.untie()
-        stats = torch.zeros(2, device=rt.device)  # mean loss, any signal to stop
-        stats[0] = self.accumulate(self.loader.next(), step) / rt.world
+        stats = torch.zeros(2, device=self.rt.device)  # mean loss, any signal to stop
+        stats[0] = self.accumulate(self.loader.next(), step) / self.rt.world
         stats[1] = self.stop.number
         self.update(step)
-        rt.sum(stats)
+        self.rt.sum(stats)
         self.step += 1
         self.average_weights()
-        self.read_stats(stats)
+        return self.read_stats(stats)
 
     def accumulate(self, batches: list[Batch], step: int) -> Tensor:
         """Add the gradient of the mean loss over batches to .grad; return that loss."""
-        cfg, device, total = self.cfg, self.rt.device, 0.0
+        device = self.rt.device
         pin = device.type == "cuda"  # an unpinned copy would make the host wait for the step before
-        weights = torch.tensor(mtp_weights(cfg, step), pin_memory=pin).to(device, non_blocking=True)
-        self.model.train()
+        weights = torch.tensor(mtp_weights(self.cfg, step), pin_memory=pin).to(device, non_blocking=True)
+        total = 0.0
         for batch in batches:
             inputs, targets, docs = to_device(batch, device)
-            loss = self.forward(inputs, targets, self.context(docs, cfg.stage(step), cfg.tied(step), weights)) / len(batches)
+            loss = self.forward(inputs, targets, self.model.context(docs, step), weights) / len(batches)
             loss.backward()
             total = total + loss.detach()
         return total
 
-    def warm_up(self):
-        """Compile all that the clock would see and touch all memory with made-up tokens, once for each stage; then put
-        the weights back and start with fresh optimizers. Untimed, and the loader does not move."""
-        cfg, rt = self.cfg, self.rt
-        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        for stage, start in enumerate(cfg.stage_starts):
-            T = cfg.at("batch_tokens", start) // self.loader.slices
-            tokens = np.random.default_rng(rt.rank).integers(0, cfg.vocab_size, T + 1)
-            tokens[:: min(cfg.at("max_doc_len", start), T)] = cfg.bos_id
-            starts = document_starts(tokens[:-1], cfg.bos_id)
-            batch = make_batch(tokens, starts, cfg.at("max_doc_len", start), rt.device.type == "cuda")
-            self.accumulate([batch], start)
-            self.update(start + cfg.adam_every - 1)
-            self.adam.zero_grad()
-            rt.synchronize()
-            self.startup.mark(f"stage {stage}")
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(before[name])
-        self.make_optimizers()
-        rt.synchronize()
-        self.startup.mark("reset")
-
     def update(self, step: int):
-        cfg, factor = self.cfg, learning_rate(self.cfg, step)
-        with_adam = (step + 1) % cfg.adam_every == 0
-        for optimizer in filter(None, (self.muon, self.adam)):
-            for group in optimizer.param_groups:
-                row = group["row"]
-                group["lr"], group["weight_decay"] = row.lr * factor, row.wd * (factor if row.wd_follows_lr else 1)
-                if row.optimizer == "muon":
-                    group["momentum"] = muon_momentum(cfg, step)
+        """Move the weights by their gradients, and clear these. Adam moves every cfg.adam_every steps
+        only."""
+        self.set_rates(step)
+        with_adam = (step + 1) % self.cfg.adam_every == 0
         if self.muon is not None:
             self.muon.start()
         if with_adam:
@@ -738,8 +975,18 @@ class Run:
             self.adam.finish()
             self.adam.zero_grad()
 
+    def set_rates(self, step: int):
+        factor = learning_rate(self.cfg, step)
+        for optimizer in filter(None, (self.muon, self.adam)):
+            for group in optimizer.param_groups:
+                row = group["row"]
+                group["lr"] = row.lr * factor
+                group["weight_decay"] = row.wd * (factor if row.wd_follows_lr else 1)
+                if row.optimizer == "muon":
+                    group["momentum"] = muon_momentum(self.cfg, step)
+
     def untie(self):
-        """Embedding and head part: the embedding takes over the shared table and its Adam state."""
+        """Part embedding and head: the embedding takes over the shared table and its Adam state."""
         with torch.no_grad():
             self.model.embed.copy_(self.model.head)
             if self.ema:  # what stood in the embedding until now was never used
@@ -749,9 +996,14 @@ class Run:
 
     @torch.no_grad()
     def average_weights(self):
-        """Follow the weights by an exponential average in fp32 over the end of the schedule; after the last step they become a
-        blend of both: the average lies lower than the last of the noisy steps, though it lags behind (upstream's track 3)."""
-        cfg, left, remembered = self.cfg, self.cfg.train_steps - self.step, self.cfg.ema_frac * self.cfg.train_steps
+        """Follow the weights by an exponential average in fp32 over the end of the schedule.
+
+        After the last step they become a blend of both: the average lies lower than the last of the noisy
+        steps, though it lags behind (the public track 3).
+        """
+        cfg = self.cfg
+        left = cfg.train_steps - self.step
+        remembered = cfg.ema_frac * cfg.train_steps
         if left > 3 * remembered or not cfg.ema_frac:
             self.ema = None  # a run that is resumed with more steps averages their end
             return
@@ -765,163 +1017,308 @@ class Run:
             if left == 0:
                 p.copy_(p.float().lerp(self.ema[name], cfg.ema_blend))
 
-    def read_stats(self, stats: Tensor):
-        """Look at losses two steps late on a GPU, so that reading them never makes it wait, and on every rank alike."""
+    def read_stats(self, stats: Tensor) -> float | None:
+        """Look at losses two steps late on a GPU, so that reading them never makes it wait; on every rank
+        alike."""
         cuda = self.rt.device.type == "cuda"
-        self.losses.append((self.step, torch.empty(2, pin_memory=cuda).copy_(stats, non_blocking=True)))
+        values = torch.empty(2, pin_memory=cuda).copy_(stats, non_blocking=True)
+        event = torch.cuda.Event() if cuda else None
         if cuda:
-            event = torch.cuda.Event()
             event.record()
-            self.losses[-1] += (event,)
-        self.loss = None
+        self.losses.append((self.step, values, event))
+
+        loss = None
         while len(self.losses) > (2 if cuda else 0):
-            step, values, *event = self.losses.popleft()
-            for e in event:
-                e.synchronize()
-            self.loss, stop = values.tolist()
-            if not math.isfinite(self.loss):
-                raise RunError(f"step {step}: expected a finite training loss, found {self.loss}; lower --muon_lr and "
+            step, values, event = self.losses.popleft()
+            if cuda:
+                event.synchronize()
+            loss, stop = values.tolist()
+            if not math.isfinite(loss):
+                raise RunError(f"step {step}: expected a finite training loss, found {loss}; lower --muon_lr "
+                               "and "
                                "--adam_lr, or look at the data; earlier checkpoints are intact")
-            self.stop_agreed = stop > 0
+            self.stop_agreed = self.stop_agreed or stop > 0
+        return loss
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all ranks know of a signal to stop, and no gradient is half summed up."""
+        whole = self.step % self.cfg.adam_every == 0 or self.step == self.cfg.train_steps
+        return self.stop_agreed and whole
+
+    # Around the steps
+
+    def warm_up(self):
+        """Compile all that the clock would see, and touch all memory, with made-up tokens, once for each
+        stage; then put the weights back and start with fresh optimizers. Untimed, and the loader does not
+        move."""
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        for stage, start in enumerate(self.cfg.stage_starts):
+            self.accumulate([self.made_up_batch(start)], start)
+            self.update(start + self.cfg.adam_every - 1)
+            self.adam.zero_grad()
+            self.rt.synchronize()
+            self.startup.mark(f"stage {stage}")
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(before[name])
+        self.make_optimizers()
+        self.rt.synchronize()
+        self.startup.mark("reset")
+
+    def made_up_batch(self, step: int) -> Batch:
+        """Return a batch of random tokens with the shapes of this step's."""
+        cfg = self.cfg
+        T = cfg.at("batch_tokens", step) // self.loader.slices
+        max_doc_len = cfg.at("max_doc_len", step)
+        tokens = np.random.default_rng(self.rt.rank).integers(0, cfg.vocab_size, T + 1)
+        tokens[:: min(max_doc_len, T)] = cfg.bos_id
+        starts = document_starts(tokens[:-1], cfg.bos_id)
+        return make_batch(tokens, starts, max_doc_len, self.rt.device.type == "cuda")
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross entropy in nats per token over the validation tokens, with the windows of the stage just trained."""
-        cfg, rt, before = self.cfg, self.rt, max(self.step - 1, 0)
-        self.model.eval()
+    def evaluate(self) -> float | None:
+        """Return the mean cross entropy in nats per token over the validation tokens; None if a signal ended
+        it.
+
+        Windows are those of the stage just trained. The trunk is eager: each window would be another graph.
+        """
+        cfg, rt = self.cfg, self.rt
+        trained = max(self.step - 1, 0)
+        final = self.step == cfg.train_steps
         total = torch.zeros((), device=rt.device, dtype=torch.float64)
-        for batch in self.validation.batches:
-            batch = to_device(batch, rt.device)
-            ctx = self.context(batch.docs, cfg.stage(before), cfg.tied(before), total, final=self.step == cfg.train_steps)
-            total += self.model(batch.inputs, batch.targets, ctx)  # eager but for the head: each window would be a graph
+        for batch in self.validation.rounds():
+            signals = rt.sum(torch.tensor(float(self.stop.number), device=rt.device))
+            if signals.item():
+                self.stop_agreed = True
+                return None
+            if batch is not None:
+                inputs, targets, docs = to_device(batch, rt.device)
+                total += self.model.evaluate(inputs, targets, self.model.context(docs, trained, final))
         return rt.sum(total).item() / cfg.val_tokens
 
     def save(self, path: Path):
-        """Write a checkpoint that resumes at any world size; a collective. The final name appears only when all is written."""
+        """Write a checkpoint that resumes at any world size; a collective. It appears whole or not at all."""
         if self.muon is not None:
             self.muon.consolidate_state_dict()
         state = dict(
-            config=dataclasses.asdict(self.cfg), step=self.step, train_ms=self.train_ms,
-            reached=self.reached, model=self.model.state_dict(), muon=self.muon.state_dict()["state"] if self.muon else None,
-            adam=self.adam.full_state(), ema=self.ema, loader=self.loader.state_dict(), rng=torch.get_rng_state())
+            config=dataclasses.asdict(self.cfg),
+            step=self.step,
+            train_ms=self.clock.ms,
+            reached=self.reached,
+            model=self.model.state_dict(),
+            muon=self.muon.state_dict()["state"] if self.muon else None,
+            adam=self.adam.full_state(),
+            ema=self.ema,
+            data=self.loader.fingerprint,
+            loader=self.loader.state_dict(),
+            rng=torch.get_rng_state())
         self.rt.together(write_checkpoint, path, state if self.rt.rank == 0 else None)
 
-    def load(self, path: str, state: dict):
-        differing = [name for name in MODEL_SETTINGS if state["config"][name] != dataclasses.asdict(self.cfg)[name]]
-        if differing:
-            name = differing[0]
-            raise UsageError(f"{path}: expected a checkpoint of this model, found one with {name} {state['config'][name]} "
-                             f"instead of {getattr(self.cfg, name)}; leave out --{name}")
-        if state["step"] > self.cfg.train_steps:
+    def load(self, path: str, state: dict, force_data: bool = False):
+        """Go on from a checkpoint. Raises UsageError where it is one of another model, schedule or data
+        set."""
+        cfg = self.cfg
+        for name in MODEL_SETTINGS:
+            found, expected = state["config"][name], getattr(cfg, name)
+            if found != expected:
+                raise UsageError(f"{path}: expected a checkpoint of this model, found one with {name} "
+                                 f"{found} "
+                                 f"instead of {expected}; leave out --{name}")
+        if state["step"] > cfg.train_steps:
             raise UsageError(f"--train_steps: expected at least the {state['step']} steps of {path}, found "
-                             f"{self.cfg.train_steps}; raise it")
+                             f"{cfg.train_steps}; raise it")
+        if state["data"] != self.loader.fingerprint and not force_data:
+            raise UsageError(f"{path}: expected the training data of its run, fingerprint {state['data']}, "
+                             "found "
+                             f"{self.loader.fingerprint}; set --train_files, or go on with other data: "
+                             "--force_data")
         try:
-            self.model.load_state_dict(state["model"])
-            if self.muon is not None:
-                self.muon.consolidate_state_dict()  # at several ranks nothing else may ask for its groups
-                self.muon.load_state_dict({"state": state["muon"], "param_groups": self.muon.state_dict()["param_groups"]})
-            self.adam.load_full_state(state["adam"])
-            self.loader.load_state_dict(state["loader"])
-            weights = self.model.named_parameters() if state["ema"] else ()
-            self.ema = {name: state["ema"][name].to(p.device).view_as(p) for name, p in weights} or None
-            torch.set_rng_state(state["rng"])
+            self.load_state(state)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-            raise UsageError(f"{path}: expected weights and optimizer states for these settings, found others "
-                             f"({' '.join(str(e).split())[:200]}); leave out settings that were not "
-                             "changed before, such as --optimizer or --dtype") from None
-        self.step, self.train_ms, self.reached = state["step"], state["train_ms"], state["reached"]
+            found = " ".join(str(e).split())[:200]
+            raise UsageError(f"{path}: expected weights and optimizer states for these settings, found "
+                             "others "
+                             f"({found}); leave out settings that were not changed before, such as "
+                             "--optimizer or "
+                             "--dtype") from None
+        self.step = self.resumed_at = state["step"]
+        self.clock.ms = state["train_ms"]
+        self.reached = state["reached"]
+
+    def load_state(self, state: dict):
+        self.model.load_state_dict(state["model"])
+        if self.muon is not None:
+            self.muon.consolidate_state_dict()  # at several ranks nothing else may ask for its groups
+            groups = self.muon.state_dict()["param_groups"]
+            self.muon.load_state_dict({"state": state["muon"], "param_groups": groups})
+        self.adam.load_full_state(state["adam"])
+        self.loader.load_state_dict(state["loader"])
+        self.ema = None
+        if state["ema"]:
+            weights = self.model.named_parameters()
+            self.ema = {name: state["ema"][name].to(p.device).view_as(p) for name, p in weights}
+        torch.set_rng_state(state["rng"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def check_world_size(cfg: Config, world: int) -> None:
+    """Raise UsageError unless this many ranks can share a step's tokens evenly."""
+    def fits(ranks: int) -> bool:
+        if cfg.slices % ranks == 0:
+            return True
+        parts = all(tokens % ranks == 0 and tokens // ranks >= 16 for tokens in cfg.batch_tokens)
+        return ranks % cfg.slices == 0 and parts  # then each sequence is cut
+
+    if not fits(world):
+        valid = ", ".join(str(ranks) for ranks in range(1, 257) if fits(ranks))
+        raise UsageError(f"world size: expected one of {valid} for {cfg.slices} slices of "
+                         f"{min(cfg.batch_tokens):,} "
+                         f"tokens per step, found {world}; change --nproc_per_node")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Main
 
 
 def train(run: Run, log: Log):
-    """The clock runs from the first step to the last, and stands still during validation and saving."""
-    cfg, rt, total = run.cfg, run.rt, run.cfg.train_steps
+    """Train to the last step. The clock runs over training only, and stands still during validation and
+    saving."""
+    cfg, clock = run.cfg, run.clock
     folder = Path(cfg.log_dir) / log.run_id
-    run.loss, run.stop_agreed, saved = None, False, run.step
     tokens = sum(cfg.at("batch_tokens", step) for step in range(run.step))
+    saved_at = run.step
 
-    def pause():
-        rt.synchronize()
-        run.train_ms += 1000 * (time.perf_counter() - started)
-
-    started = time.perf_counter()
+    clock.start()
     while True:
-        last = run.step == total
-        boundary = run.step % cfg.adam_every == 0  # no gradient is half summed up
-        if (last or run.step % cfg.val_every == 0) and not (run.resumed_at == run.step and not last):
-            pause()
-            loss = run.evaluate()
-            run.startup.end("validation", log)
-            log.validation(run.step, total, run.train_ms, loss)
-            if not math.isfinite(loss):
-                raise RunError(f"step {run.step}: expected a finite validation loss, found {loss}; lower the learning rates")
-            if run.reached is None and loss <= cfg.target_loss:
-                run.reached = (run.step, run.train_ms)
-            last = last or (cfg.stop_at_target and run.reached is not None)
-            started = time.perf_counter()
-        stopping = run.stop_agreed and boundary
-        due = (cfg.save_every and run.step - saved >= cfg.save_every and boundary) or (last and cfg.save_final)
-        if due or stopping:
-            pause()
-            if stopping:
-                run.stop.agreed()
-            saved = run.step
-            run.save(folder / f"state_step{run.step:06d}.pt")
-            log.write(f"checkpoint: {folder / f'state_step{run.step:06d}.pt'}")
-            started = time.perf_counter()
-        if last or stopping:
+        done = run.step == cfg.train_steps
+        whole = run.step % cfg.adam_every == 0  # no gradient is half summed up
+        due = cfg.save_every and whole and run.step - saved_at >= cfg.save_every
+        if due or run.stopping or (done and cfg.save_final):
+            with clock.paused():
+                path = save(run, log, folder, must=run.stopping or (done and cfg.save_final))
+            saved_at = run.step
+        if run.stopping:
+            raise Stopped(run.stop.number or signal.SIGINT, f"; go on with --resume={path}")
+
+        if done or (run.step % cfg.val_every == 0 and run.step != run.resumed_at):
+            with clock.paused():
+                validate(run, log)
+            if run.stopping:
+                continue  # a signal came meanwhile: save first
+            done = done or (cfg.stop_at_target and run.reached is not None)
+        if done:
             break
-        run.train_step()
-        ms = run.train_ms + 1000 * (time.perf_counter() - started)
+
+        loss = run.train_step()
+        ms = clock.now()
         tokens += cfg.at("batch_tokens", run.step - 1)
-        log.train(run.step, total, ms, run.loss, tokens * 1000 / ms)
-    if not last:
-        raise Stopped(run.stop.number or signal.SIGINT, f"; go on with --resume={folder / f'state_step{run.step:06d}.pt'}")
-    if rt.device.type == "cuda":
-        mib = [f(rt.device) // 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)]
-        log.write(f"peak memory allocated: {mib[0]} MiB reserved: {mib[1]} MiB")
+        log.train(run.step, cfg.train_steps, ms, loss, 1000 * tokens / ms)
+
+    if cfg.save_final and saved_at != run.step:  # it ended early, at its target
+        save(run, log, folder, must=True)
+    if run.rt.device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(run.rt.device) // 2**20
+        reserved = torch.cuda.max_memory_reserved(run.rt.device) // 2**20
+        log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+
+
+def validate(run: Run, log: Log):
+    """Evaluate, write the loss down, and note when the target is reached first."""
+    step, ms = run.step, run.clock.ms
+    loss = run.evaluate()
+    if loss is None:
+        return
+    if line := run.startup.end("validation"):
+        log.write(line, show=False)
+    log.validation(step, run.cfg.train_steps, ms, loss)
+    if not math.isfinite(loss):
+        raise RunError(f"step {step}: expected a finite validation loss, found {loss}; lower the learning "
+                       "rates")
+    if run.reached is None and loss <= run.cfg.target_loss:
+        run.reached = step, ms
+
+
+def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
+    """Write a checkpoint and remove those that are too many. One of several may fail: must says whether this
+    may not."""
+    if run.stopping:
+        run.stop.agreed()
+    path = folder / f"state_step{run.step:06d}.pt"
+    try:
+        run.save(path)
+    except RunError as e:
+        if must:
+            raise
+        log.write(f"warning: {e}")
+        return path
+    log.write(f"checkpoint: {path}")
+    if run.cfg.keep and run.rt.rank == 0:
+        for old in sorted(folder.glob("state_step*.pt"))[: -run.cfg.keep]:
+            old.unlink(missing_ok=True)
+    return path
+
+
+@torch.no_grad()
+def check_model(run: Run) -> int:
+    """Check causality: other tokens from position t on must not change any loss before t - 1; and that
+    probabilities sum to 1. Returns the exit code."""
+    cfg, rt, model = run.cfg, run.rt, run.model
+    for p in model.parameters():  # parts that start at zero would hide what they see
+        p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
+    inputs, _, docs = to_device(run.loader.next()[0], rt.device)
+    t = len(inputs) // 2
+    changed = inputs.clone()
+    changed[t:] = (changed[t:] + 1) % cfg.bos_id
+    ctx = model.context(docs, cfg.train_steps)  # the widest windows of training
+    a, b = (model.log_probs(tokens, ctx) for tokens in (inputs, changed))
+
+    moved = (a[:t] - b[:t]).abs().max().item()
+    sees = (a[t:] - b[t:]).abs().max().item()
+    total = (a.double().exp().sum(-1) - 1).abs().max().item()
+    passed = torch.tensor(float(moved == 0 and total < 1e-4 and sees > 0), device=rt.device)
+    ok = rt.sum(passed).item() == rt.world
+    rt.print0(f"causality: largest change of a log probability before token {t}: {moved:.1e} (expected 0), "
+              f"after it: {sees:.1e}")
+    rt.print0(f"probabilities: largest deviation of a sum from 1: {total:.1e} (expected below 1e-4)")
+    rt.print0("check: passed" if ok else "check: failed")
+    return 0 if ok else 1
 
 
 def main(argv: list[str], stop: StopSignal) -> int | None:
-    options, changes = parse_config(argv)
-    state = None
-    if options.resume:
-        state = read_checkpoint(options.resume, Config)
-        if changes.get("track", state["config"]["track"]) != state["config"]["track"]:
-            raise UsageError(f"--track: expected the checkpoint's track, {state['config']['track']}, found {changes['track']}; "
-                             "leave it out")
-        changes = {**state["config"], **changes}
-    track = changes.pop("track", "small" if torch.cuda.is_available() or options.gpu or options.gpu_gib else "shakespeare")
-    cfg = Config.for_track(track, **changes)
-    if options.doctor or options.plan:
-        from tools import doctor, plan  # noqa: E401  they import this file
-        return plan.show(cfg, options.gpu, options.gpu_gib) if options.plan else doctor.examine(cfg)
+    options, cfg, state = configure(argv)
     rt = Runtime()
     if rt.world > cfg.slices:
-        rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a part: other training "
-                  "than at fewer ranks", file=sys.stderr)
-    run = Run(cfg, rt)
-    run.stop = stop
+        rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a "
+                  "part: other "
+                  "training than at fewer ranks", file=sys.stderr)
+    run = Run(cfg, rt, stop)
     if options.check:
-        from tools import doctor
-        return doctor.check_model(run)
-    log = rt.together(Log, cfg, rt)
-    with log:
-        log_header(run, log, f"{options.resume} at step {state['step']}" if state else "")
+        return check_model(run)
+    if options.dry_run:
+        settings = [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
+        return rt.print0("\n".join([*settings, *run.facts()]))
+    with rt.together(Log, cfg, rt) as log:
+        facts = run.facts()
+        if state:
+            facts.append(f"resumed: from {options.resume} at step {state['step']}; such a run is no record")
+        log.header(cfg, rt, facts)
         run.startup.mark("log")
-        say_fallbacks(run)
+        for note in run.kernels.fallbacks(cfg):
+            rt.print0(f"note: {note}", file=sys.stderr)
         run.warm_up()
         if state:
-            run.load(options.resume, state)
-            run.resumed_at = run.step
+            run.load(options.resume, state, options.force_data)
+            if cfg.seed != state["config"]["seed"]:
+                rt.print0("note: --seed has no effect on a resumed run; its weights come from the checkpoint",
+                          file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
-    rt.print0("reached: no" if run.reached is None else
-              f"reached: yes, at step {run.reached[0]} after {run.reached[1] / 1000:.1f} s of training")
+    if run.reached is None:
+        rt.print0("reached: no")
+    else:
+        step, ms = run.reached
+        rt.print0(f"reached: yes, at step {step} after {ms / 1000:.1f} s of training")
     rt.print0(f"log: {log.path}")
 
 

@@ -1,8 +1,8 @@
 """Attention that every GPU and CPU can run: one definition, four backends with the same values and gradients.
 
-Causal, within a document, over the `window` previous tokens and the token itself. q, k, v: (T, H, d); result (T, H, d).
-Each backend is a pair: a mask, made once per batch and window, and the attention that uses it. Shapes: T tokens of one
-packed sequence, H heads, d head width.
+Causal, within a document, over the `window` previous tokens and the token itself.
+Each backend is a pair: a mask, made once per batch and window, and the attention that uses it.
+Shapes: T tokens of one packed sequence, H heads, d head width. q, k, v: (T, H, d); result (T, H, d).
 """
 import functools
 
@@ -13,57 +13,96 @@ from torch import Tensor
 
 from data.errors import UsageError
 from data.loader import Docs
+from engine.self_test import in_one_line, largest_error
+
+# ------------------------------------------------------------------------------------------------------------
+# The definition
 
 
 def masked_mask(docs: Docs, window: int) -> Tensor:
-    """(T, T) bool, the definition: query i sees key j if both are in one document and 0 <= i - j <= window."""
+    """Return (T, T) bool: query i sees key j if both are in one document and 0 <= i - j <= window."""
     t = torch.arange(len(docs.ids), device=docs.ids.device)
     distance = t[:, None] - t[None, :]
-    return (docs.ids[:, None] == docs.ids[None, :]) & (distance >= 0) & (distance <= window)
+    same_document = docs.ids[:, None] == docs.ids[None, :]
+    return same_document & (distance >= 0) & (distance <= window)
 
 
 def masked_attention(q, k, v, mask, scale):
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+    q, k, v = map(heads_first, (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y[0].transpose(0, 1)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """(T, H, d) to (1, H, T, d)."""
+    return x.transpose(0, 1)[None]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Blocks of queries, each with its own and the previous block of keys: the fastest on a CPU, the fallback
+# anywhere
 
 
 def blocked_mask(docs: Docs, window: int) -> Tensor:
-    """(N, 1, W, 2 W) bool: N blocks of W = window queries, each with the keys of its own and the previous block."""
-    T, W, N = len(docs.ids), window, -(-len(docs.ids) // window)
+    """Return (N, 1, W, 2 W) bool: N blocks of W = window queries, with the keys of their own and the previous
+    block."""
+    T, W = len(docs.ids), window
+    N = -(-T // W)
     ids = F.pad(docs.ids, (W, N * W - T), value=-1)
-    ids_k = ids.unfold(0, 2 * W, W)
-    i, j = torch.arange(W, 2 * W, device=ids.device)[:, None], torch.arange(2 * W, device=ids.device)[None, :]
+    key_ids = ids.unfold(0, 2 * W, W)
+    query_ids = key_ids[:, W:]
+
+    i = torch.arange(W, 2 * W, device=ids.device)[:, None]
+    j = torch.arange(2 * W, device=ids.device)[None, :]
     near = (i >= j) & (i - j <= W)
-    return (near & (ids_k[:, W:, None] == ids_k[:, None, :]))[:, None]
+    same_document = query_ids[:, :, None] == key_ids[:, None, :]
+    return (near & same_document)[:, None]
 
 
 def blocked_attention(q, k, v, mask, scale):
-    """Work and memory grow with T W instead of T T; the fastest on a CPU, and the fallback anywhere."""
+    """Attend in blocks: work and memory grow with T W instead of T T."""
     T, H, d = q.shape
     N, W = mask.size(0), mask.size(2)
 
     def blocks(x, before):  # (before + T + padding, H, d) to (N, H, (1 + before / W) W, d)
-        return F.pad(x, (0, 0, 0, 0, before, N * W - T)).unfold(0, before + W, W).permute(0, 1, 3, 2)
+        padded = F.pad(x, (0, 0, 0, 0, before, N * W - T))
+        return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
 
-    y = F.scaled_dot_product_attention(blocks(q, 0), blocks(k, W), blocks(v, W), attn_mask=mask, scale=scale)
+    q = blocks(q, 0)
+    k = blocks(k, W)
+    v = blocks(v, W)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return y.transpose(1, 2).reshape(N * W, H, d)[:T]
 
+
+# ------------------------------------------------------------------------------------------------------------
+# GPUs: FlexAttention, and FlashAttention through varlen_attn
 
 compiled = functools.cache(torch.compile)
 
 
 def flex_mask(docs: Docs, window: int):
     from torch.nn.attention.flex_attention import create_block_mask
-    ids, T = docs.ids, len(docs.ids)
-    make = compiled(create_block_mask) if ids.is_cuda else create_block_mask  # eager, it builds the whole (T, T) mask
-    return make(lambda b, h, i, j: (i >= j) & (i - j <= window) & (ids[i] == ids[j]), None, None, T, T, device=ids.device)
+
+    ids = docs.ids
+    T = len(ids)
+
+    def visible(batch, head, i, j):
+        return (i >= j) & (i - j <= window) & (ids[i] == ids[j])
+
+    make = compiled(create_block_mask) if ids.is_cuda else create_block_mask  # eager: it builds all of (T, T)
+    return make(visible, None, None, T, T, device=ids.device)
 
 
 def flex(q, k, v, mask, scale):
     from torch.nn.attention.flex_attention import flex_attention
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    attend = compiled(flex_attention) if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    return attend(q, k, v, block_mask=mask, scale=scale)[0].transpose(0, 1)
+
+    q, k, v = map(heads_first, (q, k, v))
+    attend = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        attend = compiled(flex_attention)
+    y = attend(q, k, v, block_mask=mask, scale=scale)
+    return y[0].transpose(0, 1)
 
 
 def varlen_mask(docs: Docs, window: int):
@@ -72,26 +111,55 @@ def varlen_mask(docs: Docs, window: int):
 
 def varlen(q, k, v, mask, scale):
     from torch.nn.attention.varlen import varlen_attn
+
     starts, max_len, window = mask
     return varlen_attn(q, k, v, starts, starts, max_len, max_len, scale=scale, window_size=(window, 0))
 
 
-BACKENDS = {"varlen": (varlen_mask, varlen), "flex": (flex_mask, flex), "blocked": (blocked_mask, blocked_attention),
-            "masked": (masked_mask, masked_attention)}
-# Tried on a GPU, in this order. FA3 and FA4 are packages of their own, which varlen_attn can use instead of the
-# FlashAttention 2 that torch contains.
+BACKENDS = {  # name -> (mask, attention)
+    "varlen": (varlen_mask, varlen),
+    "flex": (flex_mask, flex),
+    "blocked": (blocked_mask, blocked_attention),
+    "masked": (masked_mask, masked_attention),
+}
+# Tried on a GPU, in this order. FA3 and FA4 are packages of their own, which varlen_attn can use instead of
+# the FlashAttention 2 that torch contains.
 CANDIDATES = ("varlen FA4", "varlen FA3", "varlen", "flex")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Pairs of heads that share a softmax
+
+
+def pair(x: Tensor) -> Tensor:
+    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two consecutive positions of one
+    head."""
+    T, H, d = x.shape
+    by_pairs = x.view(T, H // 2, 2, d)
+    return by_pairs.transpose(1, 2).reshape(2 * T, H // 2, d)
+
+
+def unpair(y: Tensor) -> Tensor:
+    """(2 T, H/2, d) back to (T, H, d)."""
+    T2, H2, d = y.shape
+    by_tokens = y.view(T2 // 2, 2, H2, d)
+    return by_tokens.transpose(1, 2).reshape(T2 // 2, 2 * H2, d)
+
+
 def paired_docs(docs: Docs) -> Docs:
-    """Documents of a sequence in which every token stands twice."""
+    """Return the documents of a sequence in which every token stands twice."""
     return Docs(docs.starts * 2, docs.ids.repeat_interleave(2), docs.max_len * 2)
 
 
-def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(name, reason) of the attention backend."""
+# ------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+def choose_backend(wish: str, head_dim: int, scale: float, device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return the name of the attention backend, and the reason."""
     if device.type == "cpu" and wish in ("varlen", "flex"):
-        raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has no "
+        raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has "
+                         "no "
                          "gradients there; leave it out")
     if wish != "auto":
         return wish, "asked for"
@@ -101,7 +169,7 @@ def choose_backend(wish: str, head_dim: int, scale: float, device: torch.device,
 
 
 def first_correct(candidates, head_dim: int, scale: float, device, dtype) -> tuple[str, str]:
-    """The first candidate that passes its self-test here, else blocked, and why."""
+    """Return the first candidate that passes its self-test here, else blocked, and why."""
     refused = []
     for candidate in candidates:
         works, said = self_test(candidate, head_dim, scale, device, dtype)
@@ -112,28 +180,34 @@ def first_correct(candidates, head_dim: int, scale: float, device, dtype) -> tup
 
 
 def self_test(candidate: str, head_dim: int, scale: float, device, dtype) -> tuple[bool, str]:
-    """Whether a candidate runs forward and backward here and agrees with the definition, and what it said: a kernel that
-    imports is not yet one that works. What passes stays activated."""
+    """Return whether a candidate runs forward and backward here and agrees with the definition, and what it
+    said.
+
+    A kernel that imports is not yet one that works. What passes stays activated.
+    """
     torch.manual_seed(0)
     q, k, v, g = torch.randn(4, 256, 2, head_dim, device=device, dtype=dtype).unbind()
     ids = torch.arange(256, device=device, dtype=torch.int32) // 100
-    docs = Docs(torch.tensor([0, 100, 200, 256, 256], device=device, dtype=torch.int32), ids, 100)
+    starts = torch.tensor([0, 100, 200, 256, 256], device=device, dtype=torch.int32)
+    docs = Docs(starts, ids, 100)
 
-    def run(name):
+    def outputs(name):
+        make_mask, attend = BACKENDS[name]
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        make, attend = BACKENDS[name]
-        y = attend(*leaves, make(docs, 64), scale)
+        y = attend(*leaves, make_mask(docs, 64), scale)
         return [y, *torch.autograd.grad(y, leaves, g)]
 
-    expected, (name, _, flash) = run("masked"), candidate.partition(" ")
+    expected = outputs("masked")
+    name, _, flash = candidate.partition(" ")
     try:
         if flash:
             torch.nn.attention.activate_flash_attention_impl(flash)
-        errors = torch.stack([(a - b).float().norm() / b.float().norm() for a, b in zip(run(name), expected)])
-        error = errors.max().item()  # NaN if one of them is
-        works, said = error < 0.02, f"self-test error {error:.1e}"  # two bfloat16 roundings of sums in another order
+        error = largest_error(outputs(name), expected)
+        works = error < 0.02  # two bfloat16 roundings of sums in another order
+        said = f"self-test error {error:.1e}"
     except Exception as e:  # whatever a missing or broken kernel raises
-        works, said = False, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        works = False
+        said = in_one_line(e)
     if flash and not works and hasattr(torch.nn.attention, "restore_flash_attention_impl"):
         torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
     return works, f"{candidate}: {said}"

@@ -1,4 +1,6 @@
-"""How a run ends: by a signal, by an error that becomes one sentence, with the exit code that says which."""
+"""How a run ends: by a signal, or by an error that becomes one sentence, with the exit code that says
+which."""
+import contextlib
 import os
 import signal
 import socket
@@ -9,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from data.errors import RunError, UsageError
-from data.shards import ShardError
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals
 
 
 class Stopped(SystemExit):
@@ -24,20 +28,30 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM. Once a run can save, the first signal only sets `number`, and the run goes on to a step at which
-    all ranks agree to save and end. Before, or at a second signal, the process leaves at once.
+    """Ctrl-C, SIGTERM, and SIGHUP unless the run was started to ignore it (nohup).
 
-    Python handles a signal when the main thread is back from C, which a rank that waits in a collective for one that has
-    left may never be. So a thread, told of signals through a pipe, ends the process if after `patience` seconds neither
-    the handler has nor the run has called agreed(). torchrun kills 30 seconds after it has sent SIGTERM."""
+    Once a run can save, the first signal only sets `number`, and the run goes on to a step at which all ranks
+    agree to save and end. Before, or at a second signal, the process leaves at once.
+
+    Python handles a signal when the main thread is back from C, which a rank that waits in a collective for
+    one that has left may never be. So a thread, told of signals through a pipe, ends the process if after
+    `patience` seconds neither the handler has nor the run has called agreed(). torchrun kills 30 seconds
+    after it has sent SIGTERM.
+    """
 
     def __init__(self, patience: float = 20.0):
-        self.number, self.can_save, self.patience, self.calm = 0, False, patience, threading.Event()
+        self.number = 0  # of the first signal; 0: none came
+        self.can_save = False
+        self.patience = patience
+        self.calm = threading.Event()
 
     def __enter__(self):
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
-        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         self.fd_before = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self.watch, daemon=True).start()
         return self
@@ -55,43 +69,58 @@ class StopSignal:
         self.number = number
 
     def agreed(self):
+        """Say that all ranks know of the signal, so that nobody has to be ended by force."""
         self.calm.set()
 
     def watch(self):
         number = self.reader.recv(1)
-        if number and not self.calm.wait(self.patience if self.can_save else 2.0):
+        patience = self.patience if self.can_save else 2.0
+        if number and not self.calm.wait(patience):
             os._exit(128 + number[0])
         self.reader.close()
 
 
-LOST_CONTACT = 3  # exit code under launch.py, which alone knows which rank ended and why
+# ------------------------------------------------------------------------------------------------------------
+# Errors
 
-ALONE = ("expected all ranks to go on, found one gone without a word; see what ended it (often a lack of memory), then start "
-         "again or go on from a checkpoint: --resume=PATH")
+LOST_CONTACT = 3  # exit code under tools/launch.py, which alone knows which rank ended and why
+
+ALONE = ("expected all ranks to go on, found one gone without a word; see what ended it (often a lack of "
+         "memory), "
+         "then start again or go on from a checkpoint: --resume=PATH")
 
 
 def explain(e: Exception) -> str | None:
-    """One sentence about what torch raises where a machine lacks something; None: an error of the program itself."""
+    """Return one sentence about what torch raises where a machine lacks something; None: an error of the
+    program."""
     found = (str(e).splitlines() or [""])[0]
+    kinds = {kind.__name__ for kind in type(e).__mro__}
     if isinstance(e, torch.OutOfMemoryError) or "out of memory" in found or "can't allocate memory" in found:
-        return (f"expected enough memory, found: {found}; --recompute=on needs far less for the same training, a higher "
-                "--slices or lower --val_slice shortens sequences; --plan says what fits")
-    if {"BackendCompilerFailed", "TritonMissing"} & {kind.__name__ for kind in type(e).__mro__}:  # not an error in our code
-        return (f"expected torch.compile to work here, found: {found}; install a C++ compiler and Triton, or train without by "
-                "--compile=off; TORCHDYNAMO_VERBOSE=1 shows more")
-    return ALONE if any(word in str(e) for word in ("Connection", "connection", "Timed out", "NCCL", "peer")) else None
+        return (f"expected enough memory, found: {found}; --recompute=on needs far less for the same "
+                "training, "
+                "a higher --slices or lower --val_slice shortens sequences; python -m tools.plan says what "
+                "fits")
+    if kinds & {"BackendCompilerFailed", "TritonMissing"}:
+        return (f"expected torch.compile to work here, found: {found}; install a C++ compiler and Triton, or "
+                "train "
+                "without by --compile=off; TORCHDYNAMO_VERBOSE=1 shows more")
+    if any(word in str(e) for word in ("Connection", "connection", "Timed out", "NCCL", "peer")):
+        return ALONE
+    return None
 
 
 def report(main, argv: list[str]) -> int:
-    """main(argv, stop) with its errors turned into an exit code, 2 for usage and 1 for a failed run, and into one message,
-    from the first rank to meet one."""
+    """Return the exit code of main(argv, stop): 2 for a wrong command or input, 1 for a failed run.
+
+    An error is printed here and nowhere else, as one message from the first rank that meets one.
+    """
     code, message = 0, None
     with StopSignal() as stop:
         try:
             code = main(argv, stop) or 0
         except Stopped as e:
             code = e.code
-        except (UsageError, ShardError) as e:
+        except UsageError as e:
             code, message = 2, str(e)
         except RunError as e:
             code, message = 1, str(e)
@@ -107,7 +136,7 @@ def report(main, argv: list[str]) -> int:
 
 
 def first_to_end() -> bool:
-    """Whether this rank is the first one to end early: one of them speaks for all."""
+    """Return whether this rank is the first one to end early: one of them speaks for all."""
     if not dist.is_initialized():  # so early that all ranks of a machine meet the same error
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -117,10 +146,14 @@ def first_to_end() -> bool:
 
 
 def leave(code: int):
-    """End this process without the interpreter's clean-up, at which threads of gloo and NCCL that still release a tensor
-    would now and then abort it ("terminate called without an active exception")."""
+    """End this process without the interpreter's clean-up.
+
+    There, threads of gloo and NCCL that still release a tensor would now and then abort it ("terminate called
+    without an active exception").
+    """
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,9 @@
-"""Head and loss in one: a third of the model's matrix work, and by far its largest activation; in FP8 where that works."""
+"""Head and loss in one: a third of the model's matrix work and by far its largest activation; in FP8 where
+that works.
+
+Shapes: T tokens of one packed sequence, D model width, V vocabulary (padded), K tokens that each position
+predicts.
+"""
 import math
 import os
 
@@ -7,116 +12,224 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UsageError
+from engine.self_test import in_one_line, largest_error
 from muon import product
 
+# ----------------------------------------------------------------------------------------------------------
+# The definition
 
-def softcap(logits: Tensor, abc: tuple[float, ...]) -> Tensor:
-    """A sigmoid((x + B) / C): bounded logits with more room for unlikely tokens than for likely ones."""
-    if not abc:
+
+def softcap(logits: Tensor, cap: tuple[float, ...]) -> Tensor:
+    """Return A sigmoid((x + B) / C): bounded logits with more room for unlikely tokens than for likely ones.
+
+    cap: (A, B, C), or () for none.
+    """
+    if not cap:
         return logits
-    A, B, C = abc
+    A, B, C = cap
     return A * torch.sigmoid((logits + B) / C)
 
 
 def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Mean over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k]; targets past the end are left out.
-    logits: (T, V), targets: (T,), weights: (K,). The same logits serve all K, so no head is added."""
+    """Return the mean over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k].
+
+    logits: (T, V), targets: (T,), weights: (K,). Targets past the end are left out. The same logits serve all
+    K, so no head is added.
+    """
     T = len(targets)
     log_z = torch.logsumexp(logits.float(), -1)
     loss = logits.new_zeros((), dtype=torch.float32)
     for k, weight in enumerate(weights.unbind()):
-        chosen = logits[: T - k].gather(1, targets[k:, None])[:, 0].float()
-        loss = loss + weight * (log_z[: T - k] - chosen).sum() / T
+        known = slice(T - k)  # positions whose k-th next token is in the sequence
+        chosen = logits[known].gather(1, targets[k:, None])
+        cross_entropy = log_z[known] - chosen[:, 0].float()
+        loss = loss + weight * cross_entropy.sum() / T
     return loss
 
 
-HEAD_PIECE = 8192  # tokens whose logits lie in memory at a time; all 49152 of a slice of track small would be 5 GB
+def summed_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, cap: tuple[float, ...], linear) -> Tensor:
+    """Return the sum over tokens of the next token's cross entropy, in fp32. x: (T, D), head: (V, D),
+    targets: (T,)."""
+    logits = softcap(linear(x, head).float(), cap)
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The same in one pass
+
+HEAD_PIECE = 8192  # tokens whose logits lie in memory at a time; all 49152 of a slice of track small: 5 GB
 
 
 class HeadLoss(torch.autograd.Function):
-    """multi_token_loss(softcap(x @ head.T)), the definition, with its gradients computed in the same pass, for `size` tokens
-    at a time: the logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and what is
-    kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in FP8, see to_fp8; onednn: in
-    fp32 by oneDNN."""
+    """multi_token_loss(softcap(x @ head.T)) with its gradients computed in the same pass, `size` tokens at a
+    time.
+
+    The logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and
+    what is kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in
+    FP8, see to_fp8; onednn: products in fp32 by oneDNN.
+    """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, abc, size, fp8=False, onednn=False):
+    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False):
         T, K = len(x), len(weights)
-        t, ids = torch.arange(T, device=x.device), torch.arange(len(head), device=x.device)
-        ahead = F.pad(targets, (0, K - 1), value=-1).unfold(0, K, 1)  # (T, K): the next token, the second next, ...
-        w = weights * (t[:, None] + torch.arange(K, device=x.device) < T) / T  # those past the end are left out
-        A, B, C = abc or (1.0, 0.0, 1.0)
-        bound = (A / C / 4 if abc else 1.0) / T * weights.sum()  # of a logit's gradient: no pass over them to find it
-        hq, hs = to_fp8(head, torch.float8_e4m3fn) if fp8 else (None, None)
-        multiply = product if onednn else F.linear
-        across = hq.t().contiguous() if fp8 else head.t().contiguous() if onednn else head.t()
-        loss, dx, dhead = 0.0, [], 0.0
+        padded = F.pad(targets, (0, K - 1), value=-1)
+        ahead = padded.unfold(0, K, 1)  # (T, K): the next token, the second next, ...
+        t = torch.arange(T, device=x.device)[:, None]
+        exists = t + torch.arange(K, device=x.device) < T
+        token_weights = weights * exists / T
+
+        if fp8:
+            slope = cap[0] / cap[2] / 4 if cap else 1.0  # the steepest of the softcap
+            products = Fp8Products(head, slope / T * weights.sum())
+        else:
+            products = PlainProducts(head, onednn)
+
+        loss = 0.0
+        dx = []
+        dhead = 0.0
         for first in range(0, T, size):
             rows = slice(first, min(first + size, T))
-            xs, ys, ws = x[rows], ahead[rows], w[rows]
-            if fp8:
-                xq, xscale = to_fp8(xs, torch.float8_e4m3fn)
-            logits = fp8_product(xq, xscale, hq, hs) if fp8 else multiply(xs, head)
-            s = torch.sigmoid((logits.float() + B) / C) if abc else logits.float()
-            z = A * s
-            log_z = torch.logsumexp(z, -1, keepdim=True)
-            loss = loss + (ws * (log_z - z.gather(1, ys.clamp(min=0)))).sum()
-            g = (z - log_z).exp_().mul_(ws.sum(-1, keepdim=True))
-            if torch.compiler.is_compiling():  # comparisons melt into the kernel around them; a scatter would end it
-                for k in range(K):
-                    g = g - torch.where(ids == ys[:, k, None], ws[:, k, None], 0.0)
-            else:
-                g.scatter_add_(1, ys.clamp(min=0), -ws)
-            g = (g.mul_((1 - s).mul_(s).mul_(A / C)) if abc else g).to(x.dtype)
-            if fp8:
-                gq, gscale = to_fp8(g, torch.float8_e5m2, bound)
-                dx.append(fp8_product(gq, gscale, across, hs))
-                dhead = dhead + fp8_product(gq.t().contiguous(), gscale, xq.t().contiguous(), xscale)
-            else:
-                dx.append(multiply(g, across))
-                dhead = dhead + multiply(g.t(), xs.t())
-        ctx.save_for_backward(torch.cat(dx).to(x.dtype), dhead.to(head.dtype))
+            logits = products.logits(x[rows])
+            piece, g = loss_and_gradient(logits, ahead[rows], token_weights[rows], cap)
+            loss = loss + piece
+            dx_piece, dhead_piece = products.gradients(g.to(x.dtype), x[rows])
+            dx.append(dx_piece)
+            dhead = dhead + dhead_piece
+        dx = torch.cat(dx).to(x.dtype)
+        ctx.save_for_backward(dx, dhead.to(head.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dhead = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dhead * grad.to(dhead.dtype), None, None, None, None, None, None
+        dx = dx * grad.to(dx.dtype)
+        dhead = dhead * grad.to(dhead.dtype)
+        return dx, dhead, *[None] * 6
+
+
+def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of some tokens and its gradient of their logits (tokens, V), both fp32.
+
+    logits: (tokens, V) before the cap; ahead, weights: (tokens, K) targets and their weights, 0 where there
+    is none. The gradient of the capped z is sum(w) softmax(z) - w at each target; the cap's own slope is A /
+    C s (1 - s).
+    """
+    A, B, C = cap or (1.0, 0.0, 1.0)
+    s = torch.sigmoid((logits.float() + B) / C) if cap else logits.float()
+    z = A * s
+    log_z = torch.logsumexp(z, -1, keepdim=True)
+    chosen = z.gather(1, ahead.clamp(min=0))
+    loss = (weights * (log_z - chosen)).sum()
+
+    g = (z - log_z).exp_().mul_(weights.sum(-1, keepdim=True))
+    if torch.compiler.is_compiling():  # comparisons melt into the kernel around them; a scatter would end it
+        ids = torch.arange(logits.size(1), device=logits.device)
+        for k in range(ahead.size(1)):
+            hit = ids == ahead[:, k, None]
+            g = g - torch.where(hit, weights[:, k, None], 0.0)
+    else:
+        g.scatter_add_(1, ahead.clamp(min=0), -weights)
+    if cap:
+        g = g.mul_((1 - s).mul_(s).mul_(A / C))
+    return loss, g
+
+
+class PlainProducts:
+    """The three products of the head in the dtype of its weights. head: (V, D)."""
+
+    def __init__(self, head: Tensor, onednn: bool):
+        self.head = head
+        self.multiply = product if onednn else F.linear
+        self.across = head.t().contiguous() if onednn else head.t()
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.head)
+
+    def gradients(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of x (tokens, D) and of the head (V, D) from that of the logits."""
+        dx = self.multiply(g, self.across)
+        dhead = self.multiply(g.t(), x.t())
+        return dx, dhead
+
+
+class Fp8Products:
+    """The three products of the head in FP8. bound: of the largest entry of a logit's gradient, so that no
+    pass over the gradient has to find it."""
+
+    def __init__(self, head: Tensor, bound: Tensor):
+        self.head, self.scale = to_fp8(head, torch.float8_e4m3fn)
+        self.across = self.head.t().contiguous()
+        self.bound = bound
+
+    def logits(self, x: Tensor) -> Tensor:
+        self.x, self.x_scale = to_fp8(x, torch.float8_e4m3fn)
+        return fp8_product(self.x, self.x_scale, self.head, self.scale)
+
+    def gradients(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the x that logits() saw last and of the head."""
+        g, g_scale = to_fp8(g, torch.float8_e5m2, self.bound)
+        dx = fp8_product(g, g_scale, self.across, self.scale)
+        g, x = g.t().contiguous(), self.x.t().contiguous()
+        return dx, fp8_product(g, g_scale, x, self.x_scale)
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x in a float8 dtype and the fp32 scale that brings it back, so that the largest entry (or the given bound of it) is the
-    largest number."""
-    scale = (x.abs().amax() if largest is None else largest).float().clamp(min=1e-30) / torch.finfo(dtype).max
+    """Return x in a float8 dtype and the fp32 scale that brings it back.
+
+    The largest entry, or the given bound of it, becomes the largest number of the dtype.
+    """
+    largest = x.abs().amax() if largest is None else largest
+    scale = largest.float().clamp(min=1e-30) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
 
 
 def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """(m, k) and (n, k) in float8 to a @ b.T (m, n) in bfloat16, summed in fp32 (but for products of two e4m3: as fast as
-    the hardware can). The second factor of a scaled product must lie in memory by columns, which b.T does."""
+    """Multiply (m, k) and (n, k) in float8 to a @ b.T (m, n) in bfloat16.
+
+    Sums are fp32, but for products of two e4m3, which are as fast as the hardware can. The second factor of a
+    scaled product must lie in memory by columns, which b.T does.
+    """
     fast = a.dtype == b.dtype == torch.float8_e4m3fn
-    return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The choice
 
 
 def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
-    """(whether HeadLoss uses FP8, reason). It must run here and come near the exact gradients."""
+    """Return whether HeadLoss uses FP8, and the reason. It must run here and come near the exact
+    gradients."""
     if os.environ.get("DISABLE_FP8", "0") not in ("", "0", "false", "False"):
         return False, "DISABLE_FP8 is set"
-    if wish == "off" or (wish == "auto" and device.type != "cuda"):
-        return False, "asked for" if wish == "off" else "only on a GPU"
-    generator = torch.Generator().manual_seed(0)
-    x, head = (torch.randn(rows, 32, generator=generator).to(device, torch.bfloat16).requires_grad_() for rows in (64, 128))
-    targets, weights = torch.arange(64, device=device), torch.ones(2, device=device)
+    if wish == "off":
+        return False, "asked for"
+    if wish == "auto" and device.type != "cuda":
+        return False, "only on a GPU"
+    error, reason = fp8_error(device)
+    good = error < 0.15  # e5m2 keeps two bits: 2^-3 at most per entry
+    if wish == "on" and not good:
+        raise UsageError(f"--fp8_head: expected a device whose FP8 passes the self-test, found {reason}; "
+                         "leave it out")
+    return good, reason
 
-    def gradients(fp8):
-        return torch.autograd.grad(HeadLoss.apply(x, head, targets, weights, (23.0, 5.0, 7.5), 32, fp8), (x, head))
+
+def fp8_error(device: torch.device) -> tuple[float, str]:
+    """Return the larger relative error of the two gradients in FP8, infinite where it does not run, and it in
+    words."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 32, generator=generator)
+    head = torch.randn(128, 32, generator=generator)
+    x, head = (leaf.to(device, torch.bfloat16).requires_grad_() for leaf in (x, head))
+    targets = torch.arange(64, device=device)
+    weights = torch.ones(2, device=device)
+
+    def gradients(fp8: bool):
+        loss = HeadLoss.apply(x, head, targets, weights, (23.0, 5.0, 7.5), 32, fp8)
+        return torch.autograd.grad(loss, (x, head))
 
     try:
-        error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(gradients(True), gradients(False)))
+        error = largest_error(gradients(True), gradients(False))
     except Exception as e:  # whatever a GPU without FP8 raises
-        error, reason = math.inf, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-    else:
-        reason = f"self-test error {error:.1e}"
-    if not error < 0.15 and wish == "on":  # e5m2 keeps two bits: 2^-3 at most per entry
-        raise UsageError(f"--fp8_head: expected a device whose FP8 passes the self-test, found {reason}; leave it out")
-    return error < 0.15, reason
+        return math.inf, in_one_line(e)
+    return error, f"self-test error {error:.1e}"

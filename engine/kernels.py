@@ -1,14 +1,105 @@
-"""What this device can do."""
+"""What this device can do: one object that is chosen once and used by the trainer, its log and the doctor."""
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from engine.log import ROOT
+from data.files import ROOT
+from engine.attention import BACKENDS, choose_backend
+from engine.head_loss import choose_fp8
+from engine.products import OneDnnLinear, choose_onednn, choose_symmetric
+from muon import symmetric_product
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of a run, and why each of them.
+
+    A kernel that is not plain PyTorch has passed a self-test on this device, or somebody asked for it by
+    name.
+    """
+    device: torch.device
+    dtype: torch.dtype  # of weights and activations
+    compiled: bool  # whether torch.compile is used
+    attention: str  # backend, a key of BACKENDS
+    attention_reason: str
+    fp8_head: bool
+    fp8_reason: str
+    onednn: bool  # whether fp32 products on a CPU are oneDNN's
+    onednn_reason: str
+    ns_dtype: torch.dtype  # of Muon's Newton-Schulz iteration
+    symmetric: Callable  # symmetric matrix product for Muon
+    symmetric_reason: str
+
+    @staticmethod
+    def choose(cfg, device: torch.device) -> "Kernels":
+        """Choose by the settings attention, dtype, compile and fp8_head; "auto" leaves the choice to the
+        device.
+
+        Raises UsageError where a setting asks for what does not work here.
+        """
+        dtype = choose_dtype(cfg.dtype, device)
+        compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+        if compiled:
+            keep_compiled()
+        return Kernels(device, dtype, compiled,
+                       *choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, device, dtype),
+                       *choose_fp8(cfg.fp8_head, device),
+                       *choose_onednn(device, dtype, compiled),
+                       choose_ns_dtype(device),
+                       *choose_symmetric(device))
+
+    @staticmethod
+    def plain(dtype: torch.dtype = torch.float32, attention: str = "masked") -> "Kernels":
+        """Return kernels of plain PyTorch on a CPU: the reference."""
+        why = "asked for"
+        return Kernels(torch.device("cpu"), dtype, False, attention, why, False, why, False, why,
+                       torch.float32, symmetric_product, why)
+
+    def make_mask(self, docs, window: int):
+        return BACKENDS[self.attention][0](docs, window)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> Tensor:
+        return BACKENDS[self.attention][1](q, k, v, mask, scale)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(..., n) by (m, n) to (..., m)."""
+        return OneDnnLinear.apply(x, weight) if self.onednn else F.linear(x, weight)
+
+    def compile(self, function: Callable) -> Callable:
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+
+    def facts(self) -> list[str]:
+        """Return one line for each choice, as the log and the doctor show them."""
+        return [
+            f"head in FP8: {yes_no(self.fp8_head)} ({self.fp8_reason})",
+            f"attention: {self.attention} ({self.attention_reason})",
+            f"products by oneDNN: {yes_no(self.onednn)} ({self.onednn_reason})",
+            f"symmetric products for Muon: {self.symmetric_reason}",
+            f"weights: {name_of(self.dtype)}, {'compiled' if self.compiled else 'eager'}",
+        ]
+
+    def fallbacks(self, cfg) -> list[str]:
+        """Return what a run on a GPU does without although nobody asked for that."""
+        if self.device.type != "cuda":
+            return []
+        notes = []
+        if cfg.attention == "auto" and self.attention != "varlen":
+            notes.append(f"attention by {self.attention}, not by FlashAttention: {self.attention_reason}")
+        if cfg.fp8_head == "auto" and not self.fp8_head:
+            notes.append(f"head in {name_of(self.dtype)}, not in FP8: {self.fp8_reason}")
+        return notes
 
 
 def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """Of weights and activations."""
-    return getattr(torch, wish) if wish != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Return the type of weights and activations: bfloat16 on a GPU and float32 elsewhere, unless one is
+    named."""
+    if wish != "auto":
+        return getattr(torch, wish)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def choose_ns_dtype(device: torch.device) -> torch.dtype:
@@ -16,18 +107,26 @@ def choose_ns_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def choose_compile(wish: str, device: torch.device) -> bool:
-    return wish == "on" or (wish == "auto" and device.type == "cuda")
+def keep_compiled() -> None:
+    """Let compiled graphs outlive the run and the machine's next start.
 
-
-def keep_compiled():
-    """Compiled graphs outlive the run and the machine's next start: torch keeps them in one folder, apart by its version, the
-    GPU and the source of each graph, so that only what changed is compiled again."""
+    torch keeps them in one folder, apart by its version, the GPU and the source of each graph, so that only
+    what changed is compiled again.
+    """
     import torch._dynamo.config
     import torch._functorch.config
 
     if os.access(ROOT, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache/compile"))
     torch._dynamo.config.recompile_limit = 64  # stages differ in shapes and windows: a graph for each
-    if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):  # HeadLoss is one
-        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    keep_ours = "autograd_cache_allow_custom_autograd_functions"  # the head's loss is one
+    if hasattr(torch._functorch.config, keep_ours):
+        setattr(torch._functorch.config, keep_ours, True)
+
+
+def yes_no(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

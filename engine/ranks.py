@@ -1,4 +1,4 @@
-"""This process among the ranks."""
+"""This process among the ranks: its device and the few collectives that the trainer itself needs."""
 import ctypes
 import os
 import platform
@@ -9,35 +9,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import RunError, UsageError
-from data.shards import ShardError
+
+# torch 2.13 renamed both. Outputs stay flat: gloo refuses the stacked form that NCCL accepts.
+NEW_NAMES = hasattr(dist, "all_gather_single")
+all_gather_flat = getattr(dist, "all_gather_single" if NEW_NAMES else "all_gather_into_tensor", None)
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single" if NEW_NAMES else "reduce_scatter_tensor", None)
 
 
 class Runtime:
-    """Rank, world size, device and the few collectives that the trainer itself needs."""
+    """Rank, world size and device of this process, as torchrun's variables say; without them it is alone."""
 
     def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        check_environment()
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda":
-            ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-            if ranks > gpus:
-                raise UsageError(f"expected at most {gpus} ranks on this machine, one per GPU, found {ranks}; lower "
-                                 "--nproc_per_node")
+        if torch.cuda.is_available():
+            check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        elif sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-            # Keep freed memory instead of returning it to the kernel: activations of a few MB are allocated thousands of
-            # times, and the page faults cost more than the arithmetic (rms_norm of 2048 x 192: 4.1 against 0.8 ms).
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        else:
+            self.device = torch.device("cpu")
+            keep_freed_memory()
+
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                    device_id=self.device if self.device.type == "cuda" else None)
+            if self.device.type == "cuda":
+                dist.init_process_group("nccl", device_id=self.device)
+            else:
+                dist.init_process_group("gloo")
 
     def print0(self, *args, **kwargs):
         if self.rank == 0:
-            print(*args, flush=True, **kwargs)
+            say(*args, **kwargs)
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -49,12 +52,14 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def together(self, fn, *args):
-        """Call fn on every rank; if it raises a UsageError or RunError on one, raise that error on all of them."""
+    def together(self, function, *args):
+        """Call the function on every rank; if it raises a UsageError or RunError on one, raise it on all of
+        them."""
+        result, error = None, None
         try:
-            result, error = fn(*args), None
-        except (UsageError, RunError, ShardError) as e:
-            result, error = None, e
+            result = function(*args)
+        except (UsageError, RunError) as e:
+            error = e
         errors = [error]
         if self.world > 1:
             errors = [None] * self.world
@@ -63,3 +68,41 @@ class Runtime:
             if error is not None:
                 raise error
         return result
+
+
+def say(*args, **kwargs) -> None:
+    """Print, unless nobody listens any more, as behind `| head`: a run goes on without its screen."""
+    try:
+        print(*args, flush=True, **kwargs)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def check_environment() -> None:
+    """Raise UsageError where torchrun's variables are incomplete, as in WORLD_SIZE=8 python train_gpt.py."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing and not alone:
+        raise UsageError(f"expected torchrun's variables {', '.join(needed)}, found no {missing[0]}; start "
+                         "by "
+                         "torchrun --standalone --nproc_per_node=8 train_gpt.py, or unset WORLD_SIZE")
+
+
+def check_gpus(ranks: int) -> None:
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        raise UsageError(f"expected at most {gpus} ranks on this machine, one per GPU, found {ranks}; "
+                         "lower --nproc_per_node")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of returning it to the kernel.
+
+    Activations of a few MB are allocated thousands of times, and the page faults cost more than the
+    arithmetic (rms_norm of 2048 x 192: 4.1 against 0.8 ms).
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

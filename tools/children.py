@@ -8,8 +8,9 @@ from collections.abc import Sequence
 def run_limited(command: Sequence[str], limit_s: float, **popen) -> subprocess.CompletedProcess:
     """Run a command as the leader of a process group and return (args, returncode, stdout, stderr) as texts.
 
-    After `limit_s` seconds, or when this process is interrupted, the whole group is killed; a run that was cut short has
-    returncode None and whatever it had printed. popen: more arguments of subprocess.Popen, such as cwd and env.
+    After `limit_s` seconds, or when this process is interrupted, the whole group is killed; a run that was
+    cut short has returncode None and whatever it had printed. popen: more arguments of subprocess.Popen, such
+    as cwd and env.
     """
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True, **popen)
@@ -23,6 +24,18 @@ def run_limited(command: Sequence[str], limit_s: float, **popen) -> subprocess.C
     finally:
         kill_group(process.pid)  # what it left running
     return subprocess.CompletedProcess(command, code, out, err)
+
+
+def ending(child: subprocess.CompletedProcess, limit_s: float) -> str:
+    """Say in a clause how a child of `run_limited` ended, and the last line that it printed."""
+    said = [line.strip() for line in (child.stderr or child.stdout).splitlines() if line.strip()]
+    if child.returncode is None:
+        how = f"gave no answer in {limit_s:.0f} s"
+    elif child.returncode < 0:
+        how = f"was ended by {signal.Signals(-child.returncode).name}"
+    else:
+        how = f"ended with exit code {child.returncode}"
+    return f"{how}: {said[-1][:300]}" if said else how
 
 
 def kill_group(leader: int, number: int = signal.SIGKILL) -> None:

@@ -6,9 +6,9 @@ import torch
 
 from data.shards import write_shard
 from data.loader import Docs
-from engine.attention import BACKENDS
 from engine.ranks import Runtime
-from train_gpt import GPT, MATRICES, TABLES, Config, Run, make_context
+from engine.kernels import Kernels
+from train_gpt import GPT, MATRICES, TABLES, Config, Context, Run
 
 SMALL = dict(  # eleven layers as in track small, each with its role
     vocab_size=61, bos_id=60, model_dim=32, head_dim=8, mlp_ratio=2, bigram_rows=97, slices=2,
@@ -37,7 +37,7 @@ def docs_of(lengths, capacity: int = 0) -> Docs:
 
 def build(cfg: Config, dtype=torch.float32, perturb: bool = True, backend: str = "masked") -> GPT:
     """A model; perturbed, so that no part is hidden by a zero."""
-    model = GPT(cfg, BACKENDS[backend][1])
+    model = GPT(cfg, Kernels.plain(attention=backend))
     model.init_weights(torch.float32)
     if perturb:
         generator = torch.Generator().manual_seed(1)
@@ -50,8 +50,9 @@ def build(cfg: Config, dtype=torch.float32, perturb: bool = True, backend: str =
     return model
 
 
-def context(model, docs, stage=0, tied=False, weights=(1.0,), final=False, backend="masked"):
-    return make_context(model, BACKENDS[backend][0], {}, docs, stage, tied, torch.tensor(weights), final)
+def context(model, docs, stage=0, tied=False, final=False) -> Context:
+    """The context of a stage, tied or not whatever the schedule says."""
+    return model.context(docs, model.cfg.stage_starts[stage], final)._replace(tied=tied)
 
 
 def make_run(folder: Path, base: dict = SMALL, **changes) -> Run:

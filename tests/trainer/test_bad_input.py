@@ -1,16 +1,21 @@
 """What a user or a machine can get wrong: one message (expected, found, what to do next), exit code 2 or 1, on all ranks,
 with earlier logs and checkpoints as they were."""
 
+import errno
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.helpers.runs import Ranks, launch, make_shards, run
+from tests.helpers.runs import ROOT, TINY, Ranks, launch, make_shards, run
 
 import train_gpt
 from data.shards import open_shard, write_shard
+from engine import log as engine_log
 from engine.endings import report
 
 TRAIN, VAL = "data/shakespeare/shakespeare_train_000000.bin", "data/shakespeare/shakespeare_val_000000.bin"
@@ -39,7 +44,7 @@ SHARDS = {
     "no training shard": (
         lambda f: [p.unlink() for p in f.glob("data/shakespeare/*train*")],
         "expected shards",
-        "shakespeare.py",
+        "data.shakespeare",
     ),
     "no validation shard": (lambda f: (f / VAL).unlink(), "expected shards", "_val_*.bin"),
     "truncated": (
@@ -92,7 +97,7 @@ FIELDS = {
     "--optimizer=sgd": "--optimizer: expected one of muon, adamw",
     "--backout=perhaps": "found 'perhaps'",
     "--val_slice=100": "--val_tokens: expected a multiple of val_slice",
-    "--seed=99999999999999999999": "--seed: expected less than 2^63",
+    "--seed=99999999999999999999": "--seed: expected zero or more and less than 2^63",
     "--train_steps=900": "--train_steps: expected about",
 }
 
@@ -196,7 +201,7 @@ def non_finite_on_one(rank):
     accumulate = train_gpt.Run.accumulate
     train_gpt.Run.accumulate = lambda self, batches, step: (
         accumulate(self, batches, step)
-        * (torch.nan if rank == 1 and self.step == 1 and self.train_ms >= 0 and hasattr(self, "stop_agreed") else 1)
+        * (torch.nan if rank == 1 and self.step == 1 and self.clock.started is not None else 1)
     )
 
 
@@ -240,10 +245,70 @@ def test_two_ranks_end_with_one_message(folder, checkpoint):
 def test_a_full_disk_while_saving(folder):
     good = run(folder, "--train_steps=4", "--extension_steps=1", "--save_final=1")
     before = contents(folder)
-    [result] = both_ranks(folder, ["--save_every=2"], hook=full_disk)
-    refused(result, 1, "expected to write a checkpoint, found", "free some space")
+    [result] = both_ranks(folder, ["--save_final=1"], hook=full_disk)
+    refused(result, 1, "expected to write a checkpoint, found: File too large", "free some space")
     left = set(contents(folder)) - set(before)
     assert good.code == 0 and before.items() <= contents(folder).items() and {path.suffix for path in left} == {".txt"}
+
+
+def test_a_periodic_save_that_fails_warns_and_the_run_goes_on(folder):
+    [ranks] = Ranks(folder, [(2, ["--save_every=4"])], hook=full_disk).results()
+    assert [result.code for result in ranks] == [0, 0] and max(ranks[0].val) == 12
+    warnings = [line for line in ranks[0].log.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3 and "found: File too large" in warnings[0] and ranks[0].checkpoints == []
+
+
+def test_a_log_that_cannot_grow_ends_the_run_with_one_message(folder, monkeypatch):
+    class Full:
+        """A file on a disk that is full after the header."""
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, text):
+            if text.startswith("step:3/"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.file.write(text)
+
+        def close(self):
+            self.file.close()
+
+    header = engine_log.Log.header
+
+    def with_full_disk(self, *args):
+        header(self, *args)
+        self.file = Full(self.file)
+
+    monkeypatch.setattr(engine_log.Log, "header", with_full_disk)
+    refused(run(folder), 1, "expected to write the log, found: No space left on device", "--resume=latest")
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(folder):
+    command = [sys.executable, "train_gpt.py", *TINY, f"--log_dir={folder / 'piped'}"]
+    env = {**os.environ, "DATA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    path = Path(process.stdout.readline().strip())
+    process.stdout.close()
+    assert (process.wait(timeout=100), process.stderr.read()) == (0, "")
+    assert "step:12/12 val_loss" in path.read_text()
+
+
+def test_world_size_without_the_rest_of_torchruns_variables(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    refused(run(folder), 2, "torchrun's variables", "found no MASTER_ADDR", "unset WORLD_SIZE")
+
+
+def test_a_checkpoint_of_other_data_is_refused_unless_asked_for(folder, checkpoint):
+    (folder / "state.pt").write_bytes(checkpoint)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    torch.save({**state, "data": "of another set"}, folder / "state.pt")
+    resume = [f"--resume={folder / 'state.pt'}", "--train_steps=6", "--seed=5"]
+    refused(run(folder, *resume), 2, "expected the training data of its run", "--force_data")
+    result = run(folder, *resume, "--force_data")
+    assert result.code == 0 and max(result.val) == 6
+    assert result.err.splitlines() == [
+        "note: --seed has no effect on a resumed run; its weights come from the checkpoint"]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_both(folder):
@@ -257,7 +322,7 @@ def die_in_step_three(rank):
     def train_step(self):
         if rank == 1 and self.step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        step(self)
+        return step(self)
 
     train_gpt.Run.train_step = train_step
 

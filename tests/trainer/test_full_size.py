@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from engine.kernels import Kernels
 from muon import COEFFICIENTS
 from tests.helpers.tiny import make_run
 from train_gpt import GPT, MATRICES, Config, learning_rate, muon_momentum, optimizer_table
@@ -14,7 +15,7 @@ D, L, A, V = 768, 11, 10, 50_304  # width, layers, layers with attention, padded
 @pytest.fixture(scope="module")
 def full():
     with torch.device("meta"):
-        return GPT(Config.for_track("small"))
+        return GPT(Config.for_track("small"), Kernels.plain())
 
 
 def test_matmul_parameters_are_those_of_the_study(full):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import types
 import uuid
-from pathlib import Path
 
 import pytest
 from tests.helpers.runs import ROOT, TINY, TRAIN_KEYS, VAL_KEYS, config, make_shards, run, step_lines
@@ -26,10 +25,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    (folder / "logs").mkdir()
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    host = {"probe": 1, "boot": boot.read_text().strip() if boot.exists() else "", "note": "step:1/2 val_loss:3"}
-    (folder / "logs" / "host.json").write_text(json.dumps(host, indent=1))
     result = run(folder, "--seed=3")
     assert (result.code, result.err) == (0, "")
     return result
@@ -106,23 +101,14 @@ def test_the_header_tells_what_ran(folder, result):
     for pattern in (
         r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$",
         r"^seed: 3$",
-        r'^host: \{"probe": 1, "boot": ".*", "note": ".*"\}$',
-        r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000; symmetric products by torch",
+        r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000$",
+        r"^symmetric products for Muon: torch",
         r"^attention: blocked \(fastest on a CPU\)",
         r"^training data: 6,144 tokens from 2 shards, fingerprint [0-9a-f]{16}$",
         r"^validation data: first 1024 tokens, sha256 [0-9a-f]{64}$",
         r"^parameters: [\d,]+, ",
     ):
         assert re.search(pattern, header, re.M), pattern
-
-
-@pytest.mark.parametrize("text", [None, "", "{", "\xff"])
-def test_a_host_file_that_is_missing_or_broken_is_left_out(tmp_path, text):
-    if text is not None:
-        (tmp_path / "host.json").write_bytes(text.encode("latin1"))
-    assert engine_log.host_facts(str(tmp_path)) == []
-    (tmp_path / "host.json").write_text('{"boot": "of another machine"}')
-    assert engine_log.host_facts(str(tmp_path)) == ["host: measured on another machine or before a restart, left out"]
 
 
 def test_no_peak_memory_on_a_cpu(result):

@@ -7,7 +7,8 @@ import torch
 
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from engine.head_loss import softcap
-from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, rotary, rotary_settings, softmax_logits
+from engine.kernels import Kernels
+from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, rotary, rotary_settings
 
 LENGTHS = [5, 1, 7, 4]  # documents of the sequence that all models below read
 T = sum(LENGTHS)
@@ -168,13 +169,12 @@ def compare(cfg, stage=0, tied=False, weights=(1.0,), final=False, backend="mask
     """Values and gradients of the model and of the slow one, from perturbed weights."""
     model, sequence = build(cfg, backend=backend), tokens_of(cfg)
     tokens, targets = sequence[:-1], sequence[1:]
-    ctx = context(model, docs_of(LENGTHS), stage, tied, weights, final, backend)
+    ctx = context(model, docs_of(LENGTHS), stage, tied, final)
     P = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
     slow = slow_log_probs(P, model.signs.double() if cfg.bigram_rows else None, cfg, tokens, stage, tied, final)
-    fast = softmax_logits(model, tokens, ctx)
+    fast = model.log_probs(tokens, ctx)
     assert (fast - slow).abs().max() < VALUES * slow.abs().max()
-    model.train()
-    loss, expected = model(tokens, targets, ctx), slow_loss(slow, targets, weights)
+    loss, expected = model(tokens, targets, ctx, torch.tensor(weights)), slow_loss(slow, targets, weights)
     assert abs(loss.item() - expected.item()) < VALUES * expected.item()
     loss.backward()
     gradients = torch.autograd.grad(expected, list(P.values()), allow_unused=True)
@@ -184,10 +184,9 @@ def compare(cfg, stage=0, tied=False, weights=(1.0,), final=False, backend="mask
             assert p.grad is None and name == "embed" and tied, name
         else:
             assert 0 < g.norm() and (p.grad - g).norm() < GRADIENTS * g.norm() + 1e-6 * whole, (name, g.norm())
-    model.eval()
     with torch.no_grad():
         total = -slow[torch.arange(T), targets].sum().item()
-        assert abs(model(tokens, targets, ctx).item() - total) < VALUES * total
+        assert abs(model.evaluate(tokens, targets, ctx).item() - total) < VALUES * total
 
 
 EMBEDS = dict(value_embed_layers=(0, 2))
@@ -322,11 +321,12 @@ def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled):
     kept, gradients = [], []
     for recompute in (False, True):
         cfg = config(recompute=recompute)
-        model = build(cfg).train()
+        model = build(cfg)
         forward = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True) if compiled else model
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            loss = forward(tokens_of(cfg, 64), tokens_of(cfg, 64).roll(-1), context(model, docs_of([30, 34]), weights=(1.0, 0.5)))
+            ctx = context(model, docs_of([30, 34]))
+            loss = forward(tokens_of(cfg, 64), tokens_of(cfg, 64).roll(-1), ctx, torch.tensor([1.0, 0.5]))
         kept.append(sum(sizes))
         loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -344,12 +344,12 @@ def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled):
 def test_future_tokens_cannot_change_past_probabilities(stage, tied, final, backend):
     cfg = config()
     model, tokens = build(cfg, backend=backend), tokens_of(cfg, 40)
-    ctx = context(model, docs_of([14, 1, 25]), stage, tied, final=final, backend=backend)
-    before = softmax_logits(model, tokens, ctx)
+    ctx = context(model, docs_of([14, 1, 25]), stage, tied, final)
+    before = model.log_probs(tokens, ctx)
     for t in (1, 13, 20, 39):
         changed = tokens.clone()
         changed[t:] = (changed[t:] + 7) % cfg.vocab_size
-        after = softmax_logits(model, changed, ctx)
+        after = model.log_probs(changed, ctx)
         assert torch.equal(before[:t], after[:t])
         assert ((before[t:] - after[t:]).abs().amax(-1) > 1e-3).all()
 
@@ -362,7 +362,7 @@ def test_attention_does_not_cross_documents():
     ctx = context(model, docs_of([9, 11]))
     changed = tokens.clone()
     changed[:9] = (changed[:9] + 7) % cfg.vocab_size
-    assert torch.equal(softmax_logits(model, tokens, ctx)[9:], softmax_logits(model, changed, ctx)[9:])
+    assert torch.equal(model.log_probs(tokens, ctx)[9:], model.log_probs(changed, ctx)[9:])
 
 
 @torch.no_grad()
@@ -370,7 +370,7 @@ def test_probabilities_sum_to_one():
     cfg = config()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-5)):  # the softmax is in fp32 either way
         model = build(cfg, dtype)
-        p = softmax_logits(model, tokens_of(cfg, 17), context(model, docs_of(LENGTHS), 2))
+        p = model.log_probs(tokens_of(cfg, 17), context(model, docs_of(LENGTHS), 2))
         assert p.dtype == torch.float32 and ((p.double().exp().sum(-1) - 1).abs() < tolerance).all()
 
 
@@ -378,11 +378,11 @@ def test_a_bf16_model_is_near_the_fp32_model_and_has_finite_gradients():
     cfg = config()
     sequence, found = tokens_of(cfg), []
     for dtype in (torch.float32, torch.bfloat16):
-        model = build(cfg, dtype, perturb=False).train()
+        model = build(cfg, dtype, perturb=False)
         with torch.no_grad():
             model.mlp_out.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
             model.head.mul_(20)
-        loss = model(sequence[:-1], sequence[1:], context(model, docs_of(LENGTHS), 1, True, (1.0, 0.5)))
+        loss = model(sequence[:-1], sequence[1:], context(model, docs_of(LENGTHS), 1, True), torch.tensor([1.0, 0.5]))
         loss.backward()
         assert loss.dtype == torch.float32
         assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name != "embed")
@@ -395,9 +395,9 @@ def test_a_bf16_model_is_near_the_fp32_model_and_has_finite_gradients():
 @pytest.mark.parametrize("track", ["small", "shakespeare"])
 def test_the_first_loss_is_the_logarithm_of_the_vocabulary(track):
     cfg = config() if track == "small" else Config.for_track(track, dtype="float32")
-    model, n = build(cfg, perturb=False).eval(), 64
+    model, n = build(cfg, perturb=False), 64
     tokens = tokens_of(cfg, n + 1)
-    loss = model(tokens[:-1], tokens[1:], context(model, docs_of([n]), tied=True)).item() / n
+    loss = model.evaluate(tokens[:-1], tokens[1:], context(model, docs_of([n]), tied=True)).item() / n
     assert abs(loss - math.log(cfg.padded_vocab)) < 0.05  # logits of size 0.005 sqrt(D) at most
 
 
@@ -407,7 +407,7 @@ def test_the_first_loss_is_the_logarithm_of_the_vocabulary(track):
 
 def test_every_parameter_and_buffer_is_initialised():
     cfg = config()
-    model = GPT(cfg)
+    model = GPT(cfg, Kernels.plain())
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(math.nan if tensor.is_floating_point() else 99)
@@ -417,7 +417,7 @@ def test_every_parameter_and_buffer_is_initialised():
 
 def test_initial_weights_depend_on_the_seed_alone_and_bf16_ones_are_the_rounded_fp32_ones():
     def state(seed=0, dtype=torch.float32):
-        model = GPT(config(seed=seed))
+        model = GPT(config(seed=seed), Kernels.plain())
         torch.seed()  # the global generator must not matter
         model.init_weights(dtype)
         return model.state_dict()
@@ -451,8 +451,8 @@ def test_initial_values_are_those_of_the_study():
 
 def test_every_part_of_every_parameter_gets_a_gradient():
     cfg = config()
-    model, sequence = build(cfg).train(), tokens_of(cfg, 201)
-    model(sequence[:-1], sequence[1:], context(model, docs_of([90, 110]), 1)).backward()
+    model, sequence = build(cfg), tokens_of(cfg, 201)
+    model(sequence[:-1], sequence[1:], context(model, docs_of([90, 110]), 1), torch.ones(1)).backward()
     idle = {"resid_lambdas": [(6, 0)], "post_lambdas": [(6, 0)], "x0_lambdas": [(6,)], "bigram_lambdas": [(6,)]}
     for name, p in model.named_parameters():
         if name in ("value_embeds", "embed", "head", "bigram_embed"):
@@ -547,13 +547,14 @@ def test_train_step_unties_at_the_start_of_its_stage_and_at_no_other_step(folder
 
 
 def test_while_tied_the_gradient_of_the_head_is_the_sum_of_both_uses():
-    model, sequence = build(config()).train(), tokens_of(config())
+    model, sequence = build(config()), tokens_of(config())
     with torch.no_grad():
         model.embed.copy_(model.head)
 
     def gradients(tied):
         model.zero_grad()
-        model(sequence[:-1], sequence[1:], context(model, docs_of(LENGTHS), 0, tied, (1.0, 0.5))).backward()
+        ctx = context(model, docs_of(LENGTHS), 0, tied)
+        model(sequence[:-1], sequence[1:], ctx, torch.tensor([1.0, 0.5])).backward()
         return model.head.grad.clone(), model.embed.grad
 
     (tied, none), (head, embed) = gradients(True), gradients(False)
@@ -572,16 +573,17 @@ def test_training_and_evaluation_compile_without_graph_break(backend, compiler):
     model, sequence = build(config(**layers), backend=backend), tokens_of(config())
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=compiler)
+    compiled_evaluate = torch.compile(model.evaluate, fullgraph=True, dynamic=False, backend=compiler)
     for stage, tied, weights in ((0, True, (1.0, 0.5)), (1, False, (1.0,)))[: 1 if compiler == "aot_eager" else 2]:
-        ctx = context(model, docs_of(LENGTHS), stage, tied, weights, backend=backend)
+        ctx = context(model, docs_of(LENGTHS), stage, tied)
         found = []
-        for forward in (model, compiled):
-            model.train().zero_grad()
-            loss = forward(sequence[:-1], sequence[1:], ctx)
+        for forward, evaluate in ((model, model.evaluate), (compiled, compiled_evaluate)):
+            model.zero_grad()
+            loss = forward(sequence[:-1], sequence[1:], ctx, torch.tensor(weights))
             loss.backward()
             gradient = model.attn_qk.grad.clone()
             with torch.no_grad():
-                found.append((loss.detach(), gradient, model.eval() and forward(sequence[:-1], sequence[1:], ctx)))
+                found.append((loss.detach(), gradient, evaluate(sequence[:-1], sequence[1:], ctx)))
         for a, b in zip(*found):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # the same fp32 operations, perhaps reordered
     torch._dynamo.reset()

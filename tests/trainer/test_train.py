@@ -2,13 +2,11 @@
 
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tests.helpers.runs import Ranks, config, make_shards, run
 
-from tools import doctor
 from engine import attention
 import train_gpt
 from data.errors import UsageError
@@ -74,15 +72,12 @@ def test_every_world_size_trains_the_same_model(folder, alone):
     "world, valid", [(1, True), (2, True), (8, True), (16, True), (32, True), (3, False), (12, False), (64, False)]
 )
 def test_world_sizes_that_do_not_share_the_batch_evenly_are_refused_with_the_valid_ones(world, valid):
-    launch = SimpleNamespace(
-        cfg=config(), rt=SimpleNamespace(world=world)
-    )  # 512 tokens in 8 slices, or more of 16 and more
-    if valid:
-        return train_gpt.Run.check_world_size(launch)
+    if valid:  # 512 tokens in 8 slices, or more of 16 and more
+        return train_gpt.check_world_size(config(), world)
     with pytest.raises(
         UsageError, match=rf"expected one of 1, 2, 4, 8, 16, 32 for .* found {world}; change --nproc_per_node"
     ):
-        train_gpt.Run.check_world_size(launch)
+        train_gpt.check_world_size(config(), world)
 
 
 def test_a_run_can_end_at_its_target(folder):
@@ -115,6 +110,6 @@ def test_check_fails_where_a_token_sees_the_next_one(folder, monkeypatch):
 
 
 def test_check_fails_where_probabilities_do_not_sum_to_one(folder, monkeypatch):
-    softmax_logits = doctor.softmax_logits
-    monkeypatch.setattr(doctor, "softmax_logits", lambda *args: softmax_logits(*args) + 0.001)
+    log_probs = train_gpt.GPT.log_probs
+    monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: log_probs(*args) + 0.001)
     assert run(folder, "--check").code == 1
