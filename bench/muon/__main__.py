@@ -74,11 +74,11 @@ def time_steps(subjects, args):
 
 
 def times_without_bf16_units(args) -> list[dict]:
-    """Time the steps of ours and of torch's in a process of its own, which reads the variable when it starts."""
+    """Time the steps of ours and of torch's in a process that reads the variable when it starts."""
     subjects = [name for name in args.subjects if name in ("muon.py", "torch.optim.Muon")]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bench.muon", "--only=times", f"--json={folder}/times.json"]
-        command += [f"--subjects={','.join(subjects)}", f"--reps={args.reps}", f"--patience_s={args.patience_s}"]
+        command += [f"--subjects={','.join(subjects)}", f"--reps={args.reps}"]
         run = run_limited(command, 600, env=os.environ | AVX512_ONLY)
         if run.returncode != 0:
             return [dict(subject="all", shapes="all", seconds=[], why=run.stderr[-160:])]

@@ -413,8 +413,9 @@ def not_finite(S):
         assert torch.equal(params[1], before[1]), f"{bad}: the weights changed"
         assert torch.equal(momenta(optimizer, 1, params[1])[0], M), f"{bad}: the momentum changed"
         expected = trained(S, SHAPES, gradients(SHAPES, 2), **settings)
+        allowed = allowed_error(settings)
         for i in (0, 2):
-            close(params[i] - before[i], expected[i] - before[i], allowed_error(settings), f"{bad}: another matrix")
+            close(params[i] - before[i], expected[i] - before[i], allowed, f"{bad}: another matrix")
 
 
 @question("9b", "NaN on one rank only: ranks agree")
