@@ -1221,7 +1221,7 @@ def train(run: Run, log: Log):
         due = cfg.save_every and whole and run.step - saved_at >= cfg.save_every
         if due or run.stopping or (done and cfg.save_final):
             with clock.paused():
-                path = save(run, log, folder, must=run.stopping or done)
+                path = save(run, log, folder, must=run.stopping or (done and cfg.save_final))
             saved_at = run.step
         if run.stopping:
             raise Stopped(run.stop.number or signal.SIGINT, f"; go on with --resume={path}")
@@ -1317,9 +1317,6 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
         rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a "
                   "part: other "
                   "training than at fewer ranks", file=sys.stderr)
-    if state and cfg.seed != state["config"]["seed"]:
-        rt.print0("note: --seed has no effect on a resumed run; its weights come from the "
-                  "checkpoint", file=sys.stderr)
     run = Run(cfg, rt, stop)
     if options.check:
         return check_model(run)
@@ -1337,6 +1334,9 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
         run.warm_up()
         if state:
             run.load(options.resume, state, options.force_data)
+            if cfg.seed != state["config"]["seed"]:
+                rt.print0("note: --seed has no effect on a resumed run; its weights come from the checkpoint",
+                          file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")

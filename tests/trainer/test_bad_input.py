@@ -255,7 +255,7 @@ def test_a_periodic_save_that_fails_warns_and_the_run_goes_on(folder):
     [ranks] = Ranks(folder, [(2, ["--save_every=4"])], hook=full_disk).results()
     assert [result.code for result in ranks] == [0, 0] and max(ranks[0].val) == 12
     warnings = [line for line in ranks[0].log.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 2 and "found: File too large" in warnings[0] and ranks[0].checkpoints == []
+    assert len(warnings) == 3 and "found: File too large" in warnings[0] and ranks[0].checkpoints == []
 
 
 def test_a_log_that_cannot_grow_ends_the_run_with_one_message(folder, monkeypatch):
