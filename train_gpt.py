@@ -1100,7 +1100,8 @@ class Run:
         tokens = np.random.default_rng(self.rt.rank).integers(0, cfg.vocab_size, T + 1)
         tokens[:: min(max_doc_len, T)] = cfg.bos_id
         starts = document_starts(tokens[:-1], cfg.bos_id)
-        return make_batch(tokens, starts, max_doc_len, self.rt.device.type == "cuda")
+        entries = self.loader.entries[cfg.stage(step)]
+        return make_batch(tokens, starts, max_doc_len, self.rt.device.type == "cuda", entries)
 
     @torch.no_grad()
     def evaluate(self) -> float | None:

@@ -32,13 +32,40 @@ class Batch(NamedTuple):
     docs: Docs
 
 
-def make_batch(buffer: np.ndarray, starts: np.ndarray, max_len: int, pin: bool) -> Batch:
-    """buffer: T + 1 tokens; starts: positions below T where documents start, the first one 0."""
+def entries_needed(T: int, max_len: int, most: int = 0) -> int:
+    """Return the entries for documents of a sequence: `most` of them fit, and share_entries() always does.
+
+    Compiled kernels are fixed to this number, and attention takes longer the larger it is.
+    """
+    entries = max(16, T // 256, 2 * T // max_len + 2)
+    while entries <= most:
+        entries *= 2
+    return entries
+
+
+def share_entries(starts: np.ndarray, T: int, max_len: int) -> np.ndarray:
+    """Return the starts that are left when neighbours with at most max_len tokens together are one document.
+
+    Any two neighbours that are left have more, so there are at most 2 T / max_len + 1 of them.
+    """
+    left = [0]
+    for start, end in zip(starts, [*starts[1:], T]):
+        if end - left[-1] > max_len:
+            left.append(start)
+    return np.array(left)
+
+
+def make_batch(buffer: np.ndarray, starts: np.ndarray, max_len: int, pin: bool, entries: int = 0) -> Batch:
+    """Return a batch of T + 1 tokens. starts: where documents begin, below T, the first one 0.
+
+    entries: for documents; 0: as many as there are. If there are more documents than entries, short
+    neighbours share one: they see each other, and no kernel is compiled anew.
+    """
     T = len(buffer) - 1
-    capacity = max(16, T // 256)  # fixed shapes for compiled kernels; grows only where documents are unusually short
-    while capacity <= len(starts):
-        capacity *= 2
-    padded = np.full(capacity, T, dtype=np.int32)
+    entries = entries or entries_needed(T, max_len, len(starts))
+    if len(starts) >= entries:
+        starts = share_entries(starts, T, max_len)
+    padded = np.full(entries, T, dtype=np.int32)
     padded[: len(starts)] = starts
     ids = np.zeros(T, dtype=np.int32)
     ids[starts[1:]] = 1
@@ -92,6 +119,7 @@ class Loader:
         self.order = (None, None)  # (epoch, shard) and the order of its documents
         self.shard_opener, self.preparer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.check_supply()
+        self.opened.clear()  # the clock pays for opening the first shard
         self.load_state_dict(dict(step=0, epoch=0, shard=0, doc=0))
 
     def state_dict(self) -> dict[str, int]:
@@ -102,12 +130,16 @@ class Loader:
         if state["shard"] >= len(self.paths):
             raise shards.ShardError(f"--resume: expected more than {state['shard']} training shards, as where the checkpoint was "
                                     f"written, found {len(self.paths)}; get the others again")
-        self.position = dict(state)
-        self.upcoming = self.preparer.submit(self.prepare, self.position)
+        self.position, self.upcoming = dict(state), None
 
     def next(self) -> list[Batch]:
-        """The micro-batches of this rank for the next step."""
-        batches, self.position = self.upcoming.result()
+        """Return the micro-batches of this rank for the next step.
+
+        The first call opens the shard and waits for its batch, so that a clock which starts before it pays
+        for both, as in the public records.
+        """
+        upcoming = self.upcoming or self.preparer.submit(self.prepare, self.position)
+        batches, self.position = upcoming.result()
         if self.position["step"] < self.cfg.train_steps:
             self.upcoming = self.preparer.submit(self.prepare, self.position)
         return batches
@@ -171,15 +203,17 @@ class Loader:
             kept = np.minimum(lengths[mine], max_len)
             begins = np.cumsum(kept) - kept
             buffer = np.concatenate([tokens[a : a + n] for a, n in zip(starts[mine], kept)])[: T + 1]
-            batches.append(make_batch(buffer, begins[begins < T], max_len, self.pin))
+            entries = self.entries[self.cfg.stage(here["step"])]
+            batches.append(make_batch(buffer, begins[begins < T], max_len, self.pin, entries))
         return batches, {**here, "step": here["step"] + 1, "doc": here["doc"] + used[-1]}
 
     def check_supply(self):
-        """Refuse a schedule that the shards cannot feed, judged by packing the first steps of each stage."""
-        cfg, needed = self.cfg, 0.0
+        """Refuse a schedule that the shards cannot feed, and set the entries for documents, by packing the
+        first steps of each stage."""
+        cfg, needed, self.entries = self.cfg, 0.0, []
         ends = (*cfg.stage_starts[1:], cfg.train_steps)
         for first, end in zip(cfg.stage_starts, ends):
-            position, raw = dict(step=first, epoch=0, shard=0, doc=0), 0
+            position, raw, most = dict(step=first, epoch=0, shard=0, doc=0), 0, 0
             for step in range(first, min(first + 20, end)):
                 try:
                     here, docs, used = self.walk({**position, "step": step})
@@ -187,6 +221,9 @@ class Loader:
                     raise shards.ShardError(str(error)) from None
                 raw += int(self.open(here["shard"])[2][docs[: used[-1]]].sum())
                 position = {**here, "doc": here["doc"] + used[-1]}
+                most = max(most, *np.diff(used).tolist())
+            T = cfg.at("batch_tokens", first) // self.slices
+            self.entries.append(entries_needed(T, cfg.at("max_doc_len", first), most))
             needed += raw / max(min(20, end - first), 1) * (end - first)
         found = sum(map(shards.num_tokens, self.paths)) * cfg.max_epochs
         if needed > found:
