@@ -9,55 +9,310 @@ For every weight matrix W with gradient G, at learning rate lr, weight decay wd 
     W <- W - lr wd W                              decoupled decay (cautious: only entries where O W >= 0)
     W <- W - lr scale O                           scale: see ADJUST_LR
 
-Legend: a matrix is m x n as stored; B matrices make a stack (B, m, n). A 2-D parameter is one matrix, a 3-D parameter
-(k, m, n) a bank of k matrices, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix into blocks of
-rows. This file is the optimizer, newton_schulz.py has `orthogonalize`, muon_ranks.py shares the work out over ranks; for
-DTensor parameters (FSDP2) muon_fsdp.py does so. Take them into another project: they need nothing but torch.
+A gradient that is zero throughout, as of an expert without tokens, moves nothing: momentum fades and W decays. A
+gradient that is missing or not finite skips its matrix, and so does an iteration that overflows; `skipped` counts them.
 
-Use it for the hidden matrices of a network. Embeddings, the output head, gains and biases belong to AdamW;
-muon_tools.py proposes which is which.
+Legend: a matrix is m x n as stored, s and l are its short and its long side; B matrices make a stack (B, m, n). A 2-D
+parameter is one matrix, a 3-D parameter (k, m, n) a bank of k matrices or, with flatten, one matrix (o, i k) of a 1-D
+convolution, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix into blocks of rows.
+
+Use it for the hidden matrices of a network. Embeddings, the output head, routers, gains and biases belong to AdamW.
+This file needs nothing but torch and can be copied alone. For DTensor parameters (FSDP2) there is muon_extras/fsdp.py.
 
 Sources: Muon, https://kellerjordan.github.io/posts/muon/; decay and RMS matching, arXiv 2502.16982 (Moonlight);
 default coefficients, arXiv 2505.16932 (Polar Express); variance normalization, arXiv 2510.05491 (NorMuon); cautious
 decay, arXiv 2510.12402; iteration on the Gram matrix, https://github.com/Dao-AILab/gram-newton-schulz.
 """
-
 import math
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from muon_ranks import (Bucket, Unit, as_bank, expect_agreement, plan_units, state_kinds, state_shape, units_of, whole,
-                        world_and_rank)
-from newton_schulz import (COEFFICIENTS, FORMS, expect, gram_pays, is_schedule, iteration_dtype, largest,
-                           newton_schulz_flops, orthogonalize, symmetric_product)
+
+def refusal(expected: str, found, remedy: str, where: str = "", error: type = ValueError) -> Exception:
+    """The sentence that an error says, to be raised by the caller."""
+    return error(f"Muon: {where + ': ' if where else ''}expected {expected}, found {found}; {remedy}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Newton-Schulz: the nearest semi-orthogonal matrix by matrix products alone
+
+# name -> (safety, one (a, b, c) per step; the last one repeats). A step maps each singular value x to
+# a x + b x^3 + c x^5, and the matrix enters with Frobenius norm 1 / safety.
+COEFFICIENTS = {
+    # Keller Jordan's post: one triple with a steep slope at 0; values end anywhere in about 0.7 .. 1.2.
+    "jordan": (1.0, ((3.4445, -4.7750, 2.0315),)),
+    # YouJiacheng, https://x.com/YouJiacheng/status/1893704552689303901: the tightest band after five steps.
+    "quintic": (1.0, (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012))),
+    # Polar Express, optimal for five steps with a margin of 2 % against rounding; the best lift of tiny values.
+    "polar": (1.02, (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))),
+}
+FORMS = "auto", "standard", "gram"
+
+
+def is_triple(x) -> bool:
+    return len(x) == 3 and all(isinstance(number, (int, float)) and math.isfinite(number) for number in x)
+
+
+def is_schedule(x) -> bool:
+    """Whether x is a name, one (a, b, c) for all steps, or a sequence of them."""
+    if isinstance(x, str):
+        return x in COEFFICIENTS
+    return len(x) > 0 and (all(map(is_triple, x)) if isinstance(x[0], Sequence) else is_triple(x))
+
+
+def schedule(ns_coefficients: str | Sequence, steps: int) -> tuple[float, list[Sequence[float]]]:
+    """Return (safety, one (a, b, c) per step)."""
+    safety, triples = 1.0, ns_coefficients
+    if isinstance(ns_coefficients, str):
+        safety, triples = COEFFICIENTS[ns_coefficients]
+    elif not isinstance(ns_coefficients[0], Sequence):
+        triples = (ns_coefficients,)
+    return safety, [triples[min(i, len(triples) - 1)] for i in range(steps)]
+
+
+def has_bf16_units() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware: Intel AMX, AVX-512 BF16."""
+    names = "_is_amx_tile_supported", "_is_avx512_bf16_supported"  # private in torch, and younger than 2.0
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def iteration_dtype(device: torch.device, form: str = "auto") -> torch.dtype:
+    """Return the default dtype of the iteration. bf16 has too few digits for the Gram form; fp16 has them."""
+    if device.type == "cpu":
+        return torch.bfloat16 if has_bf16_units() and form != "gram" else torch.float32
+    return torch.float16 if form == "gram" else torch.bfloat16
+
+
+def gram_pays(m: int, n: int, form: str, dtype: torch.dtype) -> bool:
+    """Whether to iterate on the Gram matrix. On a CPU core in fp32 it is 1.55 times as fast at an aspect of 4, 1.1
+    times at 2, and even at 1.25; `auto` leaves out bf16, in which a I + b R + c R^2 would lose R."""
+    if form == "auto":
+        return max(m, n) >= 2 * min(m, n) and dtype != torch.bfloat16
+    return form == "gram"
+
+
+def newton_schulz_flops(m: int, n: int, steps: int, gram: bool) -> int:
+    """Count the operations of the matrix products of one m x n matrix, 2 for a multiply-add."""
+    s, l = min(m, n), max(m, n)
+    if not gram:
+        return steps * (4 * s * s * l + 2 * s**3)
+    restarts = -(-(steps - 2) // 3) if steps > 2 else 0
+    return 4 * s * s * l * (1 + restarts) + 2 * s**3 * (4 * steps - 3 * (1 + restarts))
+
+
+# A CPU multiplies large matrices fastest one at a time. For fp32 torch calls MKL, which on an AMD processor (Zen 5)
+# reaches 105 GFLOP/s per core where oneDNN reaches 240; torch has both, and its compiler calls oneDNN by this name.
+ONEDNN = None
+if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+BLOCK_ROWS = 192  # of a symmetric product: fewer save more products, but call more often
+
+
+def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the wide matrices of a stack are iterated one at a time, by the products below, as measured on one and
+    two cores: it pays from two blocks of rows, and in fp32 where oneDNN is there and a call is worth its 10 us."""
+    dtype = dtype or X.dtype
+    if type(X) is not Tensor or X.device.type != "cpu" or X.requires_grad or torch.compiler.is_compiling():
+        return False
+    if dtype in (torch.float32, torch.bfloat16) and X.size(-2) >= 2 * BLOCK_ROWS:
+        return True
+    return dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16
+
+
+def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Return alpha A W^T + beta C of matrices on a CPU. W lies in memory without gaps: else oneDNN takes a second."""
+    if ONEDNN is not None and A.dtype == torch.float32:
+        D = ONEDNN(A, W, None, "none", [], "")
+        return D if C is None else D.mul_(alpha).add_(C, alpha=beta)
+    return A @ W.mT if C is None else torch.addmm(C, A, W.mT, alpha=alpha, beta=beta)
+
+
+def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Return alpha A B + beta C of stacks whose result is symmetric: a kernel with this signature needs to compute
+    only half. This one does so for what is large on a CPU: blocks of rows up to the diagonal."""
+    if len(A) > 1 or not one_by_one(A):
+        return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
+    s = A.size(1)
+    rows = BLOCK_ROWS if s >= 2 * BLOCK_ROWS else s
+    W = B[0].mT.contiguous() if A.dtype == torch.float32 else B[0].mT
+    out = A.new_empty(1, s, s)
+    for i in range(0, s, rows):
+        j = i + rows
+        above = None if C is None else C[0, i:j, :j]
+        out[0, i:j, :j] = product(A[0, i:j], W[:j], above, alpha, beta)
+        out[0, :i, i:j] = out[0, i:j, :i].mT
+    return out
+
+
+def apply_to(X: Tensor, P: Tensor, a: float = 0.0) -> Tensor:
+    """Return P X + a X of stacks."""
+    if len(X) == 1 and one_by_one(X):
+        return product(P[0], X[0].mT, X[0] if a else None, 1.0, a)[None]
+    return torch.baddbmm(X, P, X, beta=a) if a else P @ X
+
+
+def standard_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
+    for a, b, c in triples:
+        A = symmetric(X, X.mT)
+        X = apply_to(X, symmetric(A, A, A, alpha=c, beta=b), a)
+    return X
+
+
+def block_steps(X: Tensor, triples: Sequence) -> Tensor:
+    """Return what `standard_steps` makes of one bf16 matrix on a CPU, in buffers that are written again and again: 1.15
+    times as fast as torch.optim.Muon's whole products on one core (Zen 5)."""
+    s = X.size(0)
+    A, B, *turns = (torch.empty(shape, dtype=X.dtype) for shape in ((s, s), (s, s), X.shape, X.shape))
+    blocks = [slice(i, min(i + BLOCK_ROWS, s)) for i in range(0, s, BLOCK_ROWS)]
+    for i, (a, b, c) in enumerate(triples):
+        for rows in blocks:
+            left = slice(rows.stop)
+            torch.mm(X[rows], X[left].mT, out=A[rows, left])
+            A[:rows.start, rows] = A[rows, :rows.start].mT
+        for rows in blocks:
+            left = slice(rows.stop)
+            torch.addmm(A[rows, left], A[rows], A[left].mT, beta=b, alpha=c, out=B[rows, left])
+            B[:rows.start, rows] = B[rows, :rows.start].mT
+        X = torch.addmm(X, B, X, beta=a, out=turns[i % 2])
+    return X
+
+
+def gram_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
+    """The same map through R = X X^T. One step multiplies X by P = a I + b R + c R^2 and R by P^2; all of these are
+    polynomials in R and commute. Restarting after the second step, and every three from there, renews the small
+    eigenvalues of R, whose relative error the steep first steps would carry on."""
+    segments = [triples[:2], *(triples[i:i + 3] for i in range(2, len(triples), 3))]
+    for segment in segments:
+        R, Q = symmetric(X, X.mT), None
+        for i, (a, b, c) in enumerate(segment, 1):
+            P = symmetric(R, R, R, alpha=c, beta=b)
+            P.diagonal(dim1=-2, dim2=-1).add_(a)
+            Q = P if Q is None else symmetric(Q, P)
+            if i < len(segment):
+                R = symmetric(symmetric(R, P), P)
+        X = apply_to(X, Q)
+    return X
+
+
+def largest(G: Tensor) -> Tensor:
+    """Return (..., 1, 1): the largest absolute entry of every matrix, NaN if any is; unlike G.abs(), without a copy of
+    G. Reducing one flat dimension is 100 times as fast on a CPU as reducing two."""
+    flat = G.flatten(-2)
+    return torch.maximum(flat.amax(-1), -flat.amin(-1))[..., None, None]
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether Python may look at values of x: on a CPU, where it costs no wait, and outside of graphs."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def plain_norms(G: Tensor) -> Tensor | None:
+    """Return (B, 1, 1): the Frobenius norms of a stack on a CPU; None unless all are of a size at which fp32 sums their
+    squares without loss, so that no matrix is zero or not finite."""
+    if not may_read(G) or G.requires_grad:
+        return None
+    norms = G.norm(dim=(-2, -1), keepdim=True)
+    return norms if bool(((norms > 1e-15) & (norms < 1e15)).all()) else None
+
+
+def normalize(G: Tensor, dtype: torch.dtype, safety: float, eps: float) -> Tensor:
+    """Return the wide stack G with Frobenius norms 1 / safety, in dtype. Dividing by the largest entry first keeps the
+    squares in range: for entries from 1e-30 to 1e30 in fp32, and from 1e-300 to 1e300 in fp64."""
+    norms = plain_norms(G) if dtype == torch.bfloat16 and G.dtype == torch.float32 else None
+    if norms is not None:  # one pass over few bytes; bf16 has the range of fp32
+        X = G.to(dtype)
+        for x, norm in zip(X, norms.view(-1)):
+            x.mul_(1 / (norm.clamp(min=eps) * safety))
+        return X
+    X = G.to(torch.promote_types(torch.promote_types(G.dtype, dtype), torch.float32))
+    X = X.contiguous() if one_by_one(X, dtype) else X
+    tiny = torch.finfo(X.dtype).tiny
+    top = largest(X).clamp(min=tiny)
+    X = X / top
+    norm = torch.maximum(X.norm(dim=(-2, -1), keepdim=True), eps / top).clamp(min=tiny) * safety
+    return (X / norm if X.requires_grad else X.div_(norm)).to(dtype)
+
+
+def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "polar", dtype: torch.dtype | None = None,
+                  form: str = "auto", symmetric: Callable = symmetric_product, eps: float = 0.0) -> Tensor:
+    """Approximate U V^T of the SVD U S V^T of every (m, n) matrix of G: (..., m, n), which is not modified.
+    ns_coefficients: a name in COEFFICIENTS, one (a, b, c), or a sequence of them. dtype: of the iteration and the
+    result, default `iteration_dtype`. form: see `gram_pays`. symmetric: see `symmetric_product`. Only the direction of
+    G counts, unless its norm is below eps. Zero in, zero out. In bf16 a matrix of low rank keeps two digits: its null
+    space comes out with singular values up to 0.4 instead of 0; ask for torch.float32 where that matters (LoRA)."""
+    if G.ndim < 2 or G.numel() == 0 or not G.is_floating_point():
+        raise refusal("real matrices of some size", f"{tuple(G.shape)} in {G.dtype}", "leave it to another optimizer")
+    if not (is_schedule(ns_coefficients) and form in FORMS and steps > 0):
+        raise refusal("known coefficients, one of auto, standard and gram, and a step or more",
+                      f"{ns_coefficients}, {form} and {steps}", "see the docstring")
+    dtype = dtype or iteration_dtype(G.device, form)
+    if form == "gram" and dtype == torch.bfloat16:
+        raise refusal("fp16, fp32 or fp64 for the Gram form", dtype, "name one")
+    if G.size(-2) > G.size(-1):  # R = X X^T is smallest on the short side
+        return orthogonalize(G.mT, steps, ns_coefficients, dtype, form, symmetric, eps).mT
+    safety, triples = schedule(ns_coefficients, steps)
+    X = normalize(G.reshape(-1, *G.shape[-2:]), dtype, safety, eps)
+    iterate = gram_steps if gram_pays(*X.shape[-2:], form, dtype) else standard_steps
+    if not one_by_one(X):
+        return iterate(X, triples, symmetric).reshape(G.shape)
+    if dtype == torch.bfloat16 and symmetric is symmetric_product:
+        results = [block_steps(x, triples) for x in X]
+    else:
+        results = [iterate(x, triples, symmetric)[0] for x in X.split(1)]
+    return (results[0] if len(X) == 1 else torch.stack(results)).reshape(G.shape)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The update of one stack of B matrices: functions of tensors alone, so that torch.compile can fuse each of them
 
 ADJUST_LR = {  # the factor on lr for an m x n matrix; weight decay never sees it
+    None: lambda m, n: math.sqrt(max(1, m / n)),                 # as in torch: original
     "original": lambda m, n: math.sqrt(max(1, m / n)),           # Keller Jordan; torch calls it the same
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight: the update's root mean square is 0.2
     "spectral": lambda m, n: math.sqrt(m / n),                   # unclamped: below 1 for wide matrices
-    None: lambda m, n: 1.0,
+    "identity": lambda m, n: 1.0,
 }
 
 
 def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, Tensor]:
-    """(U, which of the B gradients are finite). M (B, m, n) fp32 moves in place where they are; G is read only."""
-    ok = torch.isfinite(largest(G).float())  # fp64 may be finite there only
+    """Return (U, which of the B gradients are finite). M (B, m, n) fp32 moves in place where they are; G is read only.
+    U is zero where G is zero throughout."""
+    if G.dtype != torch.float16 and plain_norms(G) is not None:  # spares three passes
+        G = G.float()
+        M.lerp_(G, 1 - mu)
+        return (G.lerp(M, mu) if nesterov else M), torch.ones(len(G), dtype=torch.bool)
+    size = largest(G).float()  # fp64 may be finite there only
+    ok = torch.isfinite(size)
     G = torch.where(ok, G.float(), M)  # blending M with M leaves M as it is
     M.lerp_(G, 1 - mu)
-    return (G.lerp(M, mu) if nesterov else M), ok.view(-1)
+    U = G.lerp(M, mu) if nesterov else M
+    return torch.where(size > 0, U, 0.0), ok.view(-1)
 
 
 def normalize_variance(O: Tensor, V: Tensor, ok: Tensor, beta2) -> Tensor:
     """NorMuon: divide each row (m >= n) or column (m < n) of O by its running root mean square, and keep O's norm.
     V is (B, m) or (B, n) fp32 and moves in place where ok. It starts at 0 without bias correction: the rescaling
     cancels any common factor."""
-    O, dim = O.float(), -1 if O.size(-2) >= O.size(-1) else -2
+    O = O.float()
+    dim = -1 if O.size(-2) >= O.size(-1) else -2
     V = V.unsqueeze(dim)
     square = O.square().mean(dim, keepdim=True)
     V.lerp_(torch.where(ok[:, None, None], square, V), 1 - beta2)
@@ -71,10 +326,11 @@ def decay_and_step(W: Tensor, O: Tensor, ok: Tensor, lr, decay, cautious: bool) 
     """W <- W - decay W - lr O in place; bf16 is rounded once, at the end. A matrix that is not ok keeps its bits.
     W, O: (B, ...); ok: (B,) bool, or 0 and 1 as they come off the wire; decay is a fraction, already times lr."""
     X = W if W.dtype.itemsize >= 4 else W.float()
-    O, ok = O.to(X.dtype), ok.to(X.dtype).view(-1, *[1] * (W.ndim - 1))
+    O = O.to(X.dtype)
+    ok = ok.to(X.dtype).view(-1, *[1] * (W.ndim - 1))
     keep = 1 - decay * ok
     if cautious:
-        keep = (O * X).ge_(0).mul_(-decay * ok).add_(1)  # a mask of 0.0 and 1.0: on a CPU three times faster than where
+        keep = (O * X).ge_(0).mul_(-decay * ok).add_(1)  # a mask of 0.0 and 1.0: on a CPU thrice as fast as where
     X.mul_(keep).addcmul_(O, -lr * ok)
     if X is not W:
         W.copy_(X)
@@ -91,10 +347,492 @@ def step_master(W: Tensor, low: Tensor, O: Tensor, ok: Tensor, lr, decay, cautio
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Who owns what: every matrix, or block of rows of a matrix, is a unit that belongs to one rank
+
+class Unit(NamedTuple):
+    param: Tensor
+    group: int   # index into param_groups
+    matrix: int  # of the bank
+    row: int     # first row in it
+    mark: int    # first of its numbers in a row of second_moment
+    m: int
+    n: int
+
+    @property
+    def size(self) -> int:
+        return self.m * self.n
+
+
+def as_bank(x: Tensor, flatten: bool | None) -> Tensor:
+    """Return (matrices, rows, columns ...) of a tensor that is shaped like a parameter."""
+    return x if x.ndim == 3 and not flatten else x[None]
+
+
+def block_rows(rows: int, split: int | Sequence[int] | None) -> Sequence[int]:
+    """Return the rows of each block of a matrix."""
+    if split is None:
+        return (rows,)
+    return (rows // split,) * split if isinstance(split, int) else split
+
+
+def units_of(p: Tensor, held: Tensor, number: int, group: dict) -> list[Unit]:
+    """Return the units of a parameter p of group `number`, or of the part `held` of it that a rank has."""
+    matrices, rows, *columns = as_bank(held, group["flatten"]).shape
+    n, units = math.prod(columns), []
+    for k in range(matrices):
+        row = mark = 0
+        for m in block_rows(rows, group["split"]):
+            units.append(Unit(p, number, k, row, mark, m, n))
+            row += m
+            mark += max(m, n)
+    return units
+
+
+def state_kinds(group: dict) -> dict[str, torch.dtype]:
+    """Return the state that a group's settings ask for."""
+    kinds = {"momentum_buffer": torch.float32}
+    if group["normuon_beta2"] is not None:
+        kinds["second_moment"] = torch.float32
+    if group["split_mantissa"]:
+        kinds["mantissa"] = torch.int16
+    return kinds
+
+
+def state_shape(key: str, p: Tensor, group: dict) -> tuple[int, ...]:
+    """Return the shape of a parameter's whole state: that of the parameter, but (matrices, numbers) for second_moment."""
+    if key != "second_moment":
+        return tuple(p.shape)
+    last = units_of(p, p, 0, group)[-1]
+    return last.matrix + 1, last.mark + max(last.m, last.n)
+
+
+@dataclass(frozen=True)
+class Placement:
+    buckets: list[list[list[int]]]  # bucket -> rank -> units it owns
+    loads: list[int]                # Newton-Schulz FLOPs per rank and step
+
+    @property
+    def efficiency(self) -> float:
+        """Mean load over the busiest rank's: 1 is perfect balance."""
+        return sum(self.loads) / (len(self.loads) * max(self.loads)) if any(self.loads) else 1.0
+
+
+def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap: int) -> Placement:
+    """Place units, the costliest (FLOPs) first, each on the least loaded rank (longest processing time first), and
+    improve that by swaps. A rank's bucket closes at `cap` elements (sizes); the cheapest units come last, because no
+    computation hides the last gather. Depends on its arguments only, so that all ranks place alike."""
+    order = sorted(range(len(costs)), key=lambda u: (-costs[u], u))
+    mine = [[] for _ in range(world_size)]
+    loads, held = [0] * world_size, [0] * world_size
+    for u in order:
+        rank = min(range(world_size), key=lambda r: (loads[r], held[r], r))
+        mine[rank].append(u)
+        loads[rank] += costs[u]
+        held[rank] += sizes[u]
+    while swap_one(costs, mine, loads):
+        pass
+    buckets = []
+    for rank, units in enumerate(mine):
+        number, fill = -1, cap
+        for u in sorted(units, key=lambda u: (-costs[u], u)):
+            if fill >= cap:
+                number, fill = number + 1, 0
+            if number == len(buckets):
+                buckets.append([[] for _ in mine])
+            buckets[number][rank].append(u)
+            fill += sizes[u]
+    return Placement([[sorted(units) for units in bucket] for bucket in buckets], loads)
+
+
+def swap_one(costs: Sequence[int], mine: list[list[int]], loads: list[int]) -> bool:
+    """Let the busiest rank hand a unit over, or swap it for another's, as lowers the larger of both loads most. Returns
+    whether that lowered the load of the busiest rank; else nothing has changed."""
+    busiest = max(range(len(mine)), key=lambda r: (loads[r], -r))
+    kinds = [{costs[u]: u for u in units} for units in mine]  # units of one cost are alike here
+    best = (loads[busiest],)
+    for rank, others in enumerate(kinds):
+        if loads[rank] >= loads[busiest]:
+            continue
+        for a, give in kinds[busiest].items():
+            for b, take in [*others.items(), (0, None)]:
+                top = max(loads[busiest] - a + b, loads[rank] + a - b)
+                best = min(best, (top, rank, give, -1 if take is None else take))
+    if len(best) == 1:
+        return False
+    _, rank, give, take = best
+    moves = [(give, busiest, rank)] + ([(take, rank, busiest)] if take >= 0 else [])
+    for u, source, target in moves:
+        mine[source].remove(u)
+        mine[target].append(u)
+        loads[source] -= costs[u]
+        loads[target] += costs[u]
+    return True
+
+
+@dataclass(eq=False)
+class Stack:
+    """`count` units of one owner and parameter at equal distances, (B, m, n): matrices of a bank `step` apart, or
+    (step 0) blocks of rows of one matrix that follow each other."""
+    unit: Unit
+    flatten: bool | None
+    offset: int     # of its values in the owner's flat part of a bucket
+    flag: int       # number of its first unit among those of the owner in the bucket
+    count: int = 1
+    step: int = 1
+    begin: int = 0  # of its values in a flat share, see `state_view`
+    mark: int = 0   # of its numbers in a flat share of second_moment
+
+    def takes(self, unit: Unit) -> bool:
+        """Add the unit if it continues this stack."""
+        first = self.unit
+        if unit.param is not first.param or (unit.m, unit.n) != (first.m, first.n):
+            return False
+        distance = unit.matrix - first.matrix
+        if unit.row == first.row:
+            step = distance // self.count
+            follows = distance == step * self.count and step > 0 and (self.count == 1 or step == self.step)
+        else:
+            step = 0
+            follows = not distance and unit.row == first.row + self.count * unit.m and self.count * self.step <= 1
+        if follows:
+            self.count, self.step = self.count + 1, step
+        return follows
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.count, self.unit.m, self.unit.n
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def view(self, bank: Tensor, row: int, rows: int) -> Tensor:
+        """Return (B, rows, ...) of (matrices, all rows, ...), from this row on in each unit."""
+        k = self.unit.matrix
+        if self.step == 0:
+            return bank[k, row:row + self.count * rows].unflatten(0, (self.count, rows))
+        return bank[k:k + (self.count - 1) * self.step + 1:self.step, row:row + rows]
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the view (B, m, ...) of these matrices in a tensor that is shaped like the parameter."""
+        return self.view(as_bank(x, self.flatten), self.unit.row, self.unit.m)
+
+    def state_view(self, key: str, x: Tensor) -> Tensor:
+        """Return the view (B, m, ...), or (B, numbers) for second_moment, in a parameter's state: whole, or the flat
+        share of a rank that owns some of its units only."""
+        numbers = max(self.unit.m, self.unit.n)
+        if key == "second_moment":
+            if x.ndim > 1:
+                return self.view(x, self.unit.mark, numbers)
+            return x[self.mark:self.mark + self.count * numbers].view(self.count, numbers)
+        return self.of(x) if x.ndim > 1 else x[self.begin:self.begin + self.numel].view(self.shape)
+
+    def slot(self, part: Tensor) -> Tensor:
+        return part[self.offset:self.offset + self.numel].view(self.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transport: knows tensors only
+
+# torch 2.13 renamed both. Outputs stay flat: gloo refuses the stacked form that NCCL accepts.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+
+class Flight(NamedTuple):
+    """A collective under way."""
+    handle: object
+    result: Tensor
+    sent: Tensor | None  # must live until the wait
+
+    def wait(self) -> Tensor:
+        self.handle.wait()
+        return self.result
+
+
+def sum_to_owners(packed: Tensor, rank: int, everywhere: bool, group) -> Flight:
+    """Sum (ranks, elements) over ranks; each receives its own row or, with `everywhere`, all of them."""
+    if everywhere:
+        return Flight(dist.all_reduce(packed, group=group, async_op=True), packed, None)
+    mine = torch.empty_like(packed[0])
+    return Flight(_reduce_scatter(mine, packed.view(-1), group=group, async_op=True), mine, packed)
+
+
+def share_with_all(mine: Tensor, world_size: int, group) -> Flight:
+    """Give every rank the rows (ranks, elements) of which each has one."""
+    gathered = mine.new_empty((world_size, len(mine)))
+    return Flight(_all_gather(gathered.view(-1), mine, group=group, async_op=True), gathered, mine)
+
+
+def as_wire(x: Tensor, wire: torch.dtype) -> Tensor:
+    """Return the bits of state as numbers that a buffer of updates can hold."""
+    return x.reshape(-1).float() if x.dtype == torch.int16 and wire == torch.float32 else x.reshape(-1).view(wire)
+
+
+def from_wire(x: Tensor, like: Tensor) -> Tensor:
+    """Undo `as_wire`."""
+    x = x.to(torch.int16) if like.dtype == torch.int16 and x.dtype == torch.float32 else x.clone().view(like.dtype)
+    return x.view(like.shape)
+
+
+def world_and_rank(group) -> tuple[int, int]:
+    """Return the number of ranks of a process group and the place of this one; a process by itself is the only rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1, 0
+    return dist.get_world_size(group), dist.get_rank(group)
+
+
+def of_all_ranks(fact, group) -> list:
+    """Return what each rank says."""
+    found = [fact] * world_and_rank(group)[0]
+    if len(found) > 1:
+        dist.all_gather_object(found, fact, group=group)
+    return found
+
+
+def expect_agreement(group, facts: list[str]) -> None:
+    """Ranks that disagree would hang or mix up their matrices: raise on all, naming the first difference."""
+    found = of_all_ranks(facts, group)
+    for rank, theirs in enumerate(found):
+        for a, b in zip_longest(found[0], theirs, fillvalue="nothing"):
+            if a != b:
+                raise refusal("the same parameters and settings on all ranks", f"{a} on rank 0 and {b} on rank {rank}",
+                              "build the optimizer alike on every rank")
+
+
+def group_named(name: str | None):
+    """Return the process group of this process with that name."""
+    if name is None:
+        return None
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)
+    except (RuntimeError, AttributeError, KeyError):
+        raise refusal("the process group of the copied optimizer", f"none of its name, {name}",
+                      "make the group first, or copy an optimizer without one", error=RuntimeError) from None
+
+
+class Bucket:
+    """Units that travel together, per rank of a process group, and their way through one step: `start` asks for what
+    other ranks hold of their gradients, `receive` waits for it, `update` computes, `send` shares the results, `apply`
+    waits for those of others and changes the weights."""
+    alone = False  # True: every rank computes by itself what it holds
+    part = staticmethod(lambda p: p)  # the tensor whose matrices are the units of p
+    announce = staticmethod(lambda params: None)  # say what the user should know of these parameters' way
+
+    def __init__(self, optimizer: "Muon", group, rank: int, units: list[list[Unit]], dtype: torch.dtype):
+        self.optimizer, self.group, self.rank, self.world_size = optimizer, group, rank, len(units)
+        self.dtype = dtype  # of the iteration
+        self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as all ranks receive them
+        self.pending = self.received = self.sent = None
+        self.stacks = [self.stack_up(mine) for mine in units]
+        params = [unit.param for mine in units for unit in mine]
+        self.num_units = len(params)
+        self.num_elements = max(sum(unit.size for unit in mine) for mine in units)  # per rank, padded to the fullest
+        self.device = params[0].device
+        self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
+
+    def stack_up(self, units: list[Unit]) -> list[Stack]:
+        stacks, offset = [], 0
+        for flag, unit in enumerate(units):
+            if not (stacks and self.merges(unit) and stacks[-1].takes(unit)):
+                stacks.append(Stack(unit, self.optimizer.param_groups[unit.group]["flatten"], offset, flag))
+            offset += unit.size
+        return stacks
+
+    def merges(self, unit: Unit) -> bool:
+        """Whether the unit may be computed in one stack with others."""
+        return not self.optimizer.deterministic
+
+    def settings(self, stack: Stack) -> dict:
+        return self.optimizer.param_groups[stack.unit.group]
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.wire, device=self.device)
+
+    def state(self, stack: Stack) -> dict[str, Tensor]:
+        """Return views, per stack, of the kinds of state that its group asks for, each zero at first use."""
+        return self.optimizer._state_of(stack)
+
+    def gradient(self, stack: Stack) -> Tensor | None:
+        """Return (B, m, n), often p.grad itself, or None."""
+        grad = stack.unit.param.grad
+        if grad is None:
+            return None
+        if grad.layout != torch.strided:
+            raise refusal("a dense gradient", grad.layout, "make the layer with sparse=False",
+                          self.optimizer._names[stack.unit.param], RuntimeError)
+        return stack.of(grad).reshape(stack.shape)
+
+    def start(self) -> None:
+        """With sync_grads: launch the sum of the gradients over ranks; each owner receives its own part."""
+        if self.world_size == 1 or not self.optimizer.sync_grads or self.pending is not None:
+            return
+        packed = self.new(self.world_size, self.num_elements, dtype=self.grad_dtype)
+        for part, stacks in zip(packed, self.stacks):
+            for stack in stacks:
+                grad = self.gradient(stack)  # where one is missing, the mean is NaN and the owner skips it
+                slot = stack.slot(part)
+                slot.fill_(math.nan) if grad is None else slot.copy_(grad)
+        self.pending = sum_to_owners(packed, self.rank, self.optimizer.replicate_state, self.group)
+
+    def receive(self) -> None:
+        """Wait for what `start` launched, if it did, and let go of what it sent."""
+        if self.pending is not None:
+            flight, self.pending = self.pending, None
+            self.received = flight.wait()
+
+    def mean_gradient(self, stack: Stack, owner: int, total: Tensor | None) -> Tensor | None:
+        if total is None:
+            return self.gradient(stack)
+        return stack.slot(total[owner] if self.optimizer.replicate_state else total)
+
+    def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
+        """Return {stack: (its update or, with split_mantissa, its new weights, (B, m, n); ok (B,))} for all I own."""
+        total, self.received = self.received, None
+        if total is not None:
+            total = total.float().div_(self.world_size)
+        entries, results = [], {}
+        for owner, stacks in enumerate(self.stacks):
+            if owner != self.rank and not self.optimizer.replicate_state:
+                continue
+            for stack in stacks:
+                G = self.mean_gradient(stack, owner, total)
+                if G is not None:
+                    entry = stack, *self.move_momentum(stack, G)
+                    entries += [entry] if owner == self.rank else []
+                elif owner == self.rank:
+                    ok = torch.zeros(stack.count, dtype=torch.bool, device=self.device)
+                    results[stack] = torch.zeros(stack.shape, dtype=self.wire, device=self.device), ok
+        results |= self.orthogonalize(entries)
+        return {stack: self.master_weights(stack, *result) for stack, result in results.items()}
+
+    def move_momentum(self, stack: Stack, G: Tensor) -> tuple[Tensor, Tensor]:
+        group, M = self.settings(stack), self.state(stack)["momentum_buffer"].view(stack.shape)
+        return self.optimizer._momentum_update(M, G, group["momentum"], group["nesterov"])
+
+    def master_weights(self, stack: Stack, O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the upper halves of the new weights in place of the update, with split_mantissa."""
+        if not self.settings(stack)["split_mantissa"]:
+            return O, ok
+        W = stack.of(local(stack.unit.param)).reshape(stack.shape)
+        low = self.state(stack)["mantissa"].view(stack.shape)
+        return self.optimizer._step_master(W, low, O, ok, *self.optimizer.rates(stack.unit)), ok
+
+    def orthogonalize(self, entries: list[tuple[Stack, Tensor, Tensor]]) -> dict[Stack, tuple[Tensor, Tensor]]:
+        """Return {stack: (O (B, m, n), rounded as everybody applies it; ok)} from (stack, U, ok): one iteration for
+        all matrices of a kind, the tall ones lying on their side, unless they are faster one by one."""
+        kinds, results = {}, {}
+        for stack, U, ok in entries:
+            group, U = self.settings(stack), U if U.size(1) <= U.size(2) else U.mT
+            dtype = self.optimizer.dtype_for(group, self.dtype, self.device)
+            apart = self.optimizer.deterministic or one_by_one(U, dtype)
+            kind = (U.shape[1:], group["ns_steps"], group["ns_coefficients"], dtype, group["ns_form"], group["eps"],
+                    stack.flag if apart else None)
+            kinds.setdefault(kind, []).append((stack, U, ok))
+        for (_, steps, coefficients, dtype, form, eps, _), members in kinds.items():
+            stacks, Us, oks = zip(*members)
+            U = Us[0] if len(Us) == 1 else torch.cat(Us)
+            O = self.optimizer._orthogonalize(U, steps, coefficients, dtype, form, self.optimizer.symmetric, eps)
+            for stack, part, ok in zip(stacks, O.split([stack.count for stack in stacks]), oks):
+                results[stack] = self.finish(stack, part, ok)
+        return results
+
+    def finish(self, stack: Stack, O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+        O, ok = self.optimizer._finite_only(O, ok)
+        O = O if O.shape == stack.shape else O.mT.contiguous()
+        beta2 = self.settings(stack)["normuon_beta2"]
+        if beta2 is not None:
+            O = self.optimizer._normalize_variance(O, self.state(stack)["second_moment"], ok, beta2)
+        return O.to(self.wire), ok
+
+    def extras(self, stack: Stack) -> list[str]:
+        """Return the kinds of state that only the owner can compute and that travel, with replicate_state."""
+        kinds = state_kinds(self.settings(stack)) if self.optimizer.replicate_state else ()
+        return [key for key in kinds if key != "momentum_buffer"]
+
+    def tail(self, stack: Stack) -> list[int]:
+        """Return how many numbers follow the values of a stack: its flags, then the bits of each of its extras."""
+        wide = 4 // self.wire.itemsize
+        sizes = {"second_moment": stack.count * max(stack.shape[1:]) * wide, "mantissa": stack.numel}
+        return [stack.count, *(sizes[key] for key in self.extras(stack))]
+
+    def send(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> None:
+        """Launch the exchange of the results."""
+        if self.world_size == 1:
+            self.sent = results
+            return
+        tails = [sum(sum(self.tail(stack)) for stack in stacks) for stacks in self.stacks]
+        mine, tail = self.new(self.num_elements + max(tails)), []  # all values, then all tails
+        for stack in self.stacks[self.rank]:
+            value, ok = results[stack]
+            stack.slot(mine).copy_(value)
+            extras = self.extras(stack)
+            tail += [ok.to(self.wire), *(as_wire(self.state(stack)[key], self.wire) for key in extras)]
+        if tail:
+            mine[self.num_elements:][:tails[self.rank]] = torch.cat(tail)
+        self.sent = share_with_all(mine, self.world_size, self.group)
+
+    def arrived(self) -> dict[Stack, tuple[Tensor, Tensor]]:
+        """Wait for the results of all ranks."""
+        sent, self.sent = self.sent, None
+        if self.world_size == 1:
+            return sent
+        results = {}
+        for owner, (part, stacks) in enumerate(zip(sent.wait(), self.stacks)):
+            place = self.num_elements
+            for stack in stacks:
+                pieces = part[place:place + sum(self.tail(stack))].split(self.tail(stack))
+                place += sum(self.tail(stack))
+                results[stack] = stack.slot(part), pieces[0]
+                for key, bits in zip(self.extras(stack), pieces[1:] if owner != self.rank else ()):
+                    state = self.state(stack)[key]
+                    state.copy_(from_wire(bits, state))
+        return results
+
+    def apply(self) -> Tensor:
+        """Change the weights, on every rank with the same numbers. Returns how many units were skipped."""
+        results = self.arrived()
+        for stack, (value, ok) in results.items():
+            W = stack.of(local(stack.unit.param))
+            if self.settings(stack)["split_mantissa"]:
+                W.copy_(value.reshape(W.shape))
+            else:
+                self.optimizer._decay_and_step(W, value.reshape(W.shape), ok, *self.optimizer.rates(stack.unit))
+        return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
+
+    def fetch_state(self, stack: Stack, owner: int) -> dict[str, Tensor]:
+        """Return the owner's state of a stack; a collective."""
+        found = {}
+        for key, dtype in state_kinds(self.settings(stack)).items():
+            shape = stack.shape if key != "second_moment" else (stack.count, max(stack.shape[1:]))
+            part = self.new(*shape, dtype=dtype)
+            if owner == self.rank:
+                part.copy_(self.state(stack)[key].reshape(shape))
+            dist.broadcast(part.view(torch.uint8), group_src=owner, group=self.group)  # no backend sends int16
+            found[key] = part
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The optimizer
 
+def local(x: Tensor) -> Tensor:
+    """Return what this rank holds of a DTensor; anything else as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def plain(x):
+    """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors stay."""
+    if x is None or isinstance(x, (Tensor, str)) or type(x) in (bool, int, float):
+        return x
+    if isinstance(x, Sequence):
+        return tuple(map(plain, x))
+    return plain(x.tolist()) if hasattr(x, "tolist") else x
+
+
 def is_split(x) -> bool:
-    return x is None or all(type(m) is int and m > 0 for m in (x if isinstance(x, Sequence) and len(x) else (x,)))
+    rows = x if isinstance(x, tuple) and len(x) else (x,)
+    return x is None or all(type(m) is int and m > 0 for m in rows)
 
 
 def is_rate(x) -> bool:
@@ -103,317 +841,557 @@ def is_rate(x) -> bool:
     return isinstance(x, (int, float)) and 0 <= x < math.inf
 
 
+def is_switch(x) -> bool:
+    return isinstance(x, bool)
+
+
 RULES = {  # setting of a group -> (what is expected, test)
     "lr": ("one number, 0 or more", is_rate),
     "momentum": ("0 <= momentum < 1", lambda x: 0 <= x < 1),
     "weight_decay": ("0 or more", is_rate),
+    "nesterov": ("True or False", is_switch),
+    "ns_coefficients": (f"one of {list(COEFFICIENTS)}, (a, b, c), or a sequence of them", is_schedule),
+    "eps": ("0 or more", is_rate),
     "ns_steps": ("a whole number above 0", lambda x: type(x) is int and x > 0),
-    "coefficients": (f"one of {list(COEFFICIENTS)} or a sequence of (a, b, c)", is_schedule),
-    "ns_form": (f"one of {FORMS}", lambda x: x in FORMS),
-    "adjust_lr": (f"one of {list(ADJUST_LR)}", lambda x: x in ADJUST_LR),
+    "adjust_lr_fn": (f"one of {list(ADJUST_LR)}", lambda x: x in ADJUST_LR),
+    "cautious": ("True or False", is_switch),
     "normuon_beta2": ("None or 0 <= beta2 < 1", lambda x: x is None or 0 <= x < 1),
+    "split_mantissa": ("True or False", is_switch),
     "split": ("None, a number of equal blocks, or the rows of each block", is_split),
-    **{key: ("True or False", lambda x: isinstance(x, bool)) for key in ("nesterov", "cautious", "split_mantissa", "flatten")},
+    "flatten": ("None, True or False", lambda x: x is None or is_switch(x)),
+    "ns_form": (f"one of {FORMS}", lambda x: x in FORMS),
 }
+SHAPING = "split", "flatten", "ns_form"  # settings that say what the matrices are, or what they cost
 
 
-def check_settings(group: dict, number: int) -> None:
-    for key, (expected, rule) in RULES.items():
-        try:
-            holds = rule(group[key])
-        except (TypeError, ValueError):  # of another kind altogether
-            holds = False
-        expect(holds, f"{key} of group {number}: expected {expected}", repr(group[key]), "change it")
+def checked(key: str, value, number: int):
+    """Return the value of a setting of group `number` as it is kept."""
+    expected, rule = RULES[key]
+    value = plain(value)
+    try:
+        holds = rule(value)
+    except (TypeError, ValueError):  # of another kind altogether
+        holds = False
+    if not holds:
+        raise refusal(expected, repr(value), "change it", f"{key} of group {number}")
+    return value
 
 
-TORCH_NAMES = "ns_coefficients", "adjust_lr_fn", "eps"
+def check_parameter(name: str, p: Tensor, group: dict) -> None:
+    """Say what Muon cannot take, and why."""
+    if not isinstance(p, Tensor):
+        raise refusal("tensors", type(p).__name__, "pass model.parameters()", name, TypeError)
+    if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+        raise refusal("a parameter with a shape", "a lazy one", "run one batch through the model first", name)
+    shape = f"shape {tuple(p.shape)}"
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise refusal("a real floating-point parameter", p.dtype, "leave it to another one", name)
+    if p.ndim < 2:
+        raise refusal("a matrix, a bank or a convolution", shape, "give it to AdamW", name)
+    if p.numel() == 0:
+        raise refusal("at least one element", shape, "leave it out", name)
+    if p.ndim == 3 and group["flatten"] is None:
+        raise refusal("flatten=False for a bank of matrices or flatten=True for a 1-D convolution", f"{shape} without",
+                      "say which in its group", name)
+    if group["split_mantissa"] and p.dtype != torch.bfloat16:
+        raise refusal("torch.bfloat16 for split_mantissa", p.dtype, "turn that off for this group", name)
+    rows, split = as_bank(p, group["flatten"]).size(1), group["split"]
+    if split is not None and (rows % split if isinstance(split, int) else sum(split) != rows):
+        raise refusal(f"a split of its {rows} rows", split, "change it for this group", name)
 
 
-def from_torch(settings: dict) -> dict:
-    """torch.optim.Muon's names for the same settings, ours first; its adjust_lr_fn=None means original, and eps, which
-    would make the result depend on the gradient's scale, has no use here."""
-    renamed = {key: value for key, value in settings.items() if key not in TORCH_NAMES}
-    if "ns_coefficients" in settings:
-        renamed.setdefault("coefficients", (tuple(settings["ns_coefficients"]),))
-    if "adjust_lr_fn" in settings:
-        renamed.setdefault("adjust_lr", settings["adjust_lr_fn"] or "original")
-    return renamed
-
-
-def for_torch(group: dict) -> dict:
-    """What torch.optim.Muon reads from a saved group. It has one triple for all steps and no "spectral"."""
-    triples = COEFFICIENTS["jordan"][1] if isinstance(group["coefficients"], str) else group["coefficients"]
-    return {**group, "ns_coefficients": triples[-1], "adjust_lr_fn": group["adjust_lr"] or "none", "eps": 1e-7}
-
-
-def fuse(function):
+def fuse(function: Callable) -> Callable:
     """Compile once per shape. Numbers enter as tensors: a number would be compiled in, anew for every value."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     fused = torch.compile(function, dynamic=False, fullgraph=True)
-    return lambda *args: fused(*(torch.tensor(x, dtype=torch.float32) if isinstance(x, float) else x for x in args))
+
+    def call(*args):
+        return fused(*(torch.tensor(x, dtype=torch.float32) if isinstance(x, float) else x for x in args))
+    return call
 
 
-def rebuild(kind: type, groups: list[dict], options: dict, state: dict, skipped) -> "Muon":
-    """From a pickle."""
-    optimizer = kind(groups, **options)
-    optimizer.load_state_dict(state)
-    optimizer._skipped = skipped
-    return optimizer
+def finite_only(O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+    """Return O with zeros where the iteration has overflowed, and ok without these."""
+    finite = torch.linalg.vector_norm(O.flatten(1), dim=1).isfinite()
+    if may_read(O) and bool(finite.all()):
+        return O, ok
+    return torch.where(finite[:, None, None], O, 0), ok & finite
+
+
+FUSED = momentum_update, orthogonalize, finite_only, normalize_variance, decay_and_step, step_master
 
 
 class Muon(torch.optim.Optimizer):
     """Muon over the ranks of `process_group` (default: all ranks; one process needs no torch.distributed at all).
 
-    Settings of a group, which may change between steps: lr (a number or a 0-D tensor), momentum, nesterov,
-    weight_decay, ns_steps, coefficients, adjust_lr, cautious, normuon_beta2 (None: off), and split_mantissa (the owner
-    of a bf16 parameter keeps 16 more bits, so that the weights are fp32 in truth; bf16 weights travel, not updates).
-    Settings of a group that stay: split (a matrix is that many blocks of rows, or blocks of these rows: query, key and
-    value, or heads, each orthogonalized and scaled by itself), flatten (a 3-D parameter is one matrix (o, i k), as a
-    1-D convolution), ns_form (see `gram_pays`). torch.optim.Muon's names ns_coefficients, adjust_lr_fn, eps are taken.
-    ns_dtype: of the iteration, default `iteration_dtype`; what is gathered is fp32 for fp32, else bf16.
+    Settings of a group, which may change between steps, the first with the names and order of torch.optim.Muon:
+    lr (a number or a 0-D tensor), weight_decay, momentum, nesterov, ns_coefficients (a name in COEFFICIENTS, one
+    (a, b, c), or one per step), eps (norm below which an update shrinks with its gradient; 0: never), ns_steps,
+    adjust_lr_fn (see ADJUST_LR), cautious, normuon_beta2 (None: off), and split_mantissa (the owner of a bf16 parameter
+    keeps 16 more bits, so that the weights are fp32 in truth; bf16 weights travel, not updates).
+    Settings of a group that say what its matrices are: split (a matrix is that many blocks of rows, or blocks of these
+    rows: query, key and value, or heads, each orthogonalized and scaled by itself), flatten (a 3-D parameter is one
+    matrix (o, i k), as a 1-D convolution, or a bank), ns_form (see `gram_pays`).
+    ns_dtype: of the iteration; None: bf16 where there are units for it, else fp32 (a CPU without), the same on all
+    ranks. Gradients of low rank (LoRA) lose their digits in bf16: ask for torch.float32. What is gathered is fp32 for
+    fp32, else bf16.
     sync_grads: gradients differ per rank and the optimizer averages them, in bf16 for a bucket of bf16 parameters, else
     in fp32. Without it they must already be equal on all ranks, as DDP leaves them. p.grad is read, never written.
-    bucket_mb: fp32 megabytes per rank and bucket, which also bounds the working memory: two exchanges are in flight at most.
-    deterministic: one matrix per call, so that the bits do not depend on the number of ranks or buckets.
-    compile: fuse the update functions with torch.compile. symmetric: a kernel like `symmetric_product`."""
+    replicate_state: all ranks keep all state, not its owner alone, so that every rank can save and load by itself.
+    bucket_mb: fp32 megabytes per rank and bucket, which also bounds the working memory: two exchanges are in flight at
+    most. deterministic: one matrix per call, so that the bits do not depend on the number of ranks or buckets.
+    compile: fuse the update functions with torch.compile. symmetric: a kernel like `symmetric_product`.
 
-    def __init__(self, params, lr=0.02, weight_decay=0.0, momentum=0.95, nesterov=True, *, ns_steps=5,
-                 coefficients="polar", adjust_lr="original", cautious=False, normuon_beta2=None, split_mantissa=False,
-                 split=None, flatten=False, ns_form="auto", ns_dtype=None, process_group=None, sync_grads=False,
-                 bucket_mb=16, deterministic=False, compile=False, symmetric=symmetric_product, **torch_names):
-        expect(ns_dtype in (None, torch.bfloat16, torch.float16, torch.float32) and bucket_mb > 0, "expected ns_dtype None, "
-               "torch.bfloat16, torch.float16 or torch.float32 and bucket_mb above 0", f"{ns_dtype} and {bucket_mb}",
-               "leave both out for the defaults")
-        unknown = sorted(torch_names.keys() - set(TORCH_NAMES))
-        expect(not unknown, "expected settings of Muon", unknown, "see its docstring", TypeError)
-        self.options = dict(ns_dtype=ns_dtype, process_group=process_group, sync_grads=sync_grads, bucket_mb=bucket_mb,
-                            deterministic=deterministic, compile=compile, symmetric=symmetric)
-        vars(self).update(self.options)
+    optimizer.state holds each momentum_buffer in full shape at one process or with replicate_state; else a rank's share."""
+
+    def __init__(self, params: Iterable, lr: float | Tensor = 0.02, weight_decay: float = 0.0, momentum: float = 0.95,
+                 nesterov: bool = True, ns_coefficients: str | Sequence = "polar", eps: float = 0.0, ns_steps: int = 5,
+                 adjust_lr_fn: str | None = None, *, cautious: bool = False, normuon_beta2: float | None = None,
+                 split_mantissa: bool = False, split: int | Sequence[int] | None = None, flatten: bool | None = None,
+                 ns_form: str = "auto", ns_dtype: torch.dtype | None = None, process_group=None,
+                 sync_grads: bool = False, replicate_state: bool = False, bucket_mb: float = 16,
+                 deterministic: bool = False, compile: bool = False, symmetric: Callable = symmetric_product):
+        if isinstance(params, torch.nn.Module):
+            raise refusal("parameters", "a module", "pass model.parameters(), or what split_params(model) proposes",
+                          error=TypeError)
+        if ns_dtype not in (None, torch.bfloat16, torch.float16, torch.float32) or not bucket_mb > 0:
+            raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32 and bucket_mb above 0",
+                          f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
+        self.ns_dtype, self.process_group, self.sync_grads = ns_dtype, process_group, sync_grads
+        self.replicate_state, self.bucket_mb, self.deterministic = replicate_state, bucket_mb, deterministic
+        self.compile, self.symmetric = compile, symmetric
         self.world_size, self.rank = world_and_rank(process_group)
-        expect(self.rank >= 0, "expected a process_group that this rank belongs to", "another",
-               "build the optimizer on the ranks of the group only")
-        self.buckets, self.plans, self._names, self._consolidated, self._skipped, self._fsdp = [], [], {}, None, 0, None
-        for function in (momentum_update, orthogonalize, normalize_variance, decay_and_step, step_master):
-            setattr(self, f"_{function.__name__}", fuse(function) if compile else function)
+        if self.rank < 0:
+            raise refusal("a process_group that this rank belongs to", "another",
+                          "build the optimizer on the ranks of the group only")
+        self._skipped, self._version, self._whole = 0, 0, True
+        self._reset()
         super().__init__(params, dict(
-            lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, ns_steps=ns_steps,
-            coefficients=coefficients, adjust_lr=adjust_lr, cautious=cautious, normuon_beta2=normuon_beta2,
-            split_mantissa=split_mantissa, split=split, flatten=flatten, ns_form=ns_form) | from_torch(torch_names))
+            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients,
+            eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, cautious=cautious, normuon_beta2=normuon_beta2,
+            split_mantissa=split_mantissa, split=split, flatten=flatten, ns_form=ns_form))
         self._lay_out()
 
-    def __reduce__(self):
-        return rebuild, (type(self), self.param_groups, self.options, self.state_dict(), self._skipped)
+    def _reset(self) -> None:
+        """Set up what a copy does not take along."""
+        self.buckets, self.placements = [], []
+        self._names, self._shares, self._seen = {}, {}, []
+        self._fingerprint, self._digest, self._started = None, 0, False
+        for function in FUSED:
+            setattr(self, f"_{function.__name__}", fuse(function) if self.compile else function)
+
+    def __getstate__(self) -> dict:
+        self._expect_whole_state()
+        left = {"step", "buckets", "placements"}  # a scheduler puts a step of its own into the instance
+        left |= {f"_{function.__name__}" for function in FUSED}
+        kept = {key: value for key, value in vars(self).items() if key not in left and not key.startswith("_optimizer_")}
+        group = self.process_group
+        return kept | {"process_group": None if group is None else group.group_name}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "process_group" in state:  # a copy, not a load
+            self.process_group = group_named(state["process_group"])
+            self._reset()
 
     @property
     def skipped(self) -> int:
-        """Units skipped so far for want of a finite gradient, over all steps and ranks (but only this rank's own units of
-        banks that are sharded by matrices). Reading it waits."""
+        """Units skipped so far for want of a finite gradient or update, over all steps and ranks (but only this rank's
+        own units of banks that are sharded by matrices). Reading it waits."""
         return int(self._skipped)
 
-    def _check_world(self) -> None:
-        found, _ = world_and_rank(self.process_group)
-        plain = any(type(bucket) is Bucket for bucket in self.buckets)
-        expect(found == self.world_size or not plain, f"expected a world of {self.world_size} as at construction", found,
-               "call torch.distributed.init_process_group first and build the optimizer after it")
+    # --- settings and parameters, and changes of them ---
 
     def add_param_group(self, group: dict) -> None:
         """Check and add a group. After construction all ranks call it together, as every unit is placed anew."""
-        number, names, group = len(self.param_groups), dict(self._names), {**self.defaults, **from_torch(group)}
-        check_settings(group, number)
-        expect(group["ns_form"] != "gram" or self.ns_dtype != torch.bfloat16, "expected fp16 or fp32 for the Gram form",
-               self.ns_dtype, "leave out ns_dtype")
-        expect(not isinstance(group["params"], set), "expected parameters in an order", "a set", "pass a list", TypeError)
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        dtypes = torch.float32, torch.bfloat16, torch.float16, torch.float64
-        split, given = group["split"], group.get("param_names") or [f"parameter {i} of group {number}" for i in
-                                                                    range(len(group["params"]))]
-        for name, p in zip(given, group["params"]):
-            name, p = p if isinstance(p, tuple) else (name, p)
-            shape = f"shape {tuple(p.shape)}"
-            for holds, expected, found, remedy in (
-                    (p.dtype in dtypes, "a real floating-point parameter", p.dtype, "leave it to another one"),
-                    (p.ndim >= 2, "a matrix, a bank or a convolution", shape, "give it to AdamW"),
-                    (p.numel() > 0, "at least one element", shape, "leave it out"),
-                    (p not in names, "each parameter once", "it again", "remove it here or there"),
-                    (p.dtype == torch.bfloat16 or not group["split_mantissa"], "torch.bfloat16 for split_mantissa",
-                     p.dtype, "turn that off for this group")):
-                expect(holds, f"{name}: expected {expected}", found, remedy)
-            rows = as_bank(p, group["flatten"]).size(1)
-            expect(split is None or (rows % split == 0 if isinstance(split, int) else sum(split) == rows),
-                   f"{name}: expected a split of its {rows} rows", f"{split}", "change it for this group")
-            names[p] = name
+        if isinstance(group["params"], set):
+            raise refusal("parameters in an order", "a set", "pass a list", error=TypeError)
+        unknown = sorted(key for key in group if key in ("coefficients", "adjust_lr"))
+        if unknown:
+            raise refusal("ns_coefficients and adjust_lr_fn", unknown, "use torch's names", error=TypeError)
+        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        number, group = len(self.param_groups), {**self.defaults, **group, "params": given}
+        group |= {key: checked(key, group[key], number) for key in RULES}
+        self._check_parameters([*self.param_groups, group])
         super().add_param_group(group)
-        before, self._names = self._names, names
         try:
             if self.buckets:
                 self._lay_out()
         except Exception:
             self.param_groups.pop()
-            self._names = before
             raise
 
-    def _facts(self, params: set[Tensor]) -> list[str]:
-        """What all ranks must have alike to share the work on some parameters."""
-        lines = [f"{key} {self.options[key]}" for key in ("ns_dtype", "sync_grads", "bucket_mb", "deterministic")]
+    def _check_parameters(self, groups: list[dict]) -> dict[Tensor, str]:
+        """Return the name of every parameter."""
+        names = {}
+        for number, group in enumerate(groups):
+            if group["ns_form"] == "gram" and self.ns_dtype == torch.bfloat16:
+                raise refusal("fp16 or fp32 for the Gram form", self.ns_dtype, "leave out ns_dtype")
+            known = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                name = known[i] if known else f"parameter {i} of group {number}"
+                name, p = p if isinstance(p, tuple) else (name, p)
+                check_parameter(name, p, group)
+                self._check_kind(name, p)
+                if p in names:
+                    raise refusal("each parameter once", "it again", "remove it here or there", name)
+                names[p] = name
+        return names
+
+    def _check_kind(self, name: str, p: Tensor) -> None:
+        if hasattr(p, "device_mesh"):
+            raise refusal("a plain tensor", "a DTensor", "use FsdpMuon of muon_extras/fsdp.py", name, TypeError)
+
+    def _check_settings(self) -> None:
+        """Check what was set since the last step; to see that nothing was takes microseconds."""
+        for number, group in enumerate(self.param_groups):
+            seen = self._seen[number]
+            for key in RULES:
+                if group.get(key) is not seen.get(key, seen):
+                    group[key] = seen[key] = checked(key, group.get(key, self.defaults[key]), number)
+
+    def _print(self) -> list:
+        """Return what a layout depends on, to be compared at every step."""
+        return [[*((id(p), p.shape, p.dtype, p.device) for p in group["params"]), *(group[key] for key in SHAPING)]
+                for group in self.param_groups]
+
+    def _facts(self) -> list[str]:
+        """Return what all ranks must have alike to share the work."""
+        return self._facts_of({p for group in self.param_groups for p in group["params"]})
+
+    def _facts_of(self, params: set[Tensor]) -> list[str]:
+        lines = [f"{key} {getattr(self, key)}" for key in
+                 ("ns_dtype", "sync_grads", "replicate_state", "bucket_mb", "deterministic")]
         for i, group in enumerate(self.param_groups):
-            mine = [f"{self._names[p]} of shape {tuple(p.shape)} in {p.dtype}" for p in group["params"] if p in params]
-            lines += [*(f"{key} {group[key]} of group {i}" for key in self.defaults if key in group), *mine] if mine else []
+            known = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
+            mine = [f"{name} of shape {tuple(p.shape)} in {p.dtype}" for name, p in zip(known, group["params"])
+                    if p in params]
+            lines += [*(f"{key} {group[key]} of group {i}" for key in RULES), *mine] if mine else []
         return lines
 
+    def _follow(self) -> None:
+        """Lay out anew if parameters or what shapes their matrices has changed since the last step."""
+        self._seen += [{} for _ in self.param_groups[len(self._seen):]]
+        self._check_settings()
+        self._check_world()
+        changed = self._print() != self._fingerprint
+        for group, device in self._exchanging().items():
+            self._agree_on_change(changed, group, device)
+        if changed:
+            self._lay_out()
+
+    def _check_world(self) -> None:
+        found, _ = world_and_rank(self.process_group)
+        if found != self.world_size and any(type(bucket) is Bucket for bucket in self.buckets):
+            raise refusal(f"a world of {self.world_size} as at construction", found, "call torch.distributed."
+                          "init_process_group first and build the optimizer after it")
+
+    def _exchanging(self) -> dict:
+        """Return {process group: device} of the ranks with whom this one exchanges anything."""
+        return {bucket.group: bucket.device for bucket in self.buckets if bucket.world_size > 1}
+
+    def _agree_on_change(self, changed: bool, group, device: torch.device) -> None:
+        """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose own
+        parameters are as before does not wait for a GPU's answer."""
+        mine = self._version + changed
+        versions = torch.tensor([mine, -mine], device=device)
+        dist.all_reduce(versions, op=dist.ReduceOp.MAX, group=group)
+        if (changed or device.type == "cpu") and int(versions[0]) != -int(versions[1]):
+            if device.type == "cpu":
+                expect_agreement(group, self._facts())
+            raise refusal("parameters that change on all ranks or on none", "a change on some only",
+                          "change param_groups alike on every rank", error=RuntimeError)
+
+    # --- the layout ---
+
     def _lay_out(self) -> None:
-        """Plan the units and cut them into buckets. State that exists already moves to its new owners."""
-        state, lanes, buckets, plans = self._gather_state(), {}, [], []
-        devices = sorted({p.device for p in self._names}, key=str)
-        expect(len(devices) > 0, "expected parameters", "none", "pass the hidden matrices")
-        expect(len(devices) == 1, "expected all parameters on one device", devices, "build one optimizer per device")
-        self.dtype = dtype = self.ns_dtype or iteration_dtype(devices[0])
-        self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # dtype of updates as all ranks receive them
+        """Place the units and cut them into buckets. What state there is stays with its parameter."""
+        for group in self.param_groups:
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+        names, lanes = self._check_parameters(self.param_groups), {}
+        devices = sorted({p.device for p in names}, key=str)
+        if not devices:
+            raise refusal("parameters", "none", "pass the hidden matrices")
+        if len(devices) > 1:
+            raise refusal("all parameters on one device", devices, "build one optimizer per device")
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                lanes.setdefault(self._lane(p, group), []).append((p, i, group))
+                lanes.setdefault(self._lane(p, group), []).append((p, i))
+        for (_, process_group), members in lanes.items():
+            expect_agreement(process_group, self._facts_of({p for p, _ in members}))
+        self._make_whole()
+        self.buckets, self.placements, self._names = [], [], names
         for (kind, process_group), members in lanes.items():
-            world_size, rank = world_and_rank(process_group)
-            expect_agreement(process_group, self._facts({p for p, _, _ in members}))
-            kind.announce([p for p, _, _ in members])
-            world_size, rank = (1, 0) if kind.alone else (world_size, rank)
-            units = [unit for p, i, group in members for unit in units_of(p, kind.part(p), i, group)]
-            costs = [self._cost(unit, dtype) for unit in units]
-            plans.append(plan_units(costs, [u.m * u.n for u in units], world_size, max(1, int(self.bucket_mb * 1e6 / 4))))
-            buckets += [kind(self, process_group, rank, [[units[u] for u in ids] for ids in bucket])
-                        for bucket in plans[-1].buckets]
-        buckets.sort(key=lambda bucket: bucket.alone)  # ranks may have unlike numbers of these: no exchange between them
-        self.buckets, self.plans = buckets, plans
-        self._scatter_state(state)
+            self._fill_buckets(kind, process_group, members)
+        self.buckets.sort(key=lambda bucket: bucket.alone)  # ranks may have unlike numbers of these: no exchange
+        self._share_out()
+        self._forget()
+        self._seen = [{key: group[key] for key in RULES} for group in self.param_groups]
+        self._fingerprint, self._version = self._print(), self._version + 1
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
-        """(kind of bucket, process group) for a parameter."""
-        if not hasattr(p, "device_mesh"):
-            return Bucket, self.process_group
-        try:
-            from muon_extras import fsdp as muon_fsdp
-        except ImportError:
-            expect(False, "expected muon_fsdp.py for DTensor parameters", "none", "put it beside muon.py", ImportError)
-        self._fsdp = muon_fsdp
-        return muon_fsdp.lane(p, group)
+        """Return (kind of bucket, process group) for a parameter."""
+        return Bucket, self.process_group
 
-    def _cost(self, unit: Unit, dtype: torch.dtype) -> int:
+    def _fill_buckets(self, kind: type[Bucket], process_group, members: list[tuple[Tensor, int]]) -> None:
+        kind.announce([p for p, _ in members])
+        dtype = self._agreed_dtype(process_group, members[0][0])
+        world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
+        units = [unit for p, i in members for unit in units_of(p, kind.part(p), i, self.param_groups[i])]
+        costs = [self.cost(unit, dtype) for unit in units]
+        placement = place_units(costs, [u.size for u in units], world_size, max(1, int(self.bucket_mb * 1e6 / 4)))
+        self.placements.append(placement)
+        for bucket in placement.buckets:
+            mine = [[units[u] for u in ids] for ids in bucket]
+            self.buckets.append(kind(self, process_group, rank, mine, dtype))
+
+    def _agreed_dtype(self, process_group, p: Tensor) -> torch.dtype:
+        """Return the dtype of the iteration: the default of all ranks, or fp32 where processors differ."""
+        if self.ns_dtype is not None:
+            return self.ns_dtype
+        mine = iteration_dtype(p.device)
+        alike = p.device.type != "cpu" or len(set(of_all_ranks(str(mine), process_group))) == 1
+        return mine if alike else torch.float32
+
+    def dtype_for(self, group: dict, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Return the dtype of the iteration for a group, in buckets whose default this dtype is."""
+        return iteration_dtype(device, "gram") if self.ns_dtype is None and group["ns_form"] == "gram" else dtype
+
+    def cost(self, unit: Unit, dtype: torch.dtype) -> int:
         group = self.param_groups[unit.group]
+        dtype = self.dtype_for(group, dtype, unit.param.device)
         return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram_pays(unit.m, unit.n, group["ns_form"], dtype))
 
     def rates(self, unit: Unit) -> tuple:
-        """The last arguments of `decay_and_step`."""
+        """Return the last arguments of `decay_and_step`."""
         group = self.param_groups[unit.group]
-        return (group["lr"] * ADJUST_LR[group["adjust_lr"]](unit.m, unit.n), group["lr"] * group["weight_decay"],
-                group["cautious"])
+        scale = ADJUST_LR[group["adjust_lr_fn"]](unit.m, unit.n)
+        return group["lr"] * scale, group["lr"] * group["weight_decay"], group["cautious"]
+
+    # --- state: self.state holds it, whole or this rank's share ---
+
+    def _divided(self) -> list[Bucket]:
+        """Return the buckets whose owners alone keep the state."""
+        return [bucket for bucket in self.buckets if type(bucket) is Bucket and bucket.world_size > 1
+                and not self.replicate_state]
+
+    def _share_out(self) -> None:
+        """Give the stacks that this rank owns their places in its shares: {parameter: None if it owns all units, else
+        (elements, numbers of second_moment)}."""
+        owned, held = {}, {}
+        for bucket in self._divided():
+            for owner, stacks in enumerate(bucket.stacks):
+                for stack in stacks:
+                    elements, numbers, units = owned.get(stack.unit.param, (0, 0, 0))
+                    held[stack.unit.param] = held.get(stack.unit.param, 0) + stack.count
+                    if owner == bucket.rank:
+                        stack.begin, stack.mark = elements, numbers
+                        elements, numbers = elements + stack.numel, numbers + stack.count * max(stack.shape[1:])
+                        units += stack.count
+                    owned[stack.unit.param] = elements, numbers, units
+        self._shares = {p: None if units == held[p] else (elements, numbers)
+                        for p, (elements, numbers, units) in owned.items()}
+
+    def _state_of(self, stack: Stack) -> dict[str, Tensor]:
+        p, group = stack.unit.param, self.param_groups[stack.unit.group]
+        state, views = self.state[p], {}
+        for key, dtype in state_kinds(group).items():
+            if key not in state:
+                share = self._shares.get(p)
+                shape = state_shape(key, p, group) if share is None else share[key == "second_moment"]
+                state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
+            views[key] = stack.state_view(key, state[key])
+        return views
+
+    def _keep_my_share(self) -> None:
+        """Let go of the state of units that others own, which a load or a consolidation has left here."""
+        for p in self._shares:
+            self.state[p]  # present on every rank, so that nobody takes the optimizer for a fresh one
+        if not (self._whole and self._divided()):
+            return
+        mine = {}
+        for bucket in self._divided():
+            for stack in bucket.stacks[bucket.rank]:
+                mine.setdefault(stack.unit.param, []).append((bucket, stack))
+        for p, share in self._shares.items():
+            if share is None or not self.state[p]:
+                continue
+            whole, self.state[p] = self.state[p], {}
+            for bucket, stack in mine.get(p, ()):
+                for key in whole.keys() & state_kinds(bucket.settings(stack)).keys():
+                    view = self._state_of(stack)[key]
+                    view.copy_(stack.state_view(key, whole[key]).reshape(view.shape))
+        self._whole = False
+
+    def _gather_state(self, to: int | None = None) -> dict[Tensor, dict[str, Tensor]]:
+        """Return the state of all owners in full shape per parameter, on rank `to` or (None) on all."""
+        found = {}
+        for bucket in self._divided():
+            for owner, stacks in enumerate(bucket.stacks):
+                for stack in stacks:
+                    parts, p = bucket.fetch_state(stack, owner), stack.unit.param
+                    for key, part in parts.items() if to in (None, self.rank) else ():
+                        whole = found.setdefault(p, {})
+                        if key not in whole:
+                            whole[key] = part.new_empty(state_shape(key, p, bucket.settings(stack)))
+                        view = stack.state_view(key, whole[key])
+                        view.copy_(part.view(view.shape))
+        return found
+
+    @torch.no_grad()
+    def _make_whole(self, to: int | None = None) -> None:
+        if self._divided():
+            self.state.update(self._gather_state(to))
+            self._whole = self._whole or to in (None, self.rank)
+
+    def _forget(self) -> None:
+        """Drop the state of parameters that have left, and what no longer fits one."""
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        for p in [p for p in self.state if p not in groups]:
+            del self.state[p]
+        for p, state in self.state.items() if self._whole else ():
+            for key in state.keys() & state_kinds(groups[p]).keys():
+                if tuple(state[key].shape) != state_shape(key, p, groups[p]):
+                    warnings.warn(f"Muon: {self._names[p]}: its {key} of shape {tuple(state[key].shape)} no longer fits "
+                                  f"shape {tuple(p.shape)}; it starts at zero")
+                    del state[key]
+                elif state[key].device != p.device:
+                    state[key] = state[key].to(p.device)
+
+    def _expect_whole_state(self) -> None:
+        if self._divided() and not self._whole:
+            raise refusal("the state of all ranks", "this rank's share only", "call consolidate_state_dict() on every "
+                          "rank after the last step, and then state_dict()", error=RuntimeError)
+
+    def consolidate_state_dict(self, to: int | None = None) -> None:
+        """Bring the state of all owners to all ranks, or to rank `to`, until the next step. All ranks call it."""
+        self._check_world()
+        self._make_whole(to)
+
+    def state_dict(self) -> dict:
+        """Return torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full shape}}. The
+        state of DTensor parameters is DTensors."""
+        self._expect_whole_state()
+        self._forget()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon. Hooks run
+        as torch runs them; torch itself would round fp32 state to the dtype of its parameter, so it loads no state."""
+        loaded = {}
+
+        def take_state(_, hooked: dict) -> dict:
+            groups = self._merged_groups(hooked["param_groups"])
+            loaded.update(self._checked_state(hooked["state"], hooked["param_groups"], groups))
+            return {**hooked, "state": {}, "param_groups": groups}
+
+        def put_state(_) -> None:
+            self.state.update(loaded)
+            self._whole = True
+        handles = [self.register_load_state_dict_pre_hook(take_state),
+                   self.register_load_state_dict_post_hook(put_state, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _merged_groups(self, saved: list[dict]) -> list[dict]:
+        """Return saved groups with what they lack, and with what shapes the state, from ours."""
+        expected, found = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved))
+        if found != expected:
+            raise refusal(f"groups of {expected} parameters", found, "load a checkpoint of this model")
+        groups = []
+        for number, (theirs, ours) in enumerate(zip(saved, self.param_groups)):
+            known = {key: ours.get(key, default) for key, default in self.defaults.items()}
+            groups.append(known | theirs | {key: known[key] for key in SHAPING})
+            groups[-1] |= {key: checked(key, groups[-1][key], number) for key in RULES}
+            names = ours.get("param_names") or ()
+            for name, other in zip(names, theirs.get("param_names") or ()):
+                if other != name and other in names:  # other names may be the same model, wrapped
+                    raise refusal(name, f"{other} in its place", "build the optimizer with its parameters in the order "
+                                  "of the checkpoint", f"group {number}")
+        return groups
+
+    def _checked_state(self, state: dict, saved: list[dict], groups: list[dict]) -> dict[Tensor, dict]:
+        """Return the state of each parameter as it is kept."""
+        found, kinds = {}, set().union(*state.values())
+        for theirs, ours, group in zip(saved, self.param_groups, groups):
+            for i, p in zip(theirs["params"], ours["params"]):
+                given = dict(state.get(i, {}))
+                for key, dtype in state_kinds(group).items():
+                    if key in kinds and key not in given:
+                        raise refusal(f"a {key}", "none, though others have one", "save the state of all ranks, see "
+                                      "consolidate_state_dict()", self._names[p])
+                    if key in given:
+                        self._check_saved(key, given[key], p, group)
+                        given[key] = self._adopt(key, given[key], dtype, p, group)
+                if given:
+                    found[p] = given
+        return found
+
+    def _check_saved(self, key: str, value, p: Tensor, group: dict) -> None:
+        real = isinstance(value, Tensor) and not value.is_complex()
+        shape = tuple(value.shape) if real else f"{type(value).__name__}, {getattr(value, 'dtype', 'no tensor')}"
+        expected = state_shape(key, p, group)
+        if shape != expected:
+            raise refusal(f"a {key} of shape {expected}", shape, "load a checkpoint of this model", self._names[p])
+
+    def _adopt(self, key: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
+        """Return a copy of saved state as a parameter keeps it."""
+        return whole(value).to(p.device, dtype, copy=True).contiguous()
+
+    # --- the step ---
 
     @torch.no_grad()
     def start(self) -> None:
-        """With sync_grads: begin to average the gradients of the first two buckets and return at once. step() calls it if
-        nobody has."""
-        self._check_world()
+        """With sync_grads: begin to average the gradients of the first two buckets and return at once. step() calls it
+        if nobody has."""
+        if not self._started:
+            self._follow()
+            self._keep_my_share()
+            self._started = True
         for bucket in self.buckets[:2] if self.sync_grads else ():
             bucket.start()
 
     @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        for number, group in enumerate(self.param_groups):
-            check_settings(group, number)  # they may change between steps
+    def step(self, closure: Callable | None = None):
+        """Move the weights once. closure: computes gradients, and the loss that is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self.start()
-        self._consolidated, sent = None, deque()
-
-        def room_for(more):  # at most two exchanges are in flight
-            return sum(bucket.pending is not None for bucket in self.buckets) + len(sent) + more <= 2
+        self._check_settings()  # they may have changed since an early start
+        sent = deque()
         try:
             for i, bucket in enumerate(self.buckets):
                 bucket.start()
-                bucket.receive()                                # 1: my gradients are here, those of the next bucket
-                for following in self.buckets[i + 1:i + 2]:     # get under way;
-                    following.start()
-                results = bucket.update()                       # 2: update what I own,
-                while not room_for(1):
-                    self._skipped += sent.popleft().apply()     # 3: apply the bucket before,
-                bucket.send(results)                            # 4: and send mine off while the next is computed
+                bucket.receive()                             # 1: receive my gradients,
+                for following in self.buckets[i + 1:i + 2]:
+                    following.start()                        # 2: start the next bucket,
+                results = bucket.update()                    # 3: update what I own,
+                while sent and self._flying() + len(sent) >= 2:
+                    self._skipped += sent.popleft().apply()  # 4: apply what has arrived,
+                bucket.send(results)                         # 5: send mine; two exchanges are in flight at most
                 sent.append(bucket)
                 while len(sent) >= min(2, bucket.world_size):
                     self._skipped += sent.popleft().apply()
             while sent:
                 self._skipped += sent.popleft().apply()
         finally:
+            self._started = False
             for bucket in self.buckets:  # after an error nothing of this step may enter the next
                 bucket.pending = bucket.received = bucket.sent = None
         return loss
 
-    def _keepers(self) -> list[Bucket]:
-        """Buckets whose owners keep the state; that of DTensor parameters lies in self.state."""
-        return [bucket for bucket in self.buckets if bucket.owners_keep_state]
+    def _flying(self) -> int:
+        return sum(bucket.pending is not None for bucket in self.buckets)
 
-    @torch.no_grad()
-    def _gather_state(self, to: int | None = None) -> dict[Tensor, dict[str, Tensor]]:
-        state = {}
-        for bucket in self._keepers():
-            bucket.gather_state(to, state)
-        if self._fsdp:
-            self._fsdp.gather_state(self, state)
-        return state
 
-    @torch.no_grad()
-    def _scatter_state(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
-        for bucket in self._keepers():
-            bucket.scatter_state(state)
-        if self._fsdp:
-            self._fsdp.scatter_state(self, state)
-
-    def consolidate_state_dict(self, to: int | None = None) -> None:
-        """Bring the state of all owners to all ranks, or to rank `to`, for the next state_dict(). All ranks call it."""
-        self._check_world()
-        state = self._gather_state(to)
-        self._consolidated = state if to in (None, self.rank) else None
-
-    def state_dict(self) -> dict:
-        """torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full shape, ...}}; what
-        torch.optim.Muon reads is in it too. The state of DTensor parameters is DTensors."""
-        alone = all(bucket.world_size == 1 for bucket in self._keepers())
-        expect(alone or self._consolidated is not None, "expected the state of all ranks", "this rank's share only",
-               "call consolidate_state_dict() on every rank after the last step, and then state_dict()", RuntimeError)
-        kept = dict(self.state)
-        self.state.update(self._consolidated or self._gather_state())
-        try:
-            saved = super().state_dict()
-            return {**saved, "param_groups": [for_torch(group) for group in saved["param_groups"]]}
-        finally:
-            self.state.clear()
-            self.state.update(kept)
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon."""
-        groups, state, saved = [], {}, state_dict["param_groups"]
-        found, kinds = [len(group["params"]) for group in saved], set().union(*state_dict["state"].values())
-        expect(found == [len(group["params"]) for group in self.param_groups], "expected groups of "
-               f"{[len(group['params']) for group in self.param_groups]} parameters", found, "load a checkpoint of this model")
-        for number, (theirs, ours) in enumerate(zip(saved, self.param_groups)):
-            settings = {key: ours[key] for key in self.defaults if key in ours} | from_torch(theirs)
-            groups.append(settings | {key: ours[key] for key in ("split", "flatten", "ns_form")})  # these shape the state
-            check_settings(groups[-1], number)
-            known = ours.get("param_names") or ()  # other names may be the same model, wrapped
-            for name, other in zip(known, theirs.get("param_names") or ()):
-                expect(other == name or other not in known, f"group {number}: expected {name}", f"{other} in its place",
-                       "build the optimizer with its parameters in the order of the checkpoint")
-            for i, p in zip(theirs["params"], ours["params"]):
-                state[p] = dict(state_dict["state"].get(i, {}))
-                for key in (key for key in state_kinds(groups[-1]) if key in kinds):
-                    expect(key in state[p], f"{self._names[p]}: expected a {key}", "none, though others have one",
-                           "save the state of all ranks, see consolidate_state_dict()")
-                    if hasattr(state[p][key], "device_mesh") and not hasattr(p, "device_mesh"):
-                        state[p][key] = whole(state[p][key])
-                    value, expected = state[p][key], state_shape(key, p, groups[-1])
-                    real = isinstance(value, Tensor) and not value.is_complex()
-                    found = tuple(value.shape) if real else f"{type(value).__name__}, {getattr(value, 'dtype', 'no tensor')}"
-                    expect(found == expected, f"{self._names[p]}: expected a {key} of shape {expected}", found,
-                           "load a checkpoint of this model")
-        kept = dict(self.state)
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})  # torch would round fp32 to bf16
-        self.state.update(kept)
-        self._scatter_state(state)
-        self._consolidated = None
+def whole(x: Tensor) -> Tensor:
+    """Return the full tensor of a DTensor, a collective; anything else as it is. No backend sends int16."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    return x.int().full_tensor().short() if x.dtype == torch.int16 else x.full_tensor()

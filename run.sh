@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
 # Does all set-up and trains: ./run.sh [--track=NAME] [--field=value ...]; ./run.sh --help tells the rest.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # sh run.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+script=${BASH_SOURCE[0]}
+while [[ -L $script ]]; do  # a symbolic link to it; macOS has no readlink -f
+    target=$(readlink "$script")
+    [[ $target == /* ]] || target=$(dirname "$script")/$target
+    script=$target
+done
+cd "$(dirname "$script")"
 # shellcheck source=tools/setup.sh
 source ./tools/setup.sh
 
@@ -18,6 +25,7 @@ environment:
   PYTHON                the Python to use, 3.10 or newer (default: python3)
   NPROC                 ranks, one process each (default: one per GPU; without a GPU 2, or 1 on a single core)
   OMP_NUM_THREADS       threads of each rank (default: cores / ranks)
+  GOMP_SPINCOUNT        rounds that an idle thread spins before it sleeps (default: 1000)
   CUDA_VISIBLE_DEVICES  GPUs to use; set it empty to train on the CPU
   DATA_PATH             folder in which data/shakespeare and data/fineweb10B lie (default: the repository); with
                         --train_files=... of your own nothing is downloaded

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Does all set-up for the tests and runs them; arguments go to pytest: ./test.sh -k muon
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # sh test.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=tools/setup.sh

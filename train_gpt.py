@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 # Growing segments instead of fixed blocks: stages change the sequence length, which would fragment a GPU's
@@ -921,8 +921,9 @@ class Run:
         self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.compiled)
         if groups["muon"]:
             self.muon = Muon(
-                groups["muon"], coefficients=cfg.coefficients, cautious=cfg.cautious,
-                normuon_beta2=cfg.normuon_beta2 or None, split_mantissa=kernels.dtype == torch.bfloat16,
+                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype, cautious=cfg.cautious,
+                flatten=False, normuon_beta2=cfg.normuon_beta2 or None,
+                split_mantissa=kernels.dtype == torch.bfloat16,
                 sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
 
     def facts(self) -> list[str]:
@@ -943,10 +944,10 @@ class Run:
     def muon_facts(self) -> list[str]:
         if self.muon is None:
             return []
-        plan, = self.muon.plans
-        matrices = sum(len(units) for bucket in plan.buckets for units in bucket)
-        return [f"Muon: {matrices} matrices in {len(plan.buckets)} buckets over {self.rt.world} ranks, "
-                f"planned balance {plan.efficiency:.3f}"]
+        placement, = self.muon.placements
+        matrices = sum(len(units) for bucket in placement.buckets for units in bucket)
+        return [f"Muon: {matrices} matrices in {len(placement.buckets)} buckets over {self.rt.world} ranks, "
+                f"planned balance {placement.efficiency:.3f}"]
 
     # A step
 

@@ -1,16 +1,15 @@
-"""What each technique is worth: the trainer with one of them off, and with some that it does not have, trained on the same
-tokens, over several seeds.
+"""What each technique is worth: the trainer with one of them off, trained on the same tokens, over several seeds.
 
-    python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=2] [--only NAME ...]    train what OUT.jsonl lacks
-    python -m bench.ablate time OUT.jsonl [--rounds=12]                                     the time of a step, in turns
-    python -m bench.ablate table OUT.jsonl [--page=bench/ABLATION.md]                       the table, or the page around it
+    python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=2] [--only NAME ...]    what OUT.jsonl lacks
+    python -m bench.ablate time OUT.jsonl [--rounds=12]                                  the time of a step, in turns
+    python -m bench.ablate table OUT.jsonl [--page=bench/ABLATION.md]                    the table, or the page around it
 
 OUT.jsonl gets a line for every run and every timing, so an interrupted sweep goes on where it stopped. A run is the
-trainer's own class, one process with one thread, without its warm-up and with one validation, at the end. The step time is
-that of two threads in one process, all variants in turns, so that what disturbs the machine disturbs all alike.
+trainer's own class, one process with one thread, without its warm-up and with one validation, at the end. The step time
+is that of two threads in one process, all variants in turns, so that what disturbs the machine disturbs all alike.
 
-Equal tokens compares the final losses of runs of as many steps. Equal time adds to a variant's loss what the steps that its
-speed gains or loses are worth, by the slope between the runs "10 % fewer steps" and "10 % more steps".
+Equal tokens compares the final losses of runs of as many steps. Equal time adds to a variant's loss what the steps that
+its speed gains or loses are worth, by the slope between the runs "10 % fewer steps" and "10 % more steps".
 """
 import argparse
 import json
@@ -28,12 +27,12 @@ import scipy.stats
 import torch
 
 from bench.page import write_page
-from bench.tried import TRIED
 from data.errors import RunError, UsageError
 from engine.ranks import Runtime
-from train_gpt import TRACKS, Config, Run, parse_config
+from train_gpt import Config, Run, parse_config
 
 BASE, FEWER, MORE = "all on", "10 % fewer steps", "10 % more steps"
+BASE_SEEDS = 3  # times as many runs of the trainer as it is: every difference is one from it
 OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "Muon (AdamW for everything)": "--optimizer=adamw --cautious=off --warmup_steps=25",
     "Polar Express (Jordan's coefficients)": "--coefficients=jordan",
@@ -67,31 +66,45 @@ OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "backout": "--backout=off",
     "skip": "--skip=",
 }
-
-
 ALL = "all of them (with AdamW)"
+ONE_OF_TWO = {  # what the others leave nothing of, or turn off otherwise
+    "Polar Express (Jordan's coefficients)", "untying (always tied)", "Muon's decay", "bigram signs", "YaRN"}
 
 
-def variants(steps: int) -> dict[str, tuple[type[Run], list[str]]]:
-    """name -> (kind of run, changed settings, as on the command line)."""
-    one_of_two = "Polar Express (Jordan's coefficients)", "untying (always tied)", "Muon's decay", "bigram signs", "YaRN"
-    everything = " ".join(settings for name, settings in OFF.items() if name not in one_of_two)
-    settings = {BASE: "", FEWER: f"--train_steps={round(0.9 * steps)}", MORE: f"--train_steps={round(1.1 * steps)}", **OFF,
-                ALL: everything}
-    return {name: (kind, changes.split()) for name, (kind, changes) in
-            {**{name: (Run, changes) for name, changes in settings.items()}, **TRIED}.items()}
+def variants(steps: int) -> dict[str, list[str]]:
+    """Return the changed settings of each variant, as on the command line."""
+    everything = " ".join(settings for name, settings in OFF.items() if name not in ONE_OF_TWO)
+    lengths = {FEWER: f"--train_steps={round(0.9 * steps)}", MORE: f"--train_steps={round(1.1 * steps)}"}
+    return {name: settings.split() for name, settings in {BASE: "", **lengths, **OFF, ALL: everything}.items()}
 
 
-def config(track: str, steps: int, settings: list[str], seed: int) -> Config:
+def config(steps: int, settings: list[str], seed: int) -> Config:
     _, changes = parse_config([f"--train_steps={steps}", f"--val_every={10**9}", f"--seed={seed}", *settings])
-    return Config.for_track(track, **changes)
+    return Config.for_track("shakespeare", **changes)
 
 
-def train(job: tuple[str, str, int, int]) -> dict:
-    """Train once, in a process of its own."""
-    track, name, steps, seed = job
-    kind, settings = variants(steps)[name]
-    run = kind(config(track, steps, settings, seed), Runtime())
+# ------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row | dict(commit=commit())) + "\n")
+
+
+def train(job: tuple[str, list[str], int, int]) -> dict:
+    """Train once, in a process of its own. job: name of the variant, its settings, steps, seed."""
+    name, settings, steps, seed = job
+    run = Run(config(steps, settings, seed), Runtime())
     start = time.perf_counter()
     try:
         while run.step < run.cfg.train_steps:
@@ -101,41 +114,31 @@ def train(job: tuple[str, str, int, int]) -> dict:
         loss = math.nan
         print(f"{name}, seed {seed}: {error}", file=sys.stderr)
     return dict(variant=name, settings=settings, seed=seed, steps=run.cfg.train_steps, loss=round(loss, 5),
-                seconds=round(time.perf_counter() - start, 1), commit=commit())
+                seconds=round(time.perf_counter() - start, 1))
 
 
-def commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True)
-    return found.stdout.strip()
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def run(options) -> int:
-    """Seed by seed, so that what is there at any time is balanced; of the trainer as it is, several times as many."""
+def run_all(options) -> None:
+    """Train seed by seed, so that what is there at any time is balanced."""
     done = {(row["variant"], row["seed"]) for row in read(options.out) if "loss" in row}
-    seeds = {name: options.seeds * (options.base if name == BASE else 1) for name in variants(options.steps)}
-    jobs = [(options.track, name, options.steps, seed) for seed in range(max(seeds.values())) for name in seeds
-            if seed < seeds[name] and (name, seed) not in done and (not options.only or name in options.only)]
+    jobs = [(name, settings, options.steps, seed) for seed in range(options.seeds * BASE_SEEDS)
+            for name, settings in variants(options.steps).items()
+            if (seed < options.seeds or name == BASE) and (name, seed) not in done
+            and (not options.only or name in options.only)]
     print(f"{len(jobs)} runs to do, {len(done)} done", file=sys.stderr)
     os.environ["OMP_NUM_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
         for row in pool.imap_unordered(train, jobs):
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{row['variant']}, seed {row['seed']}: {row['loss']:.4f} in {row['seconds']:.0f} s", file=sys.stderr)
-    return 0
+            append(options.out, row)
+            print("{variant}, seed {seed}: {loss:.4f} in {seconds:.0f} s".format(**row), file=sys.stderr)
 
 
-def measure(options) -> int:
-    """The trainers of all variants side by side in memory; each takes a few steps in every round."""
+def time_all(options) -> None:
+    """Hold the runs of all variants in memory; each takes six steps, two in each stage, in every round."""
     torch.set_num_threads(2)
-    runs = {name: kind(config(options.track, options.steps, settings, 0), Runtime())
-            for name, (kind, settings) in variants(options.steps).items()
+    runs = {name: Run(config(options.steps, settings, 0), Runtime())
+            for name, settings in variants(options.steps).items()
             if name not in (FEWER, MORE) and (not options.only or name in (BASE, *options.only))}
-    places = [options.steps * k // 6 for k in (1, 3, 5)]  # stages differ in windows and targets
+    places = [options.steps * k // 6 for k in (1, 3, 5)]
     seconds = defaultdict(list)
     for turn in range(options.rounds + 1):  # the first does not count
         for name, run in runs.items():
@@ -144,36 +147,45 @@ def measure(options) -> int:
                 run.step = place
                 run.loader.load_state_dict({**run.loader.state_dict(), "step": place})
                 start = time.perf_counter()
-                for _ in range(2):
-                    run.train_step()
+                run.train_step()
+                run.train_step()
                 spent += time.perf_counter() - start
             if turn:
                 seconds[name].append(spent / 6)
-    with options.out.open("a") as file:
-        for name, values in seconds.items():
-            ratio = [value / base for value, base in zip(values, seconds[BASE])]
-            file.write(json.dumps(dict(variant=name, ms=[round(1000 * v, 2) for v in values], rounds=options.rounds,
-                                       ratio=round(statistics.median(ratio), 4), threads=2, commit=commit())) + "\n")
-    return 0
+    for name, values in seconds.items():
+        ratio = statistics.median(value / base for value, base in zip(values, seconds[BASE]))
+        append(options.out, dict(variant=name, ms=[round(1000 * v, 2) for v in values], rounds=options.rounds,
+                                 ratio=round(ratio, 4), threads=2))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
 
 
 def differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[float]], float, int]:
-    """(variant -> its loss minus the trainer's at each seed that both have, standard deviation of such a difference around its
-    variant's mean over all variants, degrees of freedom). A seed's first weights are better or worse for all variants alike, so
-    that pairs tell more than means; and one spread of all pairs more than that of two."""
-    found = {name: [loss - losses[BASE][seed] for seed, loss in runs.items() if seed in losses[BASE] and math.isfinite(loss)]
-             for name, runs in losses.items() if name != BASE}
+    """Return (variant -> its loss minus the trainer's at each seed that both have, standard deviation of such a
+    difference around its variant's mean, degrees of freedom).
+
+    A seed's first weights are better or worse for all variants alike, so that pairs tell more than means; and one
+    spread of all pairs tells more than that of two.
+    """
+    found = {}
+    for name, runs in losses.items():
+        if name != BASE:
+            seeds = [seed for seed, loss in runs.items() if seed in losses[BASE] and math.isfinite(loss)]
+            found[name] = [runs[seed] - losses[BASE][seed] for seed in seeds]
     squares = [(d - statistics.mean(ds)) ** 2 for ds in found.values() for d in ds]
     free = sum(len(ds) - 1 for ds in found.values() if ds)
     return found, math.sqrt(sum(squares) / free) if free else math.nan, free
 
 
 def table(path: Path) -> str:
-    """By the loss at equal time, the worst first: what helps most stands on top, what should go at the bottom."""
+    """Return the table by the loss at equal time, the worst first: what helps most stands on top."""
     losses, steps, ratios = defaultdict(dict), {}, {}
     for row in read(path):
         if "loss" in row:
-            losses[row["variant"]][row["seed"]], steps[row["variant"]] = row["loss"], row["steps"]
+            losses[row["variant"]][row["seed"]] = row["loss"]
+            steps[row["variant"]] = row["steps"]
         else:
             ratios[row["variant"]] = row["ratio"]
     if not (losses[BASE] and losses[FEWER] and losses[MORE]):
@@ -181,43 +193,29 @@ def table(path: Path) -> str:
     pairs, sd, free = differences(losses)
     more = {name: statistics.mean(ds) if ds else math.nan for name, ds in pairs.items()}
     slope = (more[MORE] - more[FEWER]) / (steps[MORE] - steps[FEWER])
-    out = [f"The trainer: {statistics.mean(losses[BASE].values()):.4f} over {len(losses[BASE])} seeds.",
-           f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.",
-           f"A difference at one seed has a standard deviation of {sd:.4f} ({free} degrees of freedom).", "",
-           "| variant | n | final loss | more than the trainer at the same seeds (95 %) | time of a step | more at equal time |",
-           "|---|---|---|---|---|---|"]
     lines = []
     for name, ds in pairs.items():
         half = float(scipy.stats.t.ppf(0.975, free)) * sd / math.sqrt(len(ds)) if ds and free else math.nan
-        ratio = ratios.get(name)
-        at_time = more[name] + slope * steps[BASE] * (1 / ratio - 1) if ratio and name not in (FEWER, MORE) else None
+        rank, at_time, ratio = more[name], "", ratios.get(name)
+        if ratio and name not in (FEWER, MORE):
+            rank += slope * steps[BASE] * (1 / ratio - 1)
+            at_time = f"{rank:+.4f}"
         cells = (name, str(len(ds)), f"{statistics.mean(losses[name].values()):.4f}", f"{more[name]:+.4f} ± {half:.4f}",
-                 f"{ratio:.3f}" if ratio else "", "" if at_time is None else f"{at_time:+.4f}")
-        rank = more[name] if at_time is None else at_time
-        lines.append((math.inf if math.isnan(rank) else rank, " | ".join(cells)))
-    return "\n".join(out + [f"| {line} |" for _, line in sorted(lines, reverse=True)]) + "\n"
+                 f"{ratio:.3f}" if ratio else "", at_time)
+        lines.append((math.inf if math.isnan(rank) else rank, f"| {' | '.join(cells)} |"))
+    return "\n".join([
+        f"The trainer: {statistics.mean(losses[BASE].values()):.4f} over {len(losses[BASE])} seeds.",
+        f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.",
+        f"A difference at one seed has a standard deviation of {sd:.4f} ({free} degrees of freedom).", "",
+        "| variant | n | final loss | more than the trainer at the same seeds (95 %) | time of a step | more at equal time |",
+        "|---|---|---|---|---|---|", *(line for _, line in sorted(lines, reverse=True))]) + "\n"
 
 
-def baseline(path: Path) -> str:
-    """The results of nanogpt.json, beside OUT.jsonl, as a table."""
-    results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    lines = ["| nanoGPT, plain GPT-2 with AdamW | n | learning rate, best of those tried | final loss |", "|---|---|---|---|"]
-    for key, name in (("equal_tokens_480_steps", "480 steps: equal tokens"), ("equal_time_810_steps", "810 steps: equal time")):
-        found = results[key]
-        lines.append(f"| {name} | {found['n']} | {found['learning_rate']} | {found['mean']:.4f} ± {found['sd']:.4f} |")
-    return "\n".join(lines) + "\n"
-
-
-def tables(path: Path) -> str:
-    return table(path) + "\n" + baseline(path.parent / "nanogpt.json")
-
-
-def show(options) -> int:
-    if options.page is None:
-        print(table(options.out), end="")
+def show(options) -> None:
+    if options.page:
+        write_page(options.page, options.out.as_posix(), table(options.out))
     else:
-        write_page(options.page, options.out.as_posix(), tables(options.out))
-    return 0
+        print(table(options.out), end="")
 
 
 def main(argv: list[str]) -> int:
@@ -225,20 +223,19 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "time", "table"))
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
-    parser.add_argument("--track", default="shakespeare", choices=list(TRACKS))
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run")
-    parser.add_argument("--seeds", type=int, default=4, help="runs of each variant")
-    parser.add_argument("--base", type=int, default=3, help="times as many runs of the trainer as it is")
+    parser.add_argument("--seeds", type=int, default=4, help=f"runs of each variant; {BASE_SEEDS} times as many of all on")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rounds", type=int, default=12, help="time: rounds of six steps of every variant")
-    parser.add_argument("--page", type=Path, help="table: a page in which the tables between marks are replaced")
+    parser.add_argument("--page", type=Path, help="table: a page in which the table between marks is replaced")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
     options = parser.parse_args(argv)
     try:
-        return {"run": run, "time": measure, "table": show}[options.verb](options)
+        {"run": run_all, "time": time_all, "table": show}[options.verb](options)
     except ValueError as error:  # of settings, or of the page
         print(f"bench.ablate: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

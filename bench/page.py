@@ -1,15 +1,21 @@
-"""Pages whose figures are put in by a program: prose, and between two marks the tables of the file that the first mark names."""
+"""Pages whose figures are put in by a program."""
 from pathlib import Path
 
 MARKS = "<!-- figures of ", "<!-- end of figures -->"
 
 
+def grid(header: list[str], rows: list[list]) -> str:
+    """Return a Markdown table; a bar inside a cell becomes a slash."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+
+
 def write_page(page: Path, source: str, tables: str) -> None:
-    """Put the tables between the marks of a page that name this source."""
+    """Put tables between the two marks of a page of which the first names this source. Raises ValueError without them."""
     mark = f"{MARKS[0]}{source} -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(mark)
     if not found:
-        raise ValueError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall stand, and below it "
-                         f"{MARKS[1]!r}")
+        raise ValueError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall stand, and below "
+                         f"it {MARKS[1]!r}")
     after = rest.partition(MARKS[1])[2]
     page.write_text(f"{before}{mark}\n\n{tables}\n{MARKS[1]}{after}", encoding="utf-8")

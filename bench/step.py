@@ -3,12 +3,12 @@
     python -m bench.step [--track=small] [--field=value ...]          one process
     torchrun --standalone --nproc_per_node=8 -m bench.step            as many as the run would have
 
-Training data is synthetic (documents of FineWeb's lengths, or of the track's shards if they are there), so nothing has to
-be downloaded. Prints Markdown tables; with OUT=<folder> in the environment it also writes bench_step.json there.
+Where the track's shards are not there, data is synthetic: documents of FineWeb's lengths. Prints Markdown tables; with
+OUT=<folder> in the environment it also writes bench_step.json there.
 
-Parts are told apart by torch.profiler: ranges around their functions, and for a backward pass the ranges of the operations
-that it belongs to. A compiled model has no such ranges inside, so it is profiled twice: eagerly, and as it is, where its kernels
-go by their names (on a CPU all of it counts as elementwise). Floors are counted by bench/floors.py.
+Parts are told apart by torch.profiler: ranges around their functions, and for a backward pass the ranges of the
+operations that it belongs to. A compiled model has no such ranges inside, so it is profiled twice: eagerly, and as it
+is, where its kernels go by their names (on a CPU all of it counts as elementwise). Floors are those of bench.floors.
 """
 import contextlib
 import json
@@ -30,22 +30,32 @@ from torch.profiler import ProfilerActivity, record_function
 
 import train_gpt
 from bench import floors
+from data.errors import UsageError
 from data.loader import Loader, find_shards
 from data.shards import ShardError, write_shard
-from data.errors import UsageError
+from engine.kernels import Kernels
 from engine.ranks import Runtime
+from tools import plan
+from tools.gpus import Gpu
 from train_gpt import Config, Run, parse_config
 
 STEPS = 10  # timed per stage, after two that are not
 MARK = "part: "
 WALL = "all, wall clock"
 PRODUCTS = "all products"  # of a compiled model: projections, MLP and head, whose kernels look alike
-KERNELS = (("nccl", "communication"), ("flash", "attention"), ("fmha", "attention"), ("attention", "attention"),
-           ("flex", "attention"), *((word, PRODUCTS) for word in ("gemm", "nvjet", "cutlass", "splitk", "triton_tem")))
+KERNELS = {  # word in the name of a kernel -> part
+    "nccl": "communication",
+    "flash": "attention", "fmha": "attention", "attention": "attention", "flex": "attention",
+    "gemm": PRODUCTS, "nvjet": PRODUCTS, "cutlass": PRODUCTS, "splitk": PRODUCTS, "triton_tem": PRODUCTS,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data, and steps that stay in one stage
 
 
 def synthetic_shards(cfg: Config, folder: Path, tokens: int, ids_used: int = 2**16) -> None:
-    """Random tokens among the first ids_used of the vocabulary, in documents of FineWeb's lengths."""
+    """Write random tokens among the first ids_used of the vocabulary, in documents of FineWeb's lengths."""
     rng = np.random.default_rng(0)
     for pattern, count in ((cfg.train_files, tokens), (cfg.val_files, cfg.val_tokens + 1)):
         ids = rng.integers(0, min(ids_used, cfg.vocab_size), count)
@@ -58,32 +68,46 @@ def synthetic_shards(cfg: Config, folder: Path, tokens: int, ids_used: int = 2**
         write_shard(path, ids.astype(np.uint16))
 
 
-def time_loader(cfg: Config, step: int, rt: Runtime) -> float:
-    """Tokens per second of the batches that this rank's loader prepares, all of them for one rank."""
-    loader = Loader(cfg, rt.rank, rt.world, rt.device.type == "cuda")
+def ensure_shards(cfg: Config, folder: Path, tokens: int) -> str:
+    """Write synthetic shards into a folder where the track's are not there, and say which ones a run reads."""
+    try:
+        find_shards(cfg.train_files, cfg)
+        return "the track's shards"
+    except ShardError:
+        synthetic_shards(cfg, folder, tokens)
+        os.environ["DATA_PATH"] = str(folder)
+        return "synthetic documents"
+
+
+def move_loader(loader: Loader, step: int) -> None:
     loader.load_state_dict({**loader.state_dict(), "step": step})
+
+
+def time_loader(cfg: Config, step: int, rt: Runtime) -> float:
+    """Return tokens per second of the batches that this rank's loader prepares, all of them for one rank."""
+    loader = Loader(cfg, rt.rank, rt.world, rt.device.type == "cuda")
+    move_loader(loader, step)
     loader.next()
     start = time.perf_counter()
     for _ in range(STEPS):
-        loader.load_state_dict({**loader.state_dict(), "step": step})
+        move_loader(loader, step)
         loader.next()  # waits for this step and for the one that the last call began and nobody took
     return (2 * STEPS - 1) * cfg.at("batch_tokens", step) / (time.perf_counter() - start)
 
 
 def steps_of(run: Run, stage_start: int):
     """Take one training step of a stage at every next()."""
-    run.average_weights = lambda: None  # a step that is taken over and over again is at no place in the schedule
     first = stage_start + run.cfg.adam_every  # the very first step of a stage may part embedding and head
-    run.loader.load_state_dict({**run.loader.state_dict(), "step": first})
+    move_loader(run.loader, first)
     n = 0
     while True:
-        run.step = first + n % run.cfg.adam_every  # stay in the stage, whatever its length; Adam moves as often as in a run
+        run.step = first + n % run.cfg.adam_every  # stay in the stage, whatever its length; Adam moves as in a run
         yield run.train_step()
         n += 1
 
 
 def time_stage(run: Run, step: int) -> list[float]:
-    """Seconds of each of STEPS training steps of the stage that begins at a step."""
+    """Return seconds of each of STEPS training steps of the stage that begins at a step."""
     seconds, steps = [], steps_of(run, step)
     for _ in range(STEPS + 2):
         run.rt.synchronize()
@@ -94,7 +118,7 @@ def time_stage(run: Run, step: int) -> list[float]:
     return seconds[2:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where the time goes
 
 
@@ -107,39 +131,54 @@ class Gathers(TorchFunctionMode):
 
 
 def part_of_product(model):
-    """The part that a matrix product belongs to, by the weights that it takes."""
-    square = (model.cfg.model_dim, model.cfg.model_dim)  # values and outputs are multiplied by learned factors before
-    parts = {getattr(model, name).untyped_storage().data_ptr(): part for name, part in
-             (("attn_qk", "projections"), ("mlp_in", "MLP"), ("mlp_out", "MLP"), ("head", "head and loss"))}
-    return lambda x, w: parts.get(w.untyped_storage().data_ptr(), "projections" if w.shape == square else "elementwise")
+    """Return a function that names the part of a matrix product by the weights that it takes."""
+    banks = {"attn_qk": "projections", "mlp_in": "MLP", "mlp_out": "MLP", "head": "head and loss"}
+    parts = {getattr(model, name).untyped_storage().data_ptr(): part for name, part in banks.items()}
+    square = (model.cfg.model_dim, model.cfg.model_dim)  # values and outputs: multiplied by learned factors before
+
+    def part_of(x, w):
+        found = parts.get(w.untyped_storage().data_ptr())
+        return found or ("projections" if w.shape == square else "elementwise")
+
+    return part_of
+
+
+def places_of(run: Run, eager: bool):
+    """Return (owner, name of a function, its part or a function of its arguments that names it); in an eager model also
+    those inside of it."""
+    places = [(run, "accumulate", "elementwise"), (run.model, "context", "masks"), (run.loader, "next", "data"),
+              (train_gpt, "to_device", "data"), (run.rt, "sum", "communication")]
+    for optimizer, part in ((run.muon, "Muon"), (run.adam, "Adam")):
+        names = ("start", "step", "finish", "zero_grad") if optimizer else ()
+        places += [(optimizer, name, part) for name in names if hasattr(optimizer, name)]
+    if eager:
+        model = run.model
+        places += [(run, "forward", "head and loss"), (model, "trunk", "elementwise"), (Kernels, "attend", "attention"),
+                   (model, "bigram", "tables"), (model, "linear", part_of_product(model))]
+    return places
 
 
 @contextlib.contextmanager
 def ranges(run: Run, eager: bool):
-    """Ranges around the parts of a step; in an eager model inside of it too."""
-    places = [(run, "accumulate", "elementwise"), (run, "context", "masks"), (run.loader, "next", "data"),
-              (train_gpt, "to_device", "data"), (run.rt, "sum", "communication")]
-    places += [(optimizer, name, part) for optimizer, part in ((run.muon, "Muon"), (run.adam, "Adam")) if optimizer
-               for name in ("start", "step", "finish", "zero_grad") if hasattr(optimizer, name)]
-    if eager:
-        places += [(run, "forward", "head and loss"), (run.model, "trunk", "elementwise"), (run.model, "attend", "attention"),
-                   (run.model, "bigram", "tables"), (run.model, "linear", part_of_product(run.model))]
+    """Put ranges around the parts of a step."""
+    def ranged(function, name, part):
+        def call(*args, **kwargs):
+            gathers = Gathers() if name == "forward" else contextlib.nullcontext()
+            with record_function(MARK + (part(*args) if callable(part) else part)), gathers:
+                return function(*args, **kwargs)
+        return call
+
     with contextlib.ExitStack() as stack:
         if eager:
             stack.enter_context(mock.patch.object(run, "forward", run.model))
-        for owner, name, part in places:
-            inside = Gathers() if name == "forward" else contextlib.nullcontext()
-
-            def within(*args, function=getattr(owner, name), part=part, inside=inside):
-                with record_function(MARK + (part(*args) if callable(part) else part)), inside:
-                    return function(*args)
-            stack.enter_context(mock.patch.object(owner, name, within))
+        for owner, name, part in places_of(run, eager):
+            stack.enter_context(mock.patch.object(owner, name, ranged(getattr(owner, name), name, part)))
         yield
 
 
 def owners(events):
-    """(event, part) of what ran on the host. A backward operation belongs to the part of the forward operation whose number
-    it carries; of several with one number the last made the node."""
+    """Yield (event, part) of what ran on the host. A backward operation belongs to the part of the forward operation
+    whose number it carries; of several with one number the last made the node."""
     made, known = {}, {}
 
     def part(event):
@@ -161,22 +200,26 @@ def owners(events):
         yield event, part(event)
 
 
+def part_of_kernel(name: str, part: str | None, eager: bool) -> str:
+    """Return the part of a kernel: that of what launched it, but inside a compiled model by its own name."""
+    words = KERNELS if part == "elementwise" and not eager else {"nccl": "communication"}
+    return next((to for word, to in words.items() if word in name.lower()), part or "other")
+
+
 def attribute(host, cuda: bool, eager: bool) -> Counter:
-    """Part -> microseconds of the host, or of the kernels that it launched. Those of a compiled model go by their names."""
+    """Return microseconds of the host by part, or of the kernels that it launched."""
     us = Counter()
     for event, part in owners(host):
         if not cuda and part:
             us[part] += event.self_cpu_time_total
         for kernel in event.kernels if cuda else ():
-            inside = not eager and part == "elementwise"
-            found = (to for word, to in KERNELS if (inside or to == "communication") and word in kernel.name.lower())
             if kernel.name != event.name:  # the device's copy of a range is no kernel
-                us[next(found, part or "other")] += kernel.duration
+                us[part_of_kernel(kernel.name, part, eager)] += kernel.duration
     return us
 
 
 def busy_us(intervals) -> float:
-    """Length of the union of (start, end)."""
+    """Return the length of the union of (start, end)."""
     total, until = 0.0, 0.0
     for start, end in sorted(intervals):
         total += max(end - max(start, until), 0.0)
@@ -185,9 +228,10 @@ def busy_us(intervals) -> float:
 
 
 def profile(run: Run, step: int, eager: bool) -> dict[str, float]:
-    """Part -> ms of a step; on a GPU of its kernels, and idle. Adam's is divided by the steps of which it moves in one."""
+    """Return ms of a step by part; on a GPU of its kernels, and idle. Adam's is divided by the steps of which it moves in
+    one."""
     cuda, n = run.rt.device.type == "cuda", run.cfg.adam_every
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with ranges(run, eager):
         steps = steps_of(run, step)
         for _ in range(2 * n - 1):
@@ -202,118 +246,139 @@ def profile(run: Run, step: int, eager: bool) -> dict[str, float]:
     events = p.events()
     us = attribute([e for e in events if e.device_type == DeviceType.CPU and not e.is_async], cuda, eager)
     if cuda:
-        spans = [(e.time_range.start, e.time_range.end) for e in events if e.device_type != DeviceType.CPU
-                 and not getattr(e, "is_user_annotation", False) and not e.name.startswith(MARK)]
-        us["idle"] = max(1e6 * wall - busy_us(spans), 0.0)
+        kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.name.startswith(MARK)
+                   and not getattr(e, "is_user_annotation", False)]
+        busy = busy_us((e.time_range.start, e.time_range.end) for e in kernels)
+        us["idle"] = max(1e6 * wall - busy, 0.0)
     us[WALL] = 1e6 * wall - us["Adam"] * (1 - 1 / n)
     us["Adam"] /= n
     return {part: t / 1000 for part, t in us.items()}
 
 
-def parts_of(run: Run, step: int, device: floors.Device) -> list[dict]:
-    """A row for each part: what it takes at least, and what it took in an eager and in a compiled profile."""
-    docs = [np.diff(starts[starts < len(b.inputs)], append=len(b.inputs)) for b in run.loader.next()
-            for starts in [b.docs.starts.numpy()]]
-    work = floors.count(run.cfg, run.dtype, docs, step, run.rt.world, run.fp8, run.rt.device)
-    measured, rows = {}, []
-    for mode in ("eager", "compiled") if run.compiled else ("eager",):
+# ------------------------------------------------------------------------------------------------------------
+# The tables
+
+
+def parts_of(run: Run, step: int, device: Gpu) -> list[dict]:
+    """Return a row for each part: what it takes at least, and what it took in an eager and in a compiled profile."""
+    docs = []
+    for batch in run.loader.next():
+        starts, T = batch.docs.starts.numpy(), len(batch.inputs)
+        docs.append(np.diff(starts[starts < T], append=T))
+    work = floors.count(run.cfg, run.kernels.dtype, docs, step, run.rt.world, run.kernels.fp8_head, run.rt.device)
+    floor = {part: w.floor_ms(device) for part, w in work.items() if any(w)}
+    products = sum(floor[part] for part in ("projections", "MLP", "head and loss"))
+    floor |= {WALL: sum(floor.values()), PRODUCTS: products}
+    measured = {}
+    for mode in ("eager", "compiled") if run.kernels.compiled else ("eager",):
         try:
             measured[mode] = profile(run, step, mode == "eager")
         except torch.OutOfMemoryError:  # it may fit compiled
             torch.cuda.empty_cache()
-    floor = {part: w.floor_ms(device) for part, w in work.items() if any(w)}
-    floor |= {WALL: sum(floor.values()), PRODUCTS: sum(floor[part] for part in ("projections", "MLP", "head and loss"))}
-    for part in (*floors.PARTS, "idle", *([PRODUCTS] if run.compiled else []), WALL):
-        w, ms = work.get(part, floors.Work()), {mode: found.get(part, 0.0) for mode, found in measured.items()}
+    rows = []
+    for part in (*floors.PARTS, "idle", *([PRODUCTS] if run.kernels.compiled else []), WALL):
+        w = work.get(part, floors.Work())
+        ms = {mode: found.get(part, 0.0) for mode, found in measured.items()}
         if part in floor or any(x > 0.005 for x in ms.values()):
-            rows.append(dict(part=part, gflop=(w.flops + w.fp8) / 1e9, mb=(w.bytes + w.link + w.host) / 1e6,
-                             floor_ms=floor.get(part), **ms))
+            moved = (w.bytes + w.link + w.host) / 1e6
+            rows.append(dict(part=part, gflop=(w.flops + w.fp8) / 1e9, mb=moved, floor_ms=floor.get(part), **ms))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-
-
-def main(argv: list[str]) -> int:
-    try:
-        _, changes = parse_config(argv)
-        cfg = Config.for_track(changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare"), **changes)
-        rt = Runtime()
-        changes["val_tokens"] = cfg.val_slice * rt.world  # no validation is timed
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                find_shards(cfg.train_files, cfg)
-                data = "the track's shards"
-            except ShardError:
-                os.environ["DATA_PATH"], data = folder, "synthetic documents"
-                needed = 6 * max(cfg.batch_tokens) * (STEPS + 2) + 1000
-                changes["max_epochs"] = 1000
-                cfg = Config.for_track(cfg.track, **changes)
-                synthetic_shards(cfg, Path(folder), max(needed, 100_000_000 if rt.device.type == "cuda" else 0))
-            return report(Config.for_track(cfg.track, **changes), rt, data)
-    except (UsageError, ShardError) as e:
-        print(f"bench.step: {e}", file=sys.stderr)
-        return 2
-
-
-def report(cfg: Config, rt: Runtime, data: str) -> int:
+def measure(cfg: Config, rt: Runtime, data: str) -> dict:
+    """Time and profile every stage."""
     begin = time.perf_counter()
     run = Run(cfg, rt)
     run.warm_up()
     ready = time.perf_counter() - begin
-    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
-    before, rows = floors.find_device(rt.device, run.dtype), []
+    cuda = rt.device.type == "cuda"
+    seconds = [time_stage(run, step) for step in cfg.stage_starts]
+    device, source = floors.find_device(rt.device, run.kernels.dtype, run.kernels.linear)
+    rows = []
     for stage, step in enumerate(cfg.stage_starts):
-        seconds = time_stage(run, step)
-        tokens, flops = cfg.at("batch_tokens", step), run.model.flops_per_token(stage)
-        median = statistics.median(seconds)
-        rows.append(dict(stage=stage, tokens=tokens, ms=1000 * median, ms_min=1000 * min(seconds), ms_max=1000 * max(seconds),
-                         tokens_per_s=tokens / median, tflops=tokens * flops / median / 1e12,
-                         loader_ratio=time_loader(cfg, step, rt) * median / tokens))
-    device = max(before, floors.find_device(rt.device, run.dtype), key=lambda d: d.tflops)  # if measured, then undisturbed
-    result = dict(device=name, world=rt.world, torch=torch.__version__, date=time.strftime("%Y-%m-%d"), track=cfg.track,
-                  attention=run.backend, fp8=run.fp8, dtype=str(run.dtype), data=data, warm_up_s=ready, steps=STEPS,
-                  compiled=run.compiled, peak=device._asdict(), rows=rows)
-    if rt.device.type == "cuda":
-        result["peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
+        tokens, median = cfg.at("batch_tokens", step), statistics.median(seconds[stage])
+        flops = tokens * run.model.flops_per_token(stage)
+        rows.append(dict(
+            stage=stage, tokens=tokens, ms=1000 * median, ms_min=1000 * min(seconds[stage]),
+            ms_max=1000 * max(seconds[stage]), tokens_per_s=tokens / median, tflops=flops / median / 1e12,
+            loader_ratio=time_loader(cfg, step, rt) * median / tokens))
+    peak_mib = torch.cuda.max_memory_allocated() // 2**20 if cuda else None
     for row, step in zip(rows, cfg.stage_starts):
         row["parts"] = parts_of(run, step, device)
-    if rt.rank == 0:
-        print(f"{name}, {rt.world} rank(s), torch {torch.__version__}, track {cfg.track}, attention {run.backend}, {data}; "
-              f"warm-up {ready:.0f} s" + (f", peak memory {result['peak_mib']:,} MiB" if "peak_mib" in result else ""))
-        print("\nFLOPs count every attention window as full; documents are shorter, so the true share is a little less.")
-        print(f"\n| stage | tokens/step | ms/step, median of {STEPS} (min-max) | tokens/s | TFLOP/s | of peak | loader/trainer |")
-        print("|---|---|---|---|---|---|---|")
-        for r in rows:
-            print(f"| {r['stage']} | {r['tokens']:,} | {r['ms']:.1f} ({r['ms_min']:.1f}-{r['ms_max']:.1f}) | "
-                  f"{r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {r['tflops'] / device.tflops / rt.world:.0%} | "
-                  f"{r['loader_ratio']:.0f}x |")
-        print("\n" + parts_table(run, rows, device))
-        if os.environ.get("OUT"):
-            Path(os.environ["OUT"], "bench_step.json").write_text(json.dumps(result, indent=1))
-    return 0
+    return dict(
+        device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads a rank",
+        world=rt.world, torch=torch.__version__, date=time.strftime("%Y-%m-%d"), track=cfg.track,
+        attention=run.kernels.attention, fp8=run.kernels.fp8_head, dtype=str(run.kernels.dtype), data=data, warm_up_s=ready, steps=STEPS,
+        compiled=run.kernels.compiled, peak=device._asdict() | dict(source=source), rows=rows, peak_mib=peak_mib,
+        muon_flops=plan.muon_shares(cfg, rt.device))
 
 
-def parts_table(run: Run, rows: list[dict], device: floors.Device) -> str:
+def report(result: dict) -> str:
+    """Return what is printed: the stages, the parts, and Muon's share of both kinds of cost."""
+    peak, rows, mib = result["peak"], result["rows"], result["peak_mib"]
+    lines = [
+        f"{result['device']}, {result['world']} rank(s), torch {result['torch']}, track {result['track']}, attention "
+        f"{result['attention']}, {result['data']}; warm-up {result['warm_up_s']:.0f} s"
+        + (f", peak memory {mib:,} MiB" if mib else ""), "",
+        "FLOPs count every attention window as full; documents are shorter, so the true share is a little less.", "",
+        f"| stage | tokens/step | ms/step, median of {result['steps']} (min-max) | tokens/s | TFLOP/s | of peak | "
+        "loader/trainer |", "|---" * 7 + "|"]
+    for r in rows:
+        share = r["tflops"] / peak["tflops"] / result["world"]
+        lines.append(f"| {r['stage']} | {r['tokens']:,} | {r['ms']:.1f} ({r['ms_min']:.1f}-{r['ms_max']:.1f}) | "
+                     f"{r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {share:.0%} | {r['loader_ratio']:.0f}x |")
+    measured = []
+    for r in rows:
+        parts = {p["part"]: p for p in r["parts"]}
+        mode = "compiled" if "compiled" in parts[WALL] else "eager"
+        if "Muon" in parts and mode in parts[WALL]:
+            measured.append(f"{parts['Muon'][mode] / parts[WALL][mode]:.1%}")
+    lines += ["", f"Muon's share of the FLOPs of a step: {result['muon_flops']}; of its time, by stage: "
+              f"{', '.join(measured) or 'not measured'}.", "", *parts_table(result)]
+    return "\n".join(lines)
+
+
+def parts_table(result: dict) -> list[str]:
     def show(x, digits=2):
         return f"{x:,.{digits}f}" if x else "-"
 
-    modes, time_of = ["eager", "compiled"] if run.compiled else ["eager"], "time of the CPU"
-    if run.rt.device.type == "cuda":
-        time_of = "busy time of the GPU"
-    lines = [f"Peak {device.tflops:.3g} TFLOP/s, memory {device.tb_s:.3g} TB/s ({device.source}). Step times above are of the "
-             f"{modes[-1]} model without the profiler, which slows a step down. Parts: {time_of} of rank 0; Adam's is divided by "
-             "adam_every. The floor of elementwise is an estimate, see bench/floors.py.", "",
-             "| stage | part | GFLOP | MB | floor ms |" + "".join(f" {mode}, ms | share |" for mode in modes),
-             "|---" * (5 + 2 * len(modes)) + "|"]
-    for r in rows:
+    peak, modes = result["peak"], ["eager", "compiled"] if result["compiled"] else ["eager"]
+    lines = [
+        f"Peak {peak['tflops']:.3g} TFLOP/s, memory {peak['tb_s']:.3g} TB/s ({peak['source']}). Parts: time of rank 0's "
+        "GPU, or of its CPU where there is none, under the profiler, which slows a step down; Adam's is divided by "
+        "adam_every. The floor of elementwise is an estimate, see bench/floors.py.", "",
+        "| stage | part | GFLOP | MB | floor ms |" + "".join(f" {mode}, ms | share |" for mode in modes),
+        "|---" * (5 + 2 * len(modes)) + "|"]
+    for r in result["rows"]:
         wall = r["parts"][-1]
         for p in r["parts"]:
-            cells = [f"{show(p.get(mode))} | " + (f"{p[mode] / wall[mode]:.0%}" if p.get(mode) else "-") for mode in modes]
-            lines.append(f"| {r['stage']} | {p['part']} | {show(p.get('gflop'))} | {show(p.get('mb'), 1)} | "
-                         f"{show(p.get('floor_ms'))} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells = [r["stage"], p["part"], show(p["gflop"]), show(p["mb"], 1), show(p["floor_ms"])]
+            for mode in modes:
+                cells += [show(p.get(mode)), f"{p[mode] / wall[mode]:.0%}" if p.get(mode) else "-"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    rt = Runtime()
+    try:
+        _, changes = parse_config(argv)
+        track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
+        cfg = Config.for_track(track, **changes)
+        tokens = max(6 * max(cfg.batch_tokens) * (STEPS + 2), 10**8 if rt.device.type == "cuda" else 0)
+        # No validation is timed, and an average of the weights belongs to places of the schedule.
+        changes |= dict(val_tokens=cfg.val_slice * rt.world, ema_frac=0.0, max_epochs=1000)
+        cfg = Config.for_track(track, **changes)
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(cfg, rt, ensure_shards(cfg, Path(folder), tokens))
+    except UsageError as e:
+        print(f"bench.step: {e}", file=sys.stderr)
+        return 2
+    if rt.rank == 0:
+        print(report(result))
+        if os.environ.get("OUT"):
+            Path(os.environ["OUT"], "bench_step.json").write_text(json.dumps(result, indent=1))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The datasets: one module per source of tokens. A regular package, so that no installed `data` can shadow it."""
+"""The datasets, one module per source of tokens. With this file no installed `data` can shadow it."""

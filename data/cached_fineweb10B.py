@@ -1,43 +1,38 @@
-"""Download FineWeb as GPT-2 tokens that others have computed: 100 M tokens a shard, from the hub dataset below.
+"""Download FineWeb as GPT-2 tokens that others have computed, 100 M tokens a shard, from a hub dataset.
 
     python data/cached_fineweb10B.py [N]      the validation shard, then N training shards, to data/fineweb10B
 
-Without N it brings as many as the track `small` consumes, which the trainer computes from its own schedule. A download
-that broke off continues where it ended. Every file is checked for size, header and the hub's SHA-256 before it gets its
-name, and noted in manifest.json (name, tokens, bytes, sha256); what is noted there is not downloaded or hashed again.
+Without N it brings as many as the track `small` consumes. A download that broke off continues where it ended.
+Every file is checked for size, header and the hub's SHA-256 before it gets its name, and noted in
+manifest.json (name, tokens, bytes, sha256); what is noted there is neither downloaded nor, without --rehash,
+hashed again.
 """
-
 import argparse
 import json
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
+if __name__ == "__main__":  # as a script, Python looks for modules in data/ only
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.fetch import FetchError, fetch_hub
-from data.shards import HEADER_BYTES, TOKEN_DTYPE, ShardError, data_root, num_tokens
+from data.errors import UsageError, run_program
+from data.fetch import fetch_hub
+from data.files import data_root, sha256_of, written_whole
+from data.shards import HEADER_BYTES, TOKEN_DTYPE, ShardError, num_tokens
 
 REPO = "kjj0/fineweb10B-gpt2"
 MANIFEST = "manifest.json"
+DEFAULT_SHARDS = 6  # what data.loader.shards_needed computes for the track `small`
 
 
 def shard_names(num_train: int) -> list[str]:
-    """Validation first, so that a download given up early still leaves something to evaluate on. Training starts at 1.
-    """
+    """Return the files to fetch, validation first: without it there is nothing to evaluate on."""
     return ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, num_train + 1)]
 
 
-def shards_of_small_track() -> int:
-    """The training shards that a run of the track `small` reads, computed by the trainer. Needs torch."""
-    from data.loader import shards_needed  # here, not above: with N given this script needs neither torch nor the trainer
-    from train_gpt import Config
-    return shards_needed(Config.for_track("small"))
-
-
 def read_manifest(folder: Path) -> dict[str, dict]:
-    """The entries of manifest.json by file name; none if there is no such file or it cannot be read."""
+    """Return the entries of manifest.json by file name; none if it cannot be read."""
     try:
         return {entry["name"]: entry for entry in json.loads((folder / MANIFEST).read_text())["files"]}
     except (OSError, ValueError, KeyError, TypeError):  # then every file is checked against the hub again
@@ -45,61 +40,74 @@ def read_manifest(folder: Path) -> dict[str, dict]:
 
 
 def write_manifest(folder: Path, entries: dict[str, dict]) -> None:
-    partial = folder / f".{MANIFEST}.{os.getpid()}.partial"
-    partial.write_text(json.dumps({"repo": REPO, "files": sorted(entries.values(), key=lambda e: e["name"])}, indent=1))
-    os.replace(partial, folder / MANIFEST)
+    files = sorted(entries.values(), key=lambda entry: entry["name"])
+    with written_whole(folder / MANIFEST, "w") as file:
+        json.dump({"repo": REPO, "files": files}, file, indent=1)
 
 
-def is_verified(folder: Path, entry: dict | None) -> bool:
-    """Whether a file was verified before and still has its size and header."""
+def is_verified(folder: Path, entry: dict | None, rehash: bool) -> bool:
+    """Return whether a file verified before still has its size, its header and, with rehash, its SHA-256."""
+    if entry is None:
+        return False
     try:
-        return entry is not None and num_tokens(folder / entry["name"]) == entry["tokens"]
+        path = folder / entry["name"]
+        return num_tokens(path) == entry["tokens"] and (not rehash or sha256_of(path) == entry["sha256"])
     except (KeyError, ShardError):
         return False
 
 
-def download(num_train: int, folder: Path):
-    """Make sure that the validation shard and num_train training shards are in folder, and yield the manifest entry of
-    each as soon as it is. Needs no network for files that were verified before. Raises FetchError or ShardError."""
+def download(num_train: int, folder: Path, rehash: bool) -> Iterator[tuple[dict, bool]]:
+    """Make sure that the validation shard and num_train training shards are in folder.
+
+    Yields (manifest entry, whether the file was hashed now) of each as soon as it is. Needs no network for
+    files that were verified before. Raises FetchError or ShardError.
+    """
     entries = read_manifest(folder)
     for name in shard_names(num_train):
-        if not is_verified(folder, entries.get(name)):
+        hashed = rehash
+        if not is_verified(folder, entries.get(name), rehash):
             sha256 = fetch_hub(REPO, name, folder / name, check=num_tokens)
             tokens = num_tokens(folder / name)
-            entries[name] = {"name": name, "tokens": tokens, "bytes": HEADER_BYTES + TOKEN_DTYPE.itemsize * tokens,
-                             "sha256": sha256}
+            size = HEADER_BYTES + TOKEN_DTYPE.itemsize * tokens
+            entries[name] = {"name": name, "tokens": tokens, "bytes": size, "sha256": sha256}
             write_manifest(folder, entries)  # after each file, so that what is done stays done
-        yield entries[name]
+            hashed = True
+        yield entries[name], hashed
 
 
-def main(argv=None) -> int:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=f"Download GPT-2 tokens of FineWeb from the hub dataset {REPO} to data/fineweb10B under $DATA_PATH "
-        f"(default: the repository): the validation shard, then N training shards. 200 MB each. Continues where an "
-        f"earlier download ended; keeps files that were verified before.")
-    parser.add_argument("N", nargs="?", type=int, help="training shards (default: what the track `small` consumes)")
-    num_train = parser.parse_args(argv).N
-    if num_train is not None and num_train < 1:
-        parser.error(f"expected N of at least 1, found {num_train}; leave N out for what the track `small` consumes")
+        description=f"Download GPT-2 tokens of FineWeb from the hub dataset {REPO} to data/fineweb10B under "
+                    "$DATA_PATH (default: the repository): the validation shard, then N training shards. "
+                    "200 MB each. Continues where an earlier download ended; keeps files that were verified "
+                    "before.")
+    parser.add_argument("N", nargs="?", type=int, default=DEFAULT_SHARDS,
+                        help="training shards (default: %(default)s, what the track `small` consumes)")
+    parser.add_argument("--rehash", action="store_true", help="compute the SHA-256 of files that are there "
+                                                              "already")
+    args = parser.parse_args(argv)
+    if args.N < 1:
+        parser.error(f"expected N of at least 1, found {args.N}; leave N out for what the track `small` "
+                     "consumes")
+
     folder = data_root() / "data" / "fineweb10B"
     files = total = 0
     try:
-        for entry in download(shards_of_small_track() if num_train is None else num_train, folder):
-            print(f"{folder / entry['name']}: {entry['tokens']:,} tokens, sha256 {entry['sha256']}", flush=True)
-            files, total = files + 1, total + entry["tokens"]
-    except (FetchError, ShardError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        for entry, hashed in download(args.N, folder, args.rehash):
+            noted = "" if hashed else f" (as noted in {MANIFEST}; --rehash computes it)"
+            print(f"{folder / entry['name']}: {entry['tokens']:,} tokens, sha256 "
+                  f"{entry['sha256']}{noted}", flush=True)
+            files += 1
+            total += entry["tokens"]
+    except BrokenPipeError:
+        raise
     except OSError as error:  # the folder or the manifest cannot be written
-        print(f"{folder}: expected a folder to write to, found \"{error.strerror or error}\"; free some space, or "
-              f"choose another folder with DATA_PATH", file=sys.stderr)
-        return 2
+        raise UsageError(f"{folder}: expected a folder to write to, found \"{error.strerror or error}\"; "
+                         "free some space, or choose another folder with DATA_PATH") from None
     except KeyboardInterrupt:
-        print("\ninterrupted; start again to continue where this ended", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("start again to continue where this ended") from None
     print(f"{total:,} tokens in {files} files, listed in {folder / MANIFEST}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, sys.argv[1:]))

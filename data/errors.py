@@ -1,4 +1,10 @@
-"""The two ancestors of every error that a person can act on. They lie on the ground floor, since every room raises them."""
+"""The two ancestors of every error that a person can act on, and the one place that prints them.
+
+They lie on the ground floor, because every room raises them.
+"""
+import os
+import sys
+from collections.abc import Callable
 
 
 class UsageError(ValueError):
@@ -7,3 +13,29 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run itself failed: exit code 1."""
+
+
+def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: str = "") -> int:
+    """Call main(argv) and return the exit code; an error becomes one sentence on standard error.
+
+    Exit codes: what main returns (None: 0), 2 for a UsageError or a package that is not installed, 1 for a
+    RunError, 130 for Ctrl-C, 0 where the reader of our output, such as head, has seen enough. `name` goes
+    before the sentence.
+    """
+    prefix = f"{name}: " if name else ""
+    try:
+        return main(argv) or 0
+    except (UsageError, RunError) as error:
+        print(f"{prefix}{error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except ModuleNotFoundError as error:
+        print(f"{prefix}expected the Python package {error.name}, found none; run `{sys.executable} -m pip "
+              "install -r requirements.txt`", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        advice = f"; {error}" if str(error) else ""
+        print(f"\n{prefix}interrupted{advice}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
+        return 0

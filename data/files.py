@@ -1,9 +1,24 @@
-"""Files that appear whole or not at all."""
+"""Where files lie, what is in them, and files that appear whole or not at all."""
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
+
+
+def data_root() -> Path:
+    """Return the folder in which data/ lies: $DATA_PATH, or the repository."""
+    return Path(os.environ.get("DATA_PATH") or ROOT)
+
+
+def sha256_of(path) -> str:
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -15,7 +30,8 @@ def written_whole(path: Path, mode: str = "wb"):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: a rename cannot cross disks
+    # In the same folder, because a rename cannot cross disks.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

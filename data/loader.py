@@ -1,4 +1,8 @@
-"""Batches of packed documents from shards: the same global batch at every world size, prepared in the background."""
+"""Batches of packed documents from shards: the same global batch at every world size, prepared in the
+background.
+
+Shapes: T tokens of one packed sequence.
+"""
 import glob
 import hashlib
 import math
@@ -12,11 +16,15 @@ from torch import Tensor
 
 from data import shards
 from data.errors import RunError
+from data.files import data_root
 
 
 class Docs(NamedTuple):
-    """Documents of one packed sequence. starts: (capacity,) int32, first token of each document, padded with T, so that
-    it is what varlen attention wants; ids: (T,) number of each token's document; max_len: longest document possible."""
+    """Documents of one packed sequence.
+
+    starts: (capacity,) int32, first token of each document, padded with T, as varlen attention wants it; ids:
+    (T,) number of each token's document; max_len: longest document possible.
+    """
     starts: Tensor
     ids: Tensor
     max_len: int
@@ -67,70 +75,95 @@ def make_batch(buffer: np.ndarray, starts: np.ndarray, max_len: int, pin: bool, 
         starts = share_entries(starts, T, max_len)
     padded = np.full(entries, T, dtype=np.int32)
     padded[: len(starts)] = starts
-    ids = np.zeros(T, dtype=np.int32)
-    ids[starts[1:]] = 1
-    tensors = [torch.from_numpy(a) for a in (buffer.astype(np.int64), padded, np.cumsum(ids, dtype=np.int32))]
-    tokens, padded, ids = [t.pin_memory() for t in tensors] if pin else tensors
+    begins = np.zeros(T, dtype=np.int32)
+    begins[starts[1:]] = 1
+    ids = np.cumsum(begins, dtype=np.int32)
+
+    tensors = [torch.from_numpy(array) for array in (buffer.astype(np.int64), padded, ids)]
+    if pin:
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    tokens, padded, ids = tensors
     return Batch(tokens[:-1], tokens[1:], Docs(padded, ids, min(max_len, T)))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a device, copied without waiting."""
     inputs, targets, docs = batch
-    inputs, targets, starts, ids = (t.to(device, non_blocking=True) for t in (inputs, targets, docs.starts, docs.ids))
+    moved = [tensor.to(device, non_blocking=True) for tensor in (inputs, targets, docs.starts, docs.ids)]
+    inputs, targets, starts, ids = moved
     return Batch(inputs, targets, Docs(starts, ids, docs.max_len))
 
 
-def find_shards(pattern: str, cfg) -> list[Path]:
-    """Shards that match pattern below DATA_PATH, in order, each one with a valid header."""
-    folder = shards.data_root()
-    paths = [Path(p) for p in sorted(glob.glob(str(folder / pattern)))]
+def find_shards(pattern: str) -> list[Path]:
+    """Return the shards that match a pattern below DATA_PATH, in order, each one with a valid header.
+
+    Raises ShardError.
+    """
+    where = data_root() / pattern
+    paths = [Path(path) for path in sorted(glob.glob(str(where)))]
     if not paths:
-        script = {"small": "cached_fineweb10B"}.get(cfg.track, cfg.track)
-        raise shards.ShardError(f"expected shards {folder / pattern}, found none; run python data/{script}.py or set DATA_PATH")
+        maker = shards.MAKERS.get(str(Path(pattern).parent))
+        advice = f"run python -m {maker} or set DATA_PATH" if maker else (
+            "correct the pattern, or make shards of your own text with python -m data.fineweb")
+        raise shards.ShardError(f"expected shards {where}, found none; {advice}")
     for path in paths:
         shards.num_tokens(path)
     return paths
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """Short digest of names, sizes and first megabytes: tells sets of shards apart without reading them whole."""
+    """Return a digest of names, sizes and first megabytes, which tells sets of shards apart."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as f:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read(2**20))
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            digest.update(file.read(2**20))
     return digest.hexdigest()[:16]
 
 
-class Loader:
-    """Packed training batches. Every rank makes the same walk over the documents and copies out only its own slices.
+def cut_documents(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return starts and lengths of documents cut into pieces of at most `longest` tokens."""
+    pieces = -(-lengths // longest)
+    first = np.repeat(np.cumsum(pieces) - pieces, pieces)  # number of the first piece of the same document
+    offsets = (np.arange(pieces.sum()) - first) * longest
+    left = np.repeat(lengths, pieces) - offsets
+    return np.repeat(starts, pieces) + offsets, np.minimum(left, longest)
 
-    A slice takes whole documents, each cut to the stage's max_doc_len, until T + 1 tokens are full; the last one is cut to
-    fit, and what was cut off is not used. A shard's tail that cannot fill a step is left out. With cfg.split_docs a shard's
-    documents are first cut into pieces, which then count as documents and come in a new order every epoch.
-    The next step is prepared in the background, and so is the next shard.
+
+class Loader:
+    """Packed training batches. Every rank makes the same walk over the documents and copies out only its own
+    slices.
+
+    A slice takes whole documents, each cut to the stage's max_doc_len, until T + 1 tokens are full; the last
+    one is cut to fit, and what was cut off is not used. A shard's tail that cannot fill a step is left out.
+    With cfg.split_docs a shard's documents are first cut into pieces, which then count as documents and come
+    in a new order every epoch. The next step is prepared in the background, and so is the next shard.
     """
 
     def __init__(self, cfg, rank: int, world: int, pin: bool):
         self.cfg, self.rank, self.world, self.pin = cfg, rank, world, pin
         self.slices = max(cfg.slices, world)
-        self.paths = find_shards(cfg.train_files, cfg)
+        self.paths = find_shards(cfg.train_files)
         self.fingerprint = fingerprint(self.paths)
         self.opened = {}  # shard number -> future of (tokens, document starts, document lengths)
         self.order = (None, None)  # (epoch, shard) and the order of its documents
-        self.shard_opener, self.preparer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.shard_opener = ThreadPoolExecutor(1)
+        self.preparer = ThreadPoolExecutor(1)
         self.check_supply()
         self.opened.clear()  # the clock pays for opening the first shard
         self.load_state_dict(dict(step=0, epoch=0, shard=0, doc=0))
 
     def state_dict(self) -> dict[str, int]:
-        """Position of the step that next() returns next."""
+        """Return the position of the step that next() returns next."""
         return dict(self.position)
 
     def load_state_dict(self, state: dict[str, int]):
         if state["shard"] >= len(self.paths):
-            raise shards.ShardError(f"--resume: expected more than {state['shard']} training shards, as where the checkpoint was "
-                                    f"written, found {len(self.paths)}; get the others again")
-        self.position, self.upcoming = dict(state), None
+            raise shards.ShardError(
+                f"--resume: expected more than {state['shard']} training shards, as where the checkpoint was "
+                f"written, found {len(self.paths)}; get the others again")
+        self.position = dict(state)
+        self.upcoming = None
 
     def next(self) -> list[Batch]:
         """Return the micro-batches of this rank for the next step.
@@ -145,11 +178,12 @@ class Loader:
         return batches
 
     def open(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, document starts and document lengths of a shard; opens the one after it in the background."""
-        for n in (number, number + 1):
-            if n not in self.opened and n < len(self.paths):
+        """Return tokens, document starts and lengths of a shard; open the next one in the background."""
+        wanted = {number, number + 1}
+        for n in sorted(wanted - set(self.opened)):
+            if n < len(self.paths):
                 self.opened[n] = self.shard_opener.submit(self.read, self.paths[n])
-        for n in set(self.opened) - {number, number + 1}:
+        for n in set(self.opened) - wanted:
             del self.opened[n]
         return self.opened[number].result()
 
@@ -158,117 +192,147 @@ class Loader:
         shards.check_ids(tokens, self.cfg.vocab_size, path)
         starts = shards.document_starts(tokens, self.cfg.bos_id)
         if len(starts) == 0:
-            raise shards.ShardError(f"{path}: expected documents that start with token {self.cfg.bos_id}, found none; make the "
-                                    "shard again with this vocabulary")
+            raise shards.ShardError(f"{path}: expected documents that start with token {self.cfg.bos_id}, "
+                                    "found none; make the shard again with this vocabulary")
         lengths = np.diff(starts, append=len(tokens))
         if self.cfg.split_docs:
-            pieces = -(-lengths // self.cfg.split_docs)
-            offsets = (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * self.cfg.split_docs
-            starts, lengths = np.repeat(starts, pieces) + offsets, np.repeat(lengths, pieces) - offsets
-            lengths = np.minimum(lengths, self.cfg.split_docs)
+            starts, lengths = cut_documents(starts, lengths, self.cfg.split_docs)
         return tokens, starts, lengths
 
+    def documents(self, epoch: int, shard: int, first: int, count: int) -> np.ndarray:
+        """Return up to `count` document numbers of a shard, in this epoch's order, from `first` on."""
+        total = len(self.open(shard)[2])
+        docs = np.arange(first, min(first + count, total))
+        if not self.cfg.split_docs:
+            return docs
+        if self.order[0] != (epoch, shard):
+            self.order = (epoch, shard), np.random.default_rng((epoch, shard)).permutation(total)
+        return self.order[1][docs]
+
     def walk(self, position: dict[str, int]) -> tuple[dict[str, int], np.ndarray, list[int]]:
-        """Where a step begins, the documents from there on, and how many of them are used up after each slice."""
-        step, epoch, shard, doc = (position[k] for k in ("step", "epoch", "shard", "doc"))
-        max_len, T = self.cfg.at("max_doc_len", step), self.cfg.at("batch_tokens", step) // self.slices
+        """Return where a step begins, the documents from there on, and how many each slice ends with."""
+        step, epoch, shard, doc = (position[key] for key in ("step", "epoch", "shard", "doc"))
+        max_len = self.cfg.at("max_doc_len", step)
+        T = self.cfg.at("batch_tokens", step) // self.slices
         while True:
-            lengths = self.open(shard)[2]
-            docs = np.arange(doc, min(doc + self.slices * (T + 1), len(lengths)))  # every document has a token or more
-            if self.cfg.split_docs:
-                if self.order[0] != (epoch, shard):
-                    self.order = (epoch, shard), np.random.default_rng((epoch, shard)).permutation(len(lengths))
-                docs = self.order[1][docs]
-            ends, used = np.cumsum(np.minimum(lengths[docs], max_len)), [0]
+            most = self.slices * (T + 1)  # every document has a token or more
+            docs = self.documents(epoch, shard, doc, most)
+            ends = np.cumsum(np.minimum(self.open(shard)[2][docs], max_len))
+            used = [0]
             while len(used) <= self.slices and used[-1] <= len(docs):
                 before = ends[used[-1] - 1] if used[-1] else 0
                 used.append(int(np.searchsorted(ends, before + T + 1)) + 1)
             if used[-1] <= len(docs):
                 return dict(step=step, epoch=epoch, shard=shard, doc=doc), docs, used
+
             shard, doc = shard + 1, 0
             if shard == len(self.paths):
                 shard, epoch = 0, epoch + 1
             if epoch == self.cfg.max_epochs:
-                raise OutOfData(f"step {step}: expected more training tokens, found the end of {len(self.paths)} shards after "
-                                f"{epoch} epochs; get more shards, raise --max_epochs or lower --train_steps")
+                raise OutOfData(f"step {step}: expected more training tokens, found the end of "
+                                f"{len(self.paths)} shards after {epoch} epochs; get more shards, raise "
+                                "--max_epochs or lower --train_steps")
 
     def prepare(self, position: dict[str, int]) -> tuple[list[Batch], dict[str, int]]:
-        """This rank's micro-batches of the step at a position, and the position after it."""
+        """Return this rank's micro-batches of the step at a position, and the position after it."""
         here, docs, used = self.walk(position)
         tokens, starts, lengths = self.open(here["shard"])
-        max_len, T = self.cfg.at("max_doc_len", here["step"]), self.cfg.at("batch_tokens", here["step"]) // self.slices
+        max_len = self.cfg.at("max_doc_len", here["step"])
+        T = self.cfg.at("batch_tokens", here["step"]) // self.slices
         batches = []
         for s in range(self.rank * self.slices // self.world, (self.rank + 1) * self.slices // self.world):
-            mine = docs[used[s] : used[s + 1]]
+            mine = docs[used[s]:used[s + 1]]
             kept = np.minimum(lengths[mine], max_len)
             begins = np.cumsum(kept) - kept
-            buffer = np.concatenate([tokens[a : a + n] for a, n in zip(starts[mine], kept)])[: T + 1]
+            buffer = np.concatenate([tokens[start:start + n] for start, n in zip(starts[mine], kept)])
             entries = self.entries[self.cfg.stage(here["step"])]
-            batches.append(make_batch(buffer, begins[begins < T], max_len, self.pin, entries))
+            batches.append(make_batch(buffer[:T + 1], begins[begins < T], max_len, self.pin, entries))
         return batches, {**here, "step": here["step"] + 1, "doc": here["doc"] + used[-1]}
 
     def check_supply(self):
         """Refuse a schedule that the shards cannot feed, and set the entries for documents, by packing the
         first steps of each stage."""
-        cfg, needed, self.entries = self.cfg, 0.0, []
+        cfg, needed = self.cfg, 0.0
+        self.entries = []  # by stage
         ends = (*cfg.stage_starts[1:], cfg.train_steps)
         for first, end in zip(cfg.stage_starts, ends):
-            position, raw, most = dict(step=first, epoch=0, shard=0, doc=0), 0, 0
-            for step in range(first, min(first + 20, end)):
-                try:
-                    here, docs, used = self.walk({**position, "step": step})
-                except OutOfData as error:  # not even these few
-                    raise shards.ShardError(str(error)) from None
-                raw += int(self.open(here["shard"])[2][docs[: used[-1]]].sum())
-                position = {**here, "doc": here["doc"] + used[-1]}
-                most = max(most, *np.diff(used).tolist())
+            tried = min(20, end - first)
+            raw, most = self.first_steps(first, tried)
+            needed += raw / max(tried, 1) * (end - first)
             T = cfg.at("batch_tokens", first) // self.slices
             self.entries.append(entries_needed(T, cfg.at("max_doc_len", first), most))
-            needed += raw / max(min(20, end - first), 1) * (end - first)
         found = sum(map(shards.num_tokens, self.paths)) * cfg.max_epochs
         if needed > found:
             raise shards.ShardError(
-                f"--train_steps: expected about {needed:,.0f} tokens in the training shards for {cfg.train_steps} steps, found "
-                f"{found:,} in {len(self.paths)} shards times {cfg.max_epochs} epochs; get more shards, raise --max_epochs or "
-                "lower --train_steps")
+                f"--train_steps: expected about {needed:,.0f} tokens in the training shards for "
+                f"{cfg.train_steps} steps, found {found:,} in {len(self.paths)} shards times "
+                f"{cfg.max_epochs} epochs; get more shards, raise --max_epochs or lower --train_steps")
+
+    def first_steps(self, first: int, count: int) -> tuple[int, int]:
+        """Return the tokens that `count` steps use up, packed from the first shard's beginning, and the most
+        documents of a sequence."""
+        position = dict(epoch=0, shard=0, doc=0)
+        raw = most = 0
+        for step in range(first, first + count):
+            try:
+                here, docs, used = self.walk({**position, "step": step})
+            except OutOfData as error:  # not even these few
+                raise shards.ShardError(str(error)) from None
+            raw += int(self.open(here["shard"])[2][docs[:used[-1]]].sum())
+            most = max(most, *np.diff(used).tolist())
+            position = {**here, "doc": here["doc"] + used[-1]}
+        return raw, most
 
 
 def shards_needed(cfg) -> int:
-    """Shards of 100 M FineWeb tokens that a schedule uses up. FineWeb documents are about log-normal with median 403 and
-    mean 690 tokens; a tenth is added for shard tails and for the uncertainty of that fit."""
-    mu, sigma = math.log(403), math.sqrt(2 * math.log(690 / 403))
+    """Return the number of shards of 100 M FineWeb tokens that a schedule uses up.
+
+    FineWeb documents are about log-normal with median 403 and mean 690 tokens; a tenth is added for shard
+    tails and for the uncertainty of that fit.
+    """
+    mean, mu = 690, math.log(403)
+    sigma = math.sqrt(2 * (math.log(mean) - mu))
+
+    def below(z: float) -> float:
+        """The normal distribution function."""
+        return 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
     def kept(length: int) -> float:
         """Part of all tokens that is left of documents cut to a length."""
-        def below(z):
-            return 0.5 * (1 + math.erf(z / math.sqrt(2)))
         z = (math.log(length) - mu) / sigma
-        return below(z - sigma) + length / 690 * (1 - below(z))
+        return below(z - sigma) + length / mean * (1 - below(z))
 
-    raw = sum(cfg.at("batch_tokens", s) / kept(cfg.at("max_doc_len", s)) for s in range(cfg.train_steps))
+    raw = 0.0
+    for step in range(cfg.train_steps):
+        raw += cfg.at("batch_tokens", step) / kept(cfg.at("max_doc_len", step))
     return math.ceil(1.1 * raw / 100e6)
 
 
 class Validation:
-    """The first val_tokens of the validation shards, in order, as sequences of val_slice tokens; rank r has every
-    world-th one. Documents are told apart, but a sequence may start inside of one."""
+    """The first val_tokens of the validation shards, in order, as sequences of val_slice tokens.
+
+    Rank r has every world-th one. Documents are told apart, but a sequence may start inside of one.
+    """
 
     def __init__(self, cfg, rank: int, world: int, pin: bool):
-        need, parts = cfg.val_tokens + 1, []
-        paths = find_shards(cfg.val_files, cfg)
-        for path in paths:
-            parts.append(shards.open_shard(path)[: need - sum(map(len, parts))])
-            shards.check_ids(parts[-1], cfg.vocab_size, path)
+        need = cfg.val_tokens + 1
+        parts = []
+        for path in find_shards(cfg.val_files):
+            part = shards.open_shard(path)[: need - sum(map(len, parts))]
+            shards.check_ids(part, cfg.vocab_size, path)
+            parts.append(part)
         tokens = np.concatenate(parts)
         if len(tokens) < need:
-            raise shards.ShardError(f"--val_tokens: expected {need:,} tokens in {cfg.val_files}, found {len(tokens):,}; get the "
-                             "whole validation set or lower --val_tokens")
+            raise shards.ShardError(f"--val_tokens: expected {need:,} tokens in {cfg.val_files}, found "
+                                    f"{len(tokens):,}; get the whole validation set or lower --val_tokens")
         self.sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+
         self.batches = []
         for i in range(rank, cfg.val_tokens // cfg.val_slice, world):
-            buffer = tokens[i * cfg.val_slice : (i + 1) * cfg.val_slice + 1]
+            buffer = tokens[i * cfg.val_slice:(i + 1) * cfg.val_slice + 1]
             starts = shards.document_starts(buffer[:-1], cfg.bos_id)
-            starts = starts if len(starts) and starts[0] == 0 else np.append(0, starts)
+            if len(starts) == 0 or starts[0] != 0:
+                starts = np.append(0, starts)
             self.batches.append(make_batch(buffer, starts, cfg.val_slice, pin))
         self.num_rounds = -(-cfg.val_tokens // cfg.val_slice // world)
 

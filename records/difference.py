@@ -11,7 +11,8 @@ class Difference:
     file: str
     added: int  # lines
     removed: int
-    lines: list[tuple[str, str]]  # of a unified diff: (place, same, added or removed; text); [] where it would take too long
+    # of a unified diff: (place, same, added or removed; text); [] where it would take too long
+    lines: list[tuple[str, str]]
 
 
 class TooLong(Exception):
@@ -46,7 +47,8 @@ def difference(file: str, before: str, after: str) -> Difference:
                 if kind == "equal":
                     lines += [("same", " " + line) for line in old[i0:i1]]
                 else:
-                    lines += [("removed", "-" + line) for line in old[i0:i1]] + [("added", "+" + line) for line in new[j0:j1]]
+                    lines += [("removed", "-" + line) for line in old[i0:i1]]
+                    lines += [("added", "+" + line) for line in new[j0:j1]]
     except TooLong:
         a, b = Counter(old), Counter(new)
         return Difference(file, (b - a).total(), (a - b).total(), [])

@@ -1,5 +1,6 @@
-"""The one error of this package that a person can act on."""
+"""The error of this package that a person can act on."""
+from data.errors import UsageError
 
 
-class RecordError(Exception):
-    """The command, its arguments or its files are wrong: exit code 2. One sentence: expected X, found Y; do Z."""
+class RecordError(UsageError):
+    """One sentence: expected X, found Y; do Z."""

@@ -1,4 +1,5 @@
-"""The public history of the speedrun: rows of the record tables, last validations of their runs, and some whole curves.
+"""The public history of the speedrun: rows of the record tables, last validations of their runs, and some
+whole curves.
 
 The data and what their columns mean: records/history/README.md. Attributes are called as the columns are."""
 import csv
@@ -17,7 +18,7 @@ COMMIT = "f411b3d346aa52d3504324ca93c230fd84c6c07f"
 
 
 @dataclass(frozen=True)
-class Record:
+class HistoryRow:
     """A row of a record table."""
     track: str
     number: int
@@ -41,7 +42,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Final:
+class HistoryFinal:
     """The last validation of a run."""
     track: str
     number: int | None  # None: of no row of a table
@@ -60,7 +61,7 @@ class Final:
 
 
 @dataclass(frozen=True)
-class Point:
+class HistoryPoint:
     """A validation of a run whose curve is kept."""
     track: str
     number: int
@@ -71,33 +72,34 @@ class Point:
 
 
 @cache
-def records() -> tuple[Record, ...]:
-    return read("records.csv", Record)
+def records() -> tuple[HistoryRow, ...]:
+    return read("records.csv", HistoryRow)
 
 
 @cache
-def finals() -> tuple[Final, ...]:
+def finals() -> tuple[HistoryFinal, ...]:
     """Of all runs that belong to a record."""
-    return read("finals.csv", Final)
+    return read("finals.csv", HistoryFinal)
 
 
 @cache
-def other_finals() -> tuple[Final, ...]:
-    return read("finals_other.csv", Final)
+def other_finals() -> tuple[HistoryFinal, ...]:
+    return read("finals_other.csv", HistoryFinal)
 
 
 @cache
-def curves() -> dict[tuple[str, int, str], tuple[Point, ...]]:
+def curves() -> dict[tuple[str, int, str], tuple[HistoryPoint, ...]]:
     """Curves by track, number and run_id."""
     found = {}
-    for point in read("curves.csv", Point):
+    for point in read("curves.csv", HistoryPoint):
         found.setdefault((point.track, point.number, point.run_id), []).append(point)
     return {key: tuple(points) for key, points in found.items()}
 
 
-def runs_of(record: Record) -> list[Final]:
+def runs_of(record: HistoryRow) -> list[HistoryFinal]:
     """The runs of a record. A retiming is the one log that its row names."""
-    return [final for final in finals() if (final.track, final.number, final.kind) == (record.track, record.number, record.kind)
+    return [final for final in finals() if (final.track, final.number,
+                                            final.kind) == (record.track, record.number, record.kind)
             and (record.kind == "record" or final.log_path == record.log_path)]
 
 
@@ -105,7 +107,8 @@ def read(name: str, row: type) -> tuple:
     """The rows of a file as instances of a dataclass, each cell as its attribute's type wants it."""
     convert = {field.name: converter(field.type) for field in fields(row)}
     with open(FOLDER / name, encoding="utf-8", newline="") as file:
-        return tuple(row(**{column: convert[column](cell) for column, cell in cells.items()}) for cells in csv.DictReader(file))
+        return tuple(row(**{column: convert[column](cell) for column, cell in cells.items()})
+                     for cells in csv.DictReader(file))
 
 
 def converter(kind):

@@ -1,27 +1,37 @@
-"""Read the log of a training run, whatever wrote it: the 24 formats of the public speedrun, and that of train_gpt.py.
+"""Read the log of a training run, whatever wrote it: the 24 formats of the public speedrun, and that of
+train_gpt.py.
 
-A log is: embedded source, a line of 100 `=`, a header (versions, hardware, settings), the same line, then step lines:
+A log is: embedded source, a line of 100 `=`, a header (versions, hardware, settings), the same line, then
+step lines:
 
     step:125/1480 val_loss:4.0123 train_time:6021ms step_avg:48.17ms      validation
     step:125/1480 train_time:6021ms step_avg:48.17ms                      training
 
-Whatever part is missing, the rest is read. A log is hostile text: it is searched block by block for lines that matter, in
-bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what is odd about it is said in
-`Log.problems`. The source can hold anything, so whatever looks like output before the last header counts as source.
+Whatever part is missing, the rest is read. A log is hostile text: it is searched block by block for lines
+that matter, in bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what
+is odd about it is said in `LogFile.problems`. The source can hold anything, so whatever looks like output
+before the last header counts as source.
 """
 import codecs
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import select
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from records.errors import RecordError
+from records.experiment import ROLES, read_experiment
 
+RECORD_FILE = "record.json"  # what the folder of a record claims; its logs are in runs/
 SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs
 BLOCK = 1 << 20  # bytes read at a time
+PIPE_LIMIT = 1 << 26  # bytes read from a pipe, which are held in memory
+PIPE_PATIENCE = 60  # seconds in which a pipe must bring something
 LINE_LIMIT = 1 << 16  # bytes; no longer line is read (the longest that matters in the public logs has 587)
 SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the public logs has 187,761)
 POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
@@ -37,25 +47,31 @@ class ValPoint:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFacts:
     """One training run; a file may hold several. What the log does not say is None."""
     run_id: str  # stem of the file name; of several runs in a file the first appends #01
     val_points: tuple[ValPoint, ...]
-    total_steps: int | None  # as printed
-    complete: bool  # there is a validation at total_steps
-    torch: str | None
-    cuda: str | None
-    triton: str | None
-    python: str | None
-    gpu_name: str | None  # on a CPU its description and model
-    num_gpus: int | None  # rows of nvidia-smi's table, else the world size; 0 on a CPU
-    world_size: int | None
-    seed: int | None
-    peak_mib: int | None  # peak of allocated memory
-    config: dict  # resolved settings of our own logs; {} for others
-    val_tokens: int | None  # tokens of a validation
-    step_avg_ms: float | None  # total time / steps of the last validation, whatever the log calls its average
-    source_sha256: str | None  # of the embedded source, all files of it; of a single file it is the file's own
+    total_steps: int | None = None  # as printed
+    complete: bool = False  # there is a validation at total_steps
+    torch: str | None = None
+    cuda: str | None = None
+    triton: str | None = None
+    python: str | None = None
+    gpu_name: str | None = None  # on a CPU its description and model
+    num_gpus: int | None = None  # rows of nvidia-smi's table, else the world size; 0 on a CPU
+    world_size: int | None = None
+    seed: int | None = None
+    peak_mib: int | None = None  # peak of allocated memory
+    config: dict = field(default_factory=dict)  # resolved settings of our own logs; {} for others
+    val_tokens: int | None = None  # tokens of a validation
+    # total time / steps of the last validation, whatever the log calls its average
+    step_avg_ms: float | None = None
+    # of the embedded source, all files of it; of a single file it is the file's own
+    source_sha256: str | None = None
+
+    @property
+    def hardware(self) -> str | None:
+        return f"{self.num_gpus} x {self.gpu_name}" if self.gpu_name and self.num_gpus else self.gpu_name
 
     @property
     def first_val_loss(self) -> float | None:
@@ -78,8 +94,8 @@ class Run:
         return next((point for point in self.val_points if point.step == step), None)
 
     def time_to(self, loss: float) -> float | None:
-        """Training milliseconds at which the validation loss first is `loss` or less, on straight lines between validations;
-        None where it never is, or where times are missing."""
+        """Training milliseconds at which the validation loss first is `loss` or less, on straight lines
+        between validations; None where it never is, or where times are missing."""
         return self._first_crossing(loss, lambda point: point.train_time_ms)
 
     def steps_to(self, loss: float) -> float | None:
@@ -101,17 +117,18 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Log:
+class LogFile:
     path: Path
     variant: str  # id in VARIANTS
-    runs: tuple[Run, ...]
+    runs: tuple[RunFacts, ...]
     sha256: str  # of the file
     size: int  # bytes
     problems: tuple[str, ...]  # what is odd about the file
     sources: dict[str, str]  # embedded source files by name
 
 
-# Formats by their marks, the first row that fits; `!` says that a mark is absent. The ids are those of a survey of the public
+# Formats by their marks, the first row that fits; `!` says that a mark is absent. The ids are those of a
+# survey of the public
 # archive in August 2026; "own" is train_gpt.py of this repository, "X" is no log.
 VARIANTS = (
     ("own", "config"),
@@ -143,14 +160,17 @@ VARIANTS = (
 )
 
 SEPARATOR = "=" * 100
-DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n", re.M)  # before the second, third, ... source file
+UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n",
+                     re.M)  # before the second, third, ... source file
 NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", re.A)
 TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)", re.A)
 STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)", re.A)
 LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?", re.A)
 SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})", re.A)
 TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)", re.A)
-GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?", re.A)  # of nvidia-smi, or of a table without bars
+GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?",
+                     re.A)  # of nvidia-smi, or of a table without bars
 GPU_ITEM = re.compile(r"GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*", re.A)  # of nvidia-smi -L
 FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names the fact, or the mark
     r"Running [pP]ython (?P<python>\S+)",
@@ -163,45 +183,66 @@ FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names
     r"(?P<loader>\w+ DataLoader: )",
     r"(?P<warmup>Resetting Model)",
 )]
-LINES = re.compile(  # beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
-    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed |config: \{|Model name: "
-    rb"|peak memory |\w+ DataLoader: |Resetting Model|ended after step )[^\n]*)")
+# beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
+LINES = re.compile(
+    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed "
+    rb"|config: \{|Model name: |peak memory |\w+ DataLoader: |Resetting Model|ended after step )[^\n]*)")
 
 
 def find(paths) -> list[Path]:
-    """Files that may be logs, sorted: each file of `paths`, and those with a usual suffix below its folders. None comes twice,
-    and links that lead out of a folder are not followed."""
+    """Files that may be logs, sorted: each file of `paths`, and those with a usual suffix below its folders.
+
+    None comes twice. Hidden files, such as those that macOS leaves behind, and links that lead out of a
+    folder are left out; so is everything but the logs of both arms in the folder of an A/B experiment, and
+    everything but the runs in the folder of a record.
+    """
     found = {}
     for path in map(Path, paths):
         try:
             if path.is_dir():
-                root = path.resolve()
-                files = sorted(Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
-                for file in files:
-                    if file.suffix in SUFFIXES and file.is_file() and file.resolve().is_relative_to(root):
-                        found.setdefault(file.resolve(), file)
+                for file in sorted(files_below(path)):
+                    found.setdefault(file.resolve(), file)
             elif path.exists():
                 found.setdefault(path.resolve(), path)
             else:
-                raise RecordError(f"{path}: expected a log or a folder of logs, found nothing there; check the path")
+                raise RecordError(f"{path}: expected a log or a folder of logs, found nothing there; check "
+                                  "the path")
         except OSError as e:
             refuse(e, path)
     return sorted(found.values())
 
 
+def files_below(root: Path) -> Iterator[Path]:
+    """The files of a folder that may be logs."""
+    inside = root.resolve()
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
+        if read_experiment(Path(folder)):
+            subfolders[:] = [name for name in subfolders if name in ROLES]
+            continue
+        if RECORD_FILE in names:
+            subfolders[:] = [name for name in subfolders if name == "runs"]
+            continue
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            file = Path(folder, name)
+            usual = file.suffix in SUFFIXES and not name.startswith(".")
+            if usual and file.is_file() and file.resolve().is_relative_to(inside):
+                yield file
+
+
 def refuse(error: OSError, path: Path | None = None):
-    raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; check path and "
+    raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; "
+                      "check path and "
                       "permissions") from None
 
 
-def read(path) -> Log:
+def read(path) -> LogFile:
     """The log at a path. Raises RecordError where there is no readable file, and never for what is in it."""
-    path, notes, digest = Path(path), Notes(), hashlib.sha256()
+    path = Path(path)
+    notes = Notes()
+    digest = hashlib.sha256()
     try:
-        if not path.is_file():  # a pipe or a device might never end
-            kind = "a folder" if path.is_dir() else "something else" if path.exists() else "nothing there"
-            raise RecordError(f"{path}: expected a log, found {kind}; name a file")
-        with open(path, "rb") as file:
+        with opened(path) as file:
             body = Body(notes)
             for offset, line in lines(file, digest, notes):
                 body = body.take(offset, line)
@@ -209,14 +250,52 @@ def read(path) -> Log:
             source = read_source(file, body, notes)
     except OSError as e:
         refuse(e, path)
+
     sources = split_source(source, notes)
-    body.marks |= {f"file{len(sources)}", f"separators{body.num_separators}"} | ({"source"} if body.source_end else set())
+    body.marks |= {f"file{len(sources)}", f"separators{body.num_separators}"}
+    if body.source_end:
+        body.marks.add("source")
     runs = body.runs(path.stem, hashlib.sha256(source).hexdigest() if source else None)
     if not size:
         notes.add("the file is empty")
     elif not any(run.val_points for run in runs):
         notes.add("there is no validation in it" if runs else "this is no log of a training run")
-    return Log(path, body.variant(), runs, digest.hexdigest(), size, notes.sentences(), sources)
+    return LogFile(path, body.variant(), runs, digest.hexdigest(), size, notes.sentences(), sources)
+
+
+def read_curve(path) -> list[tuple[int, float | None, float]]:
+    """(step, training milliseconds, validation loss) of each validation of the first run in a log."""
+    runs = read(path).runs
+    return [(point.step, point.train_time_ms, point.val_loss) for point in runs[0].val_points] if runs else []
+
+
+def opened(path: Path):
+    """A file, or what comes out of a pipe such as <(zcat LOG), opened for reading from its beginning."""
+    if path.is_file():
+        return open(path, "rb")
+    if path.is_fifo():
+        return io.BytesIO(drained(path))
+    kind = "a folder" if path.is_dir() else "a device or the like" if path.exists() else "nothing there"
+    raise RecordError(f"{path}: expected a log, found {kind}; name a file")
+
+
+def drained(path: Path) -> bytes:
+    """All that a pipe brings until its writer closes it; one that nobody writes to is empty."""
+    content = bytearray()
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        while len(content) <= PIPE_LIMIT:
+            block = pipe.read(BLOCK)  # None where a writer is there and has nothing yet
+            if block is None:
+                if not select.select([pipe], [], [], PIPE_PATIENCE)[0]:
+                    raise RecordError(f"{path}: expected a log from this pipe, found nothing for "
+                                      f"{PIPE_PATIENCE} s; check "
+                                      "the command that writes to it")
+            elif not block:
+                return bytes(content)
+            else:
+                content += block
+    raise RecordError(f"{path}: expected at most {PIPE_LIMIT:,} bytes from a pipe, found more; write them to "
+                      "a file first")
 
 
 class Notes:
@@ -235,7 +314,10 @@ class Notes:
 
 
 def lines(file, digest, notes: Notes):
-    """(offset, line) of each line that matters. Never more than a block and the beginning of a line is in memory."""
+    """(offset, line) of each line that matters.
+
+    Never more than a block and the beginning of a line is in memory.
+    """
     carry, end, decoder = b"\n", 0, codecs.getincrementaldecoder("utf-8")()
     while block := file.read(BLOCK):
         digest.update(block)
@@ -265,7 +347,8 @@ def lines(file, digest, notes: Notes):
 
 
 def read_source(file, body: "Body", notes: Notes) -> bytes:
-    """The embedded source with LF line ends and one newline at the end, as a source file has; empty where there is none."""
+    """The embedded source with LF line ends and one newline at the end, as a source file has; empty
+    where there is none."""
     if body.source_end > SOURCE_LIMIT:
         notes.add(f"an embedded source of more than {SOURCE_LIMIT:,} bytes is not read")
         return b""
@@ -277,7 +360,10 @@ def read_source(file, body: "Body", notes: Notes) -> bytes:
 
 
 def split_source(source: bytes, notes: Notes) -> dict[str, str]:
-    """The files of an embedded source by name. The first bears none in any format, and is train_gpt.py in all that do."""
+    """The files of an embedded source by name.
+
+    The first bears none in any format, and is train_gpt.py in all that do.
+    """
     if not source:
         return {}
     text = source.decode("utf-8", "replace")
@@ -287,6 +373,11 @@ def split_source(source: bytes, notes: Notes) -> dict[str, str]:
         notes.add("the embedded source has file names that cannot be used, and is taken as one file")
         return {"train_gpt.py": text}
     return {name: part.rstrip("\n") + "\n" for name, part in zip(names, [first, *parts[1::2]])}
+
+
+def short_name(name: str) -> str:
+    """A name, printable, with each UUID in it cut to its first part, as people do."""
+    return UUID.sub(r"\1", printable(name))
 
 
 def printable(text: str) -> str:
@@ -308,9 +399,13 @@ class Part:
 
 
 def read_config(text: str) -> dict:
-    """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes. Raises ValueError."""
+    """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes.
+
+    Raises ValueError.
+    """
     def plain(value) -> bool:
-        return value is None or isinstance(value, (bool, int, float)) or isinstance(value, str) and value.isprintable()
+        return value is None or isinstance(value, (bool, int,
+                                                   float)) or isinstance(value, str) and value.isprintable()
     try:
         config = json.loads(text)
     except RecursionError:
@@ -331,7 +426,9 @@ class Body:
 
     def __init__(self, notes: Notes, marks: frozenset = frozenset(), separator: int | None = None):
         self.notes, self.marks = notes, set(marks)
-        self.separator, self.num_separators, self.source_end = separator, int(separator is not None), separator or 0
+        self.separator = separator  # offset of the last one
+        self.num_separators = int(separator is not None)
+        self.source_end = separator or 0
         self.facts: dict[str, str] = {}
         self.gpus: dict[int, str] = {}
         self.config: dict = {}
@@ -352,7 +449,7 @@ class Body:
             elif "header" not in self.marks:
                 return self.restarted(offset)
             self.separator, self.num_separators = offset, self.num_separators + 1
-        elif line.startswith("Running ") and self.separator is not None and offset - self.separator <= len(SEPARATOR) + 2:
+        elif line.startswith("Running ") and self.is_just_before(offset):
             body = self.restarted(self.separator)
             body.marks.add("header")
             body.take_fact(line)
@@ -361,9 +458,14 @@ class Body:
             self.take_fact(line)
         return self
 
+    def is_just_before(self, offset: int) -> bool:
+        """Whether the last separator is the line before."""
+        return self.separator is not None and offset - self.separator <= len(SEPARATOR) + 2
+
     def restarted(self, separator: int) -> "Body":
         if self.marks & {"training", "validation"}:
-            self.notes.add("step lines before the last header are not read: they belong to the source, or to another log")
+            self.notes.add("step lines before the last header are not read: they belong to the source, or to "
+                           "another log")
         return Body(self.notes, self.marks & {"lead"}, separator)
 
     def take_fact(self, line: str):
@@ -413,7 +515,8 @@ class Body:
         self.marks |= {"seconds"} if time[2] == "s" else set()
         self.marks |= {"decimals6"} if len(loss[0].partition(".")[2]) == 6 else set()
         ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
-        extra = {name: float(text) for name, text in values.items() if name != "val_loss" and NUMBER.fullmatch(text)}
+        extra = {name: float(text) for name, text in values.items() if name != "val_loss"
+                 and NUMBER.fullmatch(text)}
         self.take_point(ValPoint(step, float(loss[0]), ms if "train_time" in values else None,
                                  dict([*extra.items()][:EXTRA_LIMIT])), total)
 
@@ -454,7 +557,7 @@ class Body:
         if not self.parts[-1].points and self.parts.pop().step >= 0:
             self.notes.add("a run without a validation is left out")
 
-    def runs(self, stem: str, source_sha256: str | None) -> tuple[Run, ...]:
+    def runs(self, stem: str, source_sha256: str | None) -> tuple[RunFacts, ...]:
         if len(self.parts) > 1:
             self.end_part()
         parts, seen = [], set()
@@ -472,7 +575,7 @@ class Body:
         return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k:02}", source_sha256)
                      for k, part in enumerate(parts, start=1))
 
-    def run(self, part: Part, run_id: str, source_sha256: str | None) -> Run:
+    def run(self, part: Part, run_id: str, source_sha256: str | None) -> RunFacts:
         points, facts, config = part.points, self.facts, self.config
         device = facts.get("device") or facts.get("device_line")
         world_size = int(facts["world_size"]) if "world_size" in facts else None
@@ -480,7 +583,7 @@ class Body:
         if on_cpu and "cpu" in facts:
             device = f"{device}, {facts['cpu']}"
         self.note_oddities(part)
-        return Run(
+        return RunFacts(
             run_id=run_id,
             val_points=tuple(points),
             total_steps=part.total,
@@ -509,8 +612,10 @@ class Body:
         if any(later < earlier for earlier, later in zip(times, times[1:])):
             self.notes.add("the training time falls from one validation to the next")
         if points and part.total is not None and points[-1].step != part.total:
-            self.notes.add("the run is incomplete", f"last validation at step {points[-1].step} of {part.total}")
+            self.notes.add("the run is incomplete",
+                           f"last validation at step {points[-1].step} of {part.total}")
 
     def variant(self) -> str:
         return next(name for name, needs in VARIANTS
-                    if all(word[1:] not in self.marks if word[0] == "!" else word in self.marks for word in needs.split()))
+                    if all(word[1:] not in self.marks if word[0] == "!" else word in self.marks
+                           for word in needs.split()))

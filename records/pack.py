@@ -2,35 +2,39 @@
 
   README.md    your note, and around it the results
   record.json  the same for programs (python -m records.schema prints its schema)
-  runs/ baseline/ excluded/    the logs, unchanged
-  source/      what the logs of the runs embed
+  runs/        the logs, unchanged; what ran is embedded in them
+  baseline/ excluded/    likewise, where there are some
 
-Every number comes from the logs. What check fails is refused, unless --non-record says why the result is worth keeping. Nothing
-else is written, a folder that exists is never touched, and the same inputs give the same bytes. The note may be edited later.
+A baseline that is the runs of another record of the track is named, not copied. Every number comes from the
+logs. What check fails is refused, unless --non-record says why the result is worth keeping. Nothing else is
+written, a folder that exists is never touched, and the same inputs give the same bytes. The note may be
+edited later.
 """
 import hashlib
 import math
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
 
 import jinja2
 
+from data.errors import RunError
 from records import check, logs, schema
 from records.errors import RecordError
 from records.lines import SIZE_LIMIT
-from records.logs import Log, Run
-from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS, Submission, Verdict, hardware, judge, last_point, plain, short
-from records.schema import Group, LogFile, LossTest, Record, Speed, Statement
+from records.logs import LogFile, RunFacts, short_name
+from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
+from records.rules import Submission, Verdict, judge, last_point, plain
+from records.schema import GroupSummary, LogEntry, LossTest, Record, RunEntry, Speed, Statement
 from records.statistics import mean_sd
 
 HELP = "build the folder of a submission from logs and a note"
-EXAMPLE = ("python -m records pack --dry-run --name Muon --date 2026-11-22 --logs bench/results/2026-11-22_shakespeare_cpu/muon "
-           "--baseline bench/results/2026-11-22_shakespeare_cpu/adamw")
+EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --logs "
+           "records/track_0_laptop/2026-11-24_TailAverage "
+           "--baseline records/track_0_laptop/2026-11-24_Reference")
 
 NOTE_BEGIN = "<!-- A note, which its author may edit. The numbers outside it come from the logs. -->"
 NOTE_END = "<!-- End of the note. -->"
@@ -40,14 +44,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def add_arguments(parser):
     parser.add_argument("--name", required=True, help="name of the folder: letters, digits, - and _")
-    parser.add_argument("--logs", required=True, nargs="+", metavar="PATH", dest="paths", help="all runs, or folders of them")
+    parser.add_argument("--logs", required=True, nargs="+", metavar="PATH", dest="paths",
+                        help="all runs, or folders of them")
     check.add_claim_arguments(parser)
     parser.add_argument("--note", metavar="FILE", help="Markdown: the idea, and what others should know")
-    parser.add_argument("--description", metavar="TEXT", help="one line for the table of records (default: the name)")
-    parser.add_argument("--contributor", action="append", default=[], metavar="NAME", help="who did it (repeatable)")
+    parser.add_argument("--description", metavar="TEXT",
+                        help="one line for the table of records (default: the name)")
+    parser.add_argument("--contributor", action="append", default=[], metavar="NAME",
+                        help="who did it (repeatable)")
     parser.add_argument("--date", help="YYYY-MM-DD (default: of the latest log, where logs hold dates)")
     parser.add_argument("--non-record", metavar="REASON", help="keep it though it is no record, and say why")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing: print the verdicts and the README")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="write nothing: print the verdicts and the README")
     parser.add_argument("-o", "--output", type=Path, default=Path("records"), metavar="FOLDER",
                         help="folder that holds the tracks' folders (default: records)")
 
@@ -58,43 +66,61 @@ def run(args) -> int:
     note = read_note(args.note)
     submission = check.from_arguments(args)
     statement = schema.parse({
-        "version": 1, "track": submission.track.name, "name": args.name, "date": args.date or date_of(submission),
-        "kind": "record" if args.non_record is None else "non-record", "why_no_record": args.non_record,
-        "description": args.description or args.name, "contributors": args.contributor,
-        "step": submission.step, "planned_runs": list(submission.planned), "waivers": submission.waivers,
+        "version": 1,
+        "track": submission.track.name,
+        "name": args.name,
+        "date": args.date or date_of(submission),
+        "kind": "record" if args.non_record is None else "non-record",
+        "why_no_record": args.non_record,
+        "description": args.description or args.name,
+        "contributors": args.contributor,
+        "step": submission.step,
+        "planned_runs": submission.planned,
+        "baseline_record": record_of(submission.baseline, args.output / submission.track.folder),
+        "waivers": submission.waivers,
         "excluded": {log.path.name: reason for log, reason in submission.excluded},
     }, "the arguments of pack", Statement)
     target = args.output / statement.folder
     if target.exists() and not args.dry_run:
-        raise RecordError(f"{target}: expected no folder of that name, found one; choose another --name or --date")
+        raise RecordError(f"{target}: expected no folder of that name, found one; choose another --name or "
+                          "--date")
+
     temporary = Path(tempfile.mkdtemp(prefix=".pack-", dir=None if args.dry_run else args.output))
     try:
-        copy(submission, temporary)
-        record, verdicts, files = compose(temporary, statement, note)
-        failed = [verdict.rule for verdict in verdicts if verdict.verdict == FAIL]
-        check.print_verdicts([verdict for verdict in verdicts if verdict.verdict != PASS], submission)
-        if failed and args.non_record is None:
-            print(f"records: expected that every rule holds, found that these do not: {', '.join(failed)}; run what is missing, "
-                  "waive what can be waived (check --help), or keep it with --non-record REASON", file=sys.stderr)
-            return 1
-        if args.dry_run:
-            print(files["README.md"].decode())
-            return 0
-        for name, content in files.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        temporary.chmod(0o755)
-        target.parent.mkdir(exist_ok=True)
-        temporary.rename(target)
+        build(submission, statement, note, temporary, target, args.dry_run)
     except BrokenPipeError:
         raise  # of the output, not of the folder
     except OSError as e:
-        raise RecordError(f"{target}: expected to write it, found: {e.strerror}; check names, space and permissions") from None
+        raise RecordError(f"{target}: expected to write it, found: {e.strerror}; check names, space and "
+                          "permissions") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{target}: {record.runs.n} runs; python -m records verify {target}")
     return 0
+
+
+def build(submission: Submission, statement: Statement, note: str, temporary: Path, target: Path,
+          dry_run: bool):
+    """Fill a temporary folder and move it to its place, or print what it would hold.
+
+    RunError where a rule does not hold.
+    """
+    copy(submission, statement, temporary)
+    record, verdicts, files = compose(temporary, statement, note, target.parent)
+    check.print_verdicts([verdict for verdict in verdicts if verdict.verdict != PASS], submission)
+    failed = [verdict.rule for verdict in verdicts if verdict.verdict == FAIL]
+    if failed and statement.kind == "record":
+        raise RunError(f"expected that every rule holds, found that these do not: {', '.join(failed)}; run "
+                       "what is missing, "
+                       "waive what can be waived (check --help), or keep it with --non-record REASON")
+    if dry_run:
+        print(files["README.md"].decode())
+        return
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
+    temporary.chmod(0o755)
+    target.parent.mkdir(exist_ok=True)
+    temporary.rename(target)
+    print(f"{target}: {record.runs.n} runs; python -m records verify {target}")
 
 
 def read_note(path: str | None) -> str:
@@ -104,82 +130,119 @@ def read_note(path: str | None) -> str:
         with open(path, encoding="utf-8") as file:
             note = file.read(NOTE_LIMIT)
             if file.read(1):
-                raise RecordError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link to the rest")
+                raise RecordError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found "
+                                  "more; link to the rest")
     except (OSError, UnicodeDecodeError) as e:
         raise RecordError(f"--note: expected a readable text file, found: {e}; check {path}") from None
     if NOTE_BEGIN in note or NOTE_END in note:
-        raise RecordError(f"{path}: expected a note, found the marks of one in a README; pass the text between them")
+        raise RecordError(f"{path}: expected a note, found the marks of one in a README; pass the text "
+                          "between them")
     return note.strip()
 
 
 def date_of(submission: Submission) -> str:
     dates = [details.date for details in submission.details.values() if details.date]
     if not dates:
-        raise RecordError("--date: expected YYYY-MM-DD, found none, and the logs do not say when they ran; say when")
+        raise RecordError("--date: expected YYYY-MM-DD, found none, and the logs do not say when they ran; "
+                          "say when")
     return max(dates).date().isoformat()
 
 
-def copy(submission: Submission, target: Path):
-    """The logs into the folders of their groups, under names that are plain and differ, in upper and lower case too."""
-    groups = submission.logs, submission.baseline, [log for log, _ in submission.excluded]
-    for folder, members in zip(check.GROUPS, groups):
+def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
+    """The name of the folder of a record whose runs are these logs and no others; None where there
+    is none."""
+    wanted = {log.sha256 for log in baseline}
+    for folder in sorted(path for path in track_folder.glob("*")
+                         if re.fullmatch(schema.FOLDER_NAME, path.name)):
+        files = check.members(folder / "runs")
+        if files and len(files) == len(baseline):
+            if {hashlib.sha256(file.read_bytes()).hexdigest() for file in files} == wanted:
+                return folder.name
+    return None
+
+
+def copy(submission: Submission, statement: Statement, target: Path):
+    """The logs into their folders, under names that are plain and differ, in upper and lower case too."""
+    baseline = [] if statement.baseline_record else submission.baseline
+    for folder, members in zip(check.FOLDERS, (submission.logs, baseline,
+                                               [log for log, _ in submission.excluded])):
         seen = set()
         for log in members:
             name = log.path.name
             if not re.fullmatch(schema.LOG_NAME, name) or log.path.suffix not in logs.SUFFIXES:
-                raise RecordError(f"expected log names of letters, digits and . _ - that end in .txt, found {name!r}; rename it")
+                raise RecordError("expected log names of letters, digits and . _ - that end in .txt, found "
+                                  f"{name!r}; rename it")
             if name.lower() in seen:
-                raise RecordError(f"expected logs of different names in {folder}, found two called {name}; rename one")
+                raise RecordError(f"expected logs of different names in {folder}, found two called {name}; "
+                                  "rename one")
             if log.size > SIZE_LIMIT:
-                raise RecordError(f"{log.path}: expected at most {SIZE_LIMIT:,} bytes, found {log.size:,}; is it a log?")
+                raise RecordError(f"{log.path}: expected at most {SIZE_LIMIT:,} bytes, found {log.size:,}; "
+                                  "is it a log?")
             seen.add(name.lower())
             (target / folder).mkdir(exist_ok=True)
             shutil.copyfile(log.path, target / folder / name)
 
 
-def compose(folder: Path, statement: Statement, note: str) -> tuple[Record, list[Verdict], dict[str, bytes]]:
-    """What belongs into a folder of logs beside them: the record, the verdict on it, and its files by name."""
-    s = check.from_folder(folder, statement)
-    sources = {name: text.encode() for name, text in next((log.sources for log in s.logs if log.sources), {}).items()}
-    record, verdicts = describe(s, statement, sources), judge(s)
-    files = {schema.FILE: record.to_json().encode(), "README.md": readme(s, record, verdicts, note).encode()}
-    return record, verdicts, files | {f"source/{name}": content for name, content in sources.items()}
+def compose(folder: Path, statement: Statement, note: str,
+            siblings: Path | None = None) -> tuple[Record, list[Verdict], dict[str, bytes]]:
+    """What belongs into a folder of logs beside them: the record, the verdict on it, and its files
+    by name."""
+    s = check.from_folder(folder, statement, siblings)
+    record = describe(s, statement)
+    verdicts = judge(s)
+    return record, verdicts, {schema.FILE: record.to_json().encode(),
+                              "README.md": readme(s, record, verdicts, note).encode()}
 
 
-def describe(s: Submission, statement: Statement, sources: dict[str, bytes]) -> Record:
-    def common(values) -> object:
-        return [*values][0] if len(values := {*values}) == 1 else None
-
-    test, alpha, passes = s.loss_test()
+def describe(s: Submission, statement: Statement) -> Record:
+    """The record of a submission: what a person says of it, and what its logs say."""
+    test = s.loss_test()
     speed = s.speed() if s.baseline else None
+    sources = next((log.sources for log in s.logs if log.sources), {})
     return schema.parse(statement.model_dump(include=set(Statement.model_fields)) | {
-        "hardware": common(hardware(run) for run in s.runs),
+        "hardware": common(run.hardware for run in s.runs),
         "torch": common(run.torch for run in s.runs),
         "world_size": common(run.world_size for run in s.runs),
-        "runs": group(s.logs, s.point),
-        "loss_test": LossTest(rule=s.track.rule, target=s.track.target, alpha=alpha, p=significant(test.p), passes=passes),
-        "baseline": group(s.baseline, last_point) if s.baseline else None,
-        "speed": speed and Speed(difference_ms=decimals(speed.difference.estimate, 1), low_ms=decimals(speed.difference.low, 1),
+        "runs": summary(s.logs, s.point),
+        "loss_test": LossTest(rule=s.track.rule, target=s.track.target, alpha=s.track.alpha,
+                              p=significant(test.p),
+                              passes=test.passes),
+        "baseline": summary(s.baseline, last_point) if s.baseline else None,
+        "speed": speed and Speed(difference_ms=decimals(speed.difference.estimate, 1),
+                                 low_ms=decimals(speed.difference.low, 1),
                                  high_ms=decimals(speed.difference.high, 1), p=significant(speed.p)),
         "excluded_logs": [entry(log, s.point) for log, _ in s.excluded],
-        "sources": {name: hashlib.sha256(content).hexdigest() for name, content in sources.items()},
+        "sources": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sources.items()},
     }, "the logs")
 
 
-def entry(log: Log, point) -> LogFile:
-    return LogFile(file=log.path.name, sha256=log.sha256, runs=[schema.Run(
-        run_id=run.run_id, seed=run.seed, step=at.step if (at := point(run)) else None,
-        loss=at and decimals(at.val_loss, 9), time_ms=at and decimals(at.train_time_ms, 3)) for run in log.runs])
+def common(values):
+    """The value that all have in common, None where they differ."""
+    values = {*values}
+    return values.pop() if len(values) == 1 else None
 
 
-def group(members: list[Log], point) -> Group:
+def entry(log: LogFile, point) -> LogEntry:
+    return LogEntry(file=log.path.name, sha256=log.sha256,
+                    runs=[run_entry(run, point(run)) for run in log.runs])
+
+
+def run_entry(run: RunFacts, at) -> RunEntry:
+    return RunEntry(run_id=run.run_id, seed=run.seed, step=at and at.step, loss=at
+                    and decimals(at.val_loss, 9),
+                    time_ms=at and decimals(at.train_time_ms, 3))
+
+
+def summary(members: list[LogFile], point) -> GroupSummary:
     points = [point(run) for log in members for run in log.runs]
-    steps = {at and at.step for at in points}
-    (loss, loss_sd), (time, time_sd) = (mean_sd([math.nan if value is None else value for value in values]) for values in (
-        [at and at.val_loss for at in points], [at and at.train_time_ms for at in points]))
-    return Group(n=len(points), step=steps.pop() if len(steps) == 1 else None, loss_mean=decimals(loss, 5),
-                 loss_sd=decimals(loss_sd, 5), time_ms_mean=decimals(time, 1), time_ms_sd=decimals(time_sd, 1),
-                 logs=[entry(log, point) for log in members])
+    loss, loss_sd = mean_sd([math.nan if at is None else at.val_loss for at in points])
+    time, time_sd = mean_sd([math.nan if at is None or at.train_time_ms is None else at.train_time_ms
+                             for at in points])
+    return GroupSummary(n=len(points), step=common(at and at.step for at in points),
+                        loss_mean=decimals(loss, 5),
+                        loss_sd=decimals(loss_sd, 5), time_ms_mean=decimals(time, 1),
+                        time_ms_sd=decimals(time_sd, 1),
+                        logs=[entry(log, point) for log in members])
 
 
 def decimals(value: float | None, digits: int) -> float | None:
@@ -190,20 +253,33 @@ def significant(p: float | None) -> float | None:
     return float(f"{p:.3g}") if p is not None and math.isfinite(p) else None
 
 
+# The README
+
 def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) -> str:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
-    environment.filters |= {"escaped": escaped, "loss": loss, "seconds": seconds, "short": short}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES),
+                                     undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+                                     autoescape=False)
+    environment.filters |= {"escaped": escaped, "loss": loss, "seconds": seconds, "short": short_name}
     first, before = ([*runs, None][0] for runs in (s.runs, s.baseline_runs))
+    elsewhere = record.baseline_record
     return environment.get_template("record.md").render(
-        r=record, note=note, note_begin=NOTE_BEGIN, note_end=NOTE_END, sigma=s.track.rule_options.get("sigma"),
+        r=record,
+        note=note,
+        note_begin=NOTE_BEGIN,
+        note_end=NOTE_END,
+        sigma=s.track.rule_options.get("sigma"),
         test={"t_test": "one-sided t-test", "z_rule": "z-test with an assumed spread"}[s.track.rule],
+        baseline_folder=f"../{elsewhere}/runs" if elsewhere else "baseline",
         runs=[run for file in record.runs.logs for run in file.runs],
-        baseline_runs=[run for file in (record.baseline.logs if record.baseline else []) for run in file.runs],
+        baseline_runs=[run for file in (record.baseline.logs if record.baseline else [])
+                       for run in file.runs],
         left_out=sum(len(file.runs) for file in record.excluded_logs),
         open=[verdict for verdict in verdicts if verdict.verdict not in (PASS, NOT_APPLICABLE)],
         commits=sorted({details.commit for log in s.logs if (details := s.details[log.path]).commit}),
-        differences=differences(first, before), command=command(first))
+        differences=differences(first, before),
+        command=command(first),
+    )
 
 
 def escaped(text) -> str:
@@ -220,11 +296,12 @@ def seconds(ms: float | None, digits: int = 3) -> str:
     return "nan" if ms is None else f"{ms / 1000:.{digits}f}"
 
 
-def differences(run: Run | None, before: Run | None) -> list[tuple[str, str, str]]:
+def differences(run: RunFacts | None, before: RunFacts | None) -> list[tuple[str, str, str]]:
     """Settings that the first run does not share with the first one of the baseline."""
     if not run or not before or not run.config or not before.config:
         return []
-    settings, others = ({key: show(value) for key, value in config.items()} for config in (run.config, before.config))
+    settings, others = ({key: show(value) for key, value in config.items()}
+                        for config in (run.config, before.config))
     return [(key, settings.get(key, ""), others.get(key, "")) for key in {**settings, **others}
             if key not in NOT_TRAINING and settings.get(key) != others.get(key)]
 
@@ -236,14 +313,18 @@ def show(value) -> str:
     return ("on" if value else "off") if isinstance(value, bool) else str(value)[:200]
 
 
-def command(run: Run | None) -> str:
-    """A command line that trains as the run did, made of its settings; "" where the log holds none. Only plain values: a reader
-    may well paste it into a shell."""
+def command(run: RunFacts | None) -> str:
+    """A command line that trains as the run did, made of its settings; "" where the log holds none.
+
+    Only plain values: a reader may well paste it into a shell.
+    """
     flags = [f"--{key}={shlex.quote(show(value))}" for key, value in (run.config if run else {}).items()
-             if key not in NOT_TRAINING and re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={show(value)}", re.A)]
+             if key not in NOT_TRAINING and re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={show(value)}",
+                                                         re.A)]
     if not flags:
         return ""
     ranks = run.world_size or 1
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
-    return textwrap.fill(f"{start} train_gpt.py --seed={run.seed or 0} {' '.join(flags)}", 110, subsequent_indent="    ",
+    return textwrap.fill(f"{start} train_gpt.py --seed={run.seed or 0} {' '.join(flags)}", 110,
+                         subsequent_indent="    ",
                          break_long_words=False, break_on_hyphens=False).replace("\n", " \\\n")

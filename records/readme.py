@@ -1,4 +1,4 @@
-"""Numbers in a README: lists of losses and times, probabilities, table rows and links, read as text and never run."""
+"""Numbers in a README: lists of losses and times, probabilities, table rows and links. Text is never run."""
 import re
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +14,7 @@ LINK = re.compile(r"\]\(([^()\s#]{1,300})[^()\s]{0,100}\)")
 
 
 @dataclass(frozen=True)
-class List:
+class NumberList:
     line: int
     before: str  # what stands before it on its line, such as "losses ="
     values: tuple[float, ...]
@@ -25,7 +25,7 @@ def line_of(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def lists(text: str) -> list[List]:
+def lists(text: str) -> list[NumberList]:
     """Lists of two or more decimal numbers; a list that comes again counts once."""
     found = {}
     for match in LIST.finditer(text):
@@ -38,7 +38,8 @@ def lists(text: str) -> list[List]:
         if len(found) == LIST_LIMIT:
             break
         if len(values) > 1 and digits:
-            found.setdefault(values, List(line_of(text, match.start()), match["before"].lower(), values, min(digits, 9)))
+            found.setdefault(values, NumberList(line_of(text, match.start()), match["before"].lower(), values,
+                                                min(digits, 9)))
     return [*found.values()]
 
 
@@ -53,8 +54,10 @@ def probabilities(text: str) -> list[tuple[int, float, float]]:
 
 
 def rows(text: str) -> list[tuple[int, str, list[str], list[str]]]:
-    """(line, name in the first cell, losses, milliseconds) of each table row whose first cell may name a log."""
-    return [(line_of(text, match.start()), match[1], ROW_LOSS.findall("|" + match[2]), ROW_MS.findall("|" + match[2]))
+    """(line, name in the first cell, losses, milliseconds) of each table row whose first cell may
+    name a log."""
+    return [(line_of(text, match.start()), match[1], ROW_LOSS.findall("|" + match[2]),
+             ROW_MS.findall("|" + match[2]))
             for match in ROW.finditer(text)]
 
 

@@ -1,8 +1,10 @@
-"""Write one page about runs and the history of records: charts, tables that sort, statistics, differences of sources.
+"""Write one page about runs and the history of records: charts, tables that sort, statistics, differences of
+sources.
 
-A PATH that is a log is a group of its own; the logs in a folder are a group of seeds, those of each subfolder another one. The
-first group is the baseline of the others. Without a PATH the page shows the public history alone.
-The page is a single file and needs no network; plotly.js, 4.8 MB, lies in it. What comes out of logs is shown and never run."""
+A PATH that is a log is a group of its own; the logs in a folder are a group of seeds, those of each subfolder
+another one. The first group is the baseline of the others; of an A/B experiment its own baseline is. Without
+a PATH the page shows the public history alone. The page is a single file and needs no network; plotly.js, 4.8
+MB, lies in it. What comes out of logs is shown and never run."""
 import base64
 import hashlib
 import json
@@ -11,46 +13,56 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records import difference, history, logs, table
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
+from records import charts, difference, history, logs, statistics, table
+from records.compare import figures, tests_against
 from records.errors import RecordError
-from records.groups import Group, find_groups, short
+from records.groups import RunGroup, count, find_groups
+from records.palette import COLORS, MAX_GROUPS
+from records.rules import NOT_TRAINING
 from records.tracks import TRACKS, Track, choose
 
 HELP = "one page with charts: runs, their statistics, sources, and the history of records"
-EXAMPLE = "python -m records report bench/results/2026-11-22_shakespeare_cpu -o logs/report.html"
+EXAMPLE = ("python -m records report records/track_0_laptop/2026-11-22_AdamW "
+           "records/track_0_laptop/2026-11-22_Muon "
+           "-o logs/report.html")
 
 TEMPLATES = Path(__file__).parent / "templates"
 DIFF_LIMIT = 400  # lines shown of the difference of a file
 
 
 @dataclass
-class Judged(Group):
+class JudgedGroup(RunGroup):
     """A group, and what the page says of it beside the facts of its runs."""
     statistics: dict = field(default_factory=dict)
     differences: list[difference.Difference] = field(default_factory=list)  # to the first group
-    notes: list[str] = field(default_factory=list)
 
 
-def judge(groups: list[Group], track: Track | None) -> list[Judged]:
-    """Statistics, differences and notes, against the first group. Without a track there is no rule and no target."""
-    from records import charts, statistics, stats
-    judged, first = [Judged(**vars(group)) for group in groups], None
-    for group in judged[:charts.MAX_GROUPS]:
+def judge(groups: list[RunGroup], track: Track | None) -> list[JudgedGroup]:
+    """Statistics, differences and notes, against the first group.
+
+    Without a track there is no rule and no target.
+    """
+    judged = [JudgedGroup(**vars(group)) for group in groups]
+    for group in judged[:MAX_GROUPS]:
         group.differences = difference.differences(groups[0].sources, group.sources)
+    first = None
     for group in judged:
         try:
-            counted = stats.gather(group.logs, track or TRACKS["small"], None)
+            counted = count(group, track)
         except RecordError as e:
             group.notes.append(f"No statistics: {e}.")
             continue
-        group.statistics = stats.facts(counted) | {
-            "rule": track and statistics.loss_rule(track, counted.losses),
-            "against": first and stats.compare(counted, first, track or TRACKS["small"])}
-        first = first or counted
-        group.runs = counted.runs  # copies of a run count once
+        first = first or (group, counted)
         group.notes += counted.notes
-        if (n := len({run.source_sha256 for run in group.runs})) > 1:
-            group.notes.append(f"The runs have {n} different sources; the first one is compared.")
+        group.statistics = figures(counted) | {
+            "step": counted.step,
+            "rule": track and statistics.loss_rule(track, counted.losses),
+            "against": tests_against(*first, group, counted, track) if group is not first[0] else None,
+        }
     return judged
 
 
@@ -68,6 +80,10 @@ class Cell:
     links: tuple[tuple[str, str], ...] = ()  # (text, address)
     swatch: int | None = None  # the number of a group, whose colour stands before the text
 
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.links or self.detail)
+
 
 @dataclass(frozen=True)
 class Column:
@@ -79,16 +95,19 @@ class Column:
 
 def numbers(title: str, values, form: str = "{}", factor: float = 1) -> Column:
     values = [value if value is None else value * factor for value in values]
-    return Column(title, [Cell() if value is None else Cell(form.format(value), value) for value in values], "number")
+    return Column(title, [Cell() if value is None else Cell(form.format(value), value) for value in values],
+                  "number")
 
 
 def texts(title: str, values, kind: str = "text", heads: bool = False, limit: int = 60) -> Column:
-    return Column(title, [Cell(shown("" if value is None else value, limit)) for value in values], kind, heads)
+    return Column(title, [Cell(shown("" if value is None else value, limit)) for value in values], kind,
+                  heads)
 
 
-def mean_sd(title: str, groups: list[Group], key: str, digits: int) -> Column:
+def mean_sd(title: str, groups: list[RunGroup], key: str, digits: int) -> Column:
     def cell(facts):
-        if not facts or key == "seconds" and not math.isfinite(facts[key]["mean"].estimate):  # not in the logs
+        # not in the logs
+        if not facts or key == "seconds" and not math.isfinite(facts[key]["mean"].estimate):
             return Cell()
         mean, sd = facts[key]["mean"], facts[key]["sd"]
         spread = "" if sd is None else f" ± {sd:.{digits}f}"
@@ -100,7 +119,7 @@ def between(interval, digits: int) -> str:
     return "" if interval.low is None else f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 
-def group_table(groups: list[Judged], track: Track | None) -> list[Column]:
+def group_table(groups: list[JudgedGroup], track: Track | None) -> list[Column]:
     def rule(facts):
         rule = facts.get("rule")
         if not rule:
@@ -126,7 +145,8 @@ def group_table(groups: list[Judged], track: Track | None) -> list[Column]:
 
     facts = [group.statistics for group in groups]
     columns = [Column("Group", [Cell(group.name, k, swatch=k) for k, group in enumerate(groups)], heads=True),
-               numbers("Runs", [len(group.runs) for group in groups]), Column("Steps", [*map(steps, facts)], "number"),
+               numbers("Runs", [len(group.runs) for group in groups]),
+               Column("Steps", [*map(steps, facts)], "number"),
                mean_sd("Final loss", groups, "loss", 4)]
     if track:
         columns.append(Column("Loss rule", [rule(f) for f in facts], "fact"))
@@ -137,25 +157,28 @@ def group_table(groups: list[Judged], track: Track | None) -> list[Column]:
     return columns
 
 
-def run_table(groups: list[Group], track: Track | None) -> tuple[list[Column], list[tuple[str, str]]]:
+def run_table(groups: list[RunGroup], track: Track | None) -> tuple[list[Column], list[tuple[str, str]]]:
     """Columns, and (title, text) of those that would say the same in every row."""
     rows = [(k, group, log, run) for k, group in enumerate(groups) for kept in [{*map(id, group.runs)}]
             for log in group.logs for run in log.runs if id(run) in kept]
     every = [run for *_, run in rows]
-    steps = [Cell(f"{run.final_step:,}" + ("" if run.complete or run.total_steps is None else f" of {run.total_steps:,}"),
+    steps = [Cell(f"{run.final_step:,}" + ("" if run.complete or run.total_steps is None
+                                           else f" of {run.total_steps:,}"),
                   run.final_step) for run in every]
     columns = [
         Column("Group", [Cell(group.name, k, swatch=k) for k, group, _, _ in rows], "fact"),
-        texts("Run", [short(run.run_id) for run in every], "fact", heads=True),
+        texts("Run", [logs.short_name(run.run_id) for run in every], "fact", heads=True),
         numbers("Seed", [run.seed for run in every]),
         numbers("Final loss", [run.final_val_loss for run in every], "{:.4f}"),
         numbers("Training seconds", [run.final_time_ms for run in every], "{:,.2f}", 1e-3),
         Column("Steps", steps, "number"),
         numbers("ms a step", [run.step_avg_ms for run in every], "{:,.2f}"),
-        *([numbers(f"Seconds to {track.target:g}", [run.time_to(track.target) for run in every], "{:,.1f}", 1e-3),
-           numbers(f"Steps to {track.target:g}", [run.steps_to(track.target) for run in every], "{:,.0f}")] if track else []),
+        *([numbers(f"Seconds to {track.target:g}", [run.time_to(track.target) for run in every], "{:,.1f}",
+                   1e-3),
+           numbers(f"Steps to {track.target:g}", [run.steps_to(track.target) for run in every], "{:,.0f}")]
+          if track else []),
         numbers("Peak MiB", [run.peak_mib for run in every], "{:,}"),
-        texts("Hardware", [(f"{run.num_gpus} × " if run.num_gpus else "") + (run.gpu_name or "") for run in every]),
+        texts("Hardware", [run.hardware for run in every]),
         texts("torch", [run.torch for run in every], "fact"),
         texts("Source", [(run.source_sha256 or "")[:8] for run in every], "fact"),
         texts("Remarks", ["; ".join(log.problems) for _, _, log, _ in rows], limit=200),
@@ -166,9 +189,8 @@ def run_table(groups: list[Group], track: Track | None) -> tuple[list[Column], l
             [(column.title, column.cells[0].text) for column in common if column.cells[0].text])
 
 
-def settings_table(groups: list[Group]) -> list[Column]:
+def settings_table(groups: list[RunGroup]) -> list[Column]:
     """The settings in which the first runs of the groups differ."""
-    from records.rules import NOT_TRAINING
     configs = [group.runs[0].config for group in groups]
     keys = dict.fromkeys(key for config in configs for key in config if key not in NOT_TRAINING)
     keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
@@ -179,18 +201,20 @@ def settings_table(groups: list[Group]) -> list[Column]:
 
 def local_table() -> list[Column]:
     found = [record for track in TRACKS.values() for record in table.local_records(track)]
-    why = [shown(f"no record: {record.why_no_record}", 200) if record.why_no_record else "" for record in found]
+    why = [shown(f"no record: {record.why_no_record}", 200) if record.why_no_record else ""
+           for record in found]
     titles = [Cell(shown(record.description, 120), detail=reason) for record, reason in zip(found, why)]
     losses = [Cell(table.number(runs.loss_mean, 4), detail=f"± {table.number(runs.loss_sd, 4)}")
               for runs in (record.runs for record in found)]
     return [Column("Record", titles, heads=True), texts("Track", [record.track for record in found], "fact"),
-            texts("Date", [record.date for record in found], "fact"), numbers("Runs", [record.runs.n for record in found]),
+            texts("Date", [record.date for record in found], "fact"),
+            numbers("Runs", [record.runs.n for record in found]),
             Column("Final loss", losses, "number"),
             numbers("Training seconds", [record.runs.time_ms_mean for record in found], "{:,.2f}", 1e-3),
             texts("Hardware", [record.hardware for record in found])] if found else []
 
 
-def steps_of(record: history.Record) -> int | None:
+def steps_of(record: history.HistoryRow) -> int | None:
     """Steps of the linked run of a record."""
     if TRACKS[record.track].ranked_by == "steps":
         return int(record.minutes_or_steps)
@@ -198,10 +222,12 @@ def steps_of(record: history.Record) -> int | None:
     return runs[0].final_step if runs else None
 
 
-def public_table(rows: list[table.Row]) -> list[Column]:
+def public_table(rows: list[table.RankedRow]) -> list[Column]:
     records = [row.record for row in rows]
-    minutes = [record.minutes_or_steps if TRACKS[record.track].ranked_by == "time" else None for record in records]
-    links = [tuple((text, url) for text, url in (("log", record.log_url), (f"PR {record.pr}", record.pr_url)) if url)
+    minutes = [record.minutes_or_steps if TRACKS[record.track].ranked_by == "time" else None
+               for record in records]
+    links = [tuple((text, url) for text, url in (("log", record.log_url), (f"PR {record.pr}", record.pr_url))
+                   if url)
              for record in records]
     return [texts("Track", [record.track for record in records], "fact"),
             numbers("#", [record.number for record in records]),
@@ -214,11 +240,10 @@ def public_table(rows: list[table.Row]) -> list[Column]:
             Column("Upstream", [Cell(links=found) for found in links], "fact")]
 
 
-def public_charts(public: dict[str, list[table.Row]]) -> dict:
-    from records import charts
-
+def public_charts(public: dict[str, list[table.RankedRow]]) -> dict:
     def chart(track, unit, value, **options):
-        events = [charts.Event(row.record.date, float(value(row.record)), row.record.number, row.record.title, row.percent or 0)
+        events = [charts.Event(row.record.date, float(value(row.record)), row.record.number, row.record.title,
+                               row.percent or 0)
                   for row in public[track] if row.record.date and value(row.record)]
         return charts.history(events, unit, **options)
 
@@ -229,46 +254,49 @@ def public_charts(public: dict[str, list[table.Row]]) -> dict:
             "history-optimization": chart("optimization", "steps", steps_of, best_only=True)}
 
 
-def run_charts(groups: list[Group], target: float | None) -> tuple[dict, str]:
+def run_charts(groups: list[RunGroup], target: float | None) -> tuple[dict, str]:
     """Charts by name, and in words how the curves end, for those who do not see them."""
-    from records import charts
-    curves = [(group.name, charts.curve(group.runs)) for group in groups[:charts.MAX_GROUPS]]
-    found = {"seconds": charts.loss_curves(curves, "seconds", target), "steps": charts.loss_curves(curves, "steps", target),
+    curves = [(group.name, charts.curve(group.runs)) for group in groups[:MAX_GROUPS]]
+    found = {"seconds": charts.loss_curves(curves, "seconds", target),
+             "steps": charts.loss_curves(curves, "steps", target),
              "ends": charts.ends_of_runs([(group.name, group.runs) for group in groups], target)}
     return ({name: figure for name, figure in found.items() if figure},
             "; ".join(f"{name} ends at {charts.in_words(points[-1])}" for name, points in curves if points))
 
 
-def page(groups: list[Judged], left_out: list[tuple[str, str]], track: Track | None, notes: list[str]) -> str:
-    import jinja2
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs, get_plotlyjs_version
-
-    from records import charts
+def page(groups: list[JudgedGroup], left_out: list[tuple[str, str]], track: Track | None,
+         notes: list[str]) -> str:
     public = {name: rows for name, t in TRACKS.items() if (rows := table.history_rows(t))}
-    figures, ends = run_charts(groups, track and track.target)
-    figures |= public_charts(public)
-    data = json.dumps({name: json.loads(figure.to_json()) for name, figure in figures.items()})
+    drawn, ends = run_charts(groups, track and track.target)
+    drawn |= public_charts(public)
+    data = json.dumps({name: json.loads(chart.to_json()) for name, chart in drawn.items()})
     scripts = [get_plotlyjs(), (TEMPLATES / "report.js").read_text(encoding="utf-8")]
-    # The page tells the browser to run these two scripts and to load nothing, whatever the logs have smuggled in.
+    # The page tells the browser to run these two scripts and to load nothing, whatever the logs have smuggled
+    # in.
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
+                                     undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
     return environment.get_template("report.html").render(
-        groups=groups, left_out=left_out, track=track, notes=notes, public=public, tracks=TRACKS, history=history,
+        groups=groups, left_out=left_out, track=track, notes=notes, public=public, tracks=TRACKS,
+        history=history,
         group_table=group_table(groups, track), run_table=run_table(groups, track) if groups else None,
         settings_table=settings_table(groups) if len(groups) > 1 else [], local_table=local_table(),
         public_table=public_table([row for rows in public.values() for row in rows]), ends=ends,
-        charts=figures.keys(), diff_limit=DIFF_LIMIT, max_groups=charts.MAX_GROUPS, swatch=charts.swatch, color=charts.color,
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")), scripts=[*map(Markup, scripts)], hashes=hashes,
-        data=Markup(re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", data)), plotly_version=get_plotlyjs_version())
+        charts=drawn.keys(), diff_limit=DIFF_LIMIT, max_groups=MAX_GROUPS, colors=COLORS,
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")), scripts=[*map(Markup, scripts)],
+        hashes=hashes,
+        data=Markup(re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", data)),
+        plotly_version=get_plotlyjs_version())
 
 
 def add_arguments(parser):
     parser.add_argument("paths", nargs="*", metavar="PATH", help="a log, or a folder of logs")
-    parser.add_argument("--track", metavar="TRACK", help=f"{', '.join(TRACKS)} (default: the one of the logs)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
+    parser.add_argument("--track", metavar="TRACK",
+                        help=f"{', '.join(TRACKS)} (default: the one of the logs)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
+                        help="the page (report.html)")
 
 
 def run(args) -> int:
@@ -277,7 +305,8 @@ def run(args) -> int:
         raise RecordError(f"-o: expected a name that ends in .html, found {output}; add it")
     groups, left_out = find_groups(args.paths) if args.paths else ([], [])
     try:
-        track = choose(args.track, [log for group in groups for log in group.logs]) if groups or args.track else None
+        track = choose(args.track,
+                       [log for group in groups for log in group.logs]) if groups or args.track else None
     except RecordError as e:
         if args.track:
             raise
@@ -289,7 +318,8 @@ def run(args) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise RecordError(f"-o: expected to write {output}, found: {e.strerror}; choose another place") from None
+        raise RecordError(f"-o: expected to write {output}, found: {e.strerror}; "
+                          "choose another place") from None
     print(f"{shown(output, 200)}: {sum(len(group.runs) for group in groups)} runs in {len(groups)} groups, "
           f"{len(history.records())} public records, {output.stat().st_size / 1e6:.1f} MB")
     return 0

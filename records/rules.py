@@ -11,16 +11,16 @@ from pathlib import Path
 
 from records import statistics
 from records.lines import Details, examine
-from records.logs import Log, Run, ValPoint
+from records.logs import LogFile, RunFacts, ValPoint, printable, short_name
 from records.tracks import Track
 
 PASS, FAIL, WAIVED, NOT_APPLICABLE = "pass", "fail", "waived", "n/a"
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 SEED_VALUE = re.compile(r"(seed\w{0,20}\s{0,9}(?::\s{0,9}int\s{0,9})?[=(]\s{0,9})\d{1,18}", re.I)
-NOT_TRAINING = {"seed", "log_dir", "save_every", "save_final", "wandb"}  # settings that do not change what is trained
+NOT_TRAINING = {"seed", "log_dir", "save_every", "save_final",
+                "wandb"}  # settings that do not change what is trained
 
 
-def last_point(run: Run) -> ValPoint | None:
+def last_point(run: RunFacts) -> ValPoint | None:
     return run.val_points[-1] if run.val_points else None
 
 
@@ -28,47 +28,47 @@ def last_point(run: Run) -> ValPoint | None:
 class Submission:
     """Runs for which something is claimed, and what a person says of them."""
     track: Track
-    logs: list[Log]
-    baseline: list[Log] = field(default_factory=list)
-    excluded: list[tuple[Log, str]] = field(default_factory=list)  # with the reason
+    logs: list[LogFile]
+    baseline: list[LogFile] = field(default_factory=list)
+    excluded: list[tuple[LogFile, str]] = field(default_factory=list)  # with the reason
     step: int | None = None  # whose validation counts; None: the last
-    planned: tuple[int, ...] = ()  # numbers of runs after which to judge
+    planned: int | None = None  # runs that were planned before the first one
     waivers: dict[str, str] = field(default_factory=dict)  # reason by rule
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunFacts]:
         return [run for log in self.logs for run in log.runs]
 
     @property
-    def baseline_runs(self) -> list[Run]:
+    def baseline_runs(self) -> list[RunFacts]:
         return [run for log in self.baseline for run in log.runs]
 
     @property
-    def counted(self) -> list[Log]:
+    def counted(self) -> list[LogFile]:
         return [*self.logs, *self.baseline]
 
     @property
-    def all_logs(self) -> list[Log]:
+    def all_logs(self) -> list[LogFile]:
         return [*self.counted, *(log for log, _ in self.excluded)]
 
     @cached_property
     def details(self) -> dict[Path, Details]:
         return {log.path: examine(log) for log in self.all_logs}
 
-    def point(self, run: Run) -> ValPoint | None:
+    def point(self, run: RunFacts) -> ValPoint | None:
         """The validation that counts."""
         return last_point(run) if self.step is None else run.at(self.step)
 
-    def loss_test(self, runs: list[Run] | None = None) -> tuple:
-        """(result of the track's loss rule on these or all runs, probability left to each planned look, whether it passes)."""
-        losses = [point.val_loss if (point := self.point(run)) else math.nan for run in (self.runs if runs is None else runs)]
-        result, alpha = statistics.loss_rule(self.track, losses), self.track.alpha / max(len(self.planned), 1)
-        return result, alpha, result.passes and (len(self.planned) < 2 or result.p < alpha)
+    def loss_test(self, runs: list[RunFacts] | None = None) -> statistics.RuleResult:
+        """The track's loss rule on these runs, or on all that count."""
+        points = [self.point(run) for run in (self.runs if runs is None else runs)]
+        return statistics.loss_rule(self.track, [point.val_loss if point else math.nan for point in points])
 
     def speed(self) -> statistics.Welch:
         """Times of the runs, in ms, against those of the baseline at its last step."""
         def times(points):
-            return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms for point in points]
+            return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms
+                    for point in points]
         return statistics.welch(times(map(self.point, self.runs)), times(map(last_point, self.baseline_runs)))
 
 
@@ -80,18 +80,13 @@ class Verdict:
     reason: str = ""  # of a waiver
 
 
-def short(name: str) -> str:
-    """A name with its UUID cut to the first part, as people do."""
-    return UUID.sub(lambda match: match[0][:8], name)[:60]
-
-
 def some(texts: Iterable[str], limit: int = 4) -> str:
     texts = list(texts)
     return "; ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
-def names(items: Iterable[Run | Log]) -> str:
-    ids = [short(item.run_id if isinstance(item, Run) else item.path.stem) for item in items]
+def names(items: Iterable[RunFacts | LogFile]) -> str:
+    ids = [short_name(item.run_id if isinstance(item, RunFacts) else item.path.stem)[:60] for item in items]
     return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
 
 
@@ -101,7 +96,10 @@ def judged(wrong: Iterable[str], good: str) -> tuple[str, str]:
 
 
 def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, str]:
-    """Whether a fact is the same in all. Evidence: each value with those that have it, the largest group first."""
+    """Whether a fact is the same in all.
+
+    Evidence: each value with those that have it, the largest group first.
+    """
     groups = {}
     for run in runs:
         groups.setdefault(value(run), []).append(run)
@@ -111,7 +109,8 @@ def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, st
     (most, members), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
     if not others:
         return PASS, f"{known[most]} in all {len(members)} {plural}"
-    return FAIL, some([f"{known[most]} in {len(members)} {plural}", *(f"{known[key]} in {names(few)}" for key, few in others)])
+    return FAIL, some([f"{known[most]} in {len(members)} {plural}",
+                       *(f"{known[key]} in {names(few)}" for key, few in others)])
 
 
 # The first line of each docstring is the manual. An asterisk: a person may waive it.
@@ -119,14 +118,17 @@ def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, st
 
 def intact_logs(s: Submission):
     """Every log is whole: nothing is cut, binary, unreadable or repeated in it."""
-    return judged((f"{names([log])}: {problem}" for log in s.counted for problem in log.problems
-                   if not problem.startswith("the run is incomplete")), f"{len(s.counted)} logs")  # final-validation says that
+    incomplete = "the run is incomplete"  # final-validation says that
+    wrong = [f"{names([log])}: {problem}" for log in s.counted for problem in log.problems
+             if not problem.startswith(incomplete)]
+    return judged(wrong, f"{len(s.counted)} logs")
 
 
 def consistent_lines(s: Submission):
     """The lines of a log agree: no step is missing, times never fall, averages are time / steps."""
-    return judged((f"{names([log])}: {text}" for log in s.counted for text in s.details[log.path].contradictions),
-                  f"{sum(s.details[log.path].num_training for log in s.counted):,} training lines")
+    details = [(log, s.details[log.path]) for log in s.counted]
+    wrong = [f"{names([log])}: {text}" for log, found in details for text in found.contradictions]
+    return judged(wrong, f"{sum(found.num_training for _, found in details):,} training lines")
 
 
 def right_track(s: Submission):
@@ -134,7 +136,9 @@ def right_track(s: Submission):
     if not any(run.config for run in s.runs):
         return NOT_APPLICABLE, "the logs hold no settings"
     wrong = [run for run in s.runs if run.config.get("track") != s.track.name]
-    return judged([f"expected {s.track.name}, found another in {names(wrong)}"] if wrong else [], s.track.name)
+    if wrong:
+        return FAIL, f"expected {s.track.name}, found another in {names(wrong)}"
+    return PASS, s.track.name
 
 
 def same_source(s: Submission):
@@ -150,17 +154,21 @@ def same_source(s: Submission):
                   f"{', '.join(first.sources)} in all {len(s.logs)} logs")
 
 
-def difference(a: Log, b: Log) -> str:
+def difference(a: LogFile, b: LogFile) -> str:
     """How two sources differ, in numbers of lines."""
-    changed = {name: len(set(a.sources.get(name, "").splitlines()) ^ set(b.sources.get(name, "").splitlines()))
-               for name in {**a.sources, **b.sources}}
-    return ", ".join(f"{count} lines of {name} differ" for name, count in changed.items() if count) or "lines are moved"
+    changed = []
+    for name in {**a.sources, **b.sources}:
+        before, after = (set(log.sources.get(name, "").splitlines()) for log in (a, b))
+        if before != after:
+            changed.append(f"{len(before ^ after)} lines of {name} differ")
+    return ", ".join(changed) or "lines are moved"
 
 
 def same_settings(s: Submission):
     """All runs have as many steps and the same settings, those aside that do not change the training."""
     def settings(run):
-        return {"total_steps": run.total_steps, **{key: run.config[key] for key in run.config if key not in NOT_TRAINING}}
+        trained_with = {key: value for key, value in run.config.items() if key not in NOT_TRAINING}
+        return {"total_steps": run.total_steps, **trained_with}
     keys = {key: None for run in s.runs for key in settings(run)}
     found = {key: same(s.runs, lambda run: repr(settings(run).get(key))) for key in keys}
     wrong = [f"{key}: {evidence}" for key, (verdict, evidence) in found.items() if verdict == FAIL]
@@ -173,23 +181,23 @@ def same_validations(s: Submission):
 
 
 def same_data(s: Submission):
-    """All runs train and are judged on the same data, by its fingerprints in the logs."""
-    return same(s.logs, lambda log: " / ".join(s.details[log.path].data) or None, "logs")
+    """All runs train on the same shards, by their fingerprint in the logs."""
+    return same(s.logs, lambda log: s.details[log.path].training_data, "logs")
+
+
+def validation_data(s: Submission):
+    """Runs and baseline are judged on the same tokens, by their hash: those of the track, where known."""
+    hashes = {log.path: s.details[log.path].validation_data for log in s.counted}
+    known = s.track.val_sha256
+    if known and (wrong := [log for log in s.counted if hashes[log.path] not in (known, None)]):
+        found = (hashes[wrong[0].path] or "")[:12]
+        return FAIL, f"expected tokens with SHA-256 {known[:12]}..., found {found}... in {names(wrong)}"
+    return same(s.counted, lambda log: hashes[log.path], "logs")
 
 
 def same_hardware(s: Submission):
     """Runs and baseline have the same model of GPU or CPU, and as many of them."""
-    return same([*s.runs, *s.baseline_runs], hardware)
-
-
-def hardware(run: Run) -> str | None:
-    return f"{run.num_gpus} x {run.gpu_name}" if run.gpu_name and run.num_gpus else run.gpu_name
-
-
-def same_machine(s: Submission):
-    """* Runs and baseline ran on one machine, as far as `calibrate` has measured it and the logs carry that."""
-    hosts = {run.run_id: s.details[log.path].boot or None for log in s.counted for run in log.runs}
-    return same([*s.runs, *s.baseline_runs], lambda run: hosts[run.run_id])
+    return same([*s.runs, *s.baseline_runs], lambda run: run.hardware)
 
 
 def same_torch(s: Submission):
@@ -199,8 +207,9 @@ def same_torch(s: Submission):
     return baseline if baseline[0] == FAIL != verdict[0] else verdict
 
 
-def build(run: Run) -> str | None:
-    return run.torch and f"torch {run.torch}, CUDA {run.cuda}" + (f", Triton {run.triton}" if run.triton else "")
+def build(run: RunFacts) -> str | None:
+    triton = f", Triton {run.triton}" if run.triton else ""
+    return run.torch and f"torch {run.torch}, CUDA {run.cuda}{triton}"
 
 
 def same_world_size(s: Submission):
@@ -211,7 +220,8 @@ def same_world_size(s: Submission):
 def final_validation(s: Submission):
     """Every run is validated at the step that counts; where that is the last one, the run is complete."""
     wrong = [f"{names([log])}: no run in it" for log in s.counted if not log.runs]
-    counting = [*((run, s.point(run)) for run in s.runs), *((run, last_point(run)) for run in s.baseline_runs)]
+    counting = [(run, s.point(run)) for run in s.runs]
+    counting += [(run, last_point(run)) for run in s.baseline_runs]
     for run, point in counting:
         if point is None:
             wrong.append(f"{names([run])}: no validation" + ("" if s.step is None else f" at step {s.step}"))
@@ -230,14 +240,17 @@ def validation_tokens(s: Submission):
     stated = [run for run in [*s.runs, *s.baseline_runs] if run.val_tokens is not None]
     if not stated:
         return NOT_APPLICABLE, f"the logs do not say; the track asks for {s.track.val_tokens:,}"
-    return judged((f"{names([run])}: {run.val_tokens:,}, expected {s.track.val_tokens:,}" for run in stated
-                   if run.val_tokens != s.track.val_tokens), f"{s.track.val_tokens:,} in {len(stated)} runs")
+    wrong = [f"{names([run])}: {run.val_tokens:,}, expected {s.track.val_tokens:,}"
+             for run in stated if run.val_tokens != s.track.val_tokens]
+    return judged(wrong, f"{s.track.val_tokens:,} in {len(stated)} runs")
 
 
 def finite_losses(s: Submission):
     """No validation loss is nan or infinite."""
-    return judged((f"{names([run])}: {point.val_loss} at step {point.step}" for run in [*s.runs, *s.baseline_runs]
-                   for point in run.val_points if not math.isfinite(point.val_loss)), "all losses")
+    wrong = [f"{names([run])}: {point.val_loss} at step {point.step}"
+             for run in [*s.runs, *s.baseline_runs] for point in run.val_points
+             if not math.isfinite(point.val_loss)]
+    return judged(wrong, "all losses")
 
 
 def distinct_files(s: Submission):
@@ -245,24 +258,33 @@ def distinct_files(s: Submission):
     groups = {}
     for log in s.all_logs:
         groups.setdefault(log.sha256, []).append(log)
-    return judged((f"the same bytes in {names(group)}" for group in groups.values() if len(group) > 1), f"{len(groups)} files")
+    wrong = [f"the same bytes in {names(group)}" for group in groups.values() if len(group) > 1]
+    return judged(wrong, f"{len(groups)} files")
 
 
 def distinct_curves(s: Submission):
-    """No two runs share their losses or their times: a copy with another header or last line still has the rest."""
+    """No two runs share their losses or times: a copy with another header or last line still has the rest."""
     runs = [run for log in s.all_logs for run in log.runs if run.val_points]
-    curves, clocks = [curve(run) for run in runs], [s.details[log.path].clock for log in s.all_logs]
-    found = [f"{shared} of {len(curves[j])} losses are the same in {names([runs[i], runs[j]])}"
-             for (i, j), shared in overlaps(curves).items()
-             if curves[i] == curves[j] or shared >= 3 and 4 * shared >= 3 * len(curves[j])]  # by chance once in 10,000 pairs
-    found += [f"{shared} of {len(clocks[j])} times are the same in {names([s.all_logs[i], s.all_logs[j]])}"
-              for (i, j), shared in overlaps(clocks).items() if shared >= 10 and 2 * shared > len(clocks[j])]
+    curves = [curve(run) for run in runs]
+    found = []
+    for (i, j), shared in overlaps(curves).items():
+        many = shared >= 3 and 4 * shared >= 3 * len(curves[j])  # by chance once in 10,000 pairs
+        if many or curves[i] == curves[j]:
+            found.append(f"{shared} of {len(curves[j])} losses are the same in {names([runs[i], runs[j]])}")
+
+    clocks = [s.details[log.path].clock for log in s.all_logs]
+    for (i, j), shared in overlaps(clocks).items():
+        if shared >= 10 and 2 * shared > len(clocks[j]):
+            both = names([s.all_logs[i], s.all_logs[j]])
+            found.append(f"{shared} of {len(clocks[j])} times are the same in {both}")
     return judged(found, f"{len(runs)} runs")
 
 
 def overlaps(sets: list[Iterable]) -> Counter:
-    """For pairs of sets that share something, i < j, how much. What 50 sets share is not compared with further ones, so that
-    many copies take linear time."""
+    """For pairs of sets that share something, i < j, how much.
+
+    What 50 sets share is not compared with further ones, so that many copies take linear time.
+    """
     shared, holders = Counter(), defaultdict(list)
     for j, items in enumerate(sets):
         for item in items:
@@ -272,10 +294,14 @@ def overlaps(sets: list[Iterable]) -> Counter:
     return shared
 
 
-def curve(run: Run) -> set:
-    """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the same by chance."""
+def curve(run: RunFacts) -> set:
+    """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the
+    same by chance."""
     points = [point for point in run.val_points if point.step > 0]
-    return {(point.step, point.val_loss) for point in points} | {point.train_time_ms for point in points[:len(points) == 1]}
+    found = {(point.step, point.val_loss) for point in points}
+    if len(points) == 1:
+        found.add(points[0].train_time_ms)
+    return found
 
 
 def distinct_seeds(s: Submission):
@@ -286,8 +312,8 @@ def distinct_seeds(s: Submission):
     if None in groups:
         applies = len(groups) > 1 or any(run.config for run in s.runs)
         return FAIL if applies else NOT_APPLICABLE, f"no seed in {names(groups[None])}"
-    return judged((f"seed {seed} in {names(group)}" for seed, group in groups.items() if len(group) > 1),
-                  ", ".join(map(str, sorted(groups)))[:120])
+    wrong = [f"seed {seed} in {names(group)}" for seed, group in groups.items() if len(group) > 1]
+    return judged(wrong, ", ".join(map(str, sorted(groups)))[:120])
 
 
 def compile_flags(s: Submission):
@@ -296,13 +322,17 @@ def compile_flags(s: Submission):
         return NOT_APPLICABLE, "the track bans none"
     sources = {(name, text): log for log in s.logs for name, text in log.sources.items()}
     pattern = re.compile("|".join(s.track.banned_flags))
-    return judged((f"{' '.join(match[0].split())} in {name} of {names([log])}" for (name, text), log in sources.items()
-                   if pattern.search(text) and (match := pattern.search(code_of(text)))), f"{len(sources)} source files")
+    wrong = []
+    for (name, text), log in sources.items():
+        if pattern.search(text) and (match := pattern.search(code_of(text))):  # the second search is slow
+            wrong.append(f"{' '.join(match[0].split())} in {name} of {names([log])}")
+    return judged(wrong, f"{len(sources)} source files")
 
 
 def code_of(source: str) -> str:
     """Python source with comments and docstrings blanked out; all of it where it is not Python."""
-    lines, begins = [*io.StringIO(source)], True  # the lines that Python sees; begins: the next token begins a statement
+    lines = [*io.StringIO(source)]  # those that Python sees
+    begins = True  # whether the next token begins a statement
     try:
         for token in tokenize.generate_tokens(iter(lines[:]).__next__):
             if token.type == tokenize.COMMENT or token.type == tokenize.STRING and begins:
@@ -321,44 +351,55 @@ def code_of(source: str) -> str:
 def not_resumed(s: Submission):
     """No run went on from a checkpoint."""
     resumed = [log for log in s.counted if s.details[log.path].resumed]
-    return judged([f"resumed: {names(resumed)}"] if resumed else [], f"{len(s.counted)} logs")
+    return (FAIL, f"resumed: {names(resumed)}") if resumed else (PASS, f"{len(s.counted)} logs")
 
 
 def planned_runs(s: Submission):
     """* There are as many runs, excluded ones included, as were planned: none was added after a look."""
     n = len(s.runs) + sum(len(log.runs) for log, _ in s.excluded)
-    if s.planned:
-        return judged([] if n in s.planned else [f"planned {' or '.join(map(str, s.planned))}, found {n}"], f"{n} of {n}")
+    if s.planned is not None:
+        return judged([f"planned {s.planned}, found {n}"] if n != s.planned else [], f"{n} of {n}")
+
     dates = {run.run_id: s.details[log.path].date for log in s.logs for run in log.runs}
-    if n > 2 and None not in dates.values() and s.loss_test()[2]:
-        if not s.loss_test(sorted(s.runs, key=lambda run: dates[run.run_id])[:-1])[2]:
+    if n > 2 and None not in dates.values() and s.loss_test().passes:
+        all_but_the_latest = sorted(s.runs, key=lambda run: dates[run.run_id])[:-1]
+        if not s.loss_test(all_but_the_latest).passes:
             return FAIL, "no plan is stated, and the loss rule holds only since the latest run"
     return NOT_APPLICABLE, f"no plan is stated for the {n} runs"
 
 
 def exclusions(s: Submission):
-    """* Runs are left out for a stated reason, and the loss rule holds with those of the same source put back."""
+    """* Runs are left out for a stated reason, and the loss rule holds with those of one source put back."""
     if not s.excluded:
         return NOT_APPLICABLE, "no run is left out"
     if unexplained := [log for log, reason in s.excluded if not reason]:
         return FAIL, f"no reason to leave out {names(unexplained)}"
+
     alike = {(run.source_sha256, run.world_size) for run in s.runs}
-    back = [run for log, _ in s.excluded for run in log.runs if (run.source_sha256, run.world_size) in alike
-            and s.point(run) and (run.complete or s.step is not None or not math.isfinite(s.point(run).val_loss))]
+    back = [run for log, _ in s.excluded for run in log.runs
+            if (run.source_sha256, run.world_size) in alike and says_something(run, s)]
     evidence = some(f"{names([log])}: {reason}" for log, reason in s.excluded)
-    if back and s.loss_test()[2] and not s.loss_test([*s.runs, *back])[2]:
+    if back and s.loss_test().passes and not s.loss_test([*s.runs, *back]).passes:
         return FAIL, f"the loss rule does not hold with {names(back)} put back ({evidence})"
     return PASS, evidence
 
 
+def says_something(run: RunFacts, s: Submission) -> bool:
+    """Whether an excluded run tells anything about its recipe: it came to the step that counts, or
+    it diverged."""
+    point = s.point(run)
+    return point is not None and (run.complete or s.step is not None or not math.isfinite(point.val_loss))
+
+
 def loss_rule(s: Submission):
-    """* The mean loss is below the target by the test of the track, its alpha shared out over the planned looks."""
-    result, alpha, passes = s.loss_test()
+    """* The mean loss is below the target by the test of the track."""
+    result = s.loss_test()
     if result.p is None:
         return FAIL, result.why
     sd = "" if result.sd is None else f" ± {result.sd:.5f}"
-    return PASS if passes else FAIL, (f"{result.mean:.5f}{sd} (n = {result.n}) against {s.track.target:g}: "
-                                      f"p = {result.p:.2g}, {alpha:g} is asked")
+    return PASS if result.passes else FAIL, (
+        f"{result.mean:.5f}{sd} (n = {result.n}) against {s.track.target:g}: p = {result.p:.2g}, "
+        f"{s.track.alpha:g} is asked")
 
 
 def faster_than_baseline(s: Submission):
@@ -370,33 +411,42 @@ def faster_than_baseline(s: Submission):
     result = s.speed()
     if result.p is None:
         return FAIL, result.why
-    gap, low, high = (value / 1000 for value in (result.difference.estimate, result.difference.low, result.difference.high))
+    gap = result.difference
     return PASS if result.p < s.track.alpha else FAIL, (
-        f"{gap:+.3f} s against the baseline (95 % interval {low:+.3f} to {high:+.3f}): p = {result.p:.2g}, "
-        f"{s.track.alpha:g} is asked")
+        f"{gap.estimate / 1000:+.3f} s against the baseline (95 % interval {gap.low / 1000:+.3f} to "
+        f"{gap.high / 1000:+.3f}): p = {result.p:.2g}, {s.track.alpha:g} is asked")
 
 
 RULES = {rule.__name__.replace("_", "-"): rule for rule in (
-    intact_logs, consistent_lines, right_track, same_source, same_settings, same_validations, same_data, same_hardware,
-    same_machine, same_torch, same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses,
-    distinct_files, distinct_curves, distinct_seeds, compile_flags, not_resumed, planned_runs, exclusions, loss_rule,
-    faster_than_baseline)}
+    intact_logs, consistent_lines, right_track,
+    same_source, same_settings, same_validations, same_data, validation_data, same_hardware, same_torch,
+    same_world_size, final_validation, same_claim_step, validation_tokens, finite_losses,
+    distinct_files, distinct_curves, distinct_seeds,
+    compile_flags, not_resumed, planned_runs, exclusions, loss_rule, faster_than_baseline,
+)}
 WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")}
 
 
 def judge(s: Submission) -> list[Verdict]:
-    """Every rule on a submission; failures are waived where a person gave a reason: the loss rule only for a kind of change
-    that the track exempts, with which the reason then begins, and speed only where there is no baseline to measure it by."""
+    """Every rule on a submission; a failure is waived where a person gave a reason that counts."""
     found = []
     for name, rule in RULES.items():
         verdict, evidence = rule(s)
-        reason = s.waivers.get(name, "") if name in WAIVABLE and verdict == FAIL else ""
-        if name == "loss-rule" and not reason.startswith(s.track.waived_for) or name == "faster-than-baseline" and s.baseline:
-            reason = ""
+        reason = s.waivers.get(name, "") if verdict == FAIL and can_be_waived(name, s) else ""
         found.append(Verdict(name, WAIVED if reason else verdict, plain(evidence), plain(reason)))
     return found
 
 
+def can_be_waived(name: str, s: Submission) -> bool:
+    """Whether a reason counts: for the loss rule one that begins with a kind of change that the track
+    exempts, for speed only where there is no baseline to measure it by."""
+    if name == "loss-rule":
+        return s.waivers.get(name, "").startswith(s.track.waived_for)
+    if name == "faster-than-baseline":
+        return not s.baseline
+    return name in WAIVABLE
+
+
 def plain(text: str) -> str:
     """Text out of a log for a terminal or a README: one line of bounded length, nothing invisible in it."""
-    return "".join(c if c.isprintable() else "?" for c in text[:1000])
+    return printable(text[:1000])

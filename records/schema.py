@@ -1,24 +1,25 @@
-"""record.json: what the folder of a record claims, and the logs that it rests on. `python -m records.schema` prints the JSON
-schema. A Statement is what a person says; all else in a Record is computed from the logs, and `verify` computes it again.
+"""record.json: what the folder of a record claims, and the logs that it rests on.
 
-Losses are nats per token with 5 decimals, times training milliseconds with 1, probabilities have 3 significant digits. null is
-a number that the logs do not hold, or not a finite one."""
+`python -m records.schema` prints the JSON schema. A Statement is what a person says; all else in a Record is
+computed from the logs, and `verify` computes it again.
+
+Losses are nats per token with 5 decimals, times training milliseconds with 1, probabilities have 3
+significant digits. null is a number that the logs do not hold, or not a finite one."""
 import datetime
 import json
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError,
-                      model_validator)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import ValidationError, model_validator
 
+from records import logs
 from records.errors import RecordError
 from records.tracks import TRACKS
 
-FILE = "record.json"
+FILE = logs.RECORD_FILE
 SIZE_LIMIT = 1 << 22  # bytes of a record.json; 1,000 logs take about a third of that
-
-
 
 def one_line(text: str) -> str:
     if not text.isprintable():
@@ -33,7 +34,10 @@ def iso_date(value):
 
 
 Line = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(one_line)]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
+FOLDER_NAME = rf"[0-9]{{4}}-[0-9][0-9]-[0-9][0-9]_{NAME}"
+FolderName = Annotated[str, StringConstraints(pattern=f"^{FOLDER_NAME}$")]
 LOG_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 LogName = Annotated[str, StringConstraints(pattern=f"^{LOG_NAME}$")]  # of a file in its folder
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}"
@@ -47,7 +51,7 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Run(Model):
+class RunEntry(Model):
     run_id: Line = Field(description="stem of the log's name; #k for the k-th of several runs in it")
     seed: int | None = Field(ge=-10**18, le=10**18)
     step: Count | None = Field(description="the claimed step, or the last validation where none is claimed")
@@ -55,13 +59,13 @@ class Run(Model):
     time_ms: Number | None = Field(description="training time at that step")
 
 
-class LogFile(Model):
+class LogEntry(Model):
     file: LogName
     sha256: Sha256
-    runs: list[Run] = Field(max_length=10_000)
+    runs: list[RunEntry] = Field(max_length=10_000)
 
 
-class Group(Model):
+class GroupSummary(Model):
     """Mean and sample standard deviation of the runs of one recipe at the claimed step."""
     n: Count
     step: Count | None = Field(description="null where the runs differ")
@@ -69,14 +73,14 @@ class Group(Model):
     loss_sd: Number | None
     time_ms_mean: Number | None
     time_ms_sd: Number | None
-    logs: list[LogFile] = Field(max_length=10_000)
+    logs: list[LogEntry] = Field(max_length=10_000)
 
 
 class LossTest(Model):
     """The loss rule of the track on all runs."""
     rule: Literal["t_test", "z_rule"]
     target: Number
-    alpha: Number = Field(description="probability allowed to a false claim; shared out where several looks were planned")
+    alpha: Number = Field(description="probability allowed to a false claim")
     p: Number | None
     passes: bool
 
@@ -99,10 +103,15 @@ class Statement(Model):
     why_no_record: Line | None = Field(description="null for a record")
     description: Line
     contributors: list[Line] = Field(max_length=100)
-    step: Count | None = Field(description="whose validation counts, in a track that wants it stated; null: the last")
-    planned_runs: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(
-        max_length=10, description="runs planned before the first; several numbers are several looks")
-    waivers: dict[Name, Line] = Field(max_length=50, description="reasons to accept a failure, by rule of `check`")
+    step: Count | None = Field(
+        description="whose validation counts, in a track that wants it stated; null: the last")
+    planned_runs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        description="runs planned before the first one")
+    waivers: dict[Name, Line] = Field(max_length=50,
+                                      description="reasons to accept a failure, by rule of `check`")
+    baseline_record: FolderName | None = Field(
+        description="folder of the record, of the same track, whose runs are the baseline; null: it lies in "
+                    "baseline/")
     excluded: dict[LogName, Line] = Field(max_length=10_000, description="reasons to leave a log out, by log")
 
     @model_validator(mode="after")
@@ -119,15 +128,17 @@ class Statement(Model):
 
 class Record(Statement):
     """A folder records/<folder of the track>/<date>_<name>/: what a person says, and what the logs say."""
-    hardware: Line | None = Field(description="null, as torch and world_size, where the runs differ or do not say")
+    hardware: Line | None = Field(description="null, as torch and world_size, where the runs differ or do "
+                                              "not say")
     torch: Line | None
     world_size: Count | None
-    runs: Group
+    runs: GroupSummary
     loss_test: LossTest
-    baseline: Group | None
+    baseline: GroupSummary | None
     speed: Speed | None
-    excluded_logs: list[LogFile] = Field(max_length=10_000)
-    sources: dict[SourceName, Sha256] = Field(max_length=50, description="files in source/, as the logs of the runs embed them")
+    excluded_logs: list[LogEntry] = Field(max_length=10_000)
+    sources: dict[SourceName, Sha256] = Field(max_length=50,
+                                              description="files that the logs of the runs embed")
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -142,7 +153,8 @@ def read(path) -> Record:
     except OSError as e:
         raise RecordError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
     if len(text) > SIZE_LIMIT:
-        raise RecordError(f"{path}: expected at most {SIZE_LIMIT:,} bytes, found more; it is not written by pack")
+        raise RecordError(f"{path}: expected at most {SIZE_LIMIT:,} bytes, found more; it is not written by "
+                          "pack")
     return parse(text, path)
 
 
@@ -153,7 +165,8 @@ def parse(data: str | bytes | dict, what="record.json", kind=Record):
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         where = f" at {ascii('.'.join(map(str, first['loc'])))[1:-1][:100]}" if first["loc"] else ""
-        raise RecordError(f"{what}: expected what the schema of a record asks for{where}, found: {first['msg']}; "
+        raise RecordError(f"{what}: expected what the schema of a record asks for{where}, found: "
+                          f"{first['msg']}; "
                           "see python -m records.schema") from None
 
 

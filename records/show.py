@@ -1,9 +1,9 @@
 """Show the facts of logs: one log in full, several as a table with a row for each run.
 
-Formats of the public speedrun have the ids of records/logs.py; "own" is train_gpt.py's, "X" is no log. Time and steps to the
-target are those of the first validation at or below it, less what a straight line from the validation before saves.
-With --json: one object for a file, a list of them for a folder or several paths. What a log does not say is null, and so
-is a loss that is not a finite number.
+Formats of the public speedrun have the ids of records/logs.py; "own" is train_gpt.py's, "X" is no log. Time
+and steps to the target are those of the first validation at or below it, less what a straight line from the
+validation before saves. With --json: one object for a file, a list of them for a folder or several paths.
+What a log does not say is null, and so is a loss that is not a finite number.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ from records.errors import RecordError
 from records.logs import printable
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
-EXAMPLE = "python -m records show bench/results/2026-11-22_shakespeare_cpu/muon"
+EXAMPLE = "python -m records show records/track_0_laptop/2026-11-24_TailAverage"
 
 POINTS_SHOWN = 40  # validations of a run in the terminal; --json has all
 
@@ -34,47 +34,71 @@ def add_arguments(parser):
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a log, or a folder of logs")
     parser.add_argument("--target", type=target_loss, metavar="LOSS",
                         help="validation loss to reach (default: that of the log's track, or 3.28)")
+    parser.add_argument("--source", metavar="FILE",
+                        help="print a source file that the log embeds, such as train_gpt.py")
     parser.add_argument("--json", action="store_true", help="facts for a program, with every validation")
 
 
 def run(args) -> int:
     paths = logs.find(args.paths)
     if not paths:
-        raise RecordError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; check the path")
-    found = []
+        raise RecordError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; "
+                          "check the path")
+    found, errors = [], []
     for path in paths:
         try:
             found.append(logs.read(path))
         except RecordError as e:  # one file that cannot be opened does not hide the others
-            print(f"records: {e}", file=sys.stderr)
-    if args.json:
+            errors.append(e)
+    if not found:
+        raise errors[0]
+    for error in errors:
+        print(f"records: {error}", file=sys.stderr)
+
+    if args.source:
+        print(source_of(found[0], args.source), end="")
+    elif args.json:
         facts = [as_json(log, args.target or target_of(log)) for log in found]
         one_file = len(args.paths) == 1 and not Path(args.paths[0]).is_dir()
-        print(json.dumps(facts[0] if one_file and facts else facts, indent=1, allow_nan=False))
+        print(json.dumps(facts[0] if one_file else facts, indent=1, allow_nan=False))
     else:
         print_facts(found, args.target)
-    return int(len(found) < len(paths) or any(log.variant == "X" for log in found))
+    return int(bool(errors) or any(log.variant == "X" for log in found))
 
 
-def target_of(log: logs.Log) -> float:
+def source_of(log: logs.LogFile, name: str) -> str:
+    if name not in log.sources:
+        raise RecordError(f"--source: expected a file that {log.path} embeds "
+                          f"({', '.join(log.sources) or 'it has none'}), "
+                          f"found {name!r}; choose one of these")
+    return log.sources[name]
+
+
+def track_of(log: logs.LogFile) -> tracks.Track | None:
+    """The track that a log is of, None where it does not say."""
     try:
-        return tracks.choose(None, [log]).target
+        return tracks.choose(None, [log])
     except RecordError:
-        return tracks.TRACKS["small"].target
+        return None
+
+
+def target_of(log: logs.LogFile) -> float:
+    return (track_of(log) or tracks.TRACKS["small"]).target
 
 
 def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def as_json(log: logs.Log, target: float) -> dict:
+def as_json(log: logs.LogFile, target: float) -> dict:
     """Facts by names that do not change; new ones are only ever added at an end."""
     return {
         "path": os.fspath(log.path),
         "variant": log.variant,
         "runs": [{
             "run_id": run.run_id,
-            "val_points": [{"step": point.step, "val_loss": finite(point.val_loss), "train_time_ms": point.train_time_ms}
+            "val_points": [{"step": point.step, "val_loss": finite(point.val_loss),
+                            "train_time_ms": point.train_time_ms}
                            for point in run.val_points],
             "first_val_loss": finite(run.first_val_loss),
             "final_val_loss": finite(run.final_val_loss),
@@ -118,10 +142,6 @@ def nats(loss: float | None) -> str:
     return shown(loss, "{:.4f}" if loss == round(loss or 0, 4) else "{}")
 
 
-def hardware(run: logs.Run) -> str:
-    return shown(run.gpu_name, f"{run.num_gpus} x {{}}" if run.num_gpus else "{}")
-
-
 def terminal():
     """A rich console that takes no text for markup; wide where no terminal sets a limit."""
     from rich.console import Console
@@ -138,7 +158,7 @@ def new_table(*names: str, words: tuple[str, ...] = ()):
     return table
 
 
-def print_facts(found: list[logs.Log], target: float | None):
+def print_facts(found: list[logs.LogFile], target: float | None):
     console = terminal()
     if len(found) == 1:
         print_one(console, found[0], target or target_of(found[0]))
@@ -149,12 +169,13 @@ def print_facts(found: list[logs.Log], target: float | None):
             console.print(f"{printable(str(log.path))}: {problem}", style="yellow", soft_wrap=True)
 
 
-def print_runs(console, found: list[logs.Log], target: float | None):
+def print_runs(console, found: list[logs.LogFile], target: float | None):
     """One row for each run. What is the same in all of them stands below the table once."""
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(log.path)) for log in found])
     rows = []
     for log in found:
-        loss, name = target or target_of(log), os.path.relpath(os.path.abspath(printable(str(log.path))), folder)
+        loss = target or target_of(log)
+        name = os.path.relpath(os.path.abspath(printable(str(log.path))), folder)
         for run in log.runs:
             rows.append({
                 "run": name + run.run_id[len(log.path.stem):],
@@ -168,31 +189,37 @@ def print_runs(console, found: list[logs.Log], target: float | None):
                 "at step": shown(run.steps_to(loss), "{:,.1f}"),
                 "seed": shown(run.seed),
                 "ranks": shown(run.world_size),
-                "hardware": hardware(run),
+                "hardware": shown(run.hardware),
                 "torch": shown(run.torch),
             })
     if not rows:
         return
-    common = {name: value for name, value in rows[0].items() if len(rows) > 1 and all(row[name] == value for row in rows)}
-    table = new_table(*(name for name in rows[0] if name not in common), words=("run", "format", "hardware", "torch"))
+    common = {name: value for name, value in rows[0].items() if len(rows) > 1
+              and all(row[name] == value for row in rows)}
+    table = new_table(*(name for name in rows[0] if name not in common),
+                      words=("run", "format", "hardware", "torch"))
     for row in rows:
         table.add_row(*(value for name, value in row.items() if name not in common))
     console.print(table)
     if common:
-        console.print("in all: " + ", ".join(f"{name} {value}" for name, value in common.items() if value != "-"))
+        console.print("in all: " + ", ".join(f"{name} {value}" for name, value in common.items()
+                                             if value != "-"))
 
 
-def print_one(console, log: logs.Log, target: float):
+def print_one(console, log: logs.LogFile, target: float):
     """Facts of the file, then of its run with the validations, or of its runs as a table."""
     from rich.table import Table
 
-    facts = [("file", printable(str(log.path))), ("format", log.variant), ("bytes", f"{log.size:,}"), ("SHA-256", log.sha256)]
+    facts = [("file", printable(str(log.path))), ("format", log.variant), ("bytes", f"{log.size:,}"),
+             ("SHA-256", log.sha256)]
     if log.sources:
-        facts.append(("source", ", ".join(f"{name} ({len(text.splitlines()):,} lines)" for name, text in log.sources.items())))
+        facts.append(("source", ", ".join(f"{name} ({len(text.splitlines()):,} lines)" for name,
+                                          text in log.sources.items())))
     if log.runs:
         run = log.runs[0]
-        facts += [("its SHA-256", shown(run.source_sha256)), ("Python", shown(run.python)), ("torch", shown(run.torch)),
-                  ("CUDA", shown(run.cuda)), ("Triton", shown(run.triton)), ("hardware", hardware(run)),
+        facts += [("its SHA-256", shown(run.source_sha256)), ("Python", shown(run.python)),
+                  ("torch", shown(run.torch)),
+                  ("CUDA", shown(run.cuda)), ("Triton", shown(run.triton)), ("hardware", shown(run.hardware)),
                   ("world size", shown(run.world_size)), ("peak memory", shown(run.peak_mib, "{:,} MiB"))]
     if len(log.runs) == 1:
         time, steps = run.time_to(target), run.steps_to(target)
@@ -200,8 +227,10 @@ def print_one(console, log: logs.Log, target: float):
         if time is not None:
             reached += f", after {seconds(time)} s"
         facts += [("seed", shown(run.seed)),
-                  ("steps", f"{shown(run.final_step)} of {shown(run.total_steps)}{'' if run.complete else ': not complete'}"),
-                  ("final loss", nats(run.final_val_loss)), ("training time", f"{seconds(run.final_time_ms)} s"),
+                  ("steps", f"{shown(run.final_step)} of "
+                            f"{shown(run.total_steps)}{'' if run.complete else ': not complete'}"),
+                  ("final loss", nats(run.final_val_loss)),
+                  ("training time", f"{seconds(run.final_time_ms)} s"),
                   ("time per step", shown(run.step_avg_ms, "{:,.2f} ms")), (f"loss {target:g}", reached)]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -215,9 +244,10 @@ def print_one(console, log: logs.Log, target: float):
         console.print(points_table(run))
 
 
-def points_table(run: logs.Run):
+def points_table(run: logs.RunFacts):
     """The validations; of very many the first ten and the last ones."""
-    points, names = run.val_points, list(dict.fromkeys(name for point in run.val_points for name in point.extra))
+    points = run.val_points
+    names = list(dict.fromkeys(name for point in points for name in point.extra))
     table = new_table("step", "validation loss", "time, s", *names)
     for i, point in enumerate(points):
         if len(points) <= POINTS_SHOWN or i < 10 or i >= len(points) - POINTS_SHOWN + 10:

@@ -1,12 +1,14 @@
-"""The statistics of a claim: loss rules, comparisons of times, intervals, and the power to see a difference. All from scipy.
+"""The statistics of a claim: loss rules, comparisons of times, intervals, and the power to see a difference.
+All from scipy.
 
-Every result says so where it cannot be judged: its numbers are then None, `why` tells the reason, and it never passes.
-Nothing is left out or replaced to make a number possible; a run that ended in nan is part of the set it was in.
-Probabilities are one-sided, since a claim has a direction: below the target, faster than the baseline.
+Every result says so where it cannot be judged: its numbers are then None, `why` tells the reason, and it
+never passes. Nothing is left out or replaced to make a number possible; a run that ended in nan is part of
+the set it was in. Probabilities are one-sided, since a claim has a direction: below the target, faster than
+the baseline.
 """
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 
 import numpy as np
 import scipy  # scipy.stats, 0.5 s, is imported by its first use
@@ -17,8 +19,8 @@ SMALLEST_SPREAD = 1e-12  # in units, and relative to the values; below, there is
 
 
 def unfit(values: Sequence[float], at_least: int = 2, what: str = "values") -> str:
-    """Why the mean of these values cannot be judged, or "" if it can. A spread is needed wherever two values are: runs that
-    all print the same number do not tell how much runs differ."""
+    """Why the mean of these values cannot be judged, or "" if it can. A spread is needed wherever two values
+    are: runs that all print the same number do not tell how much runs differ."""
     wild = [value for value in values if not abs(value) < LARGEST]  # nan, too
     if wild:
         return f"{len(wild)} of {len(values)} {what} not finite: {wild[0]}"
@@ -31,12 +33,14 @@ def unfit(values: Sequence[float], at_least: int = 2, what: str = "values") -> s
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values for one, nan or inf where a value is."""
+    """Mean and sample standard deviation; None where there are too few values, nan or inf where a value is."""
     with np.errstate(invalid="ignore", over="ignore"):
-        return (float(np.mean(values)) if len(values) else None), (float(np.std(values, ddof=1)) if len(values) > 1 else None)
+        mean = float(np.mean(values)) if len(values) else None
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return mean, sd
 
 
-class Rule:
+class RuleResult:
     """What the results of loss rules share."""
 
     @property
@@ -48,7 +52,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class TTest(Rule):
+class TTest(RuleResult):
     """One-sample t-test that the mean is below the target."""
     n: int
     mean: float | None
@@ -65,7 +69,8 @@ class TTest(Rule):
 
     @property
     def formula(self) -> str:
-        return (f"mean {self.mean:.5f} of {self.n}, sd {self.sd:.5f}, against {self.target}: t = {self.t:.2f}, p = {self.p:.3g}, "
+        return (f"mean {self.mean:.5f} of {self.n}, sd {self.sd:.5f}, against {self.target}: t = "
+                f"{self.t:.2f}, p = {self.p:.3g}, "
                 f"needed < {self.alpha}")
 
 
@@ -78,7 +83,7 @@ def t_test(losses: Sequence[float], target: float, alpha: float = 0.01) -> TTest
 
 
 @dataclass(frozen=True)
-class ZRule(Rule):
+class ZRule(RuleResult):
     """(target - mean) sqrt(n) against what is needed. p: of a z-test with the assumed sigma."""
     n: int
     mean: float | None
@@ -96,7 +101,8 @@ class ZRule(Rule):
 
     @property
     def formula(self) -> str:
-        return (f"({self.target} - {self.mean:.5f}) sqrt({self.n}) = {self.score:.5f}, needed >= {self.needed} "
+        return (f"({self.target} - {self.mean:.5f}) sqrt({self.n}) = {self.score:.5f}, needed >= "
+                f"{self.needed} "
                 f"(p = {self.p:.3g} at an assumed sd of {self.sigma})")
 
 
@@ -110,7 +116,8 @@ def z_rule(losses: Sequence[float], target: float, sigma: float = 0.0013, needed
     if why := unfit(losses, 1, "losses"):
         return ZRule(len(losses), mean, sd, target, sigma, needed, None, None, why)
     score = (target - mean) * len(losses) ** 0.5
-    return ZRule(len(losses), mean, sd, target, sigma, needed, score, float(scipy.stats.norm.sf(score / sigma)))
+    return ZRule(len(losses), mean, sd, target, sigma, needed, score,
+                 float(scipy.stats.norm.sf(score / sigma)))
 
 
 LOSS_RULES = {"t_test": t_test, "z_rule": z_rule}
@@ -122,8 +129,9 @@ def loss_rule(track, losses: Sequence[float]) -> TTest | ZRule:
 
 
 @dataclass(frozen=True)
-class PairwiseRule(Rule):
-    """Candidate against predecessor: (loss gained + loss that the saved steps are worth) / sqrt(1/n + 1/n_baseline)."""
+class PairwiseRule(RuleResult):
+    """Candidate against predecessor: (loss gained + loss that the saved steps are worth) / sqrt(1/n
+    + 1/n_baseline)."""
     n: int
     n_baseline: int
     loss_gain: float | None
@@ -139,7 +147,8 @@ class PairwiseRule(Rule):
 
     @property
     def formula(self) -> str:
-        return (f"({self.loss_gain:.5f} + {self.step_gain:.5f} for {self.steps_saved} steps) / sqrt(1/{self.n} + "
+        return (f"({self.loss_gain:.5f} + {self.step_gain:.5f} for {self.steps_saved} steps) / "
+                f"sqrt(1/{self.n} + "
                 f"1/{self.n_baseline}) = {self.score:.5f}, needed >= {self.needed}")
 
 
@@ -164,8 +173,10 @@ class Interval:
     def __format__(self, digits: str) -> str:
         """f"{interval:.2f}": the estimate with its limits."""
         if self.why:
-            return f"{'unknown' if self.estimate is None else format(self.estimate, digits)} (no interval: {self.why})"
-        return f"{self.estimate:{digits}} ({100 * self.confidence:g} %: {self.low:{digits}} to {self.high:{digits}})"
+            estimate = "unknown" if self.estimate is None else format(self.estimate, digits)
+            return f"{estimate} (no interval: {self.why})"
+        limits = f"{self.low:{digits}} to {self.high:{digits}}"
+        return f"{self.estimate:{digits}} ({100 * self.confidence:g} %: {limits})"
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -204,14 +215,18 @@ def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> W
 
 
 def ratio_interval(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Interval:
-    """mean(a) / mean(b) of independent groups of positive values: a speed-up, if a are the times of the baseline.
+    """mean(a) / mean(b) of independent groups of positive values: a speed-up, if a are the times of the
+    baseline.
 
-    Delta method on the logarithm, where both relative errors add, with Welch and Satterthwaite's degrees of freedom: spreads
-    may differ, the interval stays positive, and that of b / a is its reciprocal. At the relative spread of times (6 % and
-    less) it agrees with Fieller's to a twentieth of the width; where the spread is so large that Fieller's is unbounded,
-    neither means much."""
-    ratio = float(np.mean(a)) / float(np.mean(b)) if not (unfit(a, 1) or unfit(b, 1)) and min(*a, *b) > 0 else None
-    ratio = ratio if ratio and math.isfinite(ratio) else None  # of numbers too far apart for a float
+    Delta method on the logarithm, where both relative errors add, with Welch and Satterthwaite's degrees of
+    freedom: spreads may differ, the interval stays positive, and that of b / a is its reciprocal. At the
+    relative spread of times (6 % and less) it agrees with Fieller's to a twentieth of the width; where the
+    spread is so large that Fieller's is unbounded, neither means much."""
+    ratio = None
+    if not (unfit(a, 1) or unfit(b, 1)) and min(*a, *b) > 0:
+        ratio = float(np.mean(a)) / float(np.mean(b))
+        if not math.isfinite(ratio) or ratio == 0:  # numbers too far apart for a float
+            ratio = None
     if why := unfit(a) or unfit(b) or ("" if ratio else "expected positive values of like size"):
         return Interval(ratio, None, None, confidence, why)
     squared = [np.var(group, ddof=1) / len(group) / np.mean(group) ** 2 for group in (a, b)]
@@ -237,15 +252,17 @@ def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.01, confiden
     differences = [x - y for x, y in zip(a, b, strict=True)]
     _, sd = mean_sd(differences)
     if why := unfit(differences, what="differences"):
-        return Paired(len(differences), sd, mean_interval(differences, confidence), None, None, alpha, None, why)
-    below, above = (float(scipy.stats.ttest_1samp(differences, 0, alternative=side).pvalue) for side in ("less", "greater"))
+        return Paired(len(differences), sd, mean_interval(differences, confidence), None, None, alpha, None,
+                      why)
+    below, above = (float(scipy.stats.ttest_1samp(differences, 0, alternative=side).pvalue)
+                    for side in ("less", "greater"))
     return Paired(len(differences), sd, mean_interval(differences, confidence), below, above, alpha,
                   sd * detectable(len(differences), alpha))
 
 
 def power(n: int, margin: float, sd: float, alpha: float, sigma: float | None = None) -> float:
-    """Probability that n runs, whose true mean is `margin` below the target and whose standard deviation is sd, pass the
-    t-test at alpha (exact, noncentral t), or the z-test at alpha with an assumed sigma."""
+    """Probability that n runs, whose true mean is `margin` below the target and whose standard deviation is
+    sd, pass the t-test at alpha (exact, noncentral t), or the z-test at alpha with an assumed sigma."""
     if sigma is not None:
         return float(scipy.stats.norm.cdf((margin * n ** 0.5 - sigma * scipy.stats.norm.isf(alpha)) / sd))
     return float(scipy.stats.nct.sf(scipy.stats.t.isf(alpha, n - 1), n - 1, margin * n ** 0.5 / sd))
@@ -254,3 +271,15 @@ def power(n: int, margin: float, sd: float, alpha: float, sigma: float | None = 
 def detectable(n: int, alpha: float, wanted: float = 0.8) -> float:
     """The difference, in standard deviations, at which the t-test of n values has the wanted power."""
     return scipy.optimize.brentq(lambda margin: power(n, margin, 1.0, alpha) - wanted, 0, 1e3)
+
+
+def plain(value):
+    """Results as JSON holds them: dataclasses as dictionaries, numbers that are not finite as None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if is_dataclass(value):
+        passes = {"passes": value.passes} if hasattr(value, "passes") else {}
+        return plain(asdict(value) | passes)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

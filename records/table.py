@@ -1,8 +1,10 @@
-"""Write the tables of records into records/README.md, between its two marks; what stands outside the marks stays.
+"""Write the tables of records into records/README.md, between its two marks; what stands outside the marks
+stays.
 
-Public records come from records/history, records of this repository from the record.json of their folders, which pack computes
-from logs. Public times are of many machines and ours of others, so that neither are ranked against the other.
-With --check nothing is written, and the exit code is 1 where the page is not what the data say."""
+Public records come from records/history, records of this repository from the record.json of their folders,
+which pack computes from logs. Public times are of many machines and ours of others, so that neither are
+ranked against the other. With --check nothing is written, and the exit code is 1 where the page is not what
+the data say."""
 import difflib
 import re
 from dataclasses import dataclass
@@ -22,16 +24,18 @@ BEGIN, END = "<!-- Tables: written by python -m records table. -->", "<!-- End o
 
 
 @dataclass(frozen=True)
-class Row:
+class RankedRow:
     """A public record with what it gained."""
-    record: history.Record
-    gain: Decimal | None  # minutes, or steps; None where there is nothing to compare with, or no gain is claimed
+    record: history.HistoryRow
+    # minutes, or steps; None where there is nothing to compare with, or no gain is claimed
+    gain: Decimal | None
     percent: float | None
 
 
-def history_rows(track: Track) -> list[Row]:
-    """The public records of a track by date. By time each is compared with the row before, be it a retiming, since
-    both are of the same rules; by steps with the best before, as the list also holds results that are not the best."""
+def history_rows(track: Track) -> list[RankedRow]:
+    """The public records of a track by date. By time each is compared with the row before, be it a retiming,
+    since both are of the same rules; by steps with the best before, as the list also holds results that are
+    not the best."""
     rows, before = [], None
     records = [record for record in history.records() if record.track == track.name]
     if track.ranked_by == "steps":
@@ -40,7 +44,7 @@ def history_rows(track: Track) -> list[Row]:
         amount, gain = record.minutes_or_steps, None
         if before is not None and record.kind == "record" and (track.ranked_by == "time" or amount < before):
             gain = before - amount
-        rows.append(Row(record, gain, None if gain is None else float(100 * gain / before)))
+        rows.append(RankedRow(record, gain, None if gain is None else float(100 * gain / before)))
         before = min(amount, before or amount) if track.ranked_by == "steps" else amount
     return rows
 
@@ -52,7 +56,8 @@ def local_records(track: Track) -> list:
     for path in sorted((ROOT / track.folder).glob(f"*/{schema.FILE}")):  # names begin with the date
         record = schema.read(path)
         if path.parent != ROOT / record.folder:
-            raise RecordError(f"{path}: expected the record of its folder, found that of {record.folder}; rename the folder")
+            raise RecordError(f"{path}: expected the record of its folder, found that of {record.folder}; "
+                              "rename the folder")
         found.append(record)
     return found
 
@@ -70,22 +75,25 @@ def number(value: float | None, digits: int, factor: float = 1) -> str:
     return "?" if value is None else f"{value * factor:.{digits}f}"
 
 
-def public_table(track: Track, rows: list[Row]) -> list[str]:
+def public_table(track: Track, rows: list[RankedRow]) -> list[str]:
     unit = "minutes" if track.ranked_by == "time" else "steps"
     best = min((row.record for row in rows), key=lambda record: record.minutes_or_steps)
-    lines = [f"Public records: {len(rows)} rows, the best with {best.minutes_or_steps} {unit} (number {best.number}).", "",
+    lines = [f"Public records: {len(rows)} rows, the best with {best.minutes_or_steps} {unit} (number "
+             f"{best.number}).", "",
              f"| # | {unit} | gain | date | record | contributors | log | PR |", "|-|-:|-:|-|-|-|-|-|"]
     for row in rows:
         r = row.record
         gain = "" if row.gain is None else f"{row.gain} ({row.percent:.1f} %)"
         lines.append(f"| {r.number} | {r.minutes_or_steps} | {gain} | {r.date or ''} | {escaped(r.title)} | "
-                     f"{escaped(', '.join(r.contributors))} | {link('log', r.log_url)} | {link(r.pr, r.pr_url)} |")
+                     f"{escaped(', '.join(r.contributors))} | {link('log', r.log_url)} | "
+                     f"{link(r.pr, r.pr_url)} |")
     return lines + [""]
 
 
 def local_table(records: list) -> list[str]:
     """Gain: mean training time of the baseline on the same machine less that of the runs."""
-    lines = ["| date | minutes | validation loss | n | steps | gain on the same machine | record | contributors |",
+    lines = ["| date | minutes | validation loss | n | steps | gain on the same machine | record | "
+             "contributors |",
              "|-|-:|-|-:|-:|-|-|-|"]
     for record in records:
         runs, speed = record.runs, record.speed
@@ -93,9 +101,12 @@ def local_table(records: list) -> list[str]:
             f"{number(-speed.difference_ms, 2, 1e-3)} s" + ("" if speed.low_ms is None else
             f" (95 %: {number(-speed.high_ms, 2, 1e-3)} to {number(-speed.low_ms, 2, 1e-3)})"))
         title = link(escaped(record.description), record.folder)
-        lines.append(f"| {record.date} | {number(runs.time_ms_mean, 3, 1 / 60_000)} | {number(runs.loss_mean, 4)} ± "
-                     f"{number(runs.loss_sd, 4)} | {runs.n} | {'?' if runs.step is None else runs.step} | {gain} | "
-                     f"{title}{' (no record: ' + escaped(record.why_no_record) + ')' if record.why_no_record else ''} | "
+        why = f" (no record: {escaped(record.why_no_record)})" if record.why_no_record else ""
+        lines.append(f"| {record.date} | {number(runs.time_ms_mean, 3, 1 / 60_000)} | "
+                     f"{number(runs.loss_mean, 4)} ± "
+                     f"{number(runs.loss_sd, 4)} | {runs.n} | {'?' if runs.step is None else runs.step} | "
+                     f"{gain} | "
+                     f"{title}{why} | "
                      f"{escaped(', '.join(record.contributors))} |")
     return lines + [""]
 
@@ -120,12 +131,14 @@ def page(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise RecordError(f"{PAGE}: expected the lines {BEGIN} and {END}, found at most one; put both where the tables belong")
+        raise RecordError(f"{PAGE}: expected the lines {BEGIN} and {END}, found at most one; put both where "
+                          "the tables belong")
     return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
 
 
 def add_arguments(parser):
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not up to date")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; exit code 1 if the page is not up to date")
 
 
 def run(args) -> int:
@@ -135,9 +148,11 @@ def run(args) -> int:
         if new != old and not args.check:
             PAGE.write_text(new, encoding="utf-8")
     except OSError as e:
-        raise RecordError(f"{PAGE}: expected a page to read and write, found: {e.strerror}; check its permissions") from None
+        raise RecordError(f"{PAGE}: expected a page to read and write, found: {e.strerror}; check its "
+                          "permissions") from None
     if args.check and new != old:
-        print("\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), str(PAGE), "as the data say", n=0, lineterm="")))
+        print("\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), str(PAGE), "as the data say",
+                                             n=0, lineterm="")))
         return 1
     print(f"{PAGE}: {'up to date' if new == old else 'written'}")
     return 0

@@ -1,12 +1,14 @@
-"""Compare what a folder, or a whole archive, says with the logs beside it. Offline; nothing is run, nothing is written.
+"""Compare what a folder, or a whole archive, says with the logs beside it. Offline; nothing is run, nothing
+is written.
 
-A folder built by pack is built again from its logs and compared: record.json, README.md, source/, and the rules of check. Any
-other folder, as those of the public archive, is one record where its name begins with a date, and its README is read for lists
-of losses and times, for probabilities, and for table rows that name a log. Kinds of findings:
+A folder built by pack is built again from its logs and compared: record.json, README.md, and the rules of
+check. Any other folder, as those of the public archive, is one record where its name begins with a date, and
+its README is read for lists of losses and times, for probabilities, and for table rows that name a log. Kinds
+of findings:
 
 {kinds}
-and the rules of check, on the logs of one folder. A finding is a fact to look at, not a verdict: two sources in a folder are
-fine where one is the baseline, if somebody says so.
+and the rules of check, on the logs of one folder. A finding is a fact to look at, not a verdict: two sources
+in a folder are fine where one is the baseline, if somebody says so.
 """
 import json
 import os
@@ -22,12 +24,12 @@ from pathlib import Path
 
 from records import check, logs, pack, readme, schema, statistics
 from records.errors import RecordError
-from records.logs import Log, Run
-from records.rules import FAIL, RULES, UUID, Submission, curve, hardware, last_point, names, plain, some
+from records.logs import UUID, LogFile, RunFacts
+from records.rules import FAIL, RULES, Submission, curve, last_point, names, plain, some
 from records.tracks import TRACKS, Track
 
 HELP = "what a reviewer runs: numbers of a record, or of a whole archive, against its logs"
-EXAMPLE = "python -m records verify bench/results/2026-11-22_shakespeare_cpu"
+EXAMPLE = "python -m records verify records/track_0_laptop"
 
 KINDS = {
     "altered": "a file of a packed folder is not what its logs give, or does not belong there",
@@ -60,8 +62,11 @@ __doc__ = __doc__.format(kinds="\n".join(f"  {kind:<19} {meaning}" for kind, mea
 DATED = re.compile(r"(\d{4}-\d\d-\d\d|\d{8}(?=_|$))(?!\d)", re.A)
 FOLDER_NAME = re.compile(r"(\d{4}-\d\d-\d\d_[A-Za-z0-9]|\d{8}_[a-z0-9])[\w-]*", re.A)
 BASELINE = re.compile(r"base|prev|prior|retim|rerun|master|control", re.I)
-GROUP_RULES = ("same-source", "same-settings", "same-data", "same-hardware", "same-torch", "same-world-size", "validation-tokens",
-               "finite-losses", "distinct-curves", "distinct-seeds", "compile-flags", "not-resumed", "consistent-lines")
+GROUP_RULES = (  # those that hold among the logs of any folder
+    "same-source", "same-settings", "same-data", "validation-data", "same-hardware", "same-torch",
+    "same-world-size", "validation-tokens", "finite-losses", "distinct-curves", "distinct-seeds",
+    "compile-flags", "not-resumed", "consistent-lines",
+)
 NEAR = 15  # lines between a probability and the losses that it may come from
 
 
@@ -73,7 +78,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ComparedRun:
     """What a comparison of folders needs of a run."""
     record: str  # folder of the record
     folder: str  # of the log
@@ -89,7 +94,8 @@ Find = Callable[[Path, str, str], None]  # path, kind, evidence
 
 def add_arguments(parser):
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder of a record, or an archive of them")
-    parser.add_argument("--track", choices=TRACKS, help="track of all of it (default: by the names of folders, else by the logs)")
+    parser.add_argument("--track", choices=TRACKS,
+                        help="track of all of it (default: by the names of folders, else by the logs)")
     parser.add_argument("--json", action="store_true", help="findings for a program")
 
 
@@ -109,9 +115,11 @@ def run(args) -> int:
     facts = [fact for _, found in results for fact in found]
     findings = sorted({*(finding for found, _ in results for finding in found), *across(facts)})
     if not facts and not findings:
-        raise RecordError(f"{args.path}: expected logs or a record.json, found other texts only; check the path")
+        raise RecordError(f"{args.path}: expected logs or a record.json, found other texts only; check the "
+                          "path")
     if args.json:
-        print(json.dumps({"records": len(folders), "runs": len(facts), "findings": [asdict(f) for f in findings],
+        print(json.dumps({"records": len(folders), "runs": len(facts),
+                          "findings": [asdict(f) for f in findings],
                           "counts": Counter(f.kind for f in findings)}, indent=1))
     else:
         show(findings, f"{len(facts)} runs in {len(folders)} folders")
@@ -134,13 +142,16 @@ def is_record(folder: Path, files: Iterable[Path]) -> bool:
 
 
 def records_in(root: Path) -> dict[Path, list[Path]]:
-    """Files by the folder of the record that they belong to: the outermost one with a record.json or a date for a name, else
-    their own; all of `root` where there is none such. Folders without logs are left out."""
+    """Files by the folder of the record that they belong to: the outermost one with a record.json or a date
+    for a name, else their own; all of `root` where there is none such. Folders without logs are left out."""
     files, home = {}, {}
     for name, subfolders, members in os.walk(root):
         folder = Path(name)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        home[folder] = home.get(folder.parent) or (folder if is_record(folder, map(folder.joinpath, members)) else None)
+        home[folder] = home.get(folder.parent)
+        if home[folder] is None and is_record(folder, map(folder.joinpath, members)):
+            home[folder] = folder
+        members = [name for name in members if not name.startswith(".")]  # macOS leaves such files behind
         members += [name for name in subfolders if (folder / name).is_symlink()]
         files.setdefault(home[folder] or folder, []).extend(folder / name for name in sorted(members))
     if not any(home.values()):
@@ -149,7 +160,8 @@ def records_in(root: Path) -> dict[Path, list[Path]]:
             if any(file.suffix in logs.SUFFIXES or file.name == schema.FILE for file in group)}
 
 
-def examine(root: Path, folder: Path, files: list[Path], track_name: str | None) -> tuple[list[Finding], list[Facts]]:
+def examine(root: Path, folder: Path, files: list[Path],
+            track_name: str | None) -> tuple[list[Finding], list[ComparedRun]]:
     """Findings in the folder of one record, and what a comparison with others needs."""
     findings = []
 
@@ -171,17 +183,22 @@ def examine(root: Path, folder: Path, files: list[Path], track_name: str | None)
     track = track_of(folder, read, track_name)
     if folder / schema.FILE in files:
         packed(folder, files, read, track, find)
-        read = [log for log in read if log.path.parent != folder / "baseline"]  # its logs may well be the runs of another record
+        read = [log for log in read
+                if log.path.parent != folder / "baseline"]  # its logs may well be the runs of another record
     else:
         submitted(folder, files, read, track, find)
-    return findings, [Facts(str(folder.relative_to(root)), str(log.path.parent.relative_to(root)), log.path.name, log.sha256,
-                            frozenset(curve(run)), hardware(run), track.name if track and track.ranked_by == "time" else None)
-                      for log in read for run in log.runs]
+    timed = track.name if track and track.ranked_by == "time" else None
+    return findings, [
+        ComparedRun(str(folder.relative_to(root)), str(log.path.parent.relative_to(root)), log.path.name,
+                    log.sha256,
+                    frozenset(curve(run)), run.hardware, timed)
+        for log in read for run in log.runs]
 
 
-def track_of(folder: Path, read: list[Log], name: str | None) -> Track | None:
+def track_of(folder: Path, read: list[LogFile], name: str | None) -> Track | None:
     by_folder = [track for track in TRACKS.values() if track.folder in folder.resolve().parts]
-    by_settings = {run.config["track"] for log in read for run in log.runs if isinstance(run.config.get("track"), str)}
+    by_settings = {run.config["track"] for log in read for run in log.runs
+                   if isinstance(run.config.get("track"), str)}
     if name or by_folder:
         return TRACKS[name] if name else by_folder[0]
     return TRACKS.get(by_settings.pop()) if len(by_settings) == 1 else None
@@ -190,7 +207,7 @@ def track_of(folder: Path, read: list[Log], name: str | None) -> Track | None:
 # A folder built by pack
 
 
-def packed(folder: Path, files: list[Path], read: list[Log], track: Track | None, find: Find):
+def packed(folder: Path, files: list[Path], read: list[LogFile], track: Track | None, find: Find):
     """Build the folder again from its logs and what a person said, and compare."""
     try:
         record = schema.read(folder / schema.FILE)
@@ -199,25 +216,37 @@ def packed(folder: Path, files: list[Path], read: list[Log], track: Track | None
         expected_record, verdicts, expected = pack.compose(folder, record, note.strip())
     except RecordError as e:
         return find(folder / schema.FILE, "record-file", str(e))
+
     numbers(folder / "README.md", "\n" * before.count("\n") + note, read, track, find)
     if Path(record.folder).parts != folder.resolve().parts[-2:]:
         find(folder, "folder-name", f"record.json says {record.folder}")
-    for where, says, is_now in differences(record.model_dump(mode="json"), expected_record.model_dump(mode="json")):
+    for where, says, is_now in differences(record.model_dump(mode="json"),
+                                           expected_record.model_dump(mode="json")):
         find(folder / schema.FILE, "altered", f"{where}: says {says}, the logs give {is_now}")
-    there = {path.relative_to(folder).as_posix(): path for path in files}
-    for name, content in expected.items():
-        if name not in there:
-            find(folder / name, "altered", "is missing")
-        elif name != schema.FILE or record == expected_record:  # a record that differs has its own findings above
-            if (found := content_of(there[name], len(content) + 1)) != content:
-                find(folder / name, "altered", first_difference(found, content))
-    for name in there.keys() - expected.keys():
-        if name.partition("/")[0] not in (*check.GROUPS, "media"):
-            find(folder / name, "altered", "does not belong here; pictures for the note have their place in media/")
+    compare_files(folder, files, expected, record == expected_record, find)
     if record.kind == "record":
         for verdict in verdicts:
             if verdict.verdict == FAIL:
                 find(folder, verdict.rule, verdict.evidence)
+
+
+def compare_files(folder: Path, files: list[Path], expected: dict[str, bytes], same_record: bool, find: Find):
+    """The files of a packed folder, byte by byte.
+
+    A record.json that says something else has its own findings.
+    """
+    there = {path.relative_to(folder).as_posix(): path for path in files}
+    for name, content in expected.items():
+        if name not in there:
+            find(folder / name, "altered", "is missing")
+        elif name != schema.FILE or same_record:
+            found = content_of(there[name], len(content) + 1)
+            if found != content:
+                find(folder / name, "altered", first_difference(found, content))
+    for name in there.keys() - expected.keys():
+        if name.partition("/")[0] not in (*check.FOLDERS, "media"):
+            find(folder / name, "altered",
+                 "does not belong here; pictures for the note have their place in media/")
 
 
 def differences(a, b, where: str = "") -> Iterable[tuple[str, str, str]]:
@@ -235,7 +264,8 @@ def differences(a, b, where: str = "") -> Iterable[tuple[str, str, str]]:
 
 
 def first_difference(found: bytes, expected: bytes) -> str:
-    found, expected = (content.decode("utf-8", "backslashreplace").split("\n") for content in (found, expected))
+    found, expected = (content.decode("utf-8", "backslashreplace").split("\n")
+                       for content in (found, expected))
     pairs = enumerate(zip_longest(found, expected, fillvalue="nothing"), start=1)
     number, (line, wanted) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
     return f"line {number} says {line[:150]!r}, the logs give {wanted[:150]!r}"
@@ -256,7 +286,7 @@ def text_of(path: Path) -> str:
 # Any other folder
 
 
-def submitted(folder: Path, files: list[Path], read: list[Log], track: Track | None, find: Find):
+def submitted(folder: Path, files: list[Path], read: list[LogFile], track: Track | None, find: Find):
     texts = {path: text_of(path) for path in files if path.suffix.lower() == ".md"}
     groups = defaultdict(list)
     for log in read:
@@ -270,7 +300,8 @@ def submitted(folder: Path, files: list[Path], read: list[Log], track: Track | N
     runs = [run for log in read for run in log.runs if run.val_points]
     times = [listed for path, text in texts.items() for listed in numbers(path, text, read, track, find)]
     timed = track is not None and track.ranked_by == "time" and DATED.match(folder.resolve().name) and runs
-    if timed and len(times) < 2 and not any(BASELINE.search(log.path.relative_to(folder).as_posix()) for log in read):
+    baseline = any(BASELINE.search(log.path.relative_to(folder).as_posix()) for log in read)
+    if timed and len(times) < 2 and not baseline:
         find(folder, "no-baseline", f"{len(runs)} runs, {len(times)} lists of times")
 
 
@@ -291,7 +322,7 @@ def names_of_folder(folder: Path, groups: dict, texts: dict, find: Find):
                 find(path, "broken-link", f"line {line}: {target}")
 
 
-def facts_of_group(place: Path, members: list[Log], track: Track | None, find: Find):
+def facts_of_group(place: Path, members: list[LogFile], track: Track | None, find: Find):
     """The rules that hold among the logs of one folder, and what single logs lack."""
     if not members:
         return
@@ -303,16 +334,21 @@ def facts_of_group(place: Path, members: list[Log], track: Track | None, find: F
                 find(place, rule, evidence)
     for log in members:
         for problem in log.problems:
-            kind = "incomplete-run" if problem.startswith("the run is incomplete") else "odd-log"
-            find(log.path, kind, problem if kind == "odd-log" else "; ".join(
-                f"ends at step {run.final_step} of {run.total_steps}" for run in log.runs if not run.complete))
+            if problem.startswith("the run is incomplete"):
+                ends = [f"ends at step {run.final_step} of {run.total_steps}" for run in log.runs
+                        if not run.complete]
+                find(log.path, "incomplete-run", "; ".join(ends))
+            else:
+                find(log.path, "odd-log", problem)
     for fact, missing in (("source", [log for log in members if not log.sources]),
                           ("torch", [log for log in members if not any(run.torch for run in log.runs)]),
                           ("GPU", [log for log in members if not any(run.gpu_name for run in log.runs)])):
         if missing:
-            find(place, "missing-facts", f"no {fact} in {len(missing)} of {len(members)} logs: {names(missing)}")
+            find(place, "missing-facts",
+                 f"no {fact} in {len(missing)} of {len(members)} logs: {names(missing)}")
     dates = [details.date for details in s.details.values() if details.date]
-    if (day := day_of(place)) and dates and min(dates) > day + timedelta(days=2):  # a day, and another for time zones
+    # a day, and another for time zones
+    if (day := day_of(place)) and dates and min(dates) > day + timedelta(days=2):
         find(place, "date", f"the first run began on {min(dates):%Y-%m-%d}")
 
 
@@ -327,7 +363,8 @@ def day_of(place: Path) -> datetime | None:
     return None
 
 
-def numbers(path: Path, text: str, read: list[Log], track: Track | None, find: Find) -> list[readme.List]:
+def numbers(path: Path, text: str, read: list[LogFile], track: Track | None,
+            find: Find) -> list[readme.NumberList]:
     """Compare what a README lists with the logs. Returns its lists of times."""
     choices = groups_of(read)
     all_times = [point.train_time_ms / 1000 for runs in choices.values() for run in runs
@@ -341,7 +378,8 @@ def numbers(path: Path, text: str, read: list[Log], track: Track | None, find: F
         where = f"{kind} in line {listed.line}"
         if count < len(listed.values):
             missing = Counter(rounded(listed.values, listed)) - Counter(rounded(values, listed))
-            find(path, "number-without-log", f"{where}: {missing.total()} of {len(listed.values)} values are in no log, such as "
+            find(path, "number-without-log",
+                 f"{where}: {missing.total()} of {len(listed.values)} values are in no log, such as "
                  f"{[*missing][0]:.{listed.digits}f}")
         else:
             matched[listed] = label
@@ -353,53 +391,65 @@ def numbers(path: Path, text: str, read: list[Log], track: Track | None, find: F
     return [listed for listed, kind in lists if kind == "times"]
 
 
-def rows(path: Path, text: str, read: list[Log], find: Find):
-    """Table rows whose first cell is the name of a log, or its beginning, must have its last loss and time."""
-    logs_by_name = sorted(((log.path.stem, log.runs[0]) for log in read if len(log.runs) == 1 and log.runs[0].val_points),
+def rows(path: Path, text: str, read: list[LogFile], find: Find):
+    """Table rows whose first cell is the name of a log, or its beginning, must have its last loss
+    and time."""
+    logs_by_name = sorted(((log.path.stem, log.runs[0]) for log in read if len(log.runs) == 1
+                           and log.runs[0].val_points),
                           key=lambda pair: pair[0])
     for line, name, losses, times in readme.rows(text):
-        at = bisect_left(logs_by_name, name := name.removesuffix(".txt"), key=lambda pair: pair[0])
+        name = name.removesuffix(".txt")
+        at = bisect_left(logs_by_name, name, key=lambda pair: pair[0])
         points = [last_point(run) for stem, run in logs_by_name[at:at + 20] if stem.startswith(name)]
-        if points and losses and not any(abs(float(loss) - point.val_loss) < 1e-4 for loss in losses for point in points):
+        if not points:
+            continue
+        if losses and not any(abs(float(loss) - point.val_loss) < 1e-4 for loss in losses for point in points):
             find(path, "table-row", f"line {line}: {losses[0]}, the log says {points[0].val_loss}")
-        if points and times and not any(abs(int(ms) - (point.train_time_ms or 0)) <= 1 for ms in times for point in points):
-            find(path, "table-row", f"line {line}: {times[0]} ms, the log says {points[0].train_time_ms} ms")
+        if times and not any(abs(int(ms) - (point.train_time_ms or 0)) <= 1 for ms in times for point in points):
+            says = f"{points[0].train_time_ms} ms"
+            find(path, "table-row", f"line {line}: {times[0]} ms, the log says {says}")
 
 
-def groups_of(read: list[Log]) -> dict[str, list[Run]]:
-    """Sets of runs that a list may be about, by description: a folder, or the runs of one source and length in it."""
+def groups_of(read: list[LogFile]) -> dict[str, list[RunFacts]]:
+    """Sets of runs that a list may be about, by description: a folder, or the runs of one source
+    and length in it."""
     groups = defaultdict(list)
     for log in read:
         for run in log.runs:
             if run.val_points:
                 folder = f"{log.path.parent.name}/"
+                source = (run.source_sha256 or "none")[:8]
                 groups[folder].append(run)
-                groups[f"{folder}, source {(run.source_sha256 or 'none')[:8]}, {run.total_steps} steps"].append(run)
+                groups[f"{folder}, source {source}, {run.total_steps} steps"].append(run)
     return groups
 
 
-def kind_of(listed: readme.List, track: Track | None, times: list[float]) -> str | None:
+def kind_of(listed: readme.NumberList, track: Track | None, times: list[float]) -> str | None:
     """Whether a list is of losses or times: by its name, else by its values; None where it is of neither."""
     if named := re.search(r"(loss|accs)|tim(?:e|ing)", listed.before[-40:]):
         return "losses" if named[1] else "times"
     if track and all(abs(value - track.target) < 0.3 for value in listed.values):
         return "losses"
-    return "times" if times and all(min(times) / 1.5 < value < max(times) * 1.5 for value in listed.values) else None
+    return "times" if times and all(min(times) / 1.5 < value < max(times) * 1.5
+                                    for value in listed.values) else None
 
 
-def rounded(values: Iterable[float], listed: readme.List) -> list[float]:
+def rounded(values: Iterable[float], listed: readme.NumberList) -> list[float]:
     return [round(value, listed.digits) for value in values]
 
 
-def best_group(listed: readme.List, kind: str, choices: dict[str, list[Run]], track: Track | None):
-    """(number of values found, label, values) of the smallest group of runs in which most of the values are."""
+def best_group(listed: readme.NumberList, kind: str, choices: dict[str, list[RunFacts]], track: Track | None):
+    """(number of values found, label, values) of the smallest group of runs in which most of the
+    values are."""
     results, wanted = [(0, 0, "none", [])], Counter(rounded(listed.values, listed))
     for label, runs in choices.items():
         if kind == "times":
-            options = [[point.train_time_ms / 1000 for run in runs if (point := last_point(run)).train_time_ms is not None]]
+            options = [[point.train_time_ms / 1000 for run in runs
+                        if (point := last_point(run)).train_time_ms is not None]]
         else:
             stated = track is not None and track.claim_step == "stated"
-            steps = set.intersection(*({point.step for point in run.val_points} for run in runs)) if stated else ()
+            steps = set.intersection(*({point.step for point in run.val_points}
+                                       for run in runs)) if stated else ()
             options = [[last_point(run).val_loss for run in runs],
                        *([run.at(step).val_loss for run in runs] for step in sorted(steps, reverse=True))]
         for values in options:
@@ -409,31 +459,37 @@ def best_group(listed: readme.List, kind: str, choices: dict[str, list[Run]], tr
     return count, label, values
 
 
-def pairings(path: Path, lists: list, matched: dict, choices: dict[str, list[Run]], find: Find):
+def pairings(path: Path, lists: list, matched: dict, choices: dict[str, list[RunFacts]], find: Find):
     """Losses and times that stand side by side, both of one group, must be of the same runs."""
     for (losses, kind), (times, next_kind) in zip(lists, lists[1:]):
-        side_by_side = (kind, next_kind) == ("losses", "times") and 0 <= times.line - losses.line <= 4
-        if side_by_side and len(losses.values) == len(times.values) and matched.get(losses, 0) == matched.get(times):
-            real = Counter((round(point.val_loss, losses.digits), round(point.train_time_ms / 1000, times.digits))
-                           for run in choices[matched[losses]] if (point := last_point(run)).train_time_ms is not None)
-            wrong = Counter(zip(rounded(losses.values, losses), rounded(times.values, times))) - real
-            if wrong:
-                find(path, "pairing", f"lines {losses.line} and {times.line}: {wrong.total()} of {len(losses.values)} pairs are "
-                     f"of no run, such as {[*wrong][0]}")
+        if (kind, next_kind) != ("losses", "times") or not 0 <= times.line - losses.line <= 4:
+            continue
+        if len(losses.values) != len(times.values) or matched.get(losses, 0) != matched.get(times):
+            continue
+        points = [last_point(run) for run in choices[matched[losses]]]
+        real = Counter((round(point.val_loss, losses.digits), round(point.train_time_ms / 1000, times.digits))
+                       for point in points if point.train_time_ms is not None)
+        wrong = Counter(zip(rounded(losses.values, losses), rounded(times.values, times))) - real
+        if wrong:
+            find(path, "pairing", f"lines {losses.line} and {times.line}: {wrong.total()} of {len(losses.values)} "
+                 f"pairs are of no run, such as {[*wrong][0]}")
 
 
-def probabilities(path: Path, text: str, losses: list[readme.List], track: Track | None, find: Find):
-    """Probabilities that stand near lists of losses must follow from one of them by the test of the track, or a t-test."""
+def probabilities(path: Path, text: str, losses: list[readme.NumberList], track: Track | None, find: Find):
+    """Probabilities that stand near lists of losses must follow from one of them by the test of the
+    track, or a t-test."""
     alone = []
     for line, p, half in readme.probabilities(text):
         near = [listed for listed in losses if abs(listed.line - line) <= NEAR]
         if not near or not track:
             alone.append(line)
             continue
-        tests = (test(listed.values, track.target) for listed in near for test in (statistics.t_test, statistics.z_rule))
+        tests = (test(listed.values, track.target) for listed in near
+                 for test in (statistics.t_test, statistics.z_rule))
         given = [test.p for test in tests if test.p is not None]
         if not any(abs(p - value) <= 1.02 * half for value in given):
-            find(path, "p-value", f"line {line}: p = {p:g}, the losses near it give {f'{given[0]:.4g}' if given else 'none'}")
+            find(path, "p-value",
+                 f"line {line}: p = {p:g}, the losses near it give {f'{given[0]:.4g}' if given else 'none'}")
     if alone:
         find(path, "p-without-list", f"{len(alone)} in lines {some(map(str, alone))}")
 
@@ -441,32 +497,54 @@ def probabilities(path: Path, text: str, losses: list[readme.List], track: Track
 # Across folders
 
 
-def across(facts: list[Facts]) -> Iterable[Finding]:
+def across(facts: list[ComparedRun]) -> Iterable[Finding]:
     """Files, folders and curves that are there twice, and hardware that most of a track did not run on."""
-    files = defaultdict(set)  # by their places
-    by_sha, by_curve, shas = defaultdict(set), defaultdict(set), defaultdict(set)
+    yield from files_twice(facts)
+    yield from curves_twice(facts)
+    yield from other_hardware(facts)
+
+
+def files_twice(facts: list[ComparedRun]) -> Iterable[Finding]:
+    places_of = defaultdict(set)  # (folder, log) by hash
+    hashes_in = defaultdict(set)  # by folder
     for fact in facts:
-        by_sha[fact.sha256].add((fact.folder, fact.log))
-        shas[fact.folder].add(fact.sha256)
+        places_of[fact.sha256].add((fact.folder, fact.log))
+        hashes_in[fact.folder].add(fact.sha256)
+
+    copies = defaultdict(set)  # hashes by the folders that they are in
+    for sha256, places in places_of.items():
+        if len(places) > 1:
+            copies[tuple(sorted(folder for folder, _ in places))].add(sha256)
+    for folders, hashes in copies.items():
+        several = len(set(folders)) > 1 and len(hashes) > 1
+        whole = several and all(hashes_in[folder] == hashes for folder in folders)
+        yield Finding(folders[0], "duplicate-folder" if whole else "duplicate-files",
+                      f"{len(hashes)} logs are also in {', '.join(folders[1:])}")
+
+
+def curves_twice(facts: list[ComparedRun]) -> Iterable[Finding]:
+    by_curve = defaultdict(set)
+    for fact in facts:
         if len(fact.curve) >= 3:
             by_curve[fact.curve].add((fact.sha256, fact.folder))
-    for sha, places in by_sha.items():
-        if len(places) > 1:
-            files[tuple(sorted(folder for folder, _ in places))].add(sha)
-    for folders, copies in files.items():
-        whole = len(set(folders)) > 1 and len(copies) > 1 and all(shas[folder] == copies for folder in folders)
-        yield Finding(folders[0], "duplicate-folder" if whole else "duplicate-files",
-                      f"{len(copies)} logs are also in {', '.join(folders[1:])}")
-    curves = Counter()
+
+    counts = Counter()
     for places in by_curve.values():
-        if len({sha for sha, _ in places}) > 1 and len(folders := sorted({folder for _, folder in places})) > 1:
-            curves[tuple(folders)] += 1
-    for folders, count in curves.items():
-        yield Finding(folders[0], "duplicate-curves", f"{count} curves are also in {', '.join(folders[1:])}, in other files")
+        hashes, folders = map(set, zip(*places))
+        if len(hashes) > 1 and len(folders) > 1:
+            counts[tuple(sorted(folders))] += 1
+    for folders, count in counts.items():
+        yield Finding(folders[0], "duplicate-curves",
+                      f"{count} curves are also in {', '.join(folders[1:])}, in other files")
+
+
+def other_hardware(facts: list[ComparedRun]) -> Iterable[Finding]:
     for track in {fact.timed_track for fact in facts} - {None}:
         of_track = [fact for fact in facts if fact.timed_track == track and fact.hardware]
         (usual, most), = Counter(fact.hardware for fact in of_track).most_common(1) or [(None, 0)]
-        for (record, other), count in Counter((fact.record, fact.hardware) for fact in of_track).items():
-            if other != usual and 2 * most > len(of_track):
-                yield Finding(record, "other-hardware", f"{count} runs on {other}; {most} of {len(of_track)} runs of track "
-                              f"{track} on {usual}")
+        if 2 * most <= len(of_track):
+            continue
+        for (record, hardware), count in Counter((fact.record, fact.hardware) for fact in of_track).items():
+            if hardware != usual:
+                yield Finding(record, "other-hardware", f"{count} runs on {hardware}; {most} of {len(of_track)} "
+                              f"runs of track {track} on {usual}")

@@ -1,82 +1,149 @@
-"""README.md cannot disagree with the code, the files and the logs that its figures come from."""
+"""README.md and docs/ cannot disagree with the code, the files and the logs that their figures come from."""
 import dataclasses
+import importlib.util
 import re
-import statistics
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_gpt
-from bench.summary import final, spread
+from bench import docs
+from records.__main__ import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "bench" / "results" / "2026-11-22_shakespeare_cpu"
+PAGES = {path: path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES[ROOT / "README.md"]
+LOGS = ROOT / "bench/results/2026-11-28_shakespeare_cpu"
 
 
-def finals(group: str) -> tuple[list[float], list[float]]:
-    """Last validation losses and training seconds of the logs of a group."""
-    record = ROOT / "records" / "track_0_laptop" / group / "runs"
-    folder = record if record.exists() else RESULTS / group
-    losses, seconds, _ = zip(*(final(path) for path in sorted(folder.glob("*.txt"))))
-    return list(losses), list(seconds)
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
-def test_every_setting_and_option_it_shows_exists():
-    shown = set(re.findall(r"(?<=[\s`])--([a-z][a-z_]*)\b", README))
-    assert shown, "no options found in README.md"
-    torchrun = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
-    slurm = {"nodes", "ntasks", "gpus"}
-    others = {"help", "check", "resume", "prompt", "name", "doctor", "plan", "gpu"}
-    records = {"margin", "sd", "a", "b", "runs", "out", "logs", "baseline", "note"}  # of python -m records, tested there
-    assert shown - torchrun - slurm - others - records <= {f.name for f in dataclasses.fields(train_gpt.Config)}
-    assert "--prompt" in (ROOT / "sample.py").read_text()
+def commands(page: str) -> list[list[str]]:
+    """The words of every command that a page shows, in a block of code or inline."""
+    blocks = re.findall(r"^ {4,}((?:.*\\\n)*.+)$", page, re.M)
+    inline = re.findall(r"`([^`]+)`", page)
+    found = []
+    for text in (*blocks, *inline):
+        if not text.startswith(("./", "python ", "torchrun ", "srun ")):
+            continue
+        words = shlex.split(" ".join(text.replace("\\\n", " ").split()), comments=True)
+        found.append(words)
+    return found
 
 
-def test_every_file_it_names_exists():
-    names = set(re.findall(r"`((?:[a-z_]+/)*[a-zA-Z_0-9]+\.(?:py|sh|txt|md))`", README)) | {"LICENSE"}
-    assert len(names) > 8
-    for name in names:
-        assert (ROOT / name).exists(), name
+COMMANDS = [words for page in PAGES.values() for words in commands(page)]
 
 
-def test_line_counts_are_true():
-    counts = re.findall(r"`(\w+\.py)` (\d+) \((\d+) not blank\)", README)
-    assert len(counts) == 3
-    for name, lines, filled in counts:
-        text = (ROOT / name).read_text().splitlines()
-        assert (len(text), sum(bool(line.strip()) for line in text)) == (int(lines), int(filled)), name
+def test_there_are_commands_of_every_kind():
+    starts = {" ".join(words[:3]) for words in COMMANDS}
+    assert {"python -m bench.docs", "python -m records", "python -m tools.sample"} <= starts
+    assert {"./run.sh", "torchrun", "srun"} <= {words[0] for words in COMMANDS}
 
 
-def test_track_table_is_the_presets():
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_is_one_that_its_program_takes(words):
+    settings = [word for word in words[1:] if word.startswith("--")]
+    if words[:2] == ["python", "-m"]:
+        module, *arguments = words[2:]
+        name = f"{module}.__main__" if module == "records" else module
+        found = importlib.util.find_spec(name)
+        assert found, f"no module {module}"
+        source = Path(found.origin)
+        if module == "records" and arguments:
+            assert arguments[0] in {verb for verbs in VERBS.values() for verb in verbs}
+            source = ROOT / "records" / f"{arguments[0]}.py"
+            for name in ("--a", "--b"):  # commands of their own
+                if name in arguments:
+                    check_settings(shlex.split(arguments[arguments.index(name) + 1])[1:])
+        check_options(source, settings)
+    elif words[0] == "python" and words[1] != "train_gpt.py":
+        check_options(ROOT / words[1], settings)
+    elif words[0] != "./test.sh":
+        first = words.index("train_gpt.py") if "train_gpt.py" in words else 0
+        check_settings(words[first + 1:])
+
+
+def check_options(source: Path, options: list[str]):
+    """Each of these options must be a setting or an action of the trainer, or stand in the program's text."""
+    text = source.read_text(encoding="utf-8")
+    trainers = {f.name for f in dataclasses.fields(train_gpt.Config)} | {*train_gpt.ACTIONS}
+    for option in options:
+        name = option.partition("=")[0].removeprefix("--")
+        assert name in trainers or f'"--{name}"' in text or f'"{name}"' in text, f"{source} has no --{name}"
+
+
+def check_settings(words: list[str]):
+    """These arguments must be settings or actions of the trainer, with values of the right kind."""
+    train_gpt.parse_config([word for word in words if word not in ("--help",)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_relative_link_and_every_file_it_names_exists(page):
+    text = PAGES[page]
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text)
+    for link in links:
+        assert ":" in link or (page.parent / link).exists(), link
+    named = re.findall(r"`((?:[\w.-]+/)+|(?:[\w-]+/)*[\w-]+\.(?:py|sh|txt|md))`", text)
+    for name in named:
+        assert (ROOT / name).exists() or name in ("train.py",), name  # nanoGPT's
+
+
+def test_every_room_stands_in_the_table():
+    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))} | {"docs"}
+    assert rooms <= set(re.findall(r"^\| `(\w+)/` ", README, re.M)) | {"logs"}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/results.md"], ids=lambda path: path.name)
+def test_track_table_is_the_presets(page):
     for name in train_gpt.TRACKS:
         cfg = train_gpt.Config.for_track(name)
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` "))
-        assert f"| {cfg.target_loss} |" in row and f"| {cfg.train_steps} |" in row
+        row = next(line for line in PAGES[page].splitlines() if line.startswith(f"| `{name}` "))
+        assert f"| {cfg.target_loss} | {cfg.train_steps} |" in row
+    steps = train_gpt.Config.for_track("shakespeare").train_steps
+    assert set(re.findall(r"state_step(\d+)\.pt", README)) == {f"{steps:06d}"}
 
 
-@pytest.mark.parametrize("group", ["muon", "adamw", "yardstick", "2026-11-24_Reference", "2026-11-24_TailAverage"])
-def test_figures_are_those_of_the_logs(group):
-    losses, seconds = finals(group)
-    row = next(line for line in README.splitlines() if line.startswith("| ") and f"`{group}/`" in line)
-    assert f"| {len(losses)} | {spread(losses, 4)} | {spread(seconds, 1)} |" in row
+def test_figures_in_sentences_are_those_of_the_logs():
+    for about, text in docs.facts().items():
+        assert text in README or text in PAGES[ROOT / "docs/results.md"], (about, text)
 
 
-@pytest.mark.parametrize("group", ["muon", "2026-11-24_Reference", "2026-11-24_TailAverage"])
-def test_reference_runs_meet_the_target_with_p_below_one_percent(group):
-    losses, _ = finals(group)
-    target = train_gpt.Config.for_track("shakespeare").target_loss
-    t = (target - statistics.mean(losses)) / (statistics.stdev(losses) / len(losses) ** 0.5)
-    assert len(losses) >= 8 and t > 2.998  # one-sided 1 % of Student's t with 7 degrees of freedom
+def test_the_record_it_shows_is_the_fastest_of_its_track():
+    record, *others = (docs.Summary.of(docs.GROUPS[name]) for name in ("the record", "the record before"))
+    assert all(sum(record.seconds) / record.n < sum(other.seconds) / other.n for other in others)
+    assert f"{record.time} s (n = {record.n}, AMD EPYC)" in README
 
 
-def test_ratio_of_times_to_the_target_is_that_of_the_logs():
-    target, (slow, slow_s), (fast, fast_s) = 1.6, finals("adamw"), finals("muon")
-    assert statistics.mean(slow) < target and statistics.mean(fast) < target
-    assert f"{statistics.mean(slow_s) / statistics.mean(fast_s):.2f} times" in README
+def test_the_output_it_shows_is_that_of_a_run():
+    shown = re.findall(r"^ {4}(step:\S+ .*)$", README, re.M)
+    assert len(shown) >= 2
+    texts = [path.read_text(encoding="utf-8") for path in (LOGS / "muon").glob("*.txt")]
+    assert any(all(line in text.splitlines() for line in shown) for text in texts)
 
 
-def test_summary_refuses_what_is_no_finished_run(tmp_path):
-    (tmp_path / "a.txt").write_text("step:1/4 val_loss:2.0 train_time:3ms step_avg:3.00ms\n")
-    with pytest.raises(ValueError, match="expected the log of a finished run"):
-        final(tmp_path / "a.txt")
+def test_the_verdict_it_shows_is_that_of_the_committed_experiment():
+    verdict = (ROOT / "bench/results/2026-11-28_untied/verdict.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^ {4,}((?:Seconds|Loss|Speed-up): .*)$", README, re.M)
+    assert len(shown) == 3
+    for line in shown:
+        assert line in verdict, line
+    a, b = re.findall(r"^ {4}[AB]: (.*)$", verdict, re.M)
+    assert f"--a '{a}' --b '{b}'" in README
+
+
+def test_its_lines_about_muon_train_a_model():
+    lines = re.search(r"^ {4}from muon import Muon\n(?:(?: {4}.*)?\n)+", README, re.M)[0]
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 7))
+    before = [p.detach().clone() for p in model.parameters()]
+    names = {"model": model, "torch": torch}
+    exec("\n".join(line[4:] for line in lines.splitlines()), names)
+    model(torch.arange(7)).square().mean().backward()
+    for optimizer in names["optimizers"]:
+        optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))

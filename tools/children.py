@@ -26,6 +26,18 @@ def run_limited(command: Sequence[str], limit_s: float, **popen) -> subprocess.C
     return subprocess.CompletedProcess(command, code, out, err)
 
 
+def ending(child: subprocess.CompletedProcess, limit_s: float) -> str:
+    """Say in a clause how a child of `run_limited` ended, and the last line that it printed."""
+    said = [line.strip() for line in (child.stderr or child.stdout).splitlines() if line.strip()]
+    if child.returncode is None:
+        how = f"gave no answer in {limit_s:.0f} s"
+    elif child.returncode < 0:
+        how = f"was ended by {signal.Signals(-child.returncode).name}"
+    else:
+        how = f"ended with exit code {child.returncode}"
+    return f"{how}: {said[-1][:300]}" if said else how
+
+
 def kill_group(leader: int, number: int = signal.SIGKILL) -> None:
     """Send a signal to a process group; one that has ended already is no error."""
     try:

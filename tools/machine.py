@@ -3,9 +3,11 @@ import os
 
 
 def usable_cores() -> int:
-    """Return the cores this process may use: those the scheduler allows it, cut to the CPU quota of a
-    container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS: only the latter
+    """Return the cores this process may use, cut to the CPU quota of a container."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS
+        cores = os.cpu_count() or 1
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:  # "200000 100000" is two cores, "max 100000" all of them
             quota, period = file.read().split()

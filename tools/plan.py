@@ -1,207 +1,196 @@
-"""What a run takes, before anything is downloaded: memory by part, the settings that fit, minutes, data and disk.
+"""What a run takes, before anything is downloaded: memory, the settings that fit, minutes, data and disk.
 
-    python train_gpt.py --track=small --plan [--gpu="RTX 4090"] [--gpu_gib=24] [--field=value ...]
+    python -m tools.plan [--track=small] [--gpu="RTX 4090"] [--gpu_gib=24] [--field=value ...]
 
-Nothing runs on the GPU, and there need not be one: model and optimizers are built on torch's meta device, whose tensors have
-a shape and no memory, and their bytes are counted. So the figures follow every change of the model. With torch.compile, what
-is kept for the backward pass is what the compiler's partitioner keeps; what its kernels need besides is a formula.
+Nothing runs on a GPU, and there need not be one. What stays in memory is counted from the shapes of the parameters; what
+a step needs besides is the formula in `step_bytes`. No GPU has confirmed either yet.
 """
-import dataclasses
 import functools
 import os
-import weakref
-from types import SimpleNamespace
+import sys
+from dataclasses import replace
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from data.loader import shards_needed
-from data.loader import Docs
-from engine.attention import BACKENDS
-from engine.head_loss import HEAD_PIECE
-from engine.kernels import choose_compile, choose_dtype
-from muon import iteration_dtype, symmetric_product
-from muon_ranks import plan_units, state_kinds, units_of
 from data.errors import UsageError
-from train_gpt import GPT, MATRICES, TABLES, Config, Run, make_context, mtp_weights
-
-GPUS = {  # part of the name -> (memory as torch reports it, about, in GiB; dense bf16 TFLOP/s with fp32 sums, by the vendor)
-    "B200": (178.0, 2250.0), "H200": (139.8, 989.4), "GH200": (94.5, 989.4), "H100 NVL": (93.1, 835.0), "H100": (79.1, 989.4),
-    "A100": (79.1, 312.0), "L40S": (44.4, 362.0), "RTX 6000 Ada": (47.4, 364.0), "A6000": (47.4, 154.8), "A40": (44.4, 149.7),
-    "5090": (31.4, 209.5), "4090": (23.6, 165.2), "3090": (23.6, 71.0), "L4": (22.0, 121.0), "A10": (22.0, 125.0),
-}
-UTILIZATION = 0.4  # of that peak; assumed. Upstream's records reach 0.44 on an H100
-DOCS_PER_SLICE = 4  # a shorter packed sequence would cut too many of its documents
+from data.loader import shards_needed
+from engine.head_loss import HEAD_PIECE
+from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of
+from muon import gram_pays, newton_schulz_flops
+from tools.gpus import GPUS, find_gpu
+from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, parse_config
 
 GIB = 2**30
+UTILIZATION = 0.4  # of the peak in bf16; assumed. Upstream's records reach 0.44 on an H100
+BUCKET = 4 * 2**20  # weights that Muon sends or receives at a time, of each rank
+DOCS_PER_SLICE = 4  # a shorter packed sequence would cut too many of its documents
 
 
-class Peak(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and still live, and the most there ever were."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.sizes = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for storage in (x.untyped_storage() for x in tree_leaves(result) if isinstance(x, Tensor)):
-            if (key := storage._cdata) not in self.sizes and key not in given:
-                self.sizes[key] = storage.nbytes()
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.free, key)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def free(self, key):
-        self.live -= self.sizes.pop(key)
+# ------------------------------------------------------------------------------------------------------------
+# What stays between the steps
 
 
-def size(tensors) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def build(cfg: Config, dtype: torch.dtype, world: int = 1) -> SimpleNamespace:
-    """The model and rank 0's optimizers of a run, on the meta device. Whatever the backend, attention keeps its inputs, its
-    result and a number for each query and head, as varlen does."""
+@functools.cache
+def shapes_of(cfg: Config) -> GPT:
+    """Return the model on torch's meta device: shapes without memory."""
     with torch.device("meta"):
-        model = GPT(cfg, BACKENDS["varlen"][1])
-    for name, p in model.named_parameters():
-        p.data = p.data.to(dtype if name in MATRICES + TABLES else torch.float32)
-    run = SimpleNamespace(cfg=cfg, model=model, dtype=dtype, rt=SimpleNamespace(rank=0, world=world), compiled=False,
-                          symmetric=symmetric_product)
-    Run.make_optimizers(run)
-    return run
+        return GPT(cfg, Kernels.plain())
 
 
-def static_bytes(cfg: Config, dtype: torch.dtype, world: int, device: torch.device) -> dict[str, int]:
-    """What stays in memory between the steps, and what travels in one, on the fullest rank."""
-    run = build(cfg, dtype, world)
-    muon = travelling = 0
-    if run.muon is not None:
-        groups = run.muon.param_groups
-        units = [unit for i, group in enumerate(groups) for p in group["params"] for unit in units_of(p, p, i, group)]
-        costs = [run.muon._cost(unit, iteration_dtype(device)) for unit in units]
-        buckets = plan_units(costs, [u.m * u.n for u in units], world, int(run.muon.bucket_mb * 1e6 / 4)).buckets
-        state = [sum(kind.itemsize * (max(u.m, u.n) if key == "second_moment" else u.m * u.n)
-                     for key, kind in state_kinds(groups[u.group]).items()) for u in units]
-        muon = max(sum(state[u] for bucket in buckets for u in bucket[rank]) for rank in range(world))
-        fullest = max(sum(units[u].m * units[u].n for u in ids) for bucket in buckets for ids in bucket)
-        travelling = 2 * (world + 1) * fullest * 2 * dtype.itemsize  # two buckets on their way there, two on their way back
-    moments = [x for state in run.adam.state.values() for x in state.values() if isinstance(x, Tensor)]
-    shared = size(p for group in run.adam.param_groups for p in group["params"] if run.adam.sharded(p)) // world
-    weights = size(run.model.parameters())
-    return {"weights": weights, "gradients": weights, "Adam: moments, low halves": size(moments),
-            "Muon: momentum, low halves": muon, "signs of the bigrams": size(run.model.buffers()),
-            **({"average of the weights": 4 * sum(p.numel() for p in run.model.parameters())} if cfg.ema_frac else {}),
-            "gathers and reductions": 0 if world == 1 else travelling + 2 * shared}
+def muon_matrices(cfg: Config) -> list[tuple[int, int]]:
+    """Return (rows, columns) of every matrix that Muon moves."""
+    if cfg.optimizer != "muon":
+        return []
+    banks = [getattr(shapes_of(cfg), name).shape for name in MATRICES]
+    return [(m, n) for count, m, n in banks for _ in range(count)]
 
 
-def batch(cfg: Config, model: GPT, tokens: int, stage: int, final: bool = False) -> tuple:
-    """Arguments of a forward pass."""
-    empty = lambda n, dtype: torch.empty(n, dtype=dtype, device="meta")
-    start, max_len = cfg.stage_starts[stage], min(cfg.at("max_doc_len", cfg.stage_starts[stage]), tokens)
-    docs = Docs(empty(max(16, tokens // 256), torch.int32), empty(tokens, torch.int32), max_len)
-    context = make_context(model, BACKENDS["varlen"][0], {}, docs, stage, cfg.tied(start),
-                           empty(len(mtp_weights(cfg, start)), torch.float32), final)
-    return empty(tokens, torch.int64), empty(tokens, torch.int64), context
-
-
-def kept_for_backward(model: GPT, forward, args: tuple) -> int:
-    """Bytes of all that a compiled forward pass keeps, weights aside."""
-    kept, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that no other gets its address
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        forward(*args)
-        return sum(storage.nbytes() for storage in kept.values())
-
-
-def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool) -> tuple[int, int]:
-    """(bytes kept for backward, more at the worst moment) of one slice of the longest stage."""
-    def length(stage):
-        return cfg.at("batch_tokens", cfg.stage_starts[stage]) // cfg.slices
-    stage, model = max(range(len(cfg.stage_starts)), key=lambda s: (length(s), -s)), build(cfg, dtype).model.train()
-    args = batch(cfg, model, length(stage), stage)
-    with Peak() as memory:
-        loss = model(*args)
-        kept = memory.live
-        loss.backward()
-    if not compiled:
-        return kept, memory.peak - kept
-    piece = min(length(stage), HEAD_PIECE) * model.head.size(0) * model.head.itemsize
-    with Peak() as memory:
-        x = model.trunk(args[0], args[2])
-        before = memory.live
-        x.sum().backward()
-    more = max(3 * piece, memory.peak - before if cfg.recompute else 0)  # logits, their gradient, that in FP8; or a layer
-    forward = torch.compile(model, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
-    return kept_for_backward(model, forward, args), more
-
-
-def optimizer_bytes(cfg: Config, dtype: torch.dtype, compiled: bool) -> int:
-    """At the worst moment of an update, besides what stays; compiled, Adam needs nothing."""
-    run = build(cfg, dtype)
-    for p in run.model.parameters():
-        p.grad = torch.empty_like(p)
-    if run.muon is not None:
-        run.muon.step()  # makes its state
-    with Peak() as memory:
-        for optimizer in filter(None, (run.muon, None if compiled else run.adam)):
-            optimizer.step()
-    return memory.peak
-
-
-@torch.no_grad()
-def validation_bytes(cfg: Config, model: GPT, tokens: int) -> int:
-    """At the worst moment of a validation sequence, which is run eagerly."""
-    model.eval()
-    with Peak() as memory:
-        model(*batch(cfg, model, tokens, len(cfg.stage_starts) - 1, final=True))
-    return memory.peak
-
-
-def first_fit(choices: list[int], need, room: int) -> tuple[int, bool]:
-    """The first choice whose need fits into the room, else the last one; and whether it does."""
-    return next(((n, True) for n in choices if need(n) <= room), (choices[-1], False))
-
-
-def choices(cfg: Config, world: int) -> tuple[list[tuple[bool, int]], list[int]]:
-    """(--recompute, --slices), from what is fast and the same training to what is neither, and --val_slice, from long to short;
-    all leave the batch as it is."""
-    def allowed(slices):
-        parts = max(slices, world)
-        return all(cfg.at("batch_tokens", s) % parts == 0 and
-                   cfg.at("batch_tokens", s) // parts >= DOCS_PER_SLICE * cfg.at("max_doc_len", s) for s in cfg.stage_starts)
-    steps = [(cfg.recompute, cfg.slices), (True, cfg.slices),
-             *((True, cfg.slices * 2**i) for i in range(1, 8) if allowed(cfg.slices * 2**i))]
-    return steps, [cfg.val_slice >> i for i in range(6) if cfg.val_slice >> i and cfg.val_tokens % (cfg.val_slice >> i) == 0]
-
-
-def find_gpu(name: str | None, gib: float | None) -> tuple[str, float, float | None]:
-    """(name, GiB, TFLOP/s if known) of the GPU that is named, or found, or of this machine without one."""
-    if name is None and gib is None and torch.cuda.is_available():
-        name, gib = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
-    if name is None and gib is None:
-        return "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, None
-    known = [key for key in sorted(GPUS, key=len, reverse=True) if name and key.lower() in name.lower()]
-    if not known and gib is None:
-        raise UsageError(f"--gpu: expected a name with one of {', '.join(GPUS)}, found {name!r}; add --gpu_gib=NUMBER")
-    memory, tflops = GPUS[known[0]] if known else (None, None)
-    return name or "some GPU", gib or memory, tflops
+def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
+    """Return the bytes that stay in memory on the fullest of `world` ranks, by kind."""
+    table = optimizer_table(cfg)
+    split = dtype == torch.bfloat16  # a bf16 weight has a lower half beside it: together they are fp32
+    weights = adam = travelling = count = 0
+    for name, p in shapes_of(cfg).named_parameters():
+        low = split and name in MATRICES + TABLES
+        count += p.numel()
+        weights += p.numel() * (2 if low else 4)
+        if table[name].optimizer == "adam":
+            sharded = world > 1 and p.numel() % world == 0 and p.numel() >= 2**16
+            share = p.numel() // world if sharded else p.numel()
+            adam += share * (10 if low else 8)
+            travelling += 2 * share * p.element_size() * sharded
+    variances = bool(cfg.normuon_beta2)
+    states = [m * n * (6 if split else 4) + 4 * max(m, n) * variances for m, n in muon_matrices(cfg)]
+    muon = sum(states) // world
+    if states and world > 1:  # one rank may own a matrix more than others, and four buckets are on their way
+        muon += max(states)
+        travelling += 4 * (world + 1) * BUCKET * dtype.itemsize
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "Adam: moments, low halves": adam,
+        "Muon: momentum, low halves": muon,
+        "average of the weights": 4 * count if cfg.ema_frac else 0,
+        "signs of the bigrams": sum(b.numel() for b in shapes_of(cfg).buffers()),
+        "gathers and reductions": travelling,
+    }
 
 
 def checkpoint_bytes(cfg: Config, dtype: torch.dtype) -> int:
-    parts = static_bytes(cfg, dtype, 1, torch.device("cpu"))
+    parts = static_bytes(cfg, dtype, 1)
     return sum(parts.values()) - parts["gradients"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a step needs besides
+
+
+def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> tuple[int, int]:
+    """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence.
+
+    Kept are activations of width D: so many of each attention, of each MLP and of the model's ends, one or two of each
+    technique. It lies 4 to 12 % above what torch keeps. The worst moment is the head's, whose logits exist in several
+    formats at once: track small's compiled graph takes 4.16 GiB there, the formula 4.61.
+    """
+    attention, mlp, ends, logit_bytes = (9, 3, 8, 12) if compiled else (13, 5, 12, 24)
+    layers = cfg.num_layers - len(set(cfg.no_attn_layers))
+    extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
+    streams = attention * layers + (mlp + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + ends
+    worst = logit_bytes * min(tokens, HEAD_PIECE) * cfg.padded_vocab
+    stream = tokens * cfg.model_dim * dtype.itemsize
+    if cfg.recompute:  # the input of each layer stays, and of one layer at a time everything
+        worst = max(worst, 2 * streams // cfg.num_layers * stream)
+        streams = cfg.num_layers + len(cfg.value_embed_layers) + 12
+    if not compiled:  # eager Adam makes eight fp32 copies of a table
+        worst = max(worst, 8 * 4 * max(p.numel() for name, p in shapes_of(cfg).named_parameters() if name in TABLES))
+    return streams * stream, worst
+
+
+def validation_bytes(cfg: Config, dtype: torch.dtype) -> int:
+    """Return the bytes of a validation sequence at its worst moment: it is run eagerly, and keeps nothing."""
+    stream = cfg.val_slice * cfg.model_dim * dtype.itemsize
+    logits = 12 * min(cfg.val_slice, HEAD_PIECE) * cfg.padded_vocab
+    return 10 * stream + max((len(cfg.value_embed_layers) + 2 * cfg.mlp_ratio) * stream, logits)
+
+
+def needs(cfg: Config, dtype: torch.dtype, compiled: bool, world: int) -> dict[str, int]:
+    """Return the bytes of a run on the fullest rank by kind, and those of its two fullest moments."""
+    found = static_bytes(cfg, dtype, world)
+    found["copy of the weights in warm-up"] = found["weights"]
+    still = sum(found.values())
+    tokens = max(cfg.batch_tokens) // max(cfg.slices, world)
+    found["kept for backward"], found["more at the worst moment"] = step_bytes(cfg, dtype, compiled, tokens)
+    found["needed: training"] = sum(found.values())
+    found["needed: validation"] = still + validation_bytes(cfg, dtype)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What fits, and how long it takes
+
+
+def choices(cfg: Config, world: int) -> list[Config]:
+    """Return settings that train on the same tokens, from those asked for to those that need the least memory.
+
+    First each layer is computed twice, which changes no number. Then validation sequences are halved, which cuts more
+    contexts, and packed sequences, which cuts more documents.
+    """
+    found = [cfg, replace(cfg, recompute=True)]
+    for double in (2, 4, 8):
+        val_slice, parts = cfg.val_slice // double, max(cfg.slices * double, world)
+        tokens = [cfg.at("batch_tokens", step) for step in cfg.stage_starts]
+        shortest = [DOCS_PER_SLICE * cfg.at("max_doc_len", step) for step in cfg.stage_starts]
+        if cfg.val_tokens % val_slice == 0:
+            found.append(replace(found[-1], val_slice=val_slice))
+        if all(n % parts == 0 and n // parts >= least for n, least in zip(tokens, shortest)):
+            found.append(replace(found[-1], slices=cfg.slices * double))
+    return found
+
+
+def training_flops(cfg: Config) -> int:
+    """Return the FLOPs of the model over the schedule; recomputed layers count twice forward."""
+    model = shapes_of(cfg)
+    flops = sum(cfg.at("batch_tokens", s) * model.flops_per_token(cfg.stage(s)) for s in range(cfg.train_steps))
+    again = 2 * sum(getattr(model, name).numel() for name in MATRICES)
+    return flops + cfg.recompute * cfg.train_tokens * again
+
+
+def muon_flops(cfg: Config, device: torch.device) -> int:
+    """Return the FLOPs of one Muon step: Newton-Schulz of all matrices."""
+    kind = choose_ns_dtype(device)
+    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, "auto", kind)) for m, n in muon_matrices(cfg))
+
+
+def muon_shares(cfg: Config, device: torch.device) -> str:
+    """Say how large a part of the FLOPs of a step is Muon's, for each size of a batch, and the bound 5 D / tokens of it."""
+    shares, muon = {}, muon_flops(cfg, device)
+    for stage, step in enumerate(cfg.stage_starts):
+        tokens = cfg.at("batch_tokens", step)
+        part = muon / (muon + tokens * shapes_of(cfg).flops_per_token(stage))
+        shares[tokens] = f"{part:.1%} at {tokens:,} tokens (bound {5 * cfg.model_dim / tokens:.1%})"
+    return ", ".join(shares.values())
+
+
+def column(cfg: Config, dtype: torch.dtype, compiled: bool, world: int, gib: float, tflops: float | None) -> dict:
+    """Return the cells of `world` ranks with so much memory each: the first of the choices that fits, or the last."""
+    allowance = 1 + 0.05 * gib + 0.5 * (world > 1)  # context, libraries, fragmentation; assumed
+    for choice in choices(cfg, world):
+        found = needs(choice, dtype, compiled, world)
+        fits = max(found.values()) <= (gib - allowance) * GIB
+        if fits:
+            break
+    minutes = training_flops(choice) / (world * tflops * 1e12 * UTILIZATION) / 60 if tflops else None
+    return {
+        "GiB per rank, with ranks": world,
+        **{name: f"{size / GIB:.2f}" for name, size in found.items()},
+        "allowance": f"{allowance:.2f}",
+        "memory": f"{gib:.2f}",
+        "fits": "yes" if fits else "no",
+        "--recompute": "on" if choice.recompute else "off",
+        "--slices": choice.slices,
+        "--val_slice": choice.val_slice,
+        "minutes of training, estimate": f"{minutes:.1f}" if minutes else "-",
+    }
 
 
 def data_size(cfg: Config) -> str:
@@ -211,66 +200,56 @@ def data_size(cfg: Config) -> str:
     return f"{count} shards of 200 MB and one for validation: {0.2 * (count + 1):.1f} GB"
 
 
-def column(cfg: Config, world: int, memory: float, device, dtype, step, work: int, validation) -> dict:
-    """One column of the table: the settings that fit and what they need. step: (recompute, slices) -> step_bytes."""
-    parts = static_bytes(cfg, dtype, world, device)
-    parts["copy of the weights in warm-up"] = parts["weights"]
-    travelling = parts.pop("gathers and reductions") + work // world
-    allowance, still = 1 + 0.05 * memory + 0.5 * (world > 1), sum(parts.values())
-    between = still - (parts["gradients"] if cfg.val_every % cfg.adam_every == 0 else 0)  # half summed up otherwise
-    room, (steps, lengths) = (memory - allowance) * GIB, choices(cfg, world)
-    (recompute, slices), trains = first_fit(steps, lambda s: still + sum(step(s[0], max(s[1], world))), room)
-    length, validates = first_fit(lengths, lambda n: between + validation(n), room)
-    kept, more = step(recompute, max(slices, world))
-    parts |= {"kept for backward": kept, "more at the worst moment": more,
-              "optimizer's work, gathers": travelling, "needed: training": still + kept + more,
-              "needed: optimizer": still + travelling, "needed: validation": between + validation(length)}
-    return {**{key: f"{value / GIB:.2f}" for key, value in parts.items()}, "allowance": f"{allowance:.2f}",
-            "memory": f"{memory:.2f}", "fits": "yes" if trains and validates and still + travelling <= room else "no",
-            "--recompute": "on" if recompute else "off", "--slices": slices, "--val_slice": length,
-            "slices of a rank, in turn": max(slices, world) // world,
-            "tokens of the longest slice": max(cfg.batch_tokens) // max(slices, world)}
-
-
-def show(cfg: Config, name: str | None, gib: float | None) -> int:
-    if os.environ.get("RANK", "0") != "0":
-        return 0
-    name, gib, tflops = find_gpu(name, gib)
+def show(cfg: Config, name: str, gib: float, tflops: float | None) -> None:
+    """Print the plan for a GPU, or for the CPU, whose ranks share its memory."""
     device = torch.device("cpu" if name == "CPU" else "cuda")
-    dtype, compiled = choose_dtype(cfg.dtype, device), choose_compile(cfg.compile, device)
-    model = build(cfg, dtype).model
-    step = functools.cache(lambda recompute, slices: step_bytes(
-        dataclasses.replace(cfg, recompute=recompute, slices=slices), dtype, compiled))
-    work = optimizer_bytes(cfg, dtype, compiled)
-    validation = functools.cache(lambda n: validation_bytes(cfg, model, n))
-    flops = sum(cfg.at("batch_tokens", s) * model.flops_per_token(cfg.stage(s)) for s in range(cfg.train_steps))
-    layers = sum(cfg.train_tokens * 2 * getattr(model, name).numel() for name in MATRICES)  # once more, to recompute them
+    dtype = choose_dtype(cfg.dtype, device)
+    compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
     worlds = [w for w in (1, 2, 4, 8) if max(cfg.slices, w) % min(cfg.slices, w) == 0]
-    columns = []
-    for world in worlds:
-        memory = gib / (world if name == "CPU" else 1)  # ranks on a CPU share it
-        found = column(cfg, world, memory, device, dtype, step, work, validation)
-        all_flops = flops + (layers if found["--recompute"] == "on" else 0)
-        columns.append({"GiB per rank, with ranks": world, **found,
-                        "minutes of training, estimate":
-                        f"{all_flops / world / tflops / UTILIZATION / 6e13:.1f}" if tflops else "-"})
-    print(f"plan: track {cfg.track} on {name}, {gib:.1f} GiB, " + (f"{tflops:g} TFLOP/s in bf16, " if tflops else "") +
-          f"{str(dtype)[6:]}, {'torch.compile' if compiled else 'eager'}; not yet checked against a GPU\n")
+    columns = [column(cfg, dtype, compiled, w, gib / w if name == "CPU" else gib, tflops) for w in worlds]
+    print(f"plan: track {cfg.track} on {name}, {gib:.1f} GiB, {name_of(dtype)}, "
+          f"{'torch.compile' if compiled else 'eager'}; not yet checked against a GPU\n")
     for key in columns[0]:
-        print(f"{key:36}" + "".join(f"{c[key]:>10}" for c in columns))
-    print(f"\ntokens: {cfg.train_tokens:,} in training, {cfg.val_tokens:,} in each validation; data: {data_size(cfg)}; "
-          f"a checkpoint: {checkpoint_bytes(cfg, dtype) / 1e9:.2f} GB")
-    print(f"Memory is counted from shapes; the allowance for context, libraries and fragmentation is assumed. Minutes assume "
-          f"{UTILIZATION:.0%} of the peak{'' if tflops else ' of a GPU that is named'}, without compiling and validation.")
-    if any(c["--recompute"] == "on" for c in columns) and not cfg.recompute:
-        print("--recompute=on: the same training with each layer computed twice.")
-    if any(c["--slices"] != cfg.slices for c in columns):
-        print(f"More than {cfg.slices} slices: as many tokens per step in shorter sequences, so more documents are cut at an "
-              "end: not the same run, number for number.")
-    if any(c["--val_slice"] != cfg.val_slice for c in columns):
-        print(f"Less than {cfg.val_slice} tokens in a validation sequence: more contexts are cut, so the loss is a little higher "
-              "and does not compare.")
-    if any(c["fits"] == "no" for c in columns):
-        print(f"Where it does not fit: slices shorter than shown would cut documents of {max(cfg.max_doc_len)} tokens too often; "
-              "take a GPU with more memory, more GPUs, or a smaller model.")
+        print(f"{key:36}" + "".join(f"{cells.get(key, ''):>10}" for cells in columns))
+    print(f"""
+tokens: {cfg.train_tokens:,} in training, {cfg.val_tokens:,} in each validation; data: {data_size(cfg)}
+a checkpoint: {checkpoint_bytes(cfg, dtype) / 1e9:.2f} GB
+Muon's share of the FLOPs of a step: {muon_shares(cfg, device)}
+The allowance is assumed. Minutes assume {UTILIZATION:.0%} of the peak, without compiling and validation.
+--recompute=on is the same training with each layer computed twice. More --slices are shorter sequences: more documents
+are cut, so it is not the same run. A smaller --val_slice cuts contexts: the loss is higher and does not compare.""")
+    if any(cells["fits"] == "no" for cells in columns):
+        print("Where it does not fit, take a GPU with more memory, more GPUs, or a smaller model.")
+
+
+ACTIONS = {
+    "gpu": dict(metavar="NAME", help="plan for this GPU, such as 'RTX 4090', instead of the one found"),
+    "gpu_gib": dict(metavar="GIB", type=float, help="plan for a GPU with so much memory"),
+}
+
+
+def main(argv: list[str]) -> int:
+    try:
+        options, changes = parse_config(argv, __doc__, ACTIONS)
+        name, gib, tflops = options.gpu, options.gpu_gib, None
+        if name is None and gib is None and torch.cuda.is_available():
+            name = torch.cuda.get_device_name()
+            gib = torch.cuda.get_device_properties(0).total_memory / GIB
+        gpu = find_gpu(name) if name else None
+        if gpu:
+            gib, tflops = gib or gpu.gib, gpu.tflops
+        elif name and gib is None:
+            raise UsageError(f"--gpu: expected a name with one of {', '.join(GPUS)}, found {name!r}; add "
+                             "--gpu_gib=NUMBER")
+        elif gib is None:
+            name, gib = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        track = changes.pop("track", "shakespeare" if name == "CPU" else "small")
+        show(Config.for_track(track, **changes), name or "some GPU", gib, tflops)
+    except UsageError as error:
+        print(f"tools.plan: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -73,10 +73,13 @@ choose_python() {
     "$base" - <<'EOF'
 import fcntl, sys
 try:
-    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
-    print("waiting for another start, which is installing into .venv", file=sys.stderr)
-    fcntl.flock(9, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("waiting for another start, which is installing into .venv", file=sys.stderr)
+        fcntl.flock(9, fcntl.LOCK_EX)
+except OSError as error:  # some network file systems
+    print(f"note: no locks on this file system ({error.strerror}); start once only while .venv is made", file=sys.stderr)
 EOF
     venv_is_ready "$@" || install_venv "$base" "$@"
     exec 9>&-

@@ -1,19 +1,13 @@
-"""bench.ablate: the arithmetic of its table, that every variant is one the trainer takes, and what bench.tried does."""
+"""bench.ablate: the arithmetic of its table, that every variant is one the trainer takes, and a sweep that goes on."""
 import json
 import math
+import multiprocessing.dummy
 import re
-
-import pytest
-import torch
+from types import SimpleNamespace
 
 from bench import ablate
-from bench.tried import TRIED, Hyperball, LookAhead, PowerCooldown, RowFloor
-from tests.helpers.tiny import SMALL, config, make_run
-from engine.log import ROOT
-from engine.ranks import Runtime
-import train_gpt
-
-torch.set_num_threads(1)
+from data.files import ROOT
+from tests.helpers.runs import TINY, make_shards
 
 
 def rows(variant, losses, steps=100):
@@ -45,53 +39,26 @@ def test_too_few_results_are_said(tmp_path, capsys):
 
 
 def test_every_variant_is_one_that_the_trainer_takes():
-    found = ablate.variants(240)
-    base = ablate.config("shakespeare", 240, [], 0)
-    assert len(found) == 4 + len(ablate.OFF) + len(TRIED)
-    for name, (kind, settings) in found.items():
-        assert kind is not train_gpt.Run or name == ablate.BASE or ablate.config("shakespeare", 240, settings, 0) != base, name
-
-
-def test_what_was_tried_does_what_it_says(tmp_path):
-    def trained(kind, **changes):
-        make_run(tmp_path)  # its data
-        cfg = config(SMALL, train_files=str(tmp_path / "train_*.bin"), val_files=str(tmp_path / "val_*.bin"), normuon_beta2=0.0,
-                     cautious=False, **changes)
-        run = kind(cfg, Runtime())
-        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        run.train_step()
-        return run, before
-
-    run, before = trained(Hyperball)
-    for name in train_gpt.MATRICES:
-        norm, was = (x.norm(dim=(-2, -1)) for x in (getattr(run.model, name), before[name]))
-        torch.testing.assert_close(norm, was)
-        turned = (getattr(run.model, name) - before[name]).norm(dim=(-2, -1)) / was
-        torch.testing.assert_close(turned, torch.full_like(turned, Hyperball.turn), rtol=0.02, atol=0)
-
-    run, before = trained(RowFloor, muon_wd=0.0)
-    step = (run.model.attn_vo - before["attn_vo"]).norm(dim=-1) / before["attn_vo"].norm(dim=-1)
-    factor = run.muon.param_groups[0]["lr"]
-    assert step.min() > 0.999 * factor * RowFloor.least
-
-    run, _ = trained(PowerCooldown)
-    factors = [run.factor(run.cfg, step) for step in range(13)]
-    assert factors[0] == factors[2] == 1 and factors[12] == run.cfg.lr_floor and factors == sorted(factors, reverse=True)
-    assert factors[6] == pytest.approx(0.15 + 0.85 * (0.5 / 0.8) ** 1.2)
-    assert train_gpt.learning_rate is not run.factor  # put back
-
-    run, before = trained(LookAhead)
-    torch.testing.assert_close(run.drift[0], (1 - LookAhead.gamma) * (next(run.model.parameters()) - before["attn_qk"]))
-    run.step, start = 7, next(run.model.parameters()).detach().clone()
-    seen = []
-    run.forward = lambda *args: seen.append(next(run.model.parameters()).detach().clone()) or run.model(*args)
-    drift = run.drift[0].clone()
-    run.train_step()
-    ahead = LookAhead.beta * train_gpt.learning_rate(run.cfg, 7) * drift
-    torch.testing.assert_close(seen[0] - start, ahead, rtol=1e-3, atol=1e-7)
+    found = {name: ablate.config(240, settings, 0) for name, settings in ablate.variants(240).items()}
+    assert len(found) == 4 + len(ablate.OFF) and len(set(found.values())) == len(found)
 
 
 def test_the_page_has_the_tables_of_its_results():
     page = (ROOT / "bench/ABLATION.md").read_text(encoding="utf-8")
     path, found, after = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->(.*)", page, re.S).groups()
-    assert found == ablate.tables(ROOT / path) and after == "\n"
+    assert found == ablate.table(ROOT / path) and after == "\n"
+
+
+def test_a_sweep_trains_what_is_missing_and_times_in_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
+    monkeypatch.setattr(ablate, "variants", lambda steps: {ablate.BASE: TINY[1:], "smear": [*TINY[1:], "--smear=off"]})
+    threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)  # which start at once
+    monkeypatch.setattr(ablate, "multiprocessing", threads)
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps(rows(ablate.BASE, [1.0])[0]) + "\n")
+    assert ablate.main(["run", str(out), "--seeds=1", "--workers=1", "--steps=4", "--only", "smear"]) == 0
+    assert ablate.main(["time", str(out), "--rounds=1", "--steps=12"]) == 0
+    kept, trained, *timed = map(json.loads, out.read_text().splitlines())
+    assert "1 runs to do, 1 done" in capsys.readouterr().err
+    assert kept["loss"] == 1.0 and trained["variant"] == "smear" and 0 < trained["loss"] < 10
+    assert [row["variant"] for row in timed] == [ablate.BASE, "smear"] and timed[0]["ratio"] == 1

@@ -1,7 +1,7 @@
 """bench.floors counts what the model does, and bench.step puts every operation of a step into the part it belongs to."""
-import contextlib
-import io
+import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +10,12 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools import plan
-import train_gpt
 from bench import floors, step
+from engine import kernels, products
 from engine.attention import masked_mask, paired_docs
+from engine.kernels import Kernels
+from tools.gpus import GPUS
+from tools.plan import shapes_of
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from train_gpt import Config
 
@@ -32,7 +34,7 @@ def test_visible_keys_are_those_of_the_mask(window):
 
 @pytest.mark.parametrize("base", [SMALL, BARE], ids=["all", "bare"])
 @pytest.mark.parametrize("stage", [0, 2])
-def test_counted_flops_are_those_of_a_real_forward_and_backward(base, stage):
+def test_counted_flops_are_those_of_a_real_forward_and_backward(monkeypatch, base, stage):
     """Attention is written out, so that it computes, and the counter counts, every pair of a query and a key."""
     def attend(q, k, v, mask, scale):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
@@ -40,13 +42,13 @@ def test_counted_flops_are_those_of_a_real_forward_and_backward(base, stage):
 
     cfg, lengths = config(base), [11, 3, 18]
     model, T, tied = build(cfg), sum(lengths), cfg.tied(cfg.stage_starts[stage])
-    model.attend = attend
+    monkeypatch.setattr(Kernels, "attend", lambda self, *args: attend(*args))
     ctx = context(model, docs_of(lengths), stage, tied)
     tokens = torch.randint(0, 60, (T + 1,), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
-        model.train()(tokens[:-1], tokens[1:], ctx).backward()
+        model.train()(tokens[:-1], tokens[1:], ctx, torch.ones(1)).backward()
     work = floors.count(cfg, FP32, [np.array(lengths)], cfg.stage_starts[stage], device=CPU)
-    seen = floors.keys_seen(model, [np.array(lengths)], stage)
+    seen = floors.keys_seen(cfg, [np.array(lengths)], stage)
     full = sum(T * T * (2 if i in cfg.paired_layers else 1) for i in model.attn_layers)
     assert work["attention"].flops == 12 * cfg.model_dim * seen
     assert counter.get_total_flops() == sum(work[part].flops for part in PRODUCTS) + 12 * cfg.model_dim * (full - seen)
@@ -59,7 +61,7 @@ def test_with_endless_documents_the_model_says_the_same(track):
     for stage, first in enumerate(cfg.stage_starts):
         work = floors.count(cfg, torch.bfloat16, [np.array([T])], first, fp8=track == "small")
         total = sum(work[part].flops + work[part].fp8 for part in PRODUCTS[:-1])
-        assert total / T == pytest.approx(plan.build(cfg, torch.bfloat16).model.flops_per_token(stage), rel=1e-4)
+        assert total / T == pytest.approx(shapes_of(cfg).flops_per_token(stage), rel=1e-4)
         assert 0 < work["elementwise"].flops < 0.01 * total  # gates
         assert bool(work["head and loss"].fp8) == (track == "small")
 
@@ -75,10 +77,9 @@ def test_ranks_share_the_work_and_pay_for_their_talk():
     assert one["communication"].link == 0 < eight[0]["communication"].link
     assert one["Muon"].flops / 8 <= eight[0]["Muon"].flops < 1.1 * one["Muon"].flops / 8
     assert eight[0]["Adam"].bytes == pytest.approx(one["Adam"].bytes / 8, rel=0.01)
-    h100 = floors.find_device(torch.device("cuda"), name="NVIDIA H100 80GB HBM3")
-    assert floors.Work(flops=989.4e9).floor_ms(h100) == pytest.approx(1) == floors.Work(fp8=2 * 989.4e9).floor_ms(h100)
+    h100 = GPUS["H100"]
+    assert floors.Work(flops=989.4e9).floor_ms(h100) == pytest.approx(1) == floors.Work(fp8=1978.9e9).floor_ms(h100)
     assert floors.Work(flops=1e9, bytes=3.35e9).floor_ms(h100) == pytest.approx(1)
-    assert floors.BANDWIDTH.keys() == plan.GPUS.keys() and set(floors.WITHOUT_FP8) < plan.GPUS.keys()
 
 
 def test_packing_is_the_loaders(tmp_path):
@@ -96,9 +97,9 @@ def test_packing_is_the_loaders(tmp_path):
 @pytest.mark.parametrize("onednn", [False, True])
 def test_every_product_of_a_step_belongs_to_its_part(tmp_path, monkeypatch, onednn):
     """Three for each matrix and sequence, in the backward pass too: two gradients."""
-    if onednn and floors.ONEDNN is None:
+    if onednn and products.ONEDNN is None:
         pytest.skip("needs AVX-512")
-    monkeypatch.setattr(train_gpt, "choose_onednn", lambda *a: (onednn, "as the test says"))
+    monkeypatch.setattr(kernels, "choose_onednn", lambda *a: (onednn, "as the test says"))
     run, product = make_run(tmp_path), "mkldnn::_linear_pointwise" if onednn else "aten::mm"
     run.warm_up()
     with step.ranges(run, eager=True), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as p:
@@ -148,26 +149,35 @@ def test_kernels_go_to_the_part_that_launched_them_or_by_their_names():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_report_prints_floor_beside_measurement_and_writes_both(tmp_path, monkeypatch, compiled):
+def test_report_prints_floor_beside_measurement_and_muons_share(tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(step, "STEPS", 2)
-    monkeypatch.setenv("OUT", str(tmp_path))
     run = make_run(tmp_path, BARE, slices=1)
     run.warm_up()
-    run.compiled, run.warm_up = compiled, lambda: None  # two profiles; there is no compiler behind it
+    run.kernels = dataclasses.replace(run.kernels, compiled=compiled)  # two profiles; there is no compiler behind it
+    run.warm_up = lambda: None
     monkeypatch.setattr(step, "Run", lambda cfg, rt: run)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert step.report(run.cfg, run.rt, "tiny") == 0
-    result = json.loads((tmp_path / "bench_step.json").read_text())
+    result = json.loads(json.dumps(step.measure(run.cfg, run.rt, "tiny")))
     assert len(result["rows"]) == 4 and result["peak"]["tflops"] > 0
     for row in result["rows"]:
         parts = {p["part"]: p for p in row["parts"]}
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["parts"][-1]["part"] == step.WALL
-        assert parts[step.WALL]["floor_ms"] == pytest.approx(sum(p["floor_ms"] or 0 for name, p in parts.items() if name not in
-                                                                 (step.WALL, step.PRODUCTS)))
+        summed = sum(p["floor_ms"] or 0 for name, p in parts.items() if name not in (step.WALL, step.PRODUCTS))
+        assert parts[step.WALL]["floor_ms"] == pytest.approx(summed)
         assert parts["MLP"]["eager"] > 0 and ("compiled" in parts["MLP"]) == compiled == (step.PRODUCTS in parts)
-    lines = out.getvalue().splitlines()
-    assert sum(line.startswith("| 2 | MLP |") for line in lines) == 1 and ("| compiled, ms |" in out.getvalue()) == compiled
-    assert {line.count("|") for line in lines if line.startswith("| 2 | ")} >= {8 + 2 * compiled}
+    text = step.report(result)
+    lines = text.splitlines()
+    assert sum(line.startswith("| 2 | MLP |") for line in lines) == 1 and ("| compiled, ms |" in text) == compiled
+    assert {line.count("|") for line in lines if line.startswith("| 2 | ")} == {8, 8 + 2 * compiled}
+    [share] = re.findall(r"Muon's share of the FLOPs of a step: .* at 64 tokens .*; of its time, by stage: (.*)\.", text)
+    assert len(share.split(", ")) == 4 and all(0 < float(part.rstrip("%")) < 100 for part in share.split(", "))
+
+
+def test_without_shards_a_run_reads_synthetic_ones(tmp_path, monkeypatch):
+    cfg = config(train_files="none/train_*.bin", val_files="none/val_*.bin", max_epochs=1000)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "empty"))
+    assert step.ensure_shards(cfg, tmp_path, 20_000) == "synthetic documents"
+    assert len(step.Loader(cfg, 0, 1, False).next()) == cfg.slices
+    assert step.ensure_shards(cfg, tmp_path, 20_000) == "the track's shards"
 
 
 def test_floors_of_a_named_gpu_are_printed_by_part_and_stage(capsys):

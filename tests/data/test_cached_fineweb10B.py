@@ -1,4 +1,4 @@
-"""data/cached_fineweb10B.py against a hub on loopback: complete and verified files, or one sentence and no file."""
+"""data/cached_fineweb10B.py against a hub on loopback: verified files, or one sentence and no file."""
 
 import hashlib
 import json
@@ -6,18 +6,16 @@ import os
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from tests.helpers.fake_hub import serve  # noqa: E402
+from tests.helpers.fake_hub import serve
 
-import data.loader  # noqa: E402
-from data import cached_fineweb10B, shards  # noqa: E402
-from train_gpt import Config  # noqa: E402
+from data import cached_fineweb10B
+from data.files import ROOT
+from data.loader import shards_needed
+from train_gpt import Config
 
 pytest.importorskip("huggingface_hub")
 VAL, TRAIN1, TRAIN2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
@@ -39,13 +37,13 @@ def hub():
 def start(folder, endpoint, *args):
     env = os.environ | {"HF_ENDPOINT": endpoint, "DATA_PATH": str(folder), "HF_HOME": str(folder / "home")}
     env.pop("HF_HUB_OFFLINE", None)
-    return subprocess.Popen([sys.executable, str(ROOT / "data" / "cached_fineweb10B.py"), *map(str, args)], env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "data" / "cached_fineweb10B.py"), *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(*args):
     process = start(*args)
-    out, err = process.communicate(timeout=50)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -60,11 +58,12 @@ def test_brings_validation_first_and_the_shards_asked_for(hub, tmp_path, monkeyp
     folder = tmp_path / "data" / "fineweb10B"
     assert visible(tmp_path) == sorted([VAL, TRAIN1, TRAIN2, "manifest.json"])
     assert [p for p in folder.iterdir() if p.name.startswith(".")] == []
-    order = [path.split("/")[-1] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
-    assert order == [VAL, TRAIN1, TRAIN2]
+    fetched = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert [path.split("/")[-1] for path in fetched] == [VAL, TRAIN1, TRAIN2]
     expected = [{"name": name, "tokens": 1000, "bytes": 3024, "sha256": hashlib.sha256(body).hexdigest()}
                 for name, body in sorted(hub.bodies.items())]
-    assert json.loads((folder / "manifest.json").read_text()) == {"repo": cached_fineweb10B.REPO, "files": expected}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == {"repo": cached_fineweb10B.REPO, "files": expected}
     for name, body in hub.bodies.items():
         assert (folder / name).read_bytes() == body
         assert f"{name}: 1,000 tokens, sha256 {hashlib.sha256(body).hexdigest()}" in out
@@ -127,7 +126,7 @@ def test_broken_connection_is_continued_at_once(hub, tmp_path):
 
 
 def test_killed_download_is_continued_by_the_next(hub, tmp_path):
-    """12 M tokens, because the hub library hands over 10 MiB at a time, and what it holds when it is killed is lost."""
+    """The hub library hands over 10 MiB at a time; what it holds when it is killed is lost."""
     body = hub.files[f"{cached_fineweb10B.REPO}/{VAL}"] = shard(5, 6_000_000)
     hub.stall[VAL] = 11_000_000
     process = start(tmp_path, hub.endpoint, 1)
@@ -153,13 +152,15 @@ def test_killed_download_is_continued_by_the_next(hub, tmp_path):
 def test_no_network_is_one_sentence(tmp_path, endpoint):
     rc, out, err = run(tmp_path, endpoint, 1)
     assert rc == 2 and out == "" and len(err.splitlines()) == 1
-    assert err.startswith(f"expected {VAL} of kjj0/fineweb10B-gpt2 from the hub, found ") and "connect to" in err
+    assert err.startswith(f"expected {VAL} of kjj0/fineweb10B-gpt2 from the hub, "
+                          "found ") and "connect to" in err
     assert visible(tmp_path) == []
 
 
 def test_more_shards_than_there_are(hub, tmp_path):
     rc, out, err = run(tmp_path, hub.endpoint, 3)
-    assert rc == 2 and "expected fineweb_train_000003.bin of" in err.splitlines()[-1] and "no such file there" in err
+    assert rc == 2 and "expected fineweb_train_000003.bin of" in err.splitlines()[-1]
+    assert "no such file there" in err
     assert visible(tmp_path) == sorted([VAL, TRAIN1, TRAIN2, "manifest.json"])
 
 
@@ -175,17 +176,34 @@ def test_impossible_numbers_are_usage_errors(tmp_path, args):
     assert rc == 2 and "Traceback" not in err and not (tmp_path / "data").exists()
 
 
-def test_default_is_what_the_trainer_computes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data.loader, "shards_needed", lambda cfg: 4 if cfg == Config.for_track("small") else 0)
-    monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    fetched = []
+def test_default_is_what_the_track_small_needs(tmp_path, monkeypatch):
+    assert cached_fineweb10B.DEFAULT_SHARDS == shards_needed(Config.for_track("small"))
+    asked = []
+    monkeypatch.setattr(cached_fineweb10B, "download", lambda num_train, *rest: asked.append(num_train) or [])
+    cached_fineweb10B.main([])
+    cached_fineweb10B.main(["3"])
+    assert asked == [cached_fineweb10B.DEFAULT_SHARDS, 3]
 
-    def fetch(repo, filename, path, check):
-        fetched.append(filename)
-        shards.write_shard(path, [50256, 1])
-        return shards.sha256_of(path)
-    monkeypatch.setattr(cached_fineweb10B, "fetch_hub", fetch)
-    assert cached_fineweb10B.main([]) == 0
-    assert fetched == [VAL] + [f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3, 4)]
+
+def test_a_manifest_that_cannot_be_read_means_to_check_again(hub, tmp_path):
+    assert run(tmp_path, hub.endpoint, 1)[0] == 0
     (tmp_path / "data" / "fineweb10B" / "manifest.json").write_text("{broken")
-    assert cached_fineweb10B.main(["1"]) == 0 and fetched[5:] == [VAL, TRAIN1]  # checked again, no crash
+    seen = len(hub.requests)
+    assert run(tmp_path, hub.endpoint, 1)[0] == 0
+    asked = {path.split("/")[-1] for _, path, _ in hub.requests[seen:] if "/resolve/" in path}
+    assert asked == {VAL, TRAIN1}
+    assert len(hub.gets(VAL)) == len(hub.gets(TRAIN1)) == 1  # and they are the hub's: nothing is downloaded
+
+
+def test_a_hash_that_was_not_computed_now_is_called_noted(hub, tmp_path):
+    assert run(tmp_path, hub.endpoint, 1)[0] == 0
+    path = tmp_path / "data" / "fineweb10B" / TRAIN1
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1  # a bit that flipped on the disk: size and header are as they were
+    path.write_bytes(damaged)
+    noted = hashlib.sha256(hub.bodies[TRAIN1]).hexdigest()
+    rc, out, err = run(tmp_path, hub.endpoint, 1)
+    assert rc == 0 and f"sha256 {noted} (as noted in manifest.json; --rehash computes it)" in out
+    rc, out, err = run(tmp_path, hub.endpoint, 1, "--rehash")
+    assert rc == 0 and f"sha256 {noted}\n" in out and "noted" not in out
+    assert path.read_bytes() == hub.bodies[TRAIN1]

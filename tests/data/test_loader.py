@@ -17,7 +17,7 @@ STAGED = (
     "--extension_steps=4",
     "--adam_every=2",
 )
-VARIANTS = {  # the shards have 12,000 tokens each, so that all cross into the second one, and some into a second epoch
+VARIANTS = {  # the shards have 12,000 tokens each: all cross into the second one, some into a second epoch
     "whole documents": (*STAGED, "--train_steps=40", "--max_doc_len=64"),
     "cut documents": (*STAGED, "--max_epochs=2", "--train_steps=40"),
     "split documents": (*STAGED, "--split_docs=40", "--train_steps=60", "--max_epochs=3"),
@@ -42,15 +42,16 @@ def data_path(folder, monkeypatch):
 
 
 def slow_steps(cfg, slices: int = 8):
-    """Yield (buffers of T + 1 tokens, positions of document starts in each) of each step, one document at a time."""
-    shards = [open_shard(path) for path in find_shards(cfg.train_files, cfg)]
+    """Yield (buffers of T + 1 tokens, document starts in each) of each step, a document at a time."""
+    shards = [open_shard(path) for path in find_shards(cfg.train_files)]
     step = 0
     for epoch in range(cfg.max_epochs):
         for number, tokens in enumerate(shards):
             starts = [i for i, token in enumerate(tokens) if token == cfg.bos_id]
             docs = [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]
             if cfg.split_docs:
-                docs = [doc[i : i + cfg.split_docs] for doc in docs for i in range(0, len(doc), cfg.split_docs)]
+                longest = cfg.split_docs
+                docs = [doc[i : i + longest] for doc in docs for i in range(0, len(doc), longest)]
                 docs = [docs[i] for i in np.random.default_rng((epoch, number)).permutation(len(docs))]
             while True:
                 if step == cfg.train_steps:
@@ -101,7 +102,8 @@ def test_batches_are_those_of_a_slow_loop(variant):
             assert batch.docs.ids.tolist() == [sum(t >= b for b in begin) - 1 for t in range(T)]
             lengths = np.diff([*begin, T])
             assert lengths.max() <= batch.docs.max_len <= cfg.at("max_doc_len", step)
-            assert cfg.split_docs or all(batch.inputs[b] == BOS for b in begin)  # every document from its start
+            if not cfg.split_docs:  # every document from its start
+                assert all(batch.inputs[b] == BOS for b in begin)
     assert step + 1 == cfg.train_steps and (0, 1) in positions  # into the second shard
     assert cfg.max_epochs == 1 or positions[-1][0] > 0  # and epoch
 
@@ -223,7 +225,7 @@ def test_a_position_beyond_the_shards_is_refused():
 
 
 def test_a_schedule_that_needs_too_many_tokens_is_refused_at_the_start():
-    Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)  # 10,240 of 24,000 tokens, but much is cut off
+    Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)  # 10,240 of 24,000 tokens, much is cut
     with pytest.raises(
         ShardError,
         match=r"--train_steps: expected about [\d,]+ tokens .* 30 steps, found 24,000 in 2 shards times "
@@ -236,17 +238,17 @@ def test_a_schedule_that_needs_too_many_tokens_is_refused_at_the_start():
 def test_shards_smaller_than_a_step_are_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path, tokens=400)))
     with pytest.raises(
-        ShardError, match="step 0: expected more training tokens, found the end of 2 shards after 4 epochs; get"
+        ShardError, match="step 0: expected more training tokens, found the end of 2 shards after 4 epochs; "
+                          "get"
     ):
         Loader(config(), 0, 1, False)
 
 
 def test_running_out_of_data_on_the_way_says_so(tmp_path, monkeypatch):
-    """The estimate sees documents that are used whole; later ones are so long that most of them is cut off."""
+    """The estimate sees documents that are used whole; of later ones most is cut off."""
     make_shards(tmp_path, shards=1, tokens=30_000)
-    write_shard(
-        tmp_path / "data/shakespeare/shakespeare_train_000001.bin", documents(12_000, 5, shortest=300, longest=301)
-    )
+    long_ones = documents(12_000, 5, shortest=300, longest=301)
+    write_shard(tmp_path / "data/shakespeare/shakespeare_train_000001.bin", long_ones)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     cfg = config("--train_steps=38", "--max_epochs=1")
     loader, steps = Loader(cfg, 0, 1, False), 0
@@ -268,9 +270,8 @@ def test_a_bad_token_in_a_later_shard_arrives_as_an_error_of_its_file(tmp_path, 
     path = write_shard(tmp_path / "data/shakespeare/shakespeare_train_000001.bin", bad)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     loader = Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)
-    with pytest.raises(
-        ShardError, match=rf"{path}: expected token ids below the vocabulary size 257, found 300 at position 11,000"
-    ):
+    found = "expected token ids below the vocabulary size 257, found 300 at position 11,000"
+    with pytest.raises(ShardError, match=f"{path}: {found}"):
         take(loader, 20)
 
 
@@ -282,6 +283,20 @@ def test_a_shard_without_documents_is_refused(tmp_path, monkeypatch):
         Loader(config(), 0, 1, False)
 
 
+def test_missing_shards_are_told_who_makes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    advice = {
+        "data/fineweb10B/fineweb_train_*.bin": "run python -m data.cached_fineweb10B or set DATA_PATH",
+        "data/shakespeare/shakespeare_val_*.bin": "run python -m data.shakespeare or set DATA_PATH",
+        "data/mine/mine_val_*.bin": "correct the pattern, or make shards of your own text with python -m "
+                                    "data.fineweb",
+    }
+    for pattern, expected in advice.items():
+        with pytest.raises(ShardError, match=f"found none; {expected}") as caught:
+            find_shards(pattern)
+        assert str(tmp_path / pattern) in str(caught.value)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_is_the_first_tokens_in_order_shared_out_over_the_ranks(folder, world):
     cfg = config()
@@ -291,7 +306,8 @@ def test_validation_is_the_first_tokens_in_order_shared_out_over_the_ranks(folde
     for i in range(4):
         batch, piece = sets[i % world].batches[i // world], tokens[256 * i : 256 * i + 257]
         assert batch.inputs.tolist() == piece[:-1].tolist() and batch.targets.tolist() == piece[1:].tolist()
-        begins = sorted({0, *document_starts(piece[:-1], BOS).tolist()})  # context is cut where a sequence starts
+        # Context is cut where a sequence starts.
+        begins = sorted({0, *document_starts(piece[:-1], BOS).tolist()})
         assert batch.docs.ids.tolist() == [sum(t >= b for b in begins) - 1 for t in range(256)]
     assert sum(len(one.batches) for one in sets) == 4
 
@@ -302,7 +318,7 @@ def test_validation_goes_on_in_the_next_shard_and_needs_enough_tokens(tmp_path, 
     path = tmp_path / "data/shakespeare/shakespeare_val_000000.bin"
     tokens = np.array(open_shard(path))
     write_shard(path, tokens[:700])
-    with pytest.raises(ShardError, match=r"--val_tokens: expected 1,025 tokens in .*, found 700; get the whole"):
+    with pytest.raises(ShardError, match="--val_tokens: expected 1,025 tokens in .*, found 700; get the"):
         Validation(config(), 0, 1, False)
     write_shard(path.with_name("shakespeare_val_000001.bin"), tokens[700:])
     assert Validation(config(), 0, 1, False).sha256 == whole

@@ -1,4 +1,4 @@
-"""data/shards.py: the format round-trips, every damaged file gives the promised sentence, writing is all or nothing."""
+"""data/shards.py and data/describe.py: the format, a sentence for every damaged file, whole writes."""
 
 import hashlib
 import os
@@ -6,14 +6,12 @@ import re
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from data import shards  # noqa: E402
+from data import shards
+from data.files import ROOT, sha256_of
 
 
 def by_hand(tokens, magic=20240520, version=1, count=None, dtype="<u2") -> bytes:
@@ -23,8 +21,8 @@ def by_hand(tokens, magic=20240520, version=1, count=None, dtype="<u2") -> bytes
 
 
 def cli(*files, **env):
-    return subprocess.run([sys.executable, str(ROOT / "data" / "shards.py"), *map(str, files)], capture_output=True,
-                          text=True, env=os.environ | {k: str(v) for k, v in env.items()})
+    return subprocess.run([sys.executable, "-m", "data.describe", *map(str, files)], capture_output=True,
+                          text=True, cwd=ROOT, env=os.environ | {k: str(v) for k, v in env.items()})
 
 
 @pytest.mark.parametrize("tokens", [
@@ -38,7 +36,7 @@ def test_file_is_the_format_and_reads_back(tmp_path, tokens):
     assert back.tolist() == np.asarray(tokens).tolist()
     assert shards.num_tokens(str(path)) == len(tokens)
     assert [p.name for p in path.parent.iterdir()] == ["demand.bin"]
-    assert shards.sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 DAMAGED = {
@@ -97,7 +95,7 @@ def test_full_disk_is_one_sentence_and_keeps_the_earlier_file(tmp_path):
             f"try: shards.write_shard({str(path)!r}, [9] * 100000)\n"
             f"except shards.ShardError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert re.search(r"expected to write 201,024 bytes, found \"File too large\"; nothing was left behind", done.stdout)
+    assert 'expected to write 201,024 bytes, found "File too large"; nothing was left behind' in done.stdout
     assert done.stderr == "" and path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -121,7 +119,8 @@ def test_document_starts_equals_a_plain_loop(monkeypatch, chunk):
     monkeypatch.setattr(shards, "CHUNK", chunk)
     tokens = np.random.default_rng(0).integers(0, 5, 50).astype(np.uint16)
     found = shards.document_starts(tokens, 4)
-    assert found.dtype == np.int64 and found.tolist() == [i for i, t in enumerate(tokens.tolist()) if t == 4] != []
+    plain = [i for i, token in enumerate(tokens.tolist()) if token == 4]
+    assert found.dtype == np.int64 and found.tolist() == plain != []
     assert shards.document_starts(tokens, 9).tolist() == []
     assert shards.document_starts(tokens[:0], 4).tolist() == []
 
@@ -144,8 +143,9 @@ def test_cli_describes_a_byte_shard(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert "tokens      43 (bytes: 256 starts a document; largest id 256)" in done.stdout
     assert "documents   3\n" in done.stdout
-    assert re.search(r"mean 14; smallest 2, 10% \d+, median 20, 90% 21, 99% 21, largest 21 tokens", done.stdout)
-    assert "'To be, or not to be" in done.stdout and shards.sha256_of(path) in done.stdout
+    lengths = r"mean 14; smallest 2, 10% \d+, median 20, 90% 21, 99% 21, largest 21 tokens"
+    assert re.search(lengths, done.stdout)
+    assert "'To be, or not to be" in done.stdout and sha256_of(path) in done.stdout
 
 
 def test_cli_describes_a_gpt2_shard_without_the_vocabulary(tmp_path):

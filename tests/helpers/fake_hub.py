@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, as far as huggingface_hub 2.4.0 asks: metadata, lists of files, ranges of bytes."""
+"""A Hugging Face hub on loopback, as far as huggingface_hub 2.4.0 asks for one."""
 
 import contextlib
 import hashlib
@@ -12,8 +12,8 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """files: {"owner/name/path": bytes}. What is served can be spoiled by name of the file:
-    damage: the content arrives with one byte changed. cut: {name: [n, ...]} each transfer in turn ends after n bytes;
+    """files: {"owner/name/path": bytes}. What is served can be spoiled by name of the file: damage: the
+    content arrives with one byte changed. cut: {name: [n, ...]} each transfer in turn ends after n bytes;
     stall: {name: n} the transfer stops after n bytes with the connection open, until the hub closes."""
 
     def __init__(self, files):
@@ -69,7 +69,8 @@ def serve(files):
                      "ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}
             if name in hub.damage:
                 body = bytes([body[0] ^ 1]) + body[1:]
-            first = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) if self.headers.get("Range") else 0
+            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "bytes=0-")
+            first = int(wanted[1])
             status = 206 if first else 200
             if first:
                 about["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"

@@ -12,7 +12,10 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from records.tracks import TRACKS
+
 LINE = "=" * 100
+VALIDATION_DATA = TRACKS["shakespeare"].val_sha256
 SOURCE = '''"""step:0/10 val_loss:9.9999 in the first line of a docstring."""
 # The run before ended at val_loss:3.2799, see step:1480/1480 val_loss:3.2799 train_time:1ms step_avg:1.00ms
 ---------
@@ -94,7 +97,7 @@ NAMES = ("train_gpt.py", "triton_kernels.py", "lib/more.py")
 @dataclass
 class Synthetic:
     text: str
-    runs: list[dict]  # facts of each run by the names of records.logs.Run; val_points as (step, loss, ms or None)
+    runs: list[dict]  # facts of each run by the names of records.logs.RunFacts; val_points as (step, loss, ms or None)
     sources: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> Path:
@@ -218,7 +221,8 @@ def own(losses, times=None, seed: int = 0, every: int = 100, world_size: int = 2
              f"Running PyTorch {torch} compiled for CUDA None on {device} with world_size {world_size}",
              "no GPU: Architecture:  x86_64", "Model name:                              Model T", f"commit: {'0' * 40}",
              "config: " + json.dumps(config), f"seed: {seed}", "attention: blocked (fastest on a CPU)",
-             f"validation data: first {config['val_tokens']} tokens, sha256 {'0' * 64}", LINE]
+             f"training data: {total * 2048:,} tokens from 1 shards, fingerprint {'0' * 16}",
+             f"validation data: first {config['val_tokens']} tokens, sha256 {VALIDATION_DATA}", LINE]
     for k, (loss, ms) in enumerate(zip(losses, times)):
         step, timers = k * every, f"train_time:{ms:.0f}ms step_avg:{ms / max(k * every, 1):.2f}ms"
         lines += ([f"step:{step}/{total} {timers}"] if k else []) + [f"step:{step}/{total} val_loss:{loss:.4f} {timers}"]

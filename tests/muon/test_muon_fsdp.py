@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon_extras import fsdp as muon_fsdp
+import muon_extras.fsdp as muon_fsdp
 from tests.muon import test_muon_distributed
 from tests.helpers.dist import run_ranks
-from muon import Muon
 from tests.muon.test_muon import close, make, same
 from tests.muon.test_muon_distributed import digest, refused, watched
 
+Muon = functools.partial(muon_fsdp.FsdpMuon, flatten=False)
 once = test_muon_distributed.once
 pytestmark = pytest.mark.timeout(300)
 WORLDS = [1, 2, 3, 4, 5]
@@ -59,7 +59,7 @@ PARAMETERS = {  # name -> (shape, dimension of the shards or None for a plain pa
 SETTINGS = {
     "decay": dict(weight_decay=0.1),
     "everything": EVERYTHING,
-    "gram": dict(nesterov=False, ns_form="gram", adjust_lr="match_rms_adamw"),
+    "gram": dict(nesterov=False, ns_form="gram", adjust_lr_fn="match_rms_adamw"),
     "masters": dict(dtype=torch.bfloat16, split_mantissa=True, **EVERYTHING),
     "bf16 wire": dict(ns_dtype=torch.bfloat16, **EVERYTHING),
     "bf16 wire, masters": dict(dtype=torch.bfloat16, split_mantissa=True, ns_dtype=torch.bfloat16, **EVERYTHING),

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-import newton_schulz
+import muon
 from engine.products import choose_symmetric, correct_symmetric
 from muon import orthogonalize, symmetric_product
 
@@ -51,8 +51,8 @@ def test_a_broken_kernel_is_left_out_and_named(kernel, reason):
 @pytest.fixture(params=["oneDNN", "without"])
 def onednn(request, monkeypatch):
     if request.param == "without":
-        monkeypatch.setattr(newton_schulz, "ONEDNN", None)
-    elif newton_schulz.ONEDNN is None:
+        monkeypatch.setattr(muon, "ONEDNN", None)
+    elif muon.ONEDNN is None:
         pytest.skip("no AVX-512, or torch without oneDNN")
 
 
@@ -79,7 +79,7 @@ def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
     for left, right in ((R, R), (R, R.mT)):
         exact, found = plain(left, right, R, 0.7, -1.3), symmetric_product(left, right, R, alpha=0.7, beta=-1.3)
         assert found.dtype == dtype and (found - exact).abs().max() < BOUNDS[dtype] * exact.abs().max()
-        if newton_schulz.one_by_one(X) and B == 1 and s >= 2 * newton_schulz.BLOCK_ROWS:
+        if muon.one_by_one(X) and B == 1 and s >= 2 * muon.BLOCK_ROWS:
             assert torch.equal(found.tril(-192), found.triu(192).mT)  # mirrored, not computed
 
 
@@ -89,10 +89,10 @@ def test_one_by_one_is_as_exact_as_a_stack(onednn, monkeypatch, shape, form, dty
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     kept, found = G.clone(), orthogonalize(G, 5, "jordan", dtype, form)
     one = orthogonalize(G.view(-1, *shape[-2:])[-1].clone(), 5, "jordan", dtype, form)
-    if newton_schulz.one_by_one(torch.empty(1, *sorted(shape[-2:]), dtype=dtype)):
+    if muon.one_by_one(torch.empty(1, *sorted(shape[-2:]), dtype=dtype)):
         assert torch.equal(found.view(-1, *shape[-2:])[-1], one)
     assert torch.equal(G, kept) and found.dtype == dtype and found.shape == G.shape
-    monkeypatch.setattr(newton_schulz, "one_by_one", lambda *args: False)
+    monkeypatch.setattr(muon, "one_by_one", lambda *args: False)
     exact, before = orthogonalize(G.double(), 5, "jordan", torch.float64, "standard"), orthogonalize(G, 5, "jordan", dtype, form)
     error, usual = ((x - exact).norm() / exact.norm() for x in (found, before))
     assert error < 2 * usual

@@ -1,4 +1,6 @@
 """records.ab with a fake trainer: interleaving, resumption after every kind of end, failures, and the verdict."""
+import errno
+import fcntl
 import json
 import os
 import shlex
@@ -24,9 +26,6 @@ FAKE = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests/helpers/fa
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ab, "PATIENCE", 0.5)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def run(a=FAKE, b=FAKE, runs=2, out="out", limit=1.0) -> int:
@@ -45,11 +44,21 @@ def start(a: str, runs: int):
 
 
 def wait_until(condition):
-    for _ in range(400):
+    for _ in range(4000):  # of a busy machine; a free one needs a few
         if condition():
             return
         time.sleep(0.025)
     raise AssertionError("waited in vain")
+
+
+def nobody_is_at_work() -> bool:
+    """Runs inherit the lock of ab, so that it is free only where none is left."""
+    with open("out/.lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def test_pairs_share_new_seeds_and_the_order_is_balanced():
@@ -62,9 +71,9 @@ def test_pairs_share_new_seeds_and_the_order_is_balanced():
             assert ab.find_run(Path("out"), arm, number).seed == pair["seed"]
         first, second = (os.stat(*files(f"out/{arm}/{number:03d}_*")).st_mtime for arm in pair["order"])
         assert first <= second
-    assert {tuple(pair["order"] for pair in ab.make_plan("a", "b", 4)["pairs"]) for _ in range(200)} > {
+    assert {tuple(pair.order for pair in ab.make_experiment("a", "b", 4).pairs) for _ in range(200)} > {
         ("ab", "ab", "ba", "ba"), ("ba", "ab", "ba", "ab")}
-    assert {ab.make_plan("a", "b", 3)["pairs"][0]["order"] for _ in range(50)} == {"ab", "ba"}
+    assert {ab.make_experiment("a", "b", 3).pairs[0].order for _ in range(50)} == {"ab", "ba"}
 
 
 def test_verdict_is_the_paired_test_of_the_logs(capsys):
@@ -105,39 +114,96 @@ def test_killed_in_mid_run_it_loses_that_run_only(kill):
     process = start(a, runs=3)
     wait_until(Path("waiting").exists)
     process.send_signal(kill)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode == (-kill if kill == signal.SIGKILL else 130)
     assert files("out/[ab]/*") == sorted(kept)
     if kill == signal.SIGKILL:  # nobody could end the trainer: no second one beside it, for both would be slow
+        assert not nobody_is_at_work()
         with pytest.raises(RecordError, match="expected no run at work, found .*; wait for it or end it"):
             run(a, runs=3)
         Path("hold").unlink()
-        wait_until(lambda: resumed(a))
+        wait_until(nobody_is_at_work)
     else:
         assert "the same command goes on" in errors
-        Path("waiting").unlink()
-        time.sleep(0.2)
-        assert not Path("waiting").exists()  # the trainer is gone, too
+        assert nobody_is_at_work()
         Path("hold").unlink()
-        run(a, runs=3)
+    run(a, runs=3)
     now = {path: Path(path).read_bytes() for path in files("out/[ab]/*")}
     assert len(now) == 6 and kept.items() < now.items()
     assert "made again: 2 (" in Path("out/verdict.md").read_text()
 
 
-def resumed(a: str) -> bool:
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_signal_while_a_trainer_is_started_leaves_none_alone_at_work(kill, moment, monkeypatch):
+    """As late as there is a child of which nobody but Popen knows yet."""
+    Path("hold").touch()
+    popen = subprocess.Popen
+
+    def started(*arguments, **options):
+        if moment == "before":
+            os.kill(os.getpid(), kill)
+        process = popen(*arguments, **options)
+        if moment == "after":
+            os.kill(os.getpid(), kill)
+        return process
+    monkeypatch.setattr(subprocess, "Popen", started)
+    before = [signal.getsignal(number) for number in ab.StopSignals.NUMBERS]
+    with pytest.raises(KeyboardInterrupt):
+        run(f"{FAKE} --wait=hold")
+    assert nobody_is_at_work() and not files("out/[ab]/*")
+    assert [signal.getsignal(number) for number in ab.StopSignals.NUMBERS] == before
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_was_ignored_at_the_start_is_obeyed(ignored):
+    """A shell without job control starts a job in the background with SIGINT ignored, for itself and its children."""
+    Path("hold").touch()
+    before = signal.signal(ignored, signal.SIG_IGN)
     try:
-        return run(a, runs=3) == 0
-    except RecordError:
-        return False
+        process = start(f"{FAKE} --wait=hold", runs=2)
+    finally:
+        signal.signal(ignored, before)
+    wait_until(Path("waiting").exists)
+    process.send_signal(ignored)
+    assert process.communicate(timeout=100) and process.returncode == 130 and nobody_is_at_work()
+
+
+def test_what_a_command_leaves_at_work_is_ended():
+    """In the group of the command; the lock tells."""
+    Path("hold").touch()
+    run(a=f"sh -c '{FAKE} --seed=1{{seed}} --wait=hold >/dev/null & exec {FAKE} --seed={{seed}}'")
+    assert nobody_is_at_work()
+
+
+def test_a_file_system_without_locks_gets_a_note(monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run()
+    assert "out cannot be locked (No locks available): see to it that no other ab uses it" in capsys.readouterr().err
+
+
+def test_a_command_that_does_not_use_its_seed_is_told_before_ten_equal_runs_are_made():
+    script = Path("run.sh")
+    script.write_text(f"#!/bin/sh\nexec {FAKE} --seed=7\n")
+    script.chmod(0o755)
+    text = script.read_text().replace("exec", "sed -i 's/seed. 7/seed is not said/' logs/* 2>/dev/null; exec")
+    script.write_text(text)
+    with pytest.raises(RecordError, match="seed 7 in .* instead of"):  # a log that names its seed
+        run(b="./run.sh", out="named")
+    silent = "sh -c '{} --seed=7 > printed && sed -i -e /^seed:/d -e /^config:/d $(tail -n 1 printed) && cat printed'"
+    with pytest.raises(RecordError, match="found the very losses of pair 1, as if the command did not use its seed"):
+        run(b=silent.format(FAKE.replace("'", "")) , out="unnamed")
+    assert len(files("unnamed/b/*")) == 1
 
 
 def test_killed_while_it_copies_a_log():
     """A partial copy is no run, and is replaced."""
     run()
     log = Path(*files("out/b/002*"))
-    log.rename(f"{log}.partial")
-    Path("out/plan.json.partial").write_text("{")
+    log.rename(log.with_name(f".{log.name}.1.partial"))
+    Path("out/.plan.json.1.partial").write_text("{")
     run()
     assert len([path for path in files("out/b/002*") if path.endswith(".txt")]) == 1
     assert len(json.loads(Path("out/verdict.json").read_text())["plan"]["pairs"]) == 2

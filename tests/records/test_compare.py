@@ -13,13 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.stats
+from tests.helpers.committed import ADAMW, MUON, ROOT, TRACK
 from tests.helpers.synthetic import make, own
 
-from records import compare, logs
+from records import compare, history, logs, palette
 from records.__main__ import guarded
 
-ROOT = Path(__file__).resolve().parents[2]
-OURS = "bench/results/2026-11-22_shakespeare_cpu"
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_tables_and_speed_ups(tmp_path, call):
 
 def test_our_own_logs(call):
     """The ratio of the README, and what it rests on."""
-    code, out, err = call(f"{OURS}/adamw", f"{OURS}/muon")
+    code, out, err = call(ADAMW, MUON)
     assert (code, err) == (0, "") and "warning" not in out
     assert "speed-up in time of the whole run: 1.859" in out and "settings: val_every 240 -> 120" in out
     assert "source: the same" in out and '"adamw" -> "muon"' in out and "seed" not in out.split("settings:")[1]
@@ -83,9 +82,8 @@ def test_our_own_logs(call):
 
 
 def test_a_folder_of_folders_is_several_groups(call):
-    out = call(OURS)[1]
-    assert [name in out for name in ("muon against adamw", "yardstick against adamw")] == [True, True]
-    assert "speed-up in time to 1.6: unknown, 3 of 8 runs have none" in out
+    out = call(TRACK)[1]
+    assert all(f"{name} against 2026-11-22_AdamW" in out for name in ("2026-11-22_Muon", "2026-11-24_Reference"))
 
 
 # Where curves part
@@ -116,15 +114,13 @@ def test_equal_curves_part_rarely():
     assert parted <= 3
 
 
-def run_of(points) -> logs.Run:
-    empty = dict.fromkeys(field.name for field in dataclasses.fields(logs.Run))
-    curve = tuple(logs.ValPoint(step, loss, None, {}) for step, loss in points)
-    return logs.Run(**{**empty, "val_points": curve, "config": {}})
+def run_of(points) -> logs.RunFacts:
+    return logs.RunFacts("made up", tuple(logs.ValPoint(step, loss, None, {}) for step, loss in points))
 
 
 @pytest.mark.parametrize("curves,expected", [
     (([[6, 3, 2]], [[6, 2, 1], [6, 2.1, 1.1]]), "unknown, expected at least 2 values, found 1"),
-    (([[6, 3, 2]] * 2, [[6, 2, 1]] * 2), "unknown, all 2 values are equal"),
+    (([[6, 3, 2], [6.1, 3, 2]], [[6, 2, 1], [6.1, 2, 1]]), "unknown, all 2 values are equal"),
     (([[6, 3, 2], [6, 3.1, 2.1]], [[6, 3, 2.1], [6, 3.1, 2]]), "do not part"),
 ])
 def test_what_cannot_be_judged_is_said(tmp_path, call, curves, expected):
@@ -178,7 +174,6 @@ def test_loss_by_tokens_where_batches_differ(tmp_path, call):
     (dict(torch="2.14.0"), "torch differs: a 2.13.0+cpu; b 2.14.0"),
     (dict(world_size=4), "world size differs: a 2; b 4"),
     (dict(val_tokens=1024), "tokens of a validation differs: a 262,144; b 1,024"),
-    (dict(total=900), "2 of 2 runs of b did not reach their last step, 0 for one"),
 ])
 def test_warnings(tmp_path, call, settings, expected):
     curves = [([6, 3, 2], None), ([6, 3.1, 2.2], None)]
@@ -186,10 +181,16 @@ def test_warnings(tmp_path, call, settings, expected):
     assert code == 0 and [line for line in out.splitlines() if "warning" in line] == [f"warning: {expected}"]
 
 
+def test_runs_that_did_not_come_to_their_end_are_named(tmp_path, call):
+    curves = [([6, 3, 2], None), ([6, 3.1, 2.2], None)]
+    out = call(write(tmp_path, "a", curves), write(tmp_path, "b", curves, total=900))[1]
+    assert out.count("warning: b: ") == 2 and "b: 0 has no validation at its last step and ends at 200 of 900" in out
+
+
 def test_copies_are_named(tmp_path, call):
     a = write(tmp_path, "a", [([6, 3, 2], None)] * 2 + [([6, 3.1, 2], None)])
     out = call(a, write(tmp_path, "b", [([6, 3, 1], None)]))[1]
-    assert "warning: 1 of 3 runs of a are copies of others to the last digit" in out
+    assert "warning: a: Counted once, for they are the same as another run to the millisecond: 1." in out
 
 
 def test_a_group_of_several_sources_and_files_left_out(tmp_path, call):
@@ -197,7 +198,7 @@ def test_a_group_of_several_sources_and_files_left_out(tmp_path, call):
     (a / "2.txt").write_text(own([6, 3, 2.1], files={"train_gpt.py": "other\n"}))
     (a / "notes.txt").write_text("hello\n")
     out = call(a, make("T2m").write(tmp_path / "many.txt"))[1]
-    assert "warning: the runs of a have 2 different sources; the first one is compared" in out
+    assert "warning: a: The runs have 2 different sources; the first one is compared." in out
     assert re.search(r"warning: .*notes.txt is left out: this is no log of a training run", out)
     assert re.search(r"^ many +3 ", out, re.M)  # the runs of a file are a group
 
@@ -230,11 +231,11 @@ def test_logs_without_a_source(tmp_path, call):
 def test_plot(tmp_path, call):
     """Both groups were drawn, line and band, and nothing else in colour."""
     import matplotlib.image
-    code, out, err = call(f"{OURS}/adamw", f"{OURS}/muon", "--plot", tmp_path / "out.png")
-    assert (code, err) == (0, "") and "muon against adamw" in out
+    code, out, err = call(ADAMW, MUON, "--plot", tmp_path / "out.png")
+    assert (code, err) == (0, "") and "2026-11-22_Muon against 2026-11-22_AdamW" in out
     pixels = matplotlib.image.imread(tmp_path / "out.png")[..., :3] * 255
     assert pixels.shape == (1200, 1800, 3)
-    for k, color in enumerate(compare.COLORS):
+    for k, color in enumerate(palette.COLORS):
         line = np.array([int(color[i:i + 2], 16) for i in (1, 3, 5)])
         of_line, of_band = ((abs(pixels - shade) < 2).all(axis=-1).sum() for shade in (line, 0.2 * line + 0.8 * 255))
         assert (of_line > 1000 and of_band > 1000) if k < 2 else (of_line < 100 and of_band < 100), color
@@ -254,19 +255,62 @@ def test_odd_curves_are_compared_and_drawn(tmp_path, call, curves):
     assert call(good, odd)[0] == 0
 
 
-def test_many_groups_are_drawn(tmp_path, call):
-    folders = [write(tmp_path, f"g{k}", [([6, 3 - k / 100, 2], None)]) for k in range(20)]
-    code, out, err = call(*folders, "--plot", tmp_path / "out.pdf")
+def test_no_two_groups_are_drawn_in_one_colour(tmp_path, call):
+    folders = [write(tmp_path, f"g{k}", [([6, 3 - k / 100, 2], None)]) for k in range(9)]
+    code, out, err = call(*folders[:8], "--plot", tmp_path / "out.pdf")
     assert (code, err) == (0, "") and (tmp_path / "out.pdf").read_bytes().startswith(b"%PDF")
+    assert len({*palette.COLORS}) == 8
+    code, out, err = call(*folders, "--plot", tmp_path / "more.pdf")
+    assert code == 2 and "expected at most 8 groups" in err and not (tmp_path / "more.pdf").exists()
+
+
+def test_one_run_is_drawn_and_judged_alone(tmp_path, call):
+    one = write(tmp_path, "one", [([6, 3, 2], None)]) / "0.txt"
+    code, out, err = call(one, "--plot", tmp_path / "one.png")
+    assert (code, err) == (0, "") and (tmp_path / "one.png").stat().st_size > 5000
+    assert "loss rule of track shakespeare, 0: cannot be judged" in out and rows(out, "loss by step") == {
+        "100": ["3.0000"], "200": ["2.0000"]}
+
+
+# Public records
+
+def as_if_ours(path: Path, number: int, more: float) -> Path:
+    """A log of train_gpt.py with the curve of a public record, and something added to its losses."""
+    points = next(points for key, points in history.curves().items() if key[:2] == ("small", number))
+    total = points[-1].step
+    head = own([1], track="small").partition("\nstep:")[0]
+    path.write_text("\n".join([head, *(f"step:{p.step}/{total} val_loss:{p.val_loss + more:.4f} train_time:{p.train_time_ms}ms "
+                                       "step_avg:1.00ms" for p in points), ""]))
+    return path
+
+
+def test_a_run_beside_a_public_record(tmp_path, call):
+    log = as_if_ours(tmp_path / "mine.txt", 80, 0.01)
+    code, out, err = call(log, "--history", 80, "--plot", tmp_path / "out.png")
+    assert (code, err) == (0, "") and (tmp_path / "out.png").exists()
+    runs = [points for key, points in history.curves().items() if key[:2] == ("small", 80)]
+    finals = [points[-1].val_loss for points in runs]
+    assert f"beside its curve, at 5 validations: {runs[0][-1].val_loss + 0.01 - np.mean(finals):+.4f} at step 1,480" in out
+    assert rows(out, "loss by step")["1,480"] == [f"{np.mean(finals):.4f} ± {np.std(finals, ddof=1):.4f}",
+                                                  f"{runs[0][-1].val_loss + 0.01:.4f}"]
+    assert "times are not compared" in out and "loss rule of track small, public" not in out
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--history", "500"], "--history: expected the number of a public record of track small whose curve is kept, found 500; ch"),
+    (["--history", "80", "--track", "shakespeare"], "--history: expected a log of a track with public records, found track shak"),
+])
+def test_records_that_are_not_there(tmp_path, call, arguments, sentence):
+    code, out, err = call(as_if_ours(tmp_path / "mine.txt", 80, 0.0), *arguments)
+    assert (code, out) == (2, "") and sentence in err
 
 
 @pytest.mark.parametrize("arguments,sentence", [
-    ([f"{OURS}/muon"], f"{OURS}/muon: expected two groups of runs or more, found one; name another log or folder"),
-    (["missing", OURS], "missing: expected a log or a folder of logs, found nothing there; check the path"),
+    (["missing", MUON], "missing: expected a log or a folder of logs, found nothing there; check the path"),
     (["data"], "data: expected logs with validations, found none; check the path"),
-    ([OURS, "--plot", "out.txt"], "--plot: expected a name that ends in .png, .svg, .pdf, found 'out.txt'; change it"),
-    ([OURS, "--plot", "/nowhere/out.png"], "--plot: expected to write /nowhere/out.png, found: No such file or directory; ch"),
-    ([OURS, "--target", "0"], "expected a loss above 0"),
+    ([MUON, "--plot", "out.txt"], "--plot: expected a name that ends in .png, .svg, .pdf, found 'out.txt'; change it"),
+    ([MUON, "--plot", "/nowhere/out.png"], "--plot: expected to write /nowhere/out.png, found: No such file or directory; ch"),
+    ([MUON, "--target", "0"], "expected a loss above 0"),
 ])
 def test_errors(call, arguments, sentence):
     code, out, err = call(*arguments)

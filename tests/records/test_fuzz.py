@@ -64,7 +64,7 @@ def mutated(rng: random.Random, originals: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def check(log: logs.Log, data: bytes):
+def check(log: logs.LogFile, data: bytes):
     """What holds of every log, and what the verbs do with it first."""
     assert log.size == len(data) and log.variant in dict(logs.VARIANTS)
     assert sum(len(run.val_points) for run in log.runs) <= data.count(b"\n") + 1

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from tests.helpers.claims import log, replaced
-from tests.helpers.synthetic import LINE
+from tests.helpers.synthetic import LINE, VALIDATION_DATA
 
 from records import logs
 from records.lines import examine
@@ -89,11 +89,11 @@ def test_details_of_a_log(tmp_path):
     details = examine(logs.read(path))
     assert (details.date.isoformat(), details.resumed) == ("2026-11-03T01:02:03", True)
     assert (details.commit, details.num_training) == ("0" * 40, 20)
-    assert details.data == ("validation data: first 262144 tokens, sha256 " + "0" * 64,)
-    source = "resumed: in a docstring\nvalidation data: none\nFri Feb 30 01:02:03 2026"
+    assert (details.training_data, details.validation_data) == ("0" * 16, VALIDATION_DATA)
+    source = f"resumed: in a docstring\nvalidation data: first 9 tokens, sha256 {'1' * 64}\nFri Feb 30 01:02:03 2026"
     path.write_text(replaced(log(3), "^# the trainer", source))
     details = examine(logs.read(path))
-    assert not details.resumed and details.date is None and len(details.data) == 1
+    assert not details.resumed and details.date is None and details.validation_data == VALIDATION_DATA
 
 
 def test_a_log_too_long_to_judge(tmp_path, monkeypatch):

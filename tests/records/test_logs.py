@@ -3,30 +3,30 @@ import hashlib
 import math
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
+from tests.helpers.committed import ADAMW, MUON, ROOT, YARDSTICK
 from tests.helpers.synthetic import LINE, VARIANTS, embedded, make, own
 
 from records import logs
 from records.errors import RecordError
 
-ROOT = Path(__file__).resolve().parents[2]
-OURS = ROOT / "bench/results/2026-11-22_shakespeare_cpu"
 UNKNOWN = ("torch", "cuda", "triton", "python", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib", "val_tokens")
 
 
-def read(folder: Path, text: str | bytes, name: str = "log.txt") -> logs.Log:
+def read(folder: Path, text: str | bytes, name: str = "log.txt") -> logs.LogFile:
     path = folder / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return logs.read(path)
 
 
-def points(run: logs.Run) -> list[tuple]:
+def points(run: logs.RunFacts) -> list[tuple]:
     return [(point.step, point.val_loss, point.train_time_ms) for point in run.val_points]
 
 
-def facts(run: logs.Run, names) -> dict:
+def facts(run: logs.RunFacts, names) -> dict:
     return {name: points(run) if name == "val_points" else getattr(run, name) for name in names}
 
 
@@ -49,7 +49,7 @@ def test_every_format_has_a_synthetic_log():
 
 def test_our_own_logs(tmp_path):
     """Against a plain reading of the same text."""
-    paths = sorted(OURS.glob("*/*.txt"))
+    paths = logs.find([ROOT / ADAMW, ROOT / MUON, ROOT / YARDSTICK])
     assert len(paths) == 17
     for path in paths:
         text, log = path.read_text(encoding="utf-8"), logs.read(path)
@@ -350,7 +350,7 @@ def test_find(tmp_path):
     (tmp_path / "b/broken.txt").symlink_to(tmp_path / "nothing")
     os.mkfifo(tmp_path / "b/pipe.txt")
     found = [path.relative_to(tmp_path).as_posix() for path in logs.find([tmp_path])]
-    assert found == ["a.out", "b/.hidden.txt", "b/1.log", "b/2.txt", "b/c/run.stdout"]
+    assert found == ["a.out", "b/1.log", "b/2.txt", "b/c/run.stdout"]
     assert logs.find([tmp_path / "notes.md", tmp_path / "b/2.txt", tmp_path / "b/twice.txt"]) == [
         tmp_path / "b/2.txt", tmp_path / "notes.md"]  # a file that is named counts, whatever it is called; none twice
     for path, found in (("missing", "nothing there; check the path"), ("x" * 5000, "File name too long; check path")):
@@ -359,9 +359,8 @@ def test_find(tmp_path):
 
 
 def test_what_is_no_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe.txt")
-    for path, found in ((tmp_path, "a folder"), (tmp_path / "pipe.txt", "something else"), (tmp_path / "no", "nothing there"),
-                        ("/dev/zero", "something else"), ("a\0b", "nothing there"), ("x" * 5000, "File name too long")):
+    for path, found in ((tmp_path, "a folder"), (tmp_path / "no", "nothing there"), ("/dev/zero", "a device"),
+                        ("/dev/null", "a device"), ("a\0b", "nothing there"), ("x" * 5000, "File name too long")):
         with pytest.raises(RecordError, match=found):
             logs.read(path)
 
@@ -377,3 +376,58 @@ def test_what_may_not_be_read(tmp_path):
     with pytest.raises(RecordError, match="Permission denied; check path and permissions"):
         logs.find([tmp_path])
     (tmp_path / "folder").chmod(0o700)
+
+
+# Pipes
+
+def test_a_pipe_is_read_to_its_end():
+    """<(zcat LOG), in one piece and in two."""
+    made = make("E3")
+    for pieces in ([made.text], [made.text[:900], made.text[900:]]):
+        reading, writing = os.pipe()
+
+        def write(pieces=pieces, writing=writing):
+            with open(writing, "w") as file:
+                for piece in pieces:
+                    file.write(piece)
+                    file.flush()
+        writer = threading.Thread(target=write)
+        writer.start()
+        log = logs.read(f"/dev/fd/{reading}")
+        writer.join()
+        os.close(reading)
+        assert points(log.runs[0]) == made.runs[0]["val_points"] and log.sources == made.sources
+        assert log.sha256 == hashlib.sha256(made.text.encode()).hexdigest()
+
+
+def test_pipes_that_bring_nothing_or_too_much(tmp_path, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert logs.read(pipe).problems == ("the file is empty",)  # nobody writes to it
+    with open(os.open(pipe, os.O_RDWR), "wb", buffering=0) as writer:
+        monkeypatch.setattr(logs, "PIPE_PATIENCE", 0.01)
+        with pytest.raises(RecordError, match="found nothing for 0.01 s; check the command"):
+            logs.read(pipe)
+        writer.write(b"x" * 1000)
+        monkeypatch.setattr(logs, "PIPE_LIMIT", 100)
+        with pytest.raises(RecordError, match="expected at most 100 bytes from a pipe, found more; write them to a file"):
+            logs.read(pipe)
+
+
+def test_the_curve_of_a_log(tmp_path):
+    made = make("D2")
+    curve = [(step, ms, loss) for step, loss, ms in made.runs[0]["val_points"]]
+    assert logs.read_curve(made.write(tmp_path / "a.txt")) == curve
+    assert logs.read_curve(make("X").write(tmp_path / "b.txt")) == []
+
+
+def test_of_an_experiment_and_of_a_record_the_runs_are_found(tmp_path):
+    for name in ("ab/a/1.txt", "ab/b/1.txt", "ab/output/1.txt", "ab/verdict.txt", "rec/runs/1.txt", "rec/baseline/1.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "ab/plan.json").write_text('{"a": "x", "b": "y", "pairs": [{"seed": 1, "order": "ba"}]}')
+    (tmp_path / "rec/record.json").write_text("{}")
+    found = [path.relative_to(tmp_path).as_posix() for path in logs.find([tmp_path])]
+    assert found == ["ab/a/1.txt", "ab/b/1.txt", "rec/runs/1.txt"]
+    (tmp_path / "ab/plan.json").write_text("[]")  # the plan of something else
+    assert len(logs.find([tmp_path / "ab"])) == 4

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+from tests.helpers.committed import ADAMW, MUON, ROOT
 from tests.helpers.claims import RUNS, log, replaced, runs, slow, uuid, write
 
 from records import pack, schema
 from records.__main__ import guarded
 
-ROOT = Path(__file__).parents[2]
-REAL = ROOT / "bench/results/2026-11-22_shakespeare_cpu"
 NOTE = "Twice as good.\n\nBecause *of* everything.\n"
 
 
@@ -46,14 +45,13 @@ def test_folder(inputs, capsys):
     built = {name.removeprefix(folder + "/"): content for name, content in after.items() if name.startswith(folder + "/")}
     assert {**before, "out/track_0_laptop": None, folder: None, **{f"{folder}/{name}": built[name] for name in built}} == after
     assert built.keys() == {
-        "README.md", "record.json", "runs", "baseline", "source", "source/train_gpt.py", "source/muon.py",
+        "README.md", "record.json", "runs", "baseline",
         *(f"runs/{uuid(k)}.txt" for k in range(1, RUNS + 1)), *(f"baseline/{uuid(k)}.txt" for k in range(1001, 1005))}
     assert built[f"runs/{uuid(3)}.txt"] == before[f"logs/{uuid(3)}.txt"]
-    assert built["source/muon.py"] == b"# the optimizer\n"
     record = schema.read(inputs / folder / schema.FILE)
     assert (record.track, record.name, record.kind, record.contributors) == ("shakespeare", "Twice", "record", ["A. Person"])
     assert record.runs.n == RUNS and record.runs.step == 20 and record.loss_test.passes and record.speed.p < 0.01
-    assert record.planned_runs == [8] and record.world_size == 2 and record.torch == "2.13.0+cpu"
+    assert record.planned_runs == 8 and record.world_size == 2 and record.torch == "2.13.0+cpu"
     losses = [float(re.findall(r"val_loss:(\S+)", text)[-1]) for text in runs()]
     p = scipy.stats.ttest_1samp(losses, 1.6, alternative="less").pvalue
     assert record.loss_test.p == float(f"{p:.3g}") and record.runs.loss_mean == round(statistics.mean(losses), 5)
@@ -193,13 +191,48 @@ def test_names_that_differ_in_case_only(inputs, capsys):
 
 
 @pytest.mark.parametrize("name", ["../../evil.py", "a/../../evil.py", "train_gpt.py/x.py", ".hidden"])
-def test_source_names_cannot_escape(name, inputs, capsys):
-    """The names of embedded files come out of a log."""
+def test_source_names_are_names(name, inputs, capsys):
+    """The names of embedded files come out of a log; record.json lists none that could not be a file of ours."""
     for path in inputs.glob("logs/*"):
         path.write_text(replaced(path.read_text(), "^# muon.py", f"# {name}"))
     guarded(arguments(inputs))
-    assert not [path for path in snapshot(inputs) if "evil" in path and "/source/" not in path]
-    assert not [path for path in snapshot(inputs) if ".pack-" in path]
+    assert not [path for path in snapshot(inputs) if "evil" in path or ".pack-" in path]
+    for path in inputs.glob("out/*/*/record.json"):
+        assert all(".." not in name for name in schema.read(path).sources)
+
+
+def test_a_baseline_that_is_the_runs_of_another_record_is_named(inputs, capsys):
+    first = ["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "base"), "-o", str(inputs / "out"),
+             "--waive", "faster-than-baseline=the first record"]
+    assert guarded(first) == 0
+    assert guarded(arguments(inputs)) == 0
+    folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
+    record = schema.read(folder / schema.FILE)
+    assert record.baseline_record == "2026-11-23_Before" and record.baseline.n == 4
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "record.json", "runs"]
+    assert f"(../2026-11-23_Before/runs/{uuid(1001)}.txt)" in (folder / "README.md").read_text()
+    assert guarded(["verify", str(inputs / "out")]) == 0 and guarded(["check", str(folder)]) == 0
+    capsys.readouterr()
+
+
+def test_a_part_of_the_runs_of_another_record_is_copied(inputs, capsys):
+    write(inputs / "more", [*slow(), log(200, pace=120.0)], first=1001)
+    first = ["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "more"), "-o", str(inputs / "out"),
+             "--waive", "faster-than-baseline=the first record"]
+    assert guarded(first) == 0 and guarded(arguments(inputs)) == 0
+    folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
+    assert schema.read(folder / schema.FILE).baseline_record is None and len([*folder.glob("baseline/*")]) == 4
+
+
+def test_the_folder_of_an_experiment(inputs, capsys):
+    """The plan of ab says which arm is the candidate; its files are a record's runs and baseline."""
+    (inputs / "logs").rename(inputs / "a"), (inputs / "base").rename(inputs / "b")
+    plan = {"a": "x", "b": "y", "pairs": [{"seed": seed, "order": "ab"} for seed in range(RUNS)]}
+    (inputs / "plan.json").write_text(json.dumps(plan))
+    command = ["pack", "--name", "Twice", "--date", "2026-11-24", "--logs", str(inputs), "-o", str(inputs / "out")]
+    assert guarded(command) == 0, capsys.readouterr()
+    record = schema.read(inputs / "out/track_0_laptop/2026-11-24_Twice/record.json")
+    assert (record.runs.n, record.baseline.n, record.planned_runs) == (RUNS, 4, RUNS)
 
 
 def test_hostile_settings_do_no_harm(inputs, capsys):
@@ -246,8 +279,8 @@ def test_several_runs_in_a_log(tmp_path, capsys):
 def test_real_logs(tmp_path, capsys):
     """The committed runs, as a record and as a non-record, then verified."""
     base = ["pack", "--date", "2026-11-22", "-o", str(tmp_path)]
-    assert guarded([*base, "--name", "Muon", "--logs", str(REAL / "muon"), "--baseline", str(REAL / "adamw")]) == 0
-    against = ["--name", "AdamW", "--logs", str(REAL / "adamw"), "--baseline", str(REAL / "muon")]
+    assert guarded([*base, "--name", "Muon", "--logs", str(ROOT / MUON), "--baseline", str(ROOT / ADAMW)]) == 0
+    against = ["--name", "AdamW", "--logs", str(ROOT / ADAMW), "--baseline", str(ROOT / MUON)]
     assert guarded([*base, *against]) == 1
     assert guarded([*base, *against, "--non-record", "slower than Muon"]) == 0
     assert guarded(["verify", str(tmp_path)]) == 0

@@ -15,14 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.helpers.committed import ADAMW, MUON, YARDSTICK
 from tests.helpers.synthetic import own
 
 from records import __main__ as cli
-from records import charts, difference, groups, history, logs, report, stats, table
+from records import charts, compare, difference, groups, history, logs, palette, report, table
 from records.errors import RecordError
 from records.tracks import TRACKS
 
-RESULTS = Path("bench/results/2026-11-22_shakespeare_cpu")
+RESULTS = (ADAMW, MUON, YARDSTICK)
 HOSTILE = ("</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=2'>"
            "<a href=\"javascript:window.hacked=3\">a</a>\u202egnitrever\u200f &lt;b&gt; {{ 7 * 7 }} $x^2$ ")
 
@@ -86,7 +87,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def example(place):
     """The page of the committed logs."""
-    return place / "example.html", make(place / "example.html", RESULTS)
+    return place / "example.html", make(place / "example.html", *RESULTS)
 
 
 def source(marker: str, lines: int = 40) -> str:
@@ -132,23 +133,24 @@ def test_only_the_two_scripts_of_the_page_may_run(example):
 
 
 def test_the_same_logs_give_the_same_bytes(example, place):
-    assert make(place / "again.html", RESULTS) == example[1]
+    assert make(place / "again.html", *RESULTS) == example[1]
 
 
-def test_groups_have_the_figures_of_stats(example):
+def test_groups_have_the_figures_of_compare(example):
     header, *rows = Page(example[1]).tables[0]
     assert [*map(str.strip, header)] == [
         "Group", "Runs", "Steps", "Final loss", "Loss rule", "Training seconds", "Speed-up", "Source"]
-    track, gathered = TRACKS["shakespeare"], {}
-    for row, name in zip(rows, ("adamw", "muon", "yardstick"), strict=True):
-        group = gathered[name] = stats.gather([logs.read(path) for path in logs.find([RESULTS / name])], track, None)
-        facts, against = stats.facts(group), stats.compare(group, gathered["adamw"], track)
+    track = TRACKS["shakespeare"]
+    found, _ = groups.find_groups([*RESULTS])
+    counted = [groups.count(group, track) for group in found]
+    for row, name, group, its in zip(rows, ("AdamW", "Muon", "yardstick"), found, counted, strict=True):
+        facts, against = compare.figures(its), compare.tests_against(found[0], counted[0], group, its, track)
         assert row[0].strip().endswith(name) and row[1] == str(len(group.runs))
         loss = facts["loss"]
         assert row[3] == (f"{loss['mean'].estimate:.4f} ± {loss['sd']:.4f}\n{loss['mean'].low:.4f} to {loss['mean'].high:.4f}")
         assert row[4].startswith("fails" if name == "yardstick" else "passes\np = 0.0")
         assert row[5].startswith(f"{facts['seconds']['mean'].estimate:.2f} ± ")
-        assert row[6].startswith("baseline" if name == "adamw" else f"{against['speed_up'].estimate:.3f}\n")
+        assert row[6].startswith("baseline" if name == "AdamW" else f"{against['speed_up'].estimate:.3f}\n")
     assert rows[1][6] == "1.859\n1.773 to 1.949"
 
 
@@ -156,7 +158,7 @@ def test_runs_have_the_figures_of_their_logs(example):
     header, *rows = Page(example[1]).tables[1]
     assert len(rows) == 17 and [cell.strip() for cell in header][:5] == ["Group", "Run", "Seed", "Final loss", "Training seconds"]
     by_name = {row[1].strip(): row for row in rows}
-    for path in logs.find([RESULTS]):
+    for path in logs.find(RESULTS):
         run, = logs.read(path).runs
         row = by_name[run.run_id[:8]]
         assert row[2:5] == [str(run.seed), f"{run.final_val_loss:.4f}", f"{run.final_time_ms / 1000:,.2f}"]
@@ -226,7 +228,7 @@ def test_groups_are_files_or_the_logs_of_a_folder(place):
     one = write(folder / "x", "5f0c2a51-1111-2222-3333-444444444444.txt", own(losses=[5, 1.6], seed=1))
     write(folder / "x", "two.txt", own(losses=[5, 1.7], seed=2))
     write(folder / "x" / "y", "three.txt", own(losses=[5, 1.8], seed=3))
-    write(folder / "x", "z.txt", own(losses=[5, 1.7], seed=4))  # sorts behind y/
+    write(folder / "x", "z.txt", own(losses=[5, 1.75], seed=4))  # sorts behind y/
     found, _ = groups.find_groups([str(folder), str(folder / "x")])
     assert [(group.name, len(group.runs)) for group in found] == [("x", 3), ("x/y", 1)]
     found, _ = groups.find_groups([str(one), str(one), str(folder)])
@@ -280,7 +282,7 @@ def test_a_difference_takes_bounded_time():
 
 
 def test_a_curve_is_the_mean_with_its_spread():
-    runs = [logs.read(path).runs[0] for path in logs.find([RESULTS / "muon"])]
+    runs = [logs.read(path).runs[0] for path in logs.find([MUON])]
     last = charts.curve(runs)[-1]
     losses = [run.final_val_loss for run in runs]
     seconds = [run.final_time_ms / 1000 for run in runs]
@@ -316,10 +318,51 @@ def test_labels_rise_until_they_are_clear():
                    for i, a in enumerate(raised) for b in raised[:i])
 
 
+def test_no_two_groups_share_a_colour_and_names_stand_in_the_legend(place):
+    """Labels in the plot were crossed by lines; in the legend each name has the colour of its line."""
+    for k in range(palette.MAX_GROUPS + 1):
+        write(place / "many" / f"g{k} <b>", "1.txt", own(losses=[5, 2 + k / 100, 1.6], seed=k))
+        write(place / "many" / f"g{k} <b>", "2.txt", own(losses=[5, 2 + k / 99, 1.7], seed=100 + k))
+    found, _ = groups.find_groups([str(place / "many")])
+    drawn, _ = report.run_charts(found, 1.6)
+    for name in ("seconds", "steps", "ends"):
+        named = [trace for trace in drawn[name].data if trace.showlegend is not False]
+        colors = [trace.line.color or trace.marker.color for trace in named]
+        assert len({*colors}) == len(colors) == palette.MAX_GROUPS and drawn[name].layout.showlegend
+        assert [trace.name for trace in named] == [f"g{k} &lt;b&gt;" for k in range(palette.MAX_GROUPS)]
+        assert [note.text for note in drawn[name].layout.annotations][1:] == ["target 1.6"]
+    page = make(place / "many.html", place / "many")
+    assert f"Charts and differences show the first {palette.MAX_GROUPS} groups" in Page(page).text
+
+
+def test_an_experiment_has_its_baseline_first_and_what_was_printed_is_no_group(place):
+    """As the plan in its folder says; the arms are called by their roles."""
+    for name, loss in (("a", 1.5), ("b", 1.6), ("output", 1.7)):
+        for seed in (1, 2):
+            write(place / "experiment" / name, f"00{seed}_x.txt", own(losses=[5, 2, loss + seed / 100], seed=seed))
+    write(place / "experiment", "plan.json", json.dumps(
+        {"a": "x", "b": "y", "pairs": [{"seed": 1, "order": "ab"}, {"seed": 2, "order": "ba"}]}))
+    page = Page(make(place / "experiment.html", place / "experiment"))
+    assert [row[0].strip("━ ") for row in page.tables[0][1:]] == ["b (baseline)", "a (candidate)"]
+    assert "the baseline is b (baseline)" in page.text
+    found, _ = groups.find_groups([str(place / "experiment")])
+    assert [group.name for group in found] == ["b (baseline)", "a (candidate)"]
+
+
+def test_cells_say_their_column_where_a_row_is_a_card(example):
+    """On a phone the header of a table is not shown: each cell tells the title of its column, and empty ones are left out."""
+    page = Page(example[1])
+    cells = [attributes for tag, attributes in page.elements if tag == "td" or tag == "th" and attributes.get("scope") == "row"]
+    assert cells and all(attributes["data-title"] for attributes in cells)
+    assert any("empty" in attributes["class"].split() for attributes in cells)
+    style = (report.TEMPLATES / "report.css").read_text()
+    assert "content: attr(data-title)" in style and "tbody .empty { display: none; }" in style
+
+
 def test_group_colours_are_seen_on_light_and_dark():
     style = (report.TEMPLATES / "report.css").read_text()
     for paper in re.findall(r"--paper: (#\w{6})", style):
-        assert all(contrast(color, paper) >= 3 for color in charts.COLORS)
+        assert all(contrast(color, paper) >= 3 for color in palette.COLORS)
 
 
 def contrast(a: str, b: str) -> float:
@@ -434,7 +477,9 @@ def test_charts_are_drawn(browser, example):
     lines, labels = ([element.get_attribute(key) for element in browser.find_elements("css selector", f"#seconds {what}")]
                      for what, key in ((".js-line", "d"), (".annotation-text", "data-unformatted")))
     assert len(lines) >= 3 and all(line.count("L") >= 1 for line in lines)
-    assert {"muon", "adamw", "yardstick", "target 1.6"} <= {label.rpartition("> ")[2] for label in labels}
+    assert "target 1.6" in labels
+    legend = [element.text for element in browser.find_elements("css selector", "#seconds .legendtext")]
+    assert [name.rpartition("/")[2] for name in legend] == ["2026-11-22_AdamW", "2026-11-22_Muon", "yardstick"]
 
 
 def column(browser, name: str) -> list[str]:

@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.helpers.committed import ADAMW, MUON, ROOT, YARDSTICK
 from tests.helpers.synthetic import VARIANTS, make, own
 
 from records import logs, show
 from records.__main__ import guarded
 
-ROOT = Path(__file__).resolve().parents[2]
-OURS = "bench/results/2026-11-22_shakespeare_cpu"
 RUN_KEYS = ["run_id", "val_points", "first_val_loss", "final_val_loss", "final_time_ms", "final_step", "total_steps", "complete",
             "torch", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib", "source_sha256"]
 
@@ -82,7 +81,7 @@ def test_the_target_is_that_of_the_track(tmp_path, call, settings, path, expecte
 
 
 def test_one_log_in_full(call):
-    path = next((ROOT / OURS / "muon").glob("2f9c*.txt")).relative_to(ROOT)
+    path = next((ROOT / MUON).glob("runs/2f9c*.txt")).relative_to(ROOT)
     code, out, err = call(path)
     assert (code, err) == (0, "")
     words = " ".join(out.split())
@@ -94,12 +93,12 @@ def test_one_log_in_full(call):
 
 
 def test_several_logs_in_a_table(call):
-    code, out, err = call(OURS)
-    assert (code, err) == (0, "") and out.count("yardstick/") == 3 and out.count("muon/") == 9
+    code, out, err = call(ADAMW, MUON, YARDSTICK)
+    assert (code, err) == (0, "") and out.count("yardstick/") == 3 and out.count("_Muon/") == 9
     assert "in all: format own, target 1.6, ranks 2, hardware CPU (x86_64, 1 threads), AMD EPYC, torch 2.13.0+cpu" in out
-    for path in logs.find([ROOT / OURS]):
+    for path in logs.find([ROOT / ADAMW, ROOT / MUON, ROOT / YARDSTICK]):
         run = logs.read(path).runs[0]
-        [row] = [line.split() for line in out.splitlines() if path.name in line]
+        [row] = [line.split() for line in out.splitlines() if path.stem[:8] in line]
         time, steps = run.time_to(1.6), run.steps_to(1.6)
         assert row[1:] == [str(run.final_step), f"{run.final_val_loss:.4f}", f"{run.final_time_ms / 1000:.2f}",
                            f"{run.step_avg_ms:.2f}", f"{time / 1000:.2f}" if time else "-", f"{steps:.1f}" if steps else "-",
@@ -165,9 +164,9 @@ def test_a_file_name_that_is_no_text(tmp_path, call):
 @pytest.mark.parametrize("arguments,sentence", [
     (["missing.txt"], "missing.txt: expected a log or a folder of logs, found nothing there; check the path"),
     (["data"], "data: expected logs (.log, .out, .stdout, .txt), found none; check the path"),
-    ([OURS, "--target", "nan"], "expected a loss above 0"),
-    ([OURS, "--target", "-1"], "expected a loss above 0"),
-    ([OURS, "--target", "x"], "expected"),
+    ([MUON, "--target", "nan"], "expected a loss above 0"),
+    ([MUON, "--target", "-1"], "expected a loss above 0"),
+    ([MUON, "--target", "x"], "expected"),
     ([], "expected"),
 ])
 def test_errors(call, arguments, sentence):
@@ -177,7 +176,7 @@ def test_errors(call, arguments, sentence):
 
 def test_start_to_finish_in_half_a_second():
     """Processor time, which does not depend on what else the machine does; 0.09 s when this was written."""
-    path = next((ROOT / OURS / "muon").glob("*.txt"))
+    path = next((ROOT / MUON).glob("runs/*.txt"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "records", "show", path], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -188,7 +187,7 @@ def test_no_heavy_library_is_loaded():
     heavy = {"torch", "numpy", "scipy", "matplotlib", "plotly", "pydantic", "jinja2"}
     program = ("import sys; from records.__main__ import guarded; guarded(sys.argv[1:]); "
                f"print({heavy} & set(sys.modules), file=sys.stderr)")
-    path = next((ROOT / OURS / "muon").glob("*.txt"))
+    path = next((ROOT / MUON).glob("runs/*.txt"))
     done = subprocess.run([sys.executable, "-c", program, "show", path], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "set()\n"
 

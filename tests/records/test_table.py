@@ -13,7 +13,7 @@ def record(**changes) -> schema.Record:
     runs = dict(n=9, step=480, loss_mean=1.57851, loss_sd=0.01021, time_ms_mean=85678.9, time_ms_sd=5031.2, logs=[])
     return schema.parse(dict(
         version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record", why_no_record=None, description="Muon",
-        contributors=["Ada"], step=None, planned_runs=[], waivers={}, excluded={}, hardware="CPU", torch="2.13.0", world_size=2,
+        contributors=["Ada"], step=None, planned_runs=None, baseline_record=None, waivers={}, excluded={}, hardware="CPU", torch="2.13.0", world_size=2,
         runs=runs, loss_test=dict(rule="t_test", target=1.6, alpha=0.01, p=0.0001, passes=True), baseline=None, speed=None,
         excluded_logs=[], sources={}) | changes)
 

@@ -1,13 +1,20 @@
 """Text from a checkpoint: the model of the run, reproducible draws, and refusals."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from tests.helpers.runs import BOS, make_shards, run
 
-from tools import sample
+from data import encoding
+from data.errors import UsageError, run_program
+from data.files import ROOT
 from data.loader import Docs
 from engine.attention import BACKENDS
-from train_gpt import softmax_logits
+from engine.sampling import generate
+from tools import sample
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +35,7 @@ def finished(tmp_path_factory):
 
 
 def text(capsys, path, *args: str) -> str:
-    assert sample.main([str(path), *args]) == 0
+    assert run_program(sample.main, [str(path), *args]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     return captured.out
@@ -48,19 +55,18 @@ def test_the_same_seed_draws_the_same_text(finished, capsys):
 
 
 @pytest.mark.parametrize("which, final", [(0, False), (-1, True)])
-def test_log_probabilities_are_those_of_the_validation_after_that_step(finished, which, final, monkeypatch):
-    """The mean of the log probabilities that sampling sees, over a document, is the loss that evaluation computes
-    there: with the window and the tying of that step."""
+def test_log_probabilities_are_those_of_the_validation_after_that_step(finished, which, final):
+    """The mean of the log probabilities that sampling sees, over a document, is the loss that evaluation
+    computes there: with the window and the tying of that step."""
     model, step = sample.load(str(finished.checkpoints[which]), torch.device("cpu"))
-    cfg, seen = model.cfg, []
+    cfg = model.cfg
     tokens = [BOS, *(97 + (3 * i * i + i) % 26 for i in range(60))]  # longer than the window
-    monkeypatch.setattr(sample, "softmax_logits", lambda *args: seen.append(softmax_logits(*args)) or seen[-1])
-    for n in range(1, len(tokens)):
-        list(sample.generate(model, step, tokens[:n], 1, 0, 0, 0))
-    loss = -sum(rows[-1, token].item() for rows, token in zip(seen, tokens[1:]))
+    log_probs = sample.log_probs_of(model, step)
+    loss = -sum(log_probs(tokens[:n])[tokens[n]].item() for n in range(1, len(tokens)))
     docs = Docs(torch.tensor([0, 60], dtype=torch.int32), torch.zeros(60, dtype=torch.int32), 60)
+    stage, weights = cfg.stage(step - 1), torch.zeros(())
     contexts = [
-        sample.make_context(model, BACKENDS["blocked"][0], {}, docs, cfg.stage(step - 1), tied, torch.zeros(()), long)
+        sample.make_context(model, BACKENDS["blocked"][0], {}, docs, stage, tied, weights, long)
         for tied, long in (
             (cfg.tied(step - 1), final),
             (not cfg.tied(step - 1), final),
@@ -68,31 +74,45 @@ def test_log_probabilities_are_those_of_the_validation_after_that_step(finished,
         )
     ]
     model.attend = BACKENDS["blocked"][1]
+    inputs, targets = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
     with torch.no_grad():
-        right, *wrong = [model(torch.tensor(tokens[:-1]), torch.tensor(tokens[1:]), ctx).item() for ctx in contexts]
+        right, *wrong = [model(inputs, targets, context).item() for context in contexts]
     assert abs(loss - right) < 3e-5  # measured: 2e-6, a sum of 60 losses in another order
-    assert all(abs(loss - other) > 1e-4 for other in wrong)  # measured: 2.5e-4 for the window, 0.3 for the tying
+    # Measured: 2.5e-4 for another window, 0.3 for another tying.
+    assert all(abs(loss - other) > 1e-4 for other in wrong)
 
 
-def test_where_the_document_ends_the_text_ends(finished, monkeypatch):
-    model, step = sample.load(str(finished.checkpoints[-1]), torch.device("cpu"))
+def test_where_the_document_ends_the_text_ends():
+    def log_probs(tokens):  # "abc" goes on with d, and then nothing but a new document can follow
+        return torch.eye(257)[100 if len(tokens) == 4 else BOS].log()
 
-    def scripted(model, tokens, ctx):  # "abc" goes on with d, and then nothing but a new document can follow
-        return torch.eye(model.cfg.padded_vocab)[[100 if len(tokens) == 4 else BOS]].log()
+    assert list(generate(log_probs, [BOS, 97, 98, 99], 20, BOS)) == [100]
 
-    monkeypatch.setattr(sample, "softmax_logits", scripted)
-    assert list(sample.generate(model, step, [BOS, 97, 98, 99], 20, 1.0, 0, 0)) == [100]
+
+def test_the_smallest_temperatures_take_the_likeliest_token():
+    likely = torch.tensor([-3.0, -0.1, -3.0])
+    for temperature in (0.0, 1e-9, 1e-320):
+        assert list(generate(lambda tokens: likely, [0], 3, 2, temperature, top_k=2)) == [1, 1, 1]
 
 
 def test_characters_of_several_bytes_survive(finished, capsys):
     assert text(capsys, finished.checkpoints[-1], "--prompt", "é€", "--tokens", "0") == "é€\n"
 
 
-def test_gpt2_checkpoints_use_the_gpt2_vocabulary(monkeypatch):
-    import data.fineweb
+def test_a_screen_without_such_characters_shows_a_question_mark(finished):
+    command = [sys.executable, "-m", "tools.sample", finished.checkpoints[-1]]
+    command += ["--prompt", "é€a", "--tokens", "0"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=90)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"??a\n", b"")
 
-    monkeypatch.setattr(data.fineweb, "gpt2_encoding", lambda: "the encoding")
-    assert sample.vocabulary(sample.Config()) == "the encoding"
+
+def test_the_vocabulary_follows_from_the_token_that_starts_a_document(monkeypatch):
+    monkeypatch.setattr(encoding, "gpt2_encoding", lambda network: "the encoding")
+    assert encoding.encoding_for(sample.Config().bos_id) == "the encoding"
+    assert isinstance(encoding.encoding_for(256), encoding.ByteEncoding)
+    with pytest.raises(UsageError, match="found 60; their vocabulary is not known"):
+        encoding.encoding_for(60)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +121,13 @@ def test_gpt2_checkpoints_use_the_gpt2_vocabulary(monkeypatch):
         (["nowhere.pt"], ("no such file", "give a state_step*.pt")),
         ([__file__], ("another kind of file", "give a state_step*.pt")),
         (["PATH", "--temperature", "nan"], ("--temperature: expected zero or more, found nan; change it",)),
+        (["PATH", "--prompt", "a\udcff"], ("--prompt: expected UTF-8 text, found byte 0xff; correct it",)),
         (["PATH", "--tokens", "-1"], ("--tokens: expected zero or more, found -1; change it",)),
     ],
 )
 def test_refusals_are_one_sentence(finished, capsys, args, parts):
-    assert sample.main([str(finished.checkpoints[-1]) if arg == "PATH" else arg for arg in args]) == 2
+    given = [str(finished.checkpoints[-1]) if arg == "PATH" else arg for arg in args]
+    assert run_program(sample.main, given, "sample.py") == 2
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1
     assert captured.err.startswith("sample.py: ") and all(part in captured.err for part in parts)

@@ -44,7 +44,7 @@ SHARDS = {
     "no training shard": (
         lambda f: [p.unlink() for p in f.glob("data/shakespeare/*train*")],
         "expected shards",
-        "shakespeare.py",
+        "data.shakespeare",
     ),
     "no validation shard": (lambda f: (f / VAL).unlink(), "expected shards", "_val_*.bin"),
     "truncated": (

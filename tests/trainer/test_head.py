@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from engine import head_loss, products
 from engine.head_loss import HeadLoss, choose_fp8, multi_token_loss, softcap, to_fp8
 from engine.products import OneDnnLinear, choose_onednn
-from newton_schulz import ONEDNN
+from muon import ONEDNN
 from data.errors import UsageError
 
 CPU = torch.device("cpu")

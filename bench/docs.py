@@ -1,0 +1,221 @@
+"""Put the figures of README.md and docs/ in from committed logs and tables, and draw the pictures.
+
+    python -m bench.docs           # write what has changed
+    python -m bench.docs --check   # write nothing; exit code 1 if something would change
+
+Prose is written by hand. What is put in: the table between two marks in docs/results.md, and in
+docs/techniques.md the lines that begin with "- Settings:" and "- Worth here, without it:". The settings and
+the rows of bench/ABLATION.md that they name stay as they are; the values behind the names are written anew.
+Figures in sentences are looked for and never written.
+"""
+import argparse
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import pictures
+from data.errors import UsageError
+from data.files import written_whole
+from records import logs
+from train_gpt import TRACKS, Config
+
+TECHNIQUES = Path("docs/techniques.md")
+RESULTS = Path("docs/results.md")
+README = Path("README.md")
+ABLATION = Path("bench/ABLATION.md")
+PICTURES = Path("docs/pictures")
+MARK, END = "<!-- figures of python -m bench.docs -->", "<!-- end of figures -->"
+SHORT_STEPS = 130
+MUON, ADAMW, NANOGPT = "Muon", "AdamW for everything", "nanoGPT's quickstart"
+GROUPS = {
+    "the record": Path("records/track_0_laptop/2026-11-24_TailAverage/runs"),
+    "the record before": Path("records/track_0_laptop/2026-11-24_Reference/runs"),
+    MUON: pictures.RUNS / "muon",
+    ADAMW: pictures.RUNS / "adamw",
+    NANOGPT: pictures.RUNS / "nanogpt",
+    f"Muon, {SHORT_STEPS} steps": pictures.RUNS / "short",
+}
+ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<n>\d+) \| [\d.]+ \| (?P<loss>[^|]+) \| [\d.]* "
+                 r"\| (?P<at_time>[^|]*)\|$", re.M)  # of the table in bench/ABLATION.md
+
+
+# ------------------------------------------------------------------------------------------------------------
+# docs/techniques.md
+
+
+def shown(value) -> str:
+    """A setting's value as --help writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(map(shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings_line(line: str) -> str:
+    """The values of the settings that a line names; in brackets, those of tracks that have others."""
+    names = [name for name in re.findall(r"`(\w+)`", line) if name not in TRACKS]
+    entries = []
+    for name in names:
+        if not hasattr(Config, name):
+            raise UsageError(f"{TECHNIQUES}: expected settings of Config, found {name!r}; correct {line!r}")
+        values = {track: shown(getattr(Config.for_track(track), name)) for track in TRACKS}
+        default, *_ = values.values()
+        others = [f"`{track}` {value}" for track, value in values.items() if value != default]
+        entries.append(f"`{name}` {default}" + (f" ({', '.join(others)})" if others else ""))
+    return f"- Settings: {'; '.join(entries)}" if entries else line
+
+
+def worth_line(line: str, rows: dict[str, re.Match]) -> str:
+    """What bench/ABLATION.md measured for the rows that a line quotes."""
+    entries = []
+    for name in re.findall(r'"([^"]+)"', line):
+        if name not in rows:
+            raise UsageError(f"{TECHNIQUES}: expected a row of {ABLATION}, found {name!r}; correct {line!r}")
+        found = rows[name]
+        at_time = f", {found['at_time'].strip()} at equal time" if found["at_time"].strip() else ""
+        entries.append(f'"{name}" {found["loss"]} (n = {found["n"]}){at_time}')
+    return f"- Worth here, without it: {'; '.join(entries)}" if entries else line
+
+
+def techniques(page: str) -> str:
+    """The page with the values of settings and of measurements written anew."""
+    rows = {row["name"]: row for row in ROW.finditer(ABLATION.read_text(encoding="utf-8"))}
+    lines = []
+    for line in page.splitlines():
+        if line.startswith("- Settings:"):
+            line = settings_line(line)
+        elif line.startswith("- Worth here, without it:"):
+            line = worth_line(line, rows)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures of README.md and docs/results.md
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Final losses and training seconds of the runs of a folder."""
+    losses: list[float]
+    seconds: list[float]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Summary":
+        read = pictures.nanogpt_run if folder.name == "nanogpt" else pictures.own_run
+        ends = [read(path)[-1] for path in sorted(folder.glob("*.txt"))]
+        if len(ends) < 2:
+            raise UsageError(f"{folder}: expected two or more logs, found {len(ends)}; name a folder of them")
+        return cls([loss for _, _, loss in ends], [seconds for _, seconds, _ in ends])
+
+    @property
+    def n(self) -> int:
+        return len(self.losses)
+
+    @property
+    def loss(self) -> str:
+        return spread(self.losses, 4)
+
+    @property
+    def time(self) -> str:
+        return spread(self.seconds, 1)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def runs_table() -> str:
+    """One row for each group of runs whose figures README.md or docs/results.md tell."""
+    lines = ["| runs | n | final validation loss | training seconds |", "|---|---|---|---|"]
+    for name, folder in GROUPS.items():
+        found = Summary.of(folder)
+        time = "see below" if folder.name == "short" else found.time
+        lines.append(f"| [{name}](../{folder}) | {found.n} | {found.loss} | {time} |")
+    return "\n".join(lines) + "\n"
+
+
+def seconds_to(loss: float, folder: Path) -> list[float]:
+    """Training seconds to this loss of each run of train_gpt.py, on straight lines between validations."""
+    found = [logs.read(path).runs[0].time_to(loss) for path in sorted(folder.glob("*.txt"))]
+    return [ms / 1000 for ms in found if ms is not None]
+
+
+def facts() -> dict[str, str]:
+    """What README.md and docs/results.md say in sentences, by what it is about."""
+    groups = {name: Summary.of(folder) for name, folder in GROUPS.items()}
+    record, muon, adamw, nanogpt = (groups[name] for name in ("the record", MUON, ADAMW, NANOGPT))
+    target = Config.for_track("shakespeare").target_loss
+    adamw_to_target = statistics.mean(seconds_to(target, GROUPS[ADAMW]))
+    muon_to_target = statistics.mean(seconds_to(target, GROUPS[MUON]))
+    muon_to_nanogpt = statistics.mean(seconds_to(statistics.mean(nanogpt.losses), GROUPS[MUON]))
+    muon_seconds, adamw_seconds, nanogpt_seconds = (
+        statistics.mean(group.seconds) for group in (muon, adamw, nanogpt))
+
+    # The short runs did not have the machine to themselves: a step counts as long as one of the whole runs.
+    short_seconds = muon_seconds * SHORT_STEPS / Config.for_track("shakespeare").train_steps
+    return {
+        "the record": f"{record.time} s (n = {record.n}",
+        "AdamW, whole schedule": f"{adamw_seconds / muon_seconds:.2f} times",
+        "AdamW, to the target": f"{adamw_to_target / muon_to_target:.2f} times",
+        "nanoGPT, on the way of a whole run": f"{nanogpt_seconds / muon_to_nanogpt:.1f} times",
+        "nanoGPT, a run that stops there": f"{nanogpt_seconds / short_seconds:.1f} times",
+        "time of the short run": f"{short_seconds:.1f} s",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def wanted() -> dict[Path, str]:
+    """What every file should hold."""
+    target = Config.for_track("shakespeare").target_loss
+    files = {TECHNIQUES: techniques(TECHNIQUES.read_text(encoding="utf-8")),
+             RESULTS: page_with(RESULTS.read_text(encoding="utf-8"), MARK, runs_table())}
+    for theme in pictures.THEMES:
+        files[PICTURES / f"loss_{theme.name}.svg"] = pictures.loss_picture(theme, target)
+        files[PICTURES / f"muon_{theme.name}.svg"] = pictures.muon_picture(theme)
+    return files
+
+
+def page_with(page: str, mark: str, table: str) -> str:
+    """The page with the table between its marks."""
+    before, found, rest = page.partition(mark)
+    _, end, after = rest.partition(END)
+    if not (found and end):
+        raise UsageError(f"{RESULTS}: expected the lines {mark!r} and {END!r}, found no such pair; write "
+                         "them where the table shall stand")
+    return f"{before}{mark}\n\n{table}\n{END}{after}"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.docs", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    try:
+        stale = [(path, text) for path, text in wanted().items()
+                 if not path.exists() or path.read_text(encoding="utf-8") != text]
+        prose = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
+        missing = [(about, text) for about, text in facts().items() if text not in prose]
+    except (OSError, UsageError) as error:
+        print(f"bench.docs: {error}", file=sys.stderr)
+        return 2
+
+    for path, text in stale:
+        print(f"{path}: {'out of date' if options.check else 'written'}")
+        if not options.check:
+            with written_whole(path, "w") as file:
+                file.write(text)
+    for about, text in missing:
+        print(f"{README} and {RESULTS}: expected one to say, of {about}: {text!r}")
+    return 1 if missing or (stale and options.check) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

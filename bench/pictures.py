@@ -1,0 +1,266 @@
+"""The two pictures of README.md, each for a light and a dark page. `python -m bench.docs` draws them into
+docs/pictures.
+
+The picture of the loss shows validation loss against training seconds, from committed logs. That of Muon is a
+diagram of one step over four ranks; it shows no measurement. Words are kept as text, so that they can be
+selected and read aloud.
+"""
+import html
+import io
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from data.errors import UsageError
+from records import logs
+
+RUNS = Path("bench/results/2026-11-28_shakespeare_cpu")
+NANOGPT_LINE = re.compile(
+    r"^step (\d+): val loss (\d+\.\d+) \(whole validation set\), training time (\d+)ms$", re.M)
+
+
+@dataclass(frozen=True)
+class Theme:
+    name: str
+    text: str
+    faint: str    # axes, grid and what is said in passing
+    page: str     # what lies behind: only drawn under text that crosses a line
+    colors: dict  # of the curves and of the ranks
+
+
+LIGHT = Theme("light", "#1f2328", "#59636e", "#ffffff", {
+    "muon": "#0969da", "adamw": "#bc4c00", "nanogpt": "#6e40aa", "target": "#1a7f37",
+    "ranks": ("#0969da", "#bc4c00", "#1a7f37", "#8250df")})
+DARK = Theme("dark", "#f0f6fc", "#9198a1", "#0d1117", {
+    "muon": "#58a6ff", "adamw": "#f0883e", "nanogpt": "#bc8cff", "target": "#3fb950",
+    "ranks": ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff")})
+THEMES = LIGHT, DARK
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Validation loss against training seconds
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One validation of several runs of the same settings."""
+    step: int
+    seconds: float  # mean over the runs
+    loss: float     # mean over the runs
+    low: float
+    high: float
+
+
+def nanogpt_run(path: Path) -> list[tuple[int, float, float]]:
+    """[(step, training seconds, validation loss)] of a log of nanoGPT with our timer."""
+    found = NANOGPT_LINE.findall(path.read_text(encoding="utf-8"))
+    if not found:
+        raise UsageError(f"{path}: expected lines like 'step 250: val loss 2.4592 (whole validation set), "
+                         "training time 7651ms', found none; take the log of bench/results/*/nanogpt")
+    return [(int(step), int(ms) / 1000, float(loss)) for step, loss, ms in found]
+
+
+def own_run(path: Path) -> list[tuple[int, float, float]]:
+    """The same of a log of train_gpt.py."""
+    points = logs.read(path).runs[0].val_points
+    return [(point.step, point.train_time_ms / 1000, point.val_loss) for point in points]
+
+
+def runs_of(group: str) -> list[list[tuple[int, float, float]]]:
+    """The runs of a folder of RUNS: muon, adamw or nanogpt."""
+    read = nanogpt_run if group == "nanogpt" else own_run
+    return [read(path) for path in sorted((RUNS / group).glob("*.txt"))]
+
+
+def curve(group: str) -> list[CurvePoint]:
+    """Means and extremes over the runs of a group, validation by validation, but for the one before the first
+    step: a straight line from there would say nothing about the way."""
+    points = []
+    for together in list(zip(*runs_of(group), strict=True))[1:]:
+        steps, seconds, losses = zip(*together)
+        if len(set(steps)) > 1:
+            raise UsageError(f"{RUNS / group}: expected runs with validations at the same steps, found "
+                             f"{sorted(set(steps))}; leave out the odd one")
+        points.append(CurvePoint(steps[0], statistics.mean(seconds), statistics.mean(losses), min(losses),
+                                 max(losses)))
+    return points
+
+
+def figure_of_loss(theme: Theme, target: float) -> Figure:
+    """The picture as a matplotlib figure, 760 by 460 units of SVG."""
+    fig = Figure(figsize=(760 / 72, 460 / 72), facecolor="none")
+    axes = fig.add_axes((0.08, 0.14, 0.905, 0.79), facecolor="none")
+    ends = {}
+    for group in ("nanogpt", "adamw", "muon"):
+        points, color = curve(group), theme.colors[group]
+        seconds = [point.seconds for point in points]
+        axes.fill_between(seconds, [point.low for point in points], [point.high for point in points],
+                          color=color, alpha=0.22, linewidth=0)
+        axes.plot(seconds, [point.loss for point in points], color=color, linewidth=3, marker="o",
+                  markersize=5, solid_joinstyle="round", label=group)
+        ends[group] = points[-1]
+
+    axes.axhline(target, color=theme.colors["target"], linewidth=2, linestyle=(0, (5, 3)),
+                 label="target")
+    axes.set_xlim(0, 5 * (max(end.seconds for end in ends.values()) // 5 + 1))
+    axes.set_ylim(target - 0.13, 2.53)
+    label_curves(axes, theme, target, ends)
+
+    axes.set_xlabel("training seconds", fontsize=18, color=theme.text, labelpad=6)
+    axes.set_title("validation loss, nats per byte", fontsize=18, color=theme.text, loc="left", pad=10)
+    axes.tick_params(colors=theme.faint, labelsize=17, length=0, pad=6)
+    axes.grid(axis="y", color=theme.faint, alpha=0.25, linewidth=1)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(theme.faint)
+    return fig
+
+
+def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint]):
+    """Name each curve beside it, in its colour, so that no legend is needed."""
+    def say(x, y, text, name, across="left"):
+        axes.text(x, y, text, color=theme.colors[name], fontsize=18, fontweight="bold", ha=across,
+                  va="center", linespacing=1.25)
+
+    muon, adamw, nanogpt = ends["muon"], ends["adamw"], ends["nanogpt"]
+    said = {name: f"{end.loss:.2f} after {end.seconds:.0f} s" for name, end in ends.items()}
+    say(muon.seconds + 1.5, target - 0.065, f"this repository: {said['muon']}", "muon")
+    say(nanogpt.seconds + 1.5, nanogpt.loss + 0.045, f"nanoGPT's quickstart:\n{said['nanogpt']}", "nanogpt")
+    say(adamw.seconds, target + 0.165, f"the same with AdamW:\n{said['adamw']}", "adamw", "right")
+    say(0.8, target + 0.04, f"target {target:g}", "target")
+
+
+def loss_picture(theme: Theme, target: float) -> str:
+    """The SVG text; ids and dates are fixed, so that one matplotlib writes equal files from equal data."""
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "loss", "font.sans-serif": ["DejaVu Sans"]}
+    with matplotlib.rc_context(settings):
+        out = io.StringIO()
+        figure = figure_of_loss(theme, target)
+        about = {"Title": "Validation loss against training seconds", "Date": None,
+                 "Description": json.dumps(drawn_data(figure)),
+                 "Creator": f"matplotlib {matplotlib.__version__}"}
+        figure.savefig(out, format="svg", metadata=about, transparent=True)
+    text = re.sub(r"[ \t]+$", "", out.getvalue(), flags=re.M)
+    return text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, Helvetica, Arial")
+
+
+def drawn_data(figure: Figure) -> dict[str, list[tuple[float, float]]]:
+    """What a figure shows: the points of each line by its label."""
+    return {line.get_label(): [(round(float(x), 3), round(float(y), 4)) for x, y in zip(*line.get_data())]
+            for line in figure.axes[0].lines}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One Muon step over four ranks
+
+
+class Drawing:
+    """An SVG text under construction, in a coordinate system of `width` by `height` units."""
+
+    def __init__(self, width: int, height: int, title: str, description: str):
+        self.lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+                      'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
+                      f"<title>{html.escape(title)}</title>", f"<desc>{html.escape(description)}</desc>"]
+
+    def add(self, element: str, content: str | None = None, **attributes):
+        """Add an element; underscores in names of attributes become hyphens."""
+        given = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in attributes.items())
+        self.lines.append(f"<{element}{given}/>" if content is None else
+                          f"<{element}{given}>{html.escape(content)}</{element}>")
+
+    def text(self, x: float, y: float, content: str, color: str, size=17, anchor="start", weight=400):
+        self.add("text", content, x=x, y=y, fill=color, font_size=size, text_anchor=anchor,
+                 font_weight=weight)
+
+    def box(self, x: float, y: float, width: float, height: float, color: str, opacity=1.0):
+        self.add("rect", x=x, y=y, width=width, height=height, rx=5, fill=color, fill_opacity=opacity,
+                 stroke=color, stroke_width=1.5)
+
+    def ribbon(self, start: tuple[float, float], end: tuple[float, float], color: str):
+        """A curve that leaves downwards and arrives from above."""
+        (x, y), (to_x, to_y) = start, end
+        middle = (y + to_y) / 2
+        self.add("path", d=f"M{x} {y} C{x} {middle} {to_x} {middle} {to_x} {to_y}", stroke=color,
+                 stroke_width=2, stroke_opacity=0.55, fill="none")
+
+    def finish(self) -> str:
+        return "\n".join([*self.lines, "</svg>", ""])
+
+
+RANKS = 4
+MATRICES = "ABCD"  # one per rank in the diagram
+COLUMN_X, COLUMN_STEP, COLUMN_WIDTH = 166, 150, 130
+SQUARE, SQUARE_STEP = 28, 34
+GRADIENTS_Y, OWNERS_Y, WEIGHTS_Y, BUCKETS_Y = 44, 162, 320, 428
+OWNER_HEIGHT, LANE_STEP, LANE_HEIGHT = 68, 46, 36
+
+
+def square_x(rank: int, matrix: int) -> float:
+    """Left edge of a matrix's square among those that a rank holds."""
+    return COLUMN_X + rank * COLUMN_STEP + matrix * SQUARE_STEP
+
+
+def muon_picture(theme: Theme) -> str:
+    """The SVG text: above, what happens to four matrices on four ranks; below, three buckets that overlap."""
+    drawing = Drawing(760, 566, "One Muon step over four ranks",
+                      "Every rank has gradients of the matrices A, B, C and D. A reduce-scatter brings their "
+                      "mean to the owner of each matrix, which alone keeps its momentum and runs "
+                      "Newton-Schulz; an all-gather brings the updates to all ranks, which apply them. "
+                      "Buckets overlap: while one is computed, the gradients of the next and the updates of "
+                      "the one before travel.")
+    draw_ranks(drawing, theme)
+    draw_buckets(drawing, theme)
+    return drawing.finish()
+
+
+def draw_ranks(drawing: Drawing, theme: Theme):
+    """Four columns of ranks, from gradients at the top to new weights at the bottom."""
+    for rank in range(RANKS):
+        middle = COLUMN_X + rank * COLUMN_STEP + COLUMN_WIDTH / 2
+        drawing.text(middle, 26, f"rank {rank}", theme.text, anchor="middle", weight=600)
+        for matrix, color in enumerate(theme.colors["ranks"]):
+            x = square_x(rank, matrix) + SQUARE / 2
+            owner = COLUMN_X + matrix * COLUMN_STEP + COLUMN_WIDTH / 2
+            drawing.ribbon((x, GRADIENTS_Y + SQUARE), (owner + (rank - 1.5) * 14, OWNERS_Y), color)
+            drawing.ribbon((owner + (rank - 1.5) * 14, OWNERS_Y + OWNER_HEIGHT), (x, WEIGHTS_Y), color)
+    for rank, color in enumerate(theme.colors["ranks"]):
+        left, middle = square_x(rank, 0), COLUMN_X + rank * COLUMN_STEP + COLUMN_WIDTH / 2
+        drawing.box(left, OWNERS_Y, COLUMN_WIDTH, OWNER_HEIGHT, color)
+        drawing.text(middle, OWNERS_Y + 20, f"{MATRICES[rank]}: mean,", theme.page, 15, "middle")
+        drawing.text(middle, OWNERS_Y + 39, "momentum,", theme.page, 15, "middle")
+        drawing.text(middle, OWNERS_Y + 58, "Newton-Schulz", theme.page, 15, "middle")
+        for matrix, own in enumerate(theme.colors["ranks"]):
+            x = square_x(rank, matrix)
+            drawing.box(x, GRADIENTS_Y, SQUARE, SQUARE, own, 0.18)
+            drawing.text(x + SQUARE / 2, GRADIENTS_Y + 19, MATRICES[matrix], theme.text, 15, "middle")
+            drawing.box(x, WEIGHTS_Y, SQUARE, SQUARE, own)
+            drawing.text(x + SQUARE / 2, WEIGHTS_Y + 19, MATRICES[matrix], theme.page, 15, "middle", 600)
+    drawing.text(8, GRADIENTS_Y + 19, "gradients", theme.text)
+    for y, first, second in ((108, "reduce-scatter:", "means to owners"),
+                             (OWNERS_Y + 27, "each owner", "works on its own"),
+                             (268, "all-gather:", "updates to all"),
+                             (WEIGHTS_Y + 13, "apply: weights", "equal on all ranks")):
+        drawing.text(8, y, first, theme.text)
+        drawing.text(8, y + 21, second, theme.faint, 16)
+
+
+def draw_buckets(drawing: Drawing, theme: Theme):
+    """Three buckets of matrices against time: each is computed while its neighbours travel."""
+    drawing.text(8, BUCKETS_Y - 26, "In large models, bucket by bucket (time runs to the right):", theme.text)
+    for lane, name in enumerate(("gradients travel", "Newton-Schulz", "updates travel")):
+        y, computing = BUCKETS_Y + lane * LANE_STEP, name == "Newton-Schulz"
+        drawing.text(8, y + 24, name, theme.text)
+        for bucket in range(3):
+            x = COLUMN_X + (lane + bucket) * 117
+            label = f"bucket {bucket + 1}"
+            if computing:
+                drawing.box(x, y, 109, LANE_HEIGHT, theme.text)
+                drawing.text(x + 54.5, y + 24, label, theme.page, 16, "middle", 600)
+            else:
+                drawing.box(x, y, 109, LANE_HEIGHT, theme.faint, 0.18)
+                drawing.text(x + 54.5, y + 24, label, theme.text, 16, "middle")

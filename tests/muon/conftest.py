@@ -1,0 +1,9 @@
+"""The iteration is fp32 in these tests, whatever the processor, as their tolerances expect; who tests bf16 asks for it."""
+import pytest
+
+import muon
+
+
+@pytest.fixture(autouse=True)
+def fp32_on_every_processor(monkeypatch):
+    monkeypatch.setattr(muon, "has_bf16_units", lambda: False)

@@ -1,0 +1,427 @@
+"""muon.py in other people's programs: groups that change, state that loggers and resets touch, hooks, copies, odd inputs."""
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import muon
+from muon import orthogonalize
+from tests.helpers.dist import run_ranks
+from tests.muon.test_muon import Muon, close, feed, make, mapped, same, save_and_load, with_spectrum
+
+SHAPES = [(12, 8), (8, 12), (10, 10)]
+
+
+def after(optimizer, params, gradients):
+    for step in gradients:
+        feed(params, step)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+# --- param_groups that change after construction ---
+
+def replaced(optimizer, params):
+    other = nn.Parameter(torch.ones(8, 8))
+    optimizer.param_groups[0]["params"][1] = other
+    return [params[0], other, params[2]]
+
+
+def appended(optimizer, params):
+    other = nn.Parameter(torch.ones(8, 8))
+    optimizer.param_groups[0]["params"].append(other)
+    return [*params, other]
+
+
+def removed(optimizer, params):
+    del optimizer.param_groups[0]["params"][1]
+    return [params[0], params[2]]
+
+
+def reordered(optimizer, params):
+    optimizer.param_groups[0]["params"].reverse()
+    return params
+
+
+def group_deleted(optimizer, params):
+    del optimizer.param_groups[0]
+    return params[2:]
+
+
+def group_added_by_hand(optimizer, params):
+    other = nn.Parameter(torch.ones(8, 8))
+    optimizer.param_groups.append(dict(params=[other], lr=0.3))
+    return [*params, other]
+
+
+CHANGES = [replaced, appended, removed, reordered, group_deleted, group_added_by_hand]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_groups_are_noticed_and_state_stays_with_its_parameter(change):
+    params, gradients = make(SHAPES, steps=4)
+    optimizer = Muon([dict(params=params[:2], lr=0.1), dict(params=params[2:], lr=0.01)], deterministic=True)
+    after(optimizer, params, gradients[:2])
+    kept = {p: copy.deepcopy(optimizer.state[p]) for p in params}
+    now = change(optimizer, params)
+    lrs = {p: group.get("lr") for group in optimizer.param_groups for p in group["params"]}
+    alone = [nn.Parameter(p.detach().clone()) for p in now]
+    expected = [Muon([q], lr=lrs[p], deterministic=True) for p, q in zip(now, alone)]
+    for p, q, each in zip(now, alone, expected):
+        if p in kept:
+            each.state[q] = kept[p]
+    still = [p.detach().clone() for p in params]
+    for step in gradients[2:]:
+        grads = [torch.ones_like(p) + step[0].sum() for p in now]
+        feed(params, step)
+        feed(now, grads)
+        feed(alone, grads)
+        optimizer.step()
+        for each in expected:
+            each.step()
+    assert all(same(p.detach(), q.detach()) for p, q in zip(now, alone))
+    assert all(same(p.detach(), before) for p, before in zip(params, still) if all(p is not q for q in now))
+    assert set(optimizer.state_dict()["state"]) == set(range(len(now)))
+
+
+def test_data_of_another_shape_starts_with_fresh_momentum_and_says_so():
+    (p, q), gradients = make([(12, 8), (8, 12)], steps=1)
+    optimizer = Muon([("p", p), ("q", q)])
+    after(optimizer, [p, q], gradients)
+    p.data = torch.ones(20, 8)
+    feed([p], [torch.ones(20, 8)])
+    with pytest.warns(UserWarning, match=r"p: its momentum_buffer of shape \(12, 8\) no longer fits shape \(20, 8\)"):
+        optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].shape == (20, 8) and (p < 1).all()
+
+
+def test_nothing_changed_costs_no_layout(monkeypatch):
+    params, gradients = make(SHAPES)
+    optimizer = Muon(params)
+    monkeypatch.setattr(optimizer, "_lay_out", lambda: 1 / 0)
+    monkeypatch.setattr(muon, "checked", lambda *args: 1 / 0)
+    after(optimizer, params, gradients)
+
+
+def ranks_change(rank, W, kind):
+    """What two ranks say, and their weights, when groups change on both or on rank 1 only."""
+    muon.has_bf16_units = lambda: False
+    params, gradients = make(SHAPES, steps=4)
+    optimizer, said = Muon([(f"w{i}", p) for i, p in enumerate(params)], deterministic=True), None
+    after(optimizer, params, gradients[:2])
+    if kind == "all" or rank == 1:
+        del optimizer.param_groups[0]["params"][1], optimizer.param_groups[0]["param_names"][1]
+    try:
+        after(optimizer, params, gradients[2:])
+    except (ValueError, RuntimeError) as error:
+        said = str(error)
+    return [p.detach() for p in params], said
+
+
+def test_ranks_follow_a_change_together_or_name_the_difference():
+    params, gradients = make(SHAPES, steps=4)
+    optimizer = Muon(params, deterministic=True)
+    after(optimizer, params, gradients[:2])
+    del optimizer.param_groups[0]["params"][1]
+    after(optimizer, params, gradients[2:])
+    for weights, said in run_ranks(2, ranks_change, "all"):
+        assert said is None and all(same(w, p.detach()) for w, p in zip(weights, params))
+    for _, said in run_ranks(2, ranks_change, "one"):
+        assert "the same parameters and settings on all ranks, found w1 of shape (8, 12) in torch.float32 on rank 0 and " \
+               "w2 of shape (10, 10)" in said
+
+
+# --- state ---
+
+def test_state_is_there_in_full_shape_and_may_be_read_and_cleared():
+    params, gradients = make([(12, 8), (3, 8, 12), (6, 4, 3, 3)], steps=3)
+    optimizer = Muon(params, momentum=0.9)
+    assert not optimizer.state and not optimizer.state_dict()["state"]
+    after(optimizer, params, gradients[:1])
+    for p, g in zip(params, gradients[0]):
+        close(optimizer.state[p]["momentum_buffer"], 0.1 * g)
+    before = optimizer.state[params[0]]["momentum_buffer"]
+    after(optimizer, params, gradients[1:2])
+    close(before, 0.9 * 0.1 * gradients[0][0] + 0.1 * gradients[1][0])  # the same tensor, not a copy
+    optimizer.state.clear()
+    optimizer.state[params[1]]["momentum_buffer"] = torch.zeros(3, 8, 12)
+    after(optimizer, params, gradients[2:])
+    for p, g in zip(params, gradients[2]):
+        close(optimizer.state[p]["momentum_buffer"], 0.1 * g)
+
+
+def test_hooks_see_what_torch_shows_them():
+    params, gradients = make(SHAPES, dtype=torch.bfloat16)
+    optimizer, seen = Muon(params), []
+    after(optimizer, params, gradients)
+    saved = save_and_load(optimizer.state_dict())
+    other = Muon(make(SHAPES, dtype=torch.bfloat16)[0])
+
+    def double(_, state):
+        seen.append(sorted(state["state"]))
+        state = copy.deepcopy(state)
+        state["state"][0]["momentum_buffer"] *= 2
+        state["param_groups"][0]["lr"] = 0.5
+        return state
+    other.register_load_state_dict_pre_hook(double)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(o.state[o.param_groups[0]["params"][0]]["momentum_buffer"]))
+    other.load_state_dict(saved)
+    assert seen[0] == [0, 1, 2] and seen[1].dtype == torch.float32 and other.param_groups[0]["lr"] == 0.5
+    close(seen[1], 2 * saved["state"][0]["momentum_buffer"])
+    assert len(other._optimizer_load_state_dict_pre_hooks) == len(other._optimizer_load_state_dict_post_hooks) == 1
+
+
+def replicated(rank, W, folder, settings):
+    """Steps 0, 1 with a save of every rank by itself, and 2, 3 after a load of that."""
+    muon.has_bf16_units = lambda: False
+    settings = dict(settings, replicate_state=True, deterministic=True, bucket_mb=1e-9)
+    dtype = torch.bfloat16 if settings.get("split_mantissa") else torch.float32
+    params, gradients = make([(12, 8), (3, 8, 12), (10, 10)], dtype=dtype, steps=4)
+    optimizer = Muon(params, **settings)
+    after(optimizer, params, gradients[:2])
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = [nn.Parameter(p.detach().clone()) for p in params]
+    resumed = Muon(other, **settings)
+    resumed.load_state_dict(saved)
+    return saved["state"], after(optimizer, params, gradients[2:]), after(resumed, other, gradients[2:])
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(sync_grads=True), dict(normuon_beta2=0.9, split_mantissa=True, weight_decay=0.1),
+    dict(normuon_beta2=0.9, split_mantissa=True, ns_dtype=torch.bfloat16)], ids=str)
+def test_replicated_state_is_whole_on_every_rank_and_resumes_bit_for_bit(settings, tmp_path):
+    ranks = run_ranks(2, replicated, str(tmp_path), settings)
+    (state, _, _), = run_ranks(1, replicated, str(tmp_path), settings)
+    for saved, straight, resumed in ranks:
+        assert all(map(same, straight, resumed)) and all(map(same, straight, ranks[0][1]))
+        for i, theirs in saved.items():
+            assert theirs.keys() == state[i].keys()
+            assert all(same(x, state[i][key]) for key, x in theirs.items())
+
+
+# --- gradients that are zero throughout, iterations that overflow ---
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+def test_an_expert_without_tokens_decays_and_its_momentum_fades(monkeypatch, nesterov, reads):
+    if not reads:
+        monkeypatch.setattr(muon, "may_read", lambda x: False)
+    (bank,), ((g,), (h,)) = make([(4, 8, 12)], steps=2)
+    optimizer = Muon([bank], momentum=0.9, nesterov=nesterov, lr=0.1, weight_decay=0.5, normuon_beta2=0.9)
+    after(optimizer, [bank], [[g]])
+    before, momentum = bank.detach().clone(), optimizer.state[bank]["momentum_buffer"].clone()
+    h[1] = h[3] = 0.0
+    after(optimizer, [bank], [[h]])
+    for k in (1, 3):
+        close(bank.detach()[k], before[k] * 0.95)
+        close(optimizer.state[bank]["momentum_buffer"][k], 0.9 * momentum[k])
+    assert (bank.detach()[0] - before[0] * 0.95).norm() > 0.1 and optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_an_iteration_that_overflows_is_skipped_and_counted(monkeypatch, reads):
+    if not reads:
+        monkeypatch.setattr(muon, "may_read", lambda x: False)
+    params, gradients = make([(12, 8), (3, 8, 12)], steps=1)
+    before = [p.detach().clone() for p in params]
+    optimizer = Muon(params, ns_coefficients=(1e9, 1e9, 1e9), weight_decay=0.1, normuon_beta2=0.9)
+    assert all(map(same, after(optimizer, params, gradients), before)) and optimizer.skipped == 4
+    assert not optimizer.state[params[0]]["second_moment"].any()
+
+
+# --- orthogonalize ---
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-50, 1.0, 1e300])
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_float64_is_exact_throughout(scale, form):
+    G = with_spectrum(torch.logspace(-6, 0, 8, dtype=torch.float64), 8, 20)[0]
+    close(orthogonalize(G * scale, 5, "polar", torch.float64, form), mapped(G, "polar", 5), rtol=0, atol=1e-11)
+    close(orthogonalize(G * scale, 5, "polar", torch.float32), mapped(G, "polar", 5), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (2, 4, 6)])
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_gradients_flow_back_through_orthogonalize(shape, form):
+    G = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda G: orthogonalize(G, 3, "quintic", torch.float64, form), G)
+
+
+def test_eps_shrinks_what_is_smaller_as_in_torch():
+    G = with_spectrum(torch.linspace(0.5, 1, 8), 8, 12)[0].float()
+    small = G / G.norm() * 1e-11
+    theirs = torch.optim._muon._zeropower_via_newtonschulz(small, muon.COEFFICIENTS["jordan"][1][0], 5, 1e-7).float()
+    ours = orthogonalize(small, 5, "jordan", torch.float32, eps=1e-7)
+    assert (ours - theirs).norm() < 0.03 * theirs.norm() and ours.norm() < 0.9 * orthogonalize(G, 5, "jordan", torch.float32).norm()
+    assert same(orthogonalize(G, 5, "jordan", torch.float32, eps=1e-7), orthogonalize(G, 5, "jordan", torch.float32))
+
+
+# --- copies, construction, odd inputs ---
+
+class Named(muon.Muon):
+    def __init__(self, model, rate):
+        super().__init__(model.parameters(), lr=rate)
+        self.model_name = type(model).__name__
+
+
+def copies(rank, W):
+    muon.has_bf16_units = lambda: False
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False))
+    named, group = Named(model, 0.1), dist.new_group([0, 1])
+    grouped = Muon(model.parameters(), process_group=group)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    named.step()
+    named.consolidate_state_dict()
+    found = []
+    for through in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        params, other, again = through((list(model.parameters()), named, grouped))
+        for p in params:
+            p.grad = torch.ones_like(p)
+        other.step()
+        again.step()
+        found.append((type(other), other.model_name, other.param_groups[0]["lr"], again.process_group is group,
+                      [p.detach() for p in params]))
+    named.step()
+    grouped.step()
+    return found, [p.detach() for p in model.parameters()]
+
+
+def test_subclasses_and_process_groups_are_copied():
+    for found, weights in run_ranks(2, copies):
+        for kind, name, lr, same_group, copied in found:
+            assert (kind, name, lr, same_group) == (Named, "Sequential", 0.1, True)
+            assert all(map(same, copied, weights))
+
+
+def test_a_scheduled_optimizer_is_copied_without_the_schedulers_step():
+    (p,), ((g,),) = make([(6, 4)], steps=1)
+    optimizer = Muon([p])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    q, other = copy.deepcopy((p, optimizer))
+    before = p.detach().clone()
+    after(other, [q], [[g]])
+    assert same(p.detach(), before) and not same(q.detach(), before)
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_model_may_be_built_on_meta_and_filled_later(swap):
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        with torch.device("meta"):
+            model = nn.Linear(6, 4, bias=False)
+        optimizer = Muon(model.parameters())
+        model.to_empty(device="cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    nn.init.ones_(model.weight)
+    model(torch.randn(3, 6)).square().mean().backward()
+    if optimizer.param_groups[0]["params"][0] is not model.weight:
+        optimizer.param_groups[0]["params"] = list(model.parameters())  # to_empty has made another one
+    optimizer.step()
+    assert (model.weight != 1).all() and optimizer.state[model.weight]["momentum_buffer"].device.type == "cpu"
+
+
+def test_numpy_numbers_are_settings_and_are_saved_as_plain_ones():
+    p = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([p], lr=np.float32(0.5), momentum=np.float64(0.9), ns_steps=np.int64(4), nesterov=np.bool_(True),
+                     ns_coefficients=np.array([3.4445, -4.7750, 2.0315]), split=np.int32(2))
+    optimizer.param_groups[0]["weight_decay"] = np.float32(0.25)
+    after(optimizer, [p], [[torch.ones(4, 6)]])
+    group = save_and_load(optimizer.state_dict())["param_groups"][0]
+    assert [group[key] for key in ("lr", "momentum", "ns_steps", "nesterov", "split", "weight_decay")] == [
+        0.5, 0.9, 4, True, 2, 0.25]
+    assert group["ns_coefficients"] == (3.4445, -4.7750, 2.0315)
+
+
+def lazy():
+    return Muon(nn.LazyLinear(3, bias=False).parameters())
+
+
+def sparse():
+    table = nn.Embedding(5, 4, sparse=True)
+    optimizer = Muon([("table", table.weight)])
+    table(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("run, error, sentence", [
+    (lambda: Muon(nn.Linear(3, 4)), TypeError, "expected parameters, found a module; pass model.parameters(), or what split"),
+    (lambda: Muon(nn.Sequential(nn.Linear(3, 4))), TypeError, "expected parameters, found a module"),
+    (lambda: Muon([nn.Linear(3, 4)]), TypeError, "parameter 0 of group 0: expected tensors, found Linear; pass model.par"),
+    (lazy, ValueError, "parameter 0 of group 0: expected a parameter with a shape, found a lazy one; run one batch"),
+    (sparse, RuntimeError, "table: expected a dense gradient, found torch.sparse_coo; make the layer with sparse=False"),
+    (lambda: muon.Muon([("w", nn.Parameter(torch.ones(4, 3, 5)))]), ValueError,
+     "w: expected flatten=False for a bank of matrices or flatten=True for a 1-D convolution, found shape (4, 3, 5) without"),
+    (lambda: Muon([dict(params=[nn.Parameter(torch.ones(4, 3))], adjust_lr="spectral")]), TypeError,
+     "expected ns_coefficients and adjust_lr_fn, found ['adjust_lr']")])
+def test_odd_inputs_get_a_sentence(run, error, sentence):
+    with pytest.raises(error) as found:
+        run()
+    assert sentence in str(found.value)
+
+
+def test_the_whole_step_compiles_with_a_tensor_lr():
+    params, gradients = make([(12, 8), (8, 12)], steps=3)
+    plain, _ = make([(12, 8), (8, 12)])
+    optimizer = Muon(params, lr=torch.tensor(0.02), weight_decay=0.1)
+    reference = Muon(plain, weight_decay=0.1)
+    feed(params, gradients[0])
+    optimizer.step()
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+    for t, step in enumerate(gradients):
+        feed(params, step)
+        feed(plain, step)
+        reference.param_groups[0]["lr"] = 0.02 / (t + 1)
+        optimizer.param_groups[0]["lr"].fill_(0.02 / (t + 1))
+        reference.step()
+        if t:
+            compiled()
+    for p, q in zip(params, plain):
+        close(p.detach(), q.detach())
+
+
+# --- the dtype of the iteration ---
+
+@pytest.mark.parametrize("amx, avx, expected", [(True, False, torch.bfloat16), (False, True, torch.bfloat16),
+                                                (False, False, torch.float32)])
+def test_bf16_where_the_processor_has_units_for_it(monkeypatch, amx, avx, expected):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
+    optimizer = Muon([nn.Parameter(torch.ones(3, 4))])
+    assert {bucket.dtype for bucket in optimizer.buckets} == {expected} and orthogonalize(torch.ones(3, 4)).dtype == expected
+    assert orthogonalize(torch.ones(3, 4), form="gram").dtype == torch.float32
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert muon.iteration_dtype(torch.device("cpu")) == torch.float32  # an older torch
+
+
+def unlike_processors(rank, W):
+    muon.has_bf16_units = lambda: rank == 0
+    params, gradients = make([(24, 40)] * 3)
+    optimizer = Muon(params)
+    after(optimizer, params, gradients)
+    return {bucket.dtype for bucket in optimizer.buckets}, [p.detach() for p in params]
+
+
+def test_ranks_on_unlike_processors_agree():
+    (dtypes, weights), (others, theirs) = run_ranks(2, unlike_processors)
+    assert dtypes == others == {torch.float32} and all(map(same, weights, theirs))
+
+
+@pytest.mark.parametrize("shape", [(400, 500), (500, 400), (2, 400, 400)])
+def test_bf16_blocks_equal_whole_products(monkeypatch, shape):
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    kept, fast = G.clone(), orthogonalize(G, 5, "quintic", torch.bfloat16)
+    monkeypatch.setattr(muon, "one_by_one", lambda *args: False)
+    slow = orthogonalize(G, 5, "quintic", torch.bfloat16)
+    exact = torch.stack([mapped(g, "quintic", 5) for g in G.view(-1, *shape[-2:])]).view(shape)
+    assert same(G, kept) and fast.shape == G.shape
+    errors = [((x.double() - exact).norm() / exact.norm()).item() for x in (fast, slow)]
+    assert errors[0] < 1.2 * errors[1] < 0.06 and math.isfinite(errors[0])

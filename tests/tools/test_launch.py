@@ -1,0 +1,384 @@
+"""tools/launch.py and tools/rank.py: what is looked at, prepared and started, and which exit code comes
+back."""
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tests.helpers.runs import launch as launch_tiny
+from tests.helpers.runs import make_shards
+
+from data.errors import run_program
+from data.files import ROOT
+from data.loader import shards_needed
+from data.shards import MAKERS
+from engine.checkpoint import write_checkpoint
+from tools import launch, machine
+from train_gpt import TRACKS, Config
+
+
+@pytest.fixture
+def started(monkeypatch) -> SimpleNamespace:
+    """What launch.main would start on a machine of `gpus` GPUs and 6 cores; data scripts end with
+    `data_code`."""
+    seen = SimpleNamespace(gpus=0, data_code=0, scripts=[], runs=[], environ={})
+
+    def script(command):
+        seen.scripts.append(command)
+        return SimpleNamespace(returncode=seen.data_code)
+
+    monkeypatch.setattr(launch, "count_gpus", lambda: seen.gpus)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 6)
+    monkeypatch.setattr(launch.os, "environ", seen.environ)
+    monkeypatch.setattr(launch.subprocess, "run", script)
+    monkeypatch.setattr(launch, "torchrun", lambda *call: seen.runs.append(call) or 0)
+    return seen
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A checkpoint of the track shakespeare, as far as the launcher looks at one."""
+    keys = ("step", "train_ms", "reached", "model", "muon", "adam", "ema", "loader", "rng")
+    settings = dataclasses.asdict(Config.for_track("shakespeare", train_steps=99))
+    path = tmp_path / "state.pt"
+    write_checkpoint(path, {"config": settings, **dict.fromkeys(keys)})
+    return path
+
+
+# ------------------------------------------------------------------------------------------- choices
+
+RANKS = {  # (GPUs, cores, NPROC) -> ranks
+    (0, 1, ""): 1,
+    (0, 2, ""): 2,
+    (0, 64, ""): 2,
+    (0, 2, "4"): 4,
+    (1, 16, ""): 1,
+    (4, 16, ""): 4,
+    (8, 96, ""): 8,
+    (8, 96, "2"): 2,
+    (3, 16, "2"): 2,
+}
+NO_RANKS = {  # (GPUs, NPROC) -> what the refusal says
+    (3, ""): "found 3 GPUs; set NPROC=2",
+    (6, ""): "found 6 GPUs; set NPROC=4",
+    (16, ""): "found 16 GPUs; set NPROC=8",
+    (2, "4"): "found 4 ranks for 2 GPUs; set NPROC=2",
+    (0, "3"): "found 3; set NPROC=2",
+    (8, "5"): "found 5; set NPROC=4",
+    (0, "0"): "found '0'",
+    (0, "two"): "found 'two'",
+    (0, "-2"): "found '-2'",
+}
+
+
+@pytest.mark.parametrize("machine_and_wish", RANKS)
+def test_number_of_ranks(machine_and_wish):
+    assert launch.choose_ranks(*machine_and_wish) == RANKS[machine_and_wish]
+
+
+@pytest.mark.parametrize("gpus, wanted", NO_RANKS)
+def test_impossible_number_of_ranks_is_refused(started, capsys, gpus, wanted):
+    started.gpus, started.environ["NPROC"] = gpus, wanted
+    assert run_program(launch.main, []) == 2
+    err = capsys.readouterr().err
+    assert "expected" in err and NO_RANKS[gpus, wanted] in err and err.count("\n") == 1
+    assert started.runs == started.scripts == []
+
+
+HARDWARE = [  # GPUs, arguments, track, ranks, threads
+    (0, ["--seed=1"], "shakespeare", 2, "3"),
+    (8, [], "small", 8, "1"),
+    (4, ["--track=shakespeare"], "shakespeare", 4, "1"),
+    (0, ["--track", "small"], "small", 2, "3"),
+]
+
+
+@pytest.mark.parametrize("gpus, args, track, ranks, threads", HARDWARE)
+def test_hardware_decides_track_ranks_and_threads(started, capsys, gpus, args, track, ranks, threads):
+    started.gpus = gpus
+    assert launch.main(args) == 0
+    line = capsys.readouterr().err
+    assert line.startswith(f"{gpus or 'no'} GPU, 6 CPU cores: track {track}, ranks: {ranks}, ")
+    assert started.runs == [(ranks, [f"--track={track}", *args])]
+    assert started.environ["OMP_NUM_THREADS"] == threads
+    assert int(started.environ["GOMP_SPINCOUNT"]) == launch.SPIN_COUNT
+    [command] = started.scripts
+    assert command[:3] == [sys.executable, "-m", MAKERS[os.path.dirname(Config.for_track(track).train_files)]]
+
+
+def test_settings_of_the_environment_are_kept(started):
+    started.environ.update(OMP_NUM_THREADS="5", GOMP_SPINCOUNT="7")
+    assert launch.main([]) == 0
+    assert (started.environ["OMP_NUM_THREADS"], started.environ["GOMP_SPINCOUNT"]) == ("5", "7")
+
+
+def test_container_quota_limits_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    for text, cores in [("400000 100000", 4), ("50000 100000", 1), ("max 100000", 16), ("", 16)]:
+        (tmp_path / "cpu.max").write_text(text)
+        monkeypatch.setattr(machine, "open", lambda path: (tmp_path / "cpu.max").open(), raising=False)
+        assert machine.usable_cores() == cores
+
+
+# ------------------------------------------------------------------------------------------- data
+
+def test_fineweb_is_fetched_for_the_schedule_at_hand(started):
+    for args in ([], ["--train_steps=5000"]):
+        assert launch.main(["--track=small", *args]) == 0
+    default, longer = [int(command[-1]) for command in started.scripts]
+    assert default == shards_needed(Config.for_track("small"))
+    assert longer == shards_needed(Config.for_track("small", train_steps=5000)) > default
+
+
+def test_nothing_is_prepared_for_shards_of_the_user_or_a_checkpoint(started, checkpoint):
+    assert launch.main(["--track=small", "--train_files=mine/*.bin"]) == 0
+    assert launch.main([f"--resume={checkpoint}", "--seed=3"]) == 0
+    assert started.scripts == []
+    assert started.runs[1][1] == [f"--resume={checkpoint}", "--seed=3"]  # it has its own track
+
+
+def test_without_data_nothing_is_started(started):
+    started.data_code = 2
+    assert launch.main([]) == 2
+    assert started.runs == []
+
+
+def test_every_track_has_data_of_a_script():
+    for track in TRACKS:
+        module = MAKERS[os.path.dirname(Config.for_track(track).train_files)]
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+
+
+# ------------------------------------------------------------------------------------------- settings, once
+
+REFUSED = {  # arguments -> the beginning of the one sentence
+    ("--muon_lr=abc",): "--muon_lr: expected a value like",
+    ("--trian_steps=5",): "expected a setting of --help, found '--trian_steps=5'; did you mean "
+                          "--train_steps?",
+    ("--train_steps=0",): "--train_steps: expected a positive number, found 0",
+    ("--track=large",): "--track: expected one of small, shakespeare, found 'large'",
+    ("--resume=nope.pt",): "nope.pt: expected a checkpoint of this program, found no such file",
+    ("--resume=CHECKPOINT", "--track=small"): "--track: expected the checkpoint's track, shakespeare, found "
+                                              "small",
+    ("--resume=CHECKPOINT", "--train_steps=0"): "--train_steps: expected a positive number",
+}
+
+
+@pytest.mark.parametrize("args", REFUSED)
+def test_settings_and_checkpoint_are_refused_once_before_anything_starts(started, checkpoint, capsys, args):
+    given = [arg.replace("CHECKPOINT", str(checkpoint)) for arg in args]
+    assert run_program(launch.main, given) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(REFUSED[args]) and err.count("\n") == 1
+    assert started.runs == started.scripts == []
+
+
+def test_settings_of_a_checkpoint_are_changed_by_those_of_the_command_line(checkpoint):
+    options, changes = launch.parse_config([f"--resume={checkpoint}", "--seed=3"])
+    cfg = launch.settings_of(options, changes, "small")
+    assert (cfg.track, cfg.train_steps, cfg.seed) == ("shakespeare", 99, 3)
+
+
+# ------------------------------------------------------------------------------------------- exit codes
+
+FAILURES = [  # {rank: (exit code, second)}, exit code, message
+    ({0: (2, 10), 1: (-15, 10)}, 2, ""),
+    ({1: (1, 10), 0: (2, 10)}, 2, ""),
+    ({0: (1, 10), 1: (-9, 41)}, 1, ""),
+    ({0: (1, 10), 1: (-9, 10)}, 1, "rank 1 ended by SIGKILL"),
+    ({1: (-11, 10), 0: (-15, 10)}, 1, "rank 1 ended by SIGSEGV"),
+    ({0: (-15, 10)}, 1, "rank 0 ended by SIGTERM"),
+    ({0: (3, 10), 1: (3, 10)}, 1, "found that they lost contact"),
+]
+
+
+@pytest.mark.parametrize("ranks, code, message", FAILURES)
+def test_exit_code_of_failed_ranks(capsys, ranks, code, message):
+    failures = {}
+    for rank, (exitcode, second) in ranks.items():
+        failures[rank] = SimpleNamespace(exitcode=exitcode, timestamp=second)
+    assert launch.exit_code(failures) == code
+    err = capsys.readouterr().err
+    assert message in err and bool(message) == bool(err)
+
+
+# ------------------------------------------------------------------------------------- with the real torchrun
+
+LAUNCH = """
+import sys
+from tools import launch
+launch.RANK_PROGRAM = [sys.argv[1]]
+sys.exit(launch.run_program(launch.main, sys.argv[2:]))
+"""
+TRAINER = """
+import json, os, signal, sys, time
+os.chdir(os.path.dirname(__file__))
+rank = os.environ["RANK"]
+
+def tell(name, text=""):
+    with open("." + name + rank, "w") as file:
+        file.write(text)
+    os.rename("." + name + rank, name + rank)
+
+def wait_for(name):
+    while not os.path.exists(name):
+        time.sleep(0.02)
+"""
+AWKWARD = ["--train_files=two words/*", "--wandb=\"'$HOME", "--log_dir="]  # the first: no data are prepared
+
+
+def start(folder: Path, trainer: str, *args: str, **popen) -> subprocess.Popen:
+    """The launcher with two ranks that run a trainer of a few lines."""
+    program = folder / "trainer.py"
+    program.write_text(TRAINER + trainer)
+    env = {**os.environ, "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+        env.pop(name, None)
+    command = [sys.executable, "-c", LAUNCH, program, *AWKWARD, *args]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def wait_for(folder: Path, *names: str) -> None:
+    """Wait until files of these names are there; the time limit of the test ends it."""
+    while not all((folder / name).exists() for name in names):
+        time.sleep(0.02)
+
+
+def test_ranks_get_arguments_threads_and_an_address_that_always_resolves(tmp_path):
+    trainer = """
+names = ("WORLD_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MASTER_ADDR")
+tell("rank", json.dumps([[os.environ[name] for name in names], sys.argv[1:]]))
+"""
+    process = start(tmp_path, trainer, "--seed=1")
+    out, err = process.communicate(timeout=90)
+    assert (process.returncode, out) == (0, ""), err
+    threads = str(max(1, launch.usable_cores() // 2))
+    environment = ["2", threads, str(launch.SPIN_COUNT), "127.0.0.1"]
+    expected = [environment, ["--track=shakespeare", *AWKWARD, "--seed=1"]]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}").read_text()) == expected
+    assert re.fullmatch(r"no GPU, \d+ CPU cores: track shakespeare, ranks: 2, threads of each: \d+\n", err)
+
+
+def test_failure_shows_only_the_message_of_the_rank(tmp_path):
+    trainer = "if rank == '1': sys.exit(print('my message', file=sys.stderr) or 2)\ntime.sleep(600)"
+    process = start(tmp_path, trainer)
+    out, err = process.communicate(timeout=90)
+    assert (process.returncode, out, err.splitlines()[1:]) == (2, "", ["my message"])
+
+
+def test_ctrl_c_lets_all_ranks_end(tmp_path):
+    trainer = """
+def stop(*_):
+    tell("stopping")
+    wait_for("go")
+    tell("stopped")
+    sys.exit(0)
+signal.signal(signal.SIGINT, stop)
+tell("up")
+time.sleep(600)
+"""
+    process = start(tmp_path, trainer)
+    wait_for(tmp_path, "up0", "up1")
+    process.send_signal(signal.SIGINT)
+    wait_for(tmp_path, "stopping0", "stopping1")
+    process.send_signal(signal.SIGINT)  # an impatient one changes nothing
+    (tmp_path / "go").touch()
+    out, err = process.communicate(timeout=90)
+    assert (process.returncode, out, len(err.splitlines())) == (130, "", 1), err
+    assert (tmp_path / "stopped0").exists() and (tmp_path / "stopped1").exists()
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_hang_up_is_a_sigterm_for_the_ranks_or_stays_ignored(tmp_path, nohup):
+    trainer = """
+def stop(number, frame):
+    tell("received", signal.Signals(number).name)
+    sys.exit(0)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, stop)
+tell("up")
+time.sleep(600)
+"""
+    ignore = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else None
+    process = start(tmp_path, trainer, preexec_fn=ignore)
+    wait_for(tmp_path, "up0", "up1")
+    process.send_signal(signal.SIGHUP)
+    if nohup:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert (process.returncode, len(err.splitlines())) == (130 if nohup else 129, 1), err
+    received = [(tmp_path / f"received{rank}").read_text() for rank in range(2)]
+    assert received == ["SIGINT" if nohup else "SIGTERM"] * 2
+
+
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(600)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "tools.launch"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+# ------------------------------------------------------------------------------------------- one rank
+
+def start_rank(folder: Path, launcher: int) -> subprocess.Popen:
+    (folder / "train_gpt.py").write_text("import sys, time\nprint(sys.argv, flush=True)\ntime.sleep(600)\n")
+    env = {**os.environ, "LAUNCHED_BY": str(launcher)}
+    command = [sys.executable, ROOT / "tools/rank.py", "--seed=1"]
+    return subprocess.Popen(command, cwd=folder, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_ctrl_c_before_the_trainer_listens_ends_a_rank_without_a_traceback(tmp_path):
+    rank = start_rank(tmp_path, os.getpid())
+    assert rank.stdout.readline() == "['train_gpt.py', '--seed=1']\n"
+    rank.send_signal(signal.SIGINT)
+    out, err = rank.communicate(timeout=60)
+    assert (rank.returncode, err) == (130, "")
+
+
+def test_a_rank_whose_launcher_is_gone_gets_a_sigterm(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    rank = start_rank(tmp_path, gone.pid)
+    out, err = rank.communicate(timeout=60)
+    assert rank.returncode == -signal.SIGTERM
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_a_launcher_that_is_killed_leaves_no_rank_at_work_and_a_checkpoint(tmp_path):
+    folder = make_shards(tmp_path)
+    process = launch_tiny(folder, "--save_every=100000")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+    assert len(ranks) == 2
+    try:
+        process.kill()
+        while any(is_at_work(pid) for pid in ranks):
+            time.sleep(0.1)
+    finally:
+        for pid in ranks:
+            if is_at_work(pid):
+                os.kill(int(pid), signal.SIGKILL)
+    assert len(list((folder / "logs").rglob("state_step*.pt"))) == 1
+
+
+def is_at_work(pid: str) -> bool:
+    """Whether a process is neither gone nor a zombie that nobody has waited for."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
