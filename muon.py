@@ -1,27 +1,31 @@
-"""Muon for one process or many: momentum, then the nearest semi-orthogonal matrix, with the work shared over ranks.
+"""Muon for one process or many: momentum, then the nearest semi-orthogonal matrix.
 
 For every weight matrix W with gradient G, at learning rate lr, weight decay wd and momentum mu:
 
     M <- mu M + (1 - mu) G                        momentum, fp32
     U  = (1 - mu) G + mu M                        Nesterov look-ahead (or U = M)
     O  = orthogonalize(U)                         all singular values near 1, by Newton-Schulz
-    O <- O / sqrt(V), rescaled to its old norm    only with normuon_beta2; V: running mean square per row or column
+    O <- O / sqrt(V), rescaled to its old norm    normuon_beta2 only; V: running mean square per row or column
     W <- W - lr wd W                              decoupled decay (cautious: only entries where O W >= 0)
     W <- W - lr scale O                           scale: see ADJUST_LR
 
-A gradient that is zero throughout, as of an expert without tokens, moves nothing: momentum fades and W decays. A
-gradient that is missing or not finite skips its matrix, and so does an iteration that overflows; `skipped` counts them.
+A gradient that is zero throughout, as of an expert without tokens, moves nothing: momentum fades, W decays.
+A gradient that is missing or not finite skips its matrix, and so does an iteration that overflows; `skipped`
+counts them.
 
-Legend: a matrix is m x n as stored, s and l are its short and its long side; B matrices make a stack (B, m, n). A 2-D
-parameter is one matrix, a 3-D parameter (k, m, n) a bank of k matrices or, with flatten, one matrix (o, i k) of a 1-D
-convolution, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix into blocks of rows.
+Legend: a matrix is m x n as stored, s and l are its short and its long side; B matrices make a stack
+(B, m, n). A 2-D parameter is one matrix, a 3-D parameter (k, m, n) a bank of k matrices or, with flatten, one
+matrix (o, i k) of a 1-D convolution, a convolution (o, i, h, w) the matrix (o, i h w); `split` cuts a matrix
+into blocks of rows. The work is shared over ranks: each owns some of the matrices and computes them for all.
 
-Use it for the hidden matrices of a network. Embeddings, the output head, routers, gains and biases belong to AdamW.
-This file needs nothing but torch and can be copied alone. For DTensor parameters (FSDP2) there is muon_extras/fsdp.py.
+Use it for the hidden matrices of a network. Embeddings, the output head, routers, gains and biases belong to
+AdamW. This file needs nothing but torch and can be copied alone. For DTensor parameters (FSDP2) there is
+muon_extras/fsdp.py.
 
-Sources: Muon, https://kellerjordan.github.io/posts/muon/; decay and RMS matching, arXiv 2502.16982 (Moonlight);
-default coefficients, arXiv 2505.16932 (Polar Express); variance normalization, arXiv 2510.05491 (NorMuon); cautious
-decay, arXiv 2510.12402; iteration on the Gram matrix, https://github.com/Dao-AILab/gram-newton-schulz.
+Sources: Muon, https://kellerjordan.github.io/posts/muon/; decay and RMS matching, arXiv 2502.16982
+(Moonlight); default coefficients, arXiv 2505.16932 (Polar Express); variance normalization, arXiv 2510.05491
+(NorMuon); cautious decay, arXiv 2510.12402; iteration on the Gram matrix,
+https://github.com/Dao-AILab/gram-newton-schulz.
 """
 import math
 import warnings
@@ -41,7 +45,7 @@ def refusal(expected: str, found, remedy: str, where: str = "", error: type = Va
     return error(f"Muon: {where + ': ' if where else ''}expected {expected}, found {found}; {remedy}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Newton-Schulz: the nearest semi-orthogonal matrix by matrix products alone
 
 # name -> (safety, one (a, b, c) per step; the last one repeats). A step maps each singular value x to
@@ -56,7 +60,8 @@ COEFFICIENTS = {
         (3.7418, -5.5913, 2.3037),
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012))),
-    # Polar Express, optimal for five steps with a margin of 2 % against rounding; the best lift of tiny values.
+    # Polar Express, optimal for five steps with a margin of 2 % against rounding; the best lift of tiny
+    # values.
     "polar": (1.02, (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -80,7 +85,8 @@ def is_schedule(x) -> bool:
 
 def schedule(ns_coefficients: str | Sequence, steps: int) -> tuple[float, list[Sequence[float]]]:
     """Return (safety, one (a, b, c) per step)."""
-    safety, triples = 1.0, ns_coefficients
+    safety = 1.0
+    triples = ns_coefficients
     if isinstance(ns_coefficients, str):
         safety, triples = COEFFICIENTS[ns_coefficients]
     elif not isinstance(ns_coefficients[0], Sequence):
@@ -102,8 +108,8 @@ def iteration_dtype(device: torch.device, form: str = "auto") -> torch.dtype:
 
 
 def gram_pays(m: int, n: int, form: str, dtype: torch.dtype) -> bool:
-    """Whether to iterate on the Gram matrix. On a CPU core in fp32 it is 1.55 times as fast at an aspect of 4, 1.1
-    times at 2, and even at 1.25; `auto` leaves out bf16, in which a I + b R + c R^2 would lose R."""
+    """Whether to iterate on the Gram matrix. On a CPU core in fp32 it is 1.55 times as fast at an aspect of
+    4, 1.1 times at 2, and even at 1.25; `auto` leaves out bf16, in which a I + b R + c R^2 would lose R."""
     if form == "auto":
         return max(m, n) >= 2 * min(m, n) and dtype != torch.bfloat16
     return form == "gram"
@@ -111,15 +117,17 @@ def gram_pays(m: int, n: int, form: str, dtype: torch.dtype) -> bool:
 
 def newton_schulz_flops(m: int, n: int, steps: int, gram: bool) -> int:
     """Count the operations of the matrix products of one m x n matrix, 2 for a multiply-add."""
-    s, l = min(m, n), max(m, n)
+    s = min(m, n)
+    l = max(m, n)
     if not gram:
         return steps * (4 * s * s * l + 2 * s**3)
     restarts = -(-(steps - 2) // 3) if steps > 2 else 0
     return 4 * s * s * l * (1 + restarts) + 2 * s**3 * (4 * steps - 3 * (1 + restarts))
 
 
-# A CPU multiplies large matrices fastest one at a time. For fp32 torch calls MKL, which on an AMD processor (Zen 5)
-# reaches 105 GFLOP/s per core where oneDNN reaches 240; torch has both, and its compiler calls oneDNN by this name.
+# A CPU multiplies large matrices fastest one at a time. For fp32 torch calls MKL, which on an AMD processor
+# (Zen 5) reaches 105 GFLOP/s per core where oneDNN reaches 240; torch has both, and its compiler calls oneDNN
+# by this name.
 ONEDNN = None
 if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
     ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -127,8 +135,9 @@ BLOCK_ROWS = 192  # of a symmetric product: fewer save more products, but call m
 
 
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether the wide matrices of a stack are iterated one at a time, by the products below, as measured on one and
-    two cores: it pays from two blocks of rows, and in fp32 where oneDNN is there and a call is worth its 10 us."""
+    """Whether the wide matrices of a stack are iterated one at a time, by the products below, as measured on
+    one and two cores: it pays from two blocks of rows, and in fp32 where oneDNN is there and a call is worth
+    its 10 us."""
     dtype = dtype or X.dtype
     if type(X) is not Tensor or X.device.type != "cpu" or X.requires_grad or torch.compiler.is_compiling():
         return False
@@ -138,16 +147,18 @@ def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Return alpha A W^T + beta C of matrices on a CPU. W lies in memory without gaps: else oneDNN takes a second."""
+    """Return alpha A W^T + beta C of matrices on a CPU. W lies in memory without gaps: else oneDNN takes a
+    second."""
     if ONEDNN is not None and A.dtype == torch.float32:
         D = ONEDNN(A, W, None, "none", [], "")
         return D if C is None else D.mul_(alpha).add_(C, alpha=beta)
     return A @ W.mT if C is None else torch.addmm(C, A, W.mT, alpha=alpha, beta=beta)
 
 
-def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Return alpha A B + beta C of stacks whose result is symmetric: a kernel with this signature needs to compute
-    only half. This one does so for what is large on a CPU: blocks of rows up to the diagonal."""
+def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0,
+                      beta: float = 1.0) -> Tensor:
+    """Return alpha A B + beta C of stacks whose result is symmetric: a kernel with this signature needs to
+    compute only half. This one does so for what is large on a CPU: blocks of rows up to the diagonal."""
     if len(A) > 1 or not one_by_one(A):
         return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
     s = A.size(1)
@@ -177,8 +188,8 @@ def standard_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
 
 
 def block_steps(X: Tensor, triples: Sequence) -> Tensor:
-    """Return what `standard_steps` makes of one bf16 matrix on a CPU, in buffers that are written again and again: 1.15
-    times as fast as torch.optim.Muon's whole products on one core (Zen 5)."""
+    """Return what `standard_steps` makes of one bf16 matrix on a CPU, in buffers that are written again and
+    again: 1.15 times as fast as torch.optim.Muon's whole products on one core (Zen 5)."""
     s = X.size(0)
     A, B, *turns = (torch.empty(shape, dtype=X.dtype) for shape in ((s, s), (s, s), X.shape, X.shape))
     blocks = [slice(i, min(i + BLOCK_ROWS, s)) for i in range(0, s, BLOCK_ROWS)]
@@ -196,12 +207,13 @@ def block_steps(X: Tensor, triples: Sequence) -> Tensor:
 
 
 def gram_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
-    """The same map through R = X X^T. One step multiplies X by P = a I + b R + c R^2 and R by P^2; all of these are
-    polynomials in R and commute. Restarting after the second step, and every three from there, renews the small
-    eigenvalues of R, whose relative error the steep first steps would carry on."""
+    """The same map through R = X X^T. One step multiplies X by P = a I + b R + c R^2 and R by P^2; all of
+    these are polynomials in R and commute. Restarting after the second step, and every three from there,
+    renews the small eigenvalues of R, whose relative error the steep first steps would carry on."""
     segments = [triples[:2], *(triples[i:i + 3] for i in range(2, len(triples), 3))]
     for segment in segments:
-        R, Q = symmetric(X, X.mT), None
+        R = symmetric(X, X.mT)
+        Q = None
         for i, (a, b, c) in enumerate(segment, 1):
             P = symmetric(R, R, R, alpha=c, beta=b)
             P.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -213,8 +225,8 @@ def gram_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
 
 
 def largest(G: Tensor) -> Tensor:
-    """Return (..., 1, 1): the largest absolute entry of every matrix, NaN if any is; unlike G.abs(), without a copy of
-    G. Reducing one flat dimension is 100 times as fast on a CPU as reducing two."""
+    """Return (..., 1, 1): the largest absolute entry of every matrix, NaN if any is; unlike G.abs(), without
+    a copy of G. Reducing one flat dimension is 100 times as fast on a CPU as reducing two."""
     flat = G.flatten(-2)
     return torch.maximum(flat.amax(-1), -flat.amin(-1))[..., None, None]
 
@@ -225,8 +237,8 @@ def may_read(x: Tensor) -> bool:
 
 
 def plain_norms(G: Tensor) -> Tensor | None:
-    """Return (B, 1, 1): the Frobenius norms of a stack on a CPU; None unless all are of a size at which fp32 sums their
-    squares without loss, so that no matrix is zero or not finite."""
+    """Return (B, 1, 1): the Frobenius norms of a stack on a CPU; None unless all are of a size at which fp32
+    sums their squares without loss, so that no matrix is zero or not finite."""
     if not may_read(G) or G.requires_grad:
         return None
     norms = G.norm(dim=(-2, -1), keepdim=True)
@@ -234,8 +246,8 @@ def plain_norms(G: Tensor) -> Tensor | None:
 
 
 def normalize(G: Tensor, dtype: torch.dtype, safety: float, eps: float) -> Tensor:
-    """Return the wide stack G with Frobenius norms 1 / safety, in dtype. Dividing by the largest entry first keeps the
-    squares in range: for entries from 1e-30 to 1e30 in fp32, and from 1e-300 to 1e300 in fp64."""
+    """Return the wide stack G with Frobenius norms 1 / safety, in dtype. Dividing by the largest entry first
+    keeps the squares in range: for entries from 1e-30 to 1e30 in fp32, and from 1e-300 to 1e300 in fp64."""
     norms = plain_norms(G) if dtype == torch.bfloat16 and G.dtype == torch.float32 else None
     if norms is not None:  # one pass over few bytes; bf16 has the range of fp32
         X = G.to(dtype)
@@ -251,15 +263,18 @@ def normalize(G: Tensor, dtype: torch.dtype, safety: float, eps: float) -> Tenso
     return (X / norm if X.requires_grad else X.div_(norm)).to(dtype)
 
 
-def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "polar", dtype: torch.dtype | None = None,
-                  form: str = "auto", symmetric: Callable = symmetric_product, eps: float = 0.0) -> Tensor:
+def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "polar",
+                  dtype: torch.dtype | None = None, form: str = "auto",
+                  symmetric: Callable = symmetric_product, eps: float = 0.0) -> Tensor:
     """Approximate U V^T of the SVD U S V^T of every (m, n) matrix of G: (..., m, n), which is not modified.
-    ns_coefficients: a name in COEFFICIENTS, one (a, b, c), or a sequence of them. dtype: of the iteration and the
-    result, default `iteration_dtype`. form: see `gram_pays`. symmetric: see `symmetric_product`. Only the direction of
-    G counts, unless its norm is below eps. Zero in, zero out. In bf16 a matrix of low rank keeps two digits: its null
-    space comes out with singular values up to 0.4 instead of 0; ask for torch.float32 where that matters (LoRA)."""
+    ns_coefficients: a name in COEFFICIENTS, one (a, b, c), or a sequence of them. dtype: of the iteration and
+    the result, default `iteration_dtype`. form: see `gram_pays`. symmetric: see `symmetric_product`. Only the
+    direction of G counts, unless its norm is below eps. Zero in, zero out. In bf16 a matrix of low rank keeps
+    two digits: its null space comes out with singular values up to 0.4 instead of 0; ask for torch.float32
+    where that matters (LoRA)."""
     if G.ndim < 2 or G.numel() == 0 or not G.is_floating_point():
-        raise refusal("real matrices of some size", f"{tuple(G.shape)} in {G.dtype}", "leave it to another optimizer")
+        raise refusal("real matrices of some size", f"{tuple(G.shape)} in {G.dtype}",
+                      "leave it to another optimizer")
     if not (is_schedule(ns_coefficients) and form in FORMS and steps > 0):
         raise refusal("known coefficients, one of auto, standard and gram, and a step or more",
                       f"{ns_coefficients}, {form} and {steps}", "see the docstring")
@@ -280,21 +295,22 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     return (results[0] if len(X) == 1 else torch.stack(results)).reshape(G.shape)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The update of one stack of B matrices: functions of tensors alone, so that torch.compile can fuse each of them
+# ----------------------------------------------------------------------------------------------------------
+# The update of one stack of B matrices: functions of tensors alone, so that torch.compile can fuse each of
+# them
 
 ADJUST_LR = {  # the factor on lr for an m x n matrix; weight decay never sees it
     None: lambda m, n: math.sqrt(max(1, m / n)),                 # as in torch: original
     "original": lambda m, n: math.sqrt(max(1, m / n)),           # Keller Jordan; torch calls it the same
-    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight: the update's root mean square is 0.2
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight: the root mean square is 0.2
     "spectral": lambda m, n: math.sqrt(m / n),                   # unclamped: below 1 for wide matrices
     "identity": lambda m, n: 1.0,
 }
 
 
 def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, Tensor]:
-    """Return (U, which of the B gradients are finite). M (B, m, n) fp32 moves in place where they are; G is read only.
-    U is zero where G is zero throughout."""
+    """Return (U, which of the B gradients are finite). M (B, m, n) fp32 moves in place where they are; G is
+    read only. U is zero where G is zero throughout."""
     if G.dtype != torch.float16 and plain_norms(G) is not None:  # spares three passes
         G = G.float()
         M.lerp_(G, 1 - mu)
@@ -308,9 +324,9 @@ def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, T
 
 
 def normalize_variance(O: Tensor, V: Tensor, ok: Tensor, beta2) -> Tensor:
-    """NorMuon: divide each row (m >= n) or column (m < n) of O by its running root mean square, and keep O's norm.
-    V is (B, m) or (B, n) fp32 and moves in place where ok. It starts at 0 without bias correction: the rescaling
-    cancels any common factor."""
+    """NorMuon: divide each row (m >= n) or column (m < n) of O by its running root mean square, and keep O's
+    norm. V is (B, m) or (B, n) fp32 and moves in place where ok. It starts at 0 without bias correction: the
+    rescaling cancels any common factor."""
     O = O.float()
     dim = -1 if O.size(-2) >= O.size(-1) else -2
     V = V.unsqueeze(dim)
@@ -323,22 +339,23 @@ def normalize_variance(O: Tensor, V: Tensor, ok: Tensor, beta2) -> Tensor:
 
 
 def decay_and_step(W: Tensor, O: Tensor, ok: Tensor, lr, decay, cautious: bool) -> None:
-    """W <- W - decay W - lr O in place; bf16 is rounded once, at the end. A matrix that is not ok keeps its bits.
-    W, O: (B, ...); ok: (B,) bool, or 0 and 1 as they come off the wire; decay is a fraction, already times lr."""
+    """W <- W - decay W - lr O in place; bf16 is rounded once, at the end. A matrix that is not ok keeps its
+    bits. W, O: (B, ...); ok: (B,) bool, or 0 and 1 as they come off the wire; decay is a fraction, already
+    times lr."""
     X = W if W.dtype.itemsize >= 4 else W.float()
     O = O.to(X.dtype)
     ok = ok.to(X.dtype).view(-1, *[1] * (W.ndim - 1))
     keep = 1 - decay * ok
     if cautious:
-        keep = (O * X).ge_(0).mul_(-decay * ok).add_(1)  # a mask of 0.0 and 1.0: on a CPU thrice as fast as where
+        keep = (O * X).ge_(0).mul_(-decay * ok).add_(1)  # a mask of 0.0 and 1.0: thrice as fast as where
     X.mul_(keep).addcmul_(O, -lr * ok)
     if X is not W:
         W.copy_(X)
 
 
 def step_master(W: Tensor, low: Tensor, O: Tensor, ok: Tensor, lr, decay, cautious: bool) -> Tensor:
-    """`decay_and_step` on fp32 master weights: the bf16 W holds their upper 16 bits, the int16 `low` the lower ones.
-    Returns the new upper halves as bf16, truncated; W is not modified, `low` is."""
+    """`decay_and_step` on fp32 master weights: the bf16 W holds their upper 16 bits, the int16 `low` the
+    lower ones. Returns the new upper halves as bf16, truncated; W is not modified, `low` is."""
     master = ((W.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
     decay_and_step(master, O, ok, lr, decay, cautious)
     bits = master.view(torch.int32)
@@ -346,7 +363,7 @@ def step_master(W: Tensor, low: Tensor, O: Tensor, ok: Tensor, lr, decay, cautio
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Who owns what: every matrix, or block of rows of a matrix, is a unit that belongs to one rank
 
 class Unit(NamedTuple):
@@ -378,7 +395,8 @@ def block_rows(rows: int, split: int | Sequence[int] | None) -> Sequence[int]:
 def units_of(p: Tensor, held: Tensor, number: int, group: dict) -> list[Unit]:
     """Return the units of a parameter p of group `number`, or of the part `held` of it that a rank has."""
     matrices, rows, *columns = as_bank(held, group["flatten"]).shape
-    n, units = math.prod(columns), []
+    n = math.prod(columns)
+    units = []
     for k in range(matrices):
         row = mark = 0
         for m in block_rows(rows, group["split"]):
@@ -399,7 +417,8 @@ def state_kinds(group: dict) -> dict[str, torch.dtype]:
 
 
 def state_shape(key: str, p: Tensor, group: dict) -> tuple[int, ...]:
-    """Return the shape of a parameter's whole state: that of the parameter, but (matrices, numbers) for second_moment."""
+    """Return the shape of a parameter's whole state: that of the parameter, but (matrices, numbers) for
+    second_moment."""
     if key != "second_moment":
         return tuple(p.shape)
     last = units_of(p, p, 0, group)[-1]
@@ -418,12 +437,14 @@ class Placement:
 
 
 def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap: int) -> Placement:
-    """Place units, the costliest (FLOPs) first, each on the least loaded rank (longest processing time first), and
-    improve that by swaps. A rank's bucket closes at `cap` elements (sizes); the cheapest units come last, because no
-    computation hides the last gather. Depends on its arguments only, so that all ranks place alike."""
+    """Place units, the costliest (FLOPs) first, each on the least loaded rank (longest processing time
+    first), and improve that by swaps. A rank's bucket closes at `cap` elements (sizes); the cheapest units
+    come last, because no computation hides the last gather. Depends on its arguments only, so that all ranks
+    place alike."""
     order = sorted(range(len(costs)), key=lambda u: (-costs[u], u))
     mine = [[] for _ in range(world_size)]
-    loads, held = [0] * world_size, [0] * world_size
+    loads = [0] * world_size
+    held = [0] * world_size
     for u in order:
         rank = min(range(world_size), key=lambda r: (loads[r], held[r], r))
         mine[rank].append(u)
@@ -433,10 +454,12 @@ def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap
         pass
     buckets = []
     for rank, units in enumerate(mine):
-        number, fill = -1, cap
+        number = -1
+        fill = cap
         for u in sorted(units, key=lambda u: (-costs[u], u)):
             if fill >= cap:
-                number, fill = number + 1, 0
+                number = number + 1
+                fill = 0
             if number == len(buckets):
                 buckets.append([[] for _ in mine])
             buckets[number][rank].append(u)
@@ -445,8 +468,8 @@ def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap
 
 
 def swap_one(costs: Sequence[int], mine: list[list[int]], loads: list[int]) -> bool:
-    """Let the busiest rank hand a unit over, or swap it for another's, as lowers the larger of both loads most. Returns
-    whether that lowered the load of the busiest rank; else nothing has changed."""
+    """Let the busiest rank hand a unit over, or swap it for another's, as lowers the larger of both loads
+    most. Returns whether that lowered the load of the busiest rank; else nothing has changed."""
     busiest = max(range(len(mine)), key=lambda r: (loads[r], -r))
     kinds = [{costs[u]: u for u in units} for units in mine]  # units of one cost are alike here
     best = (loads[busiest],)
@@ -471,8 +494,8 @@ def swap_one(costs: Sequence[int], mine: list[list[int]], loads: list[int]) -> b
 
 @dataclass(eq=False)
 class Stack:
-    """`count` units of one owner and parameter at equal distances, (B, m, n): matrices of a bank `step` apart, or
-    (step 0) blocks of rows of one matrix that follow each other."""
+    """`count` units of one owner and parameter at equal distances, (B, m, n): matrices of a bank `step`
+    apart, or (step 0) blocks of rows of one matrix that follow each other."""
     unit: Unit
     flatten: bool | None
     offset: int     # of its values in the owner's flat part of a bucket
@@ -493,9 +516,11 @@ class Stack:
             follows = distance == step * self.count and step > 0 and (self.count == 1 or step == self.step)
         else:
             step = 0
-            follows = not distance and unit.row == first.row + self.count * unit.m and self.count * self.step <= 1
+            follows = not distance and unit.row == first.row + self.count * unit.m
+            follows = follows and (self.count == 1 or self.step == 0)
         if follows:
-            self.count, self.step = self.count + 1, step
+            self.count = self.count + 1
+            self.step = step
         return follows
 
     @property
@@ -518,8 +543,8 @@ class Stack:
         return self.view(as_bank(x, self.flatten), self.unit.row, self.unit.m)
 
     def state_view(self, key: str, x: Tensor) -> Tensor:
-        """Return the view (B, m, ...), or (B, numbers) for second_moment, in a parameter's state: whole, or the flat
-        share of a rank that owns some of its units only."""
+        """Return the view (B, m, ...), or (B, numbers) for second_moment, in a parameter's state: whole, or
+        the flat share of a rank that owns some of its units only."""
         numbers = max(self.unit.m, self.unit.n)
         if key == "second_moment":
             if x.ndim > 1:
@@ -531,7 +556,7 @@ class Stack:
         return part[self.offset:self.offset + self.numel].view(self.shape)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Transport: knows tensors only
 
 # torch 2.13 renamed both. Outputs stay flat: gloo refuses the stacked form that NCCL accepts.
@@ -566,17 +591,20 @@ def share_with_all(mine: Tensor, world_size: int, group) -> Flight:
 
 def as_wire(x: Tensor, wire: torch.dtype) -> Tensor:
     """Return the bits of state as numbers that a buffer of updates can hold."""
-    return x.reshape(-1).float() if x.dtype == torch.int16 and wire == torch.float32 else x.reshape(-1).view(wire)
+    x = x.reshape(-1)
+    return x.float() if x.dtype == torch.int16 and wire == torch.float32 else x.view(wire)
 
 
 def from_wire(x: Tensor, like: Tensor) -> Tensor:
     """Undo `as_wire`."""
-    x = x.to(torch.int16) if like.dtype == torch.int16 and x.dtype == torch.float32 else x.clone().view(like.dtype)
-    return x.view(like.shape)
+    if like.dtype == torch.int16 and x.dtype == torch.float32:
+        return x.to(torch.int16).view(like.shape)
+    return x.clone().view(like.dtype).view(like.shape)
 
 
 def world_and_rank(group) -> tuple[int, int]:
-    """Return the number of ranks of a process group and the place of this one; a process by itself is the only rank."""
+    """Return the number of ranks of a process group and the place of this one; a process by itself is the
+    only rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1, 0
     return dist.get_world_size(group), dist.get_rank(group)
@@ -596,7 +624,8 @@ def expect_agreement(group, facts: list[str]) -> None:
     for rank, theirs in enumerate(found):
         for a, b in zip_longest(found[0], theirs, fillvalue="nothing"):
             if a != b:
-                raise refusal("the same parameters and settings on all ranks", f"{a} on rank 0 and {b} on rank {rank}",
+                raise refusal("the same parameters and settings on all ranks",
+                              f"{a} on rank 0 and {b} on rank {rank}",
                               "build the optimizer alike on every rank")
 
 
@@ -612,27 +641,31 @@ def group_named(name: str | None):
 
 
 class Bucket:
-    """Units that travel together, per rank of a process group, and their way through one step: `start` asks for what
-    other ranks hold of their gradients, `receive` waits for it, `update` computes, `send` shares the results, `apply`
-    waits for those of others and changes the weights."""
+    """Units that travel together, per rank of a process group, and their way through one step: `start` asks
+    for what other ranks hold of their gradients, `receive` waits for it, `update` computes, `send` shares the
+    results, `apply` waits for those of others and changes the weights."""
     alone = False  # True: every rank computes by itself what it holds
     part = staticmethod(lambda p: p)  # the tensor whose matrices are the units of p
     announce = staticmethod(lambda params: None)  # say what the user should know of these parameters' way
 
     def __init__(self, optimizer: "Muon", group, rank: int, units: list[list[Unit]], dtype: torch.dtype):
-        self.optimizer, self.group, self.rank, self.world_size = optimizer, group, rank, len(units)
+        self.optimizer = optimizer
+        self.group = group
+        self.rank = rank
+        self.world_size = len(units)
         self.dtype = dtype  # of the iteration
-        self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as all ranks receive them
+        self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
         self.pending = self.received = self.sent = None
         self.stacks = [self.stack_up(mine) for mine in units]
         params = [unit.param for mine in units for unit in mine]
         self.num_units = len(params)
-        self.num_elements = max(sum(unit.size for unit in mine) for mine in units)  # per rank, padded to the fullest
+        self.num_elements = max(sum(unit.size for unit in mine) for mine in units)  # of the fullest rank
         self.device = params[0].device
         self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
 
     def stack_up(self, units: list[Unit]) -> list[Stack]:
-        stacks, offset = [], 0
+        stacks = []
+        offset = 0
         for flag, unit in enumerate(units):
             if not (stacks and self.merges(unit) and stacks[-1].takes(unit)):
                 stacks.append(Stack(unit, self.optimizer.param_groups[unit.group]["flatten"], offset, flag))
@@ -678,7 +711,8 @@ class Bucket:
     def receive(self) -> None:
         """Wait for what `start` launched, if it did, and let go of what it sent."""
         if self.pending is not None:
-            flight, self.pending = self.pending, None
+            flight = self.pending
+            self.pending = None
             self.received = flight.wait()
 
     def mean_gradient(self, stack: Stack, owner: int, total: Tensor | None) -> Tensor | None:
@@ -687,11 +721,14 @@ class Bucket:
         return stack.slot(total[owner] if self.optimizer.replicate_state else total)
 
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
-        """Return {stack: (its update or, with split_mantissa, its new weights, (B, m, n); ok (B,))} for all I own."""
-        total, self.received = self.received, None
+        """Return {stack: (its update or, with split_mantissa, its new weights, (B, m, n); ok (B,))} for all I
+        own."""
+        total = self.received
+        self.received = None
         if total is not None:
             total = total.float().div_(self.world_size)
-        entries, results = [], {}
+        entries = []
+        results = {}
         for owner, stacks in enumerate(self.stacks):
             if owner != self.rank and not self.optimizer.replicate_state:
                 continue
@@ -707,7 +744,8 @@ class Bucket:
         return {stack: self.master_weights(stack, *result) for stack, result in results.items()}
 
     def move_momentum(self, stack: Stack, G: Tensor) -> tuple[Tensor, Tensor]:
-        group, M = self.settings(stack), self.state(stack)["momentum_buffer"].view(stack.shape)
+        group = self.settings(stack)
+        M = self.state(stack)["momentum_buffer"].view(stack.shape)
         return self.optimizer._momentum_update(M, G, group["momentum"], group["nesterov"])
 
     def master_weights(self, stack: Stack, O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
@@ -718,21 +756,24 @@ class Bucket:
         low = self.state(stack)["mantissa"].view(stack.shape)
         return self.optimizer._step_master(W, low, O, ok, *self.optimizer.rates(stack.unit)), ok
 
-    def orthogonalize(self, entries: list[tuple[Stack, Tensor, Tensor]]) -> dict[Stack, tuple[Tensor, Tensor]]:
-        """Return {stack: (O (B, m, n), rounded as everybody applies it; ok)} from (stack, U, ok): one iteration for
-        all matrices of a kind, the tall ones lying on their side, unless they are faster one by one."""
-        kinds, results = {}, {}
+    def orthogonalize(self, entries: list[tuple]) -> dict[Stack, tuple[Tensor, Tensor]]:
+        """Return {stack: (O (B, m, n), rounded as everybody applies it; ok)} from (stack, U, ok): one
+        iteration for all matrices of a kind, the tall ones lying on their side, unless they are faster one by
+        one."""
+        kinds = {}
+        results = {}
         for stack, U, ok in entries:
-            group, U = self.settings(stack), U if U.size(1) <= U.size(2) else U.mT
+            group = self.settings(stack)
+            U = U if U.size(1) <= U.size(2) else U.mT
             dtype = self.optimizer.dtype_for(group, self.dtype, self.device)
             apart = self.optimizer.deterministic or one_by_one(U, dtype)
-            kind = (U.shape[1:], group["ns_steps"], group["ns_coefficients"], dtype, group["ns_form"], group["eps"],
-                    stack.flag if apart else None)
+            how = group["ns_steps"], group["ns_coefficients"], dtype, group["ns_form"]
+            kind = how, group["eps"], U.shape[1:], stack.flag if apart else None
             kinds.setdefault(kind, []).append((stack, U, ok))
-        for (_, steps, coefficients, dtype, form, eps, _), members in kinds.items():
+        for (how, eps, *_), members in kinds.items():
             stacks, Us, oks = zip(*members)
             U = Us[0] if len(Us) == 1 else torch.cat(Us)
-            O = self.optimizer._orthogonalize(U, steps, coefficients, dtype, form, self.optimizer.symmetric, eps)
+            O = self.optimizer._orthogonalize(U, *how, self.optimizer.symmetric, eps)
             for stack, part, ok in zip(stacks, O.split([stack.count for stack in stacks]), oks):
                 results[stack] = self.finish(stack, part, ok)
         return results
@@ -751,7 +792,8 @@ class Bucket:
         return [key for key in kinds if key != "momentum_buffer"]
 
     def tail(self, stack: Stack) -> list[int]:
-        """Return how many numbers follow the values of a stack: its flags, then the bits of each of its extras."""
+        """Return how many numbers follow the values of a stack: its flags, then the bits of each of its
+        extras."""
         wide = 4 // self.wire.itemsize
         sizes = {"second_moment": stack.count * max(stack.shape[1:]) * wide, "mantissa": stack.numel}
         return [stack.count, *(sizes[key] for key in self.extras(stack))]
@@ -762,7 +804,8 @@ class Bucket:
             self.sent = results
             return
         tails = [sum(sum(self.tail(stack)) for stack in stacks) for stacks in self.stacks]
-        mine, tail = self.new(self.num_elements + max(tails)), []  # all values, then all tails
+        mine = self.new(self.num_elements + max(tails))  # all values, then all tails
+        tail = []
         for stack in self.stacks[self.rank]:
             value, ok = results[stack]
             stack.slot(mine).copy_(value)
@@ -774,7 +817,8 @@ class Bucket:
 
     def arrived(self) -> dict[Stack, tuple[Tensor, Tensor]]:
         """Wait for the results of all ranks."""
-        sent, self.sent = self.sent, None
+        sent = self.sent
+        self.sent = None
         if self.world_size == 1:
             return sent
         results = {}
@@ -797,7 +841,8 @@ class Bucket:
             if self.settings(stack)["split_mantissa"]:
                 W.copy_(value.reshape(W.shape))
             else:
-                self.optimizer._decay_and_step(W, value.reshape(W.shape), ok, *self.optimizer.rates(stack.unit))
+                rates = self.optimizer.rates(stack.unit)
+                self.optimizer._decay_and_step(W, value.reshape(W.shape), ok, *rates)
         return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
 
     def fetch_state(self, stack: Stack, owner: int) -> dict[str, Tensor]:
@@ -808,12 +853,13 @@ class Bucket:
             part = self.new(*shape, dtype=dtype)
             if owner == self.rank:
                 part.copy_(self.state(stack)[key].reshape(shape))
-            dist.broadcast(part.view(torch.uint8), group_src=owner, group=self.group)  # no backend sends int16
+            # As bytes: no backend sends int16.
+            dist.broadcast(part.view(torch.uint8), group_src=owner, group=self.group)
             found[key] = part
         return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The optimizer
 
 def local(x: Tensor) -> Tensor:
@@ -822,7 +868,8 @@ def local(x: Tensor) -> Tensor:
 
 
 def plain(x):
-    """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors stay."""
+    """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors
+    stay."""
     if x is None or isinstance(x, (Tensor, str)) or type(x) in (bool, int, float):
         return x
     if isinstance(x, Sequence):
@@ -891,17 +938,19 @@ def check_parameter(name: str, p: Tensor, group: dict) -> None:
     if p.numel() == 0:
         raise refusal("at least one element", shape, "leave it out", name)
     if p.ndim == 3 and group["flatten"] is None:
-        raise refusal("flatten=False for a bank of matrices or flatten=True for a 1-D convolution", f"{shape} without",
-                      "say which in its group", name)
+        raise refusal("flatten=False for a bank of matrices or flatten=True for a 1-D convolution",
+                      f"{shape} without", "say which in its group", name)
     if group["split_mantissa"] and p.dtype != torch.bfloat16:
         raise refusal("torch.bfloat16 for split_mantissa", p.dtype, "turn that off for this group", name)
-    rows, split = as_bank(p, group["flatten"]).size(1), group["split"]
+    rows = as_bank(p, group["flatten"]).size(1)
+    split = group["split"]
     if split is not None and (rows % split if isinstance(split, int) else sum(split) != rows):
         raise refusal(f"a split of its {rows} rows", split, "change it for this group", name)
 
 
 def fuse(function: Callable) -> Callable:
-    """Compile once per shape. Numbers enter as tensors: a number would be compiled in, anew for every value."""
+    """Compile once per shape. Numbers enter as tensors: a number would be compiled in, anew for every
+    value."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     fused = torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -922,61 +971,85 @@ FUSED = momentum_update, orthogonalize, finite_only, normalize_variance, decay_a
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over the ranks of `process_group` (default: all ranks; one process needs no torch.distributed at all).
+    """Muon over the ranks of `process_group` (default: all ranks; one process needs no torch.distributed).
 
-    Settings of a group, which may change between steps, the first with the names and order of torch.optim.Muon:
-    lr (a number or a 0-D tensor), weight_decay, momentum, nesterov, ns_coefficients (a name in COEFFICIENTS, one
-    (a, b, c), or one per step), eps (norm below which an update shrinks with its gradient; 0: never), ns_steps,
-    adjust_lr_fn (see ADJUST_LR), cautious, normuon_beta2 (None: off), and split_mantissa (the owner of a bf16 parameter
-    keeps 16 more bits, so that the weights are fp32 in truth; bf16 weights travel, not updates).
-    Settings of a group that say what its matrices are: split (a matrix is that many blocks of rows, or blocks of these
-    rows: query, key and value, or heads, each orthogonalized and scaled by itself), flatten (a 3-D parameter is one
-    matrix (o, i k), as a 1-D convolution, or a bank), ns_form (see `gram_pays`).
-    ns_dtype: of the iteration; None: bf16 where there are units for it, else fp32 (a CPU without), the same on all
-    ranks. Gradients of low rank (LoRA) lose their digits in bf16: ask for torch.float32. What is gathered is fp32 for
-    fp32, else bf16.
-    sync_grads: gradients differ per rank and the optimizer averages them, in bf16 for a bucket of bf16 parameters, else
-    in fp32. Without it they must already be equal on all ranks, as DDP leaves them. p.grad is read, never written.
-    replicate_state: all ranks keep all state, not its owner alone, so that every rank can save and load by itself.
-    bucket_mb: fp32 megabytes per rank and bucket, which also bounds the working memory: two exchanges are in flight at
-    most. deterministic: one matrix per call, so that the bits do not depend on the number of ranks or buckets.
-    compile: fuse the update functions with torch.compile. symmetric: a kernel like `symmetric_product`.
+    Settings of a group, which may change between steps; the first eight are named as in torch.optim.Muon:
+        lr                a number or a 0-D tensor
+        weight_decay, momentum, nesterov
+        ns_coefficients   a name in COEFFICIENTS, one (a, b, c), or one per step
+        eps               norm below which an update shrinks with its gradient; 0: never
+        ns_steps, adjust_lr_fn (see ADJUST_LR), cautious
+        normuon_beta2     memory of NorMuon's variance; None: off
+        split_mantissa    the owner of a bf16 parameter keeps 16 more bits, so that weights are fp32 in truth;
+                          bf16 weights travel, not updates
+    Settings of a group that say what its matrices are:
+        split             a matrix is that many blocks of rows, or blocks of these rows: query, key and
+                          value, or heads, each orthogonalized and scaled by itself
+        flatten           a 3-D parameter is one matrix (o, i k), as a 1-D convolution; False: a bank
+        ns_form           see `gram_pays`
+    Of the optimizer:
+        ns_dtype          of the iteration; None: bf16 where there are units for it, else fp32 (some CPUs);
+                          alike on all ranks. Gradients of low rank (LoRA) lose their digits in bf16: ask for
+                          torch.float32. What is gathered is fp32 for fp32, else bf16
+        sync_grads        gradients differ per rank and the optimizer averages them, in bf16 for a bucket of
+                          bf16 parameters, else in fp32; without it they are equal already, as DDP leaves them
+        replicate_state   all ranks keep all state, not its owner alone: each can save and load by itself
+        bucket_mb         fp32 megabytes per rank and bucket, which also bounds the working memory: two
+                          exchanges are in flight at most
+        deterministic     one matrix per call, so that bits do not depend on the number of ranks or buckets
+        compile           fuse the update functions with torch.compile
+        symmetric         a kernel like `symmetric_product`
 
-    optimizer.state holds each momentum_buffer in full shape at one process or with replicate_state; else a rank's share."""
+    p.grad is read, never written. optimizer.state holds each momentum_buffer in full shape at one process or
+    with replicate_state, else a rank's share of it."""
 
-    def __init__(self, params: Iterable, lr: float | Tensor = 0.02, weight_decay: float = 0.0, momentum: float = 0.95,
-                 nesterov: bool = True, ns_coefficients: str | Sequence = "polar", eps: float = 0.0, ns_steps: int = 5,
-                 adjust_lr_fn: str | None = None, *, cautious: bool = False, normuon_beta2: float | None = None,
-                 split_mantissa: bool = False, split: int | Sequence[int] | None = None, flatten: bool | None = None,
-                 ns_form: str = "auto", ns_dtype: torch.dtype | None = None, process_group=None,
-                 sync_grads: bool = False, replicate_state: bool = False, bucket_mb: float = 16,
-                 deterministic: bool = False, compile: bool = False, symmetric: Callable = symmetric_product):
+    def __init__(
+            self, params: Iterable, lr: float | Tensor = 0.02, weight_decay: float = 0.0,
+            momentum: float = 0.95, nesterov: bool = True, ns_coefficients: str | Sequence = "polar",
+            eps: float = 0.0, ns_steps: int = 5, adjust_lr_fn: str | None = None, *, cautious: bool = False,
+            normuon_beta2: float | None = None, split_mantissa: bool = False,
+            split: int | Sequence[int] | None = None, flatten: bool | None = None,
+            ns_form: str = "auto", ns_dtype: torch.dtype | None = None, process_group=None,
+            sync_grads: bool = False, replicate_state: bool = False, bucket_mb: float = 16,
+            deterministic: bool = False, compile: bool = False, symmetric: Callable = symmetric_product):
         if isinstance(params, torch.nn.Module):
-            raise refusal("parameters", "a module", "pass model.parameters(), or what split_params(model) proposes",
-                          error=TypeError)
+            raise refusal("parameters", "a module",
+                          "pass model.parameters(), or what split_params(model) proposes", error=TypeError)
         if ns_dtype not in (None, torch.bfloat16, torch.float16, torch.float32) or not bucket_mb > 0:
-            raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32 and bucket_mb above 0",
-                          f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
-        self.ns_dtype, self.process_group, self.sync_grads = ns_dtype, process_group, sync_grads
-        self.replicate_state, self.bucket_mb, self.deterministic = replicate_state, bucket_mb, deterministic
-        self.compile, self.symmetric = compile, symmetric
+            raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32 and bucket_mb "
+                          "above 0", f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
+        self.ns_dtype = ns_dtype
+        self.process_group = process_group
+        self.sync_grads = sync_grads
+        self.replicate_state = replicate_state
+        self.bucket_mb = bucket_mb
+        self.deterministic = deterministic
+        self.compile = compile
+        self.symmetric = symmetric
         self.world_size, self.rank = world_and_rank(process_group)
         if self.rank < 0:
             raise refusal("a process_group that this rank belongs to", "another",
                           "build the optimizer on the ranks of the group only")
-        self._skipped, self._version, self._whole = 0, 0, True
+        self._skipped = 0
+        self._version = 0
+        self._whole = True
         self._reset()
         super().__init__(params, dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients,
-            eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, cautious=cautious, normuon_beta2=normuon_beta2,
-            split_mantissa=split_mantissa, split=split, flatten=flatten, ns_form=ns_form))
+            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
+            ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
+            cautious=cautious, normuon_beta2=normuon_beta2, split_mantissa=split_mantissa, split=split,
+            flatten=flatten, ns_form=ns_form))
         self._lay_out()
 
     def _reset(self) -> None:
         """Set up what a copy does not take along."""
-        self.buckets, self.placements = [], []
-        self._names, self._shares, self._seen = {}, {}, []
-        self._fingerprint, self._digest, self._started = None, 0, False
+        self.buckets = []
+        self.placements = []
+        self._names = {}
+        self._shares = {}
+        self._seen = []
+        self._fingerprint = None
+        self._started = False
         for function in FUSED:
             setattr(self, f"_{function.__name__}", fuse(function) if self.compile else function)
 
@@ -984,7 +1057,8 @@ class Muon(torch.optim.Optimizer):
         self._expect_whole_state()
         left = {"step", "buckets", "placements"}  # a scheduler puts a step of its own into the instance
         left |= {f"_{function.__name__}" for function in FUSED}
-        kept = {key: value for key, value in vars(self).items() if key not in left and not key.startswith("_optimizer_")}
+        kept = {key: value for key, value in vars(self).items()
+                if key not in left and not key.startswith("_optimizer_")}
         group = self.process_group
         return kept | {"process_group": None if group is None else group.group_name}
 
@@ -996,21 +1070,23 @@ class Muon(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Units skipped so far for want of a finite gradient or update, over all steps and ranks (but only this rank's
-        own units of banks that are sharded by matrices). Reading it waits."""
+        """Units skipped so far for want of a finite gradient or update, over all steps and ranks (but only
+        this rank's own units of banks that are sharded by matrices). Reading it waits."""
         return int(self._skipped)
 
     # --- settings and parameters, and changes of them ---
 
     def add_param_group(self, group: dict) -> None:
-        """Check and add a group. After construction all ranks call it together, as every unit is placed anew."""
+        """Check and add a group. After construction all ranks call it together, as every unit is placed
+        anew."""
         if isinstance(group["params"], set):
             raise refusal("parameters in an order", "a set", "pass a list", error=TypeError)
         unknown = sorted(key for key in group if key in ("coefficients", "adjust_lr"))
         if unknown:
             raise refusal("ns_coefficients and adjust_lr_fn", unknown, "use torch's names", error=TypeError)
         given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        number, group = len(self.param_groups), {**self.defaults, **group, "params": given}
+        number = len(self.param_groups)
+        group = {**self.defaults, **group, "params": given}
         group |= {key: checked(key, group[key], number) for key in RULES}
         self._check_parameters([*self.param_groups, group])
         super().add_param_group(group)
@@ -1040,7 +1116,8 @@ class Muon(torch.optim.Optimizer):
 
     def _check_kind(self, name: str, p: Tensor) -> None:
         if hasattr(p, "device_mesh"):
-            raise refusal("a plain tensor", "a DTensor", "use FsdpMuon of muon_extras/fsdp.py", name, TypeError)
+            raise refusal("a plain tensor", "a DTensor", "use FsdpMuon of muon_extras/fsdp.py", name,
+                          TypeError)
 
     def _check_settings(self) -> None:
         """Check what was set since the last step; to see that nothing was takes microseconds."""
@@ -1052,8 +1129,11 @@ class Muon(torch.optim.Optimizer):
 
     def _print(self) -> list:
         """Return what a layout depends on, to be compared at every step."""
-        return [[*((id(p), p.shape, p.dtype, p.device) for p in group["params"]), *(group[key] for key in SHAPING)]
-                for group in self.param_groups]
+        prints = []
+        for group in self.param_groups:
+            prints.append([(id(p), p.shape, p.dtype, p.device) for p in group["params"]])
+            prints.append([group[key] for key in SHAPING])
+        return prints
 
     def _facts(self) -> list[str]:
         """Return what all ranks must have alike to share the work."""
@@ -1063,9 +1143,10 @@ class Muon(torch.optim.Optimizer):
         lines = [f"{key} {getattr(self, key)}" for key in
                  ("ns_dtype", "sync_grads", "replicate_state", "bucket_mb", "deterministic")]
         for i, group in enumerate(self.param_groups):
-            known = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
-            mine = [f"{name} of shape {tuple(p.shape)} in {p.dtype}" for name, p in zip(known, group["params"])
-                    if p in params]
+            unnamed = [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
+            known = group.get("param_names") or unnamed
+            mine = [f"{name} of shape {tuple(p.shape)} in {p.dtype}"
+                    for name, p in zip(known, group["params"]) if p in params]
             lines += [*(f"{key} {group[key]} of group {i}" for key in RULES), *mine] if mine else []
         return lines
 
@@ -1091,8 +1172,8 @@ class Muon(torch.optim.Optimizer):
         return {bucket.group: bucket.device for bucket in self.buckets if bucket.world_size > 1}
 
     def _agree_on_change(self, changed: bool, group, device: torch.device) -> None:
-        """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose own
-        parameters are as before does not wait for a GPU's answer."""
+        """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose
+        own parameters are as before does not wait for a GPU's answer."""
         mine = self._version + changed
         versions = torch.tensor([mine, -mine], device=device)
         dist.all_reduce(versions, op=dist.ReduceOp.MAX, group=group)
@@ -1109,7 +1190,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-        names, lanes = self._check_parameters(self.param_groups), {}
+        names = self._check_parameters(self.param_groups)
+        lanes = {}
         devices = sorted({p.device for p in names}, key=str)
         if not devices:
             raise refusal("parameters", "none", "pass the hidden matrices")
@@ -1121,14 +1203,17 @@ class Muon(torch.optim.Optimizer):
         for (_, process_group), members in lanes.items():
             expect_agreement(process_group, self._facts_of({p for p, _ in members}))
         self._make_whole()
-        self.buckets, self.placements, self._names = [], [], names
+        self.buckets = []
+        self.placements = []
+        self._names = names
         for (kind, process_group), members in lanes.items():
             self._fill_buckets(kind, process_group, members)
-        self.buckets.sort(key=lambda bucket: bucket.alone)  # ranks may have unlike numbers of these: no exchange
+        self.buckets.sort(key=lambda bucket: bucket.alone)  # of these, ranks may have unlike numbers
         self._share_out()
         self._forget()
         self._seen = [{key: group[key] for key in RULES} for group in self.param_groups]
-        self._fingerprint, self._version = self._print(), self._version + 1
+        self._fingerprint = self._print()
+        self._version = self._version + 1
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
         """Return (kind of bucket, process group) for a parameter."""
@@ -1140,7 +1225,8 @@ class Muon(torch.optim.Optimizer):
         world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
         units = [unit for p, i in members for unit in units_of(p, kind.part(p), i, self.param_groups[i])]
         costs = [self.cost(unit, dtype) for unit in units]
-        placement = place_units(costs, [u.size for u in units], world_size, max(1, int(self.bucket_mb * 1e6 / 4)))
+        cap = max(1, int(self.bucket_mb * 1e6 / 4))
+        placement = place_units(costs, [unit.size for unit in units], world_size, cap)
         self.placements.append(placement)
         for bucket in placement.buckets:
             mine = [[units[u] for u in ids] for ids in bucket]
@@ -1156,12 +1242,15 @@ class Muon(torch.optim.Optimizer):
 
     def dtype_for(self, group: dict, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype of the iteration for a group, in buckets whose default this dtype is."""
-        return iteration_dtype(device, "gram") if self.ns_dtype is None and group["ns_form"] == "gram" else dtype
+        if self.ns_dtype is None and group["ns_form"] == "gram":
+            return iteration_dtype(device, "gram")
+        return dtype
 
     def cost(self, unit: Unit, dtype: torch.dtype) -> int:
         group = self.param_groups[unit.group]
         dtype = self.dtype_for(group, dtype, unit.param.device)
-        return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram_pays(unit.m, unit.n, group["ns_form"], dtype))
+        gram = gram_pays(unit.m, unit.n, group["ns_form"], dtype)
+        return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram)
 
     def rates(self, unit: Unit) -> tuple:
         """Return the last arguments of `decay_and_step`."""
@@ -1177,25 +1266,30 @@ class Muon(torch.optim.Optimizer):
                 and not self.replicate_state]
 
     def _share_out(self) -> None:
-        """Give the stacks that this rank owns their places in its shares: {parameter: None if it owns all units, else
-        (elements, numbers of second_moment)}."""
-        owned, held = {}, {}
+        """Give the stacks that this rank owns their places in its shares: {parameter: None if it owns all
+        units, else (elements, numbers of second_moment)}."""
+        owned = {}
+        held = {}
         for bucket in self._divided():
             for owner, stacks in enumerate(bucket.stacks):
                 for stack in stacks:
                     elements, numbers, units = owned.get(stack.unit.param, (0, 0, 0))
                     held[stack.unit.param] = held.get(stack.unit.param, 0) + stack.count
                     if owner == bucket.rank:
-                        stack.begin, stack.mark = elements, numbers
-                        elements, numbers = elements + stack.numel, numbers + stack.count * max(stack.shape[1:])
+                        stack.begin = elements
+                        stack.mark = numbers
+                        elements += stack.numel
+                        numbers += stack.count * max(stack.shape[1:])
                         units += stack.count
                     owned[stack.unit.param] = elements, numbers, units
         self._shares = {p: None if units == held[p] else (elements, numbers)
                         for p, (elements, numbers, units) in owned.items()}
 
     def _state_of(self, stack: Stack) -> dict[str, Tensor]:
-        p, group = stack.unit.param, self.param_groups[stack.unit.group]
-        state, views = self.state[p], {}
+        p = stack.unit.param
+        group = self.param_groups[stack.unit.group]
+        state = self.state[p]
+        views = {}
         for key, dtype in state_kinds(group).items():
             if key not in state:
                 share = self._shares.get(p)
@@ -1217,7 +1311,8 @@ class Muon(torch.optim.Optimizer):
         for p, share in self._shares.items():
             if share is None or not self.state[p]:
                 continue
-            whole, self.state[p] = self.state[p], {}
+            whole = self.state[p]
+            self.state[p] = {}
             for bucket, stack in mine.get(p, ()):
                 for key in whole.keys() & state_kinds(bucket.settings(stack)).keys():
                     view = self._state_of(stack)[key]
@@ -1230,7 +1325,8 @@ class Muon(torch.optim.Optimizer):
         for bucket in self._divided():
             for owner, stacks in enumerate(bucket.stacks):
                 for stack in stacks:
-                    parts, p = bucket.fetch_state(stack, owner), stack.unit.param
+                    parts = bucket.fetch_state(stack, owner)
+                    p = stack.unit.param
                     for key, part in parts.items() if to in (None, self.rank) else ():
                         whole = found.setdefault(p, {})
                         if key not in whole:
@@ -1253,32 +1349,36 @@ class Muon(torch.optim.Optimizer):
         for p, state in self.state.items() if self._whole else ():
             for key in state.keys() & state_kinds(groups[p]).keys():
                 if tuple(state[key].shape) != state_shape(key, p, groups[p]):
-                    warnings.warn(f"Muon: {self._names[p]}: its {key} of shape {tuple(state[key].shape)} no longer fits "
-                                  f"shape {tuple(p.shape)}; it starts at zero")
+                    found = tuple(state[key].shape)
+                    warnings.warn(f"Muon: {self._names[p]}: its {key} of shape {found} no longer fits shape "
+                                  f"{tuple(p.shape)}; it starts at zero")
                     del state[key]
                 elif state[key].device != p.device:
                     state[key] = state[key].to(p.device)
 
     def _expect_whole_state(self) -> None:
         if self._divided() and not self._whole:
-            raise refusal("the state of all ranks", "this rank's share only", "call consolidate_state_dict() on every "
-                          "rank after the last step, and then state_dict()", error=RuntimeError)
+            raise refusal("the state of all ranks", "this rank's share only",
+                          "call consolidate_state_dict() on every rank after the last step, and then "
+                          "state_dict()", error=RuntimeError)
 
     def consolidate_state_dict(self, to: int | None = None) -> None:
-        """Bring the state of all owners to all ranks, or to rank `to`, until the next step. All ranks call it."""
+        """Bring the state of all owners to all ranks, or to rank `to`, until the next step. All ranks call
+        it."""
         self._check_world()
         self._make_whole(to)
 
     def state_dict(self) -> dict:
-        """Return torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full shape}}. The
-        state of DTensor parameters is DTensors."""
+        """Return torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full
+        shape}}. The state of DTensor parameters is DTensors."""
         self._expect_whole_state()
         self._forget()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon. Hooks run
-        as torch runs them; torch itself would round fp32 state to the dtype of its parameter, so it loads no state."""
+        """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon.
+        Hooks run as torch runs them; torch itself would round fp32 state to the dtype of its parameter, so it
+        loads no state."""
         loaded = {}
 
         def take_state(_, hooked: dict) -> dict:
@@ -1299,7 +1399,8 @@ class Muon(torch.optim.Optimizer):
 
     def _merged_groups(self, saved: list[dict]) -> list[dict]:
         """Return saved groups with what they lack, and with what shapes the state, from ours."""
-        expected, found = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved))
+        expected = [len(group["params"]) for group in self.param_groups]
+        found = [len(group["params"]) for group in saved]
         if found != expected:
             raise refusal(f"groups of {expected} parameters", found, "load a checkpoint of this model")
         groups = []
@@ -1310,20 +1411,23 @@ class Muon(torch.optim.Optimizer):
             names = ours.get("param_names") or ()
             for name, other in zip(names, theirs.get("param_names") or ()):
                 if other != name and other in names:  # other names may be the same model, wrapped
-                    raise refusal(name, f"{other} in its place", "build the optimizer with its parameters in the order "
-                                  "of the checkpoint", f"group {number}")
+                    raise refusal(name, f"{other} in its place",
+                                  "build the optimizer with its parameters in the order of the checkpoint",
+                                  f"group {number}")
         return groups
 
     def _checked_state(self, state: dict, saved: list[dict], groups: list[dict]) -> dict[Tensor, dict]:
         """Return the state of each parameter as it is kept."""
-        found, kinds = {}, set().union(*state.values())
+        found = {}
+        kinds = set().union(*state.values())
         for theirs, ours, group in zip(saved, self.param_groups, groups):
             for i, p in zip(theirs["params"], ours["params"]):
                 given = dict(state.get(i, {}))
                 for key, dtype in state_kinds(group).items():
                     if key in kinds and key not in given:
-                        raise refusal(f"a {key}", "none, though others have one", "save the state of all ranks, see "
-                                      "consolidate_state_dict()", self._names[p])
+                        raise refusal(f"a {key}", "none, though others have one",
+                                      "save the state of all ranks, see consolidate_state_dict()",
+                                      self._names[p])
                     if key in given:
                         self._check_saved(key, given[key], p, group)
                         given[key] = self._adopt(key, given[key], dtype, p, group)
@@ -1333,10 +1437,12 @@ class Muon(torch.optim.Optimizer):
 
     def _check_saved(self, key: str, value, p: Tensor, group: dict) -> None:
         real = isinstance(value, Tensor) and not value.is_complex()
-        shape = tuple(value.shape) if real else f"{type(value).__name__}, {getattr(value, 'dtype', 'no tensor')}"
+        other = f"{type(value).__name__}, {getattr(value, 'dtype', 'no tensor')}"
+        shape = tuple(value.shape) if real else other
         expected = state_shape(key, p, group)
         if shape != expected:
-            raise refusal(f"a {key} of shape {expected}", shape, "load a checkpoint of this model", self._names[p])
+            raise refusal(f"a {key} of shape {expected}", shape, "load a checkpoint of this model",
+                          self._names[p])
 
     def _adopt(self, key: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
         """Return a copy of saved state as a parameter keeps it."""
@@ -1346,8 +1452,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def start(self) -> None:
-        """With sync_grads: begin to average the gradients of the first two buckets and return at once. step() calls it
-        if nobody has."""
+        """With sync_grads: begin to average the gradients of the first two buckets and return at once. step()
+        calls it if nobody has."""
         if not self._started:
             self._follow()
             self._keep_my_share()
@@ -1374,7 +1480,7 @@ class Muon(torch.optim.Optimizer):
                 results = bucket.update()                    # 3: update what I own,
                 while sent and self._flying() + len(sent) >= 2:
                     self._skipped += sent.popleft().apply()  # 4: apply what has arrived,
-                bucket.send(results)                         # 5: send mine; two exchanges are in flight at most
+                bucket.send(results)                         # 5: send mine; two exchanges fly at most
                 sent.append(bucket)
                 while len(sent) >= min(2, bucket.world_size):
                     self._skipped += sent.popleft().apply()

@@ -5,6 +5,33 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from data.loader import Docs
+
+PADDING = 256  # sequence lengths are multiples of it, so that a model keeps tables for few of them
+
+
+def next_log_probs(model, step: int) -> Callable[[list[int]], Tensor]:
+    """Return log_probs(tokens): (V,) of the token after a document that begins with `tokens`.
+
+    model: a GPT of train_gpt.py; its windows and tying are those of the validation after `step`.
+    """
+    cfg, device = model.cfg, model.head.device
+    final = step == cfg.train_steps
+
+    @torch.no_grad()
+    def log_probs(tokens: list[int]) -> Tensor:
+        seen = tokens[-2 * cfg.window_final:]
+        n = len(seen)
+        padding = PADDING - n % PADDING
+        T = n + padding
+        x = torch.tensor(seen + [cfg.bos_id] * padding, device=device)
+        ids = (torch.arange(T, device=device) >= n).int()  # the padding is a document of its own
+        starts = torch.tensor([0, n, T], dtype=torch.int32, device=device)
+        context = model.context(Docs(starts, ids, T), max(step - 1, 0), final)
+        return model.log_probs(x, context)[n - 1, :cfg.vocab_size]
+
+    return log_probs
+
 
 def generate(log_probs: Callable[[list[int]], Tensor], prompt: list[int], count: int, end: int,
              temperature: float = 0.8, top_k: int = 0, seed: int = 0) -> Iterator[int]:
@@ -18,13 +45,15 @@ def generate(log_probs: Callable[[list[int]], Tensor], prompt: list[int], count:
     tokens = list(prompt)
     for _ in range(count):
         scores = log_probs(tokens).double().cpu()
-        if temperature > 0:
-            if 0 < top_k < len(scores):
-                scores[scores < scores.topk(top_k).values[-1]] = -torch.inf
-            scores = (scores - scores.max()) / temperature  # the largest is 0 however small the temperature
-            token = int(torch.multinomial(torch.softmax(scores, 0), 1, generator=generator))
-        else:
+        if temperature == 0:
             token = int(scores.argmax())
+        else:
+            if 0 < top_k < len(scores):
+                least = scores.topk(top_k).values[-1]
+                scores[scores < least] = -torch.inf
+            scores = (scores - scores.max()) / temperature  # the largest is 0 however small the temperature
+            probabilities = torch.softmax(scores, 0)
+            token = int(torch.multinomial(probabilities, 1, generator=generator))
         if token == end:
             return
         tokens.append(token)

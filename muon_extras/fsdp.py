@@ -1,19 +1,20 @@
 """FsdpMuon: Muon for DTensor parameters, as FSDP2 makes them, beside plain ones.
 
-A parameter sharded along one mesh dimension, by rows or columns of its matrices, goes through two packed all-to-alls
-per bucket: every rank sends its pieces of each look-ahead gradient U to the unit's owner, which assembles and
-orthogonalizes the matrix, and gets its pieces of the result back. Momentum and mantissa are DTensors placed as the
-parameter is: N / W elements per rank, and torch.distributed.checkpoint can save them. Sizes follow from the shapes by
-the rule of torch.chunk, so uneven and empty shards need neither padding nor headers.
+A parameter sharded along one mesh dimension, by rows or columns of its matrices, goes through two packed
+all-to-alls per bucket: every rank sends its pieces of each look-ahead gradient U to the unit's owner, which
+assembles and orthogonalizes the matrix, and gets its pieces of the result back. Momentum and mantissa are
+DTensors placed as the parameter is: N / W elements per rank; torch.distributed.checkpoint can save them.
+Sizes follow from the shapes by the rule of torch.chunk, so uneven and empty shards need no padding.
 
-    by rows or columns: Shard(0), (1) of a matrix or convolution, (1), (2) of a bank    Exchanged, as just described
-    by matrices: Shard(0) of a bank, such as experts                                    Whole: no traffic at all
-    the same, and Replicate on further mesh dimensions (HSDP)       as above; each replica repeats it, and all must lack
-                                                                    the same gradients
+    by rows or columns: Shard(0), (1) of a matrix or convolution, (1), (2) of a bank  Exchanged, as described
+    by matrices: Shard(0) of a bank, such as experts                                  Whole: no traffic at all
+    the same, and Replicate on further mesh dimensions (HSDP)       as above; each replica repeats it, and all
+                                                                    must lack the same gradients
     anything else: two sharded dimensions, strided shards           Gathered: correct, but slow
 
-The owner of a unit decides whether its gradient is finite; the answer, and V of NorMuon, travel with the result.
+The owner of a unit decides whether its gradient is finite; that, and NorMuon's V, travel with the result.
 """
+
 import math
 import warnings
 
@@ -22,29 +23,53 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from muon import (Bucket, Flight, Muon, Stack, as_bank, decay_and_step, iteration_dtype, largest, local, of_all_ranks,
-                  refusal, state_kinds, state_shape, step_master)
+from muon import (
+    Bucket,
+    Flight,
+    Muon,
+    Stack,
+    as_bank,
+    decay_and_step,
+    iteration_dtype,
+    largest,
+    local,
+    of_all_ranks,
+    refusal,
+    state_kinds,
+    state_shape,
+    step_master,
+)
 
 _all_to_all = getattr(dist, "all_to_all_single", None)
 
 
 class FsdpMuon(Muon):
-    """Muon, with the same arguments, for parameters of which some or all are DTensors. Their state is DTensors too."""
+    """Muon, with the same arguments, for parameters of which some or all are DTensors. Their state is
+    DTensors too."""
 
     def _check_kind(self, name: str, p: Tensor) -> None:
         if self.replicate_state and isinstance(p, DTensor):
-            raise refusal("plain tensors for replicate_state", "a DTensor", "leave it out: its state is a DTensor", name)
+            raise refusal(
+                "plain tensors for replicate_state",
+                "a DTensor",
+                "leave it out: its state is a DTensor",
+                name,
+            )
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
         if not isinstance(p, DTensor):
             return super()._lane(p, group)
-        mesh, kind = p.device_mesh, kind_of(p, group["flatten"])
+        mesh = p.device_mesh
+        kind = kind_of(p, group["flatten"])
         if kind is Gathered:
             if group["split_mantissa"]:
-                raise refusal("a parameter sharded along one mesh dimension for split_mantissa", p.placements,
-                              "turn that off for this group")
+                raise refusal(
+                    "a parameter sharded along one mesh dimension for split_mantissa",
+                    p.placements,
+                    "turn that off for this group",
+                )
             return Gathered, mesh.get_group(0)
-        dim, = sharded_dims(p)
+        (dim,) = sharded_dims(p)
         ranks = mesh.get_group(dim)
         if mesh.get_coordinate()[dim] != dist.get_rank(ranks):
             raise refusal("a mesh with its ranks in order", mesh, "sort its ranks")
@@ -54,7 +79,7 @@ class FsdpMuon(Muon):
         if self.ns_dtype is not None or not isinstance(p, DTensor) or p.device.type != "cpu":
             return super()._agreed_dtype(process_group, p)
         names = {str(iteration_dtype(p.device))}
-        for group in p.device_mesh.get_all_groups():  # one dimension after the other, so that replicas agree as well
+        for group in p.device_mesh.get_all_groups():  # one by one, so that replicas agree as well
             names = set().union(*of_all_ranks(names, group))
         return iteration_dtype(p.device) if len(names) == 1 else torch.float32
 
@@ -71,7 +96,7 @@ class FsdpMuon(Muon):
 
     def _keep_my_share(self) -> None:
         super()._keep_my_share()
-        for group in self.param_groups:  # on every rank alike, so that checkpoints have the same keys everywhere
+        for group in self.param_groups:  # on every rank, so that checkpoints have the same keys everywhere
             for p in group["params"]:
                 if isinstance(p, DTensor):
                     state_of(self, p, group)
@@ -83,8 +108,8 @@ def sharded_dims(p: DTensor) -> list[int]:
 
 
 def shard_axis(p: DTensor, flatten: bool | None) -> int:
-    """Return what the shards of a parameter cut: -1 its bank of matrices, 0 rows, 1 columns, above that pieces of
-    columns."""
+    """Return what the shards of a parameter cut: -1 its bank of matrices, 0 rows, 1 columns, above that
+    pieces of columns."""
     dim = next(placement.dim for placement in p.placements if isinstance(placement, Shard))
     return dim - 1 if p.ndim == 3 and not flatten else dim
 
@@ -97,16 +122,22 @@ def kind_of(p: DTensor, flatten: bool | None) -> type[Bucket]:
 
 
 def new_state(key: str, dtype: torch.dtype, p: DTensor, group: dict) -> DTensor:
-    """Return zeros for a parameter, placed as it is; second_moment (matrices, numbers) is sharded with a bank's
-    matrices, and otherwise the same on all ranks."""
+    """Return zeros for a parameter, placed as it is; second_moment (matrices, numbers) is sharded with a
+    bank's matrices, and otherwise the same on all ranks."""
     if key != "second_moment":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
     by_matrices = kind_of(p, group["flatten"]) is Whole
     rows, numbers = state_shape(key, p, group)
     mine = torch.zeros(p.to_local().size(0) if by_matrices else rows, numbers, device=p.device)
     placements = p.placements if by_matrices else [Replicate()] * p.device_mesh.ndim
-    return DTensor.from_local(mine, p.device_mesh, placements, run_check=False, shape=torch.Size((rows, numbers)),
-                              stride=(numbers, 1))
+    return DTensor.from_local(
+        mine,
+        p.device_mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size((rows, numbers)),
+        stride=(numbers, 1),
+    )
 
 
 def state_of(optimizer: Muon, p: DTensor, group: dict) -> dict[str, DTensor]:
@@ -123,8 +154,11 @@ def local_gradient(p: DTensor) -> Tensor | None:
     if p.grad is None:
         return None
     if p.grad.placements != p.placements:
-        raise refusal(f"gradients placed as their parameters, {p.placements}", p.grad.placements,
-                      "redistribute them before the step")
+        raise refusal(
+            f"gradients placed as their parameters, {p.placements}",
+            p.grad.placements,
+            "redistribute them before the step",
+        )
     return p.grad.to_local()
 
 
@@ -135,8 +169,8 @@ def look_ahead(M: Tensor, G: Tensor, group: dict) -> Tensor:
 
 
 def finite(U: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (U with zeros for each of the B matrices that does not move, which are finite). alive (B,): 0 for a
-    gradient that is zero throughout, NaN for one that is missing, else above 0."""
+    """Return (U with zeros for each of the B matrices that does not move, which are finite). alive (B,): 0
+    for a gradient that is zero throughout, NaN for one that is missing, else above 0."""
     alive = alive.view(-1, 1, 1)
     ok = torch.isfinite(largest(U) + alive)
     return torch.where(ok & (alive > 0), U, 0), ok.view(-1)
@@ -149,21 +183,27 @@ def chunk(size: int, parts: int, i: int) -> tuple[int, int]:
 
 
 class Sharded(Bucket):
-    """What all kinds share: state is DTensors in optimizer.state, present on every rank from the first step on."""
+    """What all kinds share: state is DTensors in optimizer.state, present on every rank from the first step
+    on."""
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
-        states = state_of(self.optimizer, stack.unit.param, self.settings(stack))
-        return {key: stack.state_view(key, x.to_local()) if key == "second_moment" else self.piece(stack, x.to_local())
-                for key, x in states.items()}
+        views = {}
+        for key, x in state_of(self.optimizer, stack.unit.param, self.settings(stack)).items():
+            by_shape = self.piece if key != "second_moment" else lambda stack, x: stack.state_view(key, x)
+            views[key] = by_shape(stack, x.to_local())
+        return views
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
-        """Return what this rank holds of the matrices of a stack, in the local part of something shaped like p."""
+        """Return what this rank holds of the matrices of a stack, in the local part of something shaped like
+        p."""
         return x
 
 
 class Whole(Sharded):
     """Every rank holds whole matrices or none: ordinary units of a world of one."""
-    alone, part = True, staticmethod(local)
+
+    alone = True
+    part = staticmethod(local)
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
         return stack.of(x)
@@ -174,18 +214,20 @@ class Whole(Sharded):
 
 
 class Exchanged(Sharded):
-    """Pieces of a unit lie on all ranks. Per rank the stacks of its units, as everywhere; `cut` tells which piece is
-    whose."""
+    """Pieces of a unit lie on all ranks. Per rank the stacks of its units, as everywhere; `cut` tells which
+    piece is whose."""
 
     def __init__(self, *args):
         super().__init__(*args)
         ranks = range(self.world_size)
         mine = self.stacks[self.rank]
-        self.given = [sum(self.numel(stack, self.rank) for stack in self.stacks[r]) for r in ranks]  # my part of r's
-        self.taken = [sum(self.numel(stack, r) for stack in mine) for r in ranks]  # r's part of my units
+        # Numbers of elements: my part of the units of each rank, and each rank's part of mine.
+        self.given = [sum(self.numel(stack, self.rank) for stack in self.stacks[r]) for r in ranks]
+        self.taken = [sum(self.numel(stack, r) for stack in mine) for r in ranks]
 
     def merges(self, unit) -> bool:
-        return super().merges(unit) and self.optimizer.param_groups[unit.group]["split"] is None  # blocks are cut unlike
+        blocks = self.optimizer.param_groups[unit.group]["split"] is not None  # shards cut them unlike
+        return super().merges(unit) and not blocks
 
     def axis(self, stack: Stack) -> int:
         return shard_axis(stack.unit.param, stack.flatten)
@@ -196,7 +238,8 @@ class Exchanged(Sharded):
         if self.axis(stack) == 1:
             begin, end = chunk(columns, self.world_size, rank)
             return begin * math.prod(inner), end * math.prod(inner)
-        first, m = stack.unit.row, stack.unit.m
+        first = stack.unit.row
+        m = stack.unit.m
         begin, end = chunk(rows, self.world_size, rank)
         return min(max(begin - first, 0), m), min(max(end - first, 0), m)
 
@@ -205,8 +248,10 @@ class Exchanged(Sharded):
         return stack.count * (end - begin) * (stack.unit.m if self.axis(stack) else stack.unit.n)
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
-        """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the parameter."""
-        row, count = stack.unit.row, stack.unit.m
+        """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the
+        parameter."""
+        row = stack.unit.row
+        count = stack.unit.m
         if self.axis(stack) == 0:
             begin, end = self.cut(stack, self.rank)
             rows = as_bank(stack.unit.param, stack.flatten).size(1)
@@ -215,12 +260,15 @@ class Exchanged(Sharded):
         return stack.view(as_bank(x, stack.flatten), max(row, 0), count)
 
     def pieces(self, flat: Tensor, stacks: list[Stack], rank: int) -> list[Tensor]:
-        """Return the pieces (B, rows, columns) of these stacks on a rank, out of a flat buffer in which they follow
-        each other."""
+        """Return the pieces (B, rows, columns) of these stacks on a rank, out of a flat buffer in which they
+        follow each other."""
         sizes = [self.numel(stack, rank) for stack in stacks]
-        parts = flat[:sum(sizes)].split(sizes)
-        return [x.view(stack.count, stack.unit.m, -1) if self.axis(stack) else x.view(stack.count, -1, stack.unit.n)
-                for stack, x in zip(stacks, parts)]
+        parts = flat[: sum(sizes)].split(sizes)
+        pieces = []
+        for stack, x in zip(stacks, parts):
+            count, m, n = stack.shape
+            pieces.append(x.view(count, m, -1) if self.axis(stack) else x.view(count, -1, n))
+        return pieces
 
     def exchange(self, parts: list[Tensor], given: list[int], taken: list[int]) -> Flight:
         nothing = self.new(0)  # a rank may own no unit of a bucket
@@ -236,20 +284,22 @@ class Exchanged(Sharded):
         for stacks in self.stacks:
             alive = []
             for stack in stacks:
-                G, M = local_gradient(stack.unit.param), self.state(stack)["momentum_buffer"]
+                G = local_gradient(stack.unit.param)
+                M = self.state(stack)["momentum_buffer"]
                 G = None if G is None else self.piece(stack, G).float()
                 parts.append(torch.zeros_like(M) if G is None else look_ahead(M, G, self.settings(stack)))
                 alive.append(self.signs_of_life(stack, G))
             parts += alive
         mine = sum(stack.count for stack in self.stacks[self.rank])
         theirs = [sum(stack.count for stack in stacks) for stacks in self.stacks]
-        self.pending = self.exchange(parts, [n + flags for n, flags in zip(self.given, theirs)],
-                                     [n + mine for n in self.taken])
+        self.pending = self.exchange(
+            parts, [n + flags for n, flags in zip(self.given, theirs)], [n + mine for n in self.taken]
+        )
         self.flags = mine
 
     def signs_of_life(self, stack: Stack, G: Tensor | None) -> Tensor:
-        """Return (B,): 1 where my piece of a gradient has an entry that is not 0, else 0; NaN for a missing gradient,
-        even of an empty piece."""
+        """Return (B,): 1 where my piece of a gradient has an entry that is not 0, else 0; NaN for a missing
+        gradient, even of an empty piece."""
         if G is None:
             return torch.full((stack.count,), math.nan, device=self.device)
         return (G.flatten(1) != 0).any(1).float()
@@ -260,7 +310,9 @@ class Exchanged(Sharded):
             self.received = self.received.split([n + self.flags for n in self.taken])
 
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
-        stacks, sources, self.received = self.stacks[self.rank], self.received, None
+        stacks = self.stacks[self.rank]
+        sources = self.received
+        self.received = None
         alive = sum(source[n:].float() for source, n in zip(sources, self.taken))
         alive = alive.split([stack.count for stack in stacks])
         pieces = zip(*(self.pieces(source, stacks, rank) for rank, source in enumerate(sources)))
@@ -273,7 +325,10 @@ class Exchanged(Sharded):
         return ["second_moment"] if self.settings(stack)["normuon_beta2"] is not None else []
 
     def send(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> None:
-        stacks, ranks, tail, parts = self.stacks[self.rank], range(self.world_size), [], []
+        stacks = self.stacks[self.rank]
+        ranks = range(self.world_size)
+        tail = []
+        parts = []
         for stack in stacks:
             tail.append(results[stack][1])
             if self.extras(stack):
@@ -284,17 +339,22 @@ class Exchanged(Sharded):
                 parts.append(results[stack][0].narrow(1 + self.axis(stack), begin, end - begin))
             parts += tail
         sizes = [sum(sum(self.tail(stack)) for stack in stacks) for stacks in self.stacks]
-        self.sent = self.exchange(parts, [self.taken[r] + sizes[self.rank] for r in ranks],
-                                  [self.given[r] + sizes[r] for r in ranks])
+        self.sent = self.exchange(
+            parts,
+            [self.taken[r] + sizes[self.rank] for r in ranks],
+            [self.given[r] + sizes[r] for r in ranks],
+        )
         self.sizes = [self.given[r] + sizes[r] for r in ranks]
 
     def apply(self) -> Tensor:
-        sent, self.sent = self.sent, None
+        sent = self.sent
+        self.sent = None
         done = torch.zeros((), dtype=torch.int64, device=self.device)
         for rank, source in enumerate(sent.wait().split(self.sizes)):
-            stacks, place = self.stacks[rank], self.given[rank]
+            stacks = self.stacks[rank]
+            place = self.given[rank]
             for stack, O in zip(stacks, self.pieces(source, stacks, self.rank)):
-                ok, *V = source[place:place + sum(self.tail(stack))].split(self.tail(stack))
+                ok, *V = source[place : place + sum(self.tail(stack))].split(self.tail(stack))
                 place += sum(self.tail(stack))
                 self.apply_piece(stack, O, ok, *V)
                 done += ok.sum().long()
@@ -302,11 +362,17 @@ class Exchanged(Sharded):
 
     def apply_piece(self, stack: Stack, O: Tensor, ok: Tensor, V: Tensor | None = None) -> None:
         """Move my piece of the momentum and of the weights."""
-        p, state, rates = stack.unit.param, self.state(stack), self.optimizer.rates(stack.unit)
-        W, M, G = self.piece(stack, local(p)), state["momentum_buffer"], local_gradient(p)
+        p = stack.unit.param
+        state = self.state(stack)
+        rates = self.optimizer.rates(stack.unit)
+        W = self.piece(stack, local(p))
+        M = state["momentum_buffer"]
+        G = local_gradient(p)
         if G is not None:
             moves = ok.bool().view(-1, *[1] * (M.ndim - 1))
-            M.lerp_(torch.where(moves, self.piece(stack, G).float(), M), 1 - self.settings(stack)["momentum"])
+            M.lerp_(
+                torch.where(moves, self.piece(stack, G).float(), M), 1 - self.settings(stack)["momentum"]
+            )
         if V is not None:
             state["second_moment"].copy_(V.clone().view(torch.float32).view(stack.count, -1))
         if "mantissa" in state:
@@ -317,12 +383,15 @@ class Exchanged(Sharded):
 
 class Gathered(Sharded):
     """For placements without a way of their own: every rank gathers U and computes everything."""
+
     alone = True
 
     @staticmethod
     def announce(params: list[DTensor]) -> None:
-        warnings.warn(f"Muon: {len(params)} parameters, the first placed as {params[0].placements}, are gathered whole on "
-                      "every rank, which is slow; shard them along one mesh dimension")
+        warnings.warn(
+            f"Muon: {len(params)} parameters, the first placed as {params[0].placements}, are "
+            "gathered whole on every rank, which is slow; shard them along one mesh dimension"
+        )
 
     def params(self) -> dict[Tensor, list[Stack]]:
         found = {}
@@ -333,29 +402,37 @@ class Gathered(Sharded):
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
         entries = []
         for p, stacks in self.params().items():
-            group, M, G = self.settings(stacks[0]), self.state(stacks[0])["momentum_buffer"], local_gradient(p)
+            group = self.settings(stacks[0])
+            G = local_gradient(p)
+            M = self.state(stacks[0])["momentum_buffer"]
             G = torch.full_like(M, math.nan) if G is None else G.float()
-            U, alive = self.gather(look_ahead(M, G, group), p), self.gather((G != 0).to(torch.uint8), p)
+            U = self.gather(look_ahead(M, G, group), p)
+            alive = self.gather((G != 0).to(torch.uint8), p)
             for stack in stacks:
                 signs = stack.of(alive).flatten(1).amax(1).float()
                 entries.append((stack, *finite(stack.of(U).reshape(stack.shape), signs)))
         return self.orthogonalize(entries)
 
     def apply(self) -> Tensor:
-        results, self.sent = self.sent, None
+        results = self.sent
+        self.sent = None
         for p, stacks in self.params().items():
             self.apply_to(p, stacks, results)
         return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
 
     def apply_to(self, p: DTensor, stacks: list[Stack], results: dict) -> None:
-        group, M, G = self.settings(stacks[0]), self.state(stacks[0])["momentum_buffer"], local_gradient(p)
+        group = self.settings(stacks[0])
+        G = local_gradient(p)
+        M = self.state(stacks[0])["momentum_buffer"]
         step, moves = (torch.zeros(p.shape, device=self.device) for _ in range(2))
         for stack in stacks:
             O, ok = results[stack]
             view = stack.of(step)
             view.copy_((self.optimizer.rates(stack.unit)[0] * O.float()).view(view.shape))
             stack.of(moves).copy_(ok.view(-1, *[1] * (view.ndim - 1)).expand(view.shape))
-        W, O, ok = local(p), self.place(step, p), self.place(moves, p) > 0
+        W = local(p)
+        O = self.place(step, p)
+        ok = self.place(moves, p) > 0
         _, decay, cautious = self.optimizer.rates(stacks[0].unit)
         moved = W[None].clone()
         decay_and_step(moved, O[None], torch.ones(1, device=W.device), 1.0, decay, cautious)
@@ -365,11 +442,13 @@ class Gathered(Sharded):
 
     def gather(self, x: Tensor, p: DTensor) -> Tensor:
         """Return the whole of which x is the local part, placed as p is."""
-        return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape,
-                                  stride=p.stride()).full_tensor()
+        return DTensor.from_local(
+            x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        ).full_tensor()
 
     def place(self, x: Tensor, p: DTensor) -> Tensor:
         """Return the local part of what every rank holds whole, placed as p is."""
         mesh = p.device_mesh
         everywhere = [Replicate()] * mesh.ndim
-        return DTensor.from_local(x, mesh, everywhere, run_check=False).redistribute(mesh, p.placements).to_local()
+        x = DTensor.from_local(x, mesh, everywhere, run_check=False)
+        return x.redistribute(mesh, p.placements).to_local()

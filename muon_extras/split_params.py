@@ -1,24 +1,29 @@
 """Which parameters of a model belong to Muon."""
+
 from torch import Tensor, nn
 
-HEADS = {"head", "lm_head", "classifier", "score"}          # names of output layers, wherever they are
-ROUTERS = {"router", "gate", "gating"}                      # a Linear of this name that narrows chooses experts
+HEADS = {"head", "lm_head", "classifier", "score"}  # names of output layers, wherever they are
+ROUTERS = {"router", "gate", "gating"}  # a Linear of this name that narrows chooses experts
 POSITIONS = "pos_emb", "position", "pos_enc", "wpe"
 CONV1D = nn.Conv1d, nn.ConvTranspose1d
 
 
 def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[dict], list[tuple[str, Tensor]]]:
-    """Propose (parameter groups for Muon, [(name, parameter)] for AdamW) and print the routing with its reasons.
+    """Propose (parameter groups for Muon, [(name, parameter)] for AdamW) and print the routing with its
+    reasons.
 
-    Muon gets matrices, banks and convolutions inside the network, weights of 1-D convolutions in a group of their own
-    with flatten. AdamW gets the rest: scalars and vectors (also as a matrix with one row or column), embeddings and
-    positions, what shares its tensor with one, routers of experts, and outputs: a Linear called as in HEADS, and the
-    last Linear of the model unless it lies in a list of blocks. Frozen parameters are left out. Look at the print-out:
-    a network of another kind may call for another choice."""
+    Muon gets matrices, banks and convolutions inside the network, weights of 1-D convolutions in a group of
+    their own with flatten. AdamW gets the rest: scalars and vectors (also as a matrix with one row or
+    column), embeddings and positions, what shares its tensor with one, routers of experts, and outputs: a
+    Linear called as in HEADS, and the last Linear of the model unless it lies in a list of blocks. Frozen
+    parameters are left out. Look at the print-out: a network of another kind may call for another choice."""
     tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     conv1d = {m.weight for m in model.modules() if isinstance(m, CONV1D)}
-    outputs, routers = output_weights(model), router_weights(model)
-    hidden, flat, rest = [], [], []
+    outputs = output_weights(model)
+    routers = router_weights(model)
+    hidden = []
+    flat = []
+    rest = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -48,8 +53,11 @@ def reason(name: str, p: Tensor, tables: set, outputs: set, routers: set) -> str
 
 
 def output_weights(model: nn.Module) -> set[Tensor]:
-    """Return the weights of Linear layers that are called as outputs, or are the last one outside of all lists."""
-    lists = [name + "." for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
+    """Return the weights of Linear layers that are called as outputs, or are the last one outside of all
+    lists."""
+    lists = [
+        name + "." for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))
+    ]
     linears = [(name, m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     found = {weight for name, weight in linears if name.rpartition(".")[2].lower() in HEADS or name == "fc"}
     if linears and not any(linears[-1][0].startswith(prefix) for prefix in lists):

@@ -23,10 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from data.errors import UsageError, run_program
 from data.loader import shards_needed
 from data.shards import MAKERS
-from engine.checkpoint import read_checkpoint
 from engine.endings import LOST_CONTACT
 from tools.machine import usable_cores
-from train_gpt import Config, parse_config
+from train_gpt import Config, configure, parse_config
 
 RANK_PROGRAM = ["-m", "tools.rank"]
 WORLD_SIZES = (1, 2, 4, 8)
@@ -54,23 +53,6 @@ def choose_ranks(num_gpus: int, cores: int, wanted: str) -> int:
         raise UsageError("expected 1, 2, 4 or 8 ranks, so that they share the batch evenly, found "
                          f"{ranks}{unit}; set NPROC={fitting}.")
     return ranks
-
-
-def settings_of(options, changes: dict, track: str) -> Config:
-    """Return the settings of the run, those of its checkpoint included, as train_gpt.py will find them.
-
-    They are looked at once, here, because of several ranks that meet an error, torchrun may end the one that
-    speaks before it has spoken. track: the one for this hardware. Raises UsageError.
-    """
-    if options.resume:
-        saved = read_checkpoint(options.resume, Config)["config"]
-        named = changes.get("track", saved["track"])
-        if named != saved["track"]:
-            raise UsageError(f"--track: expected the checkpoint's track, {saved['track']}, found {named}; "
-                             "leave it out")
-        changes = {**saved, **changes}
-    changes = {"track": track, **changes}
-    return Config.for_track(changes.pop("track"), **changes)
 
 
 def prepare_data(cfg: Config) -> int:
@@ -113,22 +95,18 @@ def exit_code(failures: dict) -> int:
 
 def torchrun(ranks: int, args: list[str]) -> int:
     """Run the ranks under torchrun, in this process, and return the exit code of the run."""
-    received = []
+    stops = [signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        stops.append(signal.SIGHUP)
 
     def interrupt(number, frame):
-        """End the run: torchrun sends all ranks a signal and waits for them to save and end."""
-        received.append(number)
-        for later in (signal.SIGINT, hang_up):  # a second one would make torchrun leave the ranks behind
-            signal.signal(later, signal.SIG_IGN)
-        raise SignalException("interrupted", signal.SIGTERM if number == hang_up else signal.Signals(number))
+        """End the run: torchrun sends all ranks the signal and waits for them to save and end."""
+        for stop in stops:  # a second one would make torchrun leave the ranks behind
+            signal.signal(stop, signal.SIG_IGN)
+        raise SignalException("interrupted", signal.Signals(number))
 
-    hang_up = getattr(signal, "SIGHUP", signal.SIGINT)
-    handled = [signal.SIGINT]
-    if signal.getsignal(hang_up) != signal.SIG_IGN:  # nohup ignores it
-        handled.append(hang_up)
-    for number in handled:
-        signal.signal(number, interrupt)
-
+    for stop in stops:
+        signal.signal(stop, interrupt)
     os.environ["LAUNCHED_BY"] = str(os.getpid())  # it is for us to say which rank was ended from outside
     logging.disable(logging.CRITICAL)  # torchrun's account of a failure; the ranks tell their own
     options = ["--standalone", f"--nproc-per-node={ranks}", "--shutdown-timeout=60",
@@ -140,33 +118,25 @@ def torchrun(ranks: int, args: list[str]) -> int:
     except ChildFailedError as error:
         return exit_code(error.failures)
     except SignalException as error:
-        return 128 + (received[0] if received else error.sigval)
-
-
-def count_gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return 128 + error.sigval
 
 
 def main(args: list[str]) -> int:
-    options, changes = parse_config(args)
-    if options.doctor or options.plan:  # before anything is downloaded, and for all ranks at once
-        return subprocess.run([sys.executable, "train_gpt.py", *args]).returncode
-    num_gpus, cores = count_gpus(), usable_cores()
+    # Settings and checkpoint are looked at once, here: of several ranks that meet an error, torchrun may end
+    # the one that speaks for all before it has spoken.
+    options, cfg, _ = configure(args)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cores = usable_cores()
     ranks = choose_ranks(num_gpus, cores, os.environ.get("NPROC", ""))
-    cfg = settings_of(options, changes, "small" if num_gpus else "shakespeare")
 
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {cfg.track}, ranks: {ranks}, threads of each: "
           f"{threads}",
           file=sys.stderr)
-    if not options.resume:
-        args = [f"--track={cfg.track}", *args]
-        if "train_files" not in changes:  # the user's own are there already
-            code = prepare_data(cfg)
-            if code:
-                return code
-    return torchrun(ranks, args)
+    own_data = options.resume or "train_files" in parse_config(args)[1]  # they lie somewhere already
+    code = 0 if own_data else prepare_data(cfg)
+    return code or torchrun(ranks, args)
 
 
 if __name__ == "__main__":

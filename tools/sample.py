@@ -6,28 +6,24 @@ CPU.
 Every token is computed from all those that it may depend on directly: plain, and fast enough to read along.
 """
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from data.encoding import encoding_for
 from data.errors import UsageError, run_program
-from data.loader import Docs
-from engine.attention import BACKENDS
 from engine.checkpoint import read_checkpoint
-from engine.sampling import sample_text
-from train_gpt import GPT, Config, make_context, softmax_logits
-
-MAKE_MASK, ATTEND = BACKENDS["masked"]
+from engine.kernels import Kernels
+from engine.sampling import next_log_probs, sample_text
+from train_gpt import GPT, Config
 
 
 def load(path: str, device: torch.device) -> tuple[GPT, int]:
     """Return the model of a checkpoint, in fp32, and its step. Raises UsageError."""
     state = read_checkpoint(path, Config)
     with torch.device(device):
-        model = GPT(Config(**state["config"]), ATTEND)
+        model = GPT(Config(**state["config"]), dataclasses.replace(Kernels.plain(), device=device))
     try:
         weights = {name: w.float() if w.is_floating_point() else w for name, w in state["model"].items()}
         model.load_state_dict(weights)
@@ -36,25 +32,6 @@ def load(path: str, device: torch.device) -> tuple[GPT, int]:
         raise UsageError(f"{path}: expected the weights of its own settings, found others ({found}); use "
                          "another checkpoint") from None
     return model.eval(), state["step"]
-
-
-def log_probs_of(model: GPT, step: int) -> Callable[[list[int]], Tensor]:
-    """Return log_probs(tokens): (V,) of the next token, as in the validation after `step`."""
-    cfg, device, ropes = model.cfg, model.head.device, {}
-    before = max(step - 1, 0)
-    final = step == cfg.train_steps
-
-    @torch.no_grad()
-    def log_probs(tokens: list[int]) -> Tensor:
-        x = torch.tensor(tokens[-2 * cfg.window_final:], device=device)
-        T = len(x)
-        starts = torch.tensor([0, T], dtype=torch.int32, device=device)
-        docs = Docs(starts, torch.zeros(T, dtype=torch.int32, device=device), T)
-        stage, tied = cfg.stage(before), cfg.tied(before)
-        context = make_context(model, MAKE_MASK, ropes, docs, stage, tied, None, final)
-        return softmax_logits(model, x, context)[-1, :cfg.vocab_size]
-
-    return log_probs
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -88,7 +65,7 @@ def main(argv: list[str]) -> None:
     encoding = encoding_for(model.cfg.bos_id)
     print(args.prompt, end="", flush=True)
     draws = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed)
-    for text in sample_text(log_probs_of(model, step), encoding, args.prompt, args.tokens, **draws):
+    for text in sample_text(next_log_probs(model, step), encoding, args.prompt, args.tokens, **draws):
         print(text, end="", flush=True)
     print()
 

@@ -1,4 +1,4 @@
-"""muon_tools.py: the routing that it proposes, the largest logits against the direct formula, QK-Clip by its effect."""
+"""muon_extras: the routing that it proposes, the largest logits against the direct formula, QK-Clip by its effect."""
 import math
 
 import pytest
@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from muon import Muon
-from muon_extras.split_params import max_logits, qk_clip_, split_params
+from muon_extras.qk_clip import max_logits, qk_clip_
+from muon_extras.split_params import split_params
 
 # --- routing ---
 
@@ -30,7 +31,8 @@ class GPT(nn.Module):
 
 
 def names(routes):
-    return [[name for name, _ in route] for route in routes]
+    """Names that Muon and AdamW get."""
+    return [[name for group in routes[0] for name, _ in group["params"]], [name for name, _ in routes[1]]]
 
 
 HIDDEN = [f"blocks.{i}.{name}.weight" for i in range(2) for name in ("attention", "project", "up", "down")]
@@ -41,9 +43,9 @@ def test_of_a_gpt_muon_gets_the_hidden_matrices(tied):
     model = GPT(tied)
     muon, adamw = split_params(model, verbose=False)
     assert names((muon, adamw))[0] == HIDDEN
-    routed = [p for _, p in muon + adamw]
-    assert len(routed) == len(set(routed)) == len(list(model.parameters()))
-    assert set(routed) == set(model.parameters()) and all(dict(model.named_parameters())[n] is p for n, p in muon + adamw)
+    routed = [*muon[0]["params"], *adamw]
+    assert len(routed) == len({p for _, p in routed}) == len(list(model.parameters())) and len(muon) == 1
+    assert all(dict(model.named_parameters())[n] is p for n, p in routed)
     assert ("lm_head.weight" in names((muon, adamw))[1]) != tied
     Muon(muon), torch.optim.AdamW(adamw)  # both take what it returns
 
@@ -59,8 +61,7 @@ def test_the_routing_is_printed_with_its_reasons(capsys):
     for p in model.blocks[1].parameters():
         p.requires_grad = False
     model.wpe.weight.requires_grad = False
-    muon, _ = split_params(model)
-    assert names([muon]) == [HIDDEN[:4]]  # what is frozen is left out
+    assert names(split_params(model))[0] == HIDDEN[:4]  # what is frozen is left out
     assert capsys.readouterr().out.splitlines() == [
         "AdamW  wte.weight  (50, 16)  embedding",
         "AdamW  blocks.0.gain  ()  scalar",
@@ -75,20 +76,46 @@ def test_the_routing_is_printed_with_its_reasons(capsys):
         "Muon   blocks.0.down.weight  (16, 64)"]
 
 
-def test_convolutions_and_banks_go_to_muon():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.router, self.bank = nn.Linear(8, 4, bias=False), nn.Parameter(torch.zeros(4, 8, 16))
-            self.scale = nn.Parameter(torch.ones(1))
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.bank = nn.Linear(8, 4, bias=False), nn.Parameter(torch.zeros(4, 8, 16))
+        self.gate, self.scale = nn.Linear(8, 16, bias=False), nn.Parameter(torch.ones(1))  # of a GLU: it does not narrow
+
+
+def test_convolutions_and_banks_go_to_muon_and_routers_do_not(capsys):
+    blocks = nn.ModuleList([nn.ModuleDict(dict(experts=Experts(), gate=nn.Linear(8, 4, bias=False)))])
     model = nn.ModuleDict(dict(
         first=nn.Conv2d(3, 8, 3), depthwise=nn.Conv2d(8, 8, 3, groups=8), norm=nn.BatchNorm2d(8), wave=nn.Conv1d(8, 4, 5),
-        experts=Experts(), token_embedding=nn.Linear(9, 8, bias=False), bag=nn.EmbeddingBag(7, 8)))
-    muon, adamw = split_params(model, verbose=False)
-    assert names((muon, adamw)) == [
-        ["first.weight", "depthwise.weight", "wave.weight", "experts.bank", "experts.router.weight"],
-        ["first.bias", "depthwise.bias", "norm.weight", "norm.bias", "wave.bias", "experts.scale", "token_embedding.weight",
-         "bag.weight"]]
+        blocks=blocks, token_embedding=nn.Linear(9, 8, bias=False), bag=nn.EmbeddingBag(7, 8)))
+    model.register_parameter("positions", nn.Parameter(torch.zeros(16, 8)))
+    muon, adamw = split_params(model)
+    assert [(group["flatten"], [name for name, _ in group["params"]]) for group in muon] == [
+        (False, ["first.weight", "depthwise.weight", "blocks.0.experts.bank", "blocks.0.experts.gate.weight"]),
+        (True, ["wave.weight"])]
+    printed = capsys.readouterr().out
+    for line in ("positions  (16, 8)  positions", "blocks.0.experts.router.weight  (4, 8)  router",
+                 "blocks.0.gate.weight  (4, 8)  router", "token_embedding.weight  (8, 9)  embedding"):
+        assert f"AdamW  {line}" in printed
+    assert "Muon   wave.weight  (4, 8, 5)  flatten" in printed
+    p = model["wave"].weight  # one matrix (4, 40), not four of (8, 5)
+    optimizer, before = Muon(muon, lr=1.0, ns_dtype=torch.float32), p.detach().clone()
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert (torch.linalg.svdvals((p.detach() - before).flatten(1)) < 1.2).all()
+
+
+@pytest.mark.parametrize("name", ["head", "score", "classifier", "fc", "to_out"])
+def test_outputs_go_to_adamw_whatever_they_are_called(name, capsys):
+    model = nn.ModuleDict(dict(inner=nn.Linear(6, 6, bias=False), body=nn.ModuleList([nn.Linear(6, 6, bias=False)])))
+    model[name] = nn.Linear(6, 3, bias=False)
+    assert names(split_params(model)) == [["inner.weight", "body.0.weight"], [f"{name}.weight"]]
+    assert f"AdamW  {name}.weight  (3, 6)  head" in capsys.readouterr().out
+
+
+def test_the_last_layer_of_a_list_of_blocks_is_no_output():
+    model = nn.ModuleDict(dict(blocks=nn.ModuleList([nn.ModuleDict(dict(fc=nn.Linear(6, 6, bias=False)))])))
+    assert names(split_params(model, verbose=False)) == [["blocks.0.fc.weight"], []]
 
 
 # --- the largest logits ---

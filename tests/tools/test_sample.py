@@ -12,8 +12,7 @@ from data import encoding
 from data.errors import UsageError, run_program
 from data.files import ROOT
 from data.loader import Docs
-from engine.attention import BACKENDS
-from engine.sampling import generate
+from engine.sampling import generate, next_log_probs
 from tools import sample
 
 
@@ -61,22 +60,16 @@ def test_log_probabilities_are_those_of_the_validation_after_that_step(finished,
     model, step = sample.load(str(finished.checkpoints[which]), torch.device("cpu"))
     cfg = model.cfg
     tokens = [BOS, *(97 + (3 * i * i + i) % 26 for i in range(60))]  # longer than the window
-    log_probs = sample.log_probs_of(model, step)
+    log_probs = next_log_probs(model, step)
     loss = -sum(log_probs(tokens[:n])[tokens[n]].item() for n in range(1, len(tokens)))
+
     docs = Docs(torch.tensor([0, 60], dtype=torch.int32), torch.zeros(60, dtype=torch.int32), 60)
-    stage, weights = cfg.stage(step - 1), torch.zeros(())
-    contexts = [
-        sample.make_context(model, BACKENDS["blocked"][0], {}, docs, stage, tied, weights, long)
-        for tied, long in (
-            (cfg.tied(step - 1), final),
-            (not cfg.tied(step - 1), final),
-            (cfg.tied(step - 1), not final),
-        )
-    ]
-    model.attend = BACKENDS["blocked"][1]
+    tied = cfg.tied(step - 1)
+    variants = [(tied, final), (not tied, final), (tied, not final)]
+    contexts = [model.context(docs, step - 1, long)._replace(tied=one) for one, long in variants]
     inputs, targets = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
     with torch.no_grad():
-        right, *wrong = [model(inputs, targets, context).item() for context in contexts]
+        right, *wrong = [model.evaluate(inputs, targets, context).item() for context in contexts]
     assert abs(loss - right) < 3e-5  # measured: 2e-6, a sum of 60 losses in another order
     # Measured: 2.5e-4 for another window, 0.3 for another tying.
     assert all(abs(loss - other) > 1e-4 for other in wrong)
