@@ -8,9 +8,8 @@ import torch
 
 from engine import attention
 from data.loader import make_batch
-from engine.attention import BACKENDS, choose_backend, paired_docs
+from engine.attention import BACKENDS, PAIRINGS, choose_backend, pair, paired_docs, unpair
 from tests.helpers.tiny import docs_of
-from train_gpt import pair, unpair
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 # float64 all through: sums in another order differ by some 1e-15
@@ -133,6 +132,13 @@ def test_pair_puts_adjacent_heads_on_consecutive_places_and_unpair_undoes_it():
         for head in range(6):
             assert torch.equal(y[2 * t + head % 2, head // 2], x[t, head])
     assert torch.equal(unpair(y), x)
+
+
+def test_pairs_of_halves_are_neighbours_after_heads_change_places():
+    join, part = PAIRINGS["halves"]
+    x, order = torch.randn(5, 6, 2), [0, 3, 1, 4, 2, 5]
+    assert torch.equal(join(x), pair(x[:, order])) and torch.equal(part(join(x)), x)
+    assert PAIRINGS["neighbours"] == (pair, unpair)
 
 
 def test_paired_documents_are_twice_as_long():

@@ -37,6 +37,21 @@ def test_a_run_learns_and_ends_with_a_summary_of_three_lines(folder, alone):
     ]
 
 
+def test_the_clock_pays_for_the_first_shard_and_the_first_batch(folder, monkeypatch):
+    events = []
+
+    def note(kind, name):
+        original = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *args: events.append(name) or original(self, *args))
+
+    note(train_gpt.Clock, "start")
+    note(train_gpt.Loader, "read")
+    note(train_gpt.Loader, "prepare")
+    assert run(folder, "--train_steps=2", "--extension_steps=0").code == 0
+    clock = events.index("start")
+    assert "prepare" not in events[:clock] and "read" in events[clock:]
+
+
 def state_of(result) -> dict:
     """All float tensors of the run's checkpoint by name: weights, and both optimizers' states."""
     state = torch.load(result.checkpoints[-1], weights_only=True)
