@@ -31,12 +31,16 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 # Growing segments instead of fixed blocks: stages change the sequence length, which would fragment a GPU's
 # memory.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Rounds that an idle OpenMP thread waits in a loop before it sleeps. Without a limit, several threads become
+# many times slower as soon as another program uses one of their cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.encoding import encoding_for
 from data.errors import RunError, UsageError
 from data.loader import Batch, Docs, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
@@ -49,6 +53,7 @@ from engine.head_loss import HEAD_PIECE, HeadLoss, softcap, summed_cross_entropy
 from engine.kernels import Kernels
 from engine.log import Log
 from engine.ranks import Runtime
+from engine.sampling import next_log_probs, sample_text
 from engine.settings import (
     ALL_POSITIVE, POSITIVE, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
     setting, show_value)
@@ -210,6 +215,7 @@ class Config:
 
     # Run
     log_dir: str = setting("logs", "folder of the logs")
+    sample_tokens: int = setting(150, "tokens of generated text at the end; 0: none", ZERO_OR_MORE)
     stop_at_target: bool = setting(False, "end at the first validation at or below the target")
     save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none", ZERO_OR_MORE)
     save_final: bool = setting(False, "write a checkpoint at the end")
@@ -921,7 +927,8 @@ class Run:
         self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.compiled)
         if groups["muon"]:
             self.muon = Muon(
-                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype, cautious=cfg.cautious,
+                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype,
+                cautious=cfg.cautious,
                 flatten=False, normuon_beta2=cfg.normuon_beta2 or None,
                 split_mantissa=kernels.dtype == torch.bfloat16,
                 sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
@@ -1286,6 +1293,18 @@ def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
     return path
 
 
+def show_sample(run: Run, log: Log):
+    """Write some text of the trained model; none where its vocabulary is not at hand."""
+    if run.rt.rank > 0 or not run.cfg.sample_tokens:
+        return
+    try:
+        encoding = encoding_for(run.cfg.bos_id, network=False)
+    except (ImportError, UsageError):
+        return
+    text = "".join(sample_text(next_log_probs(run.model, run.step), encoding, "", run.cfg.sample_tokens))
+    log.write("\n".join(f"> {line}" for line in text.splitlines()))
+
+
 @torch.no_grad()
 def check_model(run: Run) -> int:
     """Check causality: other tokens from position t on must not change any loss before t - 1; and that
@@ -1341,6 +1360,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
                           file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
+        show_sample(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
     if run.reached is None:
         rt.print0("reached: no")

@@ -29,9 +29,6 @@ from train_gpt import Config, configure, parse_config
 
 RANK_PROGRAM = ["-m", "tools.rank"]
 WORLD_SIZES = (1, 2, 4, 8)
-# Rounds that an idle thread waits in a loop before it sleeps. Without a limit, a rank of several threads
-# becomes many times slower as soon as another program uses one of its cores.
-SPIN_COUNT = 1000
 
 
 def choose_ranks(num_gpus: int, cores: int, wanted: str) -> int:
@@ -130,7 +127,6 @@ def main(args: list[str]) -> int:
     ranks = choose_ranks(num_gpus, cores, os.environ.get("NPROC", ""))
 
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {cfg.track}, ranks: {ranks}, "
           f"threads of each: {threads}", file=sys.stderr)
     own_data = options.resume or "train_files" in parse_config(args)[1]  # they lie somewhere already
