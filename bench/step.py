@@ -71,7 +71,7 @@ def synthetic_shards(cfg: Config, folder: Path, tokens: int, ids_used: int = 2**
 def ensure_shards(cfg: Config, folder: Path, tokens: int) -> str:
     """Write synthetic shards into a folder where the track's are not there, and say which ones a run reads."""
     try:
-        find_shards(cfg.train_files, cfg)
+        find_shards(cfg.train_files)
         return "the track's shards"
     except ShardError:
         synthetic_shards(cfg, folder, tokens)
