@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.encoding import encoding_for
 from data.errors import RunError, UsageError
-from data.loader import Batch, Docs, Loader, Validation, make_batch, to_device
+from data.loader import Batch, Docs, Loader, Validation, join, make_batch, to_device
 from data.shards import document_starts
 from engine.adam import Adam
 from engine.attention import BACKENDS, PAIRINGS, paired_docs
@@ -110,6 +110,9 @@ class Config:
         8,
         "packed sequences per step, shared out over the ranks; must be a multiple of their number",
         POSITIVE)
+    pack_tokens: int = setting(
+        0, "slices of a rank go through the model together up to this many tokens; 0: one by one",
+        ZERO_OR_MORE)
     max_doc_len: tuple[int, ...] = setting((896, 2048), "tokens kept of a document, by stage", ALL_POSITIVE)
     split_docs: int = setting(
         0,
@@ -336,7 +339,7 @@ TRACKS: dict[str, dict] = {
         max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=110,
         # Schedule
         train_steps=440, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
-        batch_tokens=(2048,), slices=4, max_doc_len=(1024,), split_docs=513, untie_delay=0,
+        batch_tokens=(2048,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513, untie_delay=0,
         window_short=(32, 64), window_long=(64, 128), window_final=128,
         # Model
         num_layers=4, model_dim=128, head_dim=32, long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,),
@@ -438,6 +441,7 @@ class Context(NamedTuple):
     rope: list
     scale: float
     tied: bool
+    slices: int = 1  # equal parts of the sequence; the first token of each has none before it
 
 
 class LayerWeights(NamedTuple):
@@ -571,7 +575,8 @@ class GPT(nn.Module):
         """
         x = self.trunk(tokens, ctx)
         fp8, onednn = self.kernels.fp8_head, self.kernels.onednn
-        return HeadLoss.apply(x, self.head, targets, mtp_weights, self.cfg.softcap, HEAD_PIECE, fp8, onednn)
+        return HeadLoss.apply(x, self.head, targets, mtp_weights, self.cfg.softcap, HEAD_PIECE, fp8, onednn,
+                              ctx.slices)
 
     def evaluate(self, tokens: Tensor, targets: Tensor, ctx: Context) -> Tensor:
         """Return the sum of the T cross entropies of the next token, in fp32."""
@@ -588,8 +593,8 @@ class GPT(nn.Module):
         """(T,) tokens to the (T, D) normalized final stream."""
         cfg = self.cfg
         layers = self.layer_weights()
-        x0 = self.first_embedding(tokens, ctx.tied)
-        bigram = self.bigram(tokens) if cfg.bigram_rows else None
+        x0 = self.first_embedding(tokens, ctx)
+        bigram = self.bigram(tokens, ctx.slices) if cfg.bigram_rows else None
         inputs = Inputs(x0, bigram, self.value_embeddings(tokens))
 
         x = x0
@@ -611,19 +616,22 @@ class GPT(nn.Module):
             x = x - self.backout_lambda.type_as(x) * cached
         return norm(x)
 
-    def first_embedding(self, tokens: Tensor, tied: bool) -> Tensor:
+    def first_embedding(self, tokens: Tensor, ctx: Context) -> Tensor:
         """(T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
-        x = F.embedding(tokens, self.head if tied else self.embed)
+        x = F.embedding(tokens, self.head if ctx.tied else self.embed)
 
         # Smear (record 34): a little of the previous token's embedding, which saves layer 0 from looking it
         # up.
         if self.cfg.smear:
-            seen = x[1:, : self.smear_gate.size(1)]
+            x = x.unflatten(0, (ctx.slices, -1))
+            before, now = x[:, :-1], x[:, 1:]
+            seen = now[..., : self.smear_gate.size(1)]
             gate = torch.sigmoid(F.linear(seen, self.smear_gate.type_as(x)))
-            x = torch.cat([x[:1], x[1:] + self.smear_lambda.type_as(x) * gate * x[:-1]])
+            mixed = now + self.smear_lambda.type_as(x) * gate * before
+            x = torch.cat([x[:, :1], mixed], 1).flatten(0, 1)
         return norm(x)
 
-    def bigram(self, tokens: Tensor) -> Tensor:
+    def bigram(self, tokens: Tensor, slices: int = 1) -> Tensor:
         """Return the (T, D) embedding of each token and the one before it, hashed to a row of one table.
 
         Records 62 and 83: memory instead of products, -165 steps. Bigrams that share a row differ in their
@@ -631,10 +639,11 @@ class GPT(nn.Module):
         """
         rows = self.cfg.bigram_rows
         now = tokens.int()
-        before = F.pad(now[:-1], (1, 0))
+        T = len(now)
+        first = torch.arange(T, device=now.device) % (T // slices) == 0
+        before = torch.where(first, 0, now.roll(1))
         mixed = (36313 * now) ^ (27191 * before)  # int32 products wrap around
         index = torch.remainder(mixed, max(rows - 1, 1))
-        first = torch.arange(len(now), device=now.device) == 0
         index = torch.where(first, rows - 1, index)
         e = F.embedding(index, self.bigram_embed)
         if not self.cfg.bigram_signs:
@@ -704,7 +713,8 @@ class GPT(nn.Module):
         # Partial key offset (record 49): half of each key comes from the token before, so that one layer can
         # find what followed the last time.
         if cfg.key_offset and long:
-            shifted = torch.cat([k[:1, :, d // 2 :], k[:-1, :, d // 2 :]])
+            second = k[..., d // 2 :].unflatten(0, (ctx.slices, -1))
+            shifted = torch.cat([second[:, :1], second[:, :-1]], 1).flatten(0, 1)
             k = torch.cat([k[..., : d // 2], shifted], -1)
 
         mask = ctx.masks[long][paired]
@@ -743,7 +753,7 @@ class GPT(nn.Module):
                 return self.kernels.make_mask(paired_docs(docs) if paired else docs, windows[long])
 
         masks = [[mask(long, paired) for paired in (False, True)] for long in (False, True)]
-        return Context(masks, rope, scale, cfg.tied(step))
+        return Context(masks, rope, scale, cfg.tied(step), docs.slices)
 
     def rotary_tables(self, stage: int, docs: Docs) -> tuple[float, list]:
         """Return the softmax scale and the (cos, sin) of plain and of paired heads, kept for the next call.
@@ -1109,7 +1119,8 @@ class Run:
 
     def time_step(self, step: int) -> float:
         """Return the milliseconds of a step like this one, the mean over the steps between two of Adam's."""
-        batches = [self.made_up_batch(step)] * len(self.loader.slices_of_rank)
+        count = len(self.loader.slices_of_rank) // self.loader.joined(step)
+        batches = [self.made_up_batch(step)] * count
         self.rt.synchronize()
         began = time.perf_counter()
         for i in range(self.cfg.adam_every):
@@ -1127,7 +1138,8 @@ class Run:
         tokens[:: min(max_doc_len, T)] = cfg.bos_id
         starts = document_starts(tokens[:-1], cfg.bos_id)
         entries = self.loader.entries[cfg.stage(step)]
-        return make_batch(tokens, starts, max_doc_len, self.rt.device.type == "cuda", entries)
+        slice = make_batch(tokens, starts, max_doc_len, self.rt.device.type == "cuda", entries)
+        return join([slice] * self.loader.joined(step))
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
@@ -1360,7 +1372,7 @@ def check_model(run: Run) -> int:
     for p in model.parameters():  # parts that start at zero would hide what they see
         p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
     inputs, _, docs = to_device(run.loader.next()[0], rt.device)
-    t = len(inputs) // 2
+    t = len(inputs) // docs.slices // 2  # inside a slice
     changed = inputs.clone()
     changed[t:] = (changed[t:] + 1) % cfg.bos_id
     ctx = model.context(docs, cfg.train_steps)  # the widest windows of training

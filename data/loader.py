@@ -23,11 +23,13 @@ class Docs(NamedTuple):
     """Documents of one packed sequence.
 
     starts: (capacity,) int32, first token of each document, padded with T, as varlen attention wants it; ids:
-    (T,) number of each token's document; max_len: longest document possible.
+    (T,) number of each token's document; max_len: longest document possible; slices: equal parts of the
+    sequence over whose starts nothing looks, be it attention or the token before.
     """
     starts: Tensor
     ids: Tensor
     max_len: int
+    slices: int = 1
 
 
 class OutOfData(RunError):
@@ -86,12 +88,23 @@ def make_batch(buffer: np.ndarray, starts: np.ndarray, max_len: int, pin: bool, 
     return Batch(tokens[:-1], tokens[1:], Docs(padded, ids, min(max_len, T)))
 
 
+def join(batches: list[Batch]) -> Batch:
+    """Return one batch of several of the same length T: their slices, one after the other, apart as before."""
+    if len(batches) == 1:
+        return batches[0]
+    inputs, targets, docs = zip(*batches)
+    T, entries = len(inputs[0]), len(docs[0].starts)
+    starts = torch.cat([one.starts + T * i for i, one in enumerate(docs)])
+    ids = torch.cat([one.ids + entries * i for i, one in enumerate(docs)])  # a slice has fewer than entries
+    return Batch(torch.cat(inputs), torch.cat(targets), Docs(starts, ids, docs[0].max_len, len(batches)))
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on a device, copied without waiting."""
     inputs, targets, docs = batch
     moved = [tensor.to(device, non_blocking=True) for tensor in (inputs, targets, docs.starts, docs.ids)]
     inputs, targets, starts, ids = moved
-    return Batch(inputs, targets, Docs(starts, ids, docs.max_len))
+    return Batch(inputs, targets, docs._replace(starts=starts, ids=ids))
 
 
 def find_shards(pattern: str) -> list[Path]:
@@ -178,6 +191,13 @@ class Loader:
             self.upcoming = self.preparer.submit(self.prepare, self.position)
         return batches
 
+    def joined(self, step: int) -> int:
+        """Return how many of this rank's slices lie in one micro-batch: all as long as they fit in
+        pack_tokens, else the most that share them out evenly."""
+        own = len(self.slices_of_rank)
+        T = self.cfg.at("batch_tokens", step) // self.slices
+        return max((n for n in range(1, own + 1) if own % n == 0 and n * T <= self.cfg.pack_tokens), default=1)
+
     def open(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens, document starts and lengths of a shard; open the next one in the background."""
         wanted = {number, number + 1}
@@ -248,6 +268,8 @@ class Loader:
             buffer = np.concatenate([tokens[start:start + n] for start, n in zip(starts[mine], kept)])
             entries = self.entries[self.cfg.stage(here["step"])]
             batches.append(make_batch(buffer[:T + 1], begins[begins < T], max_len, self.pin, entries))
+        n = self.joined(here["step"])
+        batches = [join(batches[i:i + n]) for i in range(0, len(batches), n)]
         return batches, {**here, "step": here["step"] + 1, "doc": here["doc"] + used[-1]}
 
     def check_supply(self):

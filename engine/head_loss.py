@@ -66,16 +66,18 @@ class HeadLoss(torch.autograd.Function):
 
     The logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and
     what is kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in
-    FP8, see to_fp8; onednn: products in fp32 by oneDNN.
+    FP8, see to_fp8; onednn: products in fp32 by oneDNN; slices: equal parts of the sequence, whose losses are
+    added up.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False):
+    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False, slices=1):
         T, K = len(x), len(weights)
         padded = F.pad(targets, (0, K - 1), value=-1)
         ahead = padded.unfold(0, K, 1)  # (T, K): the next token, the second next, ...
-        t = torch.arange(T, device=x.device)[:, None]
-        exists = t + torch.arange(K, device=x.device) < T
+        length = T // slices
+        t = torch.arange(T, device=x.device)[:, None] % length
+        exists = t + torch.arange(K, device=x.device) < length
         token_weights = weights * exists
 
         if fp8:
@@ -104,7 +106,7 @@ class HeadLoss(torch.autograd.Function):
         dx, dhead = ctx.saved_tensors
         dx = dx * grad.to(dx.dtype)
         dhead = dhead * grad.to(dhead.dtype)
-        return dx, dhead, *[None] * 6
+        return dx, dhead, *[None] * 7
 
 
 def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
 """The loader against a slow loop over the documents, at every world size, with its state, and out of data."""
 
+import functools
 import time
 
 import numpy as np
 import pytest
 import torch
-from tests.helpers.runs import BOS, config, documents, make_shards
+from tests.helpers import runs
+from tests.helpers.runs import BOS, documents, make_shards
 
 from data.loader import Loader, OutOfData, Validation, entries_needed, find_shards, share_entries
 from data.shards import ShardError, document_starts, open_shard, write_shard
 
+config = functools.partial(runs.config, "--pack_tokens=0")  # every slice by itself
 STAGED = (
     "--batch_tokens=256,512,768",
     "--max_doc_len=24,64",
@@ -332,3 +335,27 @@ def test_the_fingerprint_tells_sets_of_shards_apart(tmp_path, monkeypatch):
     tokens[5] = 98 if tokens[5] == 97 else 97
     write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", tokens)
     assert Loader(config(), 0, 1, False).fingerprint != before
+
+
+@pytest.mark.parametrize("pack_tokens, expected", [(0, [64] * 4), (127, [64] * 4), (128, [128] * 2), (255, [128] * 2),
+                                                   (256, [256]), (10_000, [256])])
+def test_slices_of_a_rank_are_joined_up_to_a_number_of_tokens(pack_tokens, expected):
+    options = "--batch_tokens=512", f"--pack_tokens={pack_tokens}"
+    joined, apart = (Loader(config(*options[:n]), 1, 2, False).next() for n in (2, 1))
+    assert [len(batch.inputs) for batch in joined] == expected and len(apart) == 4
+    for name in ("inputs", "targets"):
+        assert all(torch.equal(*pair) for pair in zip(
+            torch.cat([getattr(batch, name) for batch in joined]).split(64), [getattr(batch, name) for batch in apart]))
+    assert [batch.docs.slices for batch in joined] == [n // 64 for n in expected]
+    per_batch = expected[0] // 64
+    for i, (_, _, docs) in enumerate(joined):
+        starts = [s + 64 * k for k in range(per_batch) for s in starts_of(apart[per_batch * i + k])]
+        assert starts_of(joined[i]) == starts and docs.starts.tolist() == sorted(docs.starts.tolist())
+        changes = 1 + (docs.ids.diff() != 0).nonzero()[:, 0]
+        assert [0, *changes.tolist()] == starts
+
+
+def starts_of(batch) -> list[int]:
+    """Where its documents begin, each once."""
+    starts = batch.docs.starts
+    return sorted(set(starts[starts < len(batch.inputs)].tolist()))

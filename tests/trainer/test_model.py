@@ -2,10 +2,12 @@
 import ctypes
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
+from data.loader import join, make_batch
 from engine.head_loss import softcap
 from engine.kernels import Kernels
 from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, rotary, rotary_settings
@@ -594,3 +596,37 @@ def test_training_and_evaluation_compile_without_graph_break(backend, compiler):
         for a, b in zip(*found):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # the same fp32 operations, perhaps reordered
     torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slices that go through the model together
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("lengths", [([5, 1, 7, 4], [17], [1, 16]), ([9], [9], [9])])
+def test_joined_slices_give_the_losses_and_gradients_of_each_by_itself(lengths, tied):
+    model = build(config(), backend="blocked")
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    T = sum(lengths[0])
+    slices = [make_batch(tokens_of(model.cfg, T + 1, seed).numpy(), np.cumsum([0, *each[:-1]]), T, False)
+              for seed, each in enumerate(lengths)]
+
+    def outcome(batches, **changes):
+        model.zero_grad()
+        loss = 0.0
+        for inputs, targets, docs in batches:
+            one = model(inputs, targets, context(model, docs, tied=tied)._replace(**changes), weights)
+            one.backward()
+            loss += one.item()
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, apart = outcome(slices)
+    found, together = outcome([join(slices)])
+    assert found == pytest.approx(expected, rel=1e-6)
+    whole = math.sqrt(sum(g.square().sum() for g in apart.values()))
+    assert together.keys() == apart.keys()
+    for name, g in apart.items():
+        assert (together[name] - g).norm() < GRADIENTS * g.norm() + 1e-6 * whole, name
+
+    blind, _ = outcome([join(slices)], slices=1)  # tokens before, and targets, across the starts of slices
+    assert abs(blind - expected) > 1e-4 * expected
