@@ -668,13 +668,16 @@ class GPT(nn.Module):
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
             source = cached if i in cfg.late_attn_layers else x
             value_embed = inputs.values.get(i)
-            kept = weights.resid[0] * x
-            x = kept + weights.post[0] * self.attention(norm(source), i, weights, value_embed, ctx)
+            factors = [weights.resid[0], weights.post[0]]
+            streams = [x, self.attention(norm(source), i, weights, value_embed, ctx)]
             # The first embeddings again (record 9): no layer has to carry them along.
             if cfg.inject_x0:
-                x = x + weights.x0 * inputs.x0
+                factors.append(weights.x0)
+                streams.append(inputs.x0)
             if cfg.bigram_rows and i > 0:
-                x = x + weights.bigram * inputs.bigram
+                factors.append(weights.bigram)
+                streams.append(inputs.bigram)
+            x = self.kernels.residual(factors, streams)
 
         # One skip from an early to a middle layer (records 11 and 45), gated by the token.
         if cfg.skip and i == cfg.skip[1]:
@@ -682,8 +685,8 @@ class GPT(nn.Module):
             gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
             x = x + torch.sigmoid(self.skip_lambda.type_as(x)) * gate * early
 
-        hidden = F.relu(self.linear(norm(x), weights.mlp_in))
-        return weights.resid[1] * x + weights.post[1] * self.linear(hidden * hidden, weights.mlp_out)
+        mlp = self.kernels.mlp(norm(x), weights.mlp_in, weights.mlp_out)
+        return self.kernels.residual([weights.resid[1], weights.post[1]], [x, mlp])
 
     def attention(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None,
                   ctx: Context) -> Tensor:

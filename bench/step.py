@@ -168,6 +168,7 @@ def places_of(run: Run, eager: bool):
             (model, "bigram", "tables"),
             (model, "linear", part_of_product(model)),
             (Kernels, "attend", "attention"),
+            (Kernels, "mlp", "MLP"),
         ]
     return places
 

@@ -75,6 +75,84 @@ def blocked_attention(q, k, v, mask, scale):
     return y.transpose(1, 2).reshape(N * W, H, d)[:T]
 
 
+FEW_SCORES = 2**20  # 4 MiB in fp32: to keep more of them takes longer than to compute them again
+
+
+def blocked(q, k, v, mask, scale):
+    """Attend in blocks; by BlockProducts where that is faster: in training on a CPU, eager, with few scores."""
+    few = q.size(1) * mask.numel() <= FEW_SCORES
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if q.is_cpu and q.dtype != torch.bfloat16 and few and eager:
+        return BlockProducts.apply(q, k, v, mask, scale)
+    return blocked_attention(q, k, v, mask, scale)
+
+
+class BlockProducts(torch.autograd.Function):
+    """blocked_attention with the probabilities kept for the backward pass, 1.3 to 1.6 times as fast with it.
+
+    Block n of head h is row h N + n of a batch (B, W, d). Its keys are the 2 W rows up to its last one, which
+    overlap with those of the block before; where that is the last one of another head, the mask hides it.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        T, H, d = q.shape
+        N, _, W, _ = mask.shape
+        q, k, v = (rows_by_head(x, N * W, W) for x in (q, k, v))
+        q = q[W:].view(H * N, W, d)
+
+        hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)[:, 0]
+        scores = torch.bmm(q.mul_(scale), windows(k, W).mT)
+        scores.view(H, N, W, 2 * W).add_(hidden)
+        p = torch.softmax(scores, -1)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale = scale
+        return by_token(torch.bmm(p, windows(v, W)), H, T)
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, p = ctx.saved_tensors
+        T, H, d = g.shape
+        W = p.size(1)
+        g = rows_by_head(g, len(p) // H * W, 0).view(-1, W, d)
+        dv = torch.bmm(p.mT, g)
+        dp = torch.bmm(g, windows(v, W).mT)
+        dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dq = torch.bmm(dscores, windows(k, W)).mul_(ctx.scale)
+        dk = torch.bmm(dscores.mT, q)
+        return by_token(dq, H, T), *(by_token(fold(x), H, T) for x in (dk, dv)), None, None
+
+
+def rows_by_head(x: Tensor, length: int, before: int) -> Tensor:
+    """(T, H, d) to (before + H length, d): the rows of each head in one piece, zeros before them and after T."""
+    T, H, d = x.shape
+    rows = x.new_empty(before + H * length, d)
+    rows[:before] = 0
+    heads = rows[before:].view(H, length, d)
+    heads[:, :T] = x.transpose(0, 1)
+    heads[:, T:] = 0
+    return rows
+
+
+def windows(rows: Tensor, W: int) -> Tensor:
+    """(W + B W, d) to B overlapping windows (B, 2 W, d)."""
+    d = rows.size(1)
+    return rows.as_strided((len(rows) // W - 1, 2 * W, d), (W * d, d, 1))
+
+
+def fold(x: Tensor) -> Tensor:
+    """(B, 2 W, d) gradients of windows to (B, W, d) of the rows that overlap in them."""
+    W = x.size(1) // 2
+    total = x[:, W:]
+    total[:-1] += x[1:, :W]
+    return total
+
+
+def by_token(x: Tensor, H: int, T: int) -> Tensor:
+    """(H N, W, d) blocks to (T, H, d)."""
+    return x.reshape(H, -1, x.size(-1))[:, :T].transpose(0, 1)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # GPUs: FlexAttention, and FlashAttention through varlen_attn
 
@@ -119,7 +197,7 @@ def varlen(q, k, v, mask, scale):
 BACKENDS = {  # name -> (mask, attention)
     "varlen": (varlen_mask, varlen),
     "flex": (flex_mask, flex),
-    "blocked": (blocked_mask, blocked_attention),
+    "blocked": (blocked_mask, blocked),
     "masked": (masked_mask, masked_attention),
 }
 # Tried on a GPU, in this order. FA3 and FA4 are packages of their own, which varlen_attn can use instead of
@@ -164,7 +242,7 @@ PAIRINGS = {"halves": (pair_halves, unpair_halves), "neighbours": (pair, unpair)
 
 def paired_docs(docs: Docs) -> Docs:
     """Return the documents of a sequence in which every token stands twice."""
-    return Docs(docs.starts * 2, docs.ids.repeat_interleave(2), docs.max_len * 2)
+    return Docs(docs.starts * 2, docs.ids.repeat_interleave(2), docs.max_len * 2, docs.slices)
 
 
 # ------------------------------------------------------------------------------------------------------------

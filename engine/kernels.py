@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.files import ROOT
 from engine.attention import BACKENDS, choose_backend
+from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
 from engine.head_loss import choose_fp8
 from engine.products import OneDnnLinear, choose_onednn, choose_symmetric
 from muon import symmetric_product
@@ -33,6 +34,7 @@ class Kernels:
     ns_dtype: torch.dtype  # of Muon's Newton-Schulz iteration
     symmetric: Callable  # symmetric matrix product for Muon
     symmetric_reason: str
+    fused: bool = False  # whether engine.fused takes the place of plain formulas
 
     @staticmethod
     def choose(cfg, device: torch.device) -> "Kernels":
@@ -50,7 +52,8 @@ class Kernels:
                        *choose_fp8(cfg.fp8_head, device),
                        *choose_onednn(device, dtype, compiled),
                        choose_ns_dtype(device),
-                       *choose_symmetric(device))
+                       *choose_symmetric(device),
+                       device.type == "cpu" and dtype == torch.float32 and not compiled)
 
     @staticmethod
     def plain(dtype: torch.dtype = torch.float32, attention: str = "masked") -> "Kernels":
@@ -68,6 +71,16 @@ class Kernels:
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """(..., n) by (m, n) to (..., m)."""
         return OneDnnLinear.apply(x, weight) if self.onednn else F.linear(x, weight)
+
+    def mlp(self, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        """Return relu(x w_in^T)^2 w_out^T, (T, D)."""
+        if self.fused:
+            return SquaredReluMlp.apply(x, w_in, w_out, self.onednn)
+        return squared_relu_mlp(x, w_in, w_out, self.linear)
+
+    def residual(self, factors, streams) -> Tensor:
+        """Return the sum of factor times stream, (T, D)."""
+        return (residual if self.fused else residual_sum)(factors, streams)
 
     def compile(self, function: Callable) -> Callable:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function

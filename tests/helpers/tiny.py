@@ -35,9 +35,13 @@ def docs_of(lengths, capacity: int = 0) -> Docs:
     return Docs(padded, ids, max(lengths))
 
 
-def build(cfg: Config, dtype=torch.float32, perturb: bool = True, backend: str = "masked") -> GPT:
-    """A model; perturbed, so that no part is hidden by a zero."""
-    model = GPT(cfg, Kernels.plain(attention=backend))
+def tokens_of(cfg, n: int, seed: int = 4) -> torch.Tensor:
+    return torch.randint(0, cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def build(cfg: Config, dtype=torch.float32, perturb: bool = True, backend: str = "masked", kernels=None) -> GPT:
+    """A model; perturbed, so that no part is hidden by a zero. kernels: plain ones if None."""
+    model = GPT(cfg, kernels or Kernels.plain(attention=backend))
     model.init_weights(torch.float32)
     if perturb:
         generator = torch.Generator().manual_seed(1)

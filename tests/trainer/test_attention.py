@@ -26,6 +26,9 @@ CASES = {  # document lengths, window
     "documents end on blocks": ([8, 16, 8], 8),
 }
 
+HERE = {name: BACKENDS[name] for name in ("masked", "blocked", "flex")}
+HERE["blocked, without BlockProducts"] = attention.blocked_mask, attention.blocked_attention
+
 
 @pytest.fixture(autouse=True)
 def flex_gradients_on_cpu(monkeypatch):
@@ -91,10 +94,10 @@ def expected(case, paired):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["masked", "blocked", "flex"])
+@pytest.mark.parametrize("name", HERE)
 def test_a_backend_equals_plain_loops_in_values_and_gradients(name, case):
     lengths, window = CASES[case]
-    make, attend = BACKENDS[name]
+    make, attend = HERE[name]
     mask = make(docs_of(lengths, capacity=12), window)
     found = values_and_gradients(lambda q, k, v: attend(q, k, v, mask, 0.7), *leaves(sum(lengths)))
     assert_equal(found, expected(case, False))
@@ -102,10 +105,10 @@ def test_a_backend_equals_plain_loops_in_values_and_gradients(name, case):
 
 @pytest.mark.parametrize("case", ["ragged, window shorter", "ragged, window longer than documents",
                                   "documents of one token"])
-@pytest.mark.parametrize("name", ["masked", "blocked", "flex"])
+@pytest.mark.parametrize("name", HERE)
 def test_paired_heads_equal_plain_loops_over_both_heads_keys(name, case):
     lengths, window = CASES[case]
-    make, attend = BACKENDS[name]
+    make, attend = HERE[name]
     mask = make(paired_docs(docs_of(lengths)), window)
     found = values_and_gradients(lambda q, k, v: unpair(attend(pair(q), pair(k), pair(v), mask, 0.7)),
                                  *leaves(sum(lengths), 4))
@@ -152,7 +155,7 @@ def test_backends_obey_the_scale(scale):
     (q, k, v), _ = leaves(11)
     want = slow_attention(q, k, v, [4, 7], 5, scale)
     for name in ("masked", "blocked", "flex"):
-        make, attend = BACKENDS[name]
+        make, attend = HERE[name]
         torch.testing.assert_close(attend(q, k, v, make(docs_of([4, 7]), 5), scale), want, **EXACT)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import tiny
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from data.loader import join, make_batch
 from engine.head_loss import softcap
@@ -22,7 +23,7 @@ VALUES, GRADIENTS = 3e-6, 2e-5
 
 
 def tokens_of(cfg, n=T + 1, seed=4):
-    return torch.randint(0, cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
+    return tiny.tokens_of(cfg, n, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Fused functions against their plain formulas, in values and gradients."""
+import pytest
+import torch
+
+from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
+from engine.kernels import Kernels
+from muon import ONEDNN
+from tests.helpers.tiny import build, config, context, docs_of, tokens_of
+
+
+def leaves(*shapes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def assert_same(fused, plain, arguments, tolerance):
+    """Both give the same values, and gradients of all arguments."""
+    found, expected = fused(*arguments), plain(*arguments)
+    g = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
+    pairs = [(found, expected), *zip(*(torch.autograd.grad(y, arguments, g) for y in (found, expected)), strict=True)]
+    for ours, exact in pairs:
+        assert ours.shape == exact.shape and ours.dtype == exact.dtype
+        assert (ours - exact).norm() <= tolerance * exact.norm()
+
+
+def test_the_mlp_equals_its_formula():
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, False), squared_relu_mlp, leaves((11, 6), (13, 6), (6, 13)), 1e-14)
+
+
+@pytest.mark.skipif(ONEDNN is None, reason="needs oneDNN with AVX-512")
+def test_the_mlp_by_onednn_equals_its_formula():
+    arguments = leaves((70, 32), (96, 32), (32, 96), dtype=torch.float32)
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, True), squared_relu_mlp, arguments, 1e-5)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+def test_the_residual_update_equals_its_formula(terms):
+    arguments = [*leaves(*[()] * terms), *leaves(*[(7, 6)] * terms)]
+    assert_same(lambda *args: residual(args[:terms], args[terms:]),
+                lambda *args: residual_sum(args[:terms], args[terms:]), arguments, 1e-14)
+
+
+def test_only_an_eager_cpu_fuses_and_the_model_stays_the_same():
+    cfg = config()
+    chosen = Kernels.choose(cfg, torch.device("cpu"))
+    assert chosen.fused and not Kernels.plain().fused
+    results = []
+    for kernels in (Kernels.plain(), chosen):
+        model = build(cfg, kernels=kernels)
+        tokens = tokens_of(cfg, 18)
+        loss = model(tokens[:-1], tokens[1:], context(model, docs_of([5, 1, 7, 4])), torch.tensor([1.0, 0.5]))
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (plain, expected), (fused, found) = results
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)  # fp32
+    whole = sum(g.square().sum() for g in expected.values()).sqrt()
+    for name, g in expected.items():
+        assert (found[name] - g).norm() < 2e-5 * g.norm() + 1e-6 * whole, name
