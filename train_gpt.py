@@ -1022,7 +1022,8 @@ class Run:
             self.adam.start()
             self.adam.step()
         if self.muon is not None:
-            self.muon.step()  # while Adam's new tables are on their way
+            with self.kernels.batches():
+                self.muon.step()  # while Adam's new tables are on their way
             self.muon.zero_grad()
         if with_adam:
             self.adam.finish()

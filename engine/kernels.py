@@ -1,4 +1,5 @@
 """What this device can do: one object that is chosen once and used by the trainer, its log and the doctor."""
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from data.files import ROOT
 from engine.attention import BACKENDS, choose_backend
 from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
 from engine.head_loss import choose_fp8
-from engine.products import OneDnnLinear, choose_onednn, choose_symmetric
+from engine.products import OneDnnLinear, choose_onednn, choose_symmetric, onednn_batches
 from muon import symmetric_product
 
 
@@ -81,6 +82,10 @@ class Kernels:
     def residual(self, factors, streams) -> Tensor:
         """Return the sum of factor times stream, (T, D)."""
         return (residual if self.fused else residual_sum)(factors, streams)
+
+    def batches(self):
+        """Return the context in which many small products are fastest."""
+        return onednn_batches() if self.onednn else contextlib.nullcontext()
 
     def compile(self, function: Callable) -> Callable:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from engine import products
 from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
 from engine.kernels import Kernels
 from muon import ONEDNN
@@ -56,3 +57,15 @@ def test_only_an_eager_cpu_fuses_and_the_model_stays_the_same():
     whole = sum(g.square().sum() for g in expected.values()).sqrt()
     for name, g in expected.items():
         assert (found[name] - g).norm() < 2e-5 * g.norm() + 1e-6 * whole, name
+
+
+def test_batches_go_to_onednn_only_where_it_computes_in_fp32(monkeypatch):
+    A = torch.randn(3, 70, 130, generator=torch.Generator().manual_seed(0))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with products.onednn_batches():
+        assert (torch.backends.mkldnn.matmul.fp32_precision != before) == products.exact_onednn_batches()
+        torch.testing.assert_close((A @ A.mT).double(), A.double() @ A.mT.double(), rtol=1e-5, atol=1e-4)  # fp32
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    monkeypatch.setattr(products, "largest_error", lambda *args: 2e-3)  # as with factors in bf16
+    assert not products.exact_onednn_batches.__wrapped__()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
