@@ -1101,8 +1101,8 @@ class Run:
         tokens = np.random.default_rng(self.rt.rank).integers(0, cfg.vocab_size, T + 1)
         tokens[:: min(max_doc_len, T)] = cfg.bos_id
         starts = document_starts(tokens[:-1], cfg.bos_id)
-        entries = self.loader.entries[cfg.stage(step)]
-        return make_batch(tokens, starts, max_doc_len, self.rt.device.type == "cuda", entries)
+        pin = self.rt.device.type == "cuda"
+        return make_batch(tokens, starts, max_doc_len, pin, self.loader.entries(step))
 
     @torch.no_grad()
     def evaluate(self) -> float | None:

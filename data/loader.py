@@ -149,6 +149,7 @@ class Loader:
         self.order = (None, None)  # (epoch, shard) and the order of its documents
         self.shard_opener = ThreadPoolExecutor(1)
         self.preparer = ThreadPoolExecutor(1)
+        self.tried = self.try_stages()
         self.check_supply()
         self.opened.clear()  # the clock pays for opening the first shard
         self.load_state_dict(dict(step=0, epoch=0, shard=0, doc=0))
@@ -245,22 +246,15 @@ class Loader:
             kept = np.minimum(lengths[mine], max_len)
             begins = np.cumsum(kept) - kept
             buffer = np.concatenate([tokens[start:start + n] for start, n in zip(starts[mine], kept)])
-            entries = self.entries[self.cfg.stage(here["step"])]
+            entries = self.entries(here["step"])
             batches.append(make_batch(buffer[:T + 1], begins[begins < T], max_len, self.pin, entries))
         return batches, {**here, "step": here["step"] + 1, "doc": here["doc"] + used[-1]}
 
     def check_supply(self):
-        """Refuse a schedule that the shards cannot feed, and set the entries for documents, by packing the
-        first steps of each stage."""
-        cfg, needed = self.cfg, 0.0
-        self.entries = []  # by stage
-        ends = (*cfg.stage_starts[1:], cfg.train_steps)
-        for first, end in zip(cfg.stage_starts, ends):
-            tried = min(20, end - first)
-            raw, most = self.first_steps(first, tried)
-            needed += raw / max(tried, 1) * (end - first)
-            T = cfg.at("batch_tokens", first) // self.slices
-            self.entries.append(entries_needed(T, cfg.at("max_doc_len", first), most))
+        """Refuse a schedule that the shards cannot feed, judged by the first steps of each stage."""
+        cfg = self.cfg
+        lengths = np.diff([*cfg.stage_starts, cfg.train_steps])
+        needed = sum(raw * length for (raw, _), length in zip(self.tried, lengths))
         found = sum(map(shards.num_tokens, self.paths)) * cfg.max_epochs
         if needed > found:
             raise shards.ShardError(
@@ -268,9 +262,15 @@ class Loader:
                 f"{cfg.train_steps} steps, found {found:,} in {len(self.paths)} shards times "
                 f"{cfg.max_epochs} epochs; get more shards, raise --max_epochs or lower --train_steps")
 
-    def first_steps(self, first: int, count: int) -> tuple[int, int]:
-        """Return the tokens that `count` steps use up, packed from the first shard's beginning, and the most
-        documents of a sequence."""
+    def try_stages(self) -> list[tuple[float, int]]:
+        """Return what try_steps() says of the first steps of each stage."""
+        cfg = self.cfg
+        ends = (*cfg.stage_starts[1:], cfg.train_steps)
+        return [self.try_steps(first, min(20, end - first)) for first, end in zip(cfg.stage_starts, ends)]
+
+    def try_steps(self, first: int, count: int) -> tuple[float, int]:
+        """Pack `count` steps from the first shard's beginning. Return the tokens that a step uses up and the
+        most documents of a sequence."""
         position = dict(epoch=0, shard=0, doc=0)
         raw = most = 0
         for step in range(first, first + count):
@@ -281,7 +281,13 @@ class Loader:
             raw += int(self.open(here["shard"])[2][docs[:used[-1]]].sum())
             most = max(most, *np.diff(used).tolist())
             position = {**here, "doc": here["doc"] + used[-1]}
-        return raw, most
+        return raw / max(count, 1), most
+
+    def entries(self, step: int) -> int:
+        """Return the entries for documents of every sequence of this step's stage."""
+        T = self.cfg.at("batch_tokens", step) // self.slices
+        most = self.tried[self.cfg.stage(step)][1]
+        return entries_needed(T, self.cfg.at("max_doc_len", step), most)
 
 
 def shards_needed(cfg) -> int:
