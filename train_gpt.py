@@ -14,12 +14,14 @@ docs/techniques.md has a row for every technique: formula, reason, source, and w
 worth.
 """
 import argparse
+import bisect
 import dataclasses
 import functools
 import math
 import os
 import signal
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +33,16 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 # Growing segments instead of fixed blocks: stages change the sequence length, which would fragment a GPU's
 # memory.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Rounds that an idle OpenMP thread waits in a loop before it sleeps. Without a limit, several threads become
+# many times slower as soon as another program uses one of their cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.encoding import encoding_for
 from data.errors import RunError, UsageError
 from data.loader import Batch, Docs, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
@@ -49,6 +55,7 @@ from engine.head_loss import HEAD_PIECE, HeadLoss, softcap, summed_cross_entropy
 from engine.kernels import Kernels
 from engine.log import Log
 from engine.ranks import Runtime
+from engine.sampling import next_log_probs, sample_text
 from engine.settings import (
     ALL_POSITIVE, POSITIVE, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
     setting, show_value)
@@ -210,6 +217,10 @@ class Config:
 
     # Run
     log_dir: str = setting("logs", "folder of the logs")
+    time_budget: float = setting(
+        0.0, "seconds of training to plan train_steps for, by the step times of a warm-up; 0: as "
+             "given", ZERO_OR_MORE)
+    sample_tokens: int = setting(150, "tokens of generated text at the end; 0: none", ZERO_OR_MORE)
     stop_at_target: bool = setting(False, "end at the first validation at or below the target")
     save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none", ZERO_OR_MORE)
     save_final: bool = setting(False, "write a checkpoint at the end")
@@ -921,7 +932,8 @@ class Run:
         self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.compiled)
         if groups["muon"]:
             self.muon = Muon(
-                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype, cautious=cfg.cautious,
+                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype,
+                cautious=cfg.cautious,
                 flatten=False, normuon_beta2=cfg.normuon_beta2 or None,
                 split_mantissa=kernels.dtype == torch.bfloat16,
                 sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
@@ -931,7 +943,9 @@ class Run:
         cfg, model = self.cfg, self.model
         flops = [f"{model.flops_per_token(stage) / 1e6:.1f}" for stage in range(len(cfg.stage_starts))]
         parameters = sum(p.numel() for p in model.parameters())
+        budget = f"time budget: {cfg.time_budget:g} s, in which {cfg.train_steps} steps fit by those of a warm-up"
         return [
+            *([budget] if cfg.time_budget else []),
             *self.kernels.facts(),
             *self.muon_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
@@ -1092,6 +1106,17 @@ class Run:
         self.make_optimizers()
         self.rt.synchronize()
         self.startup.mark("reset")
+
+    def time_step(self, step: int) -> float:
+        """Return the milliseconds of a step like this one, the mean over the steps between two of Adam's."""
+        batches = [self.made_up_batch(step)] * len(self.loader.slices_of_rank)
+        self.rt.synchronize()
+        began = time.perf_counter()
+        for i in range(self.cfg.adam_every):
+            self.accumulate(batches, step)
+            self.update(step + i)
+        self.rt.synchronize()
+        return 1000 * (time.perf_counter() - began) / self.cfg.adam_every
 
     def made_up_batch(self, step: int) -> Batch:
         """Return a batch of random tokens with the shapes of this step's."""
@@ -1286,6 +1311,47 @@ def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
     return path
 
 
+def fit_time_budget(run: Run) -> Config:
+    """Return the settings of a run with as many steps as its time budget has room for.
+
+    The run is used up: it has taken steps on made-up tokens. All ranks return the same.
+    """
+    cfg, rt = run.cfg, run.rt
+    run.warm_up()
+    stage_ms = torch.tensor([run.time_step(start) for start in cfg.stage_starts], device=rt.device)
+    stage_ms = (rt.sum(stage_ms) / rt.world).tolist()
+
+    def plan(steps: int) -> Config:
+        return dataclasses.replace(cfg, train_steps=steps)
+
+    def seconds(steps: int) -> float:
+        planned = plan(steps)
+        return sum(stage_ms[planned.stage(step)] for step in range(steps)) / 1000
+
+    shortest = cfg.extension_steps + 1
+    if seconds(shortest) > cfg.time_budget:
+        raise UsageError(f"--time_budget: expected room for {shortest} steps, which take "
+                         f"{seconds(shortest):.1f} s, "
+                         f"found {cfg.time_budget:g} s; raise it, or lower --extension_steps")
+    steps = 2 * shortest
+    while seconds(steps) < cfg.time_budget:
+        steps *= 2
+    fitting = bisect.bisect_right(range(steps), cfg.time_budget, lo=shortest, key=seconds) - 1
+    return plan(fitting)
+
+
+def show_sample(run: Run, log: Log):
+    """Write some text of the trained model; none where its vocabulary is not at hand."""
+    if run.rt.rank > 0 or not run.cfg.sample_tokens:
+        return
+    try:
+        encoding = encoding_for(run.cfg.bos_id, network=False)
+    except (ImportError, UsageError):
+        return
+    text = "".join(sample_text(next_log_probs(run.model, run.step), encoding, "", run.cfg.sample_tokens))
+    log.write("\n".join(f"> {line}" for line in text.splitlines()))
+
+
 @torch.no_grad()
 def check_model(run: Run) -> int:
     """Check causality: other tokens from position t on must not change any loss before t - 1; and that
@@ -1322,6 +1388,10 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     run = Run(cfg, rt, stop)
     if options.check:
         return check_model(run)
+    if cfg.time_budget and not state:
+        cfg = fit_time_budget(run)
+        del run  # its memory is needed
+        run = Run(cfg, rt, stop)
     if options.dry_run:
         settings = [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
         return rt.print0("\n".join([*settings, *run.facts()]))
@@ -1341,6 +1411,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
                           file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
+        show_sample(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
     if run.reached is None:
         rt.print0("reached: no")

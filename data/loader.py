@@ -147,6 +147,7 @@ class Loader:
         self.fingerprint = fingerprint(self.paths)
         self.opened = {}  # shard number -> future of (tokens, document starts, document lengths)
         self.order = (None, None)  # (epoch, shard) and the order of its documents
+        self.slices_of_rank = range(rank * self.slices // world, (rank + 1) * self.slices // world)
         self.shard_opener = ThreadPoolExecutor(1)
         self.preparer = ThreadPoolExecutor(1)
         self.tried = self.try_stages()
@@ -241,7 +242,7 @@ class Loader:
         max_len = self.cfg.at("max_doc_len", here["step"])
         T = self.cfg.at("batch_tokens", here["step"]) // self.slices
         batches = []
-        for s in range(self.rank * self.slices // self.world, (self.rank + 1) * self.slices // self.world):
+        for s in self.slices_of_rank:
             mine = docs[used[s]:used[s + 1]]
             kept = np.minimum(lengths[mine], max_len)
             begins = np.cumsum(kept) - kept
