@@ -14,12 +14,14 @@ docs/techniques.md has a row for every technique: formula, reason, source, and w
 worth.
 """
 import argparse
+import bisect
 import dataclasses
 import functools
 import math
 import os
 import signal
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +33,21 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 # Growing segments instead of fixed blocks: stages change the sequence length, which would fragment a GPU's
 # memory.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Rounds that an idle OpenMP thread waits in a loop before it sleeps. Without a limit, several threads become
+# many times slower as soon as another program uses one of their cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.encoding import encoding_for
 from data.errors import RunError, UsageError
 from data.loader import Batch, Docs, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
 from engine.adam import Adam
-from engine.attention import BACKENDS, pair, paired_docs, unpair
+from engine.attention import BACKENDS, PAIRINGS, paired_docs
 from engine.checkpoint import read_checkpoint, write_checkpoint
 from engine.clock import Clock, Startup
 from engine.endings import Stopped, StopSignal, leave, report
@@ -49,6 +55,7 @@ from engine.head_loss import HEAD_PIECE, HeadLoss, softcap, summed_cross_entropy
 from engine.kernels import Kernels
 from engine.log import Log
 from engine.ranks import Runtime
+from engine.sampling import next_log_probs, sample_text
 from engine.settings import (
     ALL_POSITIVE, POSITIVE, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
     setting, show_value)
@@ -63,6 +70,8 @@ SWITCH = one_of("auto", "on", "off")
 SEED = Rule("zero or more and less than 2^63", lambda x: 0 <= x < 2**63)
 MOMENTUM = Rule("two numbers in [0, 1)", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs))
 SOFTCAP = Rule("A,B,C with C above 0, or nothing", lambda xs: xs == () or (len(xs) == 3 and xs[2] > 0))
+FACTOR_ADAM = Rule("a factor and two betas in [0, 1)",
+                   lambda xs: len(xs) == 3 and xs[0] >= 0 and all(0 <= x < 1 for x in xs[1:]))
 SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 2 and xs[0] < xs[1]))
 
 
@@ -93,7 +102,7 @@ class Config:
     # Schedule
     train_steps: int = setting(1480, "optimizer steps, extension included", POSITIVE)
     extension_steps: int = setting(
-        16, "last steps, at the final learning rate and with one more window stage", ZERO_OR_MORE)
+        40, "last steps, at the final learning rate and with one more window stage", ZERO_OR_MORE)
     stages: int = setting(3, "equal parts of the schedule before the extension", POSITIVE)
     batch_tokens: tuple[int, ...] = setting(
         (131_072, 262_144, 393_216), "tokens per step over all ranks, by stage", ALL_POSITIVE)
@@ -122,6 +131,7 @@ class Config:
         "(1,) predicts the next only",
         ALL_POSITIVE)
     untie_stage: int = setting(2, "stage at which embedding and head part; 0 never tied, -1 always tied")
+    untie_delay: int = setting(1, "moves of Adam in that stage before they do", ZERO_OR_MORE)
 
     # Model
     num_layers: int = setting(11, "layers L", POSITIVE)
@@ -130,7 +140,9 @@ class Config:
     mlp_ratio: int = setting(4, "hidden width of the MLP in units of D", POSITIVE)
     long_layers: tuple[int, ...] = setting((3, 10), "layers with the long window")
     no_attn_layers: tuple[int, ...] = setting((6,), "layers without attention")
-    paired_layers: tuple[int, ...] = setting((0, 2, 5, 9), "layers whose heads attend in adjacent pairs")
+    paired_layers: tuple[int, ...] = setting((0, 2, 5, 9), "layers whose heads attend in pairs")
+    pairing: str = setting(
+        "halves", "heads of a pair: halves (h and h + H/2) or neighbours (2h and 2h + 1)", one_of(*PAIRINGS))
     late_attn_layers: tuple[int, ...] = setting((8, 9, 10), "layers whose attention reads the cached stream")
     cache_layer: int = setting(7, "layer whose output is cached for late attention and backout")
     backout: bool = setting(True, "subtract a learned part of the cached stream before the head")
@@ -148,9 +160,10 @@ class Config:
     bigram_rows: int = setting(377_280, "rows of the hashed bigram embedding; 0: none", ZERO_OR_MORE)
     bigram_signs: bool = setting(True, "decorrelate colliding bigrams by random signs")
     smear: bool = setting(True, "mix the previous token's embedding into each embedding")
-    attn_gate_layers: tuple[int, ...] = setting((3, 10), "layers with a sigmoid gate on each head's output")
+    attn_gate_layers: tuple[int, ...] = setting(
+        (0, 1, 2, 3, 4, 5, 7, 8, 9, 10), "layers with a sigmoid gate on each head's output")
     xsa_layers: tuple[int, ...] = setting(
-        (1, 3, 4, 7), "layers that remove each token's own value from its output")
+        (1, 3, 4, 7, 8, 10), "layers that remove each token's own value from its output")
     inject_x0: bool = setting(True, "add the first embedding back in every layer")
     resid_init: float = setting(1.1, "initial factor of the residual stream per layer", ZERO_OR_MORE)
     head_std: float = setting(0.005, "standard deviation of the initial head and embedding", ZERO_OR_MORE)
@@ -174,13 +187,13 @@ class Config:
     adam_wd: float = setting(
         0.005, "Adam weight decay, multiplied by lr squared and the factor of each label", ZERO_OR_MORE)
     adam_eps: float = setting(
-        5e-15,
-        "Adam epsilon; tiny, because the loss is a mean over a sequence of 16384 tokens and more, "
-        "and a token's own row of a table sees its share only",
-        ZERO_OR_MORE)
+        1e-10, "Adam epsilon, for gradients of a loss summed over a sequence", ZERO_OR_MORE)
     adam_every: int = setting(2, "steps over which Adam's gradients are summed up before it moves", POSITIVE)
     table_lr_mul: float = setting(
         75.0, "Adam learning rate factor of the value and bigram embeddings", ZERO_OR_MORE)
+    factor_adam: tuple[float, ...] = setting(
+        (1.0, 0.9, 0.95), "Adam of the x0, bigram and XSA factors: factor of the learning rate, betas",
+        FACTOR_ADAM)
     cautious: bool = setting(True, "decay a weight only where the update shrinks it too")
     adamw_lr: float = setting(0.001, "--optimizer=adamw: learning rate of the hidden matrices", ZERO_OR_MORE)
     adamw_wd: float = setting(
@@ -204,6 +217,10 @@ class Config:
 
     # Run
     log_dir: str = setting("logs", "folder of the logs")
+    time_budget: float = setting(
+        0.0, "seconds of training to plan train_steps for, by the step times of a warm-up; 0: as "
+             "given", ZERO_OR_MORE)
+    sample_tokens: int = setting(150, "tokens of generated text at the end; 0: none", ZERO_OR_MORE)
     stop_at_target: bool = setting(False, "end at the first validation at or below the target")
     save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none", ZERO_OR_MORE)
     save_final: bool = setting(False, "write a checkpoint at the end")
@@ -286,7 +303,19 @@ class Config:
 
     def tied(self, step: int) -> bool:
         """Return whether embedding and head are one matrix at this step."""
-        return self.untie_stage < 0 or self.stage(step) < self.untie_stage
+        return step < self.untie_step
+
+    @property
+    def untie_step(self) -> float:
+        """First step with an embedding apart from the head."""
+        if self.untie_stage <= 0:
+            return math.inf if self.untie_stage < 0 else 0
+        return self.stage_starts[self.untie_stage] + self.untie_delay * self.adam_every
+
+    @property
+    def graph_starts(self) -> list[int]:
+        """First steps of all that torch.compile sees as another graph: stages, and the head by itself."""
+        return sorted({step for step in (*self.stage_starts, self.untie_step) if step < self.train_steps})
 
     @property
     def train_tokens(self) -> int:
@@ -307,15 +336,15 @@ TRACKS: dict[str, dict] = {
         max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=110,
         # Schedule
         train_steps=440, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
-        batch_tokens=(2048,), slices=4, max_doc_len=(1024,), split_docs=513,
+        batch_tokens=(2048,), slices=4, max_doc_len=(1024,), split_docs=513, untie_delay=0,
         window_short=(32, 64), window_long=(64, 128), window_final=128,
         # Model
         num_layers=4, model_dim=128, head_dim=32, long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,),
-        late_attn_layers=(), cache_layer=2, skip=(0, 2), value_embed_layers=(0, 3), bigram_rows=4096,
-        attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
+        pairing="neighbours", late_attn_layers=(), cache_layer=2, skip=(0, 2), value_embed_layers=(0, 3),
+        bigram_rows=4096, attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
         # Optimizer
         muon_lr=0.04, momentum_warmup=50, momentum_cooldown=20, ema_frac=0.15,
-        adam_every=1, adam_eps=1e-10, table_lr_mul=25.0, adamw_lr=0.0015),
+        adam_every=1, adam_eps=512e-10, table_lr_mul=25.0, factor_adam=(5.0, 0.9, 0.99), adamw_lr=0.0015),
 }
 
 ACTIONS = {  # flags that are no settings, and what argparse wants to know of them
@@ -534,7 +563,8 @@ class GPT(nn.Module):
         return [LayerWeights(*weights) for weights in zip(*columns)]
 
     def forward(self, tokens: Tensor, targets: Tensor, ctx: Context, mtp_weights: Tensor) -> Tensor:
-        """Return the training loss: the mean cross entropy of the next tokens, weighted by mtp_weights (K,).
+        """Return the training loss: the summed cross entropy of the next tokens, weighted by mtp_weights
+        (K,).
 
         Multi-token prediction (record 53): the same logits also predict later tokens, which teaches the trunk
         more per token while the weights of later tokens fade out over the run.
@@ -640,8 +670,8 @@ class GPT(nn.Module):
         # One skip from an early to a middle layer (records 11 and 45), gated by the token.
         if cfg.skip and i == cfg.skip[1]:
             seen = inputs.x0[:, : self.skip_gate.size(1)]
-            gate = F.linear(seen, self.skip_gate.type_as(x), self.skip_lambda.type_as(x))
-            x = x + torch.sigmoid(gate) * early
+            gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
+            x = x + torch.sigmoid(self.skip_lambda.type_as(x)) * gate * early
 
         hidden = F.relu(self.linear(norm(x), weights.mlp_in))
         return weights.resid[1] * x + weights.post[1] * self.linear(hidden * hidden, weights.mlp_out)
@@ -679,6 +709,7 @@ class GPT(nn.Module):
 
         mask = ctx.masks[long][paired]
         if paired:  # two heads share a softmax over the keys of both (record 58): -65 steps at the same FLOPs
+            pair, unpair = PAIRINGS[cfg.pairing]
             y = unpair(self.kernels.attend(pair(q), pair(k), pair(v), mask, ctx.scale))
         else:
             y = self.kernels.attend(q, k, v, mask, ctx.scale)
@@ -811,6 +842,7 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
     embedding = adam(1, 150, (0.5, 0.95))
     sparse_table = adam(cfg.table_lr_mul, 5, (0.75, 0.95))
     scalar = adam(5, 0, (0.9, 0.99))
+    factor = adam(cfg.factor_adam[0], 0, cfg.factor_adam[1:])
     gate = adam(1, 1, (0.9, 0.99))
     table = {
         "attn_qk": muon(1, 1),
@@ -824,16 +856,16 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
         "resid_lambdas": adam(5, 0, (0.9, 0.95)),
         "post_lambdas": adam(1, 0, (0.9, 0.95)),
         "attn_lambdas": scalar,
-        "x0_lambdas": scalar,
-        "bigram_lambdas": scalar,
+        "x0_lambdas": factor,
+        "bigram_lambdas": factor,
         "smear_lambda": scalar,
         "skip_lambda": scalar,
         "backout_lambda": scalar,
-        "xsa_alphas": scalar,
+        "xsa_alphas": factor,
         "smear_gate": adam(0.01, 0, (0.9, 0.99)),
         "value_gates": gate,
         "attn_gates": gate,
-        "skip_gate": gate,
+        "skip_gate": adam(0.05, 0, (0.9, 0.99)),
     }
     if cfg.optimizer == "adamw":
         adamw = Row("adam", cfg.adamw_lr, cfg.adamw_wd, False, (0.9, 0.95))
@@ -847,7 +879,7 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
 EMA_EVERY = 4  # steps between two looks at the weights for their average: each is a pass over all of them
 MODEL_SETTINGS = (  # what a checkpoint's weights depend on
     "vocab_size", "num_layers", "model_dim", "head_dim", "mlp_ratio", "no_attn_layers", "value_embed_layers",
-    "bigram_rows", "smear", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0")
+    "bigram_rows", "smear", "pairing", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0")
 
 
 class Run:
@@ -900,7 +932,8 @@ class Run:
         self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.compiled)
         if groups["muon"]:
             self.muon = Muon(
-                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype, cautious=cfg.cautious,
+                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype,
+                cautious=cfg.cautious,
                 flatten=False, normuon_beta2=cfg.normuon_beta2 or None,
                 split_mantissa=kernels.dtype == torch.bfloat16,
                 sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
@@ -910,7 +943,9 @@ class Run:
         cfg, model = self.cfg, self.model
         flops = [f"{model.flops_per_token(stage) / 1e6:.1f}" for stage in range(len(cfg.stage_starts))]
         parameters = sum(p.numel() for p in model.parameters())
+        budget = f"time budget: {cfg.time_budget:g} s, in which {cfg.train_steps} steps fit by those of a warm-up"
         return [
+            *([budget] if cfg.time_budget else []),
             *self.kernels.facts(),
             *self.muon_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
@@ -934,10 +969,10 @@ class Run:
         """Take one optimizer step. Return the newest training loss that has arrived from the device, if
         any."""
         step = self.step
-        if step == self.cfg.stage_starts[max(self.cfg.untie_stage, 0)] and self.cfg.untie_stage >= 0:
+        if step == self.cfg.untie_step:
             self.untie()
         stats = torch.zeros(2, device=self.rt.device)  # mean loss, any signal to stop
-        stats[0] = self.accumulate(self.loader.next(), step) / self.rt.world
+        stats[0] = self.accumulate(self.loader.next(), step) / self.cfg.at("batch_tokens", step)
         stats[1] = self.stop.number
         self.update(step)
         self.rt.sum(stats)
@@ -946,15 +981,20 @@ class Run:
         return self.read_stats(stats)
 
     def accumulate(self, batches: list[Batch], step: int) -> Tensor:
-        """Add the gradient of the mean loss over batches to .grad; return that loss."""
+        """Add the gradient of the loss of some slices to .grad; return the sum of their losses.
+
+        A step's loss is the mean over its slices, each a sum over its tokens, as in the public records: Adam
+        then meets a change of batch as theirs does.
+        """
         device = self.rt.device
         pin = device.type == "cuda"  # an unpinned copy would make the host wait for the step before
         weights = torch.tensor(mtp_weights(self.cfg, step), pin_memory=pin).to(device, non_blocking=True)
+        share = self.rt.world / self.cfg.slices  # Adam and Muon average over the ranks
         total = 0.0
         for batch in batches:
             inputs, targets, docs = to_device(batch, device)
-            loss = self.forward(inputs, targets, self.model.context(docs, step), weights) / len(batches)
-            loss.backward()
+            loss = self.forward(inputs, targets, self.model.context(docs, step), weights)
+            (loss * share).backward()
             total = total + loss.detach()
         return total
 
@@ -1050,21 +1090,33 @@ class Run:
 
     def warm_up(self):
         """Compile all that the clock would see, and touch all memory, with made-up tokens, once for each
-        stage; then put the weights back and start with fresh optimizers. Untimed, and the loader does not
+        graph; then put the weights back and start with fresh optimizers. Untimed, and the loader does not
         move."""
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        for stage, start in enumerate(self.cfg.stage_starts):
-            self.accumulate([self.made_up_batch(start)], start)
-            self.update(start + self.cfg.adam_every - 1)
+        labels = {start: f"stage {stage}" for stage, start in enumerate(self.cfg.stage_starts)}
+        for step in self.cfg.graph_starts:
+            self.accumulate([self.made_up_batch(step)], step)
+            self.update(step + self.cfg.adam_every - 1)
             self.adam.zero_grad()
             self.rt.synchronize()
-            self.startup.mark(f"stage {stage}")
+            self.startup.mark(labels.get(step, "head apart"))
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(before[name])
         self.make_optimizers()
         self.rt.synchronize()
         self.startup.mark("reset")
+
+    def time_step(self, step: int) -> float:
+        """Return the milliseconds of a step like this one, the mean over the steps between two of Adam's."""
+        batches = [self.made_up_batch(step)] * len(self.loader.slices_of_rank)
+        self.rt.synchronize()
+        began = time.perf_counter()
+        for i in range(self.cfg.adam_every):
+            self.accumulate(batches, step)
+            self.update(step + i)
+        self.rt.synchronize()
+        return 1000 * (time.perf_counter() - began) / self.cfg.adam_every
 
     def made_up_batch(self, step: int) -> Batch:
         """Return a batch of random tokens with the shapes of this step's."""
@@ -1074,7 +1126,8 @@ class Run:
         tokens = np.random.default_rng(self.rt.rank).integers(0, cfg.vocab_size, T + 1)
         tokens[:: min(max_doc_len, T)] = cfg.bos_id
         starts = document_starts(tokens[:-1], cfg.bos_id)
-        return make_batch(tokens, starts, max_doc_len, self.rt.device.type == "cuda")
+        pin = self.rt.device.type == "cuda"
+        return make_batch(tokens, starts, max_doc_len, pin, self.loader.entries(step))
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
@@ -1258,6 +1311,47 @@ def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
     return path
 
 
+def fit_time_budget(run: Run) -> Config:
+    """Return the settings of a run with as many steps as its time budget has room for.
+
+    The run is used up: it has taken steps on made-up tokens. All ranks return the same.
+    """
+    cfg, rt = run.cfg, run.rt
+    run.warm_up()
+    stage_ms = torch.tensor([run.time_step(start) for start in cfg.stage_starts], device=rt.device)
+    stage_ms = (rt.sum(stage_ms) / rt.world).tolist()
+
+    def plan(steps: int) -> Config:
+        return dataclasses.replace(cfg, train_steps=steps)
+
+    def seconds(steps: int) -> float:
+        planned = plan(steps)
+        return sum(stage_ms[planned.stage(step)] for step in range(steps)) / 1000
+
+    shortest = cfg.extension_steps + 1
+    if seconds(shortest) > cfg.time_budget:
+        raise UsageError(f"--time_budget: expected room for {shortest} steps, which take "
+                         f"{seconds(shortest):.1f} s, "
+                         f"found {cfg.time_budget:g} s; raise it, or lower --extension_steps")
+    steps = 2 * shortest
+    while seconds(steps) < cfg.time_budget:
+        steps *= 2
+    fitting = bisect.bisect_right(range(steps), cfg.time_budget, lo=shortest, key=seconds) - 1
+    return plan(fitting)
+
+
+def show_sample(run: Run, log: Log):
+    """Write some text of the trained model; none where its vocabulary is not at hand."""
+    if run.rt.rank > 0 or not run.cfg.sample_tokens:
+        return
+    try:
+        encoding = encoding_for(run.cfg.bos_id, network=False)
+    except (ImportError, UsageError):
+        return
+    text = "".join(sample_text(next_log_probs(run.model, run.step), encoding, "", run.cfg.sample_tokens))
+    log.write("\n".join(f"> {line}" for line in text.splitlines()))
+
+
 @torch.no_grad()
 def check_model(run: Run) -> int:
     """Check causality: other tokens from position t on must not change any loss before t - 1; and that
@@ -1294,6 +1388,10 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     run = Run(cfg, rt, stop)
     if options.check:
         return check_model(run)
+    if cfg.time_budget and not state:
+        cfg = fit_time_budget(run)
+        del run  # its memory is needed
+        run = Run(cfg, rt, stop)
     if options.dry_run:
         settings = [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
         return rt.print0("\n".join([*settings, *run.facts()]))
@@ -1313,6 +1411,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
                           file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
+        show_sample(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
     if run.reached is None:
         rt.print0("reached: no")

@@ -1,15 +1,18 @@
-"""What each technique is worth: the trainer with one of them off, trained on the same tokens, over several seeds.
+"""What each technique is worth: the trainer with one of them off, trained on the same tokens, over several
+seeds.
 
-    python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=2] [--only NAME ...]    what OUT.jsonl lacks
-    python -m bench.ablate time OUT.jsonl [--rounds=12]                                  the time of a step, in turns
-    python -m bench.ablate table OUT.jsonl [--page=bench/ABLATION.md]                    the table, or the page around it
+    python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=2]    train what OUT.jsonl lacks
+    python -m bench.ablate time OUT.jsonl [--rounds=12]                        the time of a step, in turns
+    python -m bench.ablate table OUT.jsonl [--page=bench/ABLATION.md]         the table, or the page around it
 
-OUT.jsonl gets a line for every run and every timing, so an interrupted sweep goes on where it stopped. A run is the
-trainer's own class, one process with one thread, without its warm-up and with one validation, at the end. The step time
-is that of two threads in one process, all variants in turns, so that what disturbs the machine disturbs all alike.
+OUT.jsonl gets a line for every run and every timing, so an interrupted sweep goes on where it stopped. A
+run is the trainer's own class, one process with one thread, without its warm-up and with one validation, at
+the end. The step time is that of two threads in one process, all variants in turns, so that what disturbs
+the machine disturbs all alike.
 
-Equal tokens compares the final losses of runs of as many steps. Equal time adds to a variant's loss what the steps that
-its speed gains or loses are worth, by the slope between the runs "10 % fewer steps" and "10 % more steps".
+Equal tokens compares the final losses of runs of as many steps. Equal time adds to a variant's loss what
+the steps that its speed gains or loses are worth, by the slope between the runs "10 % fewer steps" and "10
+% more steps".
 """
 import argparse
 import json
@@ -75,7 +78,8 @@ def variants(steps: int) -> dict[str, list[str]]:
     """Return the changed settings of each variant, as on the command line."""
     everything = " ".join(settings for name, settings in OFF.items() if name not in ONE_OF_TWO)
     lengths = {FEWER: f"--train_steps={round(0.9 * steps)}", MORE: f"--train_steps={round(1.1 * steps)}"}
-    return {name: settings.split() for name, settings in {BASE: "", **lengths, **OFF, ALL: everything}.items()}
+    lines = {BASE: "", **lengths, **OFF, ALL: everything}
+    return {name: settings.split() for name, settings in lines.items()}
 
 
 def config(steps: int, settings: list[str], seed: int) -> Config:
@@ -163,11 +167,11 @@ def time_all(options) -> None:
 
 
 def differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[float]], float, int]:
-    """Return (variant -> its loss minus the trainer's at each seed that both have, standard deviation of such a
-    difference around its variant's mean, degrees of freedom).
+    """Return (variant -> its loss minus the trainer's at each seed that both have, standard deviation of
+    such a difference around its variant's mean, degrees of freedom).
 
-    A seed's first weights are better or worse for all variants alike, so that pairs tell more than means; and one
-    spread of all pairs tells more than that of two.
+    A seed's first weights are better or worse for all variants alike, so that pairs tell more than means;
+    and one spread of all pairs tells more than that of two.
     """
     found = {}
     for name, runs in losses.items():
@@ -189,7 +193,8 @@ def table(path: Path) -> str:
         else:
             ratios[row["variant"]] = row["ratio"]
     if not (losses[BASE] and losses[FEWER] and losses[MORE]):
-        raise UsageError(f"{path}: expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see `run`")
+        raise UsageError(f"{path}: expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see "
+                         "`run`")
     pairs, sd, free = differences(losses)
     more = {name: statistics.mean(ds) if ds else math.nan for name, ds in pairs.items()}
     slope = (more[MORE] - more[FEWER]) / (steps[MORE] - steps[FEWER])
@@ -200,14 +205,16 @@ def table(path: Path) -> str:
         if ratio and name not in (FEWER, MORE):
             rank += slope * steps[BASE] * (1 / ratio - 1)
             at_time = f"{rank:+.4f}"
-        cells = (name, str(len(ds)), f"{statistics.mean(losses[name].values()):.4f}", f"{more[name]:+.4f} ± {half:.4f}",
+        loss = statistics.mean(losses[name].values())
+        cells = (name, str(len(ds)), f"{loss:.4f}", f"{more[name]:+.4f} ± {half:.4f}",
                  f"{ratio:.3f}" if ratio else "", at_time)
         lines.append((math.inf if math.isnan(rank) else rank, f"| {' | '.join(cells)} |"))
     return "\n".join([
         f"The trainer: {statistics.mean(losses[BASE].values()):.4f} over {len(losses[BASE])} seeds.",
         f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.",
         f"A difference at one seed has a standard deviation of {sd:.4f} ({free} degrees of freedom).", "",
-        "| variant | n | final loss | more than the trainer at the same seeds (95 %) | time of a step | more at equal time |",
+        "| variant | n | final loss | more than the trainer at the same seeds (95 %) | time of a step | "
+        "more at equal time |",
         "|---|---|---|---|---|---|", *(line for _, line in sorted(lines, reverse=True))]) + "\n"
 
 
@@ -224,10 +231,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("verb", choices=("run", "time", "table"))
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run")
-    parser.add_argument("--seeds", type=int, default=4, help=f"runs of each variant; {BASE_SEEDS} times as many of all on")
+    parser.add_argument("--seeds", type=int, default=4,
+                        help=f"runs of each variant; {BASE_SEEDS} times as many of all on")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rounds", type=int, default=12, help="time: rounds of six steps of every variant")
-    parser.add_argument("--page", type=Path, help="table: a page in which the table between marks is replaced")
+    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
     options = parser.parse_args(argv)
     try:

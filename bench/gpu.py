@@ -1,11 +1,12 @@
-"""All that needs a GPU in one command of ten minutes: what works, how fast it is, what it takes, beside what is required.
+"""All that needs a GPU in one command of ten minutes: what works, how fast it is, what it takes, beside
+what is required.
 
     python -m bench.gpu [--out=FOLDER] [--only PART ...] [--cpu] [--field=value ...]
 
-Writes gpu.json and gpu.md into bench/results/<date>_<gpu>, or the folder that --out or OUT in the environment names, anew
-after every part. A part is a child with a time limit; one that fails or takes too long is reported and the next one
-begins. Without a GPU, or with --cpu, the same parts run at reduced size on track shakespeare: that tries this script,
-and says nothing about a GPU.
+Writes gpu.json and gpu.md into bench/results/<date>_<gpu>, or the folder that --out or OUT in the
+environment names, anew after every part. A part is a child with a time limit; one that fails or takes too
+long is reported and the next one begins. Without a GPU, or with --cpu, the same parts run at reduced size
+on track shakespeare: that tries this script, and says nothing about a GPU.
 """
 import argparse
 import json
@@ -24,12 +25,19 @@ import torch
 from bench.page import grid
 from bench.step import ensure_shards
 from data.files import ROOT
-from engine.attention import CANDIDATES
 from tools.children import ending, run_limited
-from train_gpt import Config, parse_config
+from train_gpt import Config, configure
 
-LIMITS_S = {"doctor": 60, "cold start": 200, "warm start": 35, "step": 110, "attention": 40, "head": 40, "memory": 20,
-            "tests": 45, "muon": 30}  # below ten minutes together
+LIMITS_S = {  # below ten minutes together
+    "doctor": 60,
+    "cold start": 220,
+    "warm start": 35,
+    "step": 115,
+    "head": 45,
+    "memory": 20,
+    "tests": 50,
+    "muon": 35,
+}
 UPSTREAM = 609e3  # tokens per second of upstream's code on one H100, see bench/PREDICTION.md
 SHORT = ["--train_steps=24", "--extension_steps=6"]  # a run with every stage, for the sake of its start
 
@@ -39,8 +47,7 @@ class Failed(Exception):
 
 
 def config(flags: list[str]) -> Config:
-    _, changes = parse_config(flags)
-    return Config.for_track(changes.pop("track"), **changes)
+    return configure(flags)[1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -52,8 +59,11 @@ class Parts:
 
     def __init__(self, cpu: bool, flags: list[str], scratch: Path):
         self.cpu, self.flags, self.scratch = cpu, flags, scratch
-        self.env = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache", "TRITON_CACHE_DIR": f"{scratch}/cache/triton",
-                    "OUT": str(scratch)}
+        self.env = {
+            "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache",
+            "TRITON_CACHE_DIR": f"{scratch}/cache/triton",
+            "OUT": str(scratch),
+        }
         if cpu:
             self.env["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -63,9 +73,6 @@ class Parts:
         if child.returncode not in codes:
             raise Failed(ending(child, limit_s))
         return child.stdout
-
-    def piece(self, limit_s: float, name: str) -> dict:
-        return json.loads(self.call(limit_s, "-m", "bench.gpu_pieces", name, *self.flags).splitlines()[-1])
 
     def doctor(self, limit_s: float) -> dict:
         return dict(text=self.call(limit_s, "-m", "tools.doctor", *self.flags, codes=(0, 1)))
@@ -82,31 +89,25 @@ class Parts:
         text = self.call(limit_s, "-m", "bench.step", *self.flags)
         return dict(text=text, **json.loads((self.scratch / "bench_step.json").read_text()))
 
-    def attention(self, limit_s: float) -> dict:
-        found, end = {}, time.monotonic() + limit_s
-        for name in ("blocked", "masked") if self.cpu else (*CANDIDATES, "blocked"):
-            try:
-                found[name] = self.piece(end - time.monotonic(), f"attention:{name}")
-            except Failed as e:
-                found[name] = dict(error=math.nan, why=str(e))
-        return dict(table=found)
-
     def head(self, limit_s: float) -> dict:
-        return dict(table=self.piece(limit_s, "head"))
+        text = self.call(limit_s, "-m", "bench.head", *self.flags)
+        return dict(text=text, **json.loads(text))
 
     def memory(self, limit_s: float) -> dict:
         """The fullest moment of a training step that tools.plan expects, its allowance left out."""
         text = self.call(limit_s, "-m", "tools.plan", *self.flags)
-        return dict(text=text, planned_mib=1024 * float(re.search(r"^needed: training +([\d.]+)", text, re.M)[1]))
+        planned = re.search(r"^needed: training +([\d.]+)", text, re.M)
+        return dict(text=text, planned_mib=1024 * float(planned[1]))
 
     def tests(self, limit_s: float) -> dict:
-        text = self.call(limit_s, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", codes=(0, 1, 5))
+        command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu")
+        text = self.call(limit_s, *command, codes=(0, 1, 5))
         return dict(text=text, summary=text.strip().splitlines()[-1].strip("= "))
 
     def muon(self, limit_s: float) -> dict:
-        path, parts = self.scratch / "muon.json", "plans" if self.cpu else "times,classes"
-        text = self.call(limit_s, "-m", "bench.muon", f"--only={parts}", "--subjects=muon.py,torch.optim.Muon",
-                         f"--json={path}")
+        path = self.scratch / "muon.json"
+        subjects = "--subjects=muon.py,torch.optim.Muon"
+        text = self.call(limit_s, "-m", "bench.muon", "--only=times", subjects, f"--json={path}")
         return dict(text=text, **json.loads(path.read_text()))
 
     def run(self, name: str, limit_s: float) -> dict:
@@ -125,7 +126,8 @@ class Parts:
 
 
 def speed(cfg: Config, step: dict) -> tuple[float, float]:
-    """Return (tokens per second, part of the peak) over the whole schedule; FLOPs of the keys that these documents have."""
+    """Return (tokens per second, part of the peak) over the whole schedule; FLOPs of the keys that these
+    documents have."""
     seconds = tokens = gflop = 0.0
     for row in step["rows"]:
         steps = sum(cfg.stage(s) == row["stage"] for s in range(cfg.train_steps))
@@ -137,7 +139,7 @@ def speed(cfg: Config, step: dict) -> tuple[float, float]:
 
 
 def figures(result: dict) -> list[tuple]:
-    """Return (what, required, measured, met or None) of each requirement; a part without a result has none."""
+    """Return (what, required, measured, met or None) of each requirement, None where it was not measured."""
     found = {name: part for name, part in result["parts"].items() if "why" not in part}
     rows = []
 
@@ -156,20 +158,20 @@ def figures(result: dict) -> list[tuple]:
     if "memory" in found and step and step["peak_mib"]:
         off = step["peak_mib"] / found["memory"]["planned_mib"] - 1
         add("peak memory against tools.plan", "within 10 %", f"{off:+.1%}", abs(off) <= 0.1)
-    for name, row in found.get("attention", dict(table={}))["table"].items():
-        if "why" not in row:
-            add(f"attention by {name}: error", "< 0.02", f"{row['error']:.1e}", row["error"] < 0.02)
     if head := found.get("head"):
-        fp8 = head["table"]["fp8"]
-        error, ratio = max(fp8[key] for key in ("loss", "dx", "dw")), head["table"]["bf16"]["ms"] / fp8["ms"]
+        error = max(head["fp8"][key] for key in ("loss", "dx", "dw"))
+        ratio = head["bf16"]["ms"] / head["fp8"]["ms"]
         add("FP8 head: error", "< 0.15", f"{error:.3f}", error < 0.15)
         add("FP8 head: speed against bf16", "> 1", f"{ratio:.2f}", ratio > 1)
     if times := found.get("muon", {}).get("times"):
         shapes = times[0]["shapes"]
-        ms = {r["subject"]: 1000 * statistics.median(r["seconds"]) for r in times if r["shapes"] == shapes and r["seconds"]}
-        ours, theirs = ms.get("muon.py", math.inf), ms.get("torch.optim.Muon", math.nan)
+        ms = {row["subject"]: 1000 * statistics.median(row["seconds"])
+              for row in times if row["shapes"] == shapes and row["seconds"]}
+        ours = ms.get("muon.py", math.inf)
+        theirs = ms.get("torch.optim.Muon", math.nan)
         add(f"one Muon step, {shapes}", "<= 3 ms", f"{ours:.2f} ms", ours <= 3)
-        add("the same against torch.optim.Muon", ">= 8 times", f"{theirs / ours:.1f} times", theirs / ours >= 8)
+        ratio = theirs / ours
+        add("the same against torch.optim.Muon", ">= 8 times", f"{ratio:.1f} times", ratio >= 8)
     if tests := found.get("tests"):
         good = "passed" in tests["summary"] and not re.search("failed|error", tests["summary"])
         add("tests/gpu", "all pass", tests["summary"], good)
@@ -189,18 +191,15 @@ def page(result: dict) -> str:
         return "-" if met is None or machine["cpu"] else "yes" if met else "**no**"
 
     judged = [[*row, verdict(met)] for *row, met in figures(result)]
+    command = f"python -m bench.gpu {' '.join(result['flags'])}"
     out = [f"# {machine['device']}, {machine['date']}",
-           f"torch {machine['torch']}, commit {machine['commit']}; `python -m bench.gpu {' '.join(result['flags'])}`"]
+           f"torch {machine['torch']}, commit {machine['commit']}; `{command}`"]
     if machine["cpu"]:
-        out.append("This tries the script at reduced size: no figure says anything about a GPU, none is met or missed.")
+        out.append("This tries the script at reduced size: no figure says anything about a GPU, and none is "
+                   "met or missed.")
     out.append(grid(["what", "required", "measured", "met"], judged))
     for name, part in result["parts"].items():
         out += [f"## {name}", f"{part['took']:.0f} s; {part.get('why', 'done')}"]
-        if "table" in part:
-            columns = list(max(part["table"].values(), key=len))
-            cells = [[key, *(f"{row[c]:.3g}" if c in row else row.get("why", "-") for c in columns)]
-                     for key, row in part["table"].items()]
-            out.append(grid(["", *columns], cells))
         if "text" in part:
             out.append(part["text"] if "|---" in part["text"] else f"```\n{part['text']}\n```")
     return "\n\n".join(out) + "\n"
@@ -208,6 +207,17 @@ def page(result: dict) -> str:
 
 def git(*command: str) -> str:
     return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def describe_machine(cpu: bool) -> dict:
+    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return dict(
+        cpu=cpu,
+        device="CPU" if cpu else torch.cuda.get_device_name(),
+        date=time.strftime("%Y-%m-%d"),
+        torch=torch.__version__,
+        commit=f"{git('rev-parse', '--short', 'HEAD') or 'unknown'}{changed}",
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -219,13 +229,10 @@ def main(argv: list[str]) -> int:
     args, flags = parser.parse_known_args(argv)
     cpu = args.cpu or not torch.cuda.is_available()
     flags = [f"--track={'shakespeare' if cpu else 'small'}", "--max_epochs=1000", *flags]
-    device, date = "CPU" if cpu else torch.cuda.get_device_name(), time.strftime("%Y-%m-%d")
-    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    commit = f"{git('rev-parse', '--short', 'HEAD') or 'unknown'}{changed}"
-    result = dict(flags=flags, parts={}, machine=dict(
-        device=device, cpu=cpu, date=date, torch=torch.__version__, commit=commit))
-    slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
-    folder = args.out or Path(os.environ.get("OUT") or f"bench/results/{date}_{slug}")
+    machine = describe_machine(cpu)
+    result = dict(flags=flags, parts={}, machine=machine)
+    slug = re.sub("[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    folder = args.out or Path(os.environ.get("OUT") or f"bench/results/{machine['date']}_{slug}")
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
@@ -233,7 +240,8 @@ def main(argv: list[str]) -> int:
         parts = Parts(cpu, flags, Path(scratch))
         for name in args.only:
             left = sum(LIMITS_S.values()) - (time.monotonic() - begin)
-            part = result["parts"][name] = parts.run(name, min(LIMITS_S[name], left))
+            part = parts.run(name, min(LIMITS_S[name], left))
+            result["parts"][name] = part
             print(f"{name}: {part.get('why', 'done')} ({part['took']:.0f} s)", flush=True)
             (folder / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
             (folder / "gpu.md").write_text(page(result), encoding="utf-8")

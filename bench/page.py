@@ -11,11 +11,12 @@ def grid(header: list[str], rows: list[list]) -> str:
 
 
 def write_page(page: Path, source: str, tables: str) -> None:
-    """Put tables between the two marks of a page of which the first names this source. Raises ValueError without them."""
+    """Put tables between the two marks of a page of which the first names this source. Raises ValueError
+    without them."""
     mark = f"{MARKS[0]}{source} -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(mark)
     if not found:
-        raise ValueError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall stand, and below "
-                         f"it {MARKS[1]!r}")
+        raise ValueError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall "
+                         f"stand, and below it {MARKS[1]!r}")
     after = rest.partition(MARKS[1])[2]
     page.write_text(f"{before}{mark}\n\n{tables}\n{MARKS[1]}{after}", encoding="utf-8")

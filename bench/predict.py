@@ -34,11 +34,11 @@ class Input(NamedTuple):
 
 INPUTS = [
     Input("steps", 1440, 1480, 1650, "assumed",
-          "1480 is public for record 80, whose schedule and techniques ours follows; that they suffice here, and both "
-          "ends, are assumed"),
+          "1480 is public for record 80, whose schedule and techniques ours follows; that they suffice here, "
+          "and both ends, are assumed"),
     Input("utilization of one GPU", 0.55, 0.44 / (1 + KERNELS), 0.33, "public, reduced",
-          f"upstream's 44 % (logs of record 88), less {KERNELS:.1%} for kernels that we lack (assumed); fast: our goal; "
-          "slow: three quarters of upstream's (assumed)"),
+          f"upstream's 44 % (logs of record 88), less {KERNELS:.1%} for kernels that we lack (assumed); "
+          "fast: our goal; slow: three quarters of upstream's (assumed)"),
     Input("parallel efficiency", 0.97, 0.946, 0.90, "public",
           "upstream on eight against one: 94.6 %, good to 3 % (logs of record 88); slow: assumed"),
     Input("slowness of the host", 1.0, 1.0, 1.1, "public",
@@ -47,12 +47,14 @@ INPUTS = [
 
 
 def seconds(work: float, steps, utilization, efficiency, host, planned: int = 1480):
-    """Return the seconds of `steps` steps. work: FLOPs of `planned` of them; they spread evenly over the stages."""
+    """Return the seconds of `steps` steps. work: FLOPs of `planned` of them; they spread evenly over the
+    stages."""
     return work * steps / planned / (PEAK * utilization * efficiency) * host
 
 
 def count() -> dict:
-    """Count FLOPs of the schedule, the head's part of them, and the floor of each part on one of 8 ranks, in ms."""
+    """Count FLOPs of the schedule, the head's part of them, and the floor of each part on one of 8 ranks,
+    in ms."""
     cfg = Config.for_track("small")
     work = head = 0.0
     floor, stages = dict.fromkeys(floors.PARTS, 0.0), []
@@ -65,11 +67,12 @@ def count() -> dict:
         head += (end - first) * flops[-1]
         for part, w in floors.count(cfg, torch.bfloat16, docs[:1], first, RANKS, fp8=True).items():
             floor[part] += (end - first) * w.floor_ms(H100) / cfg.train_steps
-    return dict(work=work, head=head / work, floors=floor, stages=stages, steps=cfg.train_steps, tokens=cfg.train_tokens)
+    return dict(work=work, head=head / work, floors=floor, stages=stages, steps=cfg.train_steps,
+                tokens=cfg.train_tokens)
 
 
 def spread(work: float) -> tuple[float, float, float]:
-    """Return the 5th, 50th and 95th percentile of 100,000 draws, each input from a triangle over its range."""
+    """Return the 5th, 50th and 95th percentile of 100,000 draws of all inputs from triangles."""
     rng, draws = np.random.default_rng(0), []
     for x in INPUTS:
         low, high = sorted((x.fast, x.slow))
@@ -80,11 +83,12 @@ def spread(work: float) -> tuple[float, float, float]:
 PAGE = """
 # Time to 3.28 on 8xH100: a prediction, not a measurement
 
-Nobody has run track `small` yet. Made by `python -m bench.predict --page bench/PREDICTION.md`; a test keeps both alike.
+Nobody has run track `small` yet. Made by `python -m bench.predict --page bench/PREDICTION.md`; a test keeps
+both alike.
 
-**Predicted: {central:.0f} s; 90 % of draws between {low:.0f} and {high:.0f} s (median {median:.0f}); all inputs at their
-best {fast:.0f} s, at their worst {slow:.0f} s.** So the goal, under {goal:.0f} s, is not predicted; the last section says
-what it would take.
+**Predicted: {central:.0f} s; 90 % of draws between {low:.0f} and {high:.0f} s (median {median:.0f}); all
+inputs at their best {fast:.0f} s, at their worst {slow:.0f} s.** So the goal, under {goal:.0f} s, is not
+predicted; the last section says what it would take.
 
     seconds = FLOPs of all steps / (8 x {peak} TFLOP/s x utilization of one GPU x parallel efficiency)
               x slowness of the host
@@ -93,26 +97,27 @@ what it would take.
 
 {inputs}
 
-Measured by us: nothing yet; `python -m bench.gpu` will replace the utilization of one GPU. Counted from the code
-(`bench/floors.py`): {tokens:.1f} M tokens in {steps} steps, {work:.2f}e17 FLOPs of the model, {head:.1%} of them in the
-head; the optimizer's are not in it. Documents are drawn with FineWeb's lengths (log-normal, median 403, mean 690;
-assumed), so attention counts the keys that are there. A draw takes each input from a triangle over its range with the top
-at its central value.
+Measured by us: nothing yet; `python -m bench.gpu` will replace the utilization of one GPU. Counted from the
+code (`bench/floors.py`): {tokens:.1f} M tokens in {steps} steps, {work:.2f}e17 FLOPs of the model,
+{head:.1%} of them in the head; the optimizer's are not in it. Documents are drawn with FineWeb's lengths
+(log-normal, median 403, mean 690; assumed), so attention counts the keys that are there. A draw takes each
+input from a triangle over its range with the top at its central value.
 
 {stages}
 
 ## Checks of the formula
 
-Record 80 took {record:.1f} s on 8xH100 for {steps} steps of the same size (public). In our count of FLOPs that is
-{record_share:.1%} of the peak, against {our_share:.1%} in the central prediction: the difference is what the kernels that
-we lack are assumed to cost.
+Record 80 took {record:.1f} s on 8xH100 for {steps} steps of the same size (public). In our count of FLOPs
+that is {record_share:.1%} of the peak, against {our_share:.1%} in the central prediction: the difference is
+what the kernels that we lack are assumed to cost.
 
-The utilization is in units of bf16's peak and includes a head in FP8 at twice the rate. Without FP8 it would take up to
-{longer:.0%} longer: {without:.0f} s.
+The utilization is in units of bf16's peak and includes a head in FP8 at twice the rate. Without FP8 it
+would take up to {longer:.0%} longer: {without:.0f} s.
 
-The floors of all parts on one of 8 ranks add up to {floor_ms:.1f} ms per step, {floor_s:.0f} s in all, if nothing
-overlaps; the central prediction is {step_ms:.1f} ms per step. Elementwise is an estimate, of kernels that do not melt into
-products. The utilization and the efficiency include the optimizer and the communication already, as upstream's do.
+The floors of all parts on one of 8 ranks add up to {floor_ms:.1f} ms per step, {floor_s:.0f} s in all, if
+nothing overlaps; the central prediction is {step_ms:.1f} ms per step. Elementwise is an estimate, of
+kernels that do not melt into products. The utilization and the efficiency include the optimizer and the
+communication already, as upstream's do.
 
 {floors}
 
@@ -120,16 +125,19 @@ products. The utilization and the efficiency include the optimizer and the commu
 
 {needed}
 
-Upstream's best code reaches 41.7 % on eight GPUs (public) and needs 1285 steps, with techniques that ours leaves out. At
-{steps} steps the floors leave hardly any room for {goal:.0f} s unless elementwise passes melt into the products around
-them. One GPU at our goal of 55 % and 1285 steps together would take {best:.0f} s; either alone is not enough.
+Upstream's best code reaches 41.7 % on eight GPUs (public) and needs 1285 steps, with techniques that ours
+leaves out. At {steps} steps the floors leave hardly any room for {goal:.0f} s unless elementwise passes
+melt into the products around them. One GPU at our goal of 55 % and 1285 steps together would take
+{best:.0f} s; either alone is not enough.
 """
 
 
 def page() -> str:
     c = count()
     work, steps, efficiency = c["work"], c["steps"], INPUTS[2].central
-    fast, central, slow = (seconds(work, *(getattr(x, key) for x in INPUTS)) for key in ("fast", "central", "slow"))
+    fast = seconds(work, *(x.fast for x in INPUTS))
+    central = seconds(work, *(x.central for x in INPUTS))
+    slow = seconds(work, *(x.slow for x in INPUTS))
     low, median, high = spread(work)
     floor = {part: ms for part, ms in c["floors"].items() if ms > 0.05}
     needed = {n: work * n / steps / PEAK / GOAL for n in (1480, 1400, 1285)}
@@ -138,8 +146,8 @@ def page() -> str:
         tokens=c["tokens"] / 1e6, steps=steps, work=work / 1e17, head=c["head"], record=RECORD,
         record_share=work / PEAK / RECORD, our_share=INPUTS[1].central * efficiency,
         longer=1 / (1 - c["head"] / 2) - 1, without=central / (1 - c["head"] / 2),
-        floor_ms=sum(floor.values()), floor_s=steps * sum(floor.values()) / 1000, step_ms=1000 * central / steps,
-        best=seconds(work, 1285, 0.55, efficiency, 1),
+        floor_ms=sum(floor.values()), floor_s=steps * sum(floor.values()) / 1000,
+        step_ms=1000 * central / steps, best=seconds(work, 1285, 0.55, efficiency, 1),
         inputs=grid(Input._fields, [
             [x.name, f"{x.fast:g}", f"{x.central:.4g}", f"{x.slow:g}", x.kind, x.source] for x in INPUTS]),
         stages=grid(["steps", "tokens per step", "MFLOP per token"], [
@@ -149,8 +157,9 @@ def page() -> str:
         needed=grid(["steps", "utilization of eight GPUs", "of one, at 94.6 % efficiency", "ms per step"], [
             [n, f"{u:.1%}", f"{u / efficiency:.1%}", f"{1000 * GOAL / n:.1f}"] for n, u in needed.items()]))
     paragraphs = text.split("\n\n")
-    plain = [p for p in paragraphs if p[0] not in "#| "]
-    return "\n\n".join(textwrap.fill(p, 118, break_on_hyphens=False) if p in plain else p for p in paragraphs) + "\n"
+    prose = [p for p in paragraphs if p[0] not in "#| "]
+    wrapped = {p: textwrap.fill(p, 118, break_on_hyphens=False) for p in prose}
+    return "\n\n".join(wrapped.get(p, p) for p in paragraphs).rstrip("\n") + "\n"
 
 
 def main(argv: list[str]) -> int:

@@ -1,14 +1,16 @@
-"""How fast a training step is, by stage and by part, beside the least it could take; and how much faster the loader is.
+"""How fast a training step is, by stage and by part, beside the least it could take; and how much faster
+the loader is.
 
     python -m bench.step [--track=small] [--field=value ...]          one process
     torchrun --standalone --nproc_per_node=8 -m bench.step            as many as the run would have
 
-Where the track's shards are not there, data is synthetic: documents of FineWeb's lengths. Prints Markdown tables; with
-OUT=<folder> in the environment it also writes bench_step.json there.
+Where the track's shards are not there, data is synthetic: documents of FineWeb's lengths. Prints Markdown
+tables; with OUT=<folder> in the environment it also writes bench_step.json there.
 
-Parts are told apart by torch.profiler: ranges around their functions, and for a backward pass the ranges of the
-operations that it belongs to. A compiled model has no such ranges inside, so it is profiled twice: eagerly, and as it
-is, where its kernels go by their names (on a CPU all of it counts as elementwise). Floors are those of bench.floors.
+Parts are told apart by torch.profiler: ranges around their functions, and for a backward pass the ranges of
+the operations that it belongs to. A compiled model has no such ranges inside, so it is profiled twice:
+eagerly, and as it is, where its kernels go by their names (on a CPU all of it counts as elementwise).
+Floors are those of bench.floors.
 """
 import contextlib
 import json
@@ -30,6 +32,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 import train_gpt
 from bench import floors
+from bench.page import grid
 from data.errors import UsageError
 from data.loader import Loader, find_shards
 from data.shards import ShardError, write_shard
@@ -69,9 +72,9 @@ def synthetic_shards(cfg: Config, folder: Path, tokens: int, ids_used: int = 2**
 
 
 def ensure_shards(cfg: Config, folder: Path, tokens: int) -> str:
-    """Write synthetic shards into a folder where the track's are not there, and say which ones a run reads."""
+    """Write synthetic shards into a folder if the track's are missing, and say which ones a run reads."""
     try:
-        find_shards(cfg.train_files, cfg)
+        find_shards(cfg.train_files)
         return "the track's shards"
     except ShardError:
         synthetic_shards(cfg, folder, tokens)
@@ -101,7 +104,8 @@ def steps_of(run: Run, stage_start: int):
     move_loader(run.loader, first)
     n = 0
     while True:
-        run.step = first + n % run.cfg.adam_every  # stay in the stage, whatever its length; Adam moves as in a run
+        # Stay in the stage, whatever its length; Adam moves as often as in a run.
+        run.step = first + n % run.cfg.adam_every
         yield run.train_step()
         n += 1
 
@@ -134,7 +138,7 @@ def part_of_product(model):
     """Return a function that names the part of a matrix product by the weights that it takes."""
     banks = {"attn_qk": "projections", "mlp_in": "MLP", "mlp_out": "MLP", "head": "head and loss"}
     parts = {getattr(model, name).untyped_storage().data_ptr(): part for name, part in banks.items()}
-    square = (model.cfg.model_dim, model.cfg.model_dim)  # values and outputs: multiplied by learned factors before
+    square = (model.cfg.model_dim, model.cfg.model_dim)  # values and outputs: scaled by learned factors
 
     def part_of(x, w):
         found = parts.get(w.untyped_storage().data_ptr())
@@ -144,17 +148,27 @@ def part_of_product(model):
 
 
 def places_of(run: Run, eager: bool):
-    """Return (owner, name of a function, its part or a function of its arguments that names it); in an eager model also
-    those inside of it."""
-    places = [(run, "accumulate", "elementwise"), (run.model, "context", "masks"), (run.loader, "next", "data"),
-              (train_gpt, "to_device", "data"), (run.rt, "sum", "communication")]
+    """Return (owner, name of a function, its part or a function of its arguments that names it); in an
+    eager model also those inside of it."""
+    places = [
+        (run, "accumulate", "elementwise"),
+        (run.model, "context", "masks"),
+        (run.loader, "next", "data"),
+        (train_gpt, "to_device", "data"),
+        (run.rt, "sum", "communication"),
+    ]
     for optimizer, part in ((run.muon, "Muon"), (run.adam, "Adam")):
         names = ("start", "step", "finish", "zero_grad") if optimizer else ()
         places += [(optimizer, name, part) for name in names if hasattr(optimizer, name)]
     if eager:
         model = run.model
-        places += [(run, "forward", "head and loss"), (model, "trunk", "elementwise"), (Kernels, "attend", "attention"),
-                   (model, "bigram", "tables"), (model, "linear", part_of_product(model))]
+        places += [
+            (run, "forward", "head and loss"),
+            (model, "trunk", "elementwise"),
+            (model, "bigram", "tables"),
+            (model, "linear", part_of_product(model)),
+            (Kernels, "attend", "attention"),
+        ]
     return places
 
 
@@ -177,8 +191,8 @@ def ranges(run: Run, eager: bool):
 
 
 def owners(events):
-    """Yield (event, part) of what ran on the host. A backward operation belongs to the part of the forward operation
-    whose number it carries; of several with one number the last made the node."""
+    """Yield (event, part) of what ran on the host. A backward operation belongs to the part of the forward
+    operation whose number it carries; of several with one number the last made the node."""
     made, known = {}, {}
 
     def part(event):
@@ -228,8 +242,8 @@ def busy_us(intervals) -> float:
 
 
 def profile(run: Run, step: int, eager: bool) -> dict[str, float]:
-    """Return ms of a step by part; on a GPU of its kernels, and idle. Adam's is divided by the steps of which it moves in
-    one."""
+    """Return ms of a step by part; on a GPU of its kernels, and idle. Adam's is divided by the steps of
+    which it moves in one."""
     cuda, n = run.rt.device.type == "cuda", run.cfg.adam_every
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with ranges(run, eager):
@@ -260,12 +274,14 @@ def profile(run: Run, step: int, eager: bool) -> dict[str, float]:
 
 
 def parts_of(run: Run, step: int, device: Gpu) -> list[dict]:
-    """Return a row for each part: what it takes at least, and what it took in an eager and in a compiled profile."""
+    """Return a row for each part: what it takes at least, and what it took in an eager and in a compiled
+    profile."""
     docs = []
     for batch in run.loader.next():
         starts, T = batch.docs.starts.numpy(), len(batch.inputs)
         docs.append(np.diff(starts[starts < T], append=T))
-    work = floors.count(run.cfg, run.kernels.dtype, docs, step, run.rt.world, run.kernels.fp8_head, run.rt.device)
+    kernels = run.kernels
+    work = floors.count(run.cfg, kernels.dtype, docs, step, run.rt.world, kernels.fp8_head, run.rt.device)
     floor = {part: w.floor_ms(device) for part, w in work.items() if any(w)}
     products = sum(floor[part] for part in ("projections", "MLP", "head and loss"))
     floor |= {WALL: sum(floor.values()), PRODUCTS: products}
@@ -280,8 +296,9 @@ def parts_of(run: Run, step: int, device: Gpu) -> list[dict]:
         w = work.get(part, floors.Work())
         ms = {mode: found.get(part, 0.0) for mode, found in measured.items()}
         if part in floor or any(x > 0.005 for x in ms.values()):
-            moved = (w.bytes + w.link + w.host) / 1e6
-            rows.append(dict(part=part, gflop=(w.flops + w.fp8) / 1e9, mb=moved, floor_ms=floor.get(part), **ms))
+            gflop = (w.flops + w.fp8) / 1e9
+            mb = (w.bytes + w.link + w.host) / 1e6
+            rows.append(dict(part=part, gflop=gflop, mb=mb, floor_ms=floor.get(part), **ms))
     return rows
 
 
@@ -308,55 +325,64 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
     return dict(
         device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads a rank",
         world=rt.world, torch=torch.__version__, date=time.strftime("%Y-%m-%d"), track=cfg.track,
-        attention=run.kernels.attention, fp8=run.kernels.fp8_head, dtype=str(run.kernels.dtype), data=data, warm_up_s=ready, steps=STEPS,
-        compiled=run.kernels.compiled, peak=device._asdict() | dict(source=source), rows=rows, peak_mib=peak_mib,
-        muon_flops=plan.muon_shares(cfg, rt.device))
+        attention=run.kernels.attention, fp8=run.kernels.fp8_head, compiled=run.kernels.compiled, data=data,
+        warm_up_s=ready, steps=STEPS, peak=device._asdict() | dict(source=source), rows=rows,
+        peak_mib=peak_mib, muon_flops=plan.muon_shares(cfg, rt.device))
 
 
 def report(result: dict) -> str:
     """Return what is printed: the stages, the parts, and Muon's share of both kinds of cost."""
     peak, rows, mib = result["peak"], result["rows"], result["peak_mib"]
-    lines = [
-        f"{result['device']}, {result['world']} rank(s), torch {result['torch']}, track {result['track']}, attention "
-        f"{result['attention']}, {result['data']}; warm-up {result['warm_up_s']:.0f} s"
-        + (f", peak memory {mib:,} MiB" if mib else ""), "",
-        "FLOPs count every attention window as full; documents are shorter, so the true share is a little less.", "",
-        f"| stage | tokens/step | ms/step, median of {result['steps']} (min-max) | tokens/s | TFLOP/s | of peak | "
-        "loader/trainer |", "|---" * 7 + "|"]
+    memory = f", peak memory {mib:,} MiB" if mib else ""
+    stages = []
     for r in rows:
         share = r["tflops"] / peak["tflops"] / result["world"]
-        lines.append(f"| {r['stage']} | {r['tokens']:,} | {r['ms']:.1f} ({r['ms_min']:.1f}-{r['ms_max']:.1f}) | "
-                     f"{r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {share:.0%} | {r['loader_ratio']:.0f}x |")
-    measured = []
-    for r in rows:
-        parts = {p["part"]: p for p in r["parts"]}
+        ms = f"{r['ms']:.1f} ({r['ms_min']:.1f}-{r['ms_max']:.1f})"
+        stages.append([r["stage"], f"{r['tokens']:,}", ms, f"{r['tokens_per_s']:,.0f}", f"{r['tflops']:.3g}",
+                       f"{share:.0%}", f"{r['loader_ratio']:.0f}x"])
+    times = f"ms/step, median of {result['steps']} (min-max)"
+    header = ["stage", "tokens/step", times, "tokens/s", "TFLOP/s", "of peak", "loader/trainer"]
+    return "\n\n".join([
+        f"{result['device']}, {result['world']} rank(s), torch {result['torch']}, track {result['track']}, "
+        f"attention {result['attention']}, {result['data']}; warm-up {result['warm_up_s']:.0f} s{memory}",
+        "FLOPs count every attention window as full; documents are shorter, so the true share is lower.",
+        grid(header, stages),
+        f"Muon's share of the FLOPs of a step: {result['muon_flops']}; of its time, by stage: "
+        f"{muon_time(rows)}.",
+        f"Peak {peak['tflops']:.3g} TFLOP/s, memory {peak['tb_s']:.3g} TB/s ({peak['source']}). Parts: time "
+        "of rank 0's GPU, or of its CPU where there is none, under the profiler, which slows a step down; "
+        "Adam's is divided by adam_every. The floor of elementwise is an estimate, see bench/floors.py.",
+        parts_table(result)]) + "\n"
+
+
+def muon_time(rows: list[dict]) -> str:
+    """Say how large a part of a step's time is Muon's, by stage, in the last profile that there is."""
+    shares = []
+    for row in rows:
+        parts = {p["part"]: p for p in row["parts"]}
         mode = "compiled" if "compiled" in parts[WALL] else "eager"
-        if "Muon" in parts and mode in parts[WALL]:
-            measured.append(f"{parts['Muon'][mode] / parts[WALL][mode]:.1%}")
-    lines += ["", f"Muon's share of the FLOPs of a step: {result['muon_flops']}; of its time, by stage: "
-              f"{', '.join(measured) or 'not measured'}.", "", *parts_table(result)]
-    return "\n".join(lines)
+        if "Muon" in parts and mode in parts["Muon"]:
+            shares.append(f"{parts['Muon'][mode] / parts[WALL][mode]:.1%}")
+    return ", ".join(shares) or "not measured"
 
 
-def parts_table(result: dict) -> list[str]:
+def parts_table(result: dict) -> str:
     def show(x, digits=2):
         return f"{x:,.{digits}f}" if x else "-"
 
-    peak, modes = result["peak"], ["eager", "compiled"] if result["compiled"] else ["eager"]
-    lines = [
-        f"Peak {peak['tflops']:.3g} TFLOP/s, memory {peak['tb_s']:.3g} TB/s ({peak['source']}). Parts: time of rank 0's "
-        "GPU, or of its CPU where there is none, under the profiler, which slows a step down; Adam's is divided by "
-        "adam_every. The floor of elementwise is an estimate, see bench/floors.py.", "",
-        "| stage | part | GFLOP | MB | floor ms |" + "".join(f" {mode}, ms | share |" for mode in modes),
-        "|---" * (5 + 2 * len(modes)) + "|"]
+    modes = ["eager", "compiled"] if result["compiled"] else ["eager"]
+    header = ["stage", "part", "GFLOP", "MB", "floor ms"]
+    for mode in modes:
+        header += [f"{mode}, ms", "share"]
+    rows = []
     for r in result["rows"]:
         wall = r["parts"][-1]
         for p in r["parts"]:
             cells = [r["stage"], p["part"], show(p["gflop"]), show(p["mb"], 1), show(p["floor_ms"])]
             for mode in modes:
                 cells += [show(p.get(mode)), f"{p[mode] / wall[mode]:.0%}" if p.get(mode) else "-"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+            rows.append(cells)
+    return grid(header, rows)
 
 
 def main(argv: list[str]) -> int:
@@ -375,7 +401,7 @@ def main(argv: list[str]) -> int:
         print(f"bench.step: {e}", file=sys.stderr)
         return 2
     if rt.rank == 0:
-        print(report(result))
+        print(report(result), end="")
         if os.environ.get("OUT"):
             Path(os.environ["OUT"], "bench_step.json").write_text(json.dumps(result, indent=1))
     return 0

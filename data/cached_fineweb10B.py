@@ -83,12 +83,11 @@ def main(argv: list[str]) -> None:
                     "before.")
     parser.add_argument("N", nargs="?", type=int, default=DEFAULT_SHARDS,
                         help="training shards (default: %(default)s, what the track `small` consumes)")
-    parser.add_argument("--rehash", action="store_true", help="compute the SHA-256 of files that are there "
-                                                              "already")
+    parser.add_argument("--rehash", action="store_true",
+                        help="compute the SHA-256 of files that are there already")
     args = parser.parse_args(argv)
     if args.N < 1:
-        parser.error(f"expected N of at least 1, found {args.N}; leave N out for what the track `small` "
-                     "consumes")
+        parser.error(f"expected N of at least 1, found {args.N}; leave N out for what `small` consumes")
 
     folder = data_root() / "data" / "fineweb10B"
     files = total = 0

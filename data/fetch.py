@@ -76,12 +76,10 @@ def hub_errors(what: str):
     except (OSError, HTTPError, ValueError) as error:
         if getattr(error, "errno", None) in DISK_ERRORS:
             raise FetchError(f"expected to write {what}, found \"{error.strerror}\"; free some space, or "
-                             "choose another folder with DATA_PATH: what has been downloaded is "
-                             "kept") from error
+                             "choose another folder with DATA_PATH: what is downloaded is kept") from error
         found = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FetchError(f"expected {what} from the hub, found \"{found}\"; connect to the network, or name "
-                         "a mirror (HF_ENDPOINT), and start again: what has been downloaded is "
-                         "kept") from error
+                         "a mirror (HF_ENDPOINT), and start again: what is downloaded is kept") from error
 
 
 def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main") -> str:

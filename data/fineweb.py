@@ -195,23 +195,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("files", nargs="*", metavar="FILE", help=".txt, .jsonl or .parquet (default: FineWeb from the hub)")
     add("--bytes", action="store_true", help="the bytes of FILE... as tokens, instead of GPT-2's")
-    add("--name", default="fineweb", help="prefix of the shards (default: %(default)s), and for FILE... the "
-                                          "folder")
+    add("--name", default="fineweb",
+        help="prefix of the shards, and for FILE... also the folder in data/ (default: %(default)s)")
     add("--out", type=Path, metavar="FOLDER",
         help="where to write (default: data/fineweb10B, or data/NAME for FILE..., under $DATA_PATH)")
     add("--field", default="text", help="where .jsonl and .parquet hold the text (default: %(default)s)")
     add("--split", action="store_true", help="a blank line in .txt files ends a document")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens per shard (default: "
-                                                                            "%(default)s)")
+    add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
+        help="tokens per shard (default: %(default)s)")
     add("--val_tokens", type=int, metavar="N", help="tokens in shard 0, for validation (default: "
                                                     "SHARD_TOKENS; for FILE... what a track evaluates, "
                                                     f"{VAL_TOKENS}, or {VAL_BYTES} of bytes)")
-    add("--shards", type=int, metavar="N", help="stop after N shards, validation included (default: all "
-                                                "text)")
-    add("--processes", type=int, default=cores, metavar="N", help="that encode (default: the cores, "
-                                                                  "%(default)s)")
-    add("--overwrite", action="store_true", help="delete earlier shards of the same name in that folder "
-                                                 "first")
+    add("--shards", type=int, metavar="N",
+        help="stop after N shards, validation included (default: all text)")
+    add("--processes", type=int, default=cores, metavar="N",
+        help="that encode (default: the cores, %(default)s)")
+    add("--overwrite", action="store_true",
+        help="delete earlier shards of the same name in that folder first")
 
     args = parser.parse_args(argv)
     for option in ("shard_tokens", "val_tokens", "shards", "processes"):
@@ -269,8 +269,8 @@ def main(argv: list[str]) -> None:
         kept = len(shards_named(args))
         raise UsageError(f"{error} ({kept} whole shards in {args.out} are kept)") if kept else error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"whole shards in {args.out} are kept, start again with "
-                                "--overwrite") from None
+        advice = f"whole shards in {args.out} are kept, start again with --overwrite"
+        raise KeyboardInterrupt(advice) from None
 
 
 if __name__ == "__main__":

@@ -40,13 +40,40 @@ class Batch(NamedTuple):
     docs: Docs
 
 
-def make_batch(buffer: np.ndarray, starts: np.ndarray, max_len: int, pin: bool) -> Batch:
-    """Return a batch of T + 1 tokens. starts: where documents begin, below T, the first one 0."""
+def entries_needed(T: int, max_len: int, most: int = 0) -> int:
+    """Return the entries for documents of a sequence: `most` of them fit, and share_entries() always does.
+
+    Compiled kernels are fixed to this number, and attention takes longer the larger it is.
+    """
+    entries = max(16, T // 256, 2 * T // max_len + 2)
+    while entries <= most:
+        entries *= 2
+    return entries
+
+
+def share_entries(starts: np.ndarray, T: int, max_len: int) -> np.ndarray:
+    """Return the starts that are left when neighbours with at most max_len tokens together are one document.
+
+    Any two neighbours that are left have more, so there are at most 2 T / max_len + 1 of them.
+    """
+    left = [0]
+    for start, end in zip(starts, [*starts[1:], T]):
+        if end - left[-1] > max_len:
+            left.append(start)
+    return np.array(left)
+
+
+def make_batch(buffer: np.ndarray, starts: np.ndarray, max_len: int, pin: bool, entries: int = 0) -> Batch:
+    """Return a batch of T + 1 tokens. starts: where documents begin, below T, the first one 0.
+
+    entries: for documents; 0: as many as there are. If there are more documents than entries, short
+    neighbours share one: they see each other, and no kernel is compiled anew.
+    """
     T = len(buffer) - 1
-    capacity = max(16, T // 256)  # fixed, for compiled kernels; grows where documents are unusually short
-    while capacity <= len(starts):
-        capacity *= 2
-    padded = np.full(capacity, T, dtype=np.int32)
+    entries = entries or entries_needed(T, max_len, len(starts))
+    if len(starts) >= entries:
+        starts = share_entries(starts, T, max_len)
+    padded = np.full(entries, T, dtype=np.int32)
     padded[: len(starts)] = starts
     begins = np.zeros(T, dtype=np.int32)
     begins[starts[1:]] = 1
@@ -120,9 +147,12 @@ class Loader:
         self.fingerprint = fingerprint(self.paths)
         self.opened = {}  # shard number -> future of (tokens, document starts, document lengths)
         self.order = (None, None)  # (epoch, shard) and the order of its documents
+        self.slices_of_rank = range(rank * self.slices // world, (rank + 1) * self.slices // world)
         self.shard_opener = ThreadPoolExecutor(1)
         self.preparer = ThreadPoolExecutor(1)
+        self.tried = self.try_stages()
         self.check_supply()
+        self.opened.clear()  # the clock pays for opening the first shard
         self.load_state_dict(dict(step=0, epoch=0, shard=0, doc=0))
 
     def state_dict(self) -> dict[str, int]:
@@ -135,11 +165,16 @@ class Loader:
                 f"--resume: expected more than {state['shard']} training shards, as where the checkpoint was "
                 f"written, found {len(self.paths)}; get the others again")
         self.position = dict(state)
-        self.upcoming = self.preparer.submit(self.prepare, self.position)
+        self.upcoming = None
 
     def next(self) -> list[Batch]:
-        """Return the micro-batches of this rank for the next step."""
-        batches, self.position = self.upcoming.result()
+        """Return the micro-batches of this rank for the next step.
+
+        The first call opens the shard and waits for its batch, so that a clock which starts before it pays
+        for both, as in the public records.
+        """
+        upcoming = self.upcoming or self.preparer.submit(self.prepare, self.position)
+        batches, self.position = upcoming.result()
         if self.position["step"] < self.cfg.train_steps:
             self.upcoming = self.preparer.submit(self.prepare, self.position)
         return batches
@@ -207,22 +242,20 @@ class Loader:
         max_len = self.cfg.at("max_doc_len", here["step"])
         T = self.cfg.at("batch_tokens", here["step"]) // self.slices
         batches = []
-        for s in range(self.rank * self.slices // self.world, (self.rank + 1) * self.slices // self.world):
+        for s in self.slices_of_rank:
             mine = docs[used[s]:used[s + 1]]
             kept = np.minimum(lengths[mine], max_len)
             begins = np.cumsum(kept) - kept
             buffer = np.concatenate([tokens[start:start + n] for start, n in zip(starts[mine], kept)])
-            batches.append(make_batch(buffer[:T + 1], begins[begins < T], max_len, self.pin))
+            entries = self.entries(here["step"])
+            batches.append(make_batch(buffer[:T + 1], begins[begins < T], max_len, self.pin, entries))
         return batches, {**here, "step": here["step"] + 1, "doc": here["doc"] + used[-1]}
 
     def check_supply(self):
-        """Refuse a schedule that the shards cannot feed, judged by packing the first steps of each stage."""
-        cfg, needed = self.cfg, 0.0
-        ends = (*cfg.stage_starts[1:], cfg.train_steps)
-        for first, end in zip(cfg.stage_starts, ends):
-            tried = min(20, end - first)
-            raw = self.tokens_of_steps(first, tried)
-            needed += raw / max(tried, 1) * (end - first)
+        """Refuse a schedule that the shards cannot feed, judged by the first steps of each stage."""
+        cfg = self.cfg
+        lengths = np.diff([*cfg.stage_starts, cfg.train_steps])
+        needed = sum(raw * length for (raw, _), length in zip(self.tried, lengths))
         found = sum(map(shards.num_tokens, self.paths)) * cfg.max_epochs
         if needed > found:
             raise shards.ShardError(
@@ -230,17 +263,32 @@ class Loader:
                 f"{cfg.train_steps} steps, found {found:,} in {len(self.paths)} shards times "
                 f"{cfg.max_epochs} epochs; get more shards, raise --max_epochs or lower --train_steps")
 
-    def tokens_of_steps(self, first: int, count: int) -> int:
-        """Return the tokens that `count` steps use up, packed from the first shard's beginning."""
-        position, raw = dict(epoch=0, shard=0, doc=0), 0
+    def try_stages(self) -> list[tuple[float, int]]:
+        """Return what try_steps() says of the first steps of each stage."""
+        cfg = self.cfg
+        ends = (*cfg.stage_starts[1:], cfg.train_steps)
+        return [self.try_steps(first, min(20, end - first)) for first, end in zip(cfg.stage_starts, ends)]
+
+    def try_steps(self, first: int, count: int) -> tuple[float, int]:
+        """Pack `count` steps from the first shard's beginning. Return the tokens that a step uses up and the
+        most documents of a sequence."""
+        position = dict(epoch=0, shard=0, doc=0)
+        raw = most = 0
         for step in range(first, first + count):
             try:
                 here, docs, used = self.walk({**position, "step": step})
             except OutOfData as error:  # not even these few
                 raise shards.ShardError(str(error)) from None
             raw += int(self.open(here["shard"])[2][docs[:used[-1]]].sum())
+            most = max(most, *np.diff(used).tolist())
             position = {**here, "doc": here["doc"] + used[-1]}
-        return raw
+        return raw / max(count, 1), most
+
+    def entries(self, step: int) -> int:
+        """Return the entries for documents of every sequence of this step's stage."""
+        T = self.cfg.at("batch_tokens", step) // self.slices
+        most = self.tried[self.cfg.stage(step)][1]
+        return entries_needed(T, self.cfg.at("max_doc_len", step), most)
 
 
 def shards_needed(cfg) -> int:

@@ -39,16 +39,14 @@ def write_shard(path, tokens) -> Path:
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not 1 <= tokens.size <= MAX_TOKENS:
         raise ShardError(f"{path}: expected a flat array of 1 to {MAX_TOKENS:,} integer token ids, found "
-                         f"shape {tokens.shape} of {tokens.dtype}; nothing was written, pass the ids of one "
-                         "shard")
+                         f"shape {tokens.shape} of {tokens.dtype}; nothing was written: pass one shard's ids")
     if tokens.dtype != TOKEN_DTYPE:
         for first in range(0, tokens.size, CHUNK):
             chunk = tokens[first:first + CHUNK]
             bad = np.flatnonzero((chunk < 0) | (chunk > 65535))
             if bad.size:
                 raise ShardError(f"{path}: expected token ids in 0..65535, found {chunk[bad[0]]} at position "
-                                 f"{first + bad[0]:,}; nothing was written, use a vocabulary that fits 16 "
-                                 "bits")
+                                 f"{first + bad[0]:,}; nothing was written: use a 16-bit vocabulary")
         tokens = tokens.astype(TOKEN_DTYPE)
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size

@@ -99,9 +99,9 @@ def whole_lines(path) -> Iterator[tuple[int, bytes]]:
 def not_utf8(path, first_line: int, error: UnicodeDecodeError) -> TextError:
     """Return the error for bytes of a file that begin in line `first_line` and are not UTF-8."""
     line = first_line + error.object.count(b"\n", 0, error.start)
-    return TextError(f"{path}, line {line}: expected UTF-8 text, found byte "
-                     f"0x{error.object[error.start]:02x}; convert the file to UTF-8 (iconv) or remove the "
-                     "line")
+    byte = error.object[error.start]
+    return TextError(f"{path}, line {line}: expected UTF-8 text, found byte 0x{byte:02x}; convert the file "
+                     "to UTF-8 (iconv) or remove the line")
 
 
 def decode(path, first_line: int, block: bytes) -> str:

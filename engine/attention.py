@@ -146,6 +146,22 @@ def unpair(y: Tensor) -> Tensor:
     return by_tokens.transpose(1, 2).reshape(T2 // 2, 2 * H2, d)
 
 
+def pair_halves(x: Tensor) -> Tensor:
+    """(T, H, d) to (2 T, H/2, d): heads h and h + H/2 of a token become two consecutive positions of one
+    head."""
+    T, H, d = x.shape
+    return x.reshape(2 * T, H // 2, d)
+
+
+def unpair_halves(y: Tensor) -> Tensor:
+    """(2 T, H/2, d) back to (T, H, d)."""
+    T2, H2, d = y.shape
+    return y.reshape(T2 // 2, 2 * H2, d)
+
+
+PAIRINGS = {"halves": (pair_halves, unpair_halves), "neighbours": (pair, unpair)}
+
+
 def paired_docs(docs: Docs) -> Docs:
     """Return the documents of a sequence in which every token stands twice."""
     return Docs(docs.starts * 2, docs.ids.repeat_interleave(2), docs.max_len * 2)

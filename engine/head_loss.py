@@ -31,7 +31,7 @@ def softcap(logits: Tensor, cap: tuple[float, ...]) -> Tensor:
 
 
 def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k].
+    """Return the sum over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k].
 
     logits: (T, V), targets: (T,), weights: (K,). Targets past the end are left out. The same logits serve all
     K, so no head is added.
@@ -43,7 +43,7 @@ def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor
         known = slice(T - k)  # positions whose k-th next token is in the sequence
         chosen = logits[known].gather(1, targets[k:, None])
         cross_entropy = log_z[known] - chosen[:, 0].float()
-        loss = loss + weight * cross_entropy.sum() / T
+        loss = loss + weight * cross_entropy.sum()
     return loss
 
 
@@ -76,11 +76,11 @@ class HeadLoss(torch.autograd.Function):
         ahead = padded.unfold(0, K, 1)  # (T, K): the next token, the second next, ...
         t = torch.arange(T, device=x.device)[:, None]
         exists = t + torch.arange(K, device=x.device) < T
-        token_weights = weights * exists / T
+        token_weights = weights * exists
 
         if fp8:
             slope = cap[0] / cap[2] / 4 if cap else 1.0  # the steepest of the softcap
-            products = Fp8Products(head, slope / T * weights.sum())
+            products = Fp8Products(head, slope * weights.sum())
         else:
             products = PlainProducts(head, onednn)
 

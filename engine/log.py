@@ -21,6 +21,7 @@ SOURCES = (  # what the log embeds, in reading order
     "engine/self_test.py", "engine/products.py", "engine/adam.py", "engine/ranks.py", "engine/clock.py",
     "engine/log.py", "engine/checkpoint.py", "engine/endings.py", "data/loader.py", "data/shards.py")
 BANNER = "=" * 100
+LOSSES_PER_LINE = 10
 
 
 class Log:
@@ -35,6 +36,7 @@ class Log:
         self.path = Path(cfg.log_dir) / f"{self.run_id}.txt"
         self.file = self.bar = self.wandb = None
         self.step = 0
+        self.losses = []  # of training, since the last line about them
         if rt.rank > 0:
             return
         try:
@@ -97,12 +99,26 @@ class Log:
     def train(self, step: int, total: int, ms: float, loss: float | None, tokens_per_s: float):
         """Write the line of a training step. loss: the newest that has arrived from the device."""
         self.step = step
+        self.note_loss(step, loss)
         line = f"step:{step}/{total} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         self.write(line, show=self.bar is None)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             seen = "" if loss is None else f"loss {loss:.3f}, "
             self.bar.set_postfix_str(f"{seen}{tokens_per_s:,.0f} tokens/s", refresh=False)
+
+    def note_loss(self, step: int, loss: float | None):
+        """Write the mean of some training losses, on a line that no parser of step lines takes."""
+        if loss is None:
+            return
+        self.losses.append(loss)
+        if len(self.losses) == LOSSES_PER_LINE:
+            mean = sum(self.losses) / len(self.losses)
+            line = f"training loss until step {step}: {mean:.4f} (mean of {len(self.losses)})"
+            self.write(line, show=False)
+            self.losses.clear()
+        if self.wandb is not None:
+            self.wandb.log({"train_loss": loss}, step=step)
 
     def validation(self, step: int, total: int, ms: float, loss: float):
         average = ms / max(step, 1)

@@ -54,9 +54,11 @@ def curve(runs) -> list[CurveMean]:
 def mean(step: int, points: list) -> CurveMean:
     losses = [point.val_loss for point in points]
     times = [point.train_time_ms for point in points]
-    seconds = None if None in times else sum(times) / len(times) / 1000
-    if seconds is not None and not SECONDS[0] <= seconds <= SECONDS[1]:
-        seconds = None
+    seconds = None
+    if None not in times:
+        seconds = sum(times) / len(times) / 1000
+        if not SECONDS[0] <= seconds <= SECONDS[1]:
+            seconds = None
     return CurveMean(step, seconds, sum(losses) / len(losses), min(losses), max(losses), len(points))
 
 
@@ -72,7 +74,9 @@ def ticks(low: float, high: float) -> list[float]:
 
     size = 10 ** math.floor(math.log10((high - low) / 4))  # a short axis is nearly linear
     size *= next(step for step in (1, 2, 5, 10) if (high - low) / (size * step) <= 8)
-    return [size * i for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
+    first = math.ceil(low / size)
+    last = math.floor(high / size)
+    return [size * i for i in range(first, last + 1)]
 
 
 def figure(x_title: str, y_title: str, x_range: list, y_range: list, y_log: bool = True,
@@ -97,9 +101,17 @@ def figure(x_title: str, y_title: str, x_range: list, y_range: list, y_log: bool
         xaxis=dict(title=title, range=x_range, showgrid=False, zeroline=False, separatethousands=True),
         yaxis=dict(automargin=True, zeroline=False, **y),
     ))
-    fig.add_annotation(text=y_title, x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
-                       yshift=8,
-                       showarrow=False)
+    fig.add_annotation(
+        text=y_title,
+        x=0,
+        y=1,
+        xref="paper",
+        yref="paper",
+        xanchor="left",
+        yanchor="bottom",
+        yshift=8,
+        showarrow=False,
+    )
     return fig
 
 
@@ -112,9 +124,15 @@ def add_target(fig: go.Figure, target: float | None):
     """The line of the target, with its value at the left end below it, where curves are still far above."""
     if target is not None:
         fig.add_hline(y=target, line=dict(color=GREY, width=1, dash="dot"))
-        fig.add_annotation(text=f"target {target:g}", x=0, xref="paper", y=on_axis(fig, target),
-                           xanchor="left",
-                           yanchor="top", showarrow=False)
+        fig.add_annotation(
+            text=f"target {target:g}",
+            x=0,
+            xref="paper",
+            y=on_axis(fig, target),
+            xanchor="left",
+            yanchor="top",
+            showarrow=False,
+        )
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
@@ -155,14 +173,29 @@ def add_curve(fig: go.Figure, k: int, name: str, x: list[float], points: list[Cu
     name = html.escape(name)
     if max(point.n for point in points) > 1:
         around = [point.high for point in points] + [point.low for point in reversed(points)]
-        fig.add_scatter(x=x + x[::-1], y=around, fill="toself", fillcolor=COLORS[k], opacity=0.2,
-                        mode="lines",
-                        line=dict(width=0), hoverinfo="skip", legendgroup=name, showlegend=False)
-    fig.add_scatter(x=x, y=[point.loss for point in points], name=name, legendgroup=name,
-                    mode="lines+markers" if len(points) <= FEW_POINTS else "lines",
-                    line=dict(color=COLORS[k], width=2, dash="dash" if dashed(k) else "solid"),
-                    marker=dict(size=5),
-                    text=[f"<b>{name}</b><br>{in_words(point)}" for point in points], hoverinfo="text")
+        fig.add_scatter(
+            x=x + x[::-1],
+            y=around,
+            fill="toself",
+            fillcolor=COLORS[k],
+            opacity=0.2,
+            mode="lines",
+            line=dict(width=0),
+            hoverinfo="skip",
+            legendgroup=name,
+            showlegend=False,
+        )
+    fig.add_scatter(
+        x=x,
+        y=[point.loss for point in points],
+        name=name,
+        legendgroup=name,
+        mode="lines+markers" if len(points) <= FEW_POINTS else "lines",
+        line=dict(color=COLORS[k], width=2, dash="dash" if dashed(k) else "solid"),
+        marker=dict(size=5),
+        text=[f"<b>{name}</b><br>{in_words(point)}" for point in points],
+        hoverinfo="text",
+    )
 
 
 def in_words(point: CurveMean) -> str:
@@ -194,8 +227,15 @@ def ends_of_runs(groups: list[tuple[str, list]], target: float | None) -> go.Fig
     for k, name, dots in ends:
         marker = dict(color=COLORS[k], size=9, opacity=0.75, symbol="diamond" if dashed(k) else "circle")
         text = [f"<b>{name}</b> {html.escape(run_id)}<br>{in_words(end)}" for run_id, end in dots]
-        fig.add_scatter(x=[end.seconds / size for _, end in dots], y=[end.loss for _, end in dots], name=name,
-                        mode="markers", marker=marker, hoverinfo="text", text=text)
+        fig.add_scatter(
+            x=[end.seconds / size for _, end in dots],
+            y=[end.loss for _, end in dots],
+            name=name,
+            mode="markers",
+            marker=marker,
+            hoverinfo="text",
+            text=text,
+        )
     add_target(fig, target)
     return fig
 
@@ -222,7 +262,8 @@ class Event:
 def history(events: list[Event], unit: str, best_only: bool = False, labels: bool = False) -> go.Figure:
     """Records by date, as stairs; with best_only these go through the ones below all before, and
     the others are grey dots."""
-    first, last = min(event.date for event in events), max(event.date for event in events)
+    first = min(event.date for event in events)
+    last = max(event.date for event in events)
     pad = (last - first) * 0.02
     values = [event.value for event in events]
     fig = figure("", unit, [first - pad, last + pad],
@@ -230,14 +271,23 @@ def history(events: list[Event], unit: str, best_only: bool = False, labels: boo
                  height=440 if labels else 300)
     stairs = [event for i, event in enumerate(events)
               if not best_only or all(event.value < other.value for other in events[:i])]
-    fig.add_scatter(x=[event.date for event in stairs] + [last],
-                    y=[event.value for event in stairs] + [stairs[-1].value],
-                    mode="lines", line=dict(color=COLORS[0], width=1.5, shape="hv"), hoverinfo="skip")
+    fig.add_scatter(
+        x=[event.date for event in stairs] + [last],
+        y=[event.value for event in stairs] + [stairs[-1].value],
+        mode="lines",
+        line=dict(color=COLORS[0], width=1.5, shape="hv"),
+        hoverinfo="skip",
+    )
     words = [f"<b>{event.number}</b> {html.escape(event.title)}<br>{event.date}: {event.value:,g} {unit}"
              for event in events]
-    fig.add_scatter(x=[event.date for event in events], y=values, mode="markers", hoverinfo="text",
-                    text=words,
-                    marker=dict(size=6, color=[COLORS[0] if event in stairs else GREY for event in events]))
+    fig.add_scatter(
+        x=[event.date for event in events],
+        y=values,
+        mode="markers",
+        hoverinfo="text",
+        text=words,
+        marker=dict(size=6, color=[COLORS[0] if event in stairs else GREY for event in events]),
+    )
     if labels:
         name_gains(fig, events)
     return fig
@@ -264,16 +314,27 @@ def name_gains(fig: go.Figure, events: list[Event]):
             boxes.append((sign * x, sign * x + CHARACTER * 50, sign * y))
         for event, lift in zip(chosen, lifts(boxes)):
             title = html.escape(textwrap.shorten(event.title, 50, placeholder=" …"))
-            fig.add_annotation(x=event.date, y=on_axis(fig, event.value), ax=sign * 10,
-                               ay=-sign * (14 + lift),
-                               text=str(event.number), hovertext=title, showarrow=True, arrowhead=0,
-                               arrowwidth=1,
-                               arrowcolor=GREY, standoff=4, xanchor="left" if sign > 0 else "right")
+            fig.add_annotation(
+                x=event.date,
+                y=on_axis(fig, event.value),
+                ax=sign * 10,
+                ay=-sign * (14 + lift),
+                text=str(event.number),
+                hovertext=title,
+                showarrow=True,
+                arrowhead=0,
+                arrowwidth=1,
+                arrowcolor=GREY,
+                standoff=4,
+                xanchor="left" if sign > 0 else "right",
+            )
 
 
 def place(fig: go.Figure, x, y: float, width: float) -> tuple[float, float]:
     """Pixels of a point from the lower left corner of a plot of this width."""
-    (x0, x1), (y0, y1), margin = fig.layout.xaxis.range, fig.layout.yaxis.range, fig.layout.margin
+    x0, x1 = fig.layout.xaxis.range
+    y0, y1 = fig.layout.yaxis.range
+    margin = fig.layout.margin
     height = fig.layout.height - margin.t - margin.b
     return (x - x0) / (x1 - x0) * width, (on_axis(fig, y) - y0) / (y1 - y0) * height
 

@@ -64,11 +64,20 @@ def run(args) -> int:
     submission = from_folder(folder, schema.read(folder / schema.FILE)) if packed else from_arguments(args)
     found = judge(submission)
     if args.json:
-        print(json.dumps([{"rule": v.rule, "asks": RULES[v.rule].__doc__.lstrip("* "), "verdict": v.verdict,
-                           "evidence": v.evidence, "reason": v.reason} for v in found], indent=1))
+        print(json.dumps([as_json(verdict) for verdict in found], indent=1))
     else:
         print_verdicts(found, submission)
     return int(any(v.verdict == FAIL for v in found))
+
+
+def as_json(verdict: Verdict) -> dict:
+    return {
+        "rule": verdict.rule,
+        "asks": RULES[verdict.rule].__doc__.lstrip("* "),
+        "verdict": verdict.verdict,
+        "evidence": verdict.evidence,
+        "reason": verdict.reason,
+    }
 
 
 # A folder built by pack

@@ -110,7 +110,8 @@ def contradictions(lines: np.ndarray, queue: float):
             if step and step not in time_at:
                 yield f"expected a training line at step {step:.0f}, found a validation only"
             elif step > 20 and ms - time_at[step] > queue * ms / step:
-                yield (f"the validation at step {step:.0f} is {ms - time_at[step]:g} ms after the training line "
+                yield (f"the validation at step {step:.0f} is {ms - time_at[step]:g} ms after the training "
+                       "line "
                        "of that step")
 
 

@@ -113,7 +113,8 @@ def sentences(loss: dict | None, time: dict | None):
         yield (f"Time: {time['runs_per_arm']} runs of the candidate and {time['runs_per_arm']} of the "
                "baseline on one host "
                f"show a gap of {time['gap']:g} s, at a standard deviation")
-        yield f"of {time['sd']:g} s, with probability {time['power']:.2f} (one-sided t-test at {time['alpha']:g})."
+        test = f"one-sided t-test at {time['alpha']:g}"
+        yield f"of {time['sd']:g} s, with probability {time['power']:.2f} ({test})."
 
 
 def run(args) -> int:

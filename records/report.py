@@ -94,24 +94,31 @@ class Column:
 
 
 def numbers(title: str, values, form: str = "{}", factor: float = 1) -> Column:
-    values = [value if value is None else value * factor for value in values]
-    return Column(title, [Cell() if value is None else Cell(form.format(value), value) for value in values],
-                  "number")
+    cells = []
+    for value in values:
+        if value is None:
+            cells.append(Cell())
+        else:
+            cells.append(Cell(form.format(value * factor), value * factor))
+    return Column(title, cells, "number")
 
 
 def texts(title: str, values, kind: str = "text", heads: bool = False, limit: int = 60) -> Column:
-    return Column(title, [Cell(shown("" if value is None else value, limit)) for value in values], kind,
-                  heads)
+    cells = [Cell(shown("" if value is None else value, limit)) for value in values]
+    return Column(title, cells, kind, heads)
 
 
-def mean_sd(title: str, groups: list[RunGroup], key: str, digits: int) -> Column:
+def mean_sd(title: str, groups: list[JudgedGroup], key: str, digits: int) -> Column:
     def cell(facts):
-        # not in the logs
-        if not facts or key == "seconds" and not math.isfinite(facts[key]["mean"].estimate):
+        if not facts:
             return Cell()
-        mean, sd = facts[key]["mean"], facts[key]["sd"]
+        mean = facts[key]["mean"]
+        sd = facts[key]["sd"]
+        if key == "seconds" and not math.isfinite(mean.estimate):  # not in the logs
+            return Cell()
         spread = "" if sd is None else f" ± {sd:.{digits}f}"
         return Cell(f"{mean.estimate:.{digits}f}{spread}", mean.estimate, between(mean, digits))
+
     return Column(title, [cell(group.statistics) for group in groups], "number")
 
 
@@ -119,74 +126,105 @@ def between(interval, digits: int) -> str:
     return "" if interval.low is None else f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 
+# Cells of the table of groups
+
+def rule_cell(group: JudgedGroup) -> Cell:
+    rule = group.statistics.get("rule")
+    if not rule:
+        return Cell()
+    if rule.why:
+        return Cell("cannot be judged")
+    return Cell(rule.verdict, detail=f"p = {rule.p:.2g}")
+
+
+def speed_up_cell(group: JudgedGroup) -> Cell:
+    against = group.statistics.get("against")
+    interval = against and against["speed_up"]
+    if not interval or interval.estimate is None:
+        return Cell()
+    return Cell(f"{interval.estimate:.3f}", interval.estimate, between(interval, 3))
+
+
+def source_cell(k: int, group: JudgedGroup, first: JudgedGroup) -> Cell:
+    if group is first:
+        return Cell("baseline")
+    if group.sources == first.sources:
+        return Cell("the same")
+    if not group.differences:
+        return Cell("another")
+    added = sum(change.added for change in group.differences)
+    removed = sum(change.removed for change in group.differences)
+    return Cell(links=((f"+{added:,} −{removed:,} lines", f"#difference-{k}"),))
+
+
+def steps_cell(group: JudgedGroup) -> Cell:
+    if not group.statistics:
+        return Cell()
+    step = group.statistics["step"]
+    return Cell("various" if step is None else f"{step:,}")
+
+
 def group_table(groups: list[JudgedGroup], track: Track | None) -> list[Column]:
-    def rule(facts):
-        rule = facts.get("rule")
-        if not rule:
-            return Cell()
-        return Cell("cannot be judged") if rule.why else Cell(rule.verdict, detail=f"p = {rule.p:.2g}")
-
-    def speed_up(facts):
-        interval = facts.get("against") and facts["against"]["speed_up"]
-        if not interval or interval.estimate is None:
-            return Cell()
-        return Cell(f"{interval.estimate:.3f}", interval.estimate, between(interval, 3))
-
-    def source(k, group):
-        if k == 0 or group.sources == groups[0].sources:
-            return Cell("the same" if k else "baseline")
-        if not group.differences:
-            return Cell("another")
-        added, removed = (sum(getattr(d, kind) for d in group.differences) for kind in ("added", "removed"))
-        return Cell(links=((f"+{added:,} −{removed:,} lines", f"#difference-{k}"),))
-
-    def steps(facts):
-        return Cell("" if not facts else "various" if facts["step"] is None else f"{facts['step']:,}")
-
-    facts = [group.statistics for group in groups]
-    columns = [Column("Group", [Cell(group.name, k, swatch=k) for k, group in enumerate(groups)], heads=True),
-               numbers("Runs", [len(group.runs) for group in groups]),
-               Column("Steps", [*map(steps, facts)], "number"),
-               mean_sd("Final loss", groups, "loss", 4)]
+    columns = [
+        Column("Group", [Cell(group.name, k, swatch=k) for k, group in enumerate(groups)], heads=True),
+        numbers("Runs", [len(group.runs) for group in groups]),
+        Column("Steps", [*map(steps_cell, groups)], "number"),
+        mean_sd("Final loss", groups, "loss", 4),
+    ]
     if track:
-        columns.append(Column("Loss rule", [rule(f) for f in facts], "fact"))
+        columns.append(Column("Loss rule", [*map(rule_cell, groups)], "fact"))
     columns.append(mean_sd("Training seconds", groups, "seconds", 2))
     if len(groups) > 1:
-        columns += [Column("Speed-up", [Cell("baseline"), *map(speed_up, facts[1:])], "number"),
-                    Column("Source", [source(k, group) for k, group in enumerate(groups)], "fact")]
+        sources = [source_cell(k, group, groups[0]) for k, group in enumerate(groups)]
+        columns.append(Column("Speed-up", [Cell("baseline"), *map(speed_up_cell, groups[1:])], "number"))
+        columns.append(Column("Source", sources, "fact"))
     return columns
 
 
 def run_table(groups: list[RunGroup], track: Track | None) -> tuple[list[Column], list[tuple[str, str]]]:
     """Columns, and (title, text) of those that would say the same in every row."""
-    rows = [(k, group, log, run) for k, group in enumerate(groups) for kept in [{*map(id, group.runs)}]
-            for log in group.logs for run in log.runs if id(run) in kept]
-    every = [run for *_, run in rows]
-    steps = [Cell(f"{run.final_step:,}" + ("" if run.complete or run.total_steps is None
-                                           else f" of {run.total_steps:,}"),
-                  run.final_step) for run in every]
+    rows = []
+    for k, group in enumerate(groups):
+        kept = {*map(id, group.runs)}
+        rows += [(k, group, log, run) for log in group.logs for run in log.runs if id(run) in kept]
+    runs = [run for *_, run in rows]
     columns = [
         Column("Group", [Cell(group.name, k, swatch=k) for k, group, _, _ in rows], "fact"),
-        texts("Run", [logs.short_name(run.run_id) for run in every], "fact", heads=True),
-        numbers("Seed", [run.seed for run in every]),
-        numbers("Final loss", [run.final_val_loss for run in every], "{:.4f}"),
-        numbers("Training seconds", [run.final_time_ms for run in every], "{:,.2f}", 1e-3),
-        Column("Steps", steps, "number"),
-        numbers("ms a step", [run.step_avg_ms for run in every], "{:,.2f}"),
-        *([numbers(f"Seconds to {track.target:g}", [run.time_to(track.target) for run in every], "{:,.1f}",
-                   1e-3),
-           numbers(f"Steps to {track.target:g}", [run.steps_to(track.target) for run in every], "{:,.0f}")]
-          if track else []),
-        numbers("Peak MiB", [run.peak_mib for run in every], "{:,}"),
-        texts("Hardware", [run.hardware for run in every]),
-        texts("torch", [run.torch for run in every], "fact"),
-        texts("Source", [(run.source_sha256 or "")[:8] for run in every], "fact"),
+        texts("Run", [logs.short_name(run.run_id) for run in runs], "fact", heads=True),
+        numbers("Seed", [run.seed for run in runs]),
+        numbers("Final loss", [run.final_val_loss for run in runs], "{:.4f}"),
+        numbers("Training seconds", [run.final_time_ms for run in runs], "{:,.2f}", 1e-3),
+        Column("Steps", [*map(last_step_cell, runs)], "number"),
+        numbers("ms a step", [run.step_avg_ms for run in runs], "{:,.2f}"),
+        *(to_target(runs, track.target) if track else []),
+        numbers("Peak MiB", [run.peak_mib for run in runs], "{:,}"),
+        texts("Hardware", [run.hardware for run in runs]),
+        texts("torch", [run.torch for run in runs], "fact"),
+        texts("Source", [(run.source_sha256 or "")[:8] for run in runs], "fact"),
         texts("Remarks", ["; ".join(log.problems) for _, _, log, _ in rows], limit=200),
     ]
-    common = [column for column in columns if len({cell.text for cell in column.cells}) == 1
-              and (column.kind != "number" and len(rows) > 1 or not column.cells[0].text)]
+    common = [column for column in columns if says_the_same(column)]
     return ([column for column in columns if column not in common],
             [(column.title, column.cells[0].text) for column in common if column.cells[0].text])
+
+
+def last_step_cell(run: logs.RunFacts) -> Cell:
+    ended = run.complete or run.total_steps is None
+    return Cell(f"{run.final_step:,}" + ("" if ended else f" of {run.total_steps:,}"), run.final_step)
+
+
+def to_target(runs: list[logs.RunFacts], target: float) -> list[Column]:
+    seconds = [run.time_to(target) for run in runs]
+    steps = [run.steps_to(target) for run in runs]
+    return [numbers(f"Seconds to {target:g}", seconds, "{:,.1f}", 1e-3),
+            numbers(f"Steps to {target:g}", steps, "{:,.0f}")]
+
+
+def says_the_same(column: Column) -> bool:
+    """Whether a column need not be shown: it is empty, or its words are the same in several rows."""
+    if len({cell.text for cell in column.cells}) > 1:
+        return False
+    return not column.cells[0].text or column.kind != "number" and len(column.cells) > 1
 
 
 def settings_table(groups: list[RunGroup]) -> list[Column]:
@@ -194,24 +232,34 @@ def settings_table(groups: list[RunGroup]) -> list[Column]:
     configs = [group.runs[0].config for group in groups]
     keys = dict.fromkeys(key for config in configs for key in config if key not in NOT_TRAINING)
     keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
-    return [texts("Setting", keys, heads=True), *(
-        texts(group.name, [json.dumps(config[key]) if key in config else "" for key in keys], "fact")
-        for group, config in zip(groups, configs))] if keys else []
+    if not keys:
+        return []
+    columns = [texts("Setting", keys, heads=True)]
+    for group, config in zip(groups, configs):
+        values = [json.dumps(config[key]) if key in config else "" for key in keys]
+        columns.append(texts(group.name, values, "fact"))
+    return columns
 
 
 def local_table() -> list[Column]:
     found = [record for track in TRACKS.values() for record in table.local_records(track)]
-    why = [shown(f"no record: {record.why_no_record}", 200) if record.why_no_record else ""
-           for record in found]
-    titles = [Cell(shown(record.description, 120), detail=reason) for record, reason in zip(found, why)]
-    losses = [Cell(table.number(runs.loss_mean, 4), detail=f"± {table.number(runs.loss_sd, 4)}")
-              for runs in (record.runs for record in found)]
-    return [Column("Record", titles, heads=True), texts("Track", [record.track for record in found], "fact"),
-            texts("Date", [record.date for record in found], "fact"),
-            numbers("Runs", [record.runs.n for record in found]),
-            Column("Final loss", losses, "number"),
-            numbers("Training seconds", [record.runs.time_ms_mean for record in found], "{:,.2f}", 1e-3),
-            texts("Hardware", [record.hardware for record in found])] if found else []
+    if not found:
+        return []
+    titles, losses = [], []
+    for record in found:
+        why = shown(f"no record: {record.why_no_record}", 200) if record.why_no_record else ""
+        titles.append(Cell(shown(record.description, 120), detail=why))
+        spread = f"± {table.number(record.runs.loss_sd, 4)}"
+        losses.append(Cell(table.number(record.runs.loss_mean, 4), detail=spread))
+    return [
+        Column("Record", titles, heads=True),
+        texts("Track", [record.track for record in found], "fact"),
+        texts("Date", [record.date for record in found], "fact"),
+        numbers("Runs", [record.runs.n for record in found]),
+        Column("Final loss", losses, "number"),
+        numbers("Training seconds", [record.runs.time_ms_mean for record in found], "{:,.2f}", 1e-3),
+        texts("Hardware", [record.hardware for record in found]),
+    ]
 
 
 def steps_of(record: history.HistoryRow) -> int | None:
@@ -224,34 +272,47 @@ def steps_of(record: history.HistoryRow) -> int | None:
 
 def public_table(rows: list[table.RankedRow]) -> list[Column]:
     records = [row.record for row in rows]
-    minutes = [record.minutes_or_steps if TRACKS[record.track].ranked_by == "time" else None
-               for record in records]
-    links = [tuple((text, url) for text, url in (("log", record.log_url), (f"PR {record.pr}", record.pr_url))
-                   if url)
-             for record in records]
-    return [texts("Track", [record.track for record in records], "fact"),
-            numbers("#", [record.number for record in records]),
-            numbers("Minutes", minutes),
-            numbers("Steps", map(steps_of, records), "{:,}"),
-            numbers("Gain, %", [row.percent for row in rows], "{:.1f}"),
-            texts("Date", [record.date for record in records], "fact"),
-            texts("Record", [record.title for record in records], heads=True, limit=120),
-            texts("Contributors", [", ".join(record.contributors) for record in records], limit=200),
-            Column("Upstream", [Cell(links=found) for found in links], "fact")]
+    timed = {name for name, track in TRACKS.items() if track.ranked_by == "time"}
+    return [
+        texts("Track", [record.track for record in records], "fact"),
+        numbers("#", [record.number for record in records]),
+        numbers("Minutes",
+                [record.minutes_or_steps if record.track in timed else None for record in records]),
+        numbers("Steps", map(steps_of, records), "{:,}"),
+        numbers("Gain, %", [row.percent for row in rows], "{:.1f}"),
+        texts("Date", [record.date for record in records], "fact"),
+        texts("Record", [record.title for record in records], heads=True, limit=120),
+        texts("Contributors", [", ".join(record.contributors) for record in records], limit=200),
+        Column("Upstream", [Cell(links=links_of(record)) for record in records], "fact"),
+    ]
+
+
+def links_of(record: history.HistoryRow) -> tuple[tuple[str, str], ...]:
+    links = (("log", record.log_url), (f"PR {record.pr}", record.pr_url))
+    return tuple((text, url) for text, url in links if url)
 
 
 def public_charts(public: dict[str, list[table.RankedRow]]) -> dict:
+    def minutes(record):
+        return record.minutes_or_steps
+
     def chart(track, unit, value, **options):
-        events = [charts.Event(row.record.date, float(value(row.record)), row.record.number, row.record.title,
-                               row.percent or 0)
-                  for row in public[track] if row.record.date and value(row.record)]
+        events = []
+        for row in public[track]:
+            record = row.record
+            if record.date and value(record):
+                event = charts.Event(record.date, float(value(record)), record.number, record.title,
+                                     row.percent or 0)
+                events.append(event)
         return charts.history(events, unit, **options)
 
-    return {"history-small": chart("small", "minutes", lambda record: record.minutes_or_steps, labels=True),
-            "history-small-steps": chart("small", "steps", steps_of),
-            "history-medium": chart("medium", "minutes", lambda record: record.minutes_or_steps),
-            "history-medium-steps": chart("medium", "steps", steps_of),
-            "history-optimization": chart("optimization", "steps", steps_of, best_only=True)}
+    return {
+        "history-small": chart("small", "minutes", minutes, labels=True),
+        "history-small-steps": chart("small", "steps", steps_of),
+        "history-medium": chart("medium", "minutes", minutes),
+        "history-medium-steps": chart("medium", "steps", steps_of),
+        "history-optimization": chart("optimization", "steps", steps_of, best_only=True),
+    }
 
 
 def run_charts(groups: list[RunGroup], target: float | None) -> tuple[dict, str]:
@@ -271,24 +332,35 @@ def page(groups: list[JudgedGroup], left_out: list[tuple[str, str]], track: Trac
     drawn |= public_charts(public)
     data = json.dumps({name: json.loads(chart.to_json()) for name, chart in drawn.items()})
     scripts = [get_plotlyjs(), (TEMPLATES / "report.js").read_text(encoding="utf-8")]
-    # The page tells the browser to run these two scripts and to load nothing, whatever the logs have smuggled
-    # in.
+    # The page tells the browser to run these two scripts and to load nothing, whatever the logs hold.
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
-                                     undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
     return environment.get_template("report.html").render(
-        groups=groups, left_out=left_out, track=track, notes=notes, public=public, tracks=TRACKS,
+        groups=groups,
+        left_out=left_out,
+        track=track,
+        notes=notes,
+        public=public,
+        tracks=TRACKS,
         history=history,
-        group_table=group_table(groups, track), run_table=run_table(groups, track) if groups else None,
-        settings_table=settings_table(groups) if len(groups) > 1 else [], local_table=local_table(),
-        public_table=public_table([row for rows in public.values() for row in rows]), ends=ends,
-        charts=drawn.keys(), diff_limit=DIFF_LIMIT, max_groups=MAX_GROUPS, colors=COLORS,
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")), scripts=[*map(Markup, scripts)],
+        group_table=group_table(groups, track),
+        run_table=run_table(groups, track) if groups else None,
+        settings_table=settings_table(groups) if len(groups) > 1 else [],
+        local_table=local_table(),
+        public_table=public_table([row for rows in public.values() for row in rows]),
+        ends=ends,
+        charts=drawn.keys(),
+        diff_limit=DIFF_LIMIT,
+        max_groups=MAX_GROUPS,
+        colors=COLORS,
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        scripts=[*map(Markup, scripts)],
         hashes=hashes,
         data=Markup(re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", data)),
-        plotly_version=get_plotlyjs_version())
+        plotly_version=get_plotlyjs_version(),
+    )
 
 
 def add_arguments(parser):

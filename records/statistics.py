@@ -33,7 +33,7 @@ def unfit(values: Sequence[float], at_least: int = 2, what: str = "values") -> s
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values, nan or inf where a value is."""
+    """Mean and sample standard deviation; None of too few values, nan or inf where a value is."""
     with np.errstate(invalid="ignore", over="ignore"):
         mean = float(np.mean(values)) if len(values) else None
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -403,9 +403,11 @@ def rows(path: Path, text: str, read: list[LogFile], find: Find):
         points = [last_point(run) for stem, run in logs_by_name[at:at + 20] if stem.startswith(name)]
         if not points:
             continue
-        if losses and not any(abs(float(loss) - point.val_loss) < 1e-4 for loss in losses for point in points):
+        if losses and not any(abs(float(loss) - point.val_loss) < 1e-4 for loss in losses
+                              for point in points):
             find(path, "table-row", f"line {line}: {losses[0]}, the log says {points[0].val_loss}")
-        if times and not any(abs(int(ms) - (point.train_time_ms or 0)) <= 1 for ms in times for point in points):
+        if times and not any(abs(int(ms) - (point.train_time_ms or 0)) <= 1 for ms in times
+                             for point in points):
             says = f"{points[0].train_time_ms} ms"
             find(path, "table-row", f"line {line}: {times[0]} ms, the log says {says}")
 
@@ -471,7 +473,8 @@ def pairings(path: Path, lists: list, matched: dict, choices: dict[str, list[Run
                        for point in points if point.train_time_ms is not None)
         wrong = Counter(zip(rounded(losses.values, losses), rounded(times.values, times))) - real
         if wrong:
-            find(path, "pairing", f"lines {losses.line} and {times.line}: {wrong.total()} of {len(losses.values)} "
+            find(path, "pairing",
+                 f"lines {losses.line} and {times.line}: {wrong.total()} of {len(losses.values)} "
                  f"pairs are of no run, such as {[*wrong][0]}")
 
 
@@ -546,5 +549,6 @@ def other_hardware(facts: list[ComparedRun]) -> Iterable[Finding]:
             continue
         for (record, hardware), count in Counter((fact.record, fact.hardware) for fact in of_track).items():
             if hardware != usual:
-                yield Finding(record, "other-hardware", f"{count} runs on {hardware}; {most} of {len(of_track)} "
+                yield Finding(record, "other-hardware",
+                              f"{count} runs on {hardware}; {most} of {len(of_track)} "
                               f"runs of track {track} on {usual}")

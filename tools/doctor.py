@@ -2,9 +2,9 @@
 
     python -m tools.doctor [--track=NAME] [--field=value ...]
 
-Prints one entry for each piece: `ok`, `note` where a run does without it or should know something, `FAIL` where the run
-cannot start, with what to change. A child process tries piece after piece. Where one ends the process or hangs, that is
-its finding, and another child goes on behind it.
+Prints one entry for each piece: `ok`, `note` where a run does without it or should know something, `FAIL`
+where the run cannot start, with what to change. A child process tries piece after piece. Where one ends the
+process or hangs, that is its finding, and another child goes on behind it.
 """
 import functools
 import json
@@ -34,7 +34,7 @@ LIMIT_S = 180.0  # of a child; FlexAttention and torch.compile make kernels firs
 GPU_ONLY = {f"attention by {name}" for name in CANDIDATES}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The pieces: each returns (mark, text) or raises
 
 
@@ -72,7 +72,8 @@ def try_device(cfg: Config, device: torch.device) -> tuple[str, str]:
     except (OSError, subprocess.TimeoutExpired):
         seen = ""
     if "GPU" in seen:
-        return "note", f"CPU ({why}), {works}; nvidia-smi sees {seen.splitlines()[0]}: install a torch for its driver"
+        gpu = seen.splitlines()[0]
+        return "note", f"CPU ({why}), {works}; nvidia-smi sees {gpu}: install a torch for its driver"
     if cfg.track == "small":
         return "note", f"CPU ({why}), {works}; this track would take weeks here: leave out --track"
     return "ok", f"CPU ({why}), {works}"
@@ -92,7 +93,8 @@ def try_attention(cfg: Config, device: torch.device, backend: str) -> tuple[str,
 def try_compile(cfg: Config, device: torch.device) -> tuple[str, str]:
     if not (cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")):
         return "ok", "off, as asked for" if cfg.compile == "off" else "off, as always on a CPU"
-    torch._inductor.config.force_disable_caches = True  # a kernel from the cache would hide that the compiler is gone
+    # A kernel from the cache would hide that the compiler is gone.
+    torch._inductor.config.force_disable_caches = True
     torch._inductor.config.compile_threads = 1
     compiled = torch.compile(small_function, dynamic=False, fullgraph=True)
     return "ok", expect_exact(compiled, device, choose_dtype(cfg.dtype, device))
@@ -114,8 +116,8 @@ def try_memory(cfg: Config, device: torch.device) -> tuple[str, str]:
     else:
         free = total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     need = sum(static_bytes(cfg, choose_dtype(cfg.dtype, device), 1).values())
-    text = (f"{free / GIB:.1f} of {total / GIB:.1f} GiB free; weights, gradients and optimizer take {need / GIB:.2f}, "
-            "for the rest see python -m tools.plan")
+    text = (f"{free / GIB:.1f} of {total / GIB:.1f} GiB free; weights, gradients and optimizer take "
+            f"{need / GIB:.2f}, for the rest see python -m tools.plan")
     if need > free:
         raise RunError(text)
     if free < 0.9 * total:
@@ -126,7 +128,8 @@ def try_memory(cfg: Config, device: torch.device) -> tuple[str, str]:
 def try_data(cfg: Config, device: torch.device) -> tuple[str, str]:
     loader, validation = Loader(cfg, 0, 1, False), Validation(cfg, 0, 1, False)
     return "ok", (f"{len(loader.paths)} training shards, enough for {cfg.train_steps} steps, fingerprint "
-                  f"{loader.fingerprint}; validation: {cfg.val_tokens:,} tokens, sha256 {validation.sha256[:16]}")
+                  f"{loader.fingerprint}; validation: {cfg.val_tokens:,} tokens, "
+                  f"sha256 {validation.sha256[:16]}")
 
 
 def try_log_dir(cfg: Config, device: torch.device) -> tuple[str, str]:
@@ -143,8 +146,10 @@ def try_log_dir(cfg: Config, device: torch.device) -> tuple[str, str]:
 
 PIECES = {  # name -> (function, what to change where it fails)
     "device": (try_device, "see whether nvidia-smi works; CUDA_VISIBLE_DEVICES= trains on the CPU"),
-    "kernels": (try_kernels, "use an --attention that works below, or --fp8_head=off, or remove quack-kernels"),
-    **{f"attention by {name}": (functools.partial(try_attention, backend=name), f"do not use --attention={name}")
+    "kernels": (
+        try_kernels, "use an --attention that works below, or --fp8_head=off, or remove quack-kernels"),
+    **{f"attention by {name}": (
+        functools.partial(try_attention, backend=name), f"do not use --attention={name.partition(' ')[0]}")
        for name in (*CANDIDATES, "blocked", "masked")},
     "compile": (try_compile, "--compile=off trains the same without, slower"),
     "ranks": (try_ranks, "NPROC=1 ./run.sh does without"),
@@ -154,21 +159,29 @@ PIECES = {  # name -> (function, what to change where it fails)
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The child and its parent
 
 
+def sentence(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    if isinstance(error, (UsageError, RunError)):
+        return str(error)
+    return explain(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def try_pieces(cfg: Config, names: list[str]) -> None:
-    """Print [name, mark, text] of each piece as JSON; end behind one that fails, for it may have spoilt the device."""
+    """Print [name, mark, text] of each piece as JSON; end behind one that fails, for it may have spoilt the
+    device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in names:
         piece, advice = PIECES[name]
         try:
             mark, text = piece(cfg, device)
         except Exception as e:
-            known = isinstance(e, (UsageError, RunError))
-            found = str(e) if known else explain(e) or f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-            mark, text = "FAIL", found if "--" in found or not advice else f"{found}; {advice}"
+            mark, text = "FAIL", sentence(e)
+            if advice and "--" not in text:  # else it names the setting itself
+                text = f"{text}; {advice}"
         print(json.dumps([name, mark, text]), flush=True)
         if mark == "FAIL":
             return
@@ -208,7 +221,8 @@ def main(argv: list[str]) -> int:
     if options.pieces:
         try_pieces(cfg, options.pieces.split(","))
         return 0
-    print(f"doctor: track {cfg.track}, Python {platform.python_version()}, torch {torch.__version__}", flush=True)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"doctor: track {cfg.track}, {versions}", flush=True)
     return examine([name for name in PIECES if cuda or name not in GPU_ONLY], argv)
 
 

@@ -2,8 +2,8 @@
 
     python -m tools.plan [--track=small] [--gpu="RTX 4090"] [--gpu_gib=24] [--field=value ...]
 
-Nothing runs on a GPU, and there need not be one. What stays in memory is counted from the shapes of the parameters; what
-a step needs besides is the formula in `step_bytes`. No GPU has confirmed either yet.
+Nothing runs on a GPU, and there need not be one. What stays in memory is counted from the shapes of the
+parameters; what a step needs besides is the formula in `step_bytes`. No GPU has confirmed either yet.
 """
 import functools
 import os
@@ -88,9 +88,10 @@ def checkpoint_bytes(cfg: Config, dtype: torch.dtype) -> int:
 def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> tuple[int, int]:
     """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence.
 
-    Kept are activations of width D: so many of each attention, of each MLP and of the model's ends, one or two of each
-    technique. It lies 4 to 12 % above what torch keeps. The worst moment is the head's, whose logits exist in several
-    formats at once: track small's compiled graph takes 4.16 GiB there, the formula 4.61.
+    Kept are activations of width D: so many of each attention, of each MLP and of the model's ends, one or
+    two of each technique. It lies 4 to 12 % above what torch keeps. The worst moment is the head's, whose
+    logits exist in several formats at once: track small's compiled graph takes 4.16 GiB there, the formula
+    4.61.
     """
     attention, mlp, ends, logit_bytes = (9, 3, 8, 12) if compiled else (13, 5, 12, 24)
     layers = cfg.num_layers - len(set(cfg.no_attn_layers))
@@ -102,7 +103,8 @@ def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> 
         worst = max(worst, 2 * streams // cfg.num_layers * stream)
         streams = cfg.num_layers + len(cfg.value_embed_layers) + 12
     if not compiled:  # eager Adam makes eight fp32 copies of a table
-        worst = max(worst, 8 * 4 * max(p.numel() for name, p in shapes_of(cfg).named_parameters() if name in TABLES))
+        tables = [p.numel() for name, p in shapes_of(cfg).named_parameters() if name in TABLES]
+        worst = max(worst, 8 * 4 * max(tables))
     return streams * stream, worst
 
 
@@ -130,10 +132,11 @@ def needs(cfg: Config, dtype: torch.dtype, compiled: bool, world: int) -> dict[s
 
 
 def choices(cfg: Config, world: int) -> list[Config]:
-    """Return settings that train on the same tokens, from those asked for to those that need the least memory.
+    """Return settings that train on the same tokens, from those asked for to those that need the least
+    memory.
 
-    First each layer is computed twice, which changes no number. Then validation sequences are halved, which cuts more
-    contexts, and packed sequences, which cuts more documents.
+    First each layer is computed twice, which changes no number. Then validation sequences are halved, which
+    cuts more contexts, and packed sequences, which cuts more documents.
     """
     found = [cfg, replace(cfg, recompute=True)]
     for double in (2, 4, 8):
@@ -150,7 +153,8 @@ def choices(cfg: Config, world: int) -> list[Config]:
 def training_flops(cfg: Config) -> int:
     """Return the FLOPs of the model over the schedule; recomputed layers count twice forward."""
     model = shapes_of(cfg)
-    flops = sum(cfg.at("batch_tokens", s) * model.flops_per_token(cfg.stage(s)) for s in range(cfg.train_steps))
+    flops = sum(cfg.at("batch_tokens", step) * model.flops_per_token(cfg.stage(step))
+                for step in range(cfg.train_steps))
     again = 2 * sum(getattr(model, name).numel() for name in MATRICES)
     return flops + cfg.recompute * cfg.train_tokens * again
 
@@ -162,7 +166,8 @@ def muon_flops(cfg: Config, device: torch.device) -> int:
 
 
 def muon_shares(cfg: Config, device: torch.device) -> str:
-    """Say how large a part of the FLOPs of a step is Muon's, for each size of a batch, and the bound 5 D / tokens of it."""
+    """Say how large a part of the FLOPs of a step is Muon's, for each size of a batch, and the bound 5 D /
+    tokens of it."""
     shares, muon = {}, muon_flops(cfg, device)
     for stage, step in enumerate(cfg.stage_starts):
         tokens = cfg.at("batch_tokens", step)
@@ -171,8 +176,10 @@ def muon_shares(cfg: Config, device: torch.device) -> str:
     return ", ".join(shares.values())
 
 
-def column(cfg: Config, dtype: torch.dtype, compiled: bool, world: int, gib: float, tflops: float | None) -> dict:
-    """Return the cells of `world` ranks with so much memory each: the first of the choices that fits, or the last."""
+def column(cfg: Config, dtype: torch.dtype, compiled: bool, world: int, gib: float,
+           tflops: float | None) -> dict:
+    """Return the cells of `world` ranks with so much memory each: the first of the choices that fits, or
+    the last."""
     allowance = 1 + 0.05 * gib + 0.5 * (world > 1)  # context, libraries, fragmentation; assumed
     for choice in choices(cfg, world):
         found = needs(choice, dtype, compiled, world)
@@ -216,8 +223,9 @@ tokens: {cfg.train_tokens:,} in training, {cfg.val_tokens:,} in each validation;
 a checkpoint: {checkpoint_bytes(cfg, dtype) / 1e9:.2f} GB
 Muon's share of the FLOPs of a step: {muon_shares(cfg, device)}
 The allowance is assumed. Minutes assume {UTILIZATION:.0%} of the peak, without compiling and validation.
---recompute=on is the same training with each layer computed twice. More --slices are shorter sequences: more documents
-are cut, so it is not the same run. A smaller --val_slice cuts contexts: the loss is higher and does not compare.""")
+--recompute=on is the same training with each layer computed twice. More --slices are shorter sequences: more
+documents are cut, so it is not the same run. A smaller --val_slice cuts contexts: the loss is higher and does
+not compare.""")
     if any(cells["fits"] == "no" for cells in columns):
         print("Where it does not fit, take a GPU with more memory, more GPUs, or a smaller model.")
 

@@ -81,7 +81,7 @@ def seconds_of(run, device: torch.device) -> float:
 
 def times(entries: Variants, label: str, shapes: list[tuple], device, reps: int, patience_s: float) -> list:
     """Return a row per subject; they take turns. The first two steps, which may compile, are not timed,
-    unless the first takes longer than patience_s: then it is the only one and the subject leaves `entries`."""
+    unless the first takes longer than patience_s: then it is the only one, and the last of the subject."""
     rows = []
     running = []
     for name, (S, settings) in list(entries.items()):

@@ -1,4 +1,5 @@
-"""bench.ablate: the arithmetic of its table, that every variant is one the trainer takes, and a sweep that goes on."""
+"""bench.ablate: the arithmetic of its table, that every variant is one the trainer takes, and a sweep that
+goes on."""
 import json
 import math
 import multiprocessing.dummy
@@ -16,15 +17,23 @@ def rows(variant, losses, steps=100):
 
 def test_the_table_weighs_loss_against_time_and_compares_seed_by_seed(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    found = [*rows(ablate.BASE, [2.0, 2.4, 1.98]), *rows(ablate.FEWER, [2.05], 90), *rows(ablate.MORE, [1.95], 110),
-             *rows("smear", [2.01, 2.43]), *rows("skip", [2.06, 2.42]),
-             dict(variant="smear", ratio=0.8), dict(variant=ablate.BASE, ratio=1.0)]
+    found = [
+        *rows(ablate.BASE, [2.0, 2.4, 1.98]),
+        *rows(ablate.FEWER, [2.05], 90),
+        *rows(ablate.MORE, [1.95], 110),
+        *rows("smear", [2.01, 2.43]),
+        *rows("skip", [2.06, 2.42]),
+        dict(variant="smear", ratio=0.8),
+        dict(variant=ablate.BASE, ratio=1.0),
+    ]
     out.write_text("\n".join(map(json.dumps, found)))
     assert ablate.main(["table", str(out)]) == 0
     text = capsys.readouterr().out
-    lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"}
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"]
+    lines = {row[0]: row for row in cells}
     assert "1 % of the steps is worth 0.0050" in text  # 0.1 over 20 steps
-    # Differences 0.01, 0.03 and 0.06, 0.02: squares around the means 2 x 0.01^2 + 2 x 0.02^2 over 2 degrees of freedom.
+    # Differences 0.01, 0.03 and 0.06, 0.02: squares around the means 2 x 0.01^2 + 2 x 0.02^2, of 2 degrees of
+    # freedom.
     assert "a standard deviation of 0.0224 (2 degrees of freedom)" in text
     half = 4.3027 * math.sqrt(0.001 / 2) / math.sqrt(2)
     assert lines["skip"][1:4] == ["2", "2.2400", f"+0.0400 ± {half:.4f}"]
@@ -45,15 +54,18 @@ def test_every_variant_is_one_that_the_trainer_takes():
 
 def test_the_page_has_the_tables_of_its_results():
     page = (ROOT / "bench/ABLATION.md").read_text(encoding="utf-8")
-    path, found, after = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->(.*)", page, re.S).groups()
+    marked = r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->(.*)"
+    path, found, after = re.search(marked, page, re.S).groups()
     assert found == ablate.table(ROOT / path) and after == "\n"
 
 
 def test_a_sweep_trains_what_is_missing_and_times_in_turns(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
-    monkeypatch.setattr(ablate, "variants", lambda steps: {ablate.BASE: TINY[1:], "smear": [*TINY[1:], "--smear=off"]})
+    variants = {ablate.BASE: TINY[1:], "smear": [*TINY[1:], "--smear=off"]}
+    monkeypatch.setattr(ablate, "variants", lambda steps: variants)
     threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)  # which start at once
     monkeypatch.setattr(ablate, "multiprocessing", threads)
+    monkeypatch.setattr(ablate.torch, "set_num_threads", lambda n: None)  # two may be more than there are
     out = tmp_path / "out.jsonl"
     out.write_text(json.dumps(rows(ablate.BASE, [1.0])[0]) + "\n")
     assert ablate.main(["run", str(out), "--seeds=1", "--workers=1", "--steps=4", "--only", "smear"]) == 0

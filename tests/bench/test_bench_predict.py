@@ -11,7 +11,7 @@ PAGE = Path(predict.__file__).parent / "PREDICTION.md"
 
 
 def test_page_and_code_agree():
-    """After a change of the schedule, the model or an input: python -m bench.predict --page bench/PREDICTION.md."""
+    """After a change of schedule, model or inputs: python -m bench.predict --page bench/PREDICTION.md."""
     assert PAGE.read_text(encoding="utf-8") == predict.page()
 
 
@@ -19,7 +19,8 @@ def test_prediction_is_the_formula_of_its_inputs():
     text, c = " ".join(PAGE.read_text(encoding="utf-8").split()), predict.count()
     by_hand = sum((end - first) * tokens * mflop * 1e6 for first, end, tokens, mflop in c["stages"])
     assert c["work"] == pytest.approx(by_hand)
-    assert sum((end - first) * tokens for first, end, tokens, _ in c["stages"]) == Config.for_track("small").train_tokens
+    tokens = sum((end - first) * n for first, end, n, _ in c["stages"])
+    assert tokens == Config.for_track("small").train_tokens
     central = c["work"] / (8 * 989.4e12 * 0.44 / 1.075 * 0.946)
     assert f"**Predicted: {central:.0f} s" in text and "not a measurement" in text
     fast, slow = map(float, re.search(r"at their best (\d+) s, at their worst\s+(\d+) s", text).groups())
@@ -30,8 +31,10 @@ def test_prediction_is_the_formula_of_its_inputs():
 def test_inputs_say_where_they_come_from_and_which_way_is_faster():
     for x in predict.INPUTS:
         assert x.source and x.kind.split(",")[0] in ("measured", "public", "assumed")
-        at = {key: predict.seconds(1e17, *(getattr(y, key) if y is x else y.central for y in predict.INPUTS)) for key in
-              ("fast", "central", "slow")}
+        at = {
+            key: predict.seconds(1e17, *(getattr(y, key) if y is x else y.central for y in predict.INPUTS))
+            for key in ("fast", "central", "slow")
+        }
         assert at["fast"] <= at["central"] <= at["slow"] and at["fast"] < at["slow"]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.helpers.runs import BOS, config, documents, make_shards
 
-from data.loader import Loader, OutOfData, Validation, find_shards
+from data.loader import Loader, OutOfData, Validation, entries_needed, find_shards, share_entries
 from data.shards import ShardError, document_starts, open_shard, write_shard
 
 STAGED = (
@@ -158,6 +158,64 @@ def test_a_saved_position_continues_exactly(variant):
             assert all(map(same, resumed.next(), expected))
         if step + 2 < cfg.train_steps:
             assert resumed.state_dict() == states[step + 2]
+
+
+def test_the_first_batch_pays_for_opening_its_shard(monkeypatch):
+    """Also where a run goes on: nothing is open and nothing is prepared before the clock starts."""
+    loader, opened = Loader(config(), 0, 1, False), []
+    read = loader.read
+    monkeypatch.setattr(loader, "read", lambda path: opened.append(path) or read(path))
+    loader.next()
+    assert loader.paths[0] in opened
+    later = loader.state_dict()
+    resumed = Loader(config(), 0, 1, False)
+    resumed.load_state_dict(later)
+    assert not resumed.opened and resumed.upcoming is None
+    assert all(map(same, resumed.next(), loader.next()))
+
+
+def test_very_many_short_documents_need_no_larger_kernel(tmp_path, monkeypatch):
+    """The entries are those of the first steps; where a later slice has more documents, neighbours share one."""
+    tokens = np.concatenate([documents(30_000, 0), np.tile([BOS, 97], 6_000)]).astype(np.uint16)
+    write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", tokens)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    cfg = config("--train_steps=36", "--max_doc_len=64", "--max_epochs=1")
+    loader, shared = Loader(cfg, 0, 1, False), 0
+    entries = entries_needed(64, 64)
+    for step in range(36):
+        for batch in loader.next():
+            begins = (batch.inputs == BOS).nonzero()[:, 0].tolist()
+            starts = batch.docs.starts[batch.docs.starts < 64].tolist()
+            assert len(batch.docs.starts) == entries and set(starts) <= {0, *begins}
+            assert batch.docs.ids.tolist() == [sum(s <= t for s in starts) - 1 for t in range(64)]
+            assert np.diff([*starts, 64]).max() <= batch.docs.max_len
+            assert starts == begins or len(begins) >= entries  # none shares where there is room
+            shared += starts != begins
+    assert shared > 8
+
+
+def test_the_entries_grow_with_the_documents_of_the_first_steps(tmp_path, monkeypatch):
+    tokens = np.tile([BOS, 97], 12_000).astype(np.uint16)
+    write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", tokens)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    loader = Loader(config("--train_steps=10"), 0, 1, False)
+    assert loader.entries(0) == loader.entries(9) == 64 and entries_needed(64, 64) == 16  # 33 documents in a slice
+    assert all(len(set(batch.docs.ids.tolist())) == 32 for batch in loader.next())
+
+
+@pytest.mark.parametrize("T, max_len", [(64, 64), (64, 7), (100, 1), (1000, 30)])
+def test_documents_that_share_entries_always_fit_and_stay_short(T, max_len):
+    rng = np.random.default_rng(0)
+    for shortest, longest in ((1, 1), (1, max_len), (max_len, max_len)):
+        starts = [0]
+        while starts[-1] < T:
+            starts.append(starts[-1] + int(rng.integers(shortest, longest + 1)))
+        starts = np.array(starts[:-1])
+        left = share_entries(starts, T, max_len)
+        lengths = np.diff([*left, T])
+        assert left[0] == 0 and set(left) <= set(starts) and lengths.max() <= max_len
+        assert len(left) < entries_needed(T, max_len)
+        assert all(lengths[:-1] + np.diff([*starts, T])[np.searchsorted(starts, left[1:])] > max_len)
 
 
 def test_a_position_beyond_the_shards_is_refused():

@@ -1,4 +1,5 @@
-"""What only a GPU can show, part by part: the head in FP8, Muon, Adam, collectives by NCCL, compiled gradients, a checkpoint.
+"""What only a GPU can show, part by part: the head in FP8, Muon, Adam, collectives by NCCL, compiled
+gradients, a checkpoint.
 
     ./test.sh tests/gpu        or, with speed and memory and a page of results:   python -m bench.gpu
 """
@@ -12,7 +13,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from engine.adam import Adam
-from bench import gpu_pieces
+from bench.head import measure_head
 from bench.step import synthetic_shards
 from engine.attention import CANDIDATES, choose_backend, self_test
 from engine.head_loss import choose_fp8
@@ -46,7 +47,7 @@ def test_the_chosen_backend_is_the_first_that_passes_its_test():
 
 def test_head_and_loss_are_those_of_fp32_up_to_the_precision_of_their_dtype():
     cfg = Config.for_track("small", batch_tokens=(16_384,), vocab_size=2001, bos_id=0)
-    found = gpu_pieces.head(cfg, DEVICE) if choose_fp8("auto", DEVICE)[0] else pytest.skip("needs FP8")
+    found = measure_head(cfg, DEVICE) if choose_fp8("auto", DEVICE)[0] else pytest.skip("needs FP8")
     assert max(found["bf16"][key] for key in ("loss", "dx", "dw")) < 0.02
     assert 0.001 < max(found["fp8"][key] for key in ("dx", "dw")) < 0.15 and found["fp8"]["loss"] < 0.01
 
@@ -58,7 +59,8 @@ def test_muon_takes_the_step_that_it_takes_on_the_cpu(shape, compile):
     start, grads = torch.randn(shape, generator=generator), torch.randn(3, *shape, generator=generator)
     for device in ("cpu", "cuda"):
         p = torch.nn.Parameter(start.to(device, copy=True))
-        optimizer = Muon([p], lr=0.1, weight_decay=0.1, cautious=True, normuon_beta2=0.9, compile=compile and device == "cuda")
+        optimizer = Muon([p], lr=0.1, weight_decay=0.1, cautious=True, normuon_beta2=0.9,
+                         compile=compile and device == "cuda")
         for grad in grads:
             p.grad = grad.to(device)
             optimizer.step()
@@ -70,7 +72,8 @@ def test_muon_takes_the_step_that_it_takes_on_the_cpu(shape, compile):
 @pytest.mark.parametrize("compile", [False, True])
 def test_adam_takes_the_step_that_it_takes_on_the_cpu(dtype, compile):
     generator, weights = torch.Generator().manual_seed(0), {}
-    start, grads = torch.randn(1000, generator=generator).to(dtype), torch.randn(3, 1000, generator=generator).to(dtype)
+    start = torch.randn(1000, generator=generator).to(dtype)
+    grads = torch.randn(3, 1000, generator=generator).to(dtype)
     for device in ("cpu", "cuda"):
         p = torch.nn.Parameter(start.to(device, copy=True))
         optimizer = Adam([dict(params=[p], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)], 1e-8, True, 0, 1,
@@ -87,7 +90,8 @@ def test_nccl_carries_the_collectives_of_both_optimizers_on_one_rank():
     program = """
 import os, torch, torch.distributed as dist
 os.environ |= dict(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
-dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1,
+                        device_id=torch.device("cuda", 0))
 from engine.adam import all_gather, reduce_scatter
 from muon import _all_gather, _reduce_scatter
 for gather, scatter in ((all_gather, reduce_scatter), (lambda *a: _all_gather(*a, async_op=True),
@@ -101,7 +105,8 @@ dist.all_reduce(x)
 assert x.sum().item() == 63 * 32
 print("carried")
 """
-    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-c", program]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert "carried" in out.stdout, out.stderr[-2000:]
 
 
@@ -129,7 +134,9 @@ def test_a_checkpoint_brings_back_all_of_a_run(tmp_path, monkeypatch):
     for (name, p), q in zip(run.model.named_parameters(), other.model.parameters()):
         assert torch.equal(p, q), name
     for a, b in zip(run.adam.full_state(), other.adam.full_state(), strict=True):
-        assert all(torch.equal(x, b[key]) if isinstance(x, torch.Tensor) else x == b[key] for key, x in a.items())
+        for key, x in a.items():
+            assert torch.equal(x, b[key]) if isinstance(x, torch.Tensor) else x == b[key]
     for r in (run, other):
         r.train_step()
-    assert relative(other.model.attn_qk, run.model.attn_qk) < 1e-3  # gradients of tables are summed up in any order
+    # Gradients of tables are summed up in any order.
+    assert relative(other.model.attn_qk, run.model.attn_qk) < 1e-3

@@ -1,4 +1,5 @@
-"""What only a GPU can show: kernels against the definition, and the full model of track small taking correct steps.
+"""What only a GPU can show: kernels against the definition, and the full model of track small taking
+correct steps.
 
     ./test.sh tests/gpu        then   python -m bench.step --track=small
 """
@@ -51,13 +52,14 @@ def test_fp8_head_follows_the_compute_capability(monkeypatch):
 
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_full_model_of_track_small_learns_which_tokens_occur(tmp_path, monkeypatch, compile):
-    """Of 50257 ids only 64 occur, so the loss has far to fall from ln 50304, and does so within a few steps."""
+    """Of 50257 ids only 64 occur, so the loss falls far from ln 50304 within a few steps."""
     cfg = Config.for_track("small", compile=compile, val_tokens=262_144)
     synthetic_shards(cfg, tmp_path, 30_000_000, ids_used=64)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     cfg = Config.for_track("small", compile=compile, val_tokens=262_144, max_epochs=1000)
     run = Run(cfg, Runtime())
-    assert sum(p.numel() for p in run.model.parameters()) > 600e6 and run.model.attn_qk.dtype == torch.bfloat16
+    assert sum(p.numel() for p in run.model.parameters()) > 600e6
+    assert run.model.attn_qk.dtype == torch.bfloat16
     first = run.evaluate()
     run.warm_up()
     run.train_step()

@@ -14,13 +14,18 @@ def uuid(k: int) -> str:
 
 
 def log(seed: int, final: float = 1.58, pace: float = 100.0, spread: float = 0.004, **settings) -> str:
-    """A log with every training line. Losses depend on the seed and `final`, times on the seed and `pace`, ms a step."""
+    """A log with every training line.
+
+    Losses depend on the seed and `final`, times on the seed and `pace`, ms a step.
+    """
     rng = random.Random(f"{seed} {final}")
-    losses = [5.9, *(final + (TOTAL - step) / 10 + rng.uniform(-spread, spread) for step in range(EVERY, TOTAL + 1, EVERY))]
+    losses = [5.9, *(final + (TOTAL - step) / 10 + rng.uniform(-spread, spread)
+                     for step in range(EVERY, TOTAL + 1, EVERY))]
     clock, rng = [0.0], random.Random(f"{seed} {pace}")
     for _ in range(TOTAL):
         clock.append(clock[-1] + pace * rng.uniform(0.98, 1.02))
-    head = own(losses, clock[::EVERY], seed=seed, every=EVERY, **settings).rpartition(LINE + "\n")[0] + LINE + "\n"
+    head = own(losses, clock[::EVERY], seed=seed, every=EVERY,
+               **settings).rpartition(LINE + "\n")[0] + LINE + "\n"
     lines = []
     for step, ms in enumerate(clock):
         timers = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
@@ -54,15 +59,18 @@ def replaced(text: str, pattern: str, new: str, count: int = 0) -> str:
     return result
 
 
-def public(seed: int, final: float = 3.2765, pace: float = 100.0, torch: str = "2.8.0+cu126", gpu: str = "NVIDIA H100 80GB HBM3",
+def public(seed: int, final: float = 3.2765, pace: float = 100.0, torch: str = "2.8.0+cu126",
+           gpu: str = "NVIDIA H100 80GB HBM3",
            gpus: int = 8, day: int = 2, source: str = "# the trainer", decimals: int = 4) -> str:
     """A log as the public speedrun's, of January 2025."""
     body = log(seed, final, pace, spread=0.001).rpartition(LINE + "\n")[2]
     if decimals == 5:
         body = re.sub(r"(val_loss:\d\.\d{4})", rf"\g<1>{seed % 10}", body)
-    rows = [f"|   {i}  {gpu}          On  | 00000000:0{i}:00.0 Off |                    0 |" for i in range(gpus)]
+    rows = [f"|   {i}  {gpu}          On  | 00000000:0{i}:00.0 Off |                    0 |"
+            for i in range(gpus)]
     return "\n".join([source, "", LINE, "Running Python 3.12.9 | packaged by somebody | [GCC 13.2.0]",
-                      f"Running PyTorch {torch} compiled for CUDA 12.6", f"Thu Jan {day:2} 12:00:00 2025   ", *rows, LINE, body])
+                      f"Running PyTorch {torch} compiled for CUDA 12.6", f"Thu Jan {day:2} 12:00:00 2025   ",
+                      *rows, LINE, body])
 
 
 def finals(texts: list[str]) -> tuple[list[str], list[str]]:

@@ -1,6 +1,7 @@
 """Stands for train_gpt.py where a test needs many runs: writes a log in the same grammar within milliseconds.
 
-    python tests/helpers/fake_trainer.py --seed=3 [--loss=1.58] [--ms=85000] [--log_dir=logs] [--fail=HOW] [--wait=FILE]
+    python tests/helpers/fake_trainer.py --seed=3 [--loss=1.58] [--ms=85000] [--log_dir=logs]
+        [--fail=HOW] [--wait=FILE]
 
 --wait: do not end while there is such a file.
 """
@@ -27,9 +28,10 @@ def log_text(seed: int, loss: float, ms: float, total: int = 100, world: int = 2
     lot = random.Random(f"{seed} {loss}")
     for step in (0, total // 4, total // 2, total):
         here = loss + (4 * (1 - step / total) ** 2 + 0.05 * lot.random() if step < total else 0)
+        timers = f"train_time:{ms * step / total:.0f}ms step_avg:{ms / total:.2f}ms"
         if step:
-            text += f"step:{step}/{total} train_time:{ms * step / total:.0f}ms step_avg:{ms / total:.2f}ms\n"
-        text += f"step:{step}/{total} val_loss:{here:.4f} train_time:{ms * step / total:.0f}ms step_avg:{ms / total:.2f}ms\n"
+            text += f"step:{step}/{total} {timers}\n"
+        text += f"step:{step}/{total} val_loss:{here:.4f} {timers}\n"
     return text + "peak memory allocated: 100 MiB reserved: 120 MiB\n"
 
 
@@ -43,7 +45,8 @@ def main():
     parser.add_argument("--wait", type=Path)
     options = parser.parse_args()
     noise, own = random.Random(options.seed), random.Random(f"{options.seed} {options.ms} {options.loss}")
-    loss = options.loss + 0.01 * noise.gauss(0, 1) + 0.001 * own.gauss(0, 1)  # most of the noise is the pair's
+    # most of the noise is the pair's
+    loss = options.loss + 0.01 * noise.gauss(0, 1) + 0.001 * own.gauss(0, 1)
     ms = options.ms * (1 + 0.03 * noise.gauss(0, 1) + 0.003 * own.gauss(0, 1))
     path = Path(options.log_dir, f"{uuid.uuid4()}.txt")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Synthetic logs: one for each format that records/logs.py reads, written from the grammar, and what must be read from it.
+"""Synthetic logs: one for each format that records/logs.py reads, written from the grammar, and what must be
+read from it.
 
     log = make("E3", seed=7)            # log.text, log.runs (what went in), log.sources
     path = log.write(tmp_path / "a.txt")
     text = own(losses=[4.0, 1.59], seed=3)   # a log of train_gpt.py
 
-All text is made up here; the embedded sources hold what has misled readers of real logs: step lines and headers inside strings
-and comments, rules of dashes, quoted losses.
+All text is made up here; the embedded sources hold what has misled readers of real logs: step lines and
+headers inside strings and comments, rules of dashes, quoted losses.
 """
 import json
 import random
@@ -36,7 +37,8 @@ class Format:
     header: bool = True  # versions between two separators
     python: bool = False
     torch: str = "pytorch"
-    device: str = ""  # "inline" in the torch line, "line" of its own, "table" of nvidia-smi, "bare" table, "list"
+    # "inline" in the torch line, "line" of its own, "table" of nvidia-smi, "bare" table, "list"
+    device: str = ""
     triton: bool = False
     extra: tuple[str, ...] = ()  # lines after the header, before its last separator
     between: tuple[str, ...] = ()  # lines after the last separator, before the steps
@@ -70,7 +72,8 @@ FORMATS = {
     "C2": Format(**{**C1, "training": "timers"}),
     "C3": Format(**{**C1, "training": "timers", "python": True, "peak": "consumption"}),
     "C4": Format(**{**C1, "training": "timers", "python": True, "peak": "allocated"}),
-    "C5": Format(torch="PyTorch", python=True, device="table", training="timers", nan=True, peak="consumption",
+    "C5": Format(torch="PyTorch", python=True, device="table", training="timers", nan=True,
+                 peak="consumption",
                  extra=(LINE, "Training files: " + "['a.bin', 'b.bin'] " * 40)),
     "D1": Format(**{**D2, "nan": True}),
     "D2": Format(**D2),
@@ -85,9 +88,11 @@ FORMATS = {
     "T2m": Format(**T2, num_runs=3, seeds="trial"),
     "T3": Format(**T3),
     "T3b": Format(**T3, training="timers"),
-    "T4": Format(header=False, between=("logs/made-up.txt", "config lr=0.1 seed=3"), training="timers", unit="s", decimals=5),
+    "T4": Format(header=False, between=("logs/made-up.txt", "config lr=0.1 seed=3"), training="timers",
+                 unit="s", decimals=5),
     "T4b": Format(header=False, unit="s", decimals=5),
-    "T5": Format(source=0, header=False, between=("W0101 torch.distributed: OMP_NUM_THREADS", "logs/made-up.txt"), unit="s",
+    "T5": Format(source=0, header=False, between=("W0101 torch.distributed: OMP_NUM_THREADS",
+                                                  "logs/made-up.txt"), unit="s",
                  decimals=5, device="list"),
 }
 VARIANTS = (*FORMATS, "A", "X", "own")
@@ -97,7 +102,8 @@ NAMES = ("train_gpt.py", "triton_kernels.py", "lib/more.py")
 @dataclass
 class Synthetic:
     text: str
-    runs: list[dict]  # facts of each run by the names of records.logs.RunFacts; val_points as (step, loss, ms or None)
+    # facts of each run by the names of records.logs.RunFacts; val_points as (step, loss, ms or None)
+    runs: list[dict]
     sources: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> Path:
@@ -134,7 +140,8 @@ def step_lines(fmt: Format, curve, total: int) -> list[str]:
         timers = f"train_time:{time} step_avg:{ms / max(step, 1):.2f}ms"
         if fmt.training and step > 0:
             early = f"train_time:{time} step_avg:{'nan' if fmt.nan and step < 250 else '77.00'}ms"
-            lines.append(f"step:{step}/{total}{' train_loss:3.9999' if fmt.training == 'loss' else ''} {early}")
+            lines.append(f"step:{step}/{total}{' train_loss:3.9999' if fmt.training == 'loss' else ''} "
+                         f"{early}")
         lines += [*fmt.noise, f"step:{step}/{total} val_loss:{loss:.{fmt.decimals}f} {timers}"]
     return lines
 
@@ -144,7 +151,8 @@ def make(variant: str, seed: int = 0) -> Synthetic:
     rng = random.Random(f"{variant} {seed}")
     if variant == "A":
         curve = [(250 * k, round(11 - k + rng.random(), 4), None) for k in range(5)]
-        lines = [f"s:{step} tel:{loss:.4f}\ns:{step} trl:{loss + 1:.4f} lr:0.000001 norm:15.37" for step, loss, _ in curve]
+        lines = [f"s:{step} tel:{loss:.4f}\ns:{step} trl:{loss + 1:.4f} lr:0.000001 norm:15.37" for step,
+                 loss, _ in curve]
         return Synthetic("\n".join([*lines, ""]), [dict(val_points=curve, total_steps=None, complete=False)])
     if variant == "X":
         return Synthetic("seed=0\nlog_dir=/tmp/logs\nstep: no\nval_loss: none\n", [])
@@ -153,7 +161,8 @@ def make(variant: str, seed: int = 0) -> Synthetic:
         times = [float(1000 * k + rng.randrange(99)) for k in range(5)]
         text = own(losses, times, seed=seed)
         curve = [(100 * k, loss, ms) for k, (loss, ms) in enumerate(zip(losses, times))]
-        run = dict(val_points=curve, total_steps=400, complete=True, seed=seed, torch="2.13.0+cpu", python="3.11.7", world_size=2,
+        run = dict(val_points=curve, total_steps=400, complete=True, seed=seed, torch="2.13.0+cpu",
+                   python="3.11.7", world_size=2,
                    gpu_name="CPU (x86_64, 1 threads), Model T", num_gpus=0, val_tokens=262_144)
         return Synthetic(text, [run], {"train_gpt.py": "# the trainer\n", "muon.py": "# the optimizer\n"})
     fmt, total = FORMATS[variant], rng.choice([1375, 1500])
@@ -169,7 +178,8 @@ def make(variant: str, seed: int = 0) -> Synthetic:
         inline = f" on {name}   with world_size 8" if fmt.device == "inline" else ""
         if fmt.python:
             facts["python"] = "3.12.9"
-            lines.append(f"Running {'P' if fmt.torch == 'PyTorch' else 'p'}ython 3.12.9 | packaged by somebody | [GCC 13.2.0]")
+            lines.append(f"Running {'P' if fmt.torch == 'PyTorch' else 'p'}ython 3.12.9 | packaged by "
+                         "somebody | [GCC 13.2.0]")
         lines.append(f"Running {fmt.torch} {torch} compiled for CUDA {cuda}{inline}")
         if fmt.triton:
             facts["triton"] = "3.4.0"
@@ -179,11 +189,15 @@ def make(variant: str, seed: int = 0) -> Synthetic:
         if fmt.device in ("inline", "line"):
             facts |= dict(gpu_name=name, num_gpus=8, world_size=8)
         if fmt.device == "table":
-            lines += ["| GPU  Name                 Persistence-M | Bus-Id          Disp.A |", "|" + "=" * 100 + "|"]
-            lines += [f"|   {i}  {name}          On  | 00000000:0{i}:00.0 Off |                    0 |" for i in range(8)]
-            lines += ["|    0   N/A  N/A            1234      C   /usr/bin/python3                        1000MiB |"]
+            lines += ["| GPU  Name                 Persistence-M | Bus-Id          Disp.A |",
+                      "|" + "=" * 100 + "|"]
+            lines += [f"|   {i}  {name}          On  | 00000000:0{i}:00.0 Off |                    0 |"
+                      for i in range(8)]
+            lines += ["|    0   N/A  N/A            1234      C   /usr/bin/python3                        "
+                      "1000MiB |"]
         if fmt.device == "bare":
-            lines += ["nvidia-smi not found"] + [f"{i}   {name}     35    117        6340            81559" for i in range(8)]
+            lines += ["nvidia-smi not found"] + [f"{i}   {name}     35    117        6340            81559"
+                                                 for i in range(8)]
         if fmt.device in ("table", "bare"):
             facts |= dict(gpu_name=name, num_gpus=8)
         lines += [*fmt.extra, LINE]
@@ -206,24 +220,33 @@ def make(variant: str, seed: int = 0) -> Synthetic:
                      else "peak memory allocated: 31234 MiB reserved: 40000 MiB")
         runs = [{**run, "peak_mib": 31234} for run in runs]
     # A source ends with a newline; embedding adds another one, which is not part of the file.
-    return Synthetic("\n".join([*lines, ""]), runs, {name: text.rstrip("\n") + "\n" for name, text in files.items()})
+    return Synthetic("\n".join([*lines, ""]), runs,
+                     {name: text.rstrip("\n") + "\n" for name, text in files.items()})
 
 
-def own(losses, times=None, seed: int = 0, every: int = 100, world_size: int = 2, device: str = "CPU (x86_64, 1 threads)",
-        torch: str = "2.13.0+cpu", files: dict[str, str] | None = None, total: int | None = None, **settings) -> str:
-    """A log of train_gpt.py: validations every `every` steps from step 0 on, times in ms. Further settings go into its config."""
+def own(losses, times=None, seed: int = 0, every: int = 100, world_size: int = 2,
+        device: str = "CPU (x86_64, 1 threads)",
+        torch: str = "2.13.0+cpu", files: dict[str, str] | None = None, total: int | None = None,
+        **settings) -> str:
+    """A log of train_gpt.py: validations every `every` steps from step 0 on, times in ms.
+
+    Further settings go into its config.
+    """
     times = [1000.0 * k for k in range(len(losses))] if times is None else times
     files = files or {"train_gpt.py": "# the trainer\n", "muon.py": "# the optimizer\n"}
     total = total or every * (len(losses) - 1)
-    config = {"track": "shakespeare", "target_loss": 1.6, "seed": seed, "val_tokens": 262_144, "train_steps": total,
+    config = {"track": "shakespeare", "target_loss": 1.6, "seed": seed, "val_tokens": 262_144,
+              "train_steps": total,
               "extension_steps": 10, "stages": 3, "batch_tokens": [2048], "adam_every": 1, **settings}
     lines = [*embedded(files), LINE, "Running Python 3.11.7 (main) [GCC 12.2.0]",
              f"Running PyTorch {torch} compiled for CUDA None on {device} with world_size {world_size}",
-             "no GPU: Architecture:  x86_64", "Model name:                              Model T", f"commit: {'0' * 40}",
+             "no GPU: Architecture:  x86_64", "Model name:                              Model T",
+             f"commit: {'0' * 40}",
              "config: " + json.dumps(config), f"seed: {seed}", "attention: blocked (fastest on a CPU)",
              f"training data: {total * 2048:,} tokens from 1 shards, fingerprint {'0' * 16}",
              f"validation data: first {config['val_tokens']} tokens, sha256 {VALIDATION_DATA}", LINE]
     for k, (loss, ms) in enumerate(zip(losses, times)):
         step, timers = k * every, f"train_time:{ms:.0f}ms step_avg:{ms / max(k * every, 1):.2f}ms"
-        lines += ([f"step:{step}/{total} {timers}"] if k else []) + [f"step:{step}/{total} val_loss:{loss:.4f} {timers}"]
+        lines += ([f"step:{step}/{total} {timers}"] if k
+                  else []) + [f"step:{step}/{total} val_loss:{loss:.4f} {timers}"]
     return "\n".join([*lines, ""])

@@ -1,4 +1,5 @@
-"""records.ab with a fake trainer: interleaving, resumption after every kind of end, failures, and the verdict."""
+"""records.ab with a fake trainer: interleaving, resumption after every kind of end, failures, and the
+verdict."""
 import errno
 import fcntl
 import json
@@ -38,7 +39,8 @@ def files(pattern: str) -> list[str]:
 
 def start(a: str, runs: int):
     """ab as a program of its own."""
-    return subprocess.Popen([sys.executable, "-m", "records", "ab", "--a", a, "--b", FAKE, "--out", "out", "--runs", str(runs)],
+    return subprocess.Popen([sys.executable, "-m", "records", "ab", "--a", a, "--b", FAKE, "--out", "out",
+                             "--runs", str(runs)],
                             env={**os.environ, "PYTHONPATH": str(ROOT)},
                             text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -84,8 +86,10 @@ def test_verdict_is_the_paired_test_of_the_logs(capsys):
     losses = [[run.final_val_loss for run in arm] for arm in arms]
     assert verdict["seconds"]["p_below"] == pytest.approx(ttest_rel(*seconds, alternative="less").pvalue)
     assert verdict["loss"]["p_above"] == pytest.approx(ttest_rel(*losses, alternative="greater").pvalue)
-    assert verdict["seconds"]["difference"]["estimate"] == pytest.approx(np.mean(seconds[0]) - np.mean(seconds[1]))
-    assert verdict["speed_up"]["estimate"] == pytest.approx(np.exp(np.mean(np.log(seconds[1]) - np.log(seconds[0]))))
+    gap = np.mean(seconds[0]) - np.mean(seconds[1])
+    ratio = np.exp(np.mean(np.log(seconds[1]) - np.log(seconds[0])))
+    assert verdict["seconds"]["difference"]["estimate"] == pytest.approx(gap)
+    assert verdict["speed_up"]["estimate"] == pytest.approx(ratio)
     assert 1.02 < verdict["speed_up"]["low"] < verdict["speed_up"]["high"] < 1.06  # 85 / 82 = 1.037
     assert "A is faster" in text and "no difference shown" in text and text.count("\n| ") == 6
     assert "A is faster" in capsys.readouterr().out
@@ -117,7 +121,8 @@ def test_killed_in_mid_run_it_loses_that_run_only(kill):
     _, errors = process.communicate(timeout=100)
     assert process.returncode == (-kill if kill == signal.SIGKILL else 130)
     assert files("out/[ab]/*") == sorted(kept)
-    if kill == signal.SIGKILL:  # nobody could end the trainer: no second one beside it, for both would be slow
+    # nobody could end the trainer: no second one beside it, for both would be slow
+    if kill == signal.SIGKILL:
         assert not nobody_is_at_work()
         with pytest.raises(RecordError, match="expected no run at work, found .*; wait for it or end it"):
             run(a, runs=3)
@@ -157,7 +162,8 @@ def test_a_signal_while_a_trainer_is_started_leaves_none_alone_at_work(kill, mom
 
 @pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_was_ignored_at_the_start_is_obeyed(ignored):
-    """A shell without job control starts a job in the background with SIGINT ignored, for itself and its children."""
+    """A shell without job control starts a job in the background with SIGINT ignored, for itself and
+    its children."""
     Path("hold").touch()
     before = signal.signal(ignored, signal.SIG_IGN)
     try:
@@ -181,20 +187,18 @@ def test_a_file_system_without_locks_gets_a_note(monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "flock", flock)
     run()
-    assert "out cannot be locked (No locks available): see to it that no other ab uses it" in capsys.readouterr().err
+    note = "out cannot be locked (No locks available): see to it that no other ab uses it"
+    assert note in capsys.readouterr().err
 
 
 def test_a_command_that_does_not_use_its_seed_is_told_before_ten_equal_runs_are_made():
-    script = Path("run.sh")
-    script.write_text(f"#!/bin/sh\nexec {FAKE} --seed=7\n")
-    script.chmod(0o755)
-    text = script.read_text().replace("exec", "sed -i 's/seed. 7/seed is not said/' logs/* 2>/dev/null; exec")
-    script.write_text(text)
-    with pytest.raises(RecordError, match="seed 7 in .* instead of"):  # a log that names its seed
-        run(b="./run.sh", out="named")
-    silent = "sh -c '{} --seed=7 > printed && sed -i -e /^seed:/d -e /^config:/d $(tail -n 1 printed) && cat printed'"
-    with pytest.raises(RecordError, match="found the very losses of pair 1, as if the command did not use its seed"):
-        run(b=silent.format(FAKE.replace("'", "")) , out="unnamed")
+    with pytest.raises(RecordError, match="seed 7 in .* instead of"):  # the log names its seed
+        run(b=f"sh -c '{FAKE} --seed=7'", out="named")
+    silent = (f"{FAKE} --seed=7 > printed && "
+              "sed -i -e /^seed:/d -e /^config:/d $(tail -n 1 printed) && cat printed")
+    Path("silent.sh").write_text(f"{silent}\n")
+    with pytest.raises(RecordError, match="the very losses of pair 1, as if the command did not"):
+        run(b="sh silent.sh", out="unnamed")
     assert len(files("unnamed/b/*")) == 1
 
 
@@ -210,16 +214,22 @@ def test_killed_while_it_copies_a_log():
 
 
 @pytest.mark.parametrize("options, message", [
-    ("--fail=crash", "found exit code 3"), ("--fail=silent", "no line with the path"), ("--fail=seed", "instead of"),
-    ("--fail=half", "no validation at the last"), ("--fail=twice", "2 runs in"), ("--nonsense", "found exit code 2"),
-    ("--wait=hold", "still at work after 0.01 minutes"), ("--wait=hold --fail=stubborn", "still at work after 0.01 minutes")])
+    ("--fail=crash", "found exit code 3"), ("--fail=silent", "no line with the path"),
+    ("--fail=seed", "instead of"),
+    ("--fail=half", "no validation at the last"), ("--fail=twice", "2 runs in"),
+    ("--nonsense", "found exit code 2"),
+    ("--wait=hold", "still at work after 0.01 minutes"),
+    ("--wait=hold --fail=stubborn", "still at work after 0.01 minutes")])
 def test_failure_says_what_happened_and_can_be_made_good(options, message, capsys):
     Path("hold").touch()
     for _ in range(2):  # again and again the same run, with the same seed
         with pytest.raises(RecordError, match="expected .*, found .*; ") as error:
             run(b=f"{FAKE} {options}", limit=0.01 if "wait" in options else 1)
         text = str(error.value)
-        assert message in text and "\x1b" not in text and "001_b_" in text and len(text.splitlines()) <= 1 + ab.TAIL
+        assert message in text
+        assert "\x1b" not in text
+        assert "001_b_" in text
+        assert len(text.splitlines()) <= 1 + ab.TAIL
     assert not files("out/b/*") and len(files("out/output/*_b_*")) == 2
     seeds = [line for line in capsys.readouterr().out.splitlines() if ", b, seed" in line]
     assert len({line.partition(":")[0] for line in seeds}) == 1
@@ -267,7 +277,8 @@ def test_another_experiment_wants_another_folder():
             run(**changes)
     Path("full").mkdir()
     Path("full/thesis.txt").touch()
-    for damage in ("", "{}", "[1]", '{"a": 1, "b": 2, "pairs": [3]}', '{"a": "", "b": "", "pairs": [{"seed": "x"}]}'):
+    for damage in ("", "{}", "[1]", '{"a": 1, "b": 2, "pairs": [3]}',
+                   '{"a": "", "b": "", "pairs": [{"seed": "x"}]}'):
         Path("out/plan.json").write_text(damage)
         with pytest.raises(RecordError, match="expected the plan .*, found something else; "):
             run()
@@ -279,7 +290,8 @@ def test_another_experiment_wants_another_folder():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(runs=1), "--runs: expected 2 to 999"), (dict(runs=10 ** 9), "--runs"), (dict(b="/"), "--b: expected a command"),
+    (dict(runs=1), "--runs: expected 2 to 999"), (dict(runs=10 ** 9), "--runs"),
+    (dict(b="/"), "--b: expected a command"),
     (dict(limit=0.0), "--limit"), (dict(limit=float("nan")), "--limit"),
     (dict(a="no-such-program"), "--a: expected a command"), (dict(a="''"), "--a: expected a command")])
 def test_impossible_experiments_are_refused(changes, message):
@@ -300,5 +312,6 @@ def test_the_example_runs():
     Path("run.sh").write_text(f'#!/bin/sh\nfor last; do :; done\nexec {FAKE} "$last"\n')
     Path("run.sh").chmod(0o755)
     words = shlex.split(ab.EXAMPLE)
-    assert subprocess.run([sys.executable, *words[1:]], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+    assert subprocess.run([sys.executable, *words[1:]],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
     assert len(files("logs/ab_muon_lr/a/*")) == 8

@@ -1,4 +1,5 @@
-"""The command line: a manual, help of each verb, each example as it stands, exit codes, errors that fit in one sentence."""
+"""The command line: a manual, help of each verb, each example as it stands, exit codes, errors that
+fit in one sentence."""
 import importlib
 import os
 import re
@@ -17,7 +18,8 @@ OURS = TRACK
 
 
 def records(*arguments, cwd=ROOT, **environment):
-    return subprocess.run([sys.executable, "-m", "records", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "records", *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True,
                           timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
 
 
@@ -26,9 +28,11 @@ def test_the_manual(capsys):
     out = capsys.readouterr().out
     for verb in ALL:
         module = importlib.import_module(f"records.{verb}")
-        assert f"\n  {verb:<10} {module.HELP}\n             {module.EXAMPLE}\n" in re.sub(r" \\\n +", " ", out)
+        assert f"\n  {verb:<10} {module.HELP}\n             {module.EXAMPLE}\n" in re.sub(r" \\\n +", " ",
+                                                                                          out)
         assert "\n" not in module.HELP and module.EXAMPLE.startswith(f"python -m records {verb} ")
-    assert all(f"\n  {code}  " in out for code in (0, 1, 2)) and all(len(line) < 150 for line in out.splitlines())
+    assert all(f"\n  {code}  " in out for code in (0, 1, 2))
+    assert all(len(line) < 150 for line in out.splitlines())
     assert guarded([]) == 2 and capsys.readouterr().out == out
 
 
@@ -77,11 +81,14 @@ def test_the_example_of_a_verb(verb, folder, capsys, monkeypatch):
     (["shwo"], "expected a verb (show, compare, report, plan, ab, check, pack, verify, table), found 'shwo'; "
                "did you mean show?"),
     (["xyz"], "found 'xyz'; see python -m records --help"),
-    (["show"], "expected the arguments of python -m records show, found: the following arguments are required: PATH; see "
+    (["show"],
+     "expected the arguments of python -m records show, found: the following arguments are required: PATH; "
+     "see "
                "python -m records show --help"),
     (["show", "--jsn", OURS], "found: unrecognized arguments: --jsn"),
     (["show", "--target"], "found: argument --target: expected one argument"),
-    (["show", "no\x1b[2Jthing"], "no?[2Jthing: expected a log or a folder of logs, found nothing there; check the path"),
+    (["show", "no\x1b[2Jthing"],
+     "no?[2Jthing: expected a log or a folder of logs, found nothing there; check the path"),
 ])
 def test_usage_errors(arguments, sentence, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -94,12 +101,15 @@ def test_usage_errors(arguments, sentence, capsys, monkeypatch):
 def test_a_verb_without_arguments_says_what_it_wants(verb, capsys):
     assert guarded([verb]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and re.match(rf"records: expected the arguments of python -m records {verb}, found: .+; see ", err)
+    assert out == ""
+    assert re.match(rf"records: expected the arguments of python -m records {verb}, found: .+; see ", err)
 
 
 def test_only_the_chosen_verb_is_loaded():
-    program = "import sys; from records.__main__ import guarded; guarded(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", program, "show", OURS], cwd=ROOT, capture_output=True, text=True)
+    program = ("import sys; from records.__main__ import guarded; guarded(sys.argv[1:]); "
+               "print(*sys.modules, file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", program, "show", OURS], cwd=ROOT, capture_output=True,
+                          text=True)
     loaded = {name.partition(".")[2] for name in done.stderr.split() if name.startswith("records.")}
     assert loaded & set(ALL) == {"show"}
 
@@ -107,15 +117,19 @@ def test_only_the_chosen_verb_is_loaded():
 def test_a_missing_package_is_named(tmp_path):
     """As of somebody who has installed nothing."""
     (tmp_path / "rich").mkdir()
-    (tmp_path / "rich/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')")
+    (tmp_path / "rich/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'rich'\", "
+                                               "name='rich')")
     done = records("show", OURS, PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "records: expected the package rich, found none; pip install -r records/requirements.txt\n"
-    assert records("show", OURS, "--json", PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT)))).returncode == 0
+    advice = "pip install -r records/requirements.txt"
+    assert done.stderr == f"records: expected the package rich, found none; {advice}\n"
+    assert records("show", OURS, "--json",
+                   PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT)))).returncode == 0
 
 
 def test_a_reader_that_has_seen_enough():
-    done = subprocess.run(f"{shlex.quote(sys.executable)} -m records show --json {OURS} | head -n 1", shell=True, cwd=ROOT,
+    done = subprocess.run(f"{shlex.quote(sys.executable)} -m records show --json {OURS} | head -n 1",
+                          shell=True, cwd=ROOT,
                           capture_output=True, text=True)
     assert done.stdout == "[\n" and done.stderr == ""
 
@@ -127,14 +141,17 @@ def test_a_terminal_without_unicode():
 
 def test_torch_is_never_imported():
     """Nor the trainer, by any verb."""
-    for path in sorted((ROOT / "records").glob("*.py")):  # below them lie record folders, whose sources are data
+    # below them lie record folders, whose sources are data
+    for path in sorted((ROOT / "records").glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"^\s*(?:import|from) (?:torch|train_gpt|muon|adam|kernels|runtime)\b", text, re.M), path
+        assert not re.search(r"^\s*(?:import|from) (?:torch|train_gpt|muon|adam|kernels|runtime)\b", text,
+                             re.M), path
         assert not re.search(r"\b(?:eval|exec|__import__)\(", text), path
 
 
 def test_nothing_runs_on_import():
     names = [path.stem for path in (ROOT / "records").glob("*.py") if path.stem != "__main__"]
-    done = subprocess.run([sys.executable, "-c", f"import {', '.join(f'records.{name}' for name in names)}"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-c", f"import {', '.join(f'records.{name}' for name in names)}"],
+                          cwd=ROOT,
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

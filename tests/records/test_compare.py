@@ -43,12 +43,14 @@ def write(folder: Path, name: str, curves, **settings) -> Path:
 def rows(text: str, title: str) -> dict[str, list[str]]:
     """Cells of the table below a title, by their first cell."""
     lines = text.split(f"\n{title}\n", 1)[1].splitlines()
-    body = itertools.takewhile(str.strip, lines[lines.index(next(line for line in lines if "───" in line)) + 1:])
+    body = itertools.takewhile(str.strip,
+                               lines[lines.index(next(line for line in lines if "───" in line)) + 1:])
     return {cells[0]: cells[1:] for cells in (re.split(r"\s{2,}", line.strip()) for line in body)}
 
 
 def test_tables_and_speed_ups(tmp_path, call):
-    slow = write(tmp_path, "slow", [([6, 4, 3, 2], [0, 1000, 2000, 3000]), ([6, 4.2, 3.2, 1], [0, 1000, 2000, 4000])])
+    slow = write(tmp_path, "slow", [([6, 4, 3, 2], [0, 1000, 2000, 3000]),
+                                    ([6, 4.2, 3.2, 1], [0, 1000, 2000, 4000])])
     fast = write(tmp_path, "fast", [([6, 3, 1], [0, 1000, 2000]), ([6, 3.2, 1.2], [0, 1000, 2200])])
     code, out, err = call(slow, fast, "--target", "2.5")
     assert (code, err) == (0, "") and "warning" not in out
@@ -57,11 +59,13 @@ def test_tables_and_speed_ups(tmp_path, call):
                                          "300": ["1.5000 ± 0.7071", "-"]}
     by_time = rows(out, "loss by time")
     assert list(by_time)[0] == "1.0" and list(by_time)[-1] == "3.0" and len(by_time) == 12
-    assert by_time["1.0"] == ["4.1000 ± 0.1414", "3.1000 ± 0.1414"] and by_time["3.0"] == ["2.0500 ± 0.0707", "-"]
+    assert by_time["1.0"] == ["4.1000 ± 0.1414", "3.1000 ± 0.1414"]
+    assert by_time["3.0"] == ["2.0500 ± 0.0707", "-"]
     at = 1 + 2 / 11 * 3  # seconds of the fourth row
     losses = [[np.interp(at, [1, 2, 3], [4, 3, 2]), np.interp(at, [1, 2, 4], [4.2, 3.2, 1])],
               [np.interp(at, [1, 2], [3, 1]), np.interp(at, [1, 2.2], [3.2, 1.2])]]
-    assert by_time[f"{at:.1f}"] == [f"{np.mean(group):.4f} ± {np.std(group, ddof=1):.4f}" for group in losses]
+    cells = [f"{np.mean(group):.4f} ± {np.std(group, ddof=1):.4f}" for group in losses]
+    assert by_time[f"{at:.1f}"] == cells
     assert "loss by tokens: as by step, for every step is of 2,048 tokens" in out
     before, after = [2500, 2000 + 2000 * 0.7 / 2.2], [1250, 1000 + 1200 * 0.7 / 2]
     assert f"speed-up in time to 2.5: {np.mean(before) / np.mean(after):.3f} (95 %: " in out
@@ -69,7 +73,8 @@ def test_tables_and_speed_ups(tmp_path, call):
     summary = next(line for line in out.splitlines() if line.strip().startswith("slow")).split()
     assert " ".join(summary) == ("slow 2 300 1.5000 ± 0.7071 3.50 ± 0.71 11.67 ± 2.36 2 of 2 "
                                  f"{np.mean(before) / 1000:.2f} ± {np.std(before, ddof=1) / 1000:.2f} "
-                                 f"{np.mean([250, 200 + 70 / 2.2]):.1f} ± {np.std([250, 200 + 70 / 2.2], ddof=1):.1f}")
+                                 f"{np.mean([250, 200 + 70 / 2.2]):.1f} ± "
+                                 f"{np.std([250, 200 + 70 / 2.2], ddof=1):.1f}")
 
 
 def test_our_own_logs(call):
@@ -77,13 +82,16 @@ def test_our_own_logs(call):
     code, out, err = call(ADAMW, MUON)
     assert (code, err) == (0, "") and "warning" not in out
     assert "speed-up in time of the whole run: 1.859" in out and "settings: val_every 240 -> 120" in out
-    assert "source: the same" in out and '"adamw" -> "muon"' in out and "seed" not in out.split("settings:")[1]
+    assert "source: the same" in out
+    assert '"adamw" -> "muon"' in out
+    assert "seed" not in out.split("settings:")[1]
     assert "speed-up in time to 1.6: 1.975" in out and "9 of 9" in out
 
 
 def test_a_folder_of_folders_is_several_groups(call):
     out = call(TRACK)[1]
-    assert all(f"{name} against 2026-11-22_AdamW" in out for name in ("2026-11-22_Muon", "2026-11-24_Reference"))
+    assert all(f"{name} against 2026-11-22_AdamW" in out
+               for name in ("2026-11-22_Muon", "2026-11-24_Reference"))
 
 
 # Where curves part
@@ -98,17 +106,22 @@ def test_curves_part_where_they_were_made_to(tmp_path, call):
     first = write(tmp_path, "a", [noisy(rng, a) for _ in range(6)])
     second = write(tmp_path, "b", [noisy(rng, b) for _ in range(5)])
     out = call(first, second)[1]
-    found = re.search(r"the curves part by step 300: (\S+), p = (\S+) \(Welch's t-test at 5 validations, two-sided, 0.01 sh", out)
-    losses = [[logs.read(path).runs[0].at(300).val_loss for path in logs.find([folder])] for folder in (second, first)]
+    found = re.search(r"the curves part by step 300: (\S+), p = (\S+) \(Welch's t-test at 5 validations", out)
+    losses = [[logs.read(path).runs[0].at(300).val_loss for path in logs.find([folder])]
+              for folder in (second, first)]
     assert float(found[1]) == pytest.approx(np.mean(losses[0]) - np.mean(losses[1]), abs=1e-4)
     assert float(found[2]) == pytest.approx(scipy.stats.ttest_ind(*losses, equal_var=False).pvalue, rel=0.05)
 
 
 def test_equal_curves_part_rarely():
-    """100 pairs of groups of 4 with 9 validations: at most 1 % should be said to part. Without Bonferroni it would be 9 %."""
+    """100 pairs of groups of 4 with 9 validations: at most 1 % should be said to part.
+
+    Without Bonferroni it would be 9 %.
+    """
     rng, parted = random.Random(1), 0
     for _ in range(100):
-        groups = [SimpleNamespace(runs=[run_of([(100 * k, rng.gauss(3, 0.001)) for k in range(10)]) for _ in range(4)])
+        groups = [SimpleNamespace(runs=[run_of([(100 * k, rng.gauss(3, 0.001)) for k in range(10)])
+                                        for _ in range(4)])
                   for _ in range(2)]
         parted += "part by" in compare.parting(*groups)
     assert parted <= 3
@@ -141,8 +154,10 @@ def test_tokens_are_those_of_the_trainer():
     pytest.importorskip("torch")
     sys.path.insert(0, str(ROOT))
     config = importlib.import_module("train_gpt").Config
-    for settings in (dict(), dict(train_steps=333, stages=4, adam_every=2, extension_steps=7), dict(batch_tokens=(65_536,)),
-                     dict(train_steps=50, stages=2, extension_steps=0, batch_tokens=(131_072, 262_144), untie_stage=1)):
+    for settings in (dict(), dict(train_steps=333, stages=4, adam_every=2, extension_steps=7),
+                     dict(batch_tokens=(65_536,)),
+                     dict(train_steps=50, stages=2, extension_steps=0, batch_tokens=(131_072, 262_144),
+                          untie_stage=1)):
         cfg = config(**settings)
         walk = [0, *itertools.accumulate(cfg.at("batch_tokens", step) for step in range(cfg.train_steps))]
         run = run_of([(step, 3.0) for step in range(0, cfg.train_steps + 1, 5)])
@@ -150,7 +165,8 @@ def test_tokens_are_those_of_the_trainer():
         assert compare.tokens_of(run) == [walk[point.step] for point in run.val_points]
 
 
-@pytest.mark.parametrize("settings", [{"stages": 10**12}, {"batch_tokens": "many"}, {"batch_tokens": []}, {"adam_every": 0},
+@pytest.mark.parametrize("settings", [{"stages": 10**12}, {"batch_tokens": "many"}, {"batch_tokens": []},
+                                      {"adam_every": 0},
                                       {"train_steps": None}, {"stages": 1e308}, {"extension_steps": -1e308},
                                       {"batch_tokens": [{}]}])
 def test_tokens_are_unknown_where_settings_are_odd(tmp_path, call, settings):
@@ -164,7 +180,9 @@ def test_loss_by_tokens_where_batches_differ(tmp_path, call):
     a = write(tmp_path, "a", [([6, 4, 3, 2], None)], batch_tokens=[1000])
     b = write(tmp_path, "b", [([6, 4, 3, 2], None)], batch_tokens=[2000])
     table = rows(call(a, b)[1], "loss by tokens")
-    assert list(table)[0] == "100,000" and table["300,000"] == ["2.0000", "3.5000"] and table["100,000"] == ["4.0000", "-"]
+    assert list(table)[0] == "100,000"
+    assert table["300,000"] == ["2.0000", "3.5000"]
+    assert table["100,000"] == ["4.0000", "-"]
 
 
 # Warnings
@@ -184,7 +202,8 @@ def test_warnings(tmp_path, call, settings, expected):
 def test_runs_that_did_not_come_to_their_end_are_named(tmp_path, call):
     curves = [([6, 3, 2], None), ([6, 3.1, 2.2], None)]
     out = call(write(tmp_path, "a", curves), write(tmp_path, "b", curves, total=900))[1]
-    assert out.count("warning: b: ") == 2 and "b: 0 has no validation at its last step and ends at 200 of 900" in out
+    assert out.count("warning: b: ") == 2
+    assert "b: 0 has no validation at its last step and ends at 200 of 900" in out
 
 
 def test_copies_are_named(tmp_path, call):
@@ -215,7 +234,8 @@ def test_differences_of_sources(tmp_path, call):
     out = call(*folders, "--diff")[1]
     lines = out.splitlines()
     at = lines.index("--- a: train_gpt.py")
-    assert lines[at:at + 8] == ["--- a: train_gpt.py", "+++ b: train_gpt.py", "@@ -1,3 +1,4 @@", " a = 1", "-b = 2", "+b = 20",
+    assert lines[at:at + 8] == ["--- a: train_gpt.py", "+++ b: train_gpt.py", "@@ -1,3 +1,4 @@", " a = 1",
+                                "-b = 2", "+b = 20",
                                 " c = 3", "+d = 4"]
     assert "+?[2Jz" in lines and "+[red]" in lines and "\x1b" not in out
 
@@ -237,12 +257,14 @@ def test_plot(tmp_path, call):
     assert pixels.shape == (1200, 1800, 3)
     for k, color in enumerate(palette.COLORS):
         line = np.array([int(color[i:i + 2], 16) for i in (1, 3, 5)])
-        of_line, of_band = ((abs(pixels - shade) < 2).all(axis=-1).sum() for shade in (line, 0.2 * line + 0.8 * 255))
+        of_line, of_band = ((abs(pixels - shade) < 2).all(axis=-1).sum()
+                            for shade in (line, 0.2 * line + 0.8 * 255))
         assert (of_line > 1000 and of_band > 1000) if k < 2 else (of_line < 100 and of_band < 100), color
 
 
 @pytest.mark.parametrize("curves", [
-    [([6], None)], [([3, 3, 3], None)] * 2, [([float("nan"), float("inf"), 3], None)], [([float("nan")], None)],
+    [([6], None)], [([3, 3, 3], None)] * 2, [([float("nan"), float("inf"), 3], None)],
+    [([float("nan")], None)],
     [([6, 3, 2], [0, 0, 0])], [([6, 3, 2], [5000, 200, 3])], [([1e19, 1e-4, 2], None)],
 ])
 @pytest.mark.filterwarnings("error")
@@ -279,7 +301,8 @@ def as_if_ours(path: Path, number: int, more: float) -> Path:
     points = next(points for key, points in history.curves().items() if key[:2] == ("small", number))
     total = points[-1].step
     head = own([1], track="small").partition("\nstep:")[0]
-    path.write_text("\n".join([head, *(f"step:{p.step}/{total} val_loss:{p.val_loss + more:.4f} train_time:{p.train_time_ms}ms "
+    path.write_text("\n".join([head, *(f"step:{p.step}/{total} val_loss:{p.val_loss + more:.4f} "
+                                       f"train_time:{p.train_time_ms}ms "
                                        "step_avg:1.00ms" for p in points), ""]))
     return path
 
@@ -290,15 +313,18 @@ def test_a_run_beside_a_public_record(tmp_path, call):
     assert (code, err) == (0, "") and (tmp_path / "out.png").exists()
     runs = [points for key, points in history.curves().items() if key[:2] == ("small", 80)]
     finals = [points[-1].val_loss for points in runs]
-    assert f"beside its curve, at 5 validations: {runs[0][-1].val_loss + 0.01 - np.mean(finals):+.4f} at step 1,480" in out
+    gap = runs[0][-1].val_loss + 0.01 - np.mean(finals)
+    assert f"beside its curve, at 5 validations: {gap:+.4f} at step 1,480" in out
     assert rows(out, "loss by step")["1,480"] == [f"{np.mean(finals):.4f} ± {np.std(finals, ddof=1):.4f}",
                                                   f"{runs[0][-1].val_loss + 0.01:.4f}"]
     assert "times are not compared" in out and "loss rule of track small, public" not in out
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--history", "500"], "--history: expected the number of a public record of track small whose curve is kept, found 500; ch"),
-    (["--history", "80", "--track", "shakespeare"], "--history: expected a log of a track with public records, found track shak"),
+    (["--history", "500"],
+     "--history: expected the number of a public record of track small whose curve is kept, found 500; ch"),
+    (["--history", "80", "--track", "shakespeare"],
+     "--history: expected a log of a track with public records, found track shak"),
 ])
 def test_records_that_are_not_there(tmp_path, call, arguments, sentence):
     code, out, err = call(as_if_ours(tmp_path / "mine.txt", 80, 0.0), *arguments)
@@ -308,8 +334,10 @@ def test_records_that_are_not_there(tmp_path, call, arguments, sentence):
 @pytest.mark.parametrize("arguments,sentence", [
     (["missing", MUON], "missing: expected a log or a folder of logs, found nothing there; check the path"),
     (["data"], "data: expected logs with validations, found none; check the path"),
-    ([MUON, "--plot", "out.txt"], "--plot: expected a name that ends in .png, .svg, .pdf, found 'out.txt'; change it"),
-    ([MUON, "--plot", "/nowhere/out.png"], "--plot: expected to write /nowhere/out.png, found: No such file or directory; ch"),
+    ([MUON, "--plot", "out.txt"],
+     "--plot: expected a name that ends in .png, .svg, .pdf, found 'out.txt'; change it"),
+    ([MUON, "--plot", "/nowhere/out.png"],
+     "--plot: expected to write /nowhere/out.png, found: No such file or directory; ch"),
     ([MUON, "--target", "0"], "expected a loss above 0"),
 ])
 def test_errors(call, arguments, sentence):

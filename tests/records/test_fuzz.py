@@ -1,9 +1,8 @@
 """Mutated logs: no crash, no hang, nothing unbounded, whatever is in them.
 
     RECORDS_FUZZ=100000 python -m pytest tests/records/test_fuzz.py      # so many mutations instead of 2,000
-    RECORDS_HUGE=1 python -m pytest --timeout=3600 tests/records/test_fuzz.py -k two_gigabytes      # writes 2 GB at a time
+    RECORDS_HUGE=1 python -m pytest --timeout=3600 tests/records/test_fuzz.py -k two_gigabytes
 
-Figures of both are in bench/results/2026-11-24_archive.md.
 """
 import io
 import json
@@ -23,15 +22,22 @@ from records import logs, show
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = [  # inserted anywhere, as a line of its own or inside one
-    b"\0", b"\xff\xfe", b"\r", b"\n", b"\xe2\x80\xa8", b"\x1b[2J", LINE.encode(), b"=" * 99, b"-" * 40, b"# ../../evil.py",
-    b"\n" + b"-" * 40 + b"\n# muon.py\n" + b"-" * 40 + b"\n", b"step:", b"step:5/10 ", b"step:5/10 val_loss:1.0 train_time:1ms",
-    b"step:1" + b"0" * 30 + b"/10 val_loss:1.0 train_time:1ms", b"step:0/0 val_loss:nan train_time:infs", b"val_loss:-inf",
+    b"\0", b"\xff\xfe", b"\r", b"\n", b"\xe2\x80\xa8", b"\x1b[2J", LINE.encode(), b"=" * 99, b"-" * 40,
+    b"# ../../evil.py",
+    b"\n" + b"-" * 40 + b"\n# muon.py\n" + b"-" * 40 + b"\n", b"step:", b"step:5/10 ",
+    b"step:5/10 val_loss:1.0 train_time:1ms",
+    b"step:1" + b"0" * 30 + b"/10 val_loss:1.0 train_time:1ms", b"step:0/0 val_loss:nan train_time:infs",
+    b"val_loss:-inf",
     b" train_time:99999999999999999999ms", b"s:3 tel:4.5", b"s:3 trl:", b"Running Python ",
-    b"Running PyTorch 2 compiled for CUDA 3 on x with world_size ", b"Running on device_name= with world_size=8",
+    b"Running PyTorch 2 compiled for CUDA 3 on x with world_size ",
+    b"Running on device_name= with world_size=8",
     b"trial:1/9 seed:3", b"=== seed 4 start ", b"Using seed=5",
-    b"seed: 999999999999999999", b"config: {", b'config: {"seed": [], "track": {}, "batch_tokens": 3}', b"config: " + b"[" * 9999,
-    b"peak memory allocated: 1 MiB reserved: 1 MiB", b"|   0  NVIDIA X          On  |", b"GPU 9999: NVIDIA Y (UUID",
-    b"Model name: Z", b"Training DataLoader: ", b"Resetting Model", b"<script>alert(1)</script>", b"[red]x[/red]", b"A" * 70_000,
+    b"seed: 999999999999999999", b"config: {", b'config: {"seed": [], "track": {}, "batch_tokens": 3}',
+    b"config: " + b"[" * 9999,
+    b"peak memory allocated: 1 MiB reserved: 1 MiB", b"|   0  NVIDIA X          On  |",
+    b"GPU 9999: NVIDIA Y (UUID",
+    b"Model name: Z", b"Training DataLoader: ", b"Resetting Model", b"<script>alert(1)</script>",
+    b"[red]x[/red]", b"A" * 70_000,
 ]
 
 
@@ -71,13 +77,15 @@ def check(log: logs.LogFile, data: bytes):
     for run in log.runs:
         assert all(0 <= point.step < 10**12 and isinstance(point.val_loss, float) for point in run.val_points)
         assert [point.step for point in run.val_points] == sorted({point.step for point in run.val_points})
-        assert all(point.train_time_ms is None or math.isfinite(point.train_time_ms) for point in run.val_points)
+        assert all(point.train_time_ms is None or math.isfinite(point.train_time_ms)
+                   for point in run.val_points)
         time_, steps = run.time_to(3.28), run.steps_to(3.28)
         assert steps is None or 0 <= steps <= run.final_step
         assert time_ is None or math.isfinite(time_)
         for fact in (run.torch, run.cuda, run.triton, run.python, run.gpu_name):
             assert fact is None or fact.isprintable() and len(fact) <= 210
-    assert len(log.problems) < 50 and all(problem.isprintable() and len(problem) < 600 for problem in log.problems)
+    assert len(log.problems) < 50
+    assert all(problem.isprintable() and len(problem) < 600 for problem in log.problems)
     assert all(not name.startswith("/") and ".." not in name for name in log.sources)
     facts = json.loads(json.dumps(show.as_json(log, 3.28), allow_nan=False))
     assert list(facts)[:3] == ["path", "variant", "runs"]
@@ -85,7 +93,8 @@ def check(log: logs.LogFile, data: bytes):
 
 def test_mutated_logs(tmp_path, monkeypatch):
     number = int(os.environ.get("RECORDS_FUZZ", 2000))
-    originals = [make(variant, seed).text.encode() for variant in VARIANTS for seed in range(2)] + [b"", b"\n", os.urandom(3000)]
+    originals = [make(variant, seed).text.encode() for variant in VARIANTS
+                 for seed in range(2)] + [b"", b"\n", os.urandom(3000)]
     rng, slowest, path, started = random.Random(number), 0.0, tmp_path / "log.txt", time.perf_counter()
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     for i in range(number):
@@ -115,10 +124,13 @@ HUGE = {  # kind: (first bytes, what is repeated, last bytes, validations to fin
     "one line": (ONE_RUN, b"a", b"", 3),
     "a step line without an end": (ONE_RUN + b"step:300/300 val_loss:1", b"1", b"", 3),
     "training lines": (ONE_RUN, b"step:210/300 train_time:1ms step_avg:1.00ms\n", b"", 3),
-    "validations": (ONE_RUN, b"".join(b"step:%d/999999 val_loss:3.%07d train_time:%dms step_avg:1.00ms %s\n" % (
-        i, i, i, b" ".join(b"k%d:%d" % (k, k) for k in range(20))) for i in range(210, 25_000)), b"", logs.POINT_LIMIT),
+    "validations": (ONE_RUN, b"".join(
+        b"step:%d/999999 val_loss:3.%07d train_time:%dms step_avg:1.00ms %s\n" % (
+        i, i, i, b" ".join(b"k%d:%d" % (k, k) for k in range(20))) for i in range(210, 25_000)), b"",
+                    logs.POINT_LIMIT),
     "an embedded source": (b"", b"x = 1  # made up\n", b"\n" + ONE_RUN, 3),
-    "headers": (b"", LINE.encode() + b"\nRunning PyTorch 2 compiled for CUDA 3 on " + b"a " * 30_000 + b"\n", b"\n" + ONE_RUN, 3),
+    "headers": (b"", LINE.encode() + b"\nRunning PyTorch 2 compiled for CUDA 3 on " + b"a " * 30_000 + b"\n",
+                b"\n" + ONE_RUN, 3),
     "rows of GPUs": (b"", b"|  1 NVIDIA" + b" a" * 30_000 + b"\n", b"\n" + ONE_RUN, 3),
 }
 
@@ -133,10 +145,13 @@ def test_large_files_are_read_in_bounded_memory(tmp_path, kind, size=16 << 20):
         while file.tell() < size:
             file.write(block)
         file.write(last)
-    program = ("import re, sys, time; from records import logs; begin = time.perf_counter(); log = logs.read(sys.argv[1]); "
-               "print(len(log.problems), sum(len(run.val_points) for run in log.runs), time.perf_counter() - begin, "
+    program = ("import re, sys, time; from records import logs; begin = time.perf_counter(); log = "
+               "logs.read(sys.argv[1]); "
+               "print(len(log.problems), sum(len(run.val_points) for run in log.runs), time.perf_counter() - "
+               "begin, "
                "re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])")
-    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
     path.unlink()
     problems, found, seconds, kib = (float(word) for word in done.stdout.split())
     print(f"{kind}, {size >> 20:,} MB: {seconds:.1f} s, {kib / 1024:.0f} MB of memory")

@@ -41,11 +41,16 @@ def test_figures_are_those_of_the_statistics(compare):
     old, new = found["groups"]
     rule = t_test(LOSSES, 1.6)
     assert found["track"] == "shakespeare" and new["rule"]["passes"] is True
-    assert (new["rule"]["p"], new["rule"]["t"], new["loss"]["mean"]["estimate"]) == (rule.p, rule.t, rule.mean)
-    assert [run["seconds"] for run in new["runs"]] == seconds and [run["loss"] for run in new["runs"]] == LOSSES
+    assert (new["rule"]["p"], new["rule"]["t"], new["loss"]["mean"]["estimate"]) == (rule.p, rule.t,
+                                                                                     rule.mean)
+    assert [run["seconds"] for run in new["runs"]] == seconds
+    assert [run["loss"] for run in new["runs"]] == LOSSES
     assert new["against"]["seconds"]["p"] == welch(seconds, others).p
     assert new["against"]["speed_up"]["high"] == ratio_interval(others, seconds).high
-    assert new["against"]["pairwise"] is None and new["notes"] == [] and old["against"] is None and old["n"] == 5
+    assert new["against"]["pairwise"] is None
+    assert new["notes"] == []
+    assert old["against"] is None
+    assert old["n"] == 5
 
 
 def test_the_loss_rule_is_said(capsys):
@@ -76,7 +81,8 @@ def test_an_incomplete_run_is_not_left_out_silently(compare):
     path = Path("new/run2.txt")
     path.write_text(path.read_text().rpartition("step:100/100 val_loss")[0])
     group, = compare("new")["groups"]
-    assert any("run2 has no validation at its last step and ends at 50 of 100" in note for note in group["notes"])
+    assert any("run2 has no validation at its last step and ends at 50 of 100" in note
+               for note in group["notes"])
     assert group["rule"]["p"] is None and "1 of 5 losses not finite" in group["rule"]["why"]
     assert compare("new", "--step", 50)["groups"][0]["rule"]["p"] == pytest.approx(1, abs=1e-4)
     assert compare("new", "--step", 51)["groups"][0]["rule"]["p"] is None
@@ -87,7 +93,9 @@ def test_a_diverged_run_is_not_left_out(compare):
     path = Path("new/run2.txt")
     path.write_text(path.read_text().replace("val_loss:1.5900", "val_loss:nan"))
     group, = compare("new")["groups"]
-    assert group["rule"]["passes"] is False and group["rule"]["p"] is None and group["runs"][2]["loss"] is None
+    assert group["rule"]["passes"] is False
+    assert group["rule"]["p"] is None
+    assert group["runs"][2]["loss"] is None
 
 
 def test_files_that_are_no_logs_are_named(compare):
@@ -112,7 +120,8 @@ def test_differences_between_runs_of_a_group_are_named(compare):
     make("mixed", LOSSES[:2])
     make("mixed", LOSSES[2:], first_seed=2, total=120)
     group, = compare("mixed")["groups"]
-    assert group["step"] is None and "Runs differ in number of steps: 120 (3 runs), 100 (2 runs)." in group["notes"]
+    assert group["step"] is None
+    assert "Runs differ in number of steps: 120 (3 runs), 100 (2 runs)." in group["notes"]
 
 
 def test_a_track_with_stated_steps(compare):

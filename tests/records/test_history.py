@@ -22,10 +22,15 @@ def test_the_folder_is_under_one_megabyte():
 
 
 def test_cells_have_types():
-    first, last = history.records()[0], [record for record in history.records() if record.track == "small"][-1]
+    first, last = history.records()[0], [record for record in history.records()
+                                         if record.track == "small"][-1]
     assert (first.number, first.minutes_or_steps, first.date.isoformat()) == (1, Decimal(45), "2024-05-28")
-    assert first.contributors == ("karpathy", "llm.c contributors") and first.pr is None and first.pr_url is None
-    assert str(last.minutes_or_steps) == "1.23" and last.pr_url.endswith("/pull/342") and last.log_url.endswith(last.log_path)
+    assert first.contributors == ("karpathy", "llm.c contributors")
+    assert first.pr is None
+    assert first.pr_url is None
+    assert str(last.minutes_or_steps) == "1.23"
+    assert last.pr_url.endswith("/pull/342")
+    assert last.log_url.endswith(last.log_path)
     assert [record.number for record in history.records() if record.date is None] == [11]
     assert history.finals()[0].final_train_time_ms is None and history.finals()[0].final_val_loss == 3.2722
 

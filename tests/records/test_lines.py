@@ -30,13 +30,15 @@ def body(convention: str, training: bool = True) -> str:
             if convention == "intervals":  # of validations only
                 average = (ms - before[1]) / max(step - before[0], 1)
                 before = step, ms
-            lines.append(f"step:{step}/{TOTAL} val_loss:{4 - step / 50:.4f} train_time:{shown} step_avg:{average:.2f}ms")
+            lines.append(f"step:{step}/{TOTAL} val_loss:{4 - step / 50:.4f} train_time:{shown} "
+                         f"step_avg:{average:.2f}ms")
     return "\n".join([*lines, ""])
 
 
 def contradictions(tmp_path, text: str) -> tuple[str, ...]:
     path = tmp_path / "log.txt"
-    path.write_text("# source\n" + LINE + "\nRunning PyTorch 2.8.0 compiled for CUDA 12.6\n" + LINE + "\n" + text)
+    header = f"{LINE}\nRunning PyTorch 2.8.0 compiled for CUDA 12.6\n{LINE}\n"
+    path.write_text(f"# source\n{header}{text}")
     return examine(logs.read(path)).contradictions
 
 
@@ -90,7 +92,8 @@ def test_details_of_a_log(tmp_path):
     assert (details.date.isoformat(), details.resumed) == ("2026-11-03T01:02:03", True)
     assert (details.commit, details.num_training) == ("0" * 40, 20)
     assert (details.training_data, details.validation_data) == ("0" * 16, VALIDATION_DATA)
-    source = f"resumed: in a docstring\nvalidation data: first 9 tokens, sha256 {'1' * 64}\nFri Feb 30 01:02:03 2026"
+    source = (f"resumed: in a docstring\nvalidation data: first 9 tokens, sha256 {'1' * 64}\n"
+              "Fri Feb 30 01:02:03 2026")
     path.write_text(replaced(log(3), "^# the trainer", source))
     details = examine(logs.read(path))
     assert not details.resumed and details.date is None and details.validation_data == VALIDATION_DATA

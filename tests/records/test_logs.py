@@ -1,4 +1,5 @@
-"""The reader gives back what went into logs of every format: whole, cut at any byte, several in a file, and hostile."""
+"""The reader gives back what went into logs of every format: whole, cut at any byte, several in a
+file, and hostile."""
 import hashlib
 import math
 import os
@@ -13,7 +14,8 @@ from tests.helpers.synthetic import LINE, VARIANTS, embedded, make, own
 from records import logs
 from records.errors import RecordError
 
-UNKNOWN = ("torch", "cuda", "triton", "python", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib", "val_tokens")
+UNKNOWN = ("torch", "cuda", "triton", "python", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib",
+           "val_tokens")
 
 
 def read(folder: Path, text: str | bytes, name: str = "log.txt") -> logs.LogFile:
@@ -39,12 +41,14 @@ def test_what_went_into_a_log_comes_out(tmp_path, variant):
         expected = [dict.fromkeys(UNKNOWN) | run for run in made.runs]
         assert [facts(run, names) for run, names in zip(log.runs, expected, strict=True)] == expected
         assert log.sources == made.sources
-        assert log.size == len(made.text.encode()) and log.sha256 == hashlib.sha256(made.text.encode()).hexdigest()
+        assert log.size == len(made.text.encode())
+        assert log.sha256 == hashlib.sha256(made.text.encode()).hexdigest()
         assert log.problems == (("this is no log of a training run",) if variant == "X" else ())
 
 
 def test_every_format_has_a_synthetic_log():
-    assert sorted(VARIANTS) == sorted(name for name, _ in logs.VARIANTS) and len(VARIANTS) == 26  # 24, own, and no log
+    assert sorted(VARIANTS) == sorted(name for name, _ in logs.VARIANTS)
+    assert len(VARIANTS) == 26  # 24, own, and no log
 
 
 def test_our_own_logs(tmp_path):
@@ -61,15 +65,18 @@ def test_our_own_logs(tmp_path):
         assert (run.torch, run.cuda, run.world_size, run.num_gpus) == ("2.13.0+cpu", None, 2, 0)
         assert run.gpu_name == "CPU (x86_64, 1 threads), AMD EPYC" and run.val_tokens == 262_144
         assert run.total_steps == run.config["train_steps"]
-        assert list(log.sources) == ["train_gpt.py", "muon.py", "adam.py", "kernels.py", "runtime.py", "data/loader.py",
+        assert list(log.sources) == ["train_gpt.py", "muon.py", "adam.py", "kernels.py", "runtime.py",
+                                     "data/loader.py",
                                      "data/shards.py"]
         assert "\n".join(embedded(log.sources)) == text[:text.index(LINE)].rstrip("\n") + "\n"
 
 
 def test_a_single_source_has_the_hash_of_its_file(tmp_path):
     source = "print('a')\n\n\nprint('b')\n"
-    for before, after in (("", "\n"), ("", ""), (LINE + "\n", "")):  # how the formats of different years embed it
-        log = read(tmp_path, f"{before}{source}{after}{LINE}\nRunning PyTorch 2.9 compiled for CUDA 12\n{LINE}\n")
+    for before, after in (("", "\n"), ("", ""),
+                          (LINE + "\n", "")):  # how the formats of different years embed it
+        log = read(tmp_path,
+                   f"{before}{source}{after}{LINE}\nRunning PyTorch 2.9 compiled for CUDA 12\n{LINE}\n")
         assert log.runs[0].source_sha256 == hashlib.sha256(source.encode()).hexdigest()
         assert log.sources == {"train_gpt.py": source}
 
@@ -91,8 +98,10 @@ def test_a_log_cut_at_any_byte_never_gives_a_wrong_number(tmp_path, variant):
             for name in UNKNOWN:
                 if run.val_points or name not in ("gpu_name", "num_gpus"):  # known at the end of the header
                     assert getattr(run, name) in (None, getattr(whole.runs[k], name)), (size, name)
-            assert run.config in ({}, whole.runs[k].config) and run.complete == (found[k] == expected[k] and variant != "A")
-        if found != expected and not (variant == "A" and data[size - 1:size] == b"\n"):  # llm.c prints no total
+            assert run.config in ({}, whole.runs[k].config)
+            assert run.complete == (found[k] == expected[k] and variant != "A")
+        if found != expected and not (variant == "A"
+                                      and data[size - 1:size] == b"\n"):  # llm.c prints no total
             assert log.problems or [run.complete for run in log.runs] == [True] * len(found), size
 
 
@@ -107,10 +116,12 @@ def test_a_log_without_a_newline_at_its_end_is_whole(tmp_path, variant):
 # Several runs in a file
 
 def steps(curve, total=300, unit="ms") -> str:
-    return "".join(f"step:{step}/{total} val_loss:{loss:.5f} train_time:{ms}{unit} step_avg:1.00ms\n" for step, loss, ms in curve)
+    return "".join(f"step:{step}/{total} val_loss:{loss:.5f} train_time:{ms}{unit} step_avg:1.00ms\n"
+                   for step, loss, ms in curve)
 
 
-FIRST, SECOND = [(100, 4.0, 10), (200, 3.5, 20), (300, 3.2, 30)], [(100, 4.1, 11), (200, 3.6, 21), (300, 3.3, 31)]
+FIRST, SECOND = [(100, 4.0, 10), (200, 3.5, 20), (300, 3.2, 30)], [(100, 4.1, 11), (200, 3.6, 21),
+                                                                   (300, 3.3, 31)]
 
 
 def test_a_run_begins_where_the_steps_begin_again(tmp_path):
@@ -130,14 +141,16 @@ def test_seeds_of_trials(tmp_path, marker):
 
 
 def test_a_seed_of_one_run_is_not_given_to_the_next(tmp_path):
-    assert [run.seed for run in read(tmp_path, "Using seed=3\n" + steps(FIRST) + steps(SECOND)).runs] == [3, None]
+    assert [run.seed for run in read(tmp_path,
+                                     "Using seed=3\n" + steps(FIRST) + steps(SECOND)).runs] == [3, None]
 
 
 def test_repeated_summaries_are_dropped_and_named(tmp_path):
     log = read(tmp_path, steps(FIRST) + steps(FIRST[1:]) + steps(SECOND) + steps(SECOND[1:]))
     assert [points(run) for run in log.runs] == [FIRST, SECOND]
     assert log.problems == ("validations seen before are repeated as a summary, and count once (2 times)",)
-    for text in (steps(FIRST) + steps(FIRST[-1:]), steps(FIRST[:1]) + steps(FIRST), steps(FIRST[:2]) + steps(FIRST[1:])):
+    for text in (steps(FIRST) + steps(FIRST[-1:]), steps(FIRST[:1]) + steps(FIRST),
+                 steps(FIRST[:2]) + steps(FIRST[1:])):
         log = read(tmp_path, text)
         assert [points(run) for run in log.runs] == [FIRST]
         assert log.problems == ("a validation line is repeated, and counts once",)
@@ -162,7 +175,8 @@ def test_a_copied_run_counts_once(tmp_path):
 # What a run knows
 
 def test_first_crossing(tmp_path):
-    [run] = read(tmp_path, steps([(0, 10, 0), (100, 4, 1000), (200, 3, 3000), (300, 3.5, 4000), (400, 2, 6000)], 400)).runs
+    [run] = read(tmp_path, steps([(0, 10, 0), (100, 4, 1000), (200, 3, 3000), (300, 3.5, 4000),
+                                  (400, 2, 6000)], 400)).runs
     assert run.steps_to(4) == 100 and run.time_to(4) == 1000  # at a validation
     assert run.steps_to(3.25) == 175 and run.time_to(3.25) == 2500  # between two; a later rise does not count
     assert run.steps_to(20) == 0 and run.steps_to(1.9) is None and run.time_to(1.9) is None
@@ -183,12 +197,15 @@ def test_times_missing(tmp_path):
 
 
 def test_further_numbers_of_a_validation(tmp_path):
-    [run] = read(tmp_path, "step:10/10 val_loss:3.5 val_ema_loss:3.25 train_time:1.001s step_avg:1.00ms n:2 rel:1.5e-05 "
+    [run] = read(tmp_path,
+                 "step:10/10 val_loss:3.5 val_ema_loss:3.25 train_time:1.001s step_avg:1.00ms n:2 "
+                 "rel:1.5e-05 "
                            "handoff:none\n").runs
     assert run.val_points[0].extra == {"val_ema_loss": 3.25, "n": 2, "rel": 1.5e-05}
     assert run.final_time_ms == 1001  # and not 1000.9999999999999
     [run] = read(tmp_path, "step:10/10 val_loss:3.5 " + " ".join(f"k{k}:{k}" for k in range(99)) + "\n").runs
-    assert run.val_points[0].extra == {f"k{k}": k for k in range(logs.EXTRA_LIMIT)} and run.final_time_ms is None
+    assert run.val_points[0].extra == {f"k{k}": k for k in range(logs.EXTRA_LIMIT)}
+    assert run.final_time_ms is None
 
 
 def test_oddities_are_named(tmp_path):
@@ -199,19 +216,25 @@ def test_oddities_are_named(tmp_path):
     assert problems("hello\n") == "this is no log of a training run"
     assert problems(make("E1").text.split("\nstep:0/1")[0] + "\n") == "there is no validation in it"
     assert problems(steps(FIRST, 400)) == "the run is incomplete: last validation at step 300 of 400"
-    assert problems(steps([(100, 4, 50), (300, 3, 40)])) == "the training time falls from one validation to the next"
+    assert problems(steps([(100, 4, 50),
+                           (300, 3, 40)])) == "the training time falls from one validation to the next"
     assert problems(steps([(100, 4, 50), (300, 3, 50)])) == ""
-    assert problems(steps([(100, 4, 50)], 200) + steps([(300, 3, 60)])) == "the planned number of steps changes within a run"
-    assert problems(own([4, 3]) + "ended after step 100: by SIGTERM\n").startswith("the run ended early: 'ended after step 100")
+    assert problems(steps([(100, 4, 50)],
+                          200) + steps([(300, 3, 60)])) == "the planned number of steps changes within a run"
+    assert problems(own([4, 3]) + "ended after step 100: by SIGTERM\n").startswith("the run ended early: "
+                                                                                   "'ended after step 100")
     assert "NUL" in problems(steps(FIRST).encode() + b"\0" * 4096)  # as a crash may leave it
     assert problems(steps(FIRST).encode() + b"\xff\n" * logs.BLOCK) == "the file is not UTF-8"
     assert problems("é".encode() * logs.BLOCK + b"\n" + steps(FIRST).encode()) == ""
     assert "UTF-16" in problems(steps(FIRST).encode("utf-16"))
     assert "binary" in problems(os.urandom(10_000).replace(b"\n", b"\0"))
-    assert problems(own([4, 3]).replace("config: {", "config: {{")).startswith("the config line cannot be read: ")
+    assert problems(own([4, 3]).replace("config: {",
+                                        "config: {{")).startswith("the config line cannot be read: ")
     for odd in ("[" * 50_000, '[[1]],', '{"b": 1},', '"\\ud800",', '"\\u001b[2J",', "1" * 5000 + ","):
         log = read(tmp_path, own([4, 3]).replace("config: {", f'config: {{"a": {odd}'))
-        assert "config" in " ".join(log.problems) and log.runs[0].config == {} and len(log.runs[0].val_points) == 2
+        assert "config" in " ".join(log.problems)
+        assert log.runs[0].config == {}
+        assert len(log.runs[0].val_points) == 2
 
 
 def test_line_ends_of_windows(tmp_path):
@@ -267,7 +290,9 @@ def test_what_a_source_says_is_not_believed(tmp_path):
 
 def test_what_a_run_prints_later_changes_no_fact(tmp_path):
     made = make("E1")
-    log = read(tmp_path, made.text + "Running Triton version 9\nRunning PyTorch 9 compiled for CUDA 9\nRunning Python 9\n"
+    log = read(tmp_path,
+               made.text + "Running Triton version 9\nRunning PyTorch 9 compiled for CUDA 9\nRunning Python "
+                           "9\n"
                "peak memory allocated: 1 MiB reserved: 1 MiB\n")
     assert [facts(run, expected) for run, expected in zip(log.runs, made.runs, strict=True)] == made.runs
 
@@ -281,14 +306,16 @@ def test_a_separator_among_the_steps_hides_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../evil.py", "a/../b.py", "train_gpt.py"])
 def test_names_of_embedded_files_stay_in_their_folder(tmp_path, name):
-    log = read(tmp_path, "\n".join(embedded({"train_gpt.py": "a\n", name + "": "b\n"} if name != "train_gpt.py" else {})
-                                   or ["a", "-" * 40, f"# {name}", "-" * 40, "b"]) + f"\n{LINE}\n" + steps(FIRST))
+    log = read(tmp_path,
+               "\n".join(embedded({"train_gpt.py": "a\n", name + "": "b\n"} if name != "train_gpt.py" else {})
+                         or ["a", "-" * 40, f"# {name}", "-" * 40, "b"]) + f"\n{LINE}\n" + steps(FIRST))
     assert list(log.sources) == ["train_gpt.py"] and name in log.sources["train_gpt.py"]
     assert "cannot be used" in log.problems[0]
 
 
 def test_facts_cannot_steer_a_terminal(tmp_path):
-    text = make("E1").text.replace("Running Triton version 3.4.0", "Running Triton version 3.4\x1b[31m" + "x" * 300)
+    text = make("E1").text.replace("Running Triton version 3.4.0",
+                                   "Running Triton version 3.4\x1b[31m" + "x" * 300)
     [run] = read(tmp_path, text).runs
     assert run.triton.isprintable() and len(run.triton) <= 100
     [run] = read(tmp_path, f"|  0  NVIDIA \x1b[2J{'x' * 300}  On |\n" + steps(FIRST)).runs
@@ -297,14 +324,16 @@ def test_facts_cannot_steer_a_terminal(tmp_path):
 
 
 def test_settings_of_the_wrong_kind(tmp_path):
-    [run] = read(tmp_path, own([4, 3], seed=10**30, val_tokens="many").replace("\nseed: 1" + "0" * 30, "")).runs
+    [run] = read(tmp_path, own([4, 3], seed=10**30, val_tokens="many").replace("\nseed: 1" + "0" * 30,
+                                                                               "")).runs
     assert run.seed is None and run.val_tokens is None and run.config["val_tokens"] == "many"
 
 
 def test_limits_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "POINT_LIMIT", 2)
     log = read(tmp_path, steps(FIRST))
-    assert points(log.runs[0]) == FIRST[:2] and log.problems[0] == "more than 2 validations: the rest is not read"
+    assert points(log.runs[0]) == FIRST[:2]
+    assert log.problems[0] == "more than 2 validations: the rest is not read"
     monkeypatch.setattr(logs, "SOURCE_LIMIT", 100)
     log = read(tmp_path, own([4, 3], files={"train_gpt.py": "x = 1\n" * 100}))
     assert (log.sources, log.runs[0].source_sha256) == ({}, None)
@@ -332,9 +361,12 @@ def test_long_lines_are_not_read(tmp_path, monkeypatch, block):
         for end in ("\n" + steps(FIRST[2:]), ""):  # also as the last line, without an end
             log = read(tmp_path, steps(FIRST[:2]) + long(length) + end)
             assert (250 in [point.step for point in log.runs[0].val_points]) == (length <= 100), (length, end)
-            named = any("a line of more than 100 bytes" in problem or "cut" in problem for problem in log.problems)
+            named = any("a line of more than 100 bytes" in problem or "cut" in problem
+                        for problem in log.problems)
             assert named == (length > 100)
-        log = read(tmp_path, steps(FIRST[:2]) + long(length) + " and more")  # a line that is whole up to where it is cut
+        log = read(tmp_path,
+                   # a line that is whole up to where it is cut
+                   steps(FIRST[:2]) + long(length) + " and more")
         assert 250 not in [point.step for point in log.runs[0].val_points]
 
 
@@ -352,15 +384,18 @@ def test_find(tmp_path):
     found = [path.relative_to(tmp_path).as_posix() for path in logs.find([tmp_path])]
     assert found == ["a.out", "b/1.log", "b/2.txt", "b/c/run.stdout"]
     assert logs.find([tmp_path / "notes.md", tmp_path / "b/2.txt", tmp_path / "b/twice.txt"]) == [
-        tmp_path / "b/2.txt", tmp_path / "notes.md"]  # a file that is named counts, whatever it is called; none twice
-    for path, found in (("missing", "nothing there; check the path"), ("x" * 5000, "File name too long; check path")):
+        tmp_path / "b/2.txt",
+        tmp_path / "notes.md"]  # a file that is named counts, whatever it is called; none twice
+    for path, found in (("missing", "nothing there; check the path"),
+                        ("x" * 5000, "File name too long; check path")):
         with pytest.raises(RecordError, match=found):
             logs.find([tmp_path / path])
 
 
 def test_what_is_no_file_is_refused(tmp_path):
     for path, found in ((tmp_path, "a folder"), (tmp_path / "no", "nothing there"), ("/dev/zero", "a device"),
-                        ("/dev/null", "a device"), ("a\0b", "nothing there"), ("x" * 5000, "File name too long")):
+                        ("/dev/null", "a device"), ("a\0b", "nothing there"),
+                        ("x" * 5000, "File name too long")):
         with pytest.raises(RecordError, match=found):
             logs.read(path)
 
@@ -410,7 +445,8 @@ def test_pipes_that_bring_nothing_or_too_much(tmp_path, monkeypatch):
             logs.read(pipe)
         writer.write(b"x" * 1000)
         monkeypatch.setattr(logs, "PIPE_LIMIT", 100)
-        with pytest.raises(RecordError, match="expected at most 100 bytes from a pipe, found more; write them to a file"):
+        with pytest.raises(RecordError,
+                           match="expected at most 100 bytes from a pipe, found more; write them to a file"):
             logs.read(pipe)
 
 
@@ -422,7 +458,8 @@ def test_the_curve_of_a_log(tmp_path):
 
 
 def test_of_an_experiment_and_of_a_record_the_runs_are_found(tmp_path):
-    for name in ("ab/a/1.txt", "ab/b/1.txt", "ab/output/1.txt", "ab/verdict.txt", "rec/runs/1.txt", "rec/baseline/1.txt"):
+    for name in ("ab/a/1.txt", "ab/b/1.txt", "ab/output/1.txt", "ab/verdict.txt", "rec/runs/1.txt",
+                 "rec/baseline/1.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "ab/plan.json").write_text('{"a": "x", "b": "y", "pairs": [{"seed": 1, "order": "ba"}]}')

@@ -28,33 +28,45 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def arguments(inputs: Path, *more: str, name: str = "Twice", output: str = "out", date: str = "2026-11-24") -> list[str]:
-    return ["pack", "--name", name, "--date", date, "--logs", str(inputs / "logs"), "--baseline", str(inputs / "base"), "--note",
+def arguments(inputs: Path, *more: str, name: str = "Twice", output: str = "out",
+              date: str = "2026-11-24") -> list[str]:
+    return ["pack", "--name", name, "--date", date, "--logs", str(inputs / "logs"), "--baseline",
+            str(inputs / "base"), "--note",
             str(inputs / "note.md"), "-o", str(inputs / output), *more]
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in folder.rglob("*")}
 
 
 def test_folder(inputs, capsys):
     before = snapshot(inputs)
-    assert guarded(arguments(inputs, "--contributor", "A. Person", "--description", "Twice as good", "--planned", "8")) == 0
+    assert guarded(arguments(inputs, "--contributor", "A. Person", "--description", "Twice as good",
+                             "--planned", "8")) == 0
     after = snapshot(inputs)
     folder = "out/track_0_laptop/2026-11-24_Twice"
-    built = {name.removeprefix(folder + "/"): content for name, content in after.items() if name.startswith(folder + "/")}
-    assert {**before, "out/track_0_laptop": None, folder: None, **{f"{folder}/{name}": built[name] for name in built}} == after
+    built = {name.removeprefix(folder + "/"): content for name, content in after.items()
+             if name.startswith(folder + "/")}
+    assert {**before, "out/track_0_laptop": None, folder: None,
+            **{f"{folder}/{name}": built[name] for name in built}} == after
     assert built.keys() == {
         "README.md", "record.json", "runs", "baseline",
-        *(f"runs/{uuid(k)}.txt" for k in range(1, RUNS + 1)), *(f"baseline/{uuid(k)}.txt" for k in range(1001, 1005))}
+        *(f"runs/{uuid(k)}.txt" for k in range(1, RUNS + 1)),
+        *(f"baseline/{uuid(k)}.txt" for k in range(1001, 1005))}
     assert built[f"runs/{uuid(3)}.txt"] == before[f"logs/{uuid(3)}.txt"]
     record = schema.read(inputs / folder / schema.FILE)
-    assert (record.track, record.name, record.kind, record.contributors) == ("shakespeare", "Twice", "record", ["A. Person"])
-    assert record.runs.n == RUNS and record.runs.step == 20 and record.loss_test.passes and record.speed.p < 0.01
+    assert (record.track, record.name, record.kind, record.contributors) == ("shakespeare", "Twice", "record",
+                                                                             ["A. Person"])
+    assert record.runs.n == RUNS
+    assert record.runs.step == 20
+    assert record.loss_test.passes
+    assert record.speed.p < 0.01
     assert record.planned_runs == 8 and record.world_size == 2 and record.torch == "2.13.0+cpu"
     losses = [float(re.findall(r"val_loss:(\S+)", text)[-1]) for text in runs()]
     p = scipy.stats.ttest_1samp(losses, 1.6, alternative="less").pvalue
-    assert record.loss_test.p == float(f"{p:.3g}") and record.runs.loss_mean == round(statistics.mean(losses), 5)
+    assert record.loss_test.p == float(f"{p:.3g}")
+    assert record.runs.loss_mean == round(statistics.mean(losses), 5)
     assert os.stat(inputs / folder).st_mode & 0o777 == 0o755
 
 
@@ -88,7 +100,8 @@ def test_order_of_logs_does_not_matter(inputs, capsys):
     (inputs / "again").mkdir()
     assert guarded(arguments(inputs)) == 0
     files = sorted(map(str, inputs.glob("logs/*")), reverse=True)
-    more = ["pack", "--name", "Twice", "--date", "2026-11-24", "--logs", *files, "--baseline", str(inputs / "base"), "--note",
+    more = ["pack", "--name", "Twice", "--date", "2026-11-24", "--logs", *files, "--baseline",
+            str(inputs / "base"), "--note",
             str(inputs / "note.md"), "-o", str(inputs / "again")]
     assert guarded(more) == 0
     assert snapshot(inputs / "out") == snapshot(inputs / "again")
@@ -117,7 +130,8 @@ def test_what_check_fails_is_refused(inputs, capsys):
     assert snapshot(inputs) == before
     assert guarded(arguments(inputs, "--non-record", "a lesson")) == 0
     folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
-    assert "**No record:** a lesson" in (text := (folder / "README.md").read_text()) and "`consistent-lines`" in text
+    assert "**No record:** a lesson" in (text := (folder / "README.md").read_text())
+    assert "`consistent-lines`" in text
     assert schema.read(folder / schema.FILE).why_no_record == "a lesson"
 
 
@@ -125,7 +139,8 @@ def test_waivers_and_exclusions_are_shown(inputs, capsys):
     bad = replaced(log(99), r"^step:(19|20)/.*\n", "")
     write(inputs / "logs", [bad], first=50)
     (inputs / "logs" / f"{uuid(1)}.txt").write_text(replaced(log(1), "PyTorch 2.13.0", "PyTorch 2.13.1"))
-    assert guarded(arguments(inputs, "--exclude", f"{uuid(50)}=power cut", "--waive", "same-torch=a fix of no effect")) == 0
+    assert guarded(arguments(inputs, "--exclude", f"{uuid(50)}=power cut", "--waive",
+                             "same-torch=a fix of no effect")) == 0
     folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
     text = (folder / "README.md").read_text()
     assert f"- `{uuid(50)}.txt`: power cut" in text and "9 were made, 1 left out" in text
@@ -135,7 +150,8 @@ def test_waivers_and_exclusions_are_shown(inputs, capsys):
 
 def test_date_of_the_logs(inputs, capsys):
     for k, path in enumerate(sorted(inputs.glob("logs/*"))):
-        path.write_text(replaced(path.read_text(), "^attention:", f"Tue Nov {k + 3:2} 23:59:59 2026\nattention:"))
+        path.write_text(replaced(path.read_text(), "^attention:",
+                                 f"Tue Nov {k + 3:2} 23:59:59 2026\nattention:"))
     command = arguments(inputs)
     at = command.index("--date")
     del command[at:at + 2]
@@ -192,7 +208,8 @@ def test_names_that_differ_in_case_only(inputs, capsys):
 
 @pytest.mark.parametrize("name", ["../../evil.py", "a/../../evil.py", "train_gpt.py/x.py", ".hidden"])
 def test_source_names_are_names(name, inputs, capsys):
-    """The names of embedded files come out of a log; record.json lists none that could not be a file of ours."""
+    """The names of embedded files come out of a log; record.json lists none that could not be a file
+    of ours."""
     for path in inputs.glob("logs/*"):
         path.write_text(replaced(path.read_text(), "^# muon.py", f"# {name}"))
     guarded(arguments(inputs))
@@ -202,7 +219,8 @@ def test_source_names_are_names(name, inputs, capsys):
 
 
 def test_a_baseline_that_is_the_runs_of_another_record_is_named(inputs, capsys):
-    first = ["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "base"), "-o", str(inputs / "out"),
+    first = ["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "base"), "-o",
+             str(inputs / "out"),
              "--waive", "faster-than-baseline=the first record"]
     assert guarded(first) == 0
     assert guarded(arguments(inputs)) == 0
@@ -217,11 +235,13 @@ def test_a_baseline_that_is_the_runs_of_another_record_is_named(inputs, capsys):
 
 def test_a_part_of_the_runs_of_another_record_is_copied(inputs, capsys):
     write(inputs / "more", [*slow(), log(200, pace=120.0)], first=1001)
-    first = ["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "more"), "-o", str(inputs / "out"),
+    first = ["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "more"), "-o",
+             str(inputs / "out"),
              "--waive", "faster-than-baseline=the first record"]
     assert guarded(first) == 0 and guarded(arguments(inputs)) == 0
     folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
-    assert schema.read(folder / schema.FILE).baseline_record is None and len([*folder.glob("baseline/*")]) == 4
+    assert schema.read(folder / schema.FILE).baseline_record is None
+    assert len([*folder.glob("baseline/*")]) == 4
 
 
 def test_the_folder_of_an_experiment(inputs, capsys):
@@ -229,7 +249,8 @@ def test_the_folder_of_an_experiment(inputs, capsys):
     (inputs / "logs").rename(inputs / "a"), (inputs / "base").rename(inputs / "b")
     plan = {"a": "x", "b": "y", "pairs": [{"seed": seed, "order": "ab"} for seed in range(RUNS)]}
     (inputs / "plan.json").write_text(json.dumps(plan))
-    command = ["pack", "--name", "Twice", "--date", "2026-11-24", "--logs", str(inputs), "-o", str(inputs / "out")]
+    command = ["pack", "--name", "Twice", "--date", "2026-11-24", "--logs", str(inputs), "-o",
+               str(inputs / "out")]
     assert guarded(command) == 0, capsys.readouterr()
     record = schema.read(inputs / "out/track_0_laptop/2026-11-24_Twice/record.json")
     assert (record.runs.n, record.baseline.n, record.planned_runs) == (RUNS, 4, RUNS)
@@ -265,7 +286,8 @@ def test_several_runs_in_a_log(tmp_path, capsys):
     logs.mkdir()
     make("T2m", seed=1).write(logs / "a.txt")
     (tmp_path / "out").mkdir()
-    command = ["pack", "--name", "Trials", "--track", "optimization", "--date", "2026-11-24", "--logs", str(logs), "-o",
+    command = ["pack", "--name", "Trials", "--track", "optimization", "--date", "2026-11-24", "--logs",
+               str(logs), "-o",
                str(tmp_path / "out"), "--non-record", "an example"]
     assert guarded(command) == 0, capsys.readouterr()
     record = schema.read(tmp_path / "out/track_3_optimization/2026-11-24_Trials/record.json")
@@ -279,7 +301,8 @@ def test_several_runs_in_a_log(tmp_path, capsys):
 def test_real_logs(tmp_path, capsys):
     """The committed runs, as a record and as a non-record, then verified."""
     base = ["pack", "--date", "2026-11-22", "-o", str(tmp_path)]
-    assert guarded([*base, "--name", "Muon", "--logs", str(ROOT / MUON), "--baseline", str(ROOT / ADAMW)]) == 0
+    assert guarded([*base, "--name", "Muon", "--logs", str(ROOT / MUON), "--baseline",
+                    str(ROOT / ADAMW)]) == 0
     against = ["--name", "AdamW", "--logs", str(ROOT / ADAMW), "--baseline", str(ROOT / MUON)]
     assert guarded([*base, *against]) == 1
     assert guarded([*base, *against, "--non-record", "slower than Muon"]) == 0

@@ -1,7 +1,9 @@
-"""report: its figures against the statistics, its text against what went in, and the page itself in a real browser.
+"""report: its figures against the statistics, its text against what went in, and the page itself in a real
+browser.
 
-The browser tests want Chromium with its driver (Debian: chromium, chromium-driver) and the package selenium; they are skipped
-without. RECORD_SCREENSHOTS=FOLDER also writes what the page looks like: light, dark, on a phone, printed."""
+The browser tests want Chromium with its driver (Debian: chromium, chromium-driver) and the package selenium;
+they are skipped without. RECORD_SCREENSHOTS=FOLDER also writes what the page looks like: light, dark, on a
+phone, printed."""
 import base64
 import datetime
 import hashlib
@@ -100,11 +102,14 @@ def hostile(place):
     folder = place / "hostile"
     for seed, loss in enumerate((1.58, 1.57, 1.59)):
         files = {"train_gpt.py": source(HOSTILE), "muon.py": source("x" * 1_000_000)}
-        write(folder / "a <b>bold<script>window.hacked=4</script>", f"<img src=x onerror=window.hacked=5>\u202e{seed}.txt",
-              own(losses=[5, 3, 2, loss + seed / 1e4], seed=seed, torch="2.13<script>", device=HOSTILE.strip().replace("\n", " "),
+        write(folder / "a <b>bold<script>window.hacked=4</script>",
+              f"<img src=x onerror=window.hacked=5>\u202e{seed}.txt",
+              own(losses=[5, 3, 2, loss + seed / 1e4], seed=seed, torch="2.13<script>",
+                  device=HOSTILE.strip().replace("\n", " "),
                   files=files, optimizer=HOSTILE, **{HOSTILE: 1}))
         write(folder / "b", f"{seed}{HOSTILE.replace('/', '∕')[:80]}.txt",
-              own(losses=[5, 3.1, 2.1, loss], seed=seed, files={"train_gpt.py": source("\0\x1b[31m" + HOSTILE[::-1])}))
+              own(losses=[5, 3.1, 2.1, loss], seed=seed,
+                  files={"train_gpt.py": source("\0\x1b[31m" + HOSTILE[::-1])}))
     write(folder / "c", "strange.txt", own(losses=[1e-300, 1e300, -1, 0, 2], times=[0, -5, 1e18, 3, 1e19]))
     write(folder / "c", "nan.txt", own(losses=[float("nan"), float("inf")]))
     (folder / "c" / os.fsdecode(b"no unicode \xff.txt")).write_text(own(losses=[5, 2, 1.7]))
@@ -115,9 +120,11 @@ def hostile(place):
 def test_a_page_is_whole_and_loads_nothing(example):
     page = Page(example[1])
     assert example[1].startswith("<!doctype html>") and page.all("html") == [{"lang": "en"}]
-    addresses = [value for _, attributes in page.elements for key, value in attributes.items() if key in ("src", "href")]
+    addresses = [value for _, attributes in page.elements for key, value in attributes.items()
+                 if key in ("src", "href")]
     assert all(value.startswith(("#", history.SOURCE)) for value in addresses)
-    assert not {"link", "iframe", "object", "embed", "img", "base", "form"} & {tag for tag, _ in page.elements}
+    assert not {"link", "iframe", "object", "embed", "img", "base", "form"} & {tag for tag,
+                                                                               _ in page.elements}
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len({*ids}) and {value[1:] for value in addresses if value.startswith("#")} <= {*ids}
     assert {attributes.get("aria-labelledby") for _, attributes in page.elements} - {None} <= {*ids}
@@ -125,7 +132,8 @@ def test_a_page_is_whole_and_loads_nothing(example):
 
 
 def test_only_the_two_scripts_of_the_page_may_run(example):
-    policy = next(attributes["content"] for attributes in Page(example[1]).all("meta") if "http-equiv" in attributes)
+    policy = next(attributes["content"] for attributes in Page(example[1]).all("meta")
+                  if "http-equiv" in attributes)
     scripts = re.findall(r"<script>(.*?)</script>", example[1], re.S)
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     assert len(scripts) == 2 and "default-src 'none'" in policy
@@ -147,7 +155,8 @@ def test_groups_have_the_figures_of_compare(example):
         facts, against = compare.figures(its), compare.tests_against(found[0], counted[0], group, its, track)
         assert row[0].strip().endswith(name) and row[1] == str(len(group.runs))
         loss = facts["loss"]
-        assert row[3] == (f"{loss['mean'].estimate:.4f} ± {loss['sd']:.4f}\n{loss['mean'].low:.4f} to {loss['mean'].high:.4f}")
+        assert row[3] == (f"{loss['mean'].estimate:.4f} ± {loss['sd']:.4f}\n{loss['mean'].low:.4f} to "
+                          f"{loss['mean'].high:.4f}")
         assert row[4].startswith("fails" if name == "yardstick" else "passes\np = 0.0")
         assert row[5].startswith(f"{facts['seconds']['mean'].estimate:.2f} ± ")
         assert row[6].startswith("baseline" if name == "AdamW" else f"{against['speed_up'].estimate:.3f}\n")
@@ -156,32 +165,39 @@ def test_groups_have_the_figures_of_compare(example):
 
 def test_runs_have_the_figures_of_their_logs(example):
     header, *rows = Page(example[1]).tables[1]
-    assert len(rows) == 17 and [cell.strip() for cell in header][:5] == ["Group", "Run", "Seed", "Final loss", "Training seconds"]
+    assert len(rows) == 17
+    assert [cell.strip() for cell in header][:5] == ["Group", "Run", "Seed", "Final loss", "Training seconds"]
     by_name = {row[1].strip(): row for row in rows}
     for path in logs.find(RESULTS):
         run, = logs.read(path).runs
         row = by_name[run.run_id[:8]]
         assert row[2:5] == [str(run.seed), f"{run.final_val_loss:.4f}", f"{run.final_time_ms / 1000:,.2f}"]
         assert row[7] == ("" if run.time_to(1.6) is None else f"{run.time_to(1.6) / 1000:,.1f}")
-    assert "torch 2.13.0+cpu" in Page(example[1]).text and "torch" not in "".join(header)  # what all share stands below
+    assert "torch 2.13.0+cpu" in Page(example[1]).text
+    assert "torch" not in "".join(header)  # what all share stands below
 
 
 def test_settings_that_differ_are_shown(example):
     table = next(table for table in Page(example[1]).tables if table[0][0] == "Setting")
-    assert ["optimizer", '"adamw"', '"muon"', '"muon"'] in table and not any(row[0] in ("seed", "data_seed") for row in table)
+    assert ["optimizer", '"adamw"', '"muon"', '"muon"'] in table
+    assert not any(row[0] in ("seed", "data_seed") for row in table)
 
 
 def test_history_alone(place):
     page = Page(make(place / "history.html"))
     assert len(page.tables[-1]) == 156 and "155 public records" in page.text
     local = table.local_records(TRACKS["shakespeare"])
-    assert local and [row[0] for row in page.tables[-2][1:]] == [
-        record.description + (f"\nno record: {record.why_no_record}" if record.why_no_record else "") for record in local]
+    assert local
+    assert [row[0] for row in page.tables[-2][1:]] == [
+        record.description + (f"\nno record: {record.why_no_record}" if record.why_no_record else "")
+        for record in local]
     assert [a["id"] for a in page.all("div") if a.get("class") == "chart"] == [
-        "history-small", "history-small-steps", "history-optimization", "history-medium", "history-medium-steps"]
+        "history-small", "history-small-steps", "history-optimization", "history-medium",
+        "history-medium-steps"]
     small = {row[1]: row for row in page.tables[-1] if row[0] == "small"}
     assert small["2"][2:6] == ["31.4", "9,536", "30.2", "2024-06-06"] and small["3"][3] == ""
-    assert small["89"][2:4] == ["1.23", "1,390"] and small["64"][3] == "1,555"  # of its linked run; another one ended early
+    assert small["89"][2:4] == ["1.23", "1,390"]
+    assert small["64"][3] == "1,555"  # of its linked run; another one ended early
 
 
 def test_the_example_runs(place):
@@ -250,8 +266,10 @@ def test_copies_of_a_run_count_once(place):
 
 def test_sources_are_compared_with_the_first_group(place):
     folder = place / "sources"
-    for name, lines in (("a", "one\ntwo\nthree\n"), ("b", "one\n2 < 3\nthree\nfour\n"), ("c", "one\ntwo\nthree\n")):
-        write(folder / name, "1.txt", own(losses=[5, 1.6], files={"train_gpt.py": lines, "muon.py": "same\n"}))
+    for name, lines in (("a", "one\ntwo\nthree\n"), ("b", "one\n2 < 3\nthree\nfour\n"),
+                        ("c", "one\ntwo\nthree\n")):
+        write(folder / name, "1.txt", own(losses=[5, 1.6],
+                                          files={"train_gpt.py": lines, "muon.py": "same\n"}))
     text = make(place / "sources.html", folder)
     page = Page(text)
     assert [row[-1].strip() for row in page.tables[0][1:]] == ["baseline", "+2 −1 lines", "the same"]
@@ -264,7 +282,8 @@ def test_differences_are_those_of_difflib():
     before, after = (Path(name).read_text() for name in ("records/table.py", "records/report.py"))
     expected = list(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm=""))[2:]
     found = difference.difference("a", before, after)
-    assert [line for kind, line in found.lines if kind != "place"] == [line for line in expected if not line.startswith("@@")]
+    assert [line for kind, line in found.lines if kind != "place"] == [line for line in expected
+                                                                       if not line.startswith("@@")]
     assert found.added == sum(line.startswith("+") for line in expected) and found.removed == sum(
         line.startswith("-") for line in expected)
     assert difference.differences({"a": "x\n", "b": "y\n"}, {"a": "x\n", "c": "z\n"}) == [
@@ -273,12 +292,15 @@ def test_differences_are_those_of_difflib():
 
 
 def test_a_difference_takes_bounded_time():
-    n = 20_000  # alternating lines make difflib begin anew at every second line, repeated ones make each begin expensive
+    # alternating lines make difflib begin anew at every second line, repeated ones make each begin expensive
+    n = 20_000
     a = "".join(f"{i % 199}\n" if i % 2 else f"a{i}\n" for i in range(n))
     b = "".join(f"{i % 199}\n" if i % 2 else f"b{i}\n" for i in range(n))
     start = time.monotonic()
     found = difference.difference("x", a, b)
-    assert time.monotonic() - start < 5 and not found.lines and (found.added, found.removed) == (n // 2, n // 2)
+    assert time.monotonic() - start < 5
+    assert not found.lines
+    assert (found.added, found.removed) == (n // 2, n // 2)
 
 
 def test_a_curve_is_the_mean_with_its_spread():
@@ -294,14 +316,17 @@ def test_a_curve_leaves_out_what_cannot_be_drawn(place):
     paths = [write(place / "curve", f"{k}.txt", own(losses=losses)) for k, losses in enumerate(
         ([5, float("nan"), 2, 1], [5, 3, 2], [5, 4]))]
     runs = [logs.read(path).runs[0] for path in paths]
-    assert [(point.step, point.n, point.loss) for point in charts.curve(runs)] == [(0, 3, 5), (100, 2, 3.5), (200, 2, 2)]
-    assert [point.step for point in charts.curve(runs[:2])] == [0, 100, 200, 300]  # half of the runs are enough
+    assert [(point.step, point.n, point.loss) for point in charts.curve(runs)] == [(0, 3, 5), (100, 2, 3.5),
+                                                                                   (200, 2, 2)]
+    assert [point.step for point in charts.curve(runs[:2])] == [0, 100, 200,
+                                                                300]  # half of the runs are enough
     write(place / "curve", "0.txt", own(losses=[5 - k / 1000 for k in range(2000)]))
     long = charts.curve([logs.read(paths[0]).runs[0]])
     assert len(long) == charts.MAX_POINTS and (long[0].step, long[-1].step) == (0, 199900)
 
 
-@pytest.mark.parametrize("low, high", [(1.5, 2.1), (3.2, 4.6), (1, 45), (0.6, 48), (2690, 8800), (1e-3, 1e3), (3.2799, 3.2801)])
+@pytest.mark.parametrize("low, high", [(1.5, 2.1), (3.2, 4.6), (1, 45), (0.6, 48), (2690, 8800), (1e-3, 1e3),
+                                       (3.2799, 3.2801)])
 def test_ticks_are_few_and_round(low, high):
     found = charts.ticks(low, high)
     assert 2 <= len(found) <= 9 and all(low <= tick <= high for tick in found)
@@ -313,7 +338,8 @@ def test_labels_rise_until_they_are_clear():
     lot = random.Random(0)
     for _ in range(100):  # of many fractions, some do not give 17 when 17 is added and they are taken away
         boxes = [(x := lot.uniform(0, 300), x + 100, lot.uniform(0, 400)) for _ in range(12)]
-        raised = [(left, right, bottom + lift) for (left, right, bottom), lift in zip(boxes, charts.lifts(boxes))]
+        raised = [(left, right, bottom + lift) for (left, right, bottom),
+                  lift in zip(boxes, charts.lifts(boxes))]
         assert all(b[0] >= a[1] or a[0] >= b[1] or abs(a[2] - b[2]) > charts.LINE - 1
                    for i, a in enumerate(raised) for b in raised[:i])
 
@@ -339,7 +365,8 @@ def test_an_experiment_has_its_baseline_first_and_what_was_printed_is_no_group(p
     """As the plan in its folder says; the arms are called by their roles."""
     for name, loss in (("a", 1.5), ("b", 1.6), ("output", 1.7)):
         for seed in (1, 2):
-            write(place / "experiment" / name, f"00{seed}_x.txt", own(losses=[5, 2, loss + seed / 100], seed=seed))
+            write(place / "experiment" / name, f"00{seed}_x.txt",
+                  own(losses=[5, 2, loss + seed / 100], seed=seed))
     write(place / "experiment", "plan.json", json.dumps(
         {"a": "x", "b": "y", "pairs": [{"seed": 1, "order": "ab"}, {"seed": 2, "order": "ba"}]}))
     page = Page(make(place / "experiment.html", place / "experiment"))
@@ -350,9 +377,11 @@ def test_an_experiment_has_its_baseline_first_and_what_was_printed_is_no_group(p
 
 
 def test_cells_say_their_column_where_a_row_is_a_card(example):
-    """On a phone the header of a table is not shown: each cell tells the title of its column, and empty ones are left out."""
+    """On a phone the header of a table is not shown: each cell tells the title of its column, and
+    empty ones are left out."""
     page = Page(example[1])
-    cells = [attributes for tag, attributes in page.elements if tag == "td" or tag == "th" and attributes.get("scope") == "row"]
+    cells = [attributes for tag, attributes in page.elements if tag == "td" or tag == "th"
+             and attributes.get("scope") == "row"]
     assert cells and all(attributes["data-title"] for attributes in cells)
     assert any("empty" in attributes["class"].split() for attributes in cells)
     style = (report.TEMPLATES / "report.css").read_text()
@@ -377,16 +406,20 @@ def contrast(a: str, b: str) -> float:
 
 def test_stairs_go_through_the_best_so_far():
     day = datetime.date(2026, 1, 1)
-    events = [charts.Event(day + datetime.timedelta(k), value, k, "", 0) for k, value in enumerate((5, 6, 4, 4, 3))]
+    events = [charts.Event(day + datetime.timedelta(k), value, k, "", 0) for k,
+              value in enumerate((5, 6, 4, 4, 3))]
     assert [*charts.history(events, "steps", best_only=True).data[0].y] == [5, 4, 3, 3]
     assert [*charts.history(events, "steps").data[0].y] == [5, 6, 4, 4, 3, 3]
 
 
 def test_the_largest_gain_of_a_quarter_is_named():
     """Of 1 % or more, so that the quarter of record 22 (0.8 %) names none."""
-    figures = report.public_charts({name: table.history_rows(TRACKS[name]) for name in ("small", "medium", "optimization")})
-    named = {note.text: note.hovertext for note in figures["history-small"].layout.annotations if note.hovertext}
-    assert {*named} == {"2", "5", "19", "29", "40", "62", "85", "89"} and named["62"] == "Hashed bigram embedding table"
+    figures = report.public_charts({name: table.history_rows(TRACKS[name])
+                                    for name in ("small", "medium", "optimization")})
+    named = {note.text: note.hovertext for note in figures["history-small"].layout.annotations
+             if note.hovertext}
+    assert {*named} == {"2", "5", "19", "29", "40", "62", "85", "89"}
+    assert named["62"] == "Hashed bigram embedding table"
 
 
 def test_text_is_cut():
@@ -398,11 +431,13 @@ def test_without_a_track_there_is_no_rule(place):
     write(place / "tracks" / "a", "1.txt", own(losses=[5, 1.6]))
     write(place / "tracks" / "b", "1.txt", own(losses=[5, 3.2], track="small"))
     page = Page(make(place / "tracks.html", place / "tracks"))
-    assert "No target and no loss rule" in page.text and not any("Loss rule" in cell for cell in page.tables[0][0])
+    assert "No target and no loss rule" in page.text
+    assert not any("Loss rule" in cell for cell in page.tables[0][0])
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["README.md", "-o", "x.html"], "found none"), (["nothing"], "found nothing there"), (["-o", "a.txt"], ".html"),
+    (["README.md", "-o", "x.html"], "found none"), (["nothing"], "found nothing there"),
+    (["-o", "a.txt"], ".html"),
     (["--track", "large", "-o", "x.html"], "--track"), (["-o", "README.md/x.html"], "-o"),
 ])
 def test_errors_say_what_to_do(argv, message, capsys):
@@ -430,7 +465,8 @@ def browser(tmp_path_factory):
         pytest.skip("no Chromium with its driver here")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                     "--disable-sync",
                      "--disable-background-networking", "--disable-component-update",
                      f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(argument)
@@ -451,20 +487,24 @@ def show(browser, path: Path, width: int = 1280, phone: bool = False, dark: bool
     assert browser.execute_script("return document.readyState") == "complete"
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"}
+    asked = {message["params"]["request"]["url"] for message in messages
+             if message["method"] == "Network.requestWillBeSent"}
     assert asked <= {path.as_uri(), path.as_uri() + "#"}, asked
     if folder := os.environ.get("RECORD_SCREENSHOTS"):
         height = browser.execute_script("return document.documentElement.scrollHeight")
         picture = browser.execute_cdp_cmd("Page.captureScreenshot", {
-            "captureBeyondViewport": True, "clip": dict(x=0, y=0, width=width, height=min(height, 8000), scale=1)})
+            "captureBeyondViewport": True, "clip": dict(x=0, y=0, width=width, height=min(height, 8000),
+                                                        scale=1)})
         name = f"{path.stem}_{'dark' if dark else 'light'}_{width}.png"
         Path(folder, name).write_bytes(base64.b64decode(picture["data"]))
 
 
 def counts(browser) -> dict[str, list[int]]:
     """Of each chart the traces and the dots that are drawn."""
-    return browser.execute_script("""return Object.fromEntries([...document.querySelectorAll(".chart")].map(chart => [chart.id,
-        [".scatterlayer .trace", ".scatterlayer .point"].map(what => chart.querySelectorAll(what).length)]))""")
+    return browser.execute_script("""
+        return Object.fromEntries([...document.querySelectorAll(".chart")].map(chart => [chart.id,
+            [".scatterlayer .trace", ".scatterlayer .point"].map(
+                what => chart.querySelectorAll(what).length)]))""")
 
 
 def test_charts_are_drawn(browser, example):
@@ -474,22 +514,28 @@ def test_charts_are_drawn(browser, example):
     assert found["ends"] == [3, 17]
     assert found["history-small"] == [2, 91] and found["history-optimization"] == [2, 46]
     assert found["history-medium"] == [2, 17]  # number 11 has no date
-    lines, labels = ([element.get_attribute(key) for element in browser.find_elements("css selector", f"#seconds {what}")]
+    lines, labels = ([element.get_attribute(key)
+                      for element in browser.find_elements("css selector", f"#seconds {what}")]
                      for what, key in ((".js-line", "d"), (".annotation-text", "data-unformatted")))
     assert len(lines) >= 3 and all(line.count("L") >= 1 for line in lines)
     assert "target 1.6" in labels
     legend = [element.text for element in browser.find_elements("css selector", "#seconds .legendtext")]
-    assert [name.rpartition("/")[2] for name in legend] == ["2026-11-22_AdamW", "2026-11-22_Muon", "yardstick"]
+    assert [name.rpartition("/")[2] for name in legend] == ["2026-11-22_AdamW", "2026-11-22_Muon",
+                                                            "yardstick"]
 
 
 def column(browser, name: str) -> list[str]:
     return browser.execute_script("""
-        const header = [...document.querySelectorAll("#runs thead th")].find(th => th.textContent.trim() === arguments[0]);
-        return [...header.closest("table").tBodies[0].rows].map(row => row.cells[header.cellIndex].textContent.trim());""", name)
+        const headers = [...document.querySelectorAll("#runs thead th")];
+        const header = headers.find(th => th.textContent.trim() === arguments[0]);
+        const rows = [...header.closest("table").tBodies[0].rows];
+        return rows.map(row => row.cells[header.cellIndex].textContent.trim());""", name)
 
 
 def sorts(browser) -> dict[str, str]:
-    return browser.execute_script("""return Object.fromEntries([...document.querySelectorAll("#runs thead th[aria-sort]")].map(
+    return browser.execute_script("""
+        const headers = [...document.querySelectorAll("#runs thead th[aria-sort]")];
+        return Object.fromEntries(headers.map(
         header => [header.textContent.trim(), header.getAttribute("aria-sort")]))""")
 
 
@@ -500,12 +546,14 @@ def test_tables_sort_by_mouse_and_by_keyboard(browser, example):
     before = [*map(float, column(browser, "Final loss"))]
     assert before != sorted(before) and sorts(browser) == {}
     button["Final loss"].click()
-    assert [*map(float, column(browser, "Final loss"))] == sorted(before) and sorts(browser) == {"Final loss": "ascending"}
+    assert [*map(float, column(browser, "Final loss"))] == sorted(before)
+    assert sorts(browser) == {"Final loss": "ascending"}
     button["Final loss"].click()
     assert [*map(float, column(browser, "Final loss"))] == sorted(before, reverse=True)
     assert sorts(browser) == {"Final loss": "descending"}
     button["Steps"].send_keys(Keys.ENTER)
-    assert column(browser, "Steps") == ["130"] * 3 + ["480"] * 9 + ["960"] * 5 and sorts(browser) == {"Steps": "ascending"}
+    assert column(browser, "Steps") == ["130"] * 3 + ["480"] * 9 + ["960"] * 5
+    assert sorts(browser) == {"Steps": "ascending"}
     button["Steps"].send_keys(Keys.SPACE)
     assert column(browser, "Steps") == ["960"] * 5 + ["480"] * 9 + ["130"] * 3
     for direction in (1, -1):  # empty cells are last in both directions
@@ -520,7 +568,8 @@ def test_tables_sort_by_mouse_and_by_keyboard(browser, example):
 
 def test_losses_that_are_not_finite_sort_last(browser, hostile):
     show(browser, hostile[0])
-    button = next(b for b in browser.find_elements("css selector", "#runs thead button") if b.text.strip() == "Final loss")
+    button = next(b for b in browser.find_elements("css selector", "#runs thead button")
+                  if b.text.strip() == "Final loss")
     for direction in (1, -1):
         button.click()
         *losses, last = map(float, column(browser, "Final loss"))
@@ -535,7 +584,8 @@ def test_the_keyboard_reaches_every_button(browser, example):
     while wanted[-1] not in reached and len(reached) < 40:
         browser.switch_to.active_element.send_keys(Keys.TAB)
         text, outline = browser.execute_script(
-            "const at = document.activeElement; return [at.textContent.trim(), getComputedStyle(at).outlineStyle]")
+            "const at = document.activeElement; return [at.textContent.trim(), "
+            "getComputedStyle(at).outlineStyle]")
         assert outline != "none"
         reached.append(text)
     assert reached[-len(wanted):] == wanted
@@ -544,19 +594,22 @@ def test_the_keyboard_reaches_every_button(browser, example):
 def test_a_link_leads_to_the_difference(browser, hostile):
     show(browser, hostile[0])
     browser.find_element("css selector", "#groups td a").click()
-    assert browser.execute_script("return document.querySelector(':target').textContent").startswith("Source of b")
-    assert -1 < browser.execute_script("return document.querySelector(':target').getBoundingClientRect().top") < 900
+    target = "return document.querySelector(':target')"
+    assert browser.execute_script(f"{target}.textContent").startswith("Source of b")
+    assert -1 < browser.execute_script(f"{target}.getBoundingClientRect().top") < 900
 
 
 @pytest.mark.parametrize("page, width, phone, dark", [
-    ("hostile", 1280, False, True), ("hostile", 390, True, False), ("example", 390, True, False), ("example", 320, True, True)])
+    ("hostile", 1280, False, True), ("hostile", 390, True, False), ("example", 390, True, False),
+    ("example", 320, True, True)])
 def test_nothing_hostile_runs_or_sticks_out(browser, request, page, width, phone, dark):
     show(browser, request.getfixturevalue(page)[0], width, phone, dark)
     assert browser.execute_script("return window.hacked") is None
     foreign = 'img, svg a, main a:not([href^="#"]):not([href^="https://github.com/"])'
     assert browser.execute_script("return document.querySelectorAll(arguments[0]).length", foreign) == 0
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    edges = browser.execute_script("""return [...document.querySelectorAll(".chart svg.main-svg")].map(svg => {
+    edges = browser.execute_script("""
+        return [...document.querySelectorAll(".chart svg.main-svg")].map(svg => {
         const box = svg.getBoundingClientRect(); return [box.left, box.right]; })""")
     assert edges and all(0 <= left and right <= width for left, right in edges)
 
@@ -565,9 +618,11 @@ def test_text_is_read_on_light_and_dark(browser, example):
     for dark in (False, True):
         show(browser, example[0], dark=dark)
         colors = browser.execute_script("""return [getComputedStyle(document.body).backgroundColor,
-            ...[...document.querySelectorAll("h1, .quiet, td, th, a, figcaption, footer")].map(x => getComputedStyle(x).color),
+            ...[...document.querySelectorAll("h1, .quiet, td, th, a, figcaption, footer")].map(
+                x => getComputedStyle(x).color),
             ...[...document.querySelectorAll(".chart text")].map(x => getComputedStyle(x).fill)]""")
-        paper, *inks = ["#%02x%02x%02x" % tuple(map(int, re.findall(r"\d+", color)[:3])) for color in dict.fromkeys(colors)]
+        paper, *inks = ["#%02x%02x%02x" % tuple(map(int, re.findall(r"\d+", color)[:3]))
+                        for color in dict.fromkeys(colors)]
         assert (paper == "#14171a") == dark and len(inks) >= 3
         assert all(contrast(ink, paper) >= 4.5 for ink in inks), (paper, inks)
 
@@ -586,11 +641,14 @@ def test_hover_shows_hostile_names_as_text(browser, hostile):
 def test_paper(browser, example, place):
     """Charts shrink to the page and come back."""
     show(browser, example[0], dark=True)
-    size = "const box = document.querySelector('#seconds svg').getBoundingClientRect(); return [box.width, box.height]"
+    size = ("const box = document.querySelector('#seconds svg').getBoundingClientRect(); "
+            "return [box.width, box.height]")
     before = browser.execute_script(size)
-    browser.execute_script("""addEventListener("beforeprint", () => { window.printed = [...document.querySelectorAll(
+    browser.execute_script("""addEventListener("beforeprint", () => {
+        window.printed = [...document.querySelectorAll(
         ".chart svg.main-svg")].map(svg => svg.getBoundingClientRect().width); });""")
-    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", dict(paperWidth=8.27, paperHeight=11.69))["data"])
+    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF",
+                                                   dict(paperWidth=8.27, paperHeight=11.69))["data"])
     if folder := os.environ.get("RECORD_SCREENSHOTS"):
         Path(folder, "example.pdf").write_bytes(pdf)
     pages = len(re.findall(rb"/Type\s*/Page\b", pdf))

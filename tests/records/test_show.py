@@ -15,7 +15,8 @@ from tests.helpers.synthetic import VARIANTS, make, own
 from records import logs, show
 from records.__main__ import guarded
 
-RUN_KEYS = ["run_id", "val_points", "first_val_loss", "final_val_loss", "final_time_ms", "final_step", "total_steps", "complete",
+RUN_KEYS = ["run_id", "val_points", "first_val_loss", "final_val_loss", "final_time_ms", "final_step",
+            "total_steps", "complete",
             "torch", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib", "source_sha256"]
 
 
@@ -37,15 +38,19 @@ def test_json_of_every_format(tmp_path, call, variant):
     code, out, err = call(path, "--json")
     assert (code, err) == (int(variant == "X"), "")
     facts = json.loads(out)
-    assert list(facts)[:3] == ["path", "variant", "runs"] and facts["path"] == str(path) and facts["variant"] == variant
+    assert list(facts)[:3] == ["path", "variant", "runs"]
+    assert facts["path"] == str(path)
+    assert facts["variant"] == variant
     assert len(facts["runs"]) == len(made.runs)
     for run, expected in zip(facts["runs"], made.runs):
         assert list(run)[:len(RUN_KEYS)] == RUN_KEYS
         curve = expected["val_points"]
-        assert run["val_points"] == [dict(step=step, val_loss=loss, train_time_ms=ms) for step, loss, ms in curve]
+        assert run["val_points"] == [dict(step=step, val_loss=loss, train_time_ms=ms) for step, loss,
+                                     ms in curve]
         assert [run[key] for key in ("first_val_loss", "final_val_loss", "final_time_ms", "final_step")] == [
             curve[0][1], curve[-1][1], curve[-1][2], curve[-1][0]]
-        for key in ("total_steps", "complete", "torch", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib"):
+        for key in ("total_steps", "complete", "torch", "gpu_name", "num_gpus", "world_size", "seed",
+                    "peak_mib"):
             assert run[key] == expected.get(key), key
         assert (run["source_sha256"] is None) == (not made.sources)
 
@@ -59,14 +64,16 @@ def test_json_is_an_object_for_a_file_and_a_list_for_more(tmp_path, call):
 
 
 def test_json_has_no_nan(tmp_path, call):
-    (tmp_path / "a.txt").write_text("step:0/9 val_loss:inf train_time:0ms step_avg:nanms\nstep:9/9 val_loss:nan train_time:1ms\n")
+    (tmp_path / "a.txt").write_text("step:0/9 val_loss:inf train_time:0ms step_avg:nanms\nstep:9/9 "
+                                    "val_loss:nan train_time:1ms\n")
     facts = json.loads(call(tmp_path / "a.txt", "--json")[1], parse_constant=lambda name: pytest.fail(name))
     assert [point["val_loss"] for point in facts["runs"][0]["val_points"]] == [None, None]
     assert facts["problems"] == ["a validation loss is not a finite number"]
 
 
 @pytest.mark.parametrize("settings,path,expected", [
-    (dict(track="shakespeare", target_loss=1.66), "a.txt", 1.6),  # the rule of the track counts, not what the log names
+    (dict(track="shakespeare", target_loss=1.66), "a.txt",
+     1.6),  # the rule of the track counts, not what the log names
     (dict(track="small"), "a.txt", 3.28),
     (dict(track=["?"]), "a.txt", 3.28),
     (dict(track="none"), "track_2_medium/x/a.txt", 2.92),
@@ -85,9 +92,12 @@ def test_one_log_in_full(call):
     code, out, err = call(path)
     assert (code, err) == (0, "")
     words = " ".join(out.split())
-    for expected in ("format own", "torch 2.13.0+cpu", "seed 8", "steps 480 of 480", "final loss 1.5589", "training time 98.77 s",
-                     "time per step 205.77 ms", "loss 1.6 at step 406.8 (interpolated), after 80.81 s", "480 1.5589 98.77",
-                     "muon.py (531 lines)", "4942644c1eb5cca0103f72e88f5678a978f9b17f1ff649f014a508c9cf10ca18",
+    for expected in ("format own", "torch 2.13.0+cpu", "seed 8", "steps 480 of 480", "final loss 1.5589",
+                     "training time 98.77 s",
+                     "time per step 205.77 ms", "loss 1.6 at step 406.8 (interpolated), after 80.81 s",
+                     "480 1.5589 98.77",
+                     "muon.py (531 lines)",
+                     "4942644c1eb5cca0103f72e88f5678a978f9b17f1ff649f014a508c9cf10ca18",
                      logs.read(ROOT / path).runs[0].source_sha256, "120 2.0600 21.31"):
         assert expected in words, expected
 
@@ -95,13 +105,16 @@ def test_one_log_in_full(call):
 def test_several_logs_in_a_table(call):
     code, out, err = call(ADAMW, MUON, YARDSTICK)
     assert (code, err) == (0, "") and out.count("yardstick/") == 3 and out.count("_Muon/") == 9
-    assert "in all: format own, target 1.6, ranks 2, hardware CPU (x86_64, 1 threads), AMD EPYC, torch 2.13.0+cpu" in out
+    assert ("in all: format own, target 1.6, ranks 2, hardware CPU (x86_64, 1 threads), AMD EPYC, "
+            "torch 2.13.0+cpu") in out
     for path in logs.find([ROOT / ADAMW, ROOT / MUON, ROOT / YARDSTICK]):
         run = logs.read(path).runs[0]
         [row] = [line.split() for line in out.splitlines() if path.stem[:8] in line]
         time, steps = run.time_to(1.6), run.steps_to(1.6)
-        assert row[1:] == [str(run.final_step), f"{run.final_val_loss:.4f}", f"{run.final_time_ms / 1000:.2f}",
-                           f"{run.step_avg_ms:.2f}", f"{time / 1000:.2f}" if time else "-", f"{steps:.1f}" if steps else "-",
+        assert row[1:] == [str(run.final_step), f"{run.final_val_loss:.4f}",
+                           f"{run.final_time_ms / 1000:.2f}",
+                           f"{run.step_avg_ms:.2f}", f"{time / 1000:.2f}" if time else "-", f"{steps:.1f}"
+                           if steps else "-",
                            str(run.seed)]
 
 
@@ -122,7 +135,8 @@ def test_a_table_of_one_run(tmp_path, call):
 def test_many_validations_are_shortened(tmp_path, call):
     (tmp_path / "a.txt").write_text(own([5 - k / 100 for k in range(100)]))
     rows = [line.split() for line in call(tmp_path / "a.txt")[1].splitlines()]
-    steps = [int(row[0].replace(",", "")) for row in rows if len(row) == 3 and row[0].replace(",", "").isdigit()]
+    steps = [int(row[0].replace(",", "")) for row in rows if len(row) == 3
+             and row[0].replace(",", "").isdigit()]
     assert steps == [100 * k for k in (*range(10), *range(70, 100))] and ["...", "...", "..."] in rows
 
 
@@ -141,14 +155,16 @@ def test_broken_files_are_named_and_do_not_hide_the_others(tmp_path, call):
 
 def test_a_file_that_cannot_be_opened_does_not_hide_the_others(tmp_path, call, monkeypatch):
     make("E1").write(tmp_path / "a.txt"), make("E1").write(tmp_path / "b.txt")
-    monkeypatch.setattr("builtins.open", lambda path, mode, open=open: open("/dev/no" if "a.txt" in str(path) else path, mode))
+    monkeypatch.setattr("builtins.open", lambda path, mode,
+                        open=open: open("/dev/no" if "a.txt" in str(path) else path, mode))
     code, out, err = call(tmp_path)
     assert code == 1 and "b.txt" in out and "a.txt: expected something readable" in err
 
 
 def test_hostile_names_and_texts_are_inert(tmp_path, call):
     path = tmp_path / "[red]\x1b[2J[nothing]\n.txt"
-    path.write_text(make("E1").text.replace("Running Triton version 3.4.0", "Running Triton version [bold]\x1b[2J"))
+    path.write_text(make("E1").text.replace("Running Triton version 3.4.0",
+                                            "Running Triton version [bold]\x1b[2J"))
     for arguments in ((path,), (path, make("E2").write(tmp_path / "b.txt"))):
         code, out, err = call(*arguments)
         assert code == 0 and "\x1b" not in out + err and "[red]?[2J[nothing]?.txt" in out.replace("\n", "")
@@ -178,7 +194,8 @@ def test_start_to_finish_in_half_a_second():
     """Processor time, which does not depend on what else the machine does; 0.09 s when this was written."""
     path = next((ROOT / MUON).glob("runs/*.txt"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "records", "show", path], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "records", "show", path], cwd=ROOT, check=True,
+                   stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
@@ -188,10 +205,12 @@ def test_no_heavy_library_is_loaded():
     program = ("import sys; from records.__main__ import guarded; guarded(sys.argv[1:]); "
                f"print({heavy} & set(sys.modules), file=sys.stderr)")
     path = next((ROOT / MUON).glob("runs/*.txt"))
-    done = subprocess.run([sys.executable, "-c", program, "show", path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, "show", path], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.stderr == "set()\n"
 
 
 def test_seconds_and_losses_as_shown():
     assert (show.seconds(None), show.seconds(1_234_567.8), show.nats(None)) == ("-", "1,234.57", "-")
-    assert (show.nats(3.2), show.nats(3.28001), show.nats(math.nan), show.nats(math.inf)) == ("3.2000", "3.28001", "nan", "inf")
+    assert (show.nats(3.2), show.nats(3.28001), show.nats(math.nan),
+            show.nats(math.inf)) == ("3.2000", "3.28001", "nan", "inf")

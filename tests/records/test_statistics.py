@@ -1,5 +1,5 @@
-"""records.statistics against formulas written out here from other pieces (the standard library, incomplete beta functions,
-simulation), and against p-values computed from the public logs by others."""
+"""records.statistics against formulas written out here from other pieces (the standard library, incomplete
+beta functions, simulation), and against p-values computed from the public logs by others."""
 import csv
 import dataclasses
 import math
@@ -23,7 +23,8 @@ from records.tracks import TRACKS, choose
 HERE = Path(__file__).parent
 HISTORY = HERE.parents[1] / "records" / "history" / "finals.csv"
 
-groups = st.lists(st.integers(32_000, 33_500), min_size=2, max_size=40).map(lambda losses: [loss / 1e4 for loss in losses])
+groups = st.lists(st.integers(32_000, 33_500), min_size=2,
+                  max_size=40).map(lambda losses: [loss / 1e4 for loss in losses])
 
 
 def t_cdf(t: float, df: float) -> float:
@@ -62,7 +63,8 @@ def test_z_rule_is_the_published_condition(losses):
 
 
 @pytest.mark.parametrize("losses, passes", [
-    ([3.276], True), ([3.27601], False), ([3.278] * 4, True), ([3.27801] * 4, False), ([3.277, 3.279] * 2, True)])
+    ([3.276], True), ([3.27601], False), ([3.278] * 4, True), ([3.27801] * 4, False),
+    ([3.277, 3.279] * 2, True)])
 def test_z_rule_at_its_edge(losses, passes):
     assert statistics.z_rule(losses, 3.28).passes is passes
 
@@ -70,7 +72,8 @@ def test_z_rule_at_its_edge(losses, passes):
 @pytest.mark.parametrize("losses, baseline, steps, passes", [
     ([3.276], [3.276 + 0.004 * 2 ** 0.5], 0, True), ([3.276], [3.2816], 0, False),
     ([3.28] * 4, [3.28] * 4, 62, False), ([3.28] * 4, [3.28] * 4, 63, True),  # 0.004 / sqrt 2 = 62.85 steps
-    ([3.281] * 8, [3.28] * 8, 66, False), ([3.281] * 8, [3.28] * 8, 67, True), ([3.28] * 9, [3.28], -10, False)])
+    ([3.281] * 8, [3.28] * 8, 66, False), ([3.281] * 8, [3.28] * 8, 67, True),
+    ([3.28] * 9, [3.28], -10, False)])
 def test_pairwise_rule(losses, baseline, steps, passes):
     assert statistics.pairwise_rule(losses, baseline, steps).passes is passes
 
@@ -95,7 +98,8 @@ def test_welch_is_the_textbook_formula(a, b):
     half = t_distribution.ppf(0.975, df) * math.sqrt(u + v)
     assert result.df == pytest.approx(df, rel=1e-6)
     assert result.p == pytest.approx(t_cdf(gap / math.sqrt(u + v), df), rel=1e-5, abs=1e-12)
-    assert [result.difference.low, result.difference.high] == pytest.approx([gap - half, gap + half], rel=1e-6, abs=1e-9)
+    assert [result.difference.low, result.difference.high] == pytest.approx([gap - half, gap + half],
+                                                                            rel=1e-6, abs=1e-9)
 
 
 @given(groups)
@@ -133,12 +137,14 @@ def test_paired_wants_pairs():
 
 
 def fieller(a, b, confidence):
-    """Fieller's interval of mean(a) / mean(b), with the degrees of freedom of Welch and Satterthwaite at the estimate: the
-    ratios r for which mean(a) - r mean(b) is within its t interval around 0, found on a fine grid."""
+    """Fieller's interval of mean(a) / mean(b), with the degrees of freedom of Welch and Satterthwaite at the
+    estimate: the ratios r for which mean(a) - r mean(b) is within its t interval around 0, found on a fine
+    grid."""
     u, v, ratio = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b), np.mean(a) / np.mean(b)
     df = (u + ratio ** 2 * v) ** 2 / (u ** 2 / (len(a) - 1) + (ratio ** 2 * v) ** 2 / (len(b) - 1))
     r = ratio * np.linspace(0.5, 1.5, 1_000_001)
-    inside = r[abs(np.mean(a) - r * np.mean(b)) <= t_distribution.ppf((1 + confidence) / 2, df) * np.sqrt(u + r ** 2 * v)]
+    inside = r[abs(np.mean(a) - r * np.mean(b)) <= t_distribution.ppf((1 + confidence) / 2,
+                                                                      df) * np.sqrt(u + r ** 2 * v)]
     return inside[0], inside[-1]
 
 
@@ -153,9 +159,11 @@ def test_ratio_interval_agrees_with_fieller_where_spreads_are_those_of_times():
 
 
 def test_ratio_interval_covers_the_true_ratio():
-    """95 % within the noise of 4,000 intervals (standard error 0.34 %) and Satterthwaite's own error at n = 3."""
+    """95 % within the noise of 4,000 intervals (standard error 0.34 %) and Satterthwaite's own error
+    at n = 3."""
     rng = np.random.default_rng(2)
-    for n_a, n_b, spread_a, spread_b in ((3, 3, 0.02, 0.02), (3, 10, 0.05, 0.01), (10, 10, 0.001, 0.06), (20, 5, 0.06, 0.06)):
+    for n_a, n_b, spread_a, spread_b in ((3, 3, 0.02, 0.02), (3, 10, 0.05, 0.01), (10, 10, 0.001, 0.06),
+                                         (20, 5, 0.06, 0.06)):
         hits = 0
         for _ in range(4000):
             interval = statistics.ratio_interval(1.8 * (1 + spread_a * rng.standard_normal(n_a)),
@@ -165,8 +173,10 @@ def test_ratio_interval_covers_the_true_ratio():
 
 
 def test_ratio_interval_of_the_swapped_groups_is_the_reciprocal():
-    one, other = statistics.ratio_interval([10, 11, 12.5], [4, 5]), statistics.ratio_interval([4, 5], [10, 11, 12.5])
-    assert (other.estimate, other.low, other.high) == pytest.approx((1 / one.estimate, 1 / one.high, 1 / one.low))
+    one, other = statistics.ratio_interval([10, 11, 12.5],
+                                           [4, 5]), statistics.ratio_interval([4, 5], [10, 11, 12.5])
+    assert (other.estimate, other.low, other.high) == pytest.approx((1 / one.estimate, 1 / one.high,
+                                                                     1 / one.low))
 
 
 def test_ratio_interval_wants_positive_values():
@@ -178,22 +188,27 @@ def test_ratio_interval_wants_positive_values():
 
 
 @pytest.mark.parametrize("values, why", [
-    ([], "found 0"), ([3.2], "found 1"), ([3.2, 3.2, 3.2], "equal"), ([3.2, math.nan], "1 of 2"), ([math.inf, 3.2, 3.1], "inf"),
+    ([], "found 0"), ([3.2], "found 1"), ([3.2, 3.2, 3.2], "equal"), ([3.2, math.nan], "1 of 2"),
+    ([math.inf, 3.2, 3.1], "inf"),
     ([3.2, -math.inf], "inf"), ([3.2, 1e200], "1e+200"), ([0.1 + 0.2, 0.3], "equal"),
     ([0.0, 5e-324], "equal")])
 def test_no_number_where_there_is_none(values, why):
     good = [3.1, 3.2, 3.4]
-    results = [statistics.t_test(values, 3.28), statistics.mean_interval(values), statistics.welch(values, good),
-               statistics.welch(good, values), statistics.ratio_interval(values, good), statistics.ratio_interval(good, values),
+    results = [statistics.t_test(values, 3.28), statistics.mean_interval(values),
+               statistics.welch(values, good),
+               statistics.welch(good, values), statistics.ratio_interval(values, good),
+               statistics.ratio_interval(good, values),
                statistics.paired(values, [0.0] * len(values))]
     for result in results:
         assert why in result.why, result
         facts = dataclasses.asdict(result)
-        assert all(facts.get(name) is None for name in ("t", "p", "low", "high", "p_below", "p_above", "floor")), result
+        assert all(facts.get(name) is None for name in ("t", "p", "low", "high", "p_below", "p_above",
+                                                        "floor")), result
         assert not getattr(result, "passes", False)
 
 
-anything = st.lists(st.floats() | st.floats(3.27, 3.29) | st.sampled_from([0.0, 1e99, 5e-324, 1e15, 3.28]), max_size=6)
+anything = st.lists(st.floats() | st.floats(3.27, 3.29) | st.sampled_from([0.0, 1e99, 5e-324, 1e15, 3.28]),
+                    max_size=6)
 
 
 @given(anything, anything)
@@ -207,7 +222,8 @@ def test_whatever_goes_in_no_wrong_number_comes_out(a, b):
                    statistics.paired(a[:n], b[:n])]
     for result in results:
         numbers = {name: value for name, value in vars(result).items() if isinstance(value, float)}
-        assert all(map(math.isfinite, (numbers.get(name, 0) for name in ("t", "df", "score", "low", "high", "floor")))), result
+        assert all(map(math.isfinite, (numbers.get(name, 0)
+                                       for name in ("t", "df", "score", "low", "high", "floor")))), result
         assert all(0 <= numbers.get(name, 0) <= 1 for name in ("p", "p_below", "p_above")), result
         assert str(result) and (result.why or "cannot be judged" not in str(result))
 
@@ -222,7 +238,8 @@ def test_rules_without_a_spread_refuse_what_is_no_loss(losses):
 # Power
 
 
-@pytest.mark.parametrize("n, margin, sigma", [(5, 0.002, None), (20, 0.001, None), (4, 0.002, 0.0013), (1, 0.004, 0.0013)])
+@pytest.mark.parametrize("n, margin, sigma", [(5, 0.002, None), (20, 0.001, None), (4, 0.002, 0.0013),
+                                              (1, 0.004, 0.0013)])
 def test_power_is_what_simulated_runs_do(n, margin, sigma):
     rng, sets = np.random.default_rng(3), 20_000
     losses = 3.28 - margin + 0.0011 * rng.standard_normal((sets, n))
@@ -252,7 +269,8 @@ def published():
 def losses_of_records() -> dict[tuple[str, str], list[float]]:
     """Losses of the runs of each record at the step that it claims."""
     losses = defaultdict(list)
-    with open(HERE / "claim_losses.csv", newline="") as file:  # records that claim an earlier step than the last
+    with open(HERE / "claim_losses.csv",
+              newline="") as file:  # records that claim an earlier step than the last
         for row in csv.DictReader(file):
             losses[row["track"], row["number"]].append(float(row["val_loss"]))
     early = set(losses)
@@ -272,7 +290,8 @@ def test_every_published_p_value_is_reproduced():
     for row in rows:
         result = statistics.t_test(losses[row["track"], row["number"]], 3.28)
         found = (str(result.n), f"{result.mean:.5f}", f"{result.sd:.5f}", f"{result.p:.2g}")
-        assert found == (row["n"], row["mean"], row["sd"], f"{float(row['p']):.2g}"), (row["track"], row["number"])
+        assert found == (row["n"], row["mean"], row["sd"], f"{float(row['p']):.2g}"), (row["track"],
+                                                                                       row["number"])
 
 
 # Tracks
@@ -281,7 +300,8 @@ def test_every_published_p_value_is_reproduced():
 def test_rules_of_the_tracks_are_applied():
     losses = [3.2785, 3.2790, 3.2795, 3.2788, 3.2786]
     assert statistics.loss_rule(TRACKS["small"], losses) == statistics.t_test(losses, 3.28, 0.01)
-    assert statistics.loss_rule(TRACKS["optimization"], losses) == statistics.z_rule(losses, 3.28, 0.0013, 0.004)
+    assert statistics.loss_rule(TRACKS["optimization"], losses) == statistics.z_rule(losses, 3.28, 0.0013,
+                                                                                     0.004)
     assert statistics.loss_rule(TRACKS["medium"], losses).target == 2.92
     assert {track.folder for track in TRACKS.values()} == {
         "track_0_laptop", "track_1_short", "track_2_medium", "track_3_optimization"}

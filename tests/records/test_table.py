@@ -10,11 +10,15 @@ from records.tracks import TRACKS
 
 
 def record(**changes) -> schema.Record:
-    runs = dict(n=9, step=480, loss_mean=1.57851, loss_sd=0.01021, time_ms_mean=85678.9, time_ms_sd=5031.2, logs=[])
+    runs = dict(n=9, step=480, loss_mean=1.57851, loss_sd=0.01021, time_ms_mean=85678.9, time_ms_sd=5031.2,
+                logs=[])
     return schema.parse(dict(
-        version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record", why_no_record=None, description="Muon",
-        contributors=["Ada"], step=None, planned_runs=None, baseline_record=None, waivers={}, excluded={}, hardware="CPU", torch="2.13.0", world_size=2,
-        runs=runs, loss_test=dict(rule="t_test", target=1.6, alpha=0.01, p=0.0001, passes=True), baseline=None, speed=None,
+        version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record", why_no_record=None,
+        description="Muon",
+        contributors=["Ada"], step=None, planned_runs=None, baseline_record=None, waivers={}, excluded={},
+        hardware="CPU", torch="2.13.0", world_size=2,
+        runs=runs, loss_test=dict(rule="t_test", target=1.6, alpha=0.01, p=0.0001, passes=True),
+        baseline=None, speed=None,
         excluded_logs=[], sources={}) | changes)
 
 
@@ -35,7 +39,8 @@ def put(place, record, folder=None):
 
 def rows(text: str) -> list[list[str]]:
     """Cells of the table rows; an escaped bar is no border."""
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()
+            if line.startswith("| ")]
 
 
 def test_the_committed_page_is_up_to_date(capsys):
@@ -63,15 +68,19 @@ def test_every_public_row_is_there_with_its_links(place):
             (r.number, r.minutes_or_steps) for r in records)
         assert {len(cells) for cells in found} == {8}
         assert section.count("[log](") == sum(bool(r.log_path) for r in records)
-        assert all(r.log_path in section and (not r.pr or f"[{r.pr}]({r.pr_url})" in section) for r in records)
+        assert all(r.log_path in section and (not r.pr or f"[{r.pr}]({r.pr_url})" in section)
+                   for r in records)
 
 
 def test_gains_are_over_the_row_before_or_the_best():
     gains = {name: {(row.record.number, row.record.kind, str(row.record.minutes_or_steps)): row.gain
-                    for row in table.history_rows(TRACKS[name])} for name in ("small", "medium", "optimization")}
+                    for row in table.history_rows(TRACKS[name])}
+             for name in ("small", "medium", "optimization")}
     assert gains["small"][2, "record", "31.4"] == Decimal("13.6")
-    assert gains["small"][21, "retiming", "3.014"] is None and gains["small"][22, "record", "2.99"] == Decimal("0.024")
-    assert gains["medium"][1, "record", "348"] is None and gains["medium"][12, "record", "23.28"] == Decimal("0.17")
+    assert gains["small"][21, "retiming", "3.014"] is None
+    assert gains["small"][22, "record", "2.99"] == Decimal("0.024")
+    assert gains["medium"][1, "record", "348"] is None
+    assert gains["medium"][12, "record", "23.28"] == Decimal("0.17")
     assert all(gain is None or gain >= 0 for track in gains.values() for gain in track.values())
     steps = table.history_rows(TRACKS["optimization"])
     assert steps[0].record.minutes_or_steps - sum(row.gain or 0 for row in steps) == min(
@@ -80,7 +89,8 @@ def test_gains_are_over_the_row_before_or_the_best():
 
 
 def test_the_best_before_of_upstream_agrees():
-    """Upstream marks which results beat all before; by date these are the same but for 5 and 7, both 3325 steps."""
+    """Upstream marks which results beat all before; by date these are the same but for 5 and 7, both
+    3325 steps."""
     ours = {row.record.number for row in table.history_rows(TRACKS["optimization"]) if row.gain}
     theirs = {r.number for r in history.records() if r.track == "optimization" and "world-record" in r.notes}
     assert ours ^ theirs == {1, 5, 7}  # 1 is the first
@@ -88,7 +98,8 @@ def test_the_best_before_of_upstream_agrees():
 
 def test_local_records_come_from_their_folders(place):
     put(place, record(speed=dict(difference_ms=-73649.1, low_ms=-78000.0, high_ms=-69300.0, p=1e-9)))
-    put(place, record(name="AdamW", kind="non-record", why_no_record="slower", contributors=[], date="2026-11-23"))
+    put(place, record(name="AdamW", kind="non-record", why_no_record="slower", contributors=[],
+                      date="2026-11-23"))
     cli.guarded(["table"])
     first, second = [cells for cells in rows(table.PAGE.read_text()) if cells[0].startswith("2026-11")]
     assert first == ["2026-11-22", "1.428", "1.5785 ± 0.0102", "9", "480", "73.65 s (95 %: 69.30 to 78.00)",
@@ -119,7 +130,8 @@ def test_numbers_that_the_logs_do_not_hold(place):
     (lambda place: put(place, record(), "track_0_laptop/2026-11-22_Other"), "rename the folder"),
     (lambda place: table.PAGE.write_text("no marks"), "put both"),
     (lambda place: table.PAGE.unlink(), "expected a page"),
-    (lambda place: (put(place, record()), (place / "track_0_laptop/2026-11-22_Muon/record.json").write_text("{")), "schema"),
+    (lambda place: (put(place, record()),
+                    (place / "track_0_laptop/2026-11-22_Muon/record.json").write_text("{")), "schema"),
 ])
 def test_errors_say_what_to_do(place, capsys, break_it, message):
     break_it(place)

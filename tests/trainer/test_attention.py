@@ -9,9 +9,8 @@ import torch
 from data.errors import UsageError
 from data.loader import make_batch
 from engine import attention
-from engine.attention import BACKENDS, choose_backend, paired_docs
+from engine.attention import BACKENDS, choose_backend, pair, paired_docs, unpair
 from tests.helpers.tiny import docs_of
-from train_gpt import pair, unpair
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 CPU = torch.device("cpu")

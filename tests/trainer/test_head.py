@@ -23,7 +23,7 @@ def test_the_multi_token_loss_equals_its_formula_in_value_and_gradient(weights):
     targets = torch.tensor([1, 4, 0, 0, 3, 2, 1, 4, 2])
     exact = logits.detach().double().requires_grad_()
     expected = sum(-w * torch.log(exact[t].exp()[targets[t + k]] / exact[t].exp().sum())
-                   for k, w in enumerate(weights) for t in range(9 - k)) / 9
+                   for k, w in enumerate(weights) for t in range(9 - k))
     loss = multi_token_loss(logits, targets, torch.tensor(weights))
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)  # fp32
     found, = torch.autograd.grad(loss, logits)

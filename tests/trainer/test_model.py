@@ -95,14 +95,23 @@ def slow_attention(P, cfg, i, h, tokens, stage, window):
     if cfg.key_offset and i in cfg.long_layers:
         k = [k[0]] + [[torch.cat([k[t][a][: d // 2], k[t - 1][a][d // 2 :]]) for a in range(H)]
                       for t in range(1, T)]
+
+    def partners(a):
+        """The heads that share a softmax, in the order of their places."""
+        if not paired:
+            return [a]
+        if cfg.pairing == "neighbours":
+            return [a // 2 * 2, a // 2 * 2 + 1]
+        return [a % (H // 2), a % (H // 2) + H // 2]
+
     outputs = []
     for t in range(T):
         y = []
         for a in range(H):
-            partners = range(a // 2 * 2, a // 2 * 2 + 2) if paired else [a]
-            places = [(s, b) for s in range(t + 1) for b in partners if document[s] == document[t]]
+            places = [(s, b) for s in range(t + 1) for b in partners(a) if document[s] == document[t]]
             if paired:
-                places = [(s, b) for s, b in places if 0 <= (2 * t + a % 2) - (2 * s + b % 2) <= window]
+                own = 2 * t + partners(a).index(a)
+                places = [(s, b) for s, b in places if 0 <= own - (2 * s + partners(b).index(b)) <= window]
             else:
                 places = [(s, b) for s, b in places if t - s <= window]
             e = torch.exp(scale * torch.stack([(q[t][a] * k[s][b]).sum() for s, b in places]))
@@ -150,7 +159,7 @@ def slow_log_probs(P, signs, cfg, tokens, stage, tied, final=False):
                 x = [x[t] + P["bigram_lambdas"][i] * B[t] for t in range(T)]
         if cfg.skip and i == cfg.skip[1]:
             w, s = P["skip_gate"][0], P["skip_lambda"][0]
-            x = [x[t] + sigma(s + w @ x0[t][: len(w)]) * outputs[cfg.skip[0]][t] for t in range(T)]
+            x = [x[t] + sigma(s) * 2 * sigma(w @ x0[t][: len(w)]) * outputs[cfg.skip[0]][t] for t in range(T)]
         hidden = [torch.clamp(P["mlp_in"][i] @ rms(v), min=0) ** 2 for v in x]
         x = outputs[i] = [b * x[t] + r * (P["mlp_out"][i] @ hidden[t]) for t in range(T)]
     if cfg.backout:
@@ -163,7 +172,7 @@ def slow_log_probs(P, signs, cfg, tokens, stage, tied, final=False):
 
 
 def slow_loss(log_probs, targets, weights):
-    return -sum(w * log_probs[t, targets[t + k]] for k, w in enumerate(weights) for t in range(T - k)) / T
+    return -sum(w * log_probs[t, targets[t + k]] for k, w in enumerate(weights) for t in range(T - k))
 
 
 def relative(a, b):
@@ -201,6 +210,7 @@ TECHNIQUES = {
     "nothing": {},
     "partial key offset": dict(key_offset=True),
     "paired heads": dict(paired_layers=(0, 2)),
+    "paired heads, neighbours": dict(paired_layers=(0, 2), pairing="neighbours"),
     "paired heads in a long layer with key offset": dict(paired_layers=(1,), key_offset=True),
     "all channels rotate": dict(rope_fraction=1.0),
     "no channel rotates": dict(rope_fraction=0.0),
@@ -468,7 +478,7 @@ def test_every_parameter_is_in_exactly_one_optimizer_group(folder, optimizer, by
 
 def test_embedding_and_head_are_one_table_until_they_part(folder):
     run = make_run(folder)
-    model, part = run.model, run.cfg.stage_starts[2]
+    model, part = run.model, run.cfg.untie_step
     assert 0 < part < 12
     while run.step < part:
         run.train_step()

@@ -7,7 +7,7 @@ import torch
 from tests.helpers.tiny import BARE, config, make_run
 from train_gpt import learning_rate, mtp_weights, muon_momentum
 
-DEFAULT = config({})  # the real track small: 1480 steps, 16 of them extension, three stages
+DEFAULT = config({})  # the real track small: 1480 steps, 40 of them extension, three stages
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -15,10 +15,10 @@ DEFAULT = config({})  # the real track small: 1480 steps, 16 of them extension, 
 
 
 def test_stages_of_the_default_schedule_are_thirds_and_then_the_extension():
-    assert DEFAULT.stage_starts == (0, 488, 976, 1464)
-    steps = (0, 487, 488, 975, 976, 1463, 1464, 1479)
+    assert DEFAULT.stage_starts == (0, 480, 960, 1440)
+    steps = (0, 479, 480, 959, 960, 1439, 1440, 1479)
     assert [DEFAULT.stage(s) for s in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert DEFAULT.train_tokens == 488 * 131_072 + 488 * 262_144 + (488 + 16) * 393_216
+    assert DEFAULT.train_tokens == 480 * 131_072 + 480 * 262_144 + (480 + 40) * 393_216
 
 
 @pytest.mark.parametrize("every", [1, 2, 8])
@@ -44,10 +44,12 @@ def test_settings_by_stage_repeat_their_last_entry():
     assert [cfg.at("max_doc_len", s) for s in cfg.stage_starts] == [7] * 4
 
 
-def test_tying_ends_at_its_stage():
-    cfg = config(BARE, untie_stage=2)
-    edge = cfg.stage_starts[2]
+@pytest.mark.parametrize("delay", [0, 1])
+def test_tying_ends_in_its_stage_after_moves_of_adam(delay):
+    cfg = config(BARE, untie_stage=2, untie_delay=delay)
+    edge = cfg.stage_starts[2] + 2 * delay
     assert cfg.tied(0) and cfg.tied(edge - 1) and not cfg.tied(edge) and not cfg.tied(13)
+    assert set(cfg.graph_starts) == {*cfg.stage_starts, edge}  # another graph each
     assert not config(BARE, untie_stage=0).tied(0)
     assert config(BARE, untie_stage=-1).tied(13)
 
@@ -57,16 +59,16 @@ def test_tying_ends_at_its_stage():
 
 
 def test_the_learning_rate_follows_the_stages_and_cools_down_to_the_floor():
-    start, end = 585, 1464  # int(1464 * (1 - 0.6)), 1464
+    start, end = 576, 1440  # 1440 * (1 - 0.6), 1440
 
     def expected(step, factor):
         t = (step - start) / (end - start)
         return factor * (1 - t) + 0.15 * t
 
-    assert [learning_rate(DEFAULT, s) for s in (0, 487, 488, 584, 585)] == [1.0, 1.0, 1.52, 1.52, 1.52]
-    for step, factor in ((586, 1.52), (800, 1.52), (975, 1.52), (976, 1.73), (1300, 1.73), (1463, 1.73)):
+    assert [learning_rate(DEFAULT, s) for s in (0, 479, 480, 575, 576)] == [1.0, 1.0, 1.52, 1.52, 1.52]
+    for step, factor in ((577, 1.52), (800, 1.52), (959, 1.52), (960, 1.73), (1300, 1.73), (1439, 1.73)):
         assert math.isclose(learning_rate(DEFAULT, step), expected(step, factor), rel_tol=1e-12)
-    assert {learning_rate(DEFAULT, s) for s in (1464, 1470, 1479)} == {0.15}  # the extension: the floor
+    assert {learning_rate(DEFAULT, s) for s in (1440, 1470, 1479)} == {0.15}  # the extension: the floor
 
 
 def test_published_values_of_the_learning_rate_at_a_jump_in_the_cooldown():
@@ -103,11 +105,11 @@ def test_momentum_without_ramps_is_constant_and_short_runs_take_the_lower_ramp()
 
 def test_each_stage_fades_out_the_last_weight_of_the_multi_token_loss():
     assert mtp_weights(DEFAULT, 0) == (1.0, 0.5, 0.25)
-    assert mtp_weights(DEFAULT, 244) == (1.0, 0.5, 0.125)
-    assert mtp_weights(DEFAULT, 487) == (1.0, 0.5, 0.25 * (1 - 487 / 488))
-    assert mtp_weights(DEFAULT, 488) == (1.0, 0.5)
-    assert mtp_weights(DEFAULT, 732) == (1.0, 0.25)
-    assert {mtp_weights(DEFAULT, s) for s in (976, 1200, 1463, 1464, 1479)} == {(1.0,)}
+    assert mtp_weights(DEFAULT, 240) == (1.0, 0.5, 0.125)
+    assert mtp_weights(DEFAULT, 479) == (1.0, 0.5, 0.25 * (1 - 479 / 480))
+    assert mtp_weights(DEFAULT, 480) == (1.0, 0.5)
+    assert mtp_weights(DEFAULT, 720) == (1.0, 0.25)
+    assert {mtp_weights(DEFAULT, s) for s in (960, 1200, 1439, 1440, 1479)} == {(1.0,)}
 
 
 @pytest.mark.parametrize("stages", [1, 2, 6])

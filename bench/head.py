@@ -1,0 +1,74 @@
+"""Head and loss in bf16 and in FP8: time as a run computes them, forward and backward, and errors against
+fp32.
+
+    python -m bench.head [--track=small] [--field=value ...]          prints JSON
+"""
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+from engine.head_loss import HEAD_PIECE, HeadLoss
+from train_gpt import Config, configure, mtp_weights, norm
+
+
+def milliseconds(call, device: torch.device, reps: int = 10) -> float:
+    """Return the median time of a call after three that do not count."""
+    times = []
+    for _ in range(reps + 3):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[3:])
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float]]:
+    """Return {"bf16", "fp8"} -> {"loss", "dx", "dw": relative errors, "ms"} at the first stage's length of
+    a sequence."""
+    T = cfg.batch_tokens[0] // cfg.slices
+    torch.manual_seed(0)
+    targets = torch.randint(0, cfg.vocab_size, (T,), device=device)
+    x = norm(torch.randn(T, cfg.model_dim, device=device))
+    head = cfg.head_std * torch.randn(cfg.padded_vocab, cfg.model_dim, device=device)
+    weights = torch.tensor(mtp_weights(cfg, 0), device=device)
+
+    def make(dtype: torch.dtype, fp8: bool, compiled: bool):
+        leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in (x, head)]
+
+        def loss():
+            return HeadLoss.apply(*leaves, targets, weights, cfg.softcap, HEAD_PIECE, fp8)
+
+        forward = torch.compile(loss, dynamic=False) if compiled else loss
+
+        def call():
+            y = forward()
+            return [y.detach(), *torch.autograd.grad(y, leaves)]
+
+        return call
+
+    exact = make(torch.float32, fp8=False, compiled=False)()
+    result = {}
+    for name, fp8 in (("bf16", False), ("fp8", True)):
+        call = make(torch.bfloat16, fp8, compiled=device.type == "cuda")
+        loss, dx, dw = map(relative_error, call(), exact)
+        result[name] = dict(loss=loss, dx=dx, dw=dw, ms=milliseconds(call, device))
+    return result
+
+
+def main(argv: list[str]) -> int:
+    _, cfg, _ = configure(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(measure_head(cfg, device)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
