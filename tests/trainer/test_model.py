@@ -8,7 +8,7 @@ import torch
 
 from engine.kernels import Kernels
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
-from train_gpt import GPT, MATRICES, TABLES, Config, rotary_settings
+from train_gpt import GPT, MATRICES, TABLES, Config
 
 LENGTHS = [5, 1, 7, 4]  # documents of the sequence that all models below read
 T = sum(LENGTHS)
@@ -248,23 +248,7 @@ def test_all_techniques_together_equal_the_slow_model(stage, tied, weights, fina
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rotary embedding and YaRN
-
-
-def test_yarn_rescales_frequencies_and_scale_at_each_window_change_as_published():
-    cfg = config({})
-    for stage, published in enumerate(("0.1000", "0.1169", "0.1275", "0.1318")):
-        found, scale = rotary_settings(cfg, stage)
-        frequencies, expected = slow_frequencies(cfg, stage)
-        assert f"{scale:.4f}" == published and math.isclose(scale, expected, rel_tol=1e-12)
-        assert len(found) == 32  # of 64 planes: half of them turn
-        torch.testing.assert_close(found, torch.tensor(frequencies, dtype=torch.float64))
-    assert found[0] == 1  # fast ones stay, slow ones stretch with the window
-    torch.testing.assert_close(found[-1].item(), 1024**-1 * 384 / 1664)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Bigram hash, loss
+# Parts
 
 
 def test_the_bigram_hash_wraps_around_like_c():
@@ -280,11 +264,16 @@ def test_the_bigram_hash_wraps_around_like_c():
     assert wrapped > 3
 
 
+THREE_LAYERS = dict(  # less to compile
+    num_layers=3, long_layers=(1,), paired_layers=(0,), no_attn_layers=(), late_attn_layers=(2,),
+    cache_layer=1, skip=(0, 2), value_embed_layers=(1,), attn_gate_layers=(1,), xsa_layers=(1,))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled):
     kept, gradients = [], []
     for recompute in (False, True):
-        cfg = config(recompute=recompute)
+        cfg = config(**THREE_LAYERS, recompute=recompute)
         model = build(cfg)
         forward = model
         if compiled:
@@ -398,23 +387,6 @@ def test_initial_values_are_those_of_the_study():
         assert (getattr(model, name) == 0).all(), name
 
 
-def test_every_part_of_every_parameter_gets_a_gradient():
-    cfg = config()
-    model, sequence = build(cfg), tokens_of(cfg, 201)
-    ctx = context(model, docs_of([90, 110]), 1)
-    model(sequence[:-1], sequence[1:], ctx, torch.ones(1)).backward()
-    without, = cfg.no_attn_layers
-    idle = {"resid_lambdas": [(without, 0)], "post_lambdas": [(without, 0)]}
-    idle.update({name: [(without,)] for name in ("x0_lambdas", "bigram_lambdas")})
-    for name, p in model.named_parameters():
-        if name in TABLES:
-            assert (p.grad.abs().sum(-1) > 0).sum() > 30, name  # rows of tokens that occur; the head has all
-        elif name in MATRICES:
-            assert (p.grad.flatten(1).norm(dim=1) > 0).all(), name
-        else:
-            assert [tuple(i) for i in (p.grad == 0).nonzero().tolist()] == idle.get(name, []), name
-
-
 SWITCHES = {
     "everything on": {},
     "everything off": BARE,
@@ -476,32 +448,39 @@ def test_every_parameter_is_in_exactly_one_optimizer_group(folder, optimizer, by
     assert sorted(muon + adam) == sorted(names.values()) and set(muon) == by_muon
 
 
-def test_embedding_and_head_are_one_table_until_they_part(folder):
-    run = make_run(folder)
-    model, part = run.model, run.cfg.untie_step
-    assert 0 < part < 12
-    while run.step < part:
-        run.train_step()
-        assert model.embed.grad is None
-    adam = run.adam.state
-    shared = {key: x.clone() if torch.is_tensor(x) else x for key, x in adam[model.head].items()}
-    assert shared["step"] == part // 2 and shared["exp_avg"].abs().sum() > 0
+# ------------------------------------------------------------------------------------------------------------
+# Track small at full size, counted on the meta device, which takes no memory
 
-    table = model.head.detach().clone()
-    run.untie()
-    assert torch.equal(model.embed, table) and torch.equal(model.head, table)
-    for key, value in shared.items():
-        copied = adam[model.embed][key]
-        assert torch.equal(copied, value) if torch.is_tensor(value) else copied == value
-        assert not torch.is_tensor(value) or copied.data_ptr() != adam[model.head][key].data_ptr()
 
-    run.train_step()  # parts them, again
-    run.train_step()
-    assert adam[model.embed]["step"] == adam[model.head]["step"] == part // 2 + 1
-    moved = [model.embed.detach().clone(), model.head.detach().clone()]
-    assert not torch.equal(moved[0], table) and not torch.equal(*moved)
-    run.train_step()  # parts them no more
-    assert torch.equal(model.embed, moved[0]) and torch.equal(model.head, moved[1])
+@pytest.fixture(scope="module")
+def full():
+    with torch.device("meta"):
+        return GPT(config({}), Kernels.plain())
+
+
+def test_parameters_are_those_of_the_study(full):
+    """23.6 + 51.9 + 38.6 = 114.1 M in products, value embeddings 193.2 M, bigrams 289.8 M; 643.5 M less 7.9 M
+    of padding in all. Queries and keys are one matrix by pairs of adjacent heads."""
+    L, A, D, V = 11, 10, 768, 50_304  # layers, layers with attention, width, padded vocabulary
+    assert full.matmul_params() == A * 4 * D * D + L * 2 * D * 4 * D + D * V == 114_130_944
+    rows = V + 5 * V + 377_280  # of embedding, value embeddings, bigrams
+    total = sum(p.numel() for p in full.parameters())
+    assert abs(total / 1e6 - (643.5 - 7.9)) < 0.15  # three rounded figures
+    assert 0 < total - full.matmul_params() - rows * D < 2000  # scalars and gates
+    assert full.attn_qk.shape == (A * 2 * 3, 256, D) and full.attn_vo.shape == (A * 2, D, D)
+    assert full.mlp_in.shape == (L, 4 * D, D) and full.mlp_out.shape == (L, D, 4 * D)
+
+
+def test_flops_per_token_are_those_of_the_study(full):
+    """684.8 MFLOP for matmuls, and attention over full windows. A token sees its window and itself; eight
+    layers are short and two long; 12 D: forward and backward, scores and values."""
+    products = 6 * full.matmul_params()
+    assert round(products / 1e6, 1) == 684.8
+    windows = {(128, 384): 16.6, (384, 896): 44.9, (640, 1408): 73.2, (768, 1664): 87.4}
+    for stage, ((short, long), mflop) in enumerate(windows.items()):
+        attention = full.flops_per_token(stage) - products
+        assert attention == 12 * 768 * (8 * (short + 1) + 2 * (long + 1))
+        assert round(attention / 1e6, 1) == mflop
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -509,12 +488,12 @@ def test_embedding_and_head_are_one_table_until_they_part(folder):
 
 
 @pytest.mark.parametrize("backend, compiler, stage, tied, weights", [
-    ("masked", "eager", 0, True, (1.0, 0.5)),
     ("masked", "eager", 1, False, (1.0,)),
     ("blocked", "aot_eager", 0, True, (1.0, 0.5)),
 ])
 def test_training_and_evaluation_compile_without_graph_break(backend, compiler, stage, tied, weights):
-    model, sequence = build(config(), backend=backend), tokens_of(config())
+    cfg = config(**THREE_LAYERS)
+    model, sequence = build(cfg, backend=backend), tokens_of(cfg)
     tokens, targets = sequence[:-1], sequence[1:]
     ctx = context(model, docs_of(LENGTHS), stage, tied)
 

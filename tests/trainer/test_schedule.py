@@ -1,4 +1,5 @@
-"""Schedules of train_gpt.py: end points, corners, and stages that start on Adam's steps."""
+"""Schedules of train_gpt.py: corners, and stages that start on Adam's steps. tests/recipe has those of track
+small, step by step."""
 import math
 
 import pytest
@@ -7,18 +8,8 @@ import torch
 from tests.helpers.tiny import BARE, config, make_run
 from train_gpt import learning_rate, mtp_weights, muon_momentum
 
-DEFAULT = config({})  # the real track small: 1480 steps, 40 of them extension, three stages
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Stages
-
-
-def test_stages_of_the_default_schedule_are_thirds_and_then_the_extension():
-    assert DEFAULT.stage_starts == (0, 480, 960, 1440)
-    steps = (0, 479, 480, 959, 960, 1439, 1440, 1479)
-    assert [DEFAULT.stage(s) for s in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert DEFAULT.train_tokens == 480 * 131_072 + 480 * 262_144 + (480 + 40) * 393_216
 
 
 @pytest.mark.parametrize("every", [1, 2, 8])
@@ -58,26 +49,6 @@ def test_tying_ends_in_its_stage_after_moves_of_adam(delay):
 # Learning rate, momentum, weights of the multi-token loss
 
 
-def test_the_learning_rate_follows_the_stages_and_cools_down_to_the_floor():
-    start, end = 576, 1440  # 1440 * (1 - 0.6), 1440
-
-    def expected(step, factor):
-        t = (step - start) / (end - start)
-        return factor * (1 - t) + 0.15 * t
-
-    assert [learning_rate(DEFAULT, s) for s in (0, 479, 480, 575, 576)] == [1.0, 1.0, 1.52, 1.52, 1.52]
-    for step, factor in ((577, 1.52), (800, 1.52), (959, 1.52), (960, 1.73), (1300, 1.73), (1439, 1.73)):
-        assert math.isclose(learning_rate(DEFAULT, step), expected(step, factor), rel_tol=1e-12)
-    assert {learning_rate(DEFAULT, s) for s in (1440, 1470, 1479)} == {0.15}  # the extension: the floor
-
-
-def test_published_values_of_the_learning_rate_at_a_jump_in_the_cooldown():
-    """TECHNIQUES 4.2: 1270 scheduled steps, stages at 423 and 847: 0.912 at step 846, 1.027 at step 847."""
-    cfg = config({}, train_steps=1285, extension_steps=15, adam_every=1)
-    assert cfg.stage_starts == (0, 423, 847, 1270)
-    assert round(learning_rate(cfg, 846), 3) == 0.912 and round(learning_rate(cfg, 847), 3) == 1.027
-
-
 def test_corners_of_the_learning_rate():
     rising = config(BARE, train_steps=50, warmup_steps=10, lr_mul=(2.0,), cooldown_frac=0.2)
     assert [learning_rate(rising, s) for s in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
@@ -89,27 +60,11 @@ def test_corners_of_the_learning_rate():
     assert math.isclose(learning_rate(falling, 19), 0.05)
 
 
-def test_momentum_rises_holds_and_falls():
-    values = {0: 0.85, 150: 0.90, 300: 0.95, 1430: 0.95, 1455: 0.90, 1479: 0.85 + 0.1 / 50}
-    for step, value in values.items():
-        assert math.isclose(muon_momentum(DEFAULT, step), value, rel_tol=1e-12)
-    assert max(muon_momentum(DEFAULT, s) for s in range(1480)) == 0.95
-
-
 def test_momentum_without_ramps_is_constant_and_short_runs_take_the_lower_ramp():
     flat = config(BARE, momentum_warmup=0, momentum_cooldown=0)
     assert {muon_momentum(flat, s) for s in range(14)} == {0.95}
     short = config(BARE, train_steps=10, extension_steps=0, momentum_warmup=20, momentum_cooldown=5)
     assert [round(muon_momentum(short, s), 4) for s in (0, 4, 9)] == [0.85, 0.87, 0.87]
-
-
-def test_each_stage_fades_out_the_last_weight_of_the_multi_token_loss():
-    assert mtp_weights(DEFAULT, 0) == (1.0, 0.5, 0.25)
-    assert mtp_weights(DEFAULT, 240) == (1.0, 0.5, 0.125)
-    assert mtp_weights(DEFAULT, 479) == (1.0, 0.5, 0.25 * (1 - 479 / 480))
-    assert mtp_weights(DEFAULT, 480) == (1.0, 0.5)
-    assert mtp_weights(DEFAULT, 720) == (1.0, 0.25)
-    assert {mtp_weights(DEFAULT, s) for s in (960, 1200, 1439, 1440, 1479)} == {(1.0,)}
 
 
 @pytest.mark.parametrize("stages", [1, 2, 6])

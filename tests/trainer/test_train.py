@@ -163,7 +163,8 @@ def test_check_fails_where_probabilities_do_not_sum_to_one(folder, monkeypatch):
 
 
 def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
-    """Stages of 100, 200, 300 and 400 ms a step, the last one for two steps: n steps take 0.2 (n - 2) + 0.8 s."""
+    """Stages of 100, 200, 300 and 400 ms a step, the last one for two steps: n steps take 0.2 (n - 2) + 0.8
+    s."""
     monkeypatch.setattr(train_gpt.Run, "time_step", lambda self, step: 100.0 * (1 + self.cfg.stage(step)))
     result = run(folder, "--time_budget=3.3", "--stages=3")
     assert result.code == 0 and max(result.val) == 14  # 12 steps in three stages of four take 2.4 s, and 0.8
