@@ -42,21 +42,6 @@ def test_a_run_learns_and_ends_with_a_summary_of_three_lines(alone):
 # Ranks
 
 
-def test_the_clock_pays_for_the_first_shard_and_the_first_batch(folder, monkeypatch):
-    events = []
-
-    def note(kind, name):
-        original = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda self, *args: events.append(name) or original(self, *args))
-
-    note(train_gpt.Clock, "start")
-    note(train_gpt.Loader, "read")
-    note(train_gpt.Loader, "prepare")
-    assert run(folder, "--train_steps=2", "--extension_steps=0").code == 0
-    clock = events.index("start")
-    assert "prepare" not in events[:clock] and "read" in events[clock:]
-
-
 def state_of(result) -> dict:
     """All float tensors of the run's checkpoint by name: weights, and both optimizers' states."""
     state = torch.load(result.checkpoints[-1], weights_only=True)
@@ -128,7 +113,33 @@ def test_three_ranks_are_refused_in_one_sentence(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Target and check
+# Clock, target, check
+
+
+def test_the_clock_pays_for_the_first_shard_and_the_first_batch(folder, monkeypatch):
+    events = []
+
+    def note(kind, name):
+        original = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *args: events.append(name) or original(self, *args))
+
+    note(train_gpt.Clock, "start")
+    note(train_gpt.Loader, "read")
+    note(train_gpt.Loader, "prepare")
+    assert run(folder, "--train_steps=2", "--extension_steps=0").code == 0
+    clock = events.index("start")
+    assert "prepare" not in events[:clock] and "read" in events[clock:]
+
+
+def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
+    """Stages of 100, 200, 300 and 400 ms a step, the last one for two steps: n steps take 0.2 (n - 2) + 0.8
+    s."""
+    monkeypatch.setattr(train_gpt.Run, "time_step", lambda self, step: 100.0 * (1 + self.cfg.stage(step)))
+    result = run(folder, "--time_budget=3.3", "--stages=3")
+    assert result.code == 0 and max(result.val) == 14  # 12 steps in three stages of four take 2.4 s, and 0.8
+    assert "time budget: 3.3 s, in which 14 steps fit" in result.log
+    short = run(folder, "--time_budget=0.1", "--stages=3")
+    assert short.code == 2 and "--time_budget: expected room for 3 steps" in short.err
 
 
 def test_a_run_can_end_at_its_target(folder):
@@ -160,14 +171,3 @@ def test_check_fails_where_probabilities_do_not_sum_to_one(folder, monkeypatch):
     log_probs = train_gpt.GPT.log_probs
     monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: log_probs(*args) + 0.001)
     assert run(folder, "--check").code == 1
-
-
-def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
-    """Stages of 100, 200, 300 and 400 ms a step, the last one for two steps: n steps take 0.2 (n - 2) + 0.8
-    s."""
-    monkeypatch.setattr(train_gpt.Run, "time_step", lambda self, step: 100.0 * (1 + self.cfg.stage(step)))
-    result = run(folder, "--time_budget=3.3", "--stages=3")
-    assert result.code == 0 and max(result.val) == 14  # 12 steps in three stages of four take 2.4 s, and 0.8
-    assert "time budget: 3.3 s, in which 14 steps fit" in result.log
-    short = run(folder, "--time_budget=0.1", "--stages=3")
-    assert short.code == 2 and "--time_budget: expected room for 3 steps" in short.err
