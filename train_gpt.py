@@ -912,6 +912,7 @@ class Run:
         self.step = 0
         self.clock = Clock(rt.synchronize)
         self.reached = None  # (step, milliseconds) of the first validation at or below the target
+        self.val_loss = None  # of the newest validation
         self.ema = None  # name -> average of that parameter, in fp32
         self.resumed_at = None
         self.losses = deque()  # (step, loss and signals, event) on their way from the device
@@ -1148,7 +1149,10 @@ class Run:
             if batch is not None:
                 inputs, targets, docs = to_device(batch, rt.device)
                 total += self.model.evaluate(inputs, targets, self.model.context(docs, trained, final))
-        return rt.sum(total).item() / cfg.val_tokens
+        self.val_loss = rt.sum(total).item() / cfg.val_tokens
+        if self.reached is None and self.val_loss <= cfg.target_loss:
+            self.reached = self.step, self.clock.ms
+        return self.val_loss
 
     def save(self, path: Path):
         """Write a checkpoint that resumes at any world size; a collective. It appears whole or not at all."""
@@ -1276,7 +1280,7 @@ def train(run: Run, log: Log):
 
 
 def validate(run: Run, log: Log):
-    """Evaluate, write the loss down, and note when the target is reached first."""
+    """Evaluate and write the loss down."""
     step, ms = run.step, run.clock.ms
     loss = run.evaluate()
     if loss is None:
@@ -1287,8 +1291,6 @@ def validate(run: Run, log: Log):
     if not math.isfinite(loss):
         raise RunError(f"step {step}: expected a finite validation loss, found {loss}; lower the learning "
                        "rates")
-    if run.reached is None and loss <= run.cfg.target_loss:
-        run.reached = step, ms
 
 
 def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
@@ -1340,13 +1342,17 @@ def fit_time_budget(run: Run) -> Config:
     return plan(fitting)
 
 
-def show_sample(run: Run, log: Log):
-    """Write some text of the trained model; none where its vocabulary is not at hand."""
-    if run.rt.rank > 0 or not run.cfg.sample_tokens:
+def show_results(run: Run, log: Log):
+    """Write the loss in bits per byte and some text of the model, where its vocabulary is at hand."""
+    if run.rt.rank > 0:
         return
     try:
         encoding = encoding_for(run.cfg.bos_id, network=False)
     except (ImportError, UsageError):
+        return
+    bits = run.val_loss / math.log(2) * run.cfg.val_tokens
+    log.write(f"bits per byte: {bits / run.validation.num_bytes(encoding):.4f}")
+    if not run.cfg.sample_tokens:
         return
     text = "".join(sample_text(next_log_probs(run.model, run.step), encoding, "", run.cfg.sample_tokens))
     log.write("\n".join(f"> {line}" for line in text.splitlines()))
@@ -1411,7 +1417,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
                           file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
-        show_sample(run, log)
+        show_results(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
     if run.reached is None:
         rt.print0("reached: no")

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from tests.helpers.runs import Ranks, config, make_shards, run
@@ -30,6 +31,10 @@ def alone(folder):
 def test_a_run_learns_and_ends_with_a_summary_of_three_lines(folder, alone):
     assert abs(alone.val[0] - math.log(257)) < 0.5  # nothing known yet; the softcap's offset makes it a little more
     assert alone.val[8] < alone.val[0] - 0.5
+    [bits] = re.findall(r"^bits per byte: ([\d.]+)$", alone.out, re.M)
+    tokens = np.fromfile(folder / "data/shakespeare/shakespeare_val_000000.bin", np.uint16)[512:][1:1025]
+    share = (tokens < 256).mean()  # the others start documents
+    assert float(bits) == pytest.approx(alone.val[8] / math.log(2) / share, abs=1e-4)
     assert alone.out.splitlines()[-3:] == [
         "target: validation loss 1.6 (track shakespeare)",
         "reached: no",
