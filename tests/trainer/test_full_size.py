@@ -1,4 +1,5 @@
-"""Track small at full size, counted on the meta device, which takes no memory; and its first steps at reduced width."""
+"""Track small at full size, counted on the meta device, which takes no memory; and its first steps at reduced
+width. Sections of the study TECHNIQUES are named where figures are from it."""
 import math
 
 import pytest
@@ -18,58 +19,51 @@ def full():
         return GPT(Config.for_track("small"), Kernels.plain())
 
 
-def test_matmul_parameters_are_those_of_the_study(full):
-    """TECHNIQUES 1: 23.6 + 51.9 + 38.6 = 114.1 M."""
-    attention, mlp, head = A * 4 * D * D, L * 2 * D * 4 * D, D * V
-    assert (full.attn_qk.numel() + full.attn_vo.numel(), full.mlp_in.numel() + full.mlp_out.numel()) == (attention, mlp)
-    assert [round(n / 1e6, 1) for n in (attention, mlp, head)] == [23.6, 51.9, 38.6]
-    assert full.matmul_params() == attention + mlp + head == 114_130_944
-
-
-def test_all_parameters_are_those_of_the_study(full):
-    """TECHNIQUES 1: embedding 38.6, value embeddings 193.2, bigrams 289.8 M; 643.5 M less 7.9 M of padding."""
-    assert full.embed.numel() == V * D and full.value_embeds.numel() == 5 * V * D
-    assert full.bigram_embed.numel() == 15 * V // 2 * D == 377_280 * D
+def test_parameters_are_those_of_the_study(full):
+    """Section 1: 23.6 + 51.9 + 38.6 = 114.1 M in products, value embeddings 193.2 M, bigrams 289.8 M; 643.5 M
+    less 7.9 M of padding in all. Section 6.3: queries and keys are one matrix by pairs of adjacent heads."""
+    assert full.matmul_params() == A * 4 * D * D + L * 2 * D * 4 * D + D * V == 114_130_944
+    tables = V + 5 * V + 377_280  # rows of embedding, value embeddings, bigrams
     total = sum(p.numel() for p in full.parameters())
-    small = total - full.matmul_params() - (V + 5 * V + 377_280) * D
-    assert abs(total / 1e6 - (643.5 - 7.9)) < 0.15 and 0 < small < 2000  # three rounded figures; scalars and gates
-
-
-def test_banks_hold_the_matrices_that_muon_treats_as_one(full):
-    """TECHNIQUES 6.3: queries and keys by pairs of adjacent heads."""
+    assert abs(total / 1e6 - (643.5 - 7.9)) < 0.15  # three rounded figures
+    assert 0 < total - full.matmul_params() - tables * D < 2000  # scalars and gates
     assert full.attn_qk.shape == (A * 2 * 3, 256, D) and full.attn_vo.shape == (A * 2, D, D)
     assert full.mlp_in.shape == (L, 4 * D, D) and full.mlp_out.shape == (L, D, 4 * D)
 
 
 def test_flops_per_token_are_those_of_the_study(full):
-    """TECHNIQUES (c): 684.8 MFLOP for matmuls, and attention over full windows 16.6, 44.9, 73.2, 87.4 MFLOP. A token
-    sees its window and itself; eight layers are short and two long; 12 D: forward and backward, scores and values."""
+    """Section (c): 684.8 MFLOP for matmuls, and attention over full windows 16.6, 44.9, 73.2, 87.4 MFLOP. A
+    token sees its window and itself; eight layers are short and two long; 12 D: forward and backward, scores
+    and values."""
+    products = 6 * full.matmul_params()
+    assert round(products / 1e6, 1) == 684.8
     windows = [(128, 384), (384, 896), (640, 1408), (768, 1664)]
     for stage, (short, long) in enumerate(windows):
-        attention = full.flops_per_token(stage) - 6 * full.matmul_params()
+        attention = full.flops_per_token(stage) - products
         assert attention == 12 * D * (8 * (short + 1) + 2 * (long + 1))
         assert round(attention / 1e6, 1) == [16.6, 44.9, 73.2, 87.4][stage]
-    assert round(6 * full.matmul_params() / 1e6, 1) == 684.8
 
 
-def test_the_schedule_takes_the_tokens_of_its_stages():
-    cfg = Config.for_track("small")
-    assert cfg.slices == 8 and [b // cfg.slices for b in cfg.batch_tokens] == [16_384, 32_768, 49_152]
-    assert (cfg.window_short, cfg.window_long, cfg.window_final) == ((128, 384, 640, 768), (384, 896, 1408, 1664), 2560)
-
-
-EFFECTIVE = {  # TECHNIQUES 6.3, 6.4, 6.6 at schedule factor 1: learning rate, decay per step, betas
-    "attn_qk": (0.023, 6.3e-4, None), "attn_vo": (0.023, 6.3e-4, None),
-    "mlp_in": (0.046, 2 * 6.3e-4, None), "mlp_out": (0.092, 4 * 6.3e-4, None),
-    "head": (0.008, 4.8e-5, (0.5, 0.95)), "embed": (0.008, 4.8e-5, (0.5, 0.95)),
-    "value_embeds": (0.6, 9e-3, (0.75, 0.95)), "bigram_embed": (0.6, 9e-3, (0.75, 0.95)),
-    "resid_lambdas": (0.04, 0, (0.9, 0.95)), "post_lambdas": (0.008, 0, (0.9, 0.95)),
-    **{name: (0.04, 0, (0.9, 0.99)) for name in ("attn_lambdas", "smear_lambda", "skip_lambda", "backout_lambda")},
-    **{name: (0.008, 0, (0.9, 0.95)) for name in ("x0_lambdas", "bigram_lambdas", "xsa_alphas")},
+EFFECTIVE = {  # sections 6.3, 6.4, 6.6 at schedule factor 1: learning rate, decay per step, betas
+    "attn_qk": (0.023, 6.3e-4, None),
+    "attn_vo": (0.023, 6.3e-4, None),
+    "mlp_in": (0.046, 2 * 6.3e-4, None),
+    "mlp_out": (0.092, 4 * 6.3e-4, None),
+    "head": (0.008, 4.8e-5, (0.5, 0.95)),
+    "embed": (0.008, 4.8e-5, (0.5, 0.95)),
+    "value_embeds": (0.6, 9e-3, (0.75, 0.95)),
+    "bigram_embed": (0.6, 9e-3, (0.75, 0.95)),
+    "resid_lambdas": (0.04, 0, (0.9, 0.95)),
+    "post_lambdas": (0.008, 0, (0.9, 0.95)),
     "smear_gate": (0.008 * 0.01, 0, (0.9, 0.99)),
-    "value_gates": (0.008, 0.008**2 * 0.005, (0.9, 0.99)), "attn_gates": (0.008, 0.008**2 * 0.005, (0.9, 0.99)),
     "skip_gate": (0.008 * 0.05, 0, (0.9, 0.99)),
 }
+for name in ("attn_lambdas", "smear_lambda", "skip_lambda", "backout_lambda"):
+    EFFECTIVE[name] = 0.04, 0, (0.9, 0.99)
+for name in ("x0_lambdas", "bigram_lambdas", "xsa_alphas"):
+    EFFECTIVE[name] = 0.008, 0, (0.9, 0.95)
+for name in ("value_gates", "attn_gates"):
+    EFFECTIVE[name] = 0.008, 0.008**2 * 0.005, (0.9, 0.99)
 
 
 def test_the_optimizer_table_has_the_learning_rates_decays_and_betas_of_the_study(full):
@@ -77,22 +71,23 @@ def test_the_optimizer_table_has_the_learning_rates_decays_and_betas_of_the_stud
     assert set(table) == set(EFFECTIVE) == {name for name, _ in full.named_parameters()}
     for name, p in full.named_parameters():
         row, (lr, decay, betas) = table[name], EFFECTIVE[name]
-        assert row.optimizer == ("muon" if name in MATRICES else "adam")
-        shape = math.sqrt(max(1, p.size(1) / p.size(2))) if name in MATRICES else 1  # Muon's own, not on the decay
+        by_muon = name in MATRICES
+        assert row.optimizer == ("muon" if by_muon else "adam")
+        shape = math.sqrt(max(1, p.size(1) / p.size(2))) if by_muon else 1  # Muon's own, not on the decay
         assert math.isclose(row.lr * shape, lr, rel_tol=1e-9), name
-        assert math.isclose(row.lr * row.wd, decay, rel_tol=0.01 if name in MATRICES else 1e-9), name  # 6.3 is 6.35
+        assert math.isclose(row.lr * row.wd, decay, rel_tol=0.01 if by_muon else 1e-9), name  # 6.3 is 6.35
         assert betas is None or row.betas == betas, name
     assert full.cfg.adam_eps == 1e-10
-    assert full.cfg.normuon_beta2 == 0.9 and full.cfg.adam_every == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reduced width: what Run.update does to weights, against the formulas
 
 
 def muon_oracle(W, gradients, lrs, decays, momenta):
-    """Cautious NorMuon in float64: TECHNIQUES 6.2-6.4. decays: per step, times lr."""
-    W, M, V, tall = W.double(), 0.0, 0.0, W.size(0) >= W.size(1)
+    """Cautious NorMuon in float64: sections 6.2 to 6.4. decays: per step, times lr."""
+    W, M, V = W.double(), 0.0, 0.0
+    across = 1 if W.size(0) >= W.size(1) else 0
     safety, triples = COEFFICIENTS["polar"]
     for G, lr, decay, mu in zip(gradients, lrs, decays, momenta, strict=True):
         M = mu * M + (1 - mu) * G.double()
@@ -100,7 +95,7 @@ def muon_oracle(W, gradients, lrs, decays, momenta):
         X = X / (safety * X.norm())
         for a, b, c in triples:
             X = a * X + (b * X @ X.T + c * X @ X.T @ X @ X.T) @ X
-        V = 0.9 * V + 0.1 * (X**2).mean(1 if tall else 0, keepdim=True)
+        V = 0.9 * V + 0.1 * (X**2).mean(across, keepdim=True)
         X = X / V.sqrt() * (X.norm() / (X / V.sqrt()).norm())
         W = W - lr * decay * (X * W >= 0) * W - lr * X
     return W
@@ -110,43 +105,51 @@ def adam_oracle(w, gradients, lrs, decay_mul, betas):
     """Cautious Adam in float64; decay per step: lr^2 0.005 decay_mul."""
     w, m, v = w.double(), 0.0, 0.0
     for t, (g, lr) in enumerate(zip(gradients, lrs), 1):
-        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g**2
         u = lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-10)
         w = w - u - (u * w > 0) * lr**2 * 0.005 * decay_mul * w
     return w
 
 
 def test_updates_of_a_narrow_track_small_equal_the_formulas(tmp_path):
-    """Five steps across a stage change, with made-up gradients: Adam moves in every second one, by their sum."""
-    run = make_run(tmp_path, model_dim=64, head_dim=16, mlp_ratio=4, train_steps=26, extension_steps=2)
+    """Five steps across a stage change, with made-up gradients: Adam moves in every second one, by their
+    sum."""
+    run = make_run(tmp_path, model_dim=64, head_dim=16, mlp_ratio=4, train_steps=26)
     cfg, steps = run.cfg, range(6, 11)
-    assert cfg.stage_starts[:2] == (0, 8) and cfg.attn_scale == 0.1
+    assert cfg.stage_starts[:2] == (0, 8)
+    eta = [learning_rate(cfg, step) for step in steps]
+    assert eta[0] == eta[1] == 1.0 and eta[2] == 1.52 and eta[4] < 1.52  # one stage, the next, its cooldown
+
     generator = torch.Generator().manual_seed(5)
-    before, given = {name: p.detach().clone() for name, p in run.model.named_parameters()}, {}
-    for name, p in run.model.named_parameters():
+    parameters = dict(run.model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    given = {}
+    for name, p in parameters.items():
         given[name] = [torch.randn(p.shape, generator=generator) / 8 for _ in steps]
     after = {}
     for i, step in enumerate(steps):
-        for name, p in run.model.named_parameters():
+        for name, p in parameters.items():
             p.grad = given[name][i].clone() if p.grad is None else p.grad + given[name][i]
         run.update(step)
-        after[step] = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    eta = [learning_rate(cfg, step) for step in steps]
-    assert eta[0] == eta[1] == 1.0 and eta[2] == 1.52 and eta[4] < 1.52  # one stage, the next, its cooldown
-    for name, p in run.model.named_parameters():
+        after[step] = {name: p.detach().clone() for name, p in parameters.items()}
+
+    for name, p in parameters.items():
         lr, decay, betas = EFFECTIVE[name]
+        assert (p.grad is None) == (name in MATRICES)  # half summed up for Adam
         if name in MATRICES:
             assert not torch.equal(after[6][name], before[name])
-            for k in {0, len(p) - 1}:
-                expected = muon_oracle(before[name][k], [g[k] for g in given[name]], [lr * e for e in eta],
-                                       [1.2 * 0.023 * e for e in eta], [muon_momentum(cfg, s) for s in steps])
-                # fp32 through five Newton-Schulz iterations in each of five steps: about 1e-5 of an update of 0.1
+            lrs, decays = [lr * e for e in eta], [1.2 * 0.023 * e for e in eta]
+            momenta = [muon_momentum(cfg, step) for step in steps]
+            for k in (0, len(p) - 1):
+                expected = muon_oracle(before[name][k], [g[k] for g in given[name]], lrs, decays, momenta)
+                # fp32 through five Newton-Schulz iterations in each of five steps: 1e-5 of an update of 0.1
                 assert (p[k] - expected).abs().max() < 2e-5, name
         else:
             assert torch.equal(after[6][name], before[name]) and torch.equal(after[8][name], after[7][name])
             sums = [given[name][0] + given[name][1], given[name][2] + given[name][3]]
-            decay_mul = decay / lr**2 / 0.005
-            expected = adam_oracle(before[name], [g.double() for g in sums], [lr * eta[1], lr * eta[3]], decay_mul,
-                                   betas)
-            assert (p - expected).abs().max() < 1e-6 + 1e-6 * lr / 0.008, name  # fp32 roundings of w and of the update
-    assert all((p.grad is None) == (name in MATRICES) for name, p in run.model.named_parameters())  # half summed up
+            sums = [g.double() for g in sums]
+            lrs, decay_mul = [lr * eta[1], lr * eta[3]], decay / lr**2 / 0.005
+            expected = adam_oracle(before[name], sums, lrs, decay_mul, betas)
+            # fp32 roundings of w and of the update
+            assert (p - expected).abs().max() < 1e-6 + 1e-6 * lr / 0.008, name
