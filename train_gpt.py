@@ -14,12 +14,14 @@ docs/techniques.md has a row for every technique: formula, reason, source, and w
 worth.
 """
 import argparse
+import bisect
 import dataclasses
 import functools
 import math
 import os
 import signal
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +217,9 @@ class Config:
 
     # Run
     log_dir: str = setting("logs", "folder of the logs")
+    time_budget: float = setting(
+        0.0, "seconds of training to plan train_steps for, by the step times of a warm-up; 0: as "
+             "given", ZERO_OR_MORE)
     sample_tokens: int = setting(150, "tokens of generated text at the end; 0: none", ZERO_OR_MORE)
     stop_at_target: bool = setting(False, "end at the first validation at or below the target")
     save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none", ZERO_OR_MORE)
@@ -907,6 +912,7 @@ class Run:
         self.step = 0
         self.clock = Clock(rt.synchronize)
         self.reached = None  # (step, milliseconds) of the first validation at or below the target
+        self.val_loss = None  # of the newest validation
         self.ema = None  # name -> average of that parameter, in fp32
         self.resumed_at = None
         self.losses = deque()  # (step, loss and signals, event) on their way from the device
@@ -938,7 +944,9 @@ class Run:
         cfg, model = self.cfg, self.model
         flops = [f"{model.flops_per_token(stage) / 1e6:.1f}" for stage in range(len(cfg.stage_starts))]
         parameters = sum(p.numel() for p in model.parameters())
+        budget = f"time budget: {cfg.time_budget:g} s, in which {cfg.train_steps} steps fit by those of a warm-up"
         return [
+            *([budget] if cfg.time_budget else []),
             *self.kernels.facts(),
             *self.muon_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
@@ -1100,6 +1108,17 @@ class Run:
         self.rt.synchronize()
         self.startup.mark("reset")
 
+    def time_step(self, step: int) -> float:
+        """Return the milliseconds of a step like this one, the mean over the steps between two of Adam's."""
+        batches = [self.made_up_batch(step)] * len(self.loader.slices_of_rank)
+        self.rt.synchronize()
+        began = time.perf_counter()
+        for i in range(self.cfg.adam_every):
+            self.accumulate(batches, step)
+            self.update(step + i)
+        self.rt.synchronize()
+        return 1000 * (time.perf_counter() - began) / self.cfg.adam_every
+
     def made_up_batch(self, step: int) -> Batch:
         """Return a batch of random tokens with the shapes of this step's."""
         cfg = self.cfg
@@ -1108,8 +1127,8 @@ class Run:
         tokens = np.random.default_rng(self.rt.rank).integers(0, cfg.vocab_size, T + 1)
         tokens[:: min(max_doc_len, T)] = cfg.bos_id
         starts = document_starts(tokens[:-1], cfg.bos_id)
-        entries = self.loader.entries[cfg.stage(step)]
-        return make_batch(tokens, starts, max_doc_len, self.rt.device.type == "cuda", entries)
+        pin = self.rt.device.type == "cuda"
+        return make_batch(tokens, starts, max_doc_len, pin, self.loader.entries(step))
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
@@ -1130,7 +1149,10 @@ class Run:
             if batch is not None:
                 inputs, targets, docs = to_device(batch, rt.device)
                 total += self.model.evaluate(inputs, targets, self.model.context(docs, trained, final))
-        return rt.sum(total).item() / cfg.val_tokens
+        self.val_loss = rt.sum(total).item() / cfg.val_tokens
+        if self.reached is None and self.val_loss <= cfg.target_loss:
+            self.reached = self.step, self.clock.ms
+        return self.val_loss
 
     def save(self, path: Path):
         """Write a checkpoint that resumes at any world size; a collective. It appears whole or not at all."""
@@ -1258,7 +1280,7 @@ def train(run: Run, log: Log):
 
 
 def validate(run: Run, log: Log):
-    """Evaluate, write the loss down, and note when the target is reached first."""
+    """Evaluate and write the loss down."""
     step, ms = run.step, run.clock.ms
     loss = run.evaluate()
     if loss is None:
@@ -1269,8 +1291,6 @@ def validate(run: Run, log: Log):
     if not math.isfinite(loss):
         raise RunError(f"step {step}: expected a finite validation loss, found {loss}; lower the learning "
                        "rates")
-    if run.reached is None and loss <= run.cfg.target_loss:
-        run.reached = step, ms
 
 
 def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
@@ -1293,13 +1313,46 @@ def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
     return path
 
 
-def show_sample(run: Run, log: Log):
-    """Write some text of the trained model; none where its vocabulary is not at hand."""
-    if run.rt.rank > 0 or not run.cfg.sample_tokens:
+def fit_time_budget(run: Run) -> Config:
+    """Return the settings of a run with as many steps as its time budget has room for.
+
+    The run is used up: it has taken steps on made-up tokens. All ranks return the same.
+    """
+    cfg, rt = run.cfg, run.rt
+    run.warm_up()
+    stage_ms = torch.tensor([run.time_step(start) for start in cfg.stage_starts], device=rt.device)
+    stage_ms = (rt.sum(stage_ms) / rt.world).tolist()
+
+    def plan(steps: int) -> Config:
+        return dataclasses.replace(cfg, train_steps=steps)
+
+    def seconds(steps: int) -> float:
+        planned = plan(steps)
+        return sum(stage_ms[planned.stage(step)] for step in range(steps)) / 1000
+
+    shortest = cfg.extension_steps + 1
+    if seconds(shortest) > cfg.time_budget:
+        raise UsageError(f"--time_budget: expected room for {shortest} steps, which take "
+                         f"{seconds(shortest):.1f} s, "
+                         f"found {cfg.time_budget:g} s; raise it, or lower --extension_steps")
+    steps = 2 * shortest
+    while seconds(steps) < cfg.time_budget:
+        steps *= 2
+    fitting = bisect.bisect_right(range(steps), cfg.time_budget, lo=shortest, key=seconds) - 1
+    return plan(fitting)
+
+
+def show_results(run: Run, log: Log):
+    """Write the loss in bits per byte and some text of the model, where its vocabulary is at hand."""
+    if run.rt.rank > 0:
         return
     try:
         encoding = encoding_for(run.cfg.bos_id, network=False)
     except (ImportError, UsageError):
+        return
+    bits = run.val_loss / math.log(2) * run.cfg.val_tokens
+    log.write(f"bits per byte: {bits / run.validation.num_bytes(encoding):.4f}")
+    if not run.cfg.sample_tokens:
         return
     text = "".join(sample_text(next_log_probs(run.model, run.step), encoding, "", run.cfg.sample_tokens))
     log.write("\n".join(f"> {line}" for line in text.splitlines()))
@@ -1341,6 +1394,10 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     run = Run(cfg, rt, stop)
     if options.check:
         return check_model(run)
+    if cfg.time_budget and not state:
+        cfg = fit_time_budget(run)
+        del run  # its memory is needed
+        run = Run(cfg, rt, stop)
     if options.dry_run:
         settings = [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
         return rt.print0("\n".join([*settings, *run.facts()]))
@@ -1360,7 +1417,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
                           file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
-        show_sample(run, log)
+        show_results(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
     if run.reached is None:
         rt.print0("reached: no")

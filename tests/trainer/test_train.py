@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from tests.helpers.runs import Ranks, config, make_shards, run
@@ -30,6 +31,10 @@ def alone(folder):
 def test_a_run_learns_and_ends_with_a_summary_of_three_lines(folder, alone):
     assert abs(alone.val[0] - math.log(257)) < 0.5  # nothing known yet; the softcap's offset makes it a little more
     assert alone.val[8] < alone.val[0] - 0.5
+    [bits] = re.findall(r"^bits per byte: ([\d.]+)$", alone.out, re.M)
+    tokens = np.fromfile(folder / "data/shakespeare/shakespeare_val_000000.bin", np.uint16)[512:][1:1025]
+    share = (tokens < 256).mean()  # the others start documents
+    assert float(bits) == pytest.approx(alone.val[8] / math.log(2) / share, abs=1e-4)
     assert alone.out.splitlines()[-3:] == [
         "target: validation loss 1.6 (track shakespeare)",
         "reached: no",
@@ -128,3 +133,13 @@ def test_check_fails_where_probabilities_do_not_sum_to_one(folder, monkeypatch):
     log_probs = train_gpt.GPT.log_probs
     monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: log_probs(*args) + 0.001)
     assert run(folder, "--check").code == 1
+
+
+def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
+    """Stages of 100, 200, 300 and 400 ms a step, the last one for two steps: n steps take 0.2 (n - 2) + 0.8 s."""
+    monkeypatch.setattr(train_gpt.Run, "time_step", lambda self, step: 100.0 * (1 + self.cfg.stage(step)))
+    result = run(folder, "--time_budget=3.3", "--stages=3")
+    assert result.code == 0 and max(result.val) == 14  # 12 steps in three stages of four take 2.4 s, and 0.8
+    assert "time budget: 3.3 s, in which 14 steps fit" in result.log
+    short = run(folder, "--time_budget=0.1", "--stages=3")
+    assert short.code == 2 and "--time_budget: expected room for 3 steps" in short.err
