@@ -386,8 +386,7 @@ def latest_checkpoint(log_dir: str) -> str:
     paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
     if not paths:
         raise UsageError(f"--resume: expected a checkpoint in {log_dir}/*/, found none; give its path, or "
-                         "another "
-                         "--log_dir")
+                         "another --log_dir")
     return str(paths[-1])
 
 
@@ -1076,8 +1075,7 @@ class Run:
             loss, stop = values.tolist()
             if not math.isfinite(loss):
                 raise RunError(f"step {step}: expected a finite training loss, found {loss}; lower --muon_lr "
-                               "and "
-                               "--adam_lr, or look at the data; earlier checkpoints are intact")
+                               "and --adam_lr, or look at the data; earlier checkpoints are intact")
             self.stop_agreed = self.stop_agreed or stop > 0
         return loss
 
@@ -1180,25 +1178,21 @@ class Run:
             found, expected = state["config"][name], getattr(cfg, name)
             if found != expected:
                 raise UsageError(f"{path}: expected a checkpoint of this model, found one with {name} "
-                                 f"{found} "
-                                 f"instead of {expected}; leave out --{name}")
+                                 f"{found} instead of {expected}; leave out --{name}")
         if state["step"] > cfg.train_steps:
             raise UsageError(f"--train_steps: expected at least the {state['step']} steps of {path}, found "
                              f"{cfg.train_steps}; raise it")
         if state["data"] != self.loader.fingerprint and not force_data:
             raise UsageError(f"{path}: expected the training data of its run, fingerprint {state['data']}, "
-                             "found "
-                             f"{self.loader.fingerprint}; set --train_files, or go on with other data: "
+                             f"found {self.loader.fingerprint}; set --train_files, or go on with other data: "
                              "--force_data")
         try:
             self.load_state(state)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             found = " ".join(str(e).split())[:200]
             raise UsageError(f"{path}: expected weights and optimizer states for these settings, found "
-                             "others "
-                             f"({found}); leave out settings that were not changed before, such as "
-                             "--optimizer or "
-                             "--dtype") from None
+                             f"others ({found}); leave out settings that were not changed before, such as "
+                             "--optimizer or --dtype") from None
         self.step = self.resumed_at = state["step"]
         self.clock.ms = state["train_ms"]
         self.reached = state["reached"]
@@ -1229,8 +1223,7 @@ def check_world_size(cfg: Config, world: int) -> None:
     if not fits(world):
         valid = ", ".join(str(ranks) for ranks in range(1, 257) if fits(ranks))
         raise UsageError(f"world size: expected one of {valid} for {cfg.slices} slices of "
-                         f"{min(cfg.batch_tokens):,} "
-                         f"tokens per step, found {world}; change --nproc_per_node")
+                         f"{min(cfg.batch_tokens):,} tokens per step, found {world}; change --nproc_per_node")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1333,8 +1326,8 @@ def fit_time_budget(run: Run) -> Config:
     shortest = cfg.extension_steps + 1
     if seconds(shortest) > cfg.time_budget:
         raise UsageError(f"--time_budget: expected room for {shortest} steps, which take "
-                         f"{seconds(shortest):.1f} s, "
-                         f"found {cfg.time_budget:g} s; raise it, or lower --extension_steps")
+                         f"{seconds(shortest):.1f} s, found {cfg.time_budget:g} s; raise it, or lower "
+                         "--extension_steps")
     steps = 2 * shortest
     while seconds(steps) < cfg.time_budget:
         steps *= 2
@@ -1389,8 +1382,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     rt = Runtime()
     if rt.world > cfg.slices:
         rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a "
-                  "part: other "
-                  "training than at fewer ranks", file=sys.stderr)
+                  "part: other training than at fewer ranks", file=sys.stderr)
     run = Run(cfg, rt, stop)
     if options.check:
         return check_model(run)

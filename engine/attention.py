@@ -175,8 +175,7 @@ def choose_backend(wish: str, head_dim: int, scale: float, device, dtype: torch.
     """Return the name of the attention backend, and the reason."""
     if device.type == "cpu" and wish in ("varlen", "flex"):
         raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has "
-                         "no "
-                         "gradients there; leave it out")
+                         "no gradients there; leave it out")
     if wish != "auto":
         return wish, "asked for"
     if device.type == "cpu":
