@@ -274,8 +274,8 @@ class Config:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of embedding and head: the next multiple of 128, which makes faster products (50304 for
-        GPT-2)."""
+        """Rows of embedding and head: the next multiple of 128,
+        which makes faster products (50304 for GPT-2)."""
         return -(-self.vocab_size // 128) * 128
 
     @functools.cached_property
@@ -405,8 +405,8 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay. x: (T, H,
-    d)."""
+    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay.
+    x: (T, H, d)."""
     r = cos.size(-1)
     a, b, still = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, still], -1)
@@ -517,8 +517,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype):
-        """Fill every parameter in place, alike on all ranks and devices; matrices and tables take the
-        dtype."""
+        """Fill every parameter in place, alike on all ranks and devices;
+        matrices and tables take the dtype."""
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
         bound = 0.5 * math.sqrt(3 / cfg.model_dim)
@@ -543,8 +543,8 @@ class GPT(nn.Module):
             self.signs.copy_(torch.randint(0, 2, self.signs.shape, generator=generator) * 2 - 1)
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Return the weights layer by layer. Each bank is taken apart once, which gives its gradient in one
-        piece."""
+        """Return the weights layer by layer. Each bank is taken apart once,
+        which gives its gradient in one piece."""
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
@@ -641,8 +641,8 @@ class GPT(nn.Module):
         return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
 
     def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
-        """Return {layer: (T, D)}: one more table for each of these layers, read by its values (records 14 to
-        65)."""
+        """Return {layer: (T, D)}: one more table for each of these layers,
+        read by its values (records 14 to 65)."""
         layers = self.cfg.value_embed_layers
         if not layers:
             return {}
@@ -651,8 +651,8 @@ class GPT(nn.Module):
 
     def layer(self, i: int, x: Tensor, cached: Tensor | None, early: Tensor | None, weights: LayerWeights,
               inputs: Inputs, ctx: Context) -> Tensor:
-        """Return the stream after layer i. cached, early: outputs of cfg.cache_layer and cfg.skip[0], once
-        known."""
+        """Return the stream after layer i. cached, early:
+        outputs of cfg.cache_layer and cfg.skip[0], once known."""
         cfg = self.cfg
         if i in self.attn_layers:
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
@@ -784,8 +784,8 @@ class GPT(nn.Module):
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Return the factor of every learning rate: the stage's, then falling to lr_floor at the end of the
-    schedule."""
+    """Return the factor of every learning rate: the stage's,
+    then falling to lr_floor at the end of the schedule."""
     scheduled = cfg.train_steps - cfg.extension_steps
     start = int(scheduled * (1 - cfg.cooldown_frac))
     t = 0.0
@@ -829,8 +829,8 @@ class Row(NamedTuple):
 
 
 def optimizer_table(cfg: Config) -> dict[str, Row]:
-    """Return what moves each parameter, by name: Adam forgets fast for tables and slowly for scalars and
-    gates."""
+    """Return what moves each parameter, by name: Adam forgets fast for tables and slowly for scalars
+    and gates."""
     def adam(lr_mul, wd_mul, betas):
         lr = cfg.adam_lr * lr_mul
         return Row("adam", lr, cfg.adam_wd * wd_mul * lr, betas=betas)
@@ -943,9 +943,12 @@ class Run:
         cfg, model = self.cfg, self.model
         flops = [f"{model.flops_per_token(stage) / 1e6:.1f}" for stage in range(len(cfg.stage_starts))]
         parameters = sum(p.numel() for p in model.parameters())
-        budget = f"time budget: {cfg.time_budget:g} s, in which {cfg.train_steps} steps fit by those of a warm-up"
+        budget = []
+        if cfg.time_budget:
+            steps = f"{cfg.train_steps} steps fit by the step times of a warm-up"
+            budget = [f"time budget: {cfg.time_budget:g} s, in which {steps}"]
         return [
-            *([budget] if cfg.time_budget else []),
+            *budget,
             *self.kernels.facts(),
             *self.muon_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
@@ -966,8 +969,8 @@ class Run:
     # A step
 
     def train_step(self) -> float | None:
-        """Take one optimizer step. Return the newest training loss that has arrived from the device, if
-        any."""
+        """Take one optimizer step. Return the newest training loss that has arrived from the device,
+        if any."""
         step = self.step
         if step == self.cfg.untie_step:
             self.untie()
@@ -999,8 +1002,8 @@ class Run:
         return total
 
     def update(self, step: int):
-        """Move the weights by their gradients, and clear these. Adam moves every cfg.adam_every steps
-        only."""
+        """Move the weights by their gradients, and clear these.
+        Adam moves every cfg.adam_every steps only."""
         self.set_rates(step)
         with_adam = (step + 1) % self.cfg.adam_every == 0
         if self.muon is not None:
@@ -1058,8 +1061,8 @@ class Run:
                 p.copy_(p.float().lerp(self.ema[name], cfg.ema_blend))
 
     def read_stats(self, stats: Tensor) -> float | None:
-        """Look at losses two steps late on a GPU, so that reading them never makes it wait; on every rank
-        alike."""
+        """Look at losses two steps late on a GPU, so that reading them never makes it wait;
+        on every rank alike."""
         cuda = self.rt.device.type == "cuda"
         values = torch.empty(2, pin_memory=cuda).copy_(stats, non_blocking=True)
         event = torch.cuda.Event() if cuda else None
@@ -1171,8 +1174,8 @@ class Run:
         self.rt.together(write_checkpoint, path, state if self.rt.rank == 0 else None)
 
     def load(self, path: str, state: dict, force_data: bool = False):
-        """Go on from a checkpoint. Raises UsageError where it is one of another model, schedule or data
-        set."""
+        """Go on from a checkpoint. Raises UsageError where it is one of another model,
+        schedule or data set."""
         cfg = self.cfg
         for name in MODEL_SETTINGS:
             found, expected = state["config"][name], getattr(cfg, name)
@@ -1231,8 +1234,8 @@ def check_world_size(cfg: Config, world: int) -> None:
 
 
 def train(run: Run, log: Log):
-    """Train to the last step. The clock runs over training only, and stands still during validation and
-    saving."""
+    """Train to the last step. The clock runs over training only,
+    and stands still during validation and saving."""
     cfg, clock = run.cfg, run.clock
     folder = Path(cfg.log_dir) / log.run_id
     tokens = sum(cfg.at("batch_tokens", step) for step in range(run.step))
@@ -1287,8 +1290,8 @@ def validate(run: Run, log: Log):
 
 
 def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
-    """Write a checkpoint and remove those that are too many. One of several may fail: must says whether this
-    may not."""
+    """Write a checkpoint and remove those that are too many.
+    One of several may fail: must says whether this may not."""
     if run.stopping:
         run.stop.agreed()
     path = folder / f"state_step{run.step:06d}.pt"

@@ -25,8 +25,8 @@ def write_checkpoint(path: Path, state: dict | None) -> None:
 
 
 def disk_error(e: Exception) -> str:
-    """Return what the system said. torch reports a full disk as a RuntimeError of its own, in whose wake it
-    comes."""
+    """Return what the system said. torch reports a full disk as a RuntimeError of its own,
+    in whose wake it comes."""
     first = e
     while e is not None and not isinstance(e, OSError):
         e = e.__context__

@@ -1,5 +1,5 @@
-"""How a run ends: by a signal, or by an error that becomes one sentence, with the exit code that says
-which."""
+"""How a run ends: by a signal, or by an error that becomes one sentence,
+with the exit code that says which."""
 import contextlib
 import os
 import signal
@@ -90,8 +90,8 @@ ALONE = ("expected all ranks to go on, found one gone without a word; see what e
 
 
 def explain(e: Exception) -> str | None:
-    """Return one sentence about what torch raises where a machine lacks something; None: an error of the
-    program."""
+    """Return one sentence about what torch raises where a machine lacks something; None:
+    an error of the program."""
     found = (str(e).splitlines() or [""])[0]
     kinds = {kind.__name__ for kind in type(e).__mro__}
     if isinstance(e, torch.OutOfMemoryError) or "out of memory" in found or "can't allocate memory" in found:

@@ -53,8 +53,8 @@ class Runtime:
         return tensor
 
     def together(self, function, *args):
-        """Call the function on every rank; if it raises a UsageError or RunError on one, raise it on all of
-        them."""
+        """Call the function on every rank; if it raises a UsageError or RunError on one,
+        raise it on all of them."""
         result, error = None, None
         try:
             result = function(*args)
