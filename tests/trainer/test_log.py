@@ -145,10 +145,13 @@ def test_in_a_pipe_there_are_plain_lines_and_no_chatter(folder):
     with start(folder, env={"PYTHONWARNINGS": "default"}) as process:
         out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
-    first, *steps, target, reached, last = out.splitlines()
-    assert len(steps) == len(step_lines(out)) == 16
+    first, *middle, target, reached, last = out.splitlines()
+    steps = middle[:16]
+    assert len(step_lines("\n".join(steps))) == len(step_lines(out)) == 16
+    assert middle[16].startswith("bits per byte: ") and all(line.startswith("> ") for line in middle[17:])
     assert target.startswith("target: ") and reached == "reached: no" and last == f"log: {first}"
-    assert Path(first).read_text().endswith("\n".join([*steps, ""]))
+    logged = Path(first).read_text().splitlines()
+    assert [line for line in logged if line.startswith("step:")] == steps and logged[-len(middle) + 16:] == middle[16:]
 
 
 def read_terminal(fd: int) -> str:

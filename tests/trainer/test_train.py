@@ -3,6 +3,7 @@ changes anything."""
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,13 @@ def test_a_run_learns_and_ends_with_a_summary_of_three_lines(alone):
     assert target == "target: validation loss 1.6 (track shakespeare)"
     assert reached == "reached: no"
     assert last == f"log: {first}"
+
+
+def test_the_loss_is_told_in_bits_per_byte_too(folder, alone):
+    [bits] = re.findall(r"^bits per byte: ([\d.]+)$", alone.out, re.M)
+    tokens = np.fromfile(folder / "data/shakespeare/shakespeare_val_000000.bin", np.uint16)[512:][1:1025]
+    share = (tokens < 256).mean()  # the others start documents
+    assert float(bits) == pytest.approx(alone.val[8] / math.log(2) / share, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------
