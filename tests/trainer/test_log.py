@@ -39,7 +39,7 @@ class FakeWandb:
         return types.SimpleNamespace(log=self.log, finish=self.finish)
 
     def log(self, values, step):
-        self.points[step] = values
+        self.points.setdefault(step, {}).update(values)
 
     def finish(self, exit_code):
         self.exit_code = exit_code
@@ -78,6 +78,8 @@ def test_step_lines_follow_the_public_grammar(result):
         assert abs(ms - average * max(step, 1)) <= 0.5 + 0.005 * max(step, 1)
     times = [int(pairs["train_time"][:-2]) for _, _, pairs in lines]
     assert times == sorted(times)
+    mean = sum(result.train[step] for step in range(1, 11)) / 10
+    assert f"\ntraining loss until step 10: {mean:.4f} (mean of 10)\n" in result.log
     # Sources hold such text too, but never a number after step: at the start of a line.
     assert len(re.findall(r"^step:\d", result.log, re.M)) == len(lines)
 
@@ -122,8 +124,10 @@ def test_the_header_tells_what_ran(folder, result):
 def test_weights_and_biases_gets_settings_and_points(folder, result, wandb):
     assert wandb.settings["project"] == "speed" and wandb.settings["name"] in result.out.splitlines()[0]
     assert wandb.settings["config"] == dataclasses.asdict(config(*FLAGS, f"--log_dir={folder / 'logs'}"))
-    assert {step: values["val_loss"] for step, values in wandb.points.items()} == result.val
-    assert all(values["train_time_ms"] >= 0 for values in wandb.points.values()) and wandb.exit_code == 0
+    for name, losses in (("val_loss", result.val), ("train_loss", result.train)):
+        assert {step: point[name] for step, point in wandb.points.items() if name in point} == losses
+    assert {step for step, point in wandb.points.items() if "train_time_ms" in point} == set(result.val)
+    assert wandb.exit_code == 0
 
 
 def test_weights_and_biases_works_offline(folder, tmp_path):
@@ -142,16 +146,17 @@ def test_weights_and_biases_works_offline(folder, tmp_path):
 
 def test_in_a_pipe_there_are_plain_lines_and_no_chatter(folder):
     """As a user starts it. Standard error stays empty: no warning of a library gets through."""
-    with start(folder, env={"PYTHONWARNINGS": "default"}) as process:
+    with start(folder, "--sample_tokens=20", env={"PYTHONWARNINGS": "default"}) as process:
         out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
-    first, *middle, target, reached, last = out.splitlines()
-    steps = middle[:16]
+    first, *shown, target, reached, last = out.splitlines()
+    steps, (bits, *text) = shown[:16], shown[16:]
     assert len(step_lines("\n".join(steps))) == len(step_lines(out)) == 16
-    assert middle[16].startswith("bits per byte: ") and all(line.startswith("> ") for line in middle[17:])
+    assert bits.startswith("bits per byte: ") and text and all(line.startswith("> ") for line in text)
     assert target.startswith("target: ") and reached == "reached: no" and last == f"log: {first}"
     logged = Path(first).read_text().splitlines()
-    assert [line for line in logged if line.startswith("step:")] == steps and logged[-len(middle) + 16:] == middle[16:]
+    assert [line for line in logged if line.startswith("step:")] == steps
+    assert logged[-1 - len(text):] == [bits, *text]
 
 
 def read_terminal(fd: int) -> str:
@@ -185,7 +190,7 @@ def test_on_a_terminal_there_is_a_progress_bar(folder):
     os.close(main)
     assert re.search(r"%\|.*\| \d+/40 \[\d\d:\d\d<\d\d:\d\d, .*loss \d+\.\d{3}, [\d,]+ tokens/s\]", shown)
     lines = [line.rpartition("\r")[2].replace("\x1b[A", "").strip() for line in shown.split("\n")]
-    first, *steps, target, reached, last = filter(None, lines)  # what is left to see
+    first, *steps, bits, target, reached, last = filter(None, lines)  # what is left to see
     assert first.startswith(str(folder)) and last == f"log: {first}"
     assert [line.split()[0] for line in steps] == ["step:0/40", "step:20/40", "step:40/40"]
     assert len(step_lines(Path(first).read_text())) == 43  # the file has the training lines too
