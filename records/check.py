@@ -11,11 +11,14 @@ change that the track exempts:
 import argparse
 import json
 import re
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from records import logs, schema
 from records.errors import RecordError
 from records.experiment import read_experiment
+from records.grids import Grid, terminal
 from records.logs import LogFile
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
 from records.tracks import TRACKS, choose
@@ -64,20 +67,10 @@ def run(args) -> int:
     submission = from_folder(folder, schema.read(folder / schema.FILE)) if packed else from_arguments(args)
     found = judge(submission)
     if args.json:
-        print(json.dumps([as_json(verdict) for verdict in found], indent=1))
+        print(json.dumps([asdict(verdict) for verdict in found], indent=1))
     else:
         print_verdicts(found, submission)
     return int(any(v.verdict == FAIL for v in found))
-
-
-def as_json(verdict: Verdict) -> dict:
-    return {
-        "rule": verdict.rule,
-        "asks": RULES[verdict.rule].__doc__.lstrip("* "),
-        "verdict": verdict.verdict,
-        "evidence": verdict.evidence,
-        "reason": verdict.reason,
-    }
 
 
 # A folder built by pack
@@ -183,17 +176,10 @@ def pairs(texts: list[str], option: str) -> dict[str, str]:
 
 
 def print_verdicts(found: list[Verdict], s: Submission):
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    styles = {PASS: "green", FAIL: "bold red", WAIVED: "yellow", NOT_APPLICABLE: "dim"}
-    title = (f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline, "
-             f"{len(s.excluded)} logs left out")
-    table = Table("rule", "verdict", "evidence", title=title, title_justify="left")
-    for v in found:
-        evidence = f"{v.evidence} (accepted: {v.reason})" if v.reason else v.evidence
-        table.add_row(v.rule, Text(v.verdict, styles[v.verdict]), Text(evidence))
-    Console().print(table)
-    counts = {kind: sum(v.verdict == kind for v in found) for kind in styles}
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
+    print(f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline, "
+          f"{len(s.excluded)} logs left out")
+    rows = [[v.rule, v.verdict, f"{v.evidence} (accepted: {v.reason})" if v.reason else v.evidence]
+            for v in found]
+    Grid(["rule", "verdict", "evidence"], rows).print(terminal())
+    counts = Counter(v.verdict for v in found)
+    print(", ".join(f"{counts[kind]} {kind}" for kind in (PASS, FAIL, WAIVED, NOT_APPLICABLE) if counts[kind]))

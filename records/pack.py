@@ -24,12 +24,12 @@ import jinja2
 from data.errors import RunError
 from records import check, logs, schema
 from records.errors import RecordError
-from records.lines import SIZE_LIMIT
-from records.logs import LogFile, RunFacts, short_name
+from records.logs import LogFile, RunFacts, losses_of, times_of
 from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
-from records.rules import Submission, Verdict, judge, last_point, plain
+from records.rules import Submission, Verdict, changed_settings, judge, last_point, plain
 from records.schema import GroupSummary, LogEntry, LossTest, Record, RunEntry, Speed, Statement
 from records.statistics import mean_sd
+from records.text import short_name
 
 HELP = "build the folder of a submission from logs and a note"
 EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --logs "
@@ -52,7 +52,7 @@ def add_arguments(parser):
                         help="one line for the table of records (default: the name)")
     parser.add_argument("--contributor", action="append", default=[], metavar="NAME",
                         help="who did it (repeatable)")
-    parser.add_argument("--date", help="YYYY-MM-DD (default: of the latest log, where logs hold dates)")
+    parser.add_argument("--date", required=True, help="YYYY-MM-DD")
     parser.add_argument("--non-record", metavar="REASON", help="keep it though it is no record, and say why")
     parser.add_argument("--dry-run", action="store_true",
                         help="write nothing: print the verdicts and the README")
@@ -69,7 +69,7 @@ def run(args) -> int:
         "version": 1,
         "track": submission.track.name,
         "name": args.name,
-        "date": args.date or date_of(submission),
+        "date": args.date,
         "kind": "record" if args.non_record is None else "non-record",
         "why_no_record": args.non_record,
         "description": args.description or args.name,
@@ -140,14 +140,6 @@ def read_note(path: str | None) -> str:
     return note.strip()
 
 
-def date_of(submission: Submission) -> str:
-    dates = [details.date for details in submission.details.values() if details.date]
-    if not dates:
-        raise RecordError("--date: expected YYYY-MM-DD, found none, and the logs do not say when they ran; "
-                          "say when")
-    return max(dates).date().isoformat()
-
-
 def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
     """The name of the folder of a record whose runs are these logs and no others; None where there
     is none."""
@@ -169,15 +161,11 @@ def copy(submission: Submission, statement: Statement, target: Path):
         seen = set()
         for log in members:
             name = log.path.name
-            if not re.fullmatch(schema.LOG_NAME, name) or log.path.suffix not in logs.SUFFIXES:
-                raise RecordError("expected log names of letters, digits and . _ - that end in .txt, found "
-                                  f"{name!r}; rename it")
+            if log.path.suffix not in logs.SUFFIXES:
+                raise RecordError(f"expected log names that end in .txt, found {name!r}; rename it")
             if name.lower() in seen:
                 raise RecordError(f"expected logs of different names in {folder}, found two called {name}; "
                                   "rename one")
-            if log.size > SIZE_LIMIT:
-                raise RecordError(f"{log.path}: expected at most {SIZE_LIMIT:,} bytes, found {log.size:,}; "
-                                  "is it a log?")
             seen.add(name.lower())
             (target / folder).mkdir(exist_ok=True)
             shutil.copyfile(log.path, target / folder / name)
@@ -208,9 +196,8 @@ def describe(s: Submission, statement: Statement) -> Record:
                               p=significant(test.p),
                               passes=test.passes),
         "baseline": summary(s.baseline, last_point) if s.baseline else None,
-        "speed": speed and Speed(difference_ms=decimals(speed.difference.estimate, 1),
-                                 low_ms=decimals(speed.difference.low, 1),
-                                 high_ms=decimals(speed.difference.high, 1), p=significant(speed.p)),
+        "speed": speed and Speed(difference_ms=decimals(speed.value, 1), low_ms=decimals(speed.low, 1),
+                                 high_ms=decimals(speed.high, 1), p=significant(speed.p)),
         "excluded_logs": [entry(log, s.point) for log, _ in s.excluded],
         "sources": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sources.items()},
     }, "the logs")
@@ -235,9 +222,8 @@ def run_entry(run: RunFacts, at) -> RunEntry:
 
 def summary(members: list[LogFile], point) -> GroupSummary:
     points = [point(run) for log in members for run in log.runs]
-    loss, loss_sd = mean_sd([math.nan if at is None else at.val_loss for at in points])
-    time, time_sd = mean_sd([math.nan if at is None or at.train_time_ms is None else at.train_time_ms
-                             for at in points])
+    loss, loss_sd = mean_sd(losses_of(points))
+    time, time_sd = mean_sd(times_of(points))
     return GroupSummary(n=len(points), step=common(at and at.step for at in points),
                         loss_mean=decimals(loss, 5),
                         loss_sd=decimals(loss_sd, 5), time_ms_mean=decimals(time, 1),
@@ -300,17 +286,17 @@ def differences(run: RunFacts | None, before: RunFacts | None) -> list[tuple[str
     """Settings that the first run does not share with the first one of the baseline."""
     if not run or not before or not run.config or not before.config:
         return []
-    settings, others = ({key: show(value) for key, value in config.items()}
-                        for config in (run.config, before.config))
-    return [(key, settings.get(key, ""), others.get(key, "")) for key in {**settings, **others}
-            if key not in NOT_TRAINING and settings.get(key) != others.get(key)]
+    return [(key, shown_setting(value), shown_setting(other))
+            for key, value, other in changed_settings(run.config, before.config)]
 
 
-def show(value) -> str:
+def shown_setting(value) -> str:
     """A setting as an argument of train_gpt.py."""
     if isinstance(value, list):
-        return ",".join(map(show, value))[:200]
-    return ("on" if value else "off") if isinstance(value, bool) else str(value)[:200]
+        return ",".join(map(shown_setting, value))[:200]
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "" if value is None else str(value)[:200]
 
 
 def command(run: RunFacts | None) -> str:
@@ -318,9 +304,10 @@ def command(run: RunFacts | None) -> str:
 
     Only plain values: a reader may well paste it into a shell.
     """
-    flags = [f"--{key}={shlex.quote(show(value))}" for key, value in (run.config if run else {}).items()
-             if key not in NOT_TRAINING and re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={show(value)}",
-                                                         re.A)]
+    settings = {key: shown_setting(value) for key, value in (run.config if run else {}).items()
+                if key not in NOT_TRAINING and value is not None}
+    flags = [f"--{key}={shlex.quote(value)}" for key, value in settings.items()
+             if re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={value}", re.A)]
     if not flags:
         return ""
     ranks = run.world_size or 1

@@ -59,19 +59,30 @@ TRACKS = {track.name: track for track in (
 
 
 def choose(name: str | None, logs: Iterable) -> Track:
-    """The named track, else the one that the logs are of: by their settings, or by a track's folder in their
-    path. logs: records.logs.LogFile. RecordError if they are of none or of several, or if the name is
-    unknown."""
+    """The named track, else the one that the logs (records.logs.LogFile) are of. RecordError if they are of
+    none or of several, or if the name is unknown."""
     if name is not None:
         if name not in TRACKS:
             raise RecordError(f"--track: expected one of {', '.join(TRACKS)}, found {name!r}; choose one of "
                               "these")
         return TRACKS[name]
-    found = {track.name for log in logs for track in TRACKS.values()
-             if track.folder in Path(log.path).resolve().parts
-             or any(run.config.get("track") == track.name for run in log.runs)}
+    found = seen(logs)
     if len(found) != 1:
-        raise RecordError("expected logs of one track, found "
-                          f"{' and '.join(sorted(found)) or 'no sign of any'}; say "
+        names = " and ".join(track.name for track in found)
+        raise RecordError(f"expected logs of one track, found {names or 'no sign of any'}; say "
                           f"--track={'|'.join(TRACKS)}")
-    return TRACKS[found.pop()]
+    return found[0]
+
+
+def seen(logs: Iterable) -> list[Track]:
+    """The tracks that logs are of, by their settings or by a folder in their path."""
+    logs = [*logs]
+    return [track for track in TRACKS.values() if any(
+        track.folder in Path(log.path).resolve().parts
+        or any(run.config.get("track") == track.name for run in log.runs) for log in logs)]
+
+
+def only(logs: Iterable) -> Track | None:
+    """The track that all these logs are of; None where they do not say."""
+    found = seen(logs)
+    return found[0] if len(found) == 1 else None

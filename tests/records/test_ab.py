@@ -84,12 +84,12 @@ def test_verdict_is_the_paired_test_of_the_logs(capsys):
     arms = [[logs.read(path).runs[0] for path in files(f"out/{arm}/*")] for arm in "ab"]
     seconds = [[run.final_time_ms / 1000 for run in arm] for arm in arms]
     losses = [[run.final_val_loss for run in arm] for arm in arms]
-    assert verdict["seconds"]["p_below"] == pytest.approx(ttest_rel(*seconds, alternative="less").pvalue)
+    assert verdict["seconds"]["difference"]["p"] == pytest.approx(ttest_rel(*seconds, alternative="less").pvalue)
     assert verdict["loss"]["p_above"] == pytest.approx(ttest_rel(*losses, alternative="greater").pvalue)
     gap = np.mean(seconds[0]) - np.mean(seconds[1])
     ratio = np.exp(np.mean(np.log(seconds[1]) - np.log(seconds[0])))
-    assert verdict["seconds"]["difference"]["estimate"] == pytest.approx(gap)
-    assert verdict["speed_up"]["estimate"] == pytest.approx(ratio)
+    assert verdict["seconds"]["difference"]["value"] == pytest.approx(gap)
+    assert verdict["speed_up"]["value"] == pytest.approx(ratio)
     assert 1.02 < verdict["speed_up"]["low"] < verdict["speed_up"]["high"] < 1.06  # 85 / 82 = 1.037
     assert "A is faster" in text and "no difference shown" in text and text.count("\n| ") == 6
     assert "A is faster" in capsys.readouterr().out
@@ -305,13 +305,3 @@ def test_difference_in_hardware_is_said(monkeypatch):
         Path(path).write_text(Path(path).read_text().replace("world_size 2", "world_size 4"))
     run()
     assert "Runs differ in world size: A 2; B 4." in Path("out/verdict.md").read_text()
-
-
-def test_the_example_runs():
-    """In a folder where run.sh is the fake trainer."""
-    Path("run.sh").write_text(f'#!/bin/sh\nfor last; do :; done\nexec {FAKE} "$last"\n')
-    Path("run.sh").chmod(0o755)
-    words = shlex.split(ab.EXAMPLE)
-    assert subprocess.run([sys.executable, *words[1:]],
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
-    assert len(files("logs/ab_muon_lr/a/*")) == 8
