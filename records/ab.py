@@ -28,7 +28,7 @@ from records.errors import RecordError
 from records.experiment import PLAN, ROLES, Experiment, Pair, read_experiment
 from records.groups import FACTS, LENGTH
 from records.logs import RunFacts
-from records.text import for_json, listed, seconds
+from records.text import listed, seconds
 from tools.children import kill_group
 
 HELP = "run candidate and baseline in turn on this machine, then the paired verdict"
@@ -100,8 +100,7 @@ def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
     for name, old, new in zip(("--a", "--b", "--runs"), found, (a, b, runs)):
         if old != new:
             raise RecordError(f"{name}: expected {old!r}, with which {out} was begun, found {new!r}; choose "
-                              "another --out "
-                              "to begin another experiment")
+                              "another --out to begin another experiment")
     for name in (*ROLES, "output"):
         (out / name).mkdir(exist_ok=True)
     return experiment
@@ -125,8 +124,7 @@ def locked(out: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RecordError(f"{out}: expected no run at work, found another ab, or a run that outlived its "
-                              "ab; wait for it or "
-                              f"end it (fuser {out}/.lock names it)") from None
+                              f"ab; wait for it or end it (fuser {out}/.lock names it)") from None
         except OSError as e:
             print(f"note: {out} cannot be locked ({e.strerror}): see to it that no other ab uses it",
                   file=sys.stderr)
@@ -222,8 +220,8 @@ def what_is_wrong(out: Path, arm: str, number: int, seed: int, path: Path | None
     if found[0].seed not in (seed, None):
         return f"seed {found[0].seed} in {path} instead of {seed}"
     if equal := pair_with_equal_losses(out, arm, number, found[0]):
-        return (f"the very losses of pair {equal}, as if the command did not use its seed ({{seed}} in it says "
-                "where it goes)")
+        return (f"the very losses of pair {equal}, as if the command did not use its seed ({{seed}} in it "
+                "says where it goes)")
     return ""
 
 
@@ -281,8 +279,8 @@ def find_run(out: Path, arm: str, number: int) -> RunFacts | None:
     runs = logs.read(path).runs
     if len(runs) != 1 or not runs[0].complete:
         raise RecordError(f"{path}: expected the log of a complete run, which ab put there, found "
-                          f"{len(runs)} runs or an "
-                          "incomplete one; remove the file and start the same ab again")
+                          f"{len(runs)} runs or an incomplete one; remove the file and start the same ab "
+                          "again")
     return runs[0]
 
 
@@ -304,11 +302,9 @@ def conclude(out: Path, experiment: Experiment):
     a, b = ([find_run(out, arm, number) for number in range(1, len(experiment.pairs) + 1)] for arm in "ab")
     verdict = judge(a, b)
     lines = [*sentences(verdict), *notes(out, a, b)]
-    with written_whole(out / "verdict.json", "w") as file:
-        json.dump(for_json(dict(plan=asdict(experiment), **verdict, notes=lines)), file, indent=1)
     with written_whole(out / "verdict.md", "w") as file:
         file.write(markdown(experiment, a, b, lines))
-    print("\n".join((*lines, f"Written to {out}/verdict.md and .json.")))
+    print("\n".join((*lines, f"Written to {out}/verdict.md.")))
 
 
 def judge(a: list[RunFacts], b: list[RunFacts]) -> dict:
@@ -359,8 +355,8 @@ def notes(out: Path, a: list[RunFacts], b: list[RunFacts]):
 
 
 def markdown(experiment: Experiment, a: list[RunFacts], b: list[RunFacts], lines: list[str]) -> str:
-    rows = [f"| {i} | {pair.seed} | {pair.order[0].upper()} | {x.final_val_loss} | {y.final_val_loss} "
-            f"| {(x.final_time_ms or 0) / 1000:.3f} | {(y.final_time_ms or 0) / 1000:.3f} |"
+    rows = [f"| {i} | {pair.seed} | {pair.order[0].upper()} | {x.final_val_loss} | {y.final_val_loss} | "
+            f"{(x.final_time_ms or 0) / 1000:.3f} | {(y.final_time_ms or 0) / 1000:.3f} |"
             for i, (pair, x, y) in enumerate(zip(experiment.pairs, a, b), 1)]
     return "\n".join([
         f"# {len(a)} pairs of runs", "",

@@ -6,8 +6,8 @@ from pathlib import Path
 from records.errors import RecordError
 from records.groups import RunGroup
 
-# No two groups share a colour. The first four are Okabe and Ito's, which the colour-blind tell apart; all have
-# a contrast of 3 or more to white and to the dark paper of the report. The second four are dashed as well.
+# No two groups share a colour. The first four are Okabe and Ito's, which the colour-blind tell apart; all
+# have a contrast of 3 or more to white and to the dark paper of the report. The second four are dashed.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a63d2", "#7a8b1e", "#d7263d", "#8c6d46")
 GREY = "#7a7a7a"
 SUFFIXES = (".png", ".svg", ".pdf")

@@ -22,7 +22,7 @@ from records.groups import FACTS, Counted, RunGroup, count, find_groups
 from records.logs import RunFacts
 from records.rules import changed_settings
 from records.text import printable, shown
-from records.tracks import TRACKS, Track, choose, only
+from records.tracks import TRACKS, Track, only
 
 HELP = "groups of runs side by side: loss rule, speed-up, loss by step, changes of settings and source"
 EXAMPLE = ("python -m records compare records/track_0_laptop/2026-11-22_AdamW "
@@ -47,8 +47,7 @@ def add_group_arguments(parser):
     """The same for compare and report."""
     parser.add_argument("paths", nargs="+", metavar="PATH",
                         help="a log, or a folder of logs or of such folders")
-    parser.add_argument("--track", metavar="TRACK",
-                        help=f"{', '.join(TRACKS)} (default: that of the first log)")
+    parser.add_argument("--track", choices=TRACKS, help="default: that of the first log")
     parser.add_argument("--target", type=show.target_loss, metavar="LOSS",
                         help="validation loss to reach (default: that of the track, or 3.28)")
     parser.add_argument("--step", type=int, metavar="N",
@@ -89,7 +88,7 @@ def run(args) -> int:
 
 def examine(args) -> Comparison:
     groups, left_out = find_groups(args.paths)
-    track = choose(args.track, []) if args.track else only(groups[0].logs[:1])
+    track = TRACKS[args.track] if args.track else only(groups[0].logs[:1])
     target = args.target or (track or TRACKS["small"]).target
     if args.history is not None:
         groups.insert(0, public_group(track, args.history))
@@ -101,11 +100,12 @@ def examine(args) -> Comparison:
         if args.history is not None:
             sentences.append(beside(groups[0], group))
         against.append((group, sentences))
-    return Comparison(
-        groups, track, target, summary(groups, target),
-        [*warnings(groups, counted), *(f"{file} is left out: {why}" for file, why in left_out)],
-        [f"{group.name}: {statistics.loss_rule(track, its.losses)}" for group, its in judged] if track else [],
-        losses_by_step(groups), against)
+    doubts = [*warnings(groups, counted), *(f"{file} is left out: {why}" for file, why in left_out)]
+    rules = []
+    if track:
+        rules = [f"{group.name}: {statistics.loss_rule(track, its.losses)}" for group, its in judged]
+    return Comparison(groups, track, target, summary(groups, target), doubts, rules, losses_by_step(groups),
+                      against)
 
 
 def spread(values: list, form: str, factor: float = 1) -> str:
@@ -131,8 +131,9 @@ def summary(groups: list[RunGroup], target: float) -> Grid:
             spread([run.time_to(target) for run in runs], ",.2f", 1e-3),
             spread(reached, ",.1f"),
         ])
-    return Grid(["group", "runs", "steps", "final loss", "time, s", "ms/step", f"reach {target:g}", "after, s",
-                 "at step"], rows)
+    titles = ["group", "runs", "steps", "final loss", "time, s", "ms/step", f"reach {target:g}", "after, s",
+              "at step"]
+    return Grid(titles, rows)
 
 
 def warnings(groups: list[RunGroup], counted: list[Counted]):

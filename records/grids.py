@@ -22,7 +22,8 @@ class Grid:
                   if len({*column}) == 1}
         kept = [k for k, title in enumerate(self.titles) if title not in common]
         grid = Grid([self.titles[k] for k in kept], [[row[k] for k in kept] for row in self.rows])
-        return grid, ", ".join(f"{title} {value}" for title, value in common.items() if value not in ("", "-"))
+        said = [f"{title} {value}" for title, value in common.items() if value not in ("", "-")]
+        return grid, ", ".join(said)
 
     def print(self, console):
         from rich import box

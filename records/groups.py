@@ -143,8 +143,7 @@ def count(group: RunGroup, track: Track | None, step: int | None = None) -> Coun
         if points[-1] is None:
             where = "its last step" if step is None else f"step {step}"
             notes.append(f"{run.run_id} has no validation at {where} and ends at {run.final_step} of "
-                         f"{run.total_steps}: "
-                         "name the logs that count to leave it out.")
+                         f"{run.total_steps}: name the logs that count to leave it out.")
     if step is None and len(steps) == 1:
         step, = steps
     return Counted(step, losses_of(points), [ms / 1000 for ms in times_of(points)], notes)

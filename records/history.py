@@ -74,7 +74,8 @@ def runs(track: str, record: int) -> list[RunFacts]:
     points = {}
     for row in read("curves.csv"):
         if (row["track"], row["number"]) == of_record:
-            point = ValPoint(int(row["step"]), float(row["val_loss"]), number(row["train_time_ms"], float), {})
+            ms = number(row["train_time_ms"], float)
+            point = ValPoint(int(row["step"]), float(row["val_loss"]), ms, {})
             points.setdefault(row["run_id"], []).append(point)
     finals = {row["run_id"]: row for row in read("finals.csv") if (row["track"], row["number"]) == of_record}
     return [public_run(finals[run_id], curve) for run_id, curve in points.items()]

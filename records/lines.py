@@ -93,8 +93,7 @@ def contradictions(lines: np.ndarray, queue: float):
                 yield f"expected a training line at step {step:.0f}, found a validation only"
             elif step > 20 and ms - time_at[step] > queue * ms / step:
                 yield (f"the validation at step {step:.0f} is {ms - time_at[step]:g} ms after the training "
-                       "line "
-                       "of that step")
+                       "line of that step")
 
 
 def wrong_averages(kind: str, step, ms, average):
@@ -111,5 +110,5 @@ def wrong_averages(kind: str, step, ms, average):
     best = min(range(3), key=lambda k: wrong[k].sum())
     time, steps = conventions[best]
     for i in np.flatnonzero(wrong[best]):
-        yield (f"the {kind} line of step {step[i]:.0f} says {average[i]:.2f} ms a step, "
-               f"but its time, {ms[i]:g} ms, makes it {time[i] / steps[i]:.2f}")
+        yield (f"the {kind} line of step {step[i]:.0f} says {average[i]:.2f} ms a step, but its time, "
+               f"{ms[i]:g} ms, makes it {time[i] / steps[i]:.2f}")

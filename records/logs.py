@@ -204,8 +204,7 @@ def files_below(root: Path) -> Iterator[Path]:
 
 def refuse(error: OSError, path: Path | None = None):
     raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; "
-                      "check path and "
-                      "permissions") from None
+                      "check path and permissions") from None
 
 
 def read(path) -> LogFile:

@@ -33,8 +33,8 @@ from records.text import short_name
 
 HELP = "build the folder of a submission from logs and a note"
 EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --logs "
-           "records/track_0_laptop/2026-11-24_TailAverage "
-           "--baseline records/track_0_laptop/2026-11-24_Reference")
+           "records/track_0_laptop/2026-11-24_TailAverage --baseline "
+           "records/track_0_laptop/2026-11-24_Reference")
 
 NOTE_BEGIN = "<!-- A note, which its author may edit. The numbers outside it come from the logs. -->"
 NOTE_END = "<!-- End of the note. -->"
@@ -110,8 +110,8 @@ def build(submission: Submission, statement: Statement, note: str, temporary: Pa
     failed = [verdict.rule for verdict in verdicts if verdict.verdict == FAIL]
     if failed and statement.kind == "record":
         raise RunError(f"expected that every rule holds, found that these do not: {', '.join(failed)}; run "
-                       "what is missing, "
-                       "waive what can be waived (check --help), or keep it with --non-record REASON")
+                       "what is missing, waive what can be waived (check --help), or keep it with "
+                       "--non-record REASON")
     if dry_run:
         print(files["README.md"].decode())
         return
@@ -128,12 +128,12 @@ def read_note(path: str | None) -> str:
         return ""
     try:
         with open(path, encoding="utf-8") as file:
-            note = file.read(NOTE_LIMIT)
-            if file.read(1):
-                raise RecordError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found "
-                                  "more; link to the rest")
+            note = file.read(NOTE_LIMIT + 1)
     except (OSError, UnicodeDecodeError) as e:
         raise RecordError(f"--note: expected a readable text file, found: {e}; check {path}") from None
+    if len(note) > NOTE_LIMIT:
+        raise RecordError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link "
+                          "to the rest")
     if NOTE_BEGIN in note or NOTE_END in note:
         raise RecordError(f"{path}: expected a note, found the marks of one in a README; pass the text "
                           "between them")
@@ -193,8 +193,7 @@ def describe(s: Submission, statement: Statement) -> Record:
         "world_size": common(run.world_size for run in s.runs),
         "runs": summary(s.logs, s.point),
         "loss_test": LossTest(rule=s.track.rule, target=s.track.target, alpha=s.track.alpha,
-                              p=significant(test.p),
-                              passes=test.passes),
+                              p=significant(test.p), passes=test.passes),
         "baseline": summary(s.baseline, last_point) if s.baseline else None,
         "speed": speed and Speed(difference_ms=decimals(speed.value, 1), low_ms=decimals(speed.low, 1),
                                  high_ms=decimals(speed.high, 1), p=significant(speed.p)),
@@ -210,14 +209,10 @@ def common(values):
 
 
 def entry(log: LogFile, point) -> LogEntry:
-    return LogEntry(file=log.path.name, sha256=log.sha256,
-                    runs=[run_entry(run, point(run)) for run in log.runs])
-
-
-def run_entry(run: RunFacts, at) -> RunEntry:
-    return RunEntry(run_id=run.run_id, seed=run.seed, step=at and at.step, loss=at
-                    and decimals(at.val_loss, 9),
-                    time_ms=at and decimals(at.train_time_ms, 3))
+    runs = [RunEntry(run_id=run.run_id, seed=run.seed, step=at and at.step,
+                     loss=at and decimals(at.val_loss, 9), time_ms=at and decimals(at.train_time_ms, 3))
+            for run in log.runs for at in [point(run)]]
+    return LogEntry(file=log.path.name, sha256=log.sha256, runs=runs)
 
 
 def summary(members: list[LogFile], point) -> GroupSummary:
@@ -225,9 +220,8 @@ def summary(members: list[LogFile], point) -> GroupSummary:
     loss, loss_sd = mean_sd(losses_of(points))
     time, time_sd = mean_sd(times_of(points))
     return GroupSummary(n=len(points), step=common(at and at.step for at in points),
-                        loss_mean=decimals(loss, 5),
-                        loss_sd=decimals(loss_sd, 5), time_ms_mean=decimals(time, 1),
-                        time_ms_sd=decimals(time_sd, 1),
+                        loss_mean=decimals(loss, 5), loss_sd=decimals(loss_sd, 5),
+                        time_ms_mean=decimals(time, 1), time_ms_sd=decimals(time_sd, 1),
                         logs=[entry(log, point) for log in members])
 
 
@@ -246,7 +240,8 @@ def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) ->
                                      undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      autoescape=False)
-    environment.filters |= {"escaped": escaped, "loss": loss, "seconds": seconds, "short": short_name}
+    environment.filters |= {"escaped": escaped, "loss": loss, "seconds": seconds, "short": short_name,
+                            "setting": shown_setting}
     first, before = ([*runs, None][0] for runs in (s.runs, s.baseline_runs))
     elsewhere = record.baseline_record
     return environment.get_template("record.md").render(
@@ -263,7 +258,8 @@ def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) ->
         left_out=sum(len(file.runs) for file in record.excluded_logs),
         open=[verdict for verdict in verdicts if verdict.verdict not in (PASS, NOT_APPLICABLE)],
         commits=sorted({details.commit for log in s.logs if (details := s.details[log.path]).commit}),
-        differences=differences(first, before),
+        differences=changed_settings(first.config, before.config)
+        if first and before and first.config and before.config else [],
         command=command(first),
     )
 
@@ -280,14 +276,6 @@ def loss(value: float | None) -> str:
 
 def seconds(ms: float | None, digits: int = 3) -> str:
     return "nan" if ms is None else f"{ms / 1000:.{digits}f}"
-
-
-def differences(run: RunFacts | None, before: RunFacts | None) -> list[tuple[str, str, str]]:
-    """Settings that the first run does not share with the first one of the baseline."""
-    if not run or not before or not run.config or not before.config:
-        return []
-    return [(key, shown_setting(value), shown_setting(other))
-            for key, value, other in changed_settings(run.config, before.config)]
 
 
 def shown_setting(value) -> str:

@@ -10,7 +10,7 @@ import scipy
 
 from records.errors import RecordError
 from records.statistics import power, two_sample_power
-from records.tracks import TRACKS, choose
+from records.tracks import TRACKS
 
 HELP = "runs that a margin in loss or a gap in time needs"
 EXAMPLE = "python -m records plan --margin 0.001 --gap 0.3 --time-sd 0.07"
@@ -54,8 +54,7 @@ def add_arguments(parser):
                         help="standard deviation of the time between runs on one host, seconds")
     parser.add_argument("--power", type=probability, default=0.8,
                         help="probability with which it shall succeed (default: 0.8)")
-    parser.add_argument("--track", default="small",
-                        help=f"whose loss rule: {', '.join(TRACKS)} (default: small)")
+    parser.add_argument("--track", choices=TRACKS, default="small", help="whose loss rule (default: small)")
 
 
 def refuse_other_units(name: str, difference: float, sd: float):
@@ -79,13 +78,13 @@ def plan_loss(track, margin: float, sd: float, wanted: float) -> str:
 def plan_time(gap: float, sd: float, alpha: float, wanted: float) -> str:
     refuse_other_units("gap", gap, sd)
     runs = fewest(2, lambda n: two_sample_power(n, gap, sd, alpha), wanted)
-    return (f"Time: {runs} runs of the candidate and {runs} of the baseline on one host show a gap of {gap:g} "
-            f"s, at a standard deviation\nof {sd:g} s, with probability "
+    return (f"Time: {runs} runs of the candidate and {runs} of the baseline on one host show a gap of "
+            f"{gap:g} s, at a standard deviation\nof {sd:g} s, with probability "
             f"{two_sample_power(runs, gap, sd, alpha):.2f} (one-sided t-test at {alpha:g}).")
 
 
 def run(args) -> int:
-    track = choose(args.track, [])
+    track = TRACKS[args.track]
     if args.margin is None and args.gap is None:
         raise RecordError("expected --margin or --gap, found neither; say what the runs shall show, as "
                           "--margin=0.001")

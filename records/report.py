@@ -1,5 +1,5 @@
-"""Write what compare says to one page, with the curves, a table of all runs that sorts, and the changes of the
-sources.
+"""Write what compare says to one page, with the curves, a table of all runs that sorts, and the changes of
+the sources.
 
 PATHs and groups are those of compare. The page is a single file, needs no network and loads nothing. What
 comes out of logs is shown and never run."""
@@ -20,8 +20,7 @@ from records.text import printable, short_name
 
 HELP = "what compare says as one page, with charts, all runs and the changes of their sources"
 EXAMPLE = ("python -m records report records/track_0_laptop/2026-11-22_AdamW "
-           "records/track_0_laptop/2026-11-22_Muon "
-           "-o logs/report.html")
+           "records/track_0_laptop/2026-11-22_Muon -o logs/report.html")
 
 TEMPLATES = Path(__file__).parent / "templates"
 DIFF_LIMIT = 400  # lines shown of the difference of a file
@@ -43,10 +42,10 @@ def run(args) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise RecordError(f"-o: expected to write {output}, found: {e.strerror}; "
-                          "choose another place") from None
-    print(printable(f"{output}: {sum(len(group.runs) for group in found.groups)} runs in "
-                    f"{len(found.groups)} groups, {output.stat().st_size / 1e6:.1f} MB"))
+        raise RecordError(f"-o: expected to write {output}, found: {e.strerror}; choose another "
+                          "place") from None
+    print(printable(f"{output}: {sum(len(group.runs) for group in found.groups)} runs in {len(found.groups)} "
+                    f"groups, {output.stat().st_size / 1e6:.1f} MB"))
     return 0
 
 

@@ -70,8 +70,7 @@ def run(args) -> int:
 def source_of(log: logs.LogFile, name: str) -> str:
     if name not in log.sources:
         raise RecordError(f"--source: expected a file that {log.path} embeds "
-                          f"({', '.join(log.sources) or 'it has none'}), "
-                          f"found {name!r}; choose one of these")
+                          f"({', '.join(log.sources) or 'it has none'}), found {name!r}; choose one of these")
     return log.sources[name]
 
 

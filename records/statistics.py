@@ -63,13 +63,15 @@ class RuleResult:
 
 def t_test(losses: Sequence[float], target: float, alpha: float = 0.01) -> RuleResult:
     """One-sample t-test that the mean is below the target."""
-    n, (mean, sd) = len(losses), mean_sd(losses)
+    n = len(losses)
+    mean, sd = mean_sd(losses)
     if why := unfit(losses, what="losses"):
         return RuleResult(n, mean, sd, why=why)
     result = scipy.stats.ttest_1samp(losses, target, alternative="less")
-    t, p = float(result.statistic), float(result.pvalue)
-    formula = (f"mean {mean:.5f} of {n}, sd {sd:.5f}, against {target}: t = {t:.2f}, p = {p:.3g}, "
-               f"needed < {alpha}")
+    t = float(result.statistic)
+    p = float(result.pvalue)
+    formula = (f"mean {mean:.5f} of {n}, sd {sd:.5f}, against {target}: t = {t:.2f}, p = {p:.3g}, needed < "
+               f"{alpha}")
     return RuleResult(n, mean, sd, t, p, p < alpha, formula)
 
 
@@ -81,13 +83,14 @@ def reaches(score: float, needed: float) -> bool:
 def z_rule(losses: Sequence[float], target: float, sigma: float = 0.0013,
            needed: float = 0.004) -> RuleResult:
     """(target - mean) sqrt(n) against what is needed. p: of a z-test with the assumed sigma."""
-    n, (mean, sd) = len(losses), mean_sd(losses)
+    n = len(losses)
+    mean, sd = mean_sd(losses)
     if why := unfit(losses, 1, "losses"):
         return RuleResult(n, mean, sd, why=why)
     score = (target - mean) * n ** 0.5
     p = float(scipy.stats.norm.sf(score / sigma))
-    formula = (f"({target} - {mean:.5f}) sqrt({n}) = {score:.5f}, needed >= {needed} "
-               f"(p = {p:.3g} at an assumed sd of {sigma})")
+    formula = (f"({target} - {mean:.5f}) sqrt({n}) = {score:.5f}, needed >= {needed} (p = {p:.3g} at an "
+               f"assumed sd of {sigma})")
     return RuleResult(n, mean, sd, score, p, reaches(score, needed), formula)
 
 
@@ -103,7 +106,8 @@ def pairwise_rule(losses: Sequence[float], baseline: Sequence[float], steps_save
                   loss_per_step: float = 0.0045 / 100, needed: float = 0.004) -> RuleResult:
     """Candidate against predecessor: (loss gained + loss that the saved steps are worth) / sqrt(1/n
     + 1/n_baseline)."""
-    n, (mean, sd) = len(losses), mean_sd(losses)
+    n = len(losses)
+    mean, sd = mean_sd(losses)
     if why := unfit(losses, 1, "losses") or unfit(baseline, 1, "losses of the baseline"):
         return RuleResult(n, mean, sd, why=why)
     gain = float(np.mean(baseline) - np.mean(losses))
@@ -127,7 +131,8 @@ class Estimate:
 
     def __format__(self, form: str) -> str:
         if self.why:
-            return f"{'unknown' if self.value is None else format(self.value, form)} (no interval: {self.why})"
+            value = "unknown" if self.value is None else format(self.value, form)
+            return f"{value} (no interval: {self.why})"
         return f"{self.value:{form}} ({100 * CONFIDENCE:g} %: {self.low:{form}} to {self.high:{form}})"
 
 
@@ -135,9 +140,10 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     """The mean with a two-sided t interval; p as of the mean of differences."""
     if why := unfit(values):
         return Estimate(mean_sd(values)[0], why=why)
+    mean = float(np.mean(values))
     low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
     p = scipy.stats.ttest_1samp(values, 0, alternative="less").pvalue
-    return Estimate(float(np.mean(values)), float(low), float(high), float(p))
+    return Estimate(mean, float(low), float(high), float(p))
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Estimate:
@@ -167,8 +173,10 @@ def ratio_interval(a: Sequence[float], b: Sequence[float]) -> Estimate:
     if why := unfit(a) or unfit(b) or ("" if ratio else "expected positive values of like size"):
         return Estimate(ratio, why=why)
     squared = [np.var(group, ddof=1) / len(group) / np.mean(group) ** 2 for group in (a, b)]
-    df = sum(squared) ** 2 / sum(part ** 2 / (len(group) - 1) for part, group in zip(squared, (a, b)))
-    factor = math.exp(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, df) * sum(squared) ** 0.5)
+    weights = [part ** 2 / (len(group) - 1) for part, group in zip(squared, (a, b))]
+    df = sum(squared) ** 2 / sum(weights)
+    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, df)
+    factor = math.exp(quantile * sum(squared) ** 0.5)
     return Estimate(ratio, ratio / factor, ratio * factor)
 
 
@@ -184,7 +192,8 @@ class Paired:
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    n, (_, sd) = len(differences), mean_sd(differences)
+    n = len(differences)
+    _, sd = mean_sd(differences)
     difference = mean_interval(differences)
     if difference.why:
         return Paired(n, sd, difference)
@@ -198,14 +207,17 @@ def power(n: int, margin: float, sd: float, alpha: float, sigma: float | None = 
     """Probability that n runs, whose true mean is `margin` below the target and whose standard deviation is
     sd, pass the t-test at alpha (exact, noncentral t), or the z-test at alpha with an assumed sigma."""
     if sigma is not None:
-        return float(scipy.stats.norm.cdf((margin * n ** 0.5 - sigma * scipy.stats.norm.isf(alpha)) / sd))
-    return float(scipy.stats.nct.sf(scipy.stats.t.isf(alpha, n - 1), n - 1, margin * n ** 0.5 / sd))
+        needed = sigma * scipy.stats.norm.isf(alpha)
+        return float(scipy.stats.norm.cdf((margin * n ** 0.5 - needed) / sd))
+    critical = scipy.stats.t.isf(alpha, n - 1)
+    return float(scipy.stats.nct.sf(critical, n - 1, margin * n ** 0.5 / sd))
 
 
 def two_sample_power(n: int, gap: float, sd: float, alpha: float) -> float:
     """Probability that the one-sided two-sample t-test of n runs each shows the gap."""
     df = 2 * n - 2
-    return float(scipy.stats.nct.sf(scipy.stats.t.isf(alpha, df), df, gap / sd * (n / 2) ** 0.5))
+    critical = scipy.stats.t.isf(alpha, df)
+    return float(scipy.stats.nct.sf(critical, df, gap / sd * (n / 2) ** 0.5))
 
 
 def detectable(n: int, alpha: float, wanted: float = 0.8) -> float:

@@ -2,7 +2,6 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, is_dataclass
 
 UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -20,8 +19,9 @@ def short_name(name: str) -> str:
 def listed(texts: Iterable[str], limit: int = 4, between: str = ", ") -> str:
     """The first few of many texts, and how many more there are."""
     texts = [*texts]
+    shown_first = between.join(texts[:limit])
     more = len(texts) - limit
-    return between.join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
+    return f"{shown_first} and {more} more" if more > 0 else shown_first
 
 
 def shown(value, form: str = "{}") -> str:
@@ -39,9 +39,7 @@ def nats(loss: float | None) -> str:
 
 
 def for_json(value):
-    """A value as JSON holds it: dataclasses as objects, numbers that are not finite as null."""
-    if is_dataclass(value):
-        value = asdict(value)
+    """A value as JSON holds it: numbers that are not finite as null."""
     if isinstance(value, dict):
         return {key: for_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

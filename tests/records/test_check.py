@@ -145,15 +145,6 @@ def test_a_baseline_that_is_none(failures, change, expected):
     assert failures(runs(), change(slow())).keys() == expected
 
 
-def test_where_the_baseline_lies(tmp_path, records):
-    """In a folder below the one that is named, not above it."""
-    logs_ = write(tmp_path / "baseline-tests/all/this", runs())
-    assert f"{RUNS} runs, 0 of the" in records("check", logs_)[1]
-    write(tmp_path / "baseline-tests/all/baseline", slow(), first=1001)
-    code, out, _ = records("check", logs_.parent)
-    assert code == 0 and f"{RUNS} runs, 4 of the" in out
-
-
 @pytest.mark.parametrize("planned, expected", [(8, set()), (7, {"planned-runs"}), (9, {"planned-runs"})])
 def test_planned(planned, expected, failures):
     assert failures(runs(), slow(), "--planned", planned).keys() == expected
@@ -167,12 +158,12 @@ def test_an_experiment_of_ab(tmp_path, records):
     write(folder / "output", runs(), first=2001)
     for pairs, code in ((RUNS, 0), (RUNS + 1, 1)):
         (folder / "plan.json").write_text(plan_text(pairs))
-        assert records("check", a, "--baseline", b)[0] == records("check", folder)[0] == code
+        assert records("check", folder)[0] == code
     assert f"{RUNS} runs, 4 of the" in records("check", folder)[1]
     assert records("check", folder, "--planned", RUNS)[0] == 0
     for text in ("{", "[" * 10**5, "[]", '{"pairs": 3}', "\xff"):
         (folder / "plan.json").write_text(text)
-        code, out, _ = records("check", a, "--baseline", b)
+        code, out, _ = records("check", a, "--baseline", b)  # the folder is no experiment any more
         assert code == 0 and "no plan is stated" in out
 
 
@@ -270,7 +261,7 @@ def test_what_cannot_be_waived_in_record_json_either(tmp_path):
     (["--exclude", "zzz=x"], "found 0"),
     (["--planned", "soon"], "--planned: expected a number of runs, found 'soon'"),
     (["--planned", "0"], "--planned: expected a number of runs"),
-    (["--track", "huge"], "expected one of small"),
+    (["--track", "huge"], "invalid choice: 'huge'"),
 ])
 def test_refusals(arguments, sentence, tmp_path, records):
     code, _, err = records("check", write(tmp_path / "runs", runs()), *arguments)

@@ -83,8 +83,7 @@ def test_the_example_of_a_verb(verb, folder, capsys, monkeypatch):
     (["xyz"], "found 'xyz'; see python -m records --help"),
     (["show"],
      "expected the arguments of python -m records show, found: the following arguments are required: PATH; "
-     "see "
-               "python -m records show --help"),
+     "see python -m records show --help"),
     (["show", "--jsn", OURS], "found: unrecognized arguments: --jsn"),
     (["show", "--target"], "found: argument --target: expected one argument"),
     (["show", "no\x1b[2Jthing"],

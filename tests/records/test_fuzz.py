@@ -146,10 +146,9 @@ def test_large_files_are_read_in_bounded_memory(tmp_path, kind, size=16 << 20):
             file.write(block)
         file.write(last)
     program = ("import re, sys, time; from records import logs; begin = time.perf_counter(); log = "
-               "logs.read(sys.argv[1]); "
-               "print(len(log.problems), sum(len(run.val_points) for run in log.runs), time.perf_counter() - "
-               "begin, "
-               "re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])")
+               "logs.read(sys.argv[1]); print(len(log.problems), sum(len(run.val_points) for run in "
+               "log.runs), time.perf_counter() - begin, re.search(r'VmHWM:\\s+(\\d+) kB', "
+               "open('/proc/self/status').read())[1])")
     done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True,
                           check=True)
     path.unlink()

@@ -188,8 +188,7 @@ def test_times_missing(tmp_path):
 def test_further_numbers_of_a_validation(tmp_path):
     [run] = read(tmp_path,
                  "step:10/10 val_loss:3.5 val_ema_loss:3.25 train_time:1.001s step_avg:1.00ms n:2 "
-                 "rel:1.5e-05 "
-                           "handoff:none\n").runs
+                 "rel:1.5e-05 handoff:none\n").runs
     assert run.val_points[0].extra == {"val_ema_loss": 3.25, "n": 2, "rel": 1.5e-05}
     assert run.final_time_ms == 1001  # and not 1000.9999999999999
     [run] = read(tmp_path, "step:10/10 val_loss:3.5 " + " ".join(f"k{k}:{k}" for k in range(99)) + "\n").runs

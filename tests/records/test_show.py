@@ -87,8 +87,8 @@ def test_one_log_in_full(call):
 def test_several_logs_in_a_table(call):
     code, out, err = call(ADAMW, MUON, YARDSTICK)
     assert (code, err) == (0, "") and out.count("yardstick/") == 3 and out.count("_Muon/") == 9
-    assert ("in all: target 1.6, ranks 2, hardware CPU (x86_64, 1 threads), AMD EPYC, "
-            "torch 2.13.0+cpu") in out
+    assert ("in all: target 1.6, ranks 2, hardware CPU (x86_64, 1 threads), AMD EPYC, torch "
+            "2.13.0+cpu") in out
     for path in logs.find([ROOT / ADAMW, ROOT / MUON, ROOT / YARDSTICK]):
         run = logs.read(path).runs[0]
         [row] = [line.split() for line in out.splitlines() if path.stem[:8] in line]
@@ -169,8 +169,8 @@ def test_errors(call, arguments, sentence):
 def test_no_heavy_library_is_loaded():
     """Nor another verb."""
     heavy = {"torch", "numpy", "scipy", "matplotlib", "pydantic", "jinja2", "records.compare"}
-    program = ("import sys; from records.__main__ import guarded; guarded(sys.argv[1:]); "
-               f"print({heavy} & set(sys.modules), file=sys.stderr)")
+    program = (f"import sys; from records.__main__ import guarded; guarded(sys.argv[1:]); print({heavy} & "
+               "set(sys.modules), file=sys.stderr)")
     path = next((ROOT / MUON).glob("runs/*.txt"))
     done = subprocess.run([sys.executable, "-c", program, "show", path], cwd=ROOT, capture_output=True,
                           text=True)

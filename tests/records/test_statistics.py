@@ -78,14 +78,6 @@ def test_pairwise_rule(losses, baseline, steps, passes):
     assert statistics.pairwise_rule(losses, baseline, steps).passes is passes
 
 
-@given(groups, groups, st.integers(-200, 200))
-@settings(max_examples=50, deadline=None)
-def test_pairwise_rule_is_the_published_condition(losses, baseline, steps):
-    result = statistics.pairwise_rule(losses, baseline, steps, 0.0045 / 100)
-    gain = stdlib.mean(baseline) - stdlib.mean(losses) + steps * 0.0045 / 100
-    assert result.score == pytest.approx(gain / math.sqrt(1 / len(losses) + 1 / len(baseline)), abs=1e-12)
-
-
 @given(groups, groups)
 @settings(max_examples=100, deadline=None)
 def test_welch_is_the_textbook_formula(a, b):
@@ -100,18 +92,6 @@ def test_welch_is_the_textbook_formula(a, b):
     assert [result.low, result.high] == pytest.approx([gap - half, gap + half], rel=1e-6, abs=1e-9)
 
 
-@given(groups)
-@settings(max_examples=50, deadline=None)
-def test_mean_interval_is_the_textbook_formula(values):
-    interval = statistics.mean_interval(values)
-    if equal(values):
-        assert interval.low is None and "equal" in interval.why
-        return
-    half = t_distribution.ppf(0.975, len(values) - 1) * stdlib.stdev(values) / math.sqrt(len(values))
-    mean = stdlib.mean(values)
-    assert (interval.value, interval.low, interval.high) == pytest.approx((mean, mean - half, mean + half))
-
-
 @given(st.lists(st.tuples(st.integers(70_000, 90_000), st.integers(70_000, 90_000)), min_size=2, max_size=30))
 @settings(max_examples=50, deadline=None)
 def test_paired_is_the_t_test_of_the_differences(pairs):
@@ -120,15 +100,13 @@ def test_paired_is_the_t_test_of_the_differences(pairs):
     if equal(gaps):
         assert result.difference.p is None and result.floor is None and "equal" in result.difference.why
         return
-    t = stdlib.mean(gaps) / (stdlib.stdev(gaps) / math.sqrt(len(gaps)))
+    mean, error = stdlib.mean(gaps), stdlib.stdev(gaps) / math.sqrt(len(gaps))
+    half, t = t_distribution.ppf(0.975, len(gaps) - 1) * error, mean / error
+    found = result.difference
+    assert (found.value, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
     assert result.difference.p == pytest.approx(t_cdf(t, len(gaps) - 1), rel=1e-6, abs=1e-12)
     assert result.difference.p + result.p_above == pytest.approx(1)
     assert statistics.power(len(gaps), result.floor, result.sd, 0.01) == pytest.approx(0.8)
-
-
-def test_paired_wants_pairs():
-    with pytest.raises(ValueError):
-        statistics.paired([1, 2], [1, 2, 3])
 
 
 # Ratio of means
@@ -175,11 +153,6 @@ def test_ratio_interval_of_the_swapped_groups_is_the_reciprocal():
                                            [4, 5]), statistics.ratio_interval([4, 5], [10, 11, 12.5])
     assert (other.value, other.low, other.high) == pytest.approx((1 / one.value, 1 / one.high,
                                                                      1 / one.low))
-
-
-def test_ratio_interval_wants_positive_values():
-    assert "positive" in statistics.ratio_interval([1, 2], [-1, 3]).why
-    assert statistics.ratio_interval([0, 1], [1, 2]).low is None
 
 
 # What cannot be judged
@@ -309,10 +282,8 @@ def log(path: str, track: str | None):
 
 
 def test_track_is_named_or_seen():
-    assert choose("medium", []).name == "medium"
-    assert choose(None, [log("logs/x.txt", "shakespeare")]).name == "shakespeare"
-    assert choose(None, [log("records/track_3_optimization/results/x.txt", None)]).name == "optimization"
-    for name, logs in (("large", []), (None, []), (None, [log("x.txt", None)]),
-                       (None, [log("x.txt", "small"), log("y.txt", "shakespeare")])):
+    assert choose([log("logs/x.txt", "shakespeare")]).name == "shakespeare"
+    assert choose([log("records/track_3_optimization/results/x.txt", None)]).name == "optimization"
+    for logs in ([], [log("x.txt", None)], [log("x.txt", "small"), log("y.txt", "shakespeare")]):
         with pytest.raises(RecordError, match="expected .*, found .*; "):
-            choose(name, logs)
+            choose(logs)
