@@ -152,6 +152,15 @@ def test_hostile_text_is_text(make, hostile):
     assert '<span class="added">' in page.source and "Too different to be laid out" not in page.text
 
 
+def test_changes_of_sources_are_shown(make, tmp_path):
+    for name, lines in (("a", "one\ntwo\nthree\n"), ("b", "one\n2 < 3\nthree\nfour\n")):
+        (tmp_path / f"{name}.txt").write_text(own(losses=[5, 1.6], files={"train_gpt.py": lines, "muon.py": "m\n"}))
+    page = make(tmp_path / "a.txt", tmp_path / "b.txt")
+    assert '<span class="removed">-two</span>' in page.source
+    assert '<span class="added">+2 &lt; 3</span>' in page.source
+    assert "train_gpt.py: +2 −1 lines" in page.text and "muon.py: +" not in page.text
+
+
 def test_more_groups_than_colours(make, tmp_path):
     paths = [tmp_path / f"g{k}.txt" for k in range(len(charts.COLORS) + 1)]
     for k, path in enumerate(paths):
