@@ -40,8 +40,8 @@ def write_shard(path, tokens) -> Path:
     stored = np.ascontiguousarray(tokens, dtype=TOKEN_DTYPE)
     if tokens.ndim != 1 or not 1 <= tokens.size <= MAX_TOKENS or (stored != tokens).any():
         raise ShardError(f"{path}: expected a flat array of 1 to {MAX_TOKENS:,} token ids in 0..65535, found "
-                         f"shape {tokens.shape} of {tokens.dtype} or other ids; nothing was written: pass one "
-                         "shard's ids, of a 16-bit vocabulary")
+                         f"shape {tokens.shape} of {tokens.dtype} or other ids; nothing was written: pass "
+                         "one shard's ids, of a 16-bit vocabulary")
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
     try:

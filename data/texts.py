@@ -50,8 +50,8 @@ def read_texts(paths, field: str = "text") -> Iterator[tuple[bool, str]]:
                                     "or remove it, or name another field with --field")
                 yield from parts_of([HALF.sub("\ufffd", text)])
         except OSError as error:
-            raise UsageError(f"{path}: expected a readable file, found \"{error.strerror or error}\"; correct "
-                            "the name or its permissions") from error
+            raise UsageError(f"{path}: expected a readable file, found \"{error.strerror or error}\"; "
+                             "correct the name or its permissions") from error
 
 
 def parts_of(document: Iterable[str]) -> Iterator[tuple[bool, str]]:

@@ -46,8 +46,8 @@ def folder(tmp_path) -> Path:
 
 def start(tmp_path, endpoint, *args) -> subprocess.Popen:
     """The command; the hub library reads HF_ENDPOINT when it is imported, so each has its own process."""
-    env = os.environ | {"HF_ENDPOINT": endpoint, "DATA_PATH": str(tmp_path), "HF_HOME": str(tmp_path / "home")}
-    env |= {"TQDM_POSITION": "-1"}  # makes the hub library show its bar without a terminal
+    env = os.environ | {"HF_ENDPOINT": endpoint, "DATA_PATH": str(tmp_path), "HF_HOME": str(tmp_path)}
+    env["TQDM_POSITION"] = "-1"  # makes the hub library show its bar without a terminal
     env.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, str(ROOT / "data" / "cached_fineweb10B.py"), *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
