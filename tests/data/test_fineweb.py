@@ -19,7 +19,7 @@ from data.encoding import ByteEncoding, GPT2Encoding, gpt2_encoding
 from data.errors import UsageError
 from data.fetch import FetchError
 from data.files import ROOT, sha256_of
-from data.texts import TextError, read_texts
+from data.texts import read_texts
 from train_gpt import Config
 
 tiktoken = pytest.importorskip("tiktoken")
@@ -141,7 +141,7 @@ def test_killed_worker_is_one_sentence():
             if i == 10:
                 active_children()[0].kill()
             yield True, "text " * fineweb.PIECE
-    with pytest.raises(TextError, match="one that was ended from outside; .* fewer --processes"):
+    with pytest.raises(UsageError, match="one that was ended from outside; .* fewer --processes"):
         tokens_of(parts(), ByteEncoding(), processes=2)
 
 
@@ -189,7 +189,7 @@ BAD = {
 def test_bad_text_is_named_by_file_and_line(tmp_path, name):
     data, expected = BAD[name]
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(TextError) as caught:
+    with pytest.raises(UsageError) as caught:
         list(read_texts([tmp_path / name]))
     message = str(caught.value)
     assert message.startswith(str(tmp_path / name)) and "\n" not in message
@@ -205,7 +205,7 @@ def test_bad_parquet_rows_and_columns_are_named(tmp_path):
         "body": "expected a column \"body\", found columns text, n",
     }
     for field, message in expected.items():
-        with pytest.raises(TextError, match=message):
+        with pytest.raises(UsageError, match=message):
             list(read_texts([path], field))
 
 
