@@ -274,8 +274,8 @@ class Config:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of embedding and head: the next multiple of 128, which makes faster products (50304 for
-        GPT-2)."""
+        """Rows of embedding and head: the next multiple of 128,
+        which makes faster products (50304 for GPT-2)."""
         return -(-self.vocab_size // 128) * 128
 
     @functools.cached_property
@@ -386,8 +386,7 @@ def latest_checkpoint(log_dir: str) -> str:
     paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
     if not paths:
         raise UsageError(f"--resume: expected a checkpoint in {log_dir}/*/, found none; give its path, or "
-                         "another "
-                         "--log_dir")
+                         "another --log_dir")
     return str(paths[-1])
 
 
@@ -406,8 +405,8 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay. x: (T, H,
-    d)."""
+    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay.
+    x: (T, H, d)."""
     r = cos.size(-1)
     a, b, still = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, still], -1)
@@ -518,8 +517,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype):
-        """Fill every parameter in place, alike on all ranks and devices; matrices and tables take the
-        dtype."""
+        """Fill every parameter in place, alike on all ranks and devices;
+        matrices and tables take the dtype."""
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
         bound = 0.5 * math.sqrt(3 / cfg.model_dim)
@@ -544,8 +543,8 @@ class GPT(nn.Module):
             self.signs.copy_(torch.randint(0, 2, self.signs.shape, generator=generator) * 2 - 1)
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Return the weights layer by layer. Each bank is taken apart once, which gives its gradient in one
-        piece."""
+        """Return the weights layer by layer. Each bank is taken apart once,
+        which gives its gradient in one piece."""
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
@@ -642,8 +641,8 @@ class GPT(nn.Module):
         return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
 
     def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
-        """Return {layer: (T, D)}: one more table for each of these layers, read by its values (records 14 to
-        65)."""
+        """Return {layer: (T, D)}: one more table for each of these layers,
+        read by its values (records 14 to 65)."""
         layers = self.cfg.value_embed_layers
         if not layers:
             return {}
@@ -652,8 +651,8 @@ class GPT(nn.Module):
 
     def layer(self, i: int, x: Tensor, cached: Tensor | None, early: Tensor | None, weights: LayerWeights,
               inputs: Inputs, ctx: Context) -> Tensor:
-        """Return the stream after layer i. cached, early: outputs of cfg.cache_layer and cfg.skip[0], once
-        known."""
+        """Return the stream after layer i. cached, early:
+        outputs of cfg.cache_layer and cfg.skip[0], once known."""
         cfg = self.cfg
         if i in self.attn_layers:
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
@@ -785,8 +784,8 @@ class GPT(nn.Module):
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Return the factor of every learning rate: the stage's, then falling to lr_floor at the end of the
-    schedule."""
+    """Return the factor of every learning rate: the stage's,
+    then falling to lr_floor at the end of the schedule."""
     scheduled = cfg.train_steps - cfg.extension_steps
     start = int(scheduled * (1 - cfg.cooldown_frac))
     t = 0.0
@@ -830,8 +829,8 @@ class Row(NamedTuple):
 
 
 def optimizer_table(cfg: Config) -> dict[str, Row]:
-    """Return what moves each parameter, by name: Adam forgets fast for tables and slowly for scalars and
-    gates."""
+    """Return what moves each parameter, by name: Adam forgets fast for tables and slowly for scalars
+    and gates."""
     def adam(lr_mul, wd_mul, betas):
         lr = cfg.adam_lr * lr_mul
         return Row("adam", lr, cfg.adam_wd * wd_mul * lr, betas=betas)
@@ -944,9 +943,12 @@ class Run:
         cfg, model = self.cfg, self.model
         flops = [f"{model.flops_per_token(stage) / 1e6:.1f}" for stage in range(len(cfg.stage_starts))]
         parameters = sum(p.numel() for p in model.parameters())
-        budget = f"time budget: {cfg.time_budget:g} s, in which {cfg.train_steps} steps fit by those of a warm-up"
+        budget = []
+        if cfg.time_budget:
+            steps = f"{cfg.train_steps} steps fit by the step times of a warm-up"
+            budget = [f"time budget: {cfg.time_budget:g} s, in which {steps}"]
         return [
-            *([budget] if cfg.time_budget else []),
+            *budget,
             *self.kernels.facts(),
             *self.muon_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
@@ -967,8 +969,8 @@ class Run:
     # A step
 
     def train_step(self) -> float | None:
-        """Take one optimizer step. Return the newest training loss that has arrived from the device, if
-        any."""
+        """Take one optimizer step. Return the newest training loss that has arrived from the device,
+        if any."""
         step = self.step
         if step == self.cfg.untie_step:
             self.untie()
@@ -1000,8 +1002,8 @@ class Run:
         return total
 
     def update(self, step: int):
-        """Move the weights by their gradients, and clear these. Adam moves every cfg.adam_every steps
-        only."""
+        """Move the weights by their gradients, and clear these.
+        Adam moves every cfg.adam_every steps only."""
         self.set_rates(step)
         with_adam = (step + 1) % self.cfg.adam_every == 0
         if self.muon is not None:
@@ -1059,8 +1061,8 @@ class Run:
                 p.copy_(p.float().lerp(self.ema[name], cfg.ema_blend))
 
     def read_stats(self, stats: Tensor) -> float | None:
-        """Look at losses two steps late on a GPU, so that reading them never makes it wait; on every rank
-        alike."""
+        """Look at losses two steps late on a GPU, so that reading them never makes it wait;
+        on every rank alike."""
         cuda = self.rt.device.type == "cuda"
         values = torch.empty(2, pin_memory=cuda).copy_(stats, non_blocking=True)
         event = torch.cuda.Event() if cuda else None
@@ -1076,8 +1078,7 @@ class Run:
             loss, stop = values.tolist()
             if not math.isfinite(loss):
                 raise RunError(f"step {step}: expected a finite training loss, found {loss}; lower --muon_lr "
-                               "and "
-                               "--adam_lr, or look at the data; earlier checkpoints are intact")
+                               "and --adam_lr, or look at the data; earlier checkpoints are intact")
             self.stop_agreed = self.stop_agreed or stop > 0
         return loss
 
@@ -1173,32 +1174,28 @@ class Run:
         self.rt.together(write_checkpoint, path, state if self.rt.rank == 0 else None)
 
     def load(self, path: str, state: dict, force_data: bool = False):
-        """Go on from a checkpoint. Raises UsageError where it is one of another model, schedule or data
-        set."""
+        """Go on from a checkpoint. Raises UsageError where it is one of another model,
+        schedule or data set."""
         cfg = self.cfg
         for name in MODEL_SETTINGS:
             found, expected = state["config"][name], getattr(cfg, name)
             if found != expected:
                 raise UsageError(f"{path}: expected a checkpoint of this model, found one with {name} "
-                                 f"{found} "
-                                 f"instead of {expected}; leave out --{name}")
+                                 f"{found} instead of {expected}; leave out --{name}")
         if state["step"] > cfg.train_steps:
             raise UsageError(f"--train_steps: expected at least the {state['step']} steps of {path}, found "
                              f"{cfg.train_steps}; raise it")
         if state["data"] != self.loader.fingerprint and not force_data:
             raise UsageError(f"{path}: expected the training data of its run, fingerprint {state['data']}, "
-                             "found "
-                             f"{self.loader.fingerprint}; set --train_files, or go on with other data: "
+                             f"found {self.loader.fingerprint}; set --train_files, or go on with other data: "
                              "--force_data")
         try:
             self.load_state(state)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             found = " ".join(str(e).split())[:200]
             raise UsageError(f"{path}: expected weights and optimizer states for these settings, found "
-                             "others "
-                             f"({found}); leave out settings that were not changed before, such as "
-                             "--optimizer or "
-                             "--dtype") from None
+                             f"others ({found}); leave out settings that were not changed before, such as "
+                             "--optimizer or --dtype") from None
         self.step = self.resumed_at = state["step"]
         self.clock.ms = state["train_ms"]
         self.reached = state["reached"]
@@ -1229,8 +1226,7 @@ def check_world_size(cfg: Config, world: int) -> None:
     if not fits(world):
         valid = ", ".join(str(ranks) for ranks in range(1, 257) if fits(ranks))
         raise UsageError(f"world size: expected one of {valid} for {cfg.slices} slices of "
-                         f"{min(cfg.batch_tokens):,} "
-                         f"tokens per step, found {world}; change --nproc_per_node")
+                         f"{min(cfg.batch_tokens):,} tokens per step, found {world}; change --nproc_per_node")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1238,8 +1234,8 @@ def check_world_size(cfg: Config, world: int) -> None:
 
 
 def train(run: Run, log: Log):
-    """Train to the last step. The clock runs over training only, and stands still during validation and
-    saving."""
+    """Train to the last step. The clock runs over training only,
+    and stands still during validation and saving."""
     cfg, clock = run.cfg, run.clock
     folder = Path(cfg.log_dir) / log.run_id
     tokens = sum(cfg.at("batch_tokens", step) for step in range(run.step))
@@ -1294,8 +1290,8 @@ def validate(run: Run, log: Log):
 
 
 def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
-    """Write a checkpoint and remove those that are too many. One of several may fail: must says whether this
-    may not."""
+    """Write a checkpoint and remove those that are too many.
+    One of several may fail: must says whether this may not."""
     if run.stopping:
         run.stop.agreed()
     path = folder / f"state_step{run.step:06d}.pt"
@@ -1333,8 +1329,8 @@ def fit_time_budget(run: Run) -> Config:
     shortest = cfg.extension_steps + 1
     if seconds(shortest) > cfg.time_budget:
         raise UsageError(f"--time_budget: expected room for {shortest} steps, which take "
-                         f"{seconds(shortest):.1f} s, "
-                         f"found {cfg.time_budget:g} s; raise it, or lower --extension_steps")
+                         f"{seconds(shortest):.1f} s, found {cfg.time_budget:g} s; raise it, or lower "
+                         "--extension_steps")
     steps = 2 * shortest
     while seconds(steps) < cfg.time_budget:
         steps *= 2
@@ -1389,8 +1385,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     rt = Runtime()
     if rt.world > cfg.slices:
         rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a "
-                  "part: other "
-                  "training than at fewer ranks", file=sys.stderr)
+                  "part: other training than at fewer ranks", file=sys.stderr)
     run = Run(cfg, rt, stop)
     if options.check:
         return check_model(run)

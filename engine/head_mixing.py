@@ -31,14 +31,14 @@ def mixing_mask(docs: Docs, window: int) -> Tensor:
 
 
 def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """What every head's output gains. q, k, v: (T, H, d); w1, w2: (T, H); mask: see mixing_mask. Returns (T,
-    H, d)."""
+    """What every head's output gains. q, k, v: (T, H, d); w1, w2: (T, H); mask: see mixing_mask.
+    Returns (T, H, d)."""
     T, H, d = q.shape
     N, W = mask.size(0), mask.size(2)
 
     def blocks(x: Tensor, before: int) -> Tensor:
-        """(T, H, width) to (N, H, before + W, width): each block with `before` tokens of the one before
-        it."""
+        """(T, H, width) to (N, H, before + W, width):
+        each block with `before` tokens of the one before it."""
         padded = F.pad(x, (0, 0, 0, 0, before, N * W - T))
         return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
 

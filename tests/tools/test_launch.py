@@ -331,12 +331,11 @@ def test_a_rank_whose_launcher_is_gone_gets_a_sigterm(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
 def test_a_launcher_that_is_killed_leaves_no_rank_at_work_and_a_checkpoint(tmp_path):
     folder = make_shards(tmp_path)
-    process = launch_tiny(folder, "--save_every=100000")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [pid for pid in children if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
-    assert len(ranks) == 2
-    try:
-        process.kill()
+    with launch_tiny(folder, "--save_every=100000") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [pid for pid in children if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+        assert len(ranks) == 2
+    try:  # now the launcher is killed
         while any(is_at_work(pid) for pid in ranks):
             time.sleep(0.1)
     finally:

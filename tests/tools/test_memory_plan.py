@@ -15,7 +15,7 @@ from train_gpt import EMA_EVERY, Config
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 torch.set_num_threads(1)  # tiny tensors
 LARGE = dict(BARE, num_layers=3, long_layers=(1,), mlp_ratio=3)  # three MLPs
-LARGE |= dict(model_dim=128, head_dim=64, vocab_size=500, bos_id=60, bigram_rows=1000)  # tables in parts
+LARGE |= dict(model_dim=128, head_dim=64, vocab_size=500, bigram_rows=1000)  # tables in parts
 
 
 def nbytes(tensors) -> int:
