@@ -81,13 +81,13 @@ def test_the_smallest_temperatures_take_the_likeliest_token():
         assert list(generate(lambda tokens: likely, [0], 3, 2, temperature, top_k=2)) == [1, 1, 1]
 
 
-def test_characters_of_several_bytes_survive_or_become_question_marks(finished):
+def test_characters_of_several_bytes_survive_or_become_question_marks(finished, capsys):
+    assert text(capsys, finished.checkpoints[-1], "--prompt", "é€", "--tokens", "0") == "é€\n"
     command = [sys.executable, "-m", "tools.sample", finished.checkpoints[-1]]
     command += ["--prompt", "é€a", "--tokens", "0"]
-    for encoding_of_the_screen, shown in (("utf-8", "é€a\n"), ("ascii", "??a\n")):
-        env = {**os.environ, "PYTHONIOENCODING": encoding_of_the_screen}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=90)
-        assert (done.returncode, done.stdout, done.stderr) == (0, shown.encode(), b"")
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}  # a screen without such characters
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=110)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"??a\n", b"")
 
 
 def test_the_vocabulary_follows_from_the_token_that_starts_a_document(monkeypatch):
