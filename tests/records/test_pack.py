@@ -1,5 +1,4 @@
 """pack: what it builds, that it is the same twice, what it refuses, and that it writes nothing else."""
-import json
 import os
 import re
 import statistics
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
-from tests.helpers.committed import ADAMW, MUON, ROOT
 from tests.helpers.claims import RUNS, log, replaced, runs, slow, uuid, write
 from tests.records.conftest import plan_text
 
@@ -259,18 +257,3 @@ def test_several_runs_in_a_log(tmp_path, capsys):
     text = (tmp_path / "out/track_3_optimization/2026-11-24_Trials/README.md").read_text()
     assert all(loss.rstrip("0") in text for loss in losses)
     run_code(text)
-
-
-def test_real_logs(tmp_path, capsys):
-    """The committed runs, as a record and as a non-record, then verified."""
-    base = ["pack", "--date", "2026-11-22", "-o", str(tmp_path)]
-    assert guarded([*base, "--name", "Muon", "--logs", str(ROOT / MUON), "--baseline",
-                    str(ROOT / ADAMW)]) == 0
-    against = ["--name", "AdamW", "--logs", str(ROOT / ADAMW), "--baseline", str(ROOT / MUON)]
-    assert guarded([*base, *against]) == 1
-    assert guarded([*base, *against, "--non-record", "slower than Muon"]) == 0
-    assert guarded(["verify", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "track_0_laptop/2026-11-22_Muon/record.json").read_text())
-    assert record["runs"]["loss_mean"] == 1.57847 and record["runs"]["n"] == 9
-    assert "--optimizer=adamw" in (tmp_path / "track_0_laptop/2026-11-22_AdamW/README.md").read_text()
-    capsys.readouterr()
