@@ -668,7 +668,7 @@ class Bucket:
         offset = 0
         for flag, unit in enumerate(units):
             if not (stacks and self.merges(unit) and stacks[-1].takes(unit)):
-                stacks.append(Stack(unit, self.optimizer.param_groups[unit.group]["flatten"], offset, flag))
+                stacks.append(Stack(unit, self.optimizer._groups[unit.group]["flatten"], offset, flag))
             offset += unit.size
         return stacks
 
@@ -677,7 +677,7 @@ class Bucket:
         return not self.optimizer.deterministic
 
     def settings(self, stack: Stack) -> dict:
-        return self.optimizer.param_groups[stack.unit.group]
+        return self.optimizer._groups[stack.unit.group]
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.wire, device=self.device)
@@ -1045,6 +1045,7 @@ class Muon(torch.optim.Optimizer):
         """Set up what a copy does not take along."""
         self.buckets = []
         self.placements = []
+        self._groups = []  # param_groups as the units number them
         self._names = {}
         self._shares = {}
         self._seen = []
@@ -1160,6 +1161,7 @@ class Muon(torch.optim.Optimizer):
             self._agree_on_change(changed, group, device)
         if changed:
             self._lay_out()
+        self._groups = list(self.param_groups)
 
     def _check_world(self) -> None:
         found, _ = world_and_rank(self.process_group)
@@ -1205,6 +1207,7 @@ class Muon(torch.optim.Optimizer):
         self._make_whole()
         self.buckets = []
         self.placements = []
+        self._groups = list(self.param_groups)
         self._names = names
         for (kind, process_group), members in lanes.items():
             self._fill_buckets(kind, process_group, members)
@@ -1223,7 +1226,7 @@ class Muon(torch.optim.Optimizer):
         kind.announce([p for p, _ in members])
         dtype = self._agreed_dtype(process_group, members[0][0])
         world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
-        units = [unit for p, i in members for unit in units_of(p, kind.part(p), i, self.param_groups[i])]
+        units = [unit for p, i in members for unit in units_of(p, kind.part(p), i, self._groups[i])]
         costs = [self.cost(unit, dtype) for unit in units]
         cap = max(1, int(self.bucket_mb * 1e6 / 4))
         placement = place_units(costs, [unit.size for unit in units], world_size, cap)
@@ -1247,14 +1250,14 @@ class Muon(torch.optim.Optimizer):
         return dtype
 
     def cost(self, unit: Unit, dtype: torch.dtype) -> int:
-        group = self.param_groups[unit.group]
+        group = self._groups[unit.group]
         dtype = self.dtype_for(group, dtype, unit.param.device)
         gram = gram_pays(unit.m, unit.n, group["ns_form"], dtype)
         return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram)
 
     def rates(self, unit: Unit) -> tuple:
         """Return the last arguments of `decay_and_step`."""
-        group = self.param_groups[unit.group]
+        group = self._groups[unit.group]
         scale = ADJUST_LR[group["adjust_lr_fn"]](unit.m, unit.n)
         return group["lr"] * scale, group["lr"] * group["weight_decay"], group["cautious"]
 
@@ -1287,7 +1290,7 @@ class Muon(torch.optim.Optimizer):
 
     def _state_of(self, stack: Stack) -> dict[str, Tensor]:
         p = stack.unit.param
-        group = self.param_groups[stack.unit.group]
+        group = self._groups[stack.unit.group]
         state = self.state[p]
         views = {}
         for key, dtype in state_kinds(group).items():
@@ -1350,8 +1353,8 @@ class Muon(torch.optim.Optimizer):
             for key in state.keys() & state_kinds(groups[p]).keys():
                 if tuple(state[key].shape) != state_shape(key, p, groups[p]):
                     found = tuple(state[key].shape)
-                    warnings.warn(f"Muon: {self._names[p]}: its {key} of shape {found} no longer fits shape "
-                                  f"{tuple(p.shape)}; it starts at zero")
+                    warnings.warn(f"Muon: {self._names.get(p)}: its {key} of shape {found} no longer fits "
+                                  f"shape {tuple(p.shape)}; it starts at zero")
                     del state[key]
                 elif state[key].device != p.device:
                     state[key] = state[key].to(p.device)
@@ -1389,6 +1392,7 @@ class Muon(torch.optim.Optimizer):
         def put_state(_) -> None:
             self.state.update(loaded)
             self._whole = True
+            self._groups = list(self.param_groups)
         handles = [self.register_load_state_dict_pre_hook(take_state),
                    self.register_load_state_dict_post_hook(put_state, prepend=True)]
         try:
@@ -1468,10 +1472,10 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.start()
-        self._check_settings()  # they may have changed since an early start
         sent = deque()
         try:
+            self.start()
+            self._check_settings()  # they may have changed since an early start
             for i, bucket in enumerate(self.buckets):
                 bucket.start()
                 bucket.receive()                             # 1: receive my gradients,

@@ -147,8 +147,10 @@ class Loader:
         self.fingerprint = fingerprint(self.paths)
         self.opened = {}  # shard number -> future of (tokens, document starts, document lengths)
         self.order = (None, None)  # (epoch, shard) and the order of its documents
+        self.slices_of_rank = range(rank * self.slices // world, (rank + 1) * self.slices // world)
         self.shard_opener = ThreadPoolExecutor(1)
         self.preparer = ThreadPoolExecutor(1)
+        self.tried = self.try_stages()
         self.check_supply()
         self.opened.clear()  # the clock pays for opening the first shard
         self.load_state_dict(dict(step=0, epoch=0, shard=0, doc=0))
@@ -240,27 +242,20 @@ class Loader:
         max_len = self.cfg.at("max_doc_len", here["step"])
         T = self.cfg.at("batch_tokens", here["step"]) // self.slices
         batches = []
-        for s in range(self.rank * self.slices // self.world, (self.rank + 1) * self.slices // self.world):
+        for s in self.slices_of_rank:
             mine = docs[used[s]:used[s + 1]]
             kept = np.minimum(lengths[mine], max_len)
             begins = np.cumsum(kept) - kept
             buffer = np.concatenate([tokens[start:start + n] for start, n in zip(starts[mine], kept)])
-            entries = self.entries[self.cfg.stage(here["step"])]
+            entries = self.entries(here["step"])
             batches.append(make_batch(buffer[:T + 1], begins[begins < T], max_len, self.pin, entries))
         return batches, {**here, "step": here["step"] + 1, "doc": here["doc"] + used[-1]}
 
     def check_supply(self):
-        """Refuse a schedule that the shards cannot feed, and set the entries for documents, by packing the
-        first steps of each stage."""
-        cfg, needed = self.cfg, 0.0
-        self.entries = []  # by stage
-        ends = (*cfg.stage_starts[1:], cfg.train_steps)
-        for first, end in zip(cfg.stage_starts, ends):
-            tried = min(20, end - first)
-            raw, most = self.first_steps(first, tried)
-            needed += raw / max(tried, 1) * (end - first)
-            T = cfg.at("batch_tokens", first) // self.slices
-            self.entries.append(entries_needed(T, cfg.at("max_doc_len", first), most))
+        """Refuse a schedule that the shards cannot feed, judged by the first steps of each stage."""
+        cfg = self.cfg
+        lengths = np.diff([*cfg.stage_starts, cfg.train_steps])
+        needed = sum(raw * length for (raw, _), length in zip(self.tried, lengths))
         found = sum(map(shards.num_tokens, self.paths)) * cfg.max_epochs
         if needed > found:
             raise shards.ShardError(
@@ -268,9 +263,15 @@ class Loader:
                 f"{cfg.train_steps} steps, found {found:,} in {len(self.paths)} shards times "
                 f"{cfg.max_epochs} epochs; get more shards, raise --max_epochs or lower --train_steps")
 
-    def first_steps(self, first: int, count: int) -> tuple[int, int]:
-        """Return the tokens that `count` steps use up, packed from the first shard's beginning, and the most
-        documents of a sequence."""
+    def try_stages(self) -> list[tuple[float, int]]:
+        """Return what try_steps() says of the first steps of each stage."""
+        cfg = self.cfg
+        ends = (*cfg.stage_starts[1:], cfg.train_steps)
+        return [self.try_steps(first, min(20, end - first)) for first, end in zip(cfg.stage_starts, ends)]
+
+    def try_steps(self, first: int, count: int) -> tuple[float, int]:
+        """Pack `count` steps from the first shard's beginning. Return the tokens that a step uses up and the
+        most documents of a sequence."""
         position = dict(epoch=0, shard=0, doc=0)
         raw = most = 0
         for step in range(first, first + count):
@@ -281,7 +282,13 @@ class Loader:
             raw += int(self.open(here["shard"])[2][docs[:used[-1]]].sum())
             most = max(most, *np.diff(used).tolist())
             position = {**here, "doc": here["doc"] + used[-1]}
-        return raw, most
+        return raw / max(count, 1), most
+
+    def entries(self, step: int) -> int:
+        """Return the entries for documents of every sequence of this step's stage."""
+        T = self.cfg.at("batch_tokens", step) // self.slices
+        most = self.tried[self.cfg.stage(step)][1]
+        return entries_needed(T, self.cfg.at("max_doc_len", step), most)
 
 
 def shards_needed(cfg) -> int:
@@ -326,6 +333,7 @@ class Validation:
             raise shards.ShardError(f"--val_tokens: expected {need:,} tokens in {cfg.val_files}, found "
                                     f"{len(tokens):,}; get the whole validation set or lower --val_tokens")
         self.sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        self.counts = np.bincount(tokens[1:])  # of each token to predict
 
         self.batches = []
         for i in range(rank, cfg.val_tokens // cfg.val_slice, world):
@@ -335,6 +343,11 @@ class Validation:
                 starts = np.append(0, starts)
             self.batches.append(make_batch(buffer, starts, cfg.val_slice, pin))
         self.num_rounds = -(-cfg.val_tokens // cfg.val_slice // world)
+
+    def num_bytes(self, encoding) -> int:
+        """Return the bytes of text that the tokens to predict stand for. encoding: see data/encoding.py."""
+        occurring = np.flatnonzero(self.counts)
+        return sum(int(self.counts[token]) * len(encoding.decode([token])) for token in occurring)
 
     def rounds(self):
         """Yield this rank's batches, then None where others still have one: equally often on every rank."""

@@ -226,7 +226,7 @@ class Exchanged(Sharded):
         self.taken = [sum(self.numel(stack, r) for stack in mine) for r in ranks]
 
     def merges(self, unit) -> bool:
-        blocks = self.optimizer.param_groups[unit.group]["split"] is not None  # shards cut them unlike
+        blocks = self.optimizer._groups[unit.group]["split"] is not None  # shards cut them unlike
         return super().merges(unit) and not blocks
 
     def axis(self, stack: Stack) -> int:

@@ -29,18 +29,18 @@ def after(optimizer, params, gradients):
 def replaced(optimizer, params):
     other = nn.Parameter(torch.ones(8, 8))
     optimizer.param_groups[0]["params"][1] = other
-    return [params[0], other, params[2]]
+    return [params[0], other, *params[2:]]
 
 
 def appended(optimizer, params):
     other = nn.Parameter(torch.ones(8, 8))
     optimizer.param_groups[0]["params"].append(other)
-    return [*params, other]
+    return [*params[:2], other, *params[2:]]
 
 
 def removed(optimizer, params):
     del optimizer.param_groups[0]["params"][1]
-    return [params[0], params[2]]
+    return [params[0], *params[2:]]
 
 
 def reordered(optimizer, params):
@@ -108,32 +108,38 @@ def test_nothing_changed_costs_no_layout(monkeypatch):
     after(optimizer, params, gradients)
 
 
-def ranks_change(rank, W, kind):
-    """What two ranks say, and their weights, when groups change on both or on rank 1 only."""
+def changes_on_ranks(rank, W, alike=True):
+    """Weights and momenta after each change in the middle of four steps, or what is said if rank 1 alone changes."""
     muon.has_bf16_units = lambda: False
-    params, gradients = make(SHAPES, steps=4)
-    optimizer, said = Muon([(f"w{i}", p) for i, p in enumerate(params)], deterministic=True), None
-    after(optimizer, params, gradients[:2])
-    if kind == "all" or rank == 1:
-        del optimizer.param_groups[0]["params"][1], optimizer.param_groups[0]["param_names"][1]
-    try:
-        after(optimizer, params, gradients[2:])
-    except (ValueError, RuntimeError) as error:
-        said = str(error)
-    return [p.detach() for p in params], said
+    found = []
+    for change in CHANGES:
+        params, gradients = make([*SHAPES, (3, 8, 6)], steps=4)
+        groups = [dict(params=params[:2], lr=0.1), dict(params=params[2:], lr=0.01, normuon_beta2=0.9)]
+        optimizer = Muon(groups, deterministic=True, bucket_mb=1e-9)
+        after(optimizer, params, gradients[:2])
+        now = change(optimizer, params) if alike or rank == 1 else params
+        try:
+            after(optimizer, now, [[p.detach() + 1 for p in now]] * 2)
+        except (ValueError, RuntimeError) as error:
+            found.append(str(error))
+            continue
+        optimizer.consolidate_state_dict()
+        states = optimizer.state_dict()["state"]
+        found.append([*(p.detach() for p in now), *(states[i]["momentum_buffer"] for i in sorted(states))])
+    return found
 
 
-def test_ranks_follow_a_change_together_or_name_the_difference():
-    params, gradients = make(SHAPES, steps=4)
-    optimizer = Muon(params, deterministic=True)
-    after(optimizer, params, gradients[:2])
-    del optimizer.param_groups[0]["params"][1]
-    after(optimizer, params, gradients[2:])
-    for weights, said in run_ranks(2, ranks_change, "all"):
-        assert said is None and all(same(w, p.detach()) for w, p in zip(weights, params))
-    for _, said in run_ranks(2, ranks_change, "one"):
-        assert "the same parameters and settings on all ranks, found w1 of shape (8, 12) in torch.float32 on rank 0 and " \
-               "w2 of shape (10, 10)" in said
+def test_ranks_follow_a_change_together():
+    (expected,), ranks = run_ranks(1, changes_on_ranks), run_ranks(2, changes_on_ranks)
+    for found in ranks:
+        for theirs, ours, change in zip(found, expected, CHANGES):
+            assert not isinstance(theirs, str), theirs
+            assert len(theirs) == len(ours) and all(map(same, theirs, ours)), change
+
+
+def test_a_change_on_one_rank_is_refused_by_all_and_named():
+    for said in zip(*run_ranks(2, changes_on_ranks, False)):
+        assert said[0] == said[1] and "expected the same parameters and settings on all ranks, found " in said[0], said
 
 
 # --- state ---
