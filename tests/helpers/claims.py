@@ -64,5 +64,6 @@ def public(seed: int, pace: float = 100.0) -> str:
     body = log(seed, 3.2765, pace, spread=0.001).rpartition(LINE + "\n")[2]
     rows = [f"|   {i}  NVIDIA H100 80GB HBM3          On  | 00000000:0{i}:00.0 Off |                    0 |"
             for i in range(8)]
-    return "\n".join(["# the trainer", "", LINE, "Running Python 3.12.9 | packaged by somebody | [GCC 13.2.0]",
-                      "Running PyTorch 2.8.0+cu126 compiled for CUDA 12.6", *rows, LINE, body])
+    versions = ["Running Python 3.12.9 | packaged by somebody | [GCC 13.2.0]",
+                "Running PyTorch 2.8.0+cu126 compiled for CUDA 12.6"]
+    return "\n".join(["# the trainer", "", LINE, *versions, *rows, LINE, body])

@@ -206,8 +206,8 @@ def test_the_same_bytes_whatever_the_order_and_age_of_logs(inputs, capsys, monke
 @pytest.mark.parametrize("more", [[], [log(200, pace=120.0)]])
 def test_a_baseline_that_is_all_runs_of_another_record_is_named_and_else_copied(inputs, capsys, more):
     write(inputs / "before", [*slow(), *more], first=1001)
-    assert guarded(["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "before"), "-o",
-                    str(inputs / "out"), "--waive", "faster-than-baseline=the first record"]) == 0
+    assert guarded(["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "before"),
+                    "-o", str(inputs / "out"), "--waive", "faster-than-baseline=the first record"]) == 0
     assert guarded(arguments(inputs)) == 0
     folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
     record = schema.read(folder / schema.FILE)

@@ -81,9 +81,10 @@ def hostile(tmp_path) -> Path:
 
     for seed, loss in enumerate((1.58, 1.57, 1.59)):
         files = {"train_gpt.py": source(HOSTILE), "muon.py": source("x" * 1_000_000)}
-        write("a <b>bold<script>window.hacked=4<∕script>", f"<img src=x onerror=window.hacked=5>\u202e{seed}.txt",
-              own(losses=[5, 3, 2, loss], seed=seed, torch="2.13<script>", device=HOSTILE.strip(), files=files,
-                  optimizer=HOSTILE, **{HOSTILE: 1}))
+        text = own(losses=[5, 3, 2, loss], seed=seed, torch="2.13<script>", device=HOSTILE.strip(),
+                   files=files, optimizer=HOSTILE, **{HOSTILE: 1})
+        write("a <b>bold<script>window.hacked=4<∕script>",
+              f"<img src=x onerror=window.hacked=5>\u202e{seed}.txt", text)
         write("b", f"{seed}{HOSTILE.replace('/', '∕')[:80]}.txt",
               own(losses=[5, 3.1, 2.1, loss], seed=seed,
                   files={"train_gpt.py": source("\0\x1b[31m" + HOSTILE[::-1])}))
@@ -154,7 +155,8 @@ def test_hostile_text_is_text(make, hostile):
 
 def test_changes_of_sources_are_shown(make, tmp_path):
     for name, lines in (("a", "one\ntwo\nthree\n"), ("b", "one\n2 < 3\nthree\nfour\n")):
-        (tmp_path / f"{name}.txt").write_text(own(losses=[5, 1.6], files={"train_gpt.py": lines, "muon.py": "m\n"}))
+        files = {"train_gpt.py": lines, "muon.py": "m\n"}
+        (tmp_path / f"{name}.txt").write_text(own(losses=[5, 1.6], files=files))
     page = make(tmp_path / "a.txt", tmp_path / "b.txt")
     assert '<span class="removed">-two</span>' in page.source
     assert '<span class="added">+2 &lt; 3</span>' in page.source
@@ -188,8 +190,9 @@ def browse(tmp_path):
         path = tmp_path / "page.html"
         text = re.sub(r"<meta http-equiv[^>]*>", "", page.source)
         path.write_text(f"{text}<script>{script}</script>", encoding="utf-8")
-        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/chromium"]
-        done = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, timeout=100)
+        done = subprocess.run([
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/chromium",
+            "--dump-dom", path.as_uri()], capture_output=True, timeout=100)
         return Page(done.stdout.decode("utf-8"))
     return browse
 
