@@ -83,7 +83,7 @@ def test_a_log_cut_anywhere_never_gives_a_wrong_number(tmp_path, variant):
     made = make(variant)
     whole, data = logs.read(made.write(tmp_path / "whole.txt")), made.text.encode()
     begin = 0 if len(data) < 4000 else data.rindex(LINE.encode()) - 400  # of a long source the end will do
-    every = max(1, (len(data) - begin) // 700)
+    every = max(1, (len(data) - begin) // 400)
     for size in range(begin, len(data), every):
         log = read(tmp_path, data[:size])
         found, expected = [points(run) for run in log.runs], [points(run) for run in whole.runs]

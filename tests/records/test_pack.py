@@ -2,8 +2,6 @@
 import os
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,14 +73,16 @@ def test_readme(inputs, capsys):
     assert NOTE.strip() in text and "no number was planned" in text
     finals = [re.findall(r"val_loss:(\S+)", text)[-1] for text in runs()]
     assert f"losses = [{', '.join(finals)}]" in text
-    run_code(text)
+    run_code(text, capsys)
 
 
-def run_code(page: str):
+def run_code(page: str, capsys):
     """The p-value that a page shows is what its own code prints."""
     code = page.partition("```python\n")[2].partition("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("p=") and f"# {done.stdout.strip()}\n" in code
+    capsys.readouterr()
+    exec(code, {})
+    out = capsys.readouterr().out
+    assert out.startswith("p=") and f"# {out.strip()}\n" in code
 
 
 def test_existing_folder_stays(inputs, capsys):
@@ -256,4 +256,4 @@ def test_several_runs_in_a_log(tmp_path, capsys):
     losses = [f"{run.loss:.5f}" for run in record.runs.logs[0].runs]  # as printed, with 5 decimals
     text = (tmp_path / "out/track_3_optimization/2026-11-24_Trials/README.md").read_text()
     assert all(loss.rstrip("0") in text for loss in losses)
-    run_code(text)
+    run_code(text, capsys)
