@@ -279,8 +279,8 @@ def scenarios(rank, world_size, checkpoint):
     optimizer.load_state_dict(optimizer.state_dict())
     found["loaded"] = same(optimizer.state_dict()["state"][0]["momentum_buffer"], found["state"][0]["momentum_buffer"])
     optimizer.step()
-    held = [optimizer.state[p]["momentum_buffer"] for p in optimizer.param_groups[0]["params"] if optimizer.state[p]]
-    found["momentum"] = sum(x.numel() for x in held)
+    found["momentum"] = sum(x.numel() for state in optimizer.state.values() for key, x in state.items()
+                            if "momentum_buffer" in (key, key[0]))
     found["stale"] = refused(optimizer.state_dict)
     found["resumed"] = continue_from(torch.load(checkpoint, weights_only=True))
 
