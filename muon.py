@@ -131,17 +131,18 @@ def newton_schulz_flops(m: int, n: int, steps: int, gram: bool) -> int:
 ONEDNN = None
 if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
     ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-BLOCK_ROWS = 192  # of a symmetric product: fewer save more products, but call more often
+LARGE = 384       # rows from which a symmetric product is cut into blocks,
+BLOCK_ROWS = 192  # of so many: fewer save more products, but call more often; see bench/muon/blocks.py
 
 
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether the wide matrices of a stack are iterated one at a time, by the products below, as measured on
-    one and two cores: it pays from two blocks of rows, and in fp32 where oneDNN is there and a call is worth
+    one and two cores: it pays for what is large, and in fp32 where oneDNN is there and a call is worth
     its 10 us."""
     dtype = dtype or X.dtype
     if type(X) is not Tensor or X.device.type != "cpu" or X.requires_grad or torch.compiler.is_compiling():
         return False
-    if dtype in (torch.float32, torch.bfloat16) and X.size(-2) >= 2 * BLOCK_ROWS:
+    if dtype in (torch.float32, torch.bfloat16) and X.size(-2) >= LARGE:
         return True
     return dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16
 
@@ -162,7 +163,7 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: floa
     if len(A) > 1 or not one_by_one(A):
         return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
     s = A.size(1)
-    rows = BLOCK_ROWS if s >= 2 * BLOCK_ROWS else s
+    rows = BLOCK_ROWS if s >= LARGE else s
     W = B[0].mT.contiguous() if A.dtype == torch.float32 else B[0].mT
     out = A.new_empty(1, s, s)
     for i in range(0, s, rows):
@@ -663,6 +664,9 @@ class Bucket:
                           self.optimizer._names[stack.unit.param], RuntimeError)
         return stack.of(grad).reshape(stack.shape)
 
+    def weights(self, stack: Stack) -> Tensor:
+        return stack.of(local(stack.unit.param))
+
     def start(self) -> None:
         """With sync_grads: launch the sum of the gradients over ranks; each owner receives its own part."""
         if self.world_size == 1 or not self.optimizer.sync_grads or self.pending is not None:
@@ -740,7 +744,7 @@ class Bucket:
         for stack, (O, ok) in results.items():
             O = self.normalized(stack, O, ok.bool())
             if self.settings(stack)["split_mantissa"]:
-                W = stack.of(local(stack.unit.param)).reshape(stack.shape)
+                W = self.weights(stack).reshape(stack.shape)
                 low = self.state(stack)["mantissa"]
                 O = self.optimizer._step_master(W, low, O, ok, *self.optimizer.rates(stack.unit))
             found[stack] = O, ok
@@ -787,7 +791,7 @@ class Bucket:
         """Change the weights, on every rank with the same numbers. Returns how many units were skipped."""
         results = self.arrived() if self.divided else self.settled(self.arrived())
         for stack, (value, ok) in results.items():
-            W = stack.of(local(stack.unit.param))
+            W = self.weights(stack)
             value = value.reshape(W.shape)
             if self.settings(stack)["split_mantissa"]:
                 W.copy_(value)
@@ -819,11 +823,9 @@ def local(x: Tensor) -> Tensor:
 def plain(x):
     """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors
     stay."""
-    if x is None or isinstance(x, (Tensor, str)) or type(x) in (bool, int, float):
-        return x
-    if isinstance(x, Sequence):
+    if isinstance(x, Sequence) and not isinstance(x, str):
         return tuple(map(plain, x))
-    return plain(x.tolist()) if hasattr(x, "tolist") else x
+    return plain(x.tolist()) if hasattr(x, "tolist") and not isinstance(x, Tensor) else x
 
 
 def is_split(x) -> bool:
@@ -1118,7 +1120,7 @@ class Muon(torch.optim.Optimizer):
         dist.all_reduce(any_or_none, op=dist.ReduceOp.MAX, group=group)
         if (changed or device.type == "cpu") and bool(any_or_none.all()):
             if device.type == "cpu":
-                expect_agreement(group, self._facts(self._names))
+                expect_agreement(group, self._facts({p for g in self.param_groups for p in g["params"]}))
             raise refusal("parameters that change on all ranks or on none", "a change on some only",
                           "change param_groups alike on every rank", error=RuntimeError)
 
@@ -1172,8 +1174,13 @@ class Muon(torch.optim.Optimizer):
         if self.ns_dtype is not None:
             return self.ns_dtype
         mine = iteration_dtype(p.device, form)
-        alike = p.device.type != "cpu" or len(set(of_all_ranks(str(mine), process_group))) == 1
-        return mine if alike else torch.float32
+        names = {str(mine)}
+        for group in self._who_must_agree(process_group, p) if p.device.type == "cpu" else ():
+            names = set().union(*of_all_ranks(names, group))
+        return mine if len(names) == 1 else torch.float32
+
+    def _who_must_agree(self, process_group, p: Tensor) -> list:
+        return [process_group]
 
     def cost(self, unit: Unit, dtype: torch.dtype) -> int:
         group = self._groups[unit.group]

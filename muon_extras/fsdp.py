@@ -31,10 +31,8 @@ from muon import (
     Stack,
     as_bank,
     decay_and_step,
-    iteration_dtype,
     largest,
     local,
-    of_all_ranks,
     refusal,
     state_kinds,
     state_shape,
@@ -76,14 +74,9 @@ class FsdpMuon(Muon):
                           "gathered whole on every rank, which is slow; shard them along one mesh dimension")
         super()._fill_buckets(kind, process_group, gram, members)
 
-    def _agreed_dtype(self, process_group, p: Tensor, form: str) -> torch.dtype:
-        if self.ns_dtype is not None or not isinstance(p, DTensor) or p.device.type != "cpu":
-            return super()._agreed_dtype(process_group, p, form)
-        mine = iteration_dtype(p.device, form)
-        names = {str(mine)}
-        for group in p.device_mesh.get_all_groups():  # one by one, so that replicas agree as well
-            names = set().union(*of_all_ranks(names, group))
-        return mine if len(names) == 1 else torch.float32
+    def _who_must_agree(self, process_group, p: Tensor) -> list:
+        """Return all groups of a mesh, so that replicas agree as well."""
+        return p.device_mesh.get_all_groups() if isinstance(p, DTensor) else [process_group]
 
     def _adopt(self, name: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
         if not isinstance(p, DTensor):
@@ -101,12 +94,13 @@ class FsdpMuon(Muon):
         for group in self.param_groups:  # on every rank, so that checkpoints have the same keys everywhere
             for p in group["params"]:
                 if isinstance(p, DTensor):
-                    whole_state(self, p, group)
+                    state_of(self, p, group)
 
 
 def sharded_dims(p: DTensor) -> list[int]:
     """Return the mesh dimensions over which a parameter is not simply repeated."""
-    return [i for i, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+    dims = enumerate(p.placements)
+    return [dim for dim, placement in dims if not isinstance(placement, Replicate)]
 
 
 def shard_axis(p: DTensor, flatten: bool | None) -> int:
@@ -137,14 +131,13 @@ def new_state(name: str, dtype: torch.dtype, p: DTensor, group: dict) -> DTensor
     return DTensor.from_local(mine, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def whole_state(optimizer: Muon, p: DTensor, group: dict) -> dict[str, Tensor]:
-    """Return what this rank has of the state of a parameter, in optimizer.state, made of zeros at first
-    use."""
+def state_of(optimizer: Muon, p: DTensor, group: dict) -> dict[str, DTensor]:
+    """Return the state of a parameter, in optimizer.state, made of zeros at first use."""
     state = optimizer.state[p]
     for name, dtype in state_kinds(group).items():
         if name not in state:
             state[name] = new_state(name, dtype, p, group)
-    return {name: state[name].to_local() for name in state_kinds(group)}
+    return {name: state[name] for name in state_kinds(group)}
 
 
 def local_gradient(p: DTensor) -> Tensor | None:
@@ -181,12 +174,6 @@ def finite(U: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(ok & (alive > 0), U, 0), ok.view(-1)
 
 
-def move_where(moves: Tensor, M: Tensor, G: Tensor | None, group: dict) -> None:
-    """Move the momentum of what the owner found finite."""
-    if G is not None:
-        M.lerp_(torch.where(moves, G.float(), M), 1 - group["momentum"])
-
-
 def chunk(size: int, parts: int, i: int) -> tuple[int, int]:
     """Return the bounds of the i-th part, as torch.chunk cuts it and FSDP2 shards it."""
     step = -(-size // parts)
@@ -199,8 +186,8 @@ class Whole(Bucket):
     part = staticmethod(local)
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
-        found = whole_state(self.optimizer, stack.unit.param, self.settings(stack))
-        return {name: stack.state_of(name, x) for name, x in found.items()}
+        found = state_of(self.optimizer, stack.unit.param, self.settings(stack))
+        return {name: stack.state_of(name, x.to_local()) for name, x in found.items()}
 
     def gradient(self, stack: Stack) -> Tensor | None:
         grad = local_gradient(stack.unit.param)
@@ -229,7 +216,8 @@ class Exchanged(Bucket):
         _, rows, columns, *inner = as_bank(stack.unit.param, stack.flatten).shape
         if self.axis(stack) == 1:
             begin, end = chunk(columns, self.world_size, rank)
-            return begin * math.prod(inner), end * math.prod(inner)
+            width = math.prod(inner)
+            return begin * width, end * width
         first = stack.unit.row
         m = stack.unit.m
         begin, end = chunk(rows, self.world_size, rank)
@@ -237,7 +225,8 @@ class Exchanged(Bucket):
 
     def numel(self, stack: Stack, rank: int) -> int:
         begin, end = self.cut(stack, rank)
-        return stack.count * (end - begin) * (stack.unit.m if self.axis(stack) else stack.unit.n)
+        other_side = stack.unit.m if self.axis(stack) else stack.unit.n
+        return stack.count * (end - begin) * other_side
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
         """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the
@@ -252,15 +241,18 @@ class Exchanged(Bucket):
         return stack.view(as_bank(x, stack.flatten), max(row, 0), count)
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
-        found = whole_state(self.optimizer, stack.unit.param, self.settings(stack))
-        return {name: stack.state_of(name, x) if name == "second_moment" else self.piece(stack, x)
-                for name, x in found.items()}
+        views = {}
+        for name, x in state_of(self.optimizer, stack.unit.param, self.settings(stack)).items():
+            mine = x.to_local()
+            views[name] = stack.state_of(name, mine) if name == "second_moment" else self.piece(stack, mine)
+        return views
 
     def packet(self, owner: int, rank: int, back: bool) -> list[int]:
         """Return the sizes of what travels between the owner of some stacks and a rank: its pieces of their
         matrices, their flags and, on the way back, the bits of their V."""
         stacks = self.stacks[owner]
-        sizes = [self.numels[stack, rank] for stack in stacks] + [stack.count for stack in stacks]
+        sizes = [self.numels[stack, rank] for stack in stacks]
+        sizes += [stack.count for stack in stacks]
         for stack in stacks if back else ():
             bits = stack.count * max(stack.shape[1:]) * 4 // self.wire.itemsize
             sizes.append(bits if self.settings(stack)["normuon_beta2"] is not None else 0)
@@ -269,9 +261,10 @@ class Exchanged(Bucket):
     def exchange(self, parts: list[Tensor], back: bool) -> Flight:
         """Launch the way of pieces to the owners, or back from them; parts: in the order of ranks."""
         ranks = range(self.world_size)
-        mine = [sum(self.packet(self.rank, rank, back)) for rank in ranks]
-        others = [sum(self.packet(owner, self.rank, back)) for owner in ranks]
-        given, taken = (mine, others) if back else (others, mine)
+        given = [sum(self.packet(self.rank, rank, back)) for rank in ranks]
+        taken = [sum(self.packet(owner, self.rank, back)) for owner in ranks]
+        if not back:
+            given, taken = taken, given
         nothing = self.new(0)  # a rank may own no unit of a bucket
         send = torch.cat([nothing, *(part.reshape(-1).to(nothing.dtype) for part in parts)])
         received = send.new_empty(sum(taken))
@@ -282,9 +275,8 @@ class Exchanged(Bucket):
         """Return (stack, piece (B, rows, columns), flags, bits of V or None) of all that each rank sent."""
         found = []
         for rank in range(self.world_size):
-            owner, other = (rank, self.rank) if back else (self.rank, rank)
-            sizes = self.packet(owner, other, back)
-            stacks = self.stacks[owner]
+            sizes = self.packet(rank, self.rank, back) if back else self.packet(self.rank, rank, back)
+            stacks = self.stacks[rank if back else self.rank]
             parts = received[:sum(sizes)].split(sizes)
             received = received[sum(sizes):]
             k = len(stacks)
@@ -293,8 +285,9 @@ class Exchanged(Bucket):
         return found
 
     def as_piece(self, stack: Stack, x: Tensor) -> Tensor:
-        count, m, n = stack.shape
-        return x.view(count, m, -1) if self.axis(stack) else x.view(count, -1, n)
+        if self.axis(stack):
+            return x.view(stack.count, stack.unit.m, -1)
+        return x.view(stack.count, -1, stack.unit.n)
 
     def start(self) -> None:
         if self.pending is not None:
@@ -303,9 +296,11 @@ class Exchanged(Bucket):
         for stacks in self.stacks:
             alive = []
             for stack in stacks:
+                M = self.state(stack)["momentum_buffer"]
                 G = local_gradient(stack.unit.param)
-                G = None if G is None else self.piece(stack, G).float()
-                parts.append(look_ahead(self.state(stack)["momentum_buffer"], G, self.settings(stack)))
+                if G is not None:
+                    G = self.piece(stack, G).float()
+                parts.append(look_ahead(M, G, self.settings(stack)))
                 alive.append(signs_of_life(G, stack.count, self.device))
             parts += alive
         self.pending = self.exchange(parts, back=False)
@@ -330,8 +325,9 @@ class Exchanged(Bucket):
         parts = []
         for rank in range(self.world_size):
             for stack in stacks:
+                O, _ = results[stack]
                 begin, end = self.cut(stack, rank)
-                parts.append(results[stack][0].narrow(1 + self.axis(stack), begin, end - begin))
+                parts.append(O.narrow(1 + self.axis(stack), begin, end - begin))
             parts += tail
         self.sent = self.exchange(parts, back=True)
 
@@ -353,74 +349,65 @@ class Exchanged(Bucket):
         W = self.piece(stack, local(p))
         M = state["momentum_buffer"]
         G = local_gradient(p)
-        moves = ok.bool().view(-1, *[1] * (M.ndim - 1))
-        move_where(moves, M, None if G is None else self.piece(stack, G), self.settings(stack))
+        if G is not None:
+            moves = ok.bool().view(-1, *[1] * (M.ndim - 1))
+            G = torch.where(moves, self.piece(stack, G).float(), M)
+            M.lerp_(G, 1 - self.settings(stack)["momentum"])
         if "second_moment" in state:
             state["second_moment"].copy_(V.clone().view(torch.float32).view(stack.count, -1))
+        O = O.reshape(W.shape)
         if "mantissa" in state:
-            W.copy_(step_master(W, state["mantissa"], O.reshape(W.shape), ok, *rates))
+            W.copy_(step_master(W, state["mantissa"], O, ok, *rates))
         else:
-            decay_and_step(W, O.reshape(W.shape), ok, *rates)
+            decay_and_step(W, O, ok, *rates)
 
 
 class Gathered(Bucket):
-    """For placements without a way of their own: every rank gathers U and computes everything."""
+    """For placements without a way of their own: every rank gathers gradient, state and weights of each
+    parameter, computes everything, and keeps its part."""
     alone = True
 
-    def state(self, stack: Stack) -> dict[str, Tensor]:
-        found = whole_state(self.optimizer, stack.unit.param, self.settings(stack))
-        return {name: stack.state_of(name, x) if name == "second_moment" else x for name, x in found.items()}
-
-    def params(self) -> dict[DTensor, list[Stack]]:
-        found = {}
-        for stack in self.stacks[0]:
-            found.setdefault(stack.unit.param, []).append(stack)
-        return found
-
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
-        entries = []
-        for p, stacks in self.params().items():
-            M = self.state(stacks[0])["momentum_buffer"]
-            G = local_gradient(p)
-            G = torch.full_like(M, math.nan) if G is None else G.float()
-            U = self.gather(look_ahead(M, G, self.settings(stacks[0])), p)
-            alive = self.gather((G != 0).to(torch.uint8), p)
-            for stack in stacks:
-                signs = stack.of(alive).flatten(1).amax(1).float()
-                entries.append((stack, *finite(stack.of(U).reshape(stack.shape), signs)))
-        results = self.orthogonalize(entries)
-        return {stack: (self.normalized(stack, O, ok), ok) for stack, (O, ok) in results.items()}
+        self.whole = {}
+        for stack in self.stacks[0]:
+            p = stack.unit.param
+            if p not in self.whole:
+                G = local_gradient(p)
+                if G is None:  # here: the matrix is skipped everywhere
+                    G = torch.full_like(local(p), math.nan)
+                state = state_of(self.optimizer, p, self.settings(stack))
+                kept = {"weights": p.full_tensor(), "gradient": like(p, G).full_tensor()}
+                self.whole[p] = kept | {name: x.full_tensor() for name, x in state.items()}
+        return super().update()
+
+    def gradient(self, stack: Stack) -> Tensor:
+        return stack.of(self.whole[stack.unit.param]["gradient"]).reshape(stack.shape)
+
+    def weights(self, stack: Stack) -> Tensor:
+        return stack.of(self.whole[stack.unit.param]["weights"])
+
+    def state(self, stack: Stack) -> dict[str, Tensor]:
+        kept = self.whole[stack.unit.param]
+        return {name: stack.state_of(name, kept[name]) for name in state_kinds(self.settings(stack))}
 
     def apply(self) -> Tensor:
-        results = self.sent
-        self.sent = None
-        for p, stacks in self.params().items():
-            self.apply_to(p, stacks, results)
-        return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
+        skipped = super().apply()
+        for p, kept in self.whole.items():
+            for name, x in [("weights", p), *self.optimizer.state[p].items()]:
+                if name in kept:
+                    local(x).copy_(part_of(kept[name], x))
+        self.whole = {}
+        return skipped
 
-    def apply_to(self, p: DTensor, stacks: list[Stack], results: dict) -> None:
-        step, moves = (torch.zeros(p.shape, device=self.device) for _ in range(2))
-        for stack in stacks:
-            O, ok = results[stack]
-            view = stack.of(step)
-            view.copy_((self.optimizer.rates(stack.unit)[0] * O.float()).view(view.shape))
-            stack.of(moves).copy_(ok.view(-1, *[1] * (view.ndim - 1)).expand(view.shape))
-        W = local(p)
-        ok = self.place(moves, p) > 0
-        _, decay, cautious = self.optimizer.rates(stacks[0].unit)
-        moved = W[None].clone()
-        decay_and_step(moved, self.place(step, p)[None], torch.ones(1, device=W.device), 1.0, decay, cautious)
-        W.copy_(torch.where(ok, moved[0], W))
-        move_where(ok, self.state(stacks[0])["momentum_buffer"], local_gradient(p), self.settings(stacks[0]))
 
-    def gather(self, x: Tensor, p: DTensor) -> Tensor:
-        """Return the whole of which x is the local part, placed as p is."""
-        placed = DTensor.from_local(
-            x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-        return placed.full_tensor()
+def like(p: DTensor, x: Tensor) -> DTensor:
+    """Return the DTensor of which x is the local part, placed as p is."""
+    shape = dict(shape=p.shape, stride=p.stride())
+    return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, **shape)
 
-    def place(self, x: Tensor, p: DTensor) -> Tensor:
-        """Return the local part of what every rank holds whole, placed as p is."""
-        everywhere = [Replicate()] * p.device_mesh.ndim
-        x = DTensor.from_local(x, p.device_mesh, everywhere, run_check=False)
-        return x.redistribute(p.device_mesh, p.placements).to_local()
+
+def part_of(whole: Tensor, x: DTensor) -> Tensor:
+    """Return the local part of what every rank holds whole, placed as x is."""
+    everywhere = [Replicate()] * x.device_mesh.ndim
+    placed = DTensor.from_local(whole, x.device_mesh, everywhere, run_check=False)
+    return placed.redistribute(x.device_mesh, x.placements).to_local()
