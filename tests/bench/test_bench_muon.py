@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import muon
 from bench.muon import __main__ as command
-from bench.muon import speed
+from bench.muon import blocks, speed
 from bench.muon.peers import SUBJECTS, Subject, load, load_all
 from bench.muon.processes import ChildFailed, isolated, ranks
 from bench.muon.questions import GPT2_BLOCK, QUESTIONS, judge
@@ -139,6 +140,15 @@ def test_accuracy_is_measured_against_fp64():
     found = isolated(100, speed.accuracy, load("muon.py"), settings, 16, 32)
     assert found["error"] < 1e-4 and 0.1 < found["polar"] < 0.3 and 0.6 < found["low"] < found["high"] < 1.21
     assert list(found["by_size"]) == [-100, -33, 33, 100] and max(found["by_size"].values()) < 1e-5
+
+
+def test_blocks_of_all_sizes_take_turns_and_leave_the_settings_as_they_were():
+    threads, rows = torch.get_num_threads(), muon.BLOCK_ROWS
+    found = blocks.measure([1], 2, [(16, 8)])
+    assert {len(seconds) for seconds in found.values()} == {2} and len(found) == 1 + len(blocks.ROWS)
+    first, _, theirs, *_ = blocks.table(found).splitlines()
+    assert first.count("|") == 6 and theirs.startswith("| 1 | torch.optim.Muon |") and theirs.endswith("| 1.00 |")
+    assert (torch.get_num_threads(), muon.BLOCK_ROWS) == (threads, rows)
 
 
 # ----------------------------------------------------------------------------------------------------
