@@ -41,7 +41,7 @@ from data.errors import UsageError, run_program
 from data.fetch import FetchError, fetch_hub, hub_errors
 from data.files import data_root, sha256_of
 from data.shards import write_shard
-from data.texts import TextError, check_names, read_texts
+from data.texts import check_names, read_texts
 
 REPO = "HuggingFaceFW/fineweb"
 FOLDER = "sample/10BT"  # of the hub dataset: about 10 B tokens in 15 parquet files of 2 GB
@@ -97,7 +97,7 @@ def encode_all(pieces, encoding, processes: int) -> Iterator[np.ndarray]:
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise TextError(f"expected {processes} working processes, found one that was ended from outside; it "
+        raise UsageError(f"expected {processes} working processes, found one that was ended from outside; it "
                         "may have run out of memory: start again with fewer --processes") from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -31,26 +31,23 @@ class ShardError(UsageError):
 
 
 def write_shard(path, tokens) -> Path:
-    """Write a shard that appears under its name complete, or not at all.
-    path: file name, its folder is made if needed. tokens: (n,) integers in 0..65535, n >= 1. Returns the
-    path. Raises ShardError for tokens that do not fit the format and for a disk that refuses (full,
-    read-only)."""
+    """Write a shard that appears under its name complete, or not at all, and return its path.
+
+    tokens: (n,) integers in 0..65535, n >= 1. The folder is made if needed. Raises ShardError for tokens that
+    do not fit the format and for a disk that refuses (full, read-only).
+    """
     path, tokens = Path(path), np.asarray(tokens)
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not 1 <= tokens.size <= MAX_TOKENS:
-        raise ShardError(f"{path}: expected a flat array of 1 to {MAX_TOKENS:,} integer token ids, found "
-                         f"shape {tokens.shape} of {tokens.dtype}; nothing was written: pass one shard's ids")
-    if tokens.dtype != TOKEN_DTYPE:
-        bad = np.flatnonzero((tokens < 0) | (tokens > 65535))
-        if bad.size:
-            raise ShardError(f"{path}: expected token ids in 0..65535, found {tokens[bad[0]]} at position "
-                             f"{bad[0]:,}; nothing was written: use a 16-bit vocabulary")
-        tokens = tokens.astype(TOKEN_DTYPE)
+    stored = np.ascontiguousarray(tokens, dtype=TOKEN_DTYPE)
+    if tokens.ndim != 1 or not 1 <= tokens.size <= MAX_TOKENS or (stored != tokens).any():
+        raise ShardError(f"{path}: expected a flat array of 1 to {MAX_TOKENS:,} token ids in 0..65535, found "
+                         f"shape {tokens.shape} of {tokens.dtype} or other ids; nothing was written: pass "
+                         "one shard's ids, of a 16-bit vocabulary")
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
     try:
         with written_whole(path) as file:
             file.write(header.data)
-            file.write(np.ascontiguousarray(tokens).data)
+            file.write(stored.data)
     except OSError as error:
         raise ShardError(f"{path}: expected to write {HEADER_BYTES + 2 * tokens.size:,} bytes, found "
                          f"\"{error.strerror or error}\"; nothing was left behind, free some space or choose "

@@ -21,25 +21,21 @@ CUT = re.compile(r"(?<=\S)[ \t\r\n]")
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which JSON can express and UTF-8 cannot
 
 
-class TextError(UsageError):
-    """Text that cannot be tokenized; the message names the file and the line and says what to do next."""
-
-
 def check_names(files) -> None:
-    """Raise TextError for a file that is missing or of another format, before any work is done."""
+    """Raise UsageError for a file that is missing or of another format, before any work is done."""
     for file in map(Path, files):
         if file.suffix not in SUFFIXES:
-            raise TextError(f"{file}: expected a name ending in .txt, .jsonl or .parquet, found another; "
+            raise UsageError(f"{file}: expected a name ending in .txt, .jsonl or .parquet, found another; "
                             "convert or rename it")
         if not file.is_file():
-            raise TextError(f"{file}: expected a text file, found none of that name; correct it")
+            raise UsageError(f"{file}: expected a text file, found none of that name; correct it")
 
 
 def read_texts(paths, field: str = "text") -> Iterator[tuple[bool, str]]:
     """Yield the parts of all documents, file by file.
 
     A .txt file is one document; each line of a .jsonl file and each row of a .parquet file has one in
-    `field`. Raises TextError.
+    `field`. Raises UsageError.
     """
     for path in map(Path, paths):
         try:
@@ -50,12 +46,12 @@ def read_texts(paths, field: str = "text") -> Iterator[tuple[bool, str]]:
             for where, text in rows:
                 if not isinstance(text, str):
                     found = "nothing" if text is None else type(text).__name__
-                    raise TextError(f"{path}, {where}: expected text in \"{field}\", found {found}; correct "
+                    raise UsageError(f"{path}, {where}: expected text in \"{field}\", found {found}; correct "
                                     "or remove it, or name another field with --field")
                 yield from parts_of([HALF.sub("\ufffd", text)])
         except OSError as error:
-            raise TextError(f"{path}: expected a readable file, found \"{error.strerror or error}\"; correct "
-                            "the name or its permissions") from error
+            raise UsageError(f"{path}: expected a readable file, found \"{error.strerror or error}\"; "
+                             "correct the name or its permissions") from error
 
 
 def parts_of(document: Iterable[str]) -> Iterator[tuple[bool, str]]:
@@ -82,20 +78,20 @@ def last_cut(text: str, start: int, end: int) -> int:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its end) of a UTF-8 file. Raises TextError."""
+    """Yield (number from 1, line with its end) of a UTF-8 file. Raises UsageError."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 # Some editors put a byte-order mark before UTF-8.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise TextError(f"{path}, line {number}: expected UTF-8 text, found byte "
+                raise UsageError(f"{path}, line {number}: expected UTF-8 text, found byte "
                                 f"0x{line[error.start]:02x}; convert the file to UTF-8 (iconv) or remove the "
                                 "line") from None
 
 
 def json_values(path: Path, field: str) -> Iterator[tuple[str, object]]:
-    """Yield (where it is, value of the field) of each line that is not blank. Raises TextError."""
+    """Yield (where it is, value of the field) of each line that is not blank. Raises UsageError."""
     for number, line in lines_of(path):
         if not line.strip():
             continue
@@ -104,20 +100,20 @@ def json_values(path: Path, field: str) -> Iterator[tuple[str, object]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             found = getattr(error, "msg", error)  # of JSONDecodeError, without its position in the line
-            raise TextError(f"{path}, {where}: expected a JSON object, found \"{found}\"; correct or remove "
+            raise UsageError(f"{path}, {where}: expected a JSON object, found \"{found}\"; correct or remove "
                             "the line") from None
         yield where, row.get(field) if isinstance(row, dict) else None
 
 
 def parquet_values(path: Path, field: str) -> Iterator[tuple[str, object]]:
-    """Yield (where it is, value in the column) of each row. Raises TextError."""
+    """Yield (where it is, value in the column) of each row. Raises UsageError."""
     import pyarrow
     import pyarrow.parquet
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if field not in names:
-                raise TextError(f"{path}: expected a column \"{field}\", found columns {', '.join(names)}; "
+                raise UsageError(f"{path}: expected a column \"{field}\", found columns {', '.join(names)}; "
                                 "name the one that holds the text with --field")
             row = 0
             for batch in file.iter_batches(batch_size=64, columns=[field]):
@@ -125,6 +121,6 @@ def parquet_values(path: Path, field: str) -> Iterator[tuple[str, object]]:
                     row += 1
                     yield f"row {row}", value
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise TextError(f"{path}: expected a parquet file with UTF-8 text, found "
+        raise UsageError(f"{path}: expected a parquet file with UTF-8 text, found "
                         f"\"{str(error).splitlines()[0]}\"; it is damaged or of another format, make or "
                         "fetch it again") from error

@@ -67,16 +67,10 @@ def test_missing_file_and_folder_are_refused(tmp_path):
         shards.num_tokens(tmp_path)
 
 
-@pytest.mark.parametrize("tokens, found", [
-    ([1, 2, 65536], "found 65536 at position 2"),
-    ([5, -1], "found -1 at position 1"),
-    ([], r"shape \(0,\)"),
-    ([[1, 2]], r"shape \(1, 2\)"),
-    ([1.0, 2.0], "float64"),
-])
-def test_tokens_that_do_not_fit_write_nothing(tmp_path, tokens, found):
-    with pytest.raises(shards.ShardError, match=found):
-        shards.write_shard(tmp_path / "x.bin", tokens)
+@pytest.mark.parametrize("tokens", [[1, 2, 65536], [5, -1], [], [[1, 2]], [0.5]])
+def test_tokens_that_do_not_fit_write_nothing(tmp_path, tokens):
+    with pytest.raises(shards.ShardError, match=r"ids in 0..65535, found shape .*; nothing was written"):
+        shards.write_shard(tmp_path / "x.bin", np.array(tokens))
     assert list(tmp_path.iterdir()) == []
 
 

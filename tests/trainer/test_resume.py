@@ -180,7 +180,11 @@ def test_a_signal_saves_at_the_next_step_that_can_be_resumed(
         folder, whole, monkeypatch, hangup, number, saving):
     hangup(signal.SIG_DFL)
     stop_at(monkeypatch, 5, number)
-    stopped = run(folder, *OPTIONS, saving)
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may have been started to ignore it, as by nohup
+    try:
+        stopped = run(folder, *OPTIONS, saving)
+    finally:
+        signal.signal(number, before)
     assert (stopped.code, stopped.err) == (128 + number, "")
     path, = stopped.checkpoints
     assert path.name == "state_step000006.pt"
