@@ -49,10 +49,10 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
     """Return the bytes that stay in memory on the fullest of `world` ranks, by kind."""
     table = optimizer_table(cfg)
     split = dtype == torch.bfloat16  # a bf16 weight has a lower half beside it: together they are fp32
-    weights = adam = travelling = count = 0
+    weights = adam = travelling = averaged = 0
     for name, p in shapes_of(cfg).named_parameters():
         low = split and name in MATRICES + TABLES
-        count += p.numel()
+        averaged += p.numel() * (cfg.ema_of == "all" or name in ("head", "embed"))
         weights += p.numel() * (2 if low else 4)
         if table[name].optimizer == "adam":
             sharded = world > 1 and p.numel() % world == 0 and p.numel() >= 2**16
@@ -70,7 +70,7 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
         "gradients": weights,
         "Adam: moments, low halves": adam,
         "Muon: momentum, low halves": muon,
-        "average of the weights": 4 * count if cfg.ema_frac else 0,
+        "average of the weights": 4 * averaged if cfg.ema_frac else 0,
         "signs of the bigrams": sum(b.numel() for b in shapes_of(cfg).buffers()),
         "gathers and reductions": travelling,
     }
@@ -201,7 +201,7 @@ def column(cfg: Config, dtype: torch.dtype, compiled: bool, world: int, gib: flo
 
 
 def data_size(cfg: Config) -> str:
-    if cfg.track != "small":
+    if cfg.track == "shakespeare":
         return "a few MB"
     count = shards_needed(cfg)
     return f"{count} shards of 200 MB and one for validation: {0.2 * (count + 1):.1f} GB"

@@ -85,10 +85,11 @@ POSITIVE = ("train_steps", "stages", "slices", "num_layers", "model_dim", "head_
             "attn_scale")
 NOT_NEGATIVE = ("extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every", "seed",
                 "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr", "adam_lr",
-                "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init")
+                "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init", "prefix_weight", "mlp_out_std",
+                "mix_window")
 BY_STAGE = ("batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights")
 LAYERS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
-          "attn_gate_layers", "xsa_layers", "skip")
+          "attn_gate_layers", "xsa_layers", "skip", "gate_networks")
 REFUSED = [
     *[{name: value} for name in POSITIVE for value in (0, -1)], *[{name: -1} for name in NOT_NEGATIVE],
     *[{name: value} for name in BY_STAGE for value in ((), (0,))],
@@ -101,7 +102,11 @@ REFUSED = [
     dict(skip=(3,)), dict(skip=(6, 3)), dict(skip=(1, 2, 3)), dict(softcap=(1.0,)), dict(softcap=(23.0, 5.0, 0.0)),
     dict(momentum=(0.9,)), dict(momentum=(0.9, 1.0)), dict(cooldown_frac=1.1), dict(rope_fraction=-0.1),
     dict(untie_stage=3), dict(untie_stage=-2), dict(normuon_beta2=1.0), dict(optimizer="sgd"), dict(attention="flash"),
-    dict(dtype="float16"), dict(compile="yes"), dict(coefficients="best"),
+    dict(dtype="float16"), dict(compile="yes"), dict(coefficients="best"), dict(ema_of="tables"),
+    dict(gate_networks=(1,)), dict(gate_networks=(0, 4, 4)), dict(backout=True, mudd=True),
+    dict(mudd=True, backout=False, no_attn_layers=(10,)),
+    dict(mudd=True, backout=False, cache_layer=10, late_attn_layers=()),
+    dict(mix_window=4), dict(mix_window=4, gate_networks=(0,), paired_layers=(10,)),
 ]
 
 
@@ -117,8 +122,22 @@ def test_an_impossible_setting_is_refused_by_name_with_what_was_found(changes):
 
 
 def test_an_unknown_track_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="--track: expected one of small, shakespeare, found 'medium'"):
-        Config.for_track("medium")
+    with pytest.raises(UsageError, match="--track: expected one of small, medium, shakespeare, found 'large'"):
+        Config.for_track("large")
+
+
+def test_a_recipe_changes_its_track_and_settings_change_the_recipe():
+    base, other = (Config.for_track("small", recipe=name) for name in ("base", "record89"))
+    assert base == Config.for_track("small") and other.train_steps == 1285 and other.muon_lr == base.muon_lr
+    assert Config.for_track("small", recipe="record89", train_steps=1300).train_steps == 1300
+    assert Config.for_track(**dataclasses.asdict(other) | {"name": "small"}) == other  # as a checkpoint has it
+
+
+@pytest.mark.parametrize("track, recipe", [("small", "record90"), ("medium", "record89"), ("shakespeare", "record89")])
+def test_an_unknown_recipe_is_refused_with_the_known_ones(track, recipe):
+    known = "base, record89" if track == "small" else "base"
+    with pytest.raises(UsageError, match=f"--recipe: expected one of {known} on track {track}, found '{recipe}'"):
+        Config.for_track(track, recipe=recipe)
 
 
 def test_the_vocabulary_is_padded_to_a_multiple_of_128():

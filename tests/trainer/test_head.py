@@ -36,13 +36,13 @@ def example(T=37, V=50, D=12, dtype=torch.float32):
     return x, head, torch.randint(0, V, (T,), generator=generator)
 
 
-def both(x, head, targets, weights, cap, size, fp8=False, compiled=False, onednn=False):
+def both(x, head, targets, weights, cap, size, fp8=False, compiled=False, onednn=False, prefixes=None):
     """(loss, its gradients of x and head) in one pass and by the definition, of which twice the loss is used."""
     weights, results = torch.tensor(weights), []
     torch._dynamo.reset()
     fused = torch.compile(HeadLoss.apply, backend="aot_eager", fullgraph=True) if compiled else HeadLoss.apply
-    for f in (lambda: fused(x, head, targets, weights, cap, size, fp8, onednn),
-              lambda: multi_token_loss(softcap((x.double() @ head.double().t()), cap), targets, weights)):
+    for f in (lambda: fused(x, head, targets, weights, cap, size, fp8, onednn, prefixes),
+              lambda: multi_token_loss(softcap((x.double() @ head.double().t()), cap), targets, weights, prefixes)):
         loss = f()
         results.append((loss, *torch.autograd.grad(2 * loss, (x, head))))
     return results
@@ -56,6 +56,27 @@ CASES = [(cap, weights, size, False) for cap in ((), CAP) for weights in ((1.0,)
 def test_head_and_loss_in_one_equal_their_definition(cap, weights, size, compiled):
     for ours, exact in zip(*both(*example(), weights, cap, size, compiled=compiled)):
         assert (ours - exact).norm() < 1e-5 * exact.norm()  # fp32
+
+
+PREFIXES = torch.randint(-5, 50, (37,), generator=torch.Generator().manual_seed(3)).clamp(min=-1)
+
+
+@pytest.mark.parametrize("size, compiled", [(10, False), (100, False), (15, True)])
+@pytest.mark.parametrize("cap, weights", [((), (1.0, 0.25)), (CAP, (1.0, 0.5, 0.25, 0.125))])
+def test_with_prefix_tokens_they_equal_their_definition_too(cap, weights, size, compiled):
+    assert 2 <= (PREFIXES < 0).sum() <= 15
+    for ours, exact in zip(*both(*example(), weights, cap, size, compiled=compiled, prefixes=PREFIXES)):
+        assert (ours - exact).norm() < 1e-5 * exact.norm()  # fp32
+
+
+def test_a_prefix_token_is_one_more_target_of_the_same_logits():
+    _, _, targets = example()
+    logits = torch.randn(37, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    log_p = torch.log_softmax(logits, -1)
+    extra = -sum(log_p[t, prefix] for t, prefix in enumerate(PREFIXES.tolist()) if prefix >= 0)
+    without, full = (multi_token_loss(logits, targets, torch.tensor(weights), prefixes)
+                     for weights, prefixes in (((1.0, 0.5), None), ((1.0, 0.5, 0.25), PREFIXES)))
+    torch.testing.assert_close((full - without).double(), 0.25 * extra, rtol=1e-4, atol=0)  # fp32
 
 
 @pytest.mark.skipif(ONEDNN is None, reason="needs AVX-512")

@@ -1,6 +1,7 @@
 """The model against a slow one: one token, one head, one formula at a time, in float64, values and gradients."""
 import ctypes
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from engine.head_loss import softcap
 from engine.kernels import Kernels
+from engine.token_factors import gate_slots
 from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, rotary, rotary_settings
 
 LENGTHS = [5, 1, 7, 4]  # documents of the sequence that all models below read
@@ -17,6 +19,11 @@ EPS = torch.finfo(torch.float32).eps  # of the RMS norm, and the rounding of eve
 # fp32 against float64, largest relative error measured: 5e-7 in values, 3e-6 in gradients (but sums that cancel, as
 # those of single scalars do, only have the error of their terms: 1e-6 of the whole gradient is allowed on top)
 VALUES, GRADIENTS = 3e-6, 2e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
 
 
 def tokens_of(cfg, n=T + 1, seed=4):
@@ -69,8 +76,25 @@ def turned(x, position, frequencies):
     return torch.stack(parts)
 
 
-def slow_attention(P, cfg, i, h, tokens, stage, window):
-    """h: the normed input of layer i per token. Returns the output per token, and the values per token and head."""
+def slow_network(P, kind, n, scale, x):
+    """One small network on one token: the outputs."""
+    hidden = P[f"{kind}_in"][n] @ x
+    hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    return scale * (P[f"{kind}_out"][n] @ hidden + P[f"{kind}_bias"][n])
+
+
+def slow_gates(P, cfg, n, x):
+    """(kind, layer) -> the factors of each token that network n sets. x: a vector per token."""
+    outputs, found, first = [slow_network(P, "gate", n, P["gate_scale"][0], v) for v in x], {}, 0
+    for slot in gate_slots(cfg)[n]:
+        found[slot.kind, slot.layer] = [z[first : first + slot.width] for z in outputs]
+        first += slot.width
+    return found
+
+
+def slow_attention(P, cfg, i, h, tokens, stage, window, gates, mu, streams):
+    """h: the normed input of layer i per token; mu, streams: connections and what they mix into the values, or None.
+    Returns the output per token."""
     D, H, d = cfg.model_dim, cfg.num_heads, cfg.head_dim
     n = [k for k in range(cfg.num_layers) if k not in cfg.no_attn_layers].index(i)
     Wq, Wk = P["attn_qk"].reshape(-1, 2, H, d, D)[n]
@@ -86,8 +110,13 @@ def slow_attention(P, cfg, i, h, tokens, stage, window):
             m = cfg.value_embed_layers.index(i)
             row = P["value_embeds"][m * cfg.padded_vocab + tokens[t]]
             half = P["value_gates"].size(2) // 2
-            gates = 2 * sigma(P["value_gates"][m] @ torch.cat([h[t][:half], row[:half]]))
-            v[t] = [v[t][a] + gates[a] * row[a * d : (a + 1) * d] for a in range(H)]
+            open_ = 2 * sigma(P["value_gates"][m] @ torch.cat([h[t][:half], row[:half]]))
+            if mu:
+                open_ = [mu[t][6] if a < H // 2 else mu[t][7] for a in range(H)]
+            v[t] = [v[t][a] + open_[a] * row[a * d : (a + 1) * d] for a in range(H)]
+        if mu:
+            more = sum(mu[t][k] * streams[k][t] for k in range(3))
+            v[t] = [v[t][a] + more[a * d : (a + 1) * d] for a in range(H)]
     if cfg.key_offset and i in cfg.long_layers:
         k = [k[0]] + [[torch.cat([k[t][a][: d // 2], k[t - 1][a][d // 2 :]]) for a in range(H)] for t in range(1, T)]
     def partners(a):  # the heads that share a softmax, in the order of their places
@@ -108,10 +137,20 @@ def slow_attention(P, cfg, i, h, tokens, stage, window):
                 places = [(s, b) for s, b in places if t - s <= window]
             e = torch.exp(scale * torch.stack([(q[t][a] * k[s][b]).sum() for s, b in places]))
             z = (e / e.sum()) @ torch.stack([v[s][b] for s, b in places])
+            if ("mix_in", i) in gates:
+                near = [s for s in range(max(0, t - cfg.mix_window + 1), t + 1) if document[s] == document[t]]
+                w_in = gates["mix_in", i][t]
+                w_in = w_in / (w_in.square().mean() + 1e-6).sqrt()
+                p = [torch.softmax(scale * torch.stack([q[t][g] @ k[s][g] for s in near]), 0) for g in range(H)]
+                A = sum(w_in[g] * p[g] for g in range(H))
+                z = z + gates["mix_out", i][t][a] * sum(A[m] * v[s][a] for m, s in enumerate(near))
             if i in cfg.xsa_layers:
                 own = v[t][a]
-                z = z - torch.tanh(P["xsa_alphas"][cfg.xsa_layers.index(i), a]) * (z @ own) / (own @ own) * own
-            if i in cfg.attn_gate_layers:
+                alpha = gates["xsa", i][t][a] if gates else P["xsa_alphas"][cfg.xsa_layers.index(i), a]
+                z = z - torch.tanh(alpha) * (z @ own) / (own @ own) * own
+            if i in cfg.attn_gate_layers and gates:
+                z = z * gates["attn_gate", i][t][a]
+            elif i in cfg.attn_gate_layers:
                 w = P["attn_gates"][cfg.attn_gate_layers.index(i), a]
                 z = z * sigma(w @ h[t][: len(w)])
             y.append(z)
@@ -134,28 +173,59 @@ def slow_log_probs(P, signs, cfg, tokens, stage, tied, final=False):
             before = tokens[t - 1] if t else 0
             row = P["bigram_embed"][bigram_row(tokens[t], before, t, cfg.bigram_rows)]
             B.append(row * signs[(tokens[t] ^ before) % 8192] if cfg.bigram_signs else row)
-        x = [x[t] + P["bigram_lambdas"][0] * B[t] for t in range(T)]
-    outputs = {}
+    gates, mu, streams, last = {}, None, None, cfg.num_layers - 1
+
+    def factor(kind, i, t):  # of x0 or bigram
+        return gates[kind, i][t] if gates else P[f"{kind}_lambdas"][i]
+
+    if cfg.gate_networks:
+        gates.update(slow_gates(P, cfg, 0, x0))
+    if B:
+        x = [x[t] + factor("bigram", 0, t) * B[t] for t in range(T)]
+    outputs, c0 = {}, x
     for i in range(cfg.num_layers):
         (a, b), (p, r) = P["resid_lambdas"][i], P["post_lambdas"][i]
+        if i in cfg.gate_networks[1:]:
+            gates.update(slow_gates(P, cfg, cfg.gate_networks.index(i), x))
+        if cfg.mudd and i == last:
+            c9, streams = x, (c0, outputs[cfg.cache_layer], x)
+            mu = [slow_network(P, "mudd", 0, 0.1, v) for v in x]
+            x = [(1 + mu[t][5]) * x[t] + mu[t][3] * c0[t] + mu[t][4] * streams[1][t] for t in range(T)]
         if i not in cfg.no_attn_layers:
             source = outputs[cfg.cache_layer] if i in cfg.late_attn_layers else x
             windows = cfg.window_long if i in cfg.long_layers else cfg.window_short
             window = windows[min(stage, len(windows) - 1)]
             window = cfg.window_final if final and i in cfg.long_layers else window
-            y = slow_attention(P, cfg, i, [rms(v) for v in source], tokens, stage, window)
-            x = [a * x[t] + p * y[t] for t in range(T)]
-            if cfg.inject_x0:
-                x = [x[t] + P["x0_lambdas"][i] * x0[t] for t in range(T)]
-            if B and i:
-                x = [x[t] + P["bigram_lambdas"][i] * B[t] for t in range(T)]
+            y = slow_attention(P, cfg, i, [rms(v) for v in source], tokens, stage, window, gates, mu, streams)
+            if mu:
+                x = [m[8] * x[t] + m[9] * y[t] + m[10] * c0[t] for t, m in enumerate(mu)]
+                x = [x[t] + (m[11] * B[t] if B else 0) for t, m in enumerate(mu)]
+            else:
+                x = [a * x[t] + p * y[t] for t in range(T)]
+            if cfg.inject_x0 and not mu:
+                x = [x[t] + factor("x0", i, t) * x0[t] for t in range(T)]
+            if B and i and not mu:
+                x = [x[t] + factor("bigram", i, t) * B[t] for t in range(T)]
         if cfg.skip and i == cfg.skip[1]:
-            w, s = P["skip_gate"][0], P["skip_lambda"][0]
-            x = [x[t] + sigma(s) * 2 * sigma(w @ x0[t][: len(w)]) * outputs[cfg.skip[0]][t] for t in range(T)]
+            s = P["skip_lambda"][0]
+            if gates:
+                open_ = gates["skip", i]
+            else:
+                w = P["skip_gate"][0]
+                open_ = [2 * sigma(w @ x0[t][: len(w)]) for t in range(T)]
+            x = [x[t] + sigma(s) * open_[t] * outputs[cfg.skip[0]][t] for t in range(T)]
         hidden = [torch.clamp(P["mlp_in"][i] @ rms(v), min=0) ** 2 for v in x]
-        x = outputs[i] = [b * x[t] + r * (P["mlp_out"][i] @ hidden[t]) for t in range(T)]
+        factors = [(m[12], m[13]) for m in mu] if mu else [(b, r)] * T
+        x = outputs[i] = [b * x[t] + r * (P["mlp_out"][i] @ hidden[t]) for t, (b, r) in enumerate(factors)]
     if cfg.backout:
         x = [x[t] - P["backout_lambda"][0] * outputs[cfg.cache_layer][t] for t in range(T)]
+    if cfg.mudd:
+        mu = [slow_network(P, "mudd", 1, 0.1, v) for v in x]
+        mixed = [c0, outputs[cfg.cache_layer], c9]
+        mixed.append([P["value_embeds"][token] for token in tokens] if cfg.value_embed_layers else None)
+        mixed.append(outputs[cfg.skip[0]] if cfg.skip else None)
+        terms = [(k, source) for k, source in enumerate(mixed) if source]
+        x = [x[t] + sum(mu[t][k] * source[t] for k, source in terms) for t in range(T)]
     logits = torch.stack([P["head"] @ rms(v) for v in x])
     if cfg.softcap:
         A, shift, C = cfg.softcap
@@ -196,6 +266,7 @@ def compare(cfg, stage=0, tied=False, weights=(1.0,), final=False, backend="mask
 
 
 EMBEDS = dict(value_embed_layers=(0, 2))
+GATED = dict(attn_gate_layers=(1, 2), xsa_layers=(0, 3), inject_x0=True, bigram_rows=13, skip=(0, 2))
 TECHNIQUES = {
     "nothing": {},
     "partial key offset": dict(key_offset=True),
@@ -222,6 +293,13 @@ TECHNIQUES = {
     "backout": dict(backout=True),
     "softcap": dict(softcap=(23.0, 5.0, 7.5)),
     "an odd number of heads": dict(model_dim=24),
+    "connections": dict(mudd=True),
+    "connections of all streams": dict(mudd=True, skip=(0, 2), value_embed_layers=(0, 3), bigram_rows=13,
+                                       inject_x0=True),
+    "gates of one network": dict(GATED, gate_networks=(0,)),
+    "gates of two networks": dict(GATED, gate_networks=(0, 2)),
+    "gates and connections": dict(GATED, gate_networks=(0, 1, 3), mudd=True, late_attn_layers=(3,)),
+    "mixing of heads": dict(gate_networks=(0,), mix_window=3, inject_x0=True),
 }
 
 
@@ -235,6 +313,84 @@ def test_one_technique_alone_equals_the_slow_model(technique):
     (3, False, (1.0,), True, "blocked")])
 def test_all_techniques_together_equal_the_slow_model(stage, tied, weights, final, backend):
     compare(config(**WINDOWS), stage, tied, weights, final, backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small networks
+
+
+RECORD_89 = dict(mudd=True, backout=False, gate_networks=(0, 4), mix_window=4, attn_gate_layers=(3, 10),
+                 xsa_layers=(1, 3, 4, 7))
+
+
+@pytest.mark.parametrize("stage, tied, weights, final", [(0, True, (1.0, 0.5, 0.25), False), (3, False, (1.0,), True)])
+def test_all_of_record_89_together_equals_the_slow_model(stage, tied, weights, final):
+    compare(config(**{**WINDOWS, **RECORD_89}), stage, tied, weights, final, "blocked")
+
+
+def test_the_networks_of_gates_have_the_outputs_of_record_89():
+    """TECHNIQUES 2.12: 26 from x0 and 41 from the input of layer 4, with their values at the start."""
+    first, second = gate_slots(Config.for_track("small", **{**RECORD_89, "mix_window": 112}))
+    H, inject = 6, [("x0", 1, 0.0), ("bigram", 1, 0.05)]
+    expected = [
+        {1: [("xsa", H, 0.0)], 3: [("xsa", H, 0.0), ("attn_gate", H, 0.25)]},
+        {4: [("xsa", H, 0.0)], 7: [("xsa", H, 0.0)], 6: [("skip", 1, 0.5)],
+         10: [("attn_gate", H, 0.25), ("mix_in", H, 1.0), ("mix_out", H, 0.0)]}]
+    for layers, table in (((0, 1, 2, 3), expected[0]), ((4, 5, 7, 8, 9), expected[1])):
+        for i in layers:
+            table[i] = table.get(i, []) + inject
+    for slots, table, outputs in ((first, expected[0], 26), (second, expected[1], 41)):
+        assert sum(slot.width for slot in slots) == outputs
+        assert sorted((slot.layer, *slot[1:]) for slot in slots) == sorted(
+            (i, *rest) for i, row in table.items() for rest in row)
+
+
+def test_small_networks_begin_as_the_constants_of_the_study():
+    """TECHNIQUES 2.12 and 2.13, whatever the token."""
+    model = build(config(**RECORD_89), perturb=False)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    layers = model.layer_weights()
+    for i in model.cfg.gate_networks:
+        model.set_gates(i, x, layers)
+    begins = dict(x0=0.0, bigram=0.05, xsa=0.0, attn_gate=0.25, skip=0.5, mix_in=1.0, mix_out=0.0)
+    for kind, value in begins.items():
+        found = [g for g in (getattr(layer, kind) for layer in layers) if g is not None]
+        assert found and all(torch.allclose(g, torch.tensor(value)) for g in found), kind
+    root = math.sqrt(1.1)
+    into_layer, into_head = ([mu.mean().item() for mu in model.connections(n, x)] for n in (0, 1))
+    assert into_layer == pytest.approx([0, 0, 0, 0, 0, 0, 2, 2, root, 1, 0, 0.05, root, 1])
+    assert into_head[:5] == pytest.approx([0, -0.5, 0, 0, 0])
+    for name in ("gate_in", "mudd_in"):
+        w = getattr(model, name)
+        assert w.abs().max() <= 32**-0.5 and abs(w.std() * math.sqrt(3 * 32) - 1) < 0.05, name
+
+
+def test_with_prefix_tokens_the_loss_has_one_more_part_while_they_count():
+    cfg = config(BARE, prefix_weight=0.25, stages=3)
+    model, sequence = build(cfg), tokens_of(cfg)
+    tokens, targets = sequence[:-1], sequence[1:]
+    assert (model.prefixes == -1).all() and "prefixes" not in model.state_dict()
+    model.prefixes[:] = torch.arange(len(model.prefixes)) // 2 - 3
+    early, late = (context(model, docs_of(LENGTHS), stage) for stage in (0, 2))
+    assert early.prefixes and not late.prefixes
+    weights = torch.tensor([1.0, 0.5])
+    both = model(tokens, targets, early, torch.tensor([1.0, 0.5, 0.25]))
+    plain = model(tokens, targets, early._replace(prefixes=False), weights)
+    log_p = model.log_probs(tokens, early).double()
+    known = [(t, y // 2 - 3) for t, y in enumerate(targets.tolist()) if y >= 6]
+    assert 0 < len(known) < T
+    expected = plain.item() - 0.25 * sum(log_p[t, prefix].item() for t, prefix in known)
+    assert abs(both.item() - expected) < VALUES * expected
+
+
+def test_the_table_of_prefix_tokens_is_filled_once_the_clock_runs(folder):
+    run = make_run(folder, BARE, train_steps=4, extension_steps=1)
+    run.fill_prefixes()  # nothing to do
+    run = make_run(folder, BARE, train_steps=4, extension_steps=1, bos_id=60)
+    run.encoding, table = SimpleNamespace(pieces=lambda: [b"a", b"ab", b"b", b""]), torch.full((128,), -1)
+    run.model.prefixes = table
+    run.fill_prefixes()
+    assert table.tolist() == [-1, 0, *[-1] * 126]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,11 +479,12 @@ def test_the_softcap_is_bounded_and_asymmetric():
     assert softcap(x, ()) is x
 
 
+@pytest.mark.parametrize("techniques", [{}, RECORD_89], ids=["base", "record 89"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled):
+def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled, techniques):
     kept, gradients = [], []
     for recompute in (False, True):
-        cfg = config(recompute=recompute)
+        cfg = config(recompute=recompute, **techniques)
         model = build(cfg)
         forward = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True) if compiled else model
         sizes = []
@@ -347,9 +504,10 @@ def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled):
 
 @pytest.mark.parametrize("backend", ["masked", "blocked"])
 @pytest.mark.parametrize("stage, tied, final", [(0, True, False), (3, False, True)])
+@pytest.mark.parametrize("techniques", [{}, RECORD_89], ids=["base", "record 89"])
 @torch.no_grad()
-def test_future_tokens_cannot_change_past_probabilities(stage, tied, final, backend):
-    cfg = config()
+def test_future_tokens_cannot_change_past_probabilities(stage, tied, final, backend, techniques):
+    cfg = config(**techniques)
     model, tokens = build(cfg, backend=backend), tokens_of(cfg, 40)
     ctx = context(model, docs_of([14, 1, 25]), stage, tied, final)
     before = model.log_probs(tokens, ctx)
@@ -443,8 +601,8 @@ def test_initial_values_are_those_of_the_study():
     cfg = config(model_dim=128, vocab_size=512, head_dim=16)
     model = build(cfg, perturb=False)
     bound = math.sqrt(3) * 0.5 / math.sqrt(128)
-    for name in ("attn_qk", "attn_vo", "mlp_in"):
-        w = getattr(model, name)
+    out = build(config(model_dim=128, vocab_size=512, head_dim=16, mlp_out_std=0.5), perturb=False).mlp_out
+    for w in (model.attn_qk, model.attn_vo, model.mlp_in, out):
         assert w.abs().max() <= bound and abs(w.std() / (0.5 / math.sqrt(128)) - 1) < 0.01
     assert abs(model.head.std() / 0.005 - 1) < 0.01 and torch.equal(model.head, model.embed)
     assert abs(model.value_embeds.std() / 0.01 - 1) < 0.01
@@ -484,13 +642,10 @@ SWITCHES = {
     "Adam in every step": dict(adam_every=1), "no cooldown": dict(cooldown_frac=0.0),
     "no extension": dict(extension_steps=0),
     "one stage": dict(stages=1, untie_stage=0), "no momentum ramps": dict(momentum_warmup=0, momentum_cooldown=0),
+    "connections": dict(mudd=True, backout=False), "gates of networks": dict(gate_networks=(0, 4)),
+    "all of record 89": RECORD_89,
     "everything off": {k: v for k, v in BARE.items() if SMALL.get(k, "") != v},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("shards")
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -573,11 +728,13 @@ def test_while_tied_the_gradient_of_the_head_is_the_sum_of_both_uses():
 # torch.compile
 
 
-@pytest.mark.parametrize("backend, compiler", [("masked", "eager"), ("blocked", "aot_eager")])
-def test_training_and_evaluation_compile_without_graph_break(backend, compiler):
+@pytest.mark.parametrize("backend, compiler, techniques", [
+    ("masked", "eager", {}), ("blocked", "aot_eager", {}),
+    ("blocked", "aot_eager", dict(mudd=True, backout=False, gate_networks=(0, 1), mix_window=4))])
+def test_training_and_evaluation_compile_without_graph_break(backend, compiler, techniques):
     layers = dict(num_layers=3, long_layers=(1,), paired_layers=(0,), no_attn_layers=(), late_attn_layers=(2,),
                   cache_layer=1, skip=(0, 2), value_embed_layers=(1,), attn_gate_layers=(1,), xsa_layers=(1,))
-    model, sequence = build(config(**layers), backend=backend), tokens_of(config())
+    model, sequence = build(config(**layers, **techniques), backend=backend), tokens_of(config())
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=compiler)
     compiled_evaluate = torch.compile(model.evaluate, fullgraph=True, dynamic=False, backend=compiler)
