@@ -260,8 +260,8 @@ class Config:
         recipe = changes.get("recipe", "base")
         known = RECIPES if name == "small" else ("base",)
         if recipe not in known:
-            raise UsageError(f"--recipe: expected one of {', '.join(known)} on track {name}, found {recipe!r}; "
-                             "choose one")
+            raise UsageError(f"--recipe: expected one of {', '.join(known)} on track {name}, "
+                             f"found {recipe!r}; choose one")
         return Config(**{**TRACKS[name], **RECIPES[recipe], "track": name, **changes})
 
     def __post_init__(self):
@@ -592,6 +592,13 @@ class GPT(nn.Module):
             self.skip_lambda = param(1)
         if cfg.backout:
             self.backout_lambda = param(1)
+        if cfg.prefix_weight:
+            self.register_buffer("prefixes", torch.empty(V, dtype=torch.int64), persistent=False)
+        self.make_networks(param)
+
+    def make_networks(self, param):
+        """Make the parameters of the small networks: gates, then connections."""
+        cfg, D = self.cfg, self.cfg.model_dim
         if cfg.gate_networks:
             num_networks, outputs = len(cfg.gate_networks), gate_outputs(cfg)
             self.gate_in = param(num_networks, HIDDEN, D)
@@ -602,8 +609,6 @@ class GPT(nn.Module):
             self.mudd_in = param(2, HIDDEN, D)
             self.mudd_out = param(2, CONNECTIONS, HIDDEN)
             self.mudd_bias = param(2, CONNECTIONS)
-        if cfg.prefix_weight:
-            self.register_buffer("prefixes", torch.empty(V, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype):
@@ -833,19 +838,7 @@ class GPT(nn.Module):
         # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
         # layers.
         q, k = norm(self.linear(h, weights.qk).view(T, 2, H, d)).unbind(1)
-        v = self.linear(h, weights.vo[0]).view(T, H, d)
-
-        # Value embeddings: what a token offers, looked up instead of computed; the gate starts at 1.
-        if value_embed is not None:
-            gate = weights.value_gate
-            if gate is None:
-                gates = self.value_gates[cfg.value_embed_layers.index(i)]
-                half = gates.size(1) // 2
-                seen = torch.cat([h[:, :half], value_embed[:, :half]], 1)
-                gate = 2 * torch.sigmoid(F.linear(seen, gates.type_as(h)))
-            v = v + gate[..., None] * value_embed.view(T, H, d)
-        if weights.value is not None:
-            v = v + weights.value.view(T, H, d)
+        v = self.values(h, i, weights, value_embed)
 
         # Half of each head rotates (record 17); the other half can match content at any distance.
         q = rotary(q, *ctx.rope[paired])
@@ -884,6 +877,25 @@ class GPT(nn.Module):
                 gate = torch.sigmoid(F.linear(h[:, : gates.size(1)], gates.type_as(h)))
             y = y * gate[..., None]
         return self.linear(y.reshape(T, D), weights.vo[1])
+
+    def values(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None) -> Tensor:
+        """Return the values of layer i, (T, H, d)."""
+        heads = len(h), self.cfg.num_heads, self.cfg.head_dim
+        v = self.linear(h, weights.vo[0]).view(heads)
+
+        # Value embeddings: what a token offers, looked up instead of computed; the gate starts at 1.
+        if value_embed is not None:
+            gate = weights.value_gate
+            if gate is None:
+                gates = self.value_gates[self.cfg.value_embed_layers.index(i)]
+                half = gates.size(1) // 2
+                seen = torch.cat([h[:, :half], value_embed[:, :half]], 1)
+                gate = 2 * torch.sigmoid(F.linear(seen, gates.type_as(h)))
+            v = v + gate[..., None] * value_embed.view(heads)
+
+        if weights.value is not None:
+            v = v + weights.value.view(heads)
+        return v
 
     def context(self, docs: Docs, step: int, final: bool = False) -> Context:
         """Return masks, rotary tables and scale of the stage of a step.
@@ -1065,8 +1077,8 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
 EMA_EVERY = 4  # steps between two looks at the weights for their average: each is a pass over all of them
 MODEL_SETTINGS = (  # what a checkpoint's weights depend on
     "vocab_size", "num_layers", "model_dim", "head_dim", "mlp_ratio", "no_attn_layers", "value_embed_layers",
-    "bigram_rows", "smear", "pairing", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0", "mudd",
-    "gate_networks", "mix_window")
+    "bigram_rows", "smear", "pairing", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0",
+    "mudd", "gate_networks", "mix_window")
 
 
 class Run:
@@ -1131,7 +1143,8 @@ class Run:
         cfg, model = self.cfg, self.model
         flops = [f"{model.flops_per_token(stage) / 1e6:.1f}" for stage in range(len(cfg.stage_starts))]
         parameters = sum(p.numel() for p in model.parameters())
-        budget = f"time budget: {cfg.time_budget:g} s, in which {cfg.train_steps} steps fit by those of a warm-up"
+        budget = (f"time budget: {cfg.time_budget:g} s, in which {cfg.train_steps} steps fit by those of a "
+                  "warm-up")
         return [
             *([budget] if cfg.time_budget else []),
             *self.kernels.facts(),

@@ -56,8 +56,8 @@ class GPT2Encoding:
 def longest_prefixes(pieces: list[bytes]) -> np.ndarray:
     """Return for each token the one whose bytes are the longest proper prefix of its own, -1 where none is.
 
-    pieces: the bytes of each token, b"" for those that stand for no text. In sorted order a prefix comes before
-    all that it begins, so the candidates for the next token are a stack.
+    pieces: the bytes of each token, b"" for those that stand for no text. In sorted order a prefix comes
+    before all that it begins, so the candidates for the next token are a stack.
     """
     longest = np.full(len(pieces), -1, dtype=np.int64)
     open_ids = []  # each one's bytes begin those of the next

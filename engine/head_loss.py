@@ -42,10 +42,13 @@ def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor,
     log_z = torch.logsumexp(logits.float(), -1)
     loss = logits.new_zeros((), dtype=torch.float32)
     if prefixes is not None:
-        weights, prefix_weight = weights[:-1], weights[-1]
-        known = (prefixes >= 0).nonzero()[:, 0]
+        prefix_weight = weights[-1]
+        weights = weights[:-1]
+        known = prefixes >= 0
         chosen = logits[known].gather(1, prefixes[known, None])
-        loss = loss + prefix_weight * (log_z[known] - chosen[:, 0].float()).sum()
+        cross_entropy = log_z[known] - chosen[:, 0].float()
+        loss = loss + prefix_weight * cross_entropy.sum()
+
     for k, weight in enumerate(weights.unbind()):
         known = slice(T - k)  # positions whose k-th next token is in the sequence
         chosen = logits[known].gather(1, targets[k:, None])
@@ -84,9 +87,10 @@ class HeadLoss(torch.autograd.Function):
         t = torch.arange(T, device=x.device)[:, None]
         exists = t + torch.arange(K, device=x.device) < T
         token_weights = weights[:K] * exists
-        if prefixes is not None:  # one more column
-            ahead = torch.cat([ahead, prefixes[:, None]], 1)
-            token_weights = torch.cat([token_weights, weights[K:] * (prefixes >= 0)[:, None]], 1)
+        if prefixes is not None:
+            column = prefixes[:, None]
+            ahead = torch.cat([ahead, column], 1)
+            token_weights = torch.cat([token_weights, weights[K:] * (column >= 0)], 1)
 
         if fp8:
             slope = cap[0] / cap[2] / 4 if cap else 1.0  # the steepest of the softcap

@@ -2,10 +2,10 @@
 
     f(x) = s (W2 gelu(W1 x) + b)
 
-W1 is (64, D); W2 starts at zero, so that every factor begins as the constant s b, whatever the token. Two kinds
-of such networks exist: gates (public record 85) look at the stream in a few places and set factors of the layers
-from there on; connections (MUDD, public record 81, arXiv 2502.12170) mix early streams into the last layer and
-into what the head reads.
+W1 is (64, D); W2 starts at zero, so that every factor begins as the constant s b, whatever the token. Two
+kinds of such networks exist: gates (public record 85) look at the stream in a few places and set factors of
+the layers from there on; connections (MUDD, public record 81, arXiv 2502.12170) mix early streams into the
+last layer and into what the head reads.
 
 Shapes: T tokens, D model width, H heads.
 """
@@ -23,7 +23,8 @@ SKIP_START = 0.5
 
 
 class Slot(NamedTuple):
-    """One output of a network of gates: `width` factors of one kind, a field of the trainer's LayerWeights."""
+    """One output of a network of gates: `width` factors of one kind, a field of the trainer's
+    LayerWeights."""
     layer: int
     kind: str
     width: int

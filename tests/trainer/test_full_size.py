@@ -12,10 +12,19 @@ from train_gpt import GPT, MATRICES, Config, learning_rate, muon_momentum, optim
 D, L, A, V = 768, 11, 10, 50_304  # width, layers, layers with attention, padded vocabulary
 
 
+def model_of(track: str, **changes) -> GPT:
+    with torch.device("meta"):
+        return GPT(Config.for_track(track, **changes), Kernels.plain())
+
+
 @pytest.fixture(scope="module")
 def full():
-    with torch.device("meta"):
-        return GPT(Config.for_track("small"), Kernels.plain())
+    return model_of("small")
+
+
+@pytest.fixture(scope="module")
+def record89():
+    return model_of("small", recipe="record89")
 
 
 def test_matmul_parameters_are_those_of_the_study(full):
@@ -52,6 +61,36 @@ def test_flops_per_token_are_those_of_the_study(full):
     assert round(6 * full.matmul_params() / 1e6, 1) == 684.8
 
 
+def test_record_89_has_the_small_networks_of_the_study_and_no_static_factors(record89, full):
+    """TECHNIQUES 2.12 and 2.13: two networks of 64 hidden each; 41 gates at most and 14 connections."""
+    shapes = {name: tuple(p.shape) for name, p in record89.named_parameters()}
+    assert shapes["gate_in"] == shapes["mudd_in"] == (2, 64, D)
+    assert (shapes["gate_out"], shapes["mudd_out"]) == ((2, 41, 64), (2, 14, 64))
+    assert (shapes["gate_bias"], shapes["mudd_bias"], shapes["gate_scale"]) == ((2, 41), (2, 14), (1,))
+    static = {"x0_lambdas", "bigram_lambdas", "attn_gates", "xsa_alphas", "skip_gate", "backout_lambda"}
+    assert {name for name, _ in full.named_parameters()} - set(shapes) == static
+    networks = 2 * 64 * (2 * D + 41 + 14)
+    assert record89.matmul_params() == full.matmul_params() + networks
+    assert record89.flops_per_token(1) == full.flops_per_token(1) + 6 * networks + 12 * D * 112
+
+
+def test_medium_has_the_products_of_public_record_18_of_its_track():
+    """RECIPE 2: 252.8 M weights in products; 2,176,974,848 tokens in 4740 steps."""
+    model = model_of("medium")
+    cfg, D, L = model.cfg, 1024, 16
+    assert model.matmul_params() == L * 12 * D * D + V * D == 252_837_888
+    tables = (V + 5 * V + 377_280) * D  # embedding, value embeddings, bigrams
+    assert 0 < sum(p.numel() for p in model.parameters()) - model.matmul_params() - tables < 6000
+    keys = [12 * (short + 1) + 4 * (long + 1) for short, long in zip(cfg.window_short, cfg.window_long)]
+    for stage in (0, 3, 8, 12):
+        expected = 6 * model.matmul_params() + 12 * D * keys[min(stage, 8)]
+        assert model.flops_per_token(stage) == expected
+    assert abs(cfg.train_tokens / 2_176_974_848 - 1) < 0.002  # its stages begin at other steps
+    assert (cfg.target_loss, cfg.train_steps, cfg.extension_steps) == (2.92, 4740, 40)
+    assert [cfg.at("batch_tokens", s) for s in (0, 392, 784, 1176, 4739)] == [131_072, 262_144, 393_216, 524_288, 524_288]
+    assert cfg.untie_step == 786 and learning_rate(cfg, 4739) == pytest.approx(0.1)
+
+
 def test_the_schedule_takes_the_tokens_of_its_stages():
     cfg = Config.for_track("small")
     assert cfg.slices == 8 and [b // cfg.slices for b in cfg.batch_tokens] == [16_384, 32_768, 49_152]
@@ -69,13 +108,18 @@ EFFECTIVE = {  # TECHNIQUES 6.3, 6.4, 6.6 at schedule factor 1: learning rate, d
     "smear_gate": (0.008 * 0.01, 0, (0.9, 0.99)),
     "value_gates": (0.008, 0.008**2 * 0.005, (0.9, 0.99)), "attn_gates": (0.008, 0.008**2 * 0.005, (0.9, 0.99)),
     "skip_gate": (0.008 * 0.05, 0, (0.9, 0.99)),
+    **{name: (0.0008, 0.0008**2 * 0.005, (0.9, 0.99)) for name in ("gate_in", "gate_out")},
+    **{name: (0.0008, 0, (0.9, 0.99)) for name in ("gate_bias", "gate_scale")},
+    **{name: (0.002, 0.002**2 * 0.005, (0.9, 0.99)) for name in ("mudd_in", "mudd_out")},
+    "mudd_bias": (0.002, 0, (0.9, 0.99)),
 }
 
 
-def test_the_optimizer_table_has_the_learning_rates_decays_and_betas_of_the_study(full):
+def test_the_optimizer_table_has_the_learning_rates_decays_and_betas_of_the_study(full, record89):
     table = optimizer_table(full.cfg)
-    assert set(table) == set(EFFECTIVE) == {name for name, _ in full.named_parameters()}
-    for name, p in full.named_parameters():
+    parameters = dict(record89.named_parameters()) | dict(full.named_parameters())
+    assert set(table) == set(EFFECTIVE) == set(parameters) and table == optimizer_table(record89.cfg)
+    for name, p in parameters.items():
         row, (lr, decay, betas) = table[name], EFFECTIVE[name]
         assert row.optimizer == ("muon" if name in MATRICES else "adam")
         shape = math.sqrt(max(1, p.size(1) / p.size(2))) if name in MATRICES else 1  # Muon's own, not on the decay
