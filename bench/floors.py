@@ -176,6 +176,8 @@ def model_work(cfg: Config, dtype: torch.dtype, docs: list[np.ndarray], step: in
     gates = T * (size["value_gates"] + size["attn_gates"] + size["skip_gate"])
     gates += (T - M) * size["smear_gate"]
     gates += T * sum(size[name] for name in NETWORKS)
+    if cfg.mudd and L - 1 in cfg.value_embed_layers:  # the last one is the connections'
+        gates -= T * size["value_gates"] // values
     banks = sum(size[name] for name in MATRICES)  # their gradients are put together from those of layers
 
     bigrams = bool(cfg.bigram_rows)

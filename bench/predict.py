@@ -137,14 +137,15 @@ unmerged proposal has changed the training loss, the tables and the optimizer to
 {needed}
 
 Upstream's best merged code reaches 41.7 % on eight GPUs (public) and needs 1285 steps. At {steps} steps the
-floors leave hardly any room for {goal:.0f} s unless elementwise passes melt into the products around them. One GPU at our goal of 55 % and 1285 steps together would take
-{best:.0f} s; either alone is not enough.
+floors leave hardly any room for {goal:.0f} s unless elementwise passes melt into the products around them.
+One GPU at our goal of 55 % and 1285 steps together would take {best:.0f} s; either alone is not enough.
 """
 
 
 def row_of(name: str, counted: dict, predicted: float, public: float) -> list:
     """Return a row of the table of recipes. counted: see count()."""
-    tokens, work = f"{counted['tokens'] / 1e6:.1f}", f"{counted['work'] / 1e17:.2f}"
+    tokens = f"{counted['tokens'] / 1e6:.1f}"
+    work = f"{counted['work'] / 1e17:.2f}"
     return [name, counted["steps"], tokens, work, f"{predicted:.0f}", f"{public:.1f}"]
 
 

@@ -38,8 +38,8 @@ def mixing_mask(docs: Docs, window: int) -> Tensor:
 def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Return what every head's output gains, (T, H, d).
 
-    q, k, v: (T, H, d); w1: (T, H) weights of the heads whose attention is mixed; w2: (T, H) of those that read
-    by the mixture; mask: see mixing_mask; scale: of the softmax.
+    q, k, v: (T, H, d); w1: (T, H) weights of the heads whose attention is mixed; w2: (T, H) of those that
+    read by the mixture; mask: see mixing_mask; scale: of the softmax.
     """
     T, H, d = q.shape
     N, _, W, _ = mask.shape
