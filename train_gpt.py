@@ -312,8 +312,8 @@ class Config:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of embedding and head: the next multiple of 128, which makes faster products (50304 for
-        GPT-2)."""
+        """Rows of embedding and head: the next multiple of 128,
+        which makes faster products (50304 for GPT-2)."""
         return -(-self.vocab_size // 128) * 128
 
     @functools.cached_property
@@ -446,8 +446,7 @@ def latest_checkpoint(log_dir: str) -> str:
     paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
     if not paths:
         raise UsageError(f"--resume: expected a checkpoint in {log_dir}/*/, found none; give its path, or "
-                         "another "
-                         "--log_dir")
+                         "another --log_dir")
     return str(paths[-1])
 
 
@@ -467,8 +466,8 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay. x: (T, H,
-    d)."""
+    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay.
+    x: (T, H, d)."""
     r = cos.size(-1)
     a, b, still = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, still], -1)
@@ -612,8 +611,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype):
-        """Fill every parameter in place, alike on all ranks and devices; matrices and tables take the
-        dtype."""
+        """Fill every parameter in place, alike on all ranks and devices;
+        matrices and tables take the dtype."""
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
         bound = 0.5 * math.sqrt(3 / cfg.model_dim)
@@ -648,8 +647,8 @@ class GPT(nn.Module):
             self.prefixes.fill_(-1)  # until the clock runs: the public record pays for the table as well
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Return the weights layer by layer. Each bank is taken apart once, which gives its gradient in one
-        piece."""
+        """Return the weights layer by layer. Each bank is taken apart once,
+        which gives its gradient in one piece."""
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
@@ -791,8 +790,8 @@ class GPT(nn.Module):
         return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
 
     def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
-        """Return {layer: (T, D)}: one more table for each of these layers, read by its values (records 14 to
-        65)."""
+        """Return {layer: (T, D)}: one more table for each of these layers,
+        read by its values (records 14 to 65)."""
         layers = self.cfg.value_embed_layers
         if not layers:
             return {}
@@ -801,8 +800,8 @@ class GPT(nn.Module):
 
     def layer(self, i: int, x: Tensor, cached: Tensor | None, early: Tensor | None, weights: LayerWeights,
               inputs: Inputs, ctx: Context) -> Tensor:
-        """Return the stream after layer i. cached, early: outputs of cfg.cache_layer and cfg.skip[0], once
-        known."""
+        """Return the stream after layer i. cached, early:
+        outputs of cfg.cache_layer and cfg.skip[0], once known."""
         cfg = self.cfg
         if i in self.attn_layers:
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
@@ -958,8 +957,8 @@ class GPT(nn.Module):
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Return the factor of every learning rate: the stage's, then falling to lr_floor at the end of the
-    schedule."""
+    """Return the factor of every learning rate: the stage's,
+    then falling to lr_floor at the end of the schedule."""
     scheduled = cfg.train_steps - cfg.extension_steps
     start = int(scheduled * (1 - cfg.cooldown_frac))
     t = 0.0
@@ -1021,8 +1020,8 @@ class Row(NamedTuple):
 
 
 def optimizer_table(cfg: Config) -> dict[str, Row]:
-    """Return what moves each parameter, by name: Adam forgets fast for tables and slowly for scalars and
-    gates."""
+    """Return what moves each parameter, by name: Adam forgets fast for tables and slowly for scalars
+    and gates."""
     def adam(lr_mul, wd_mul, betas):
         lr = cfg.adam_lr * lr_mul
         return Row("adam", lr, cfg.adam_wd * wd_mul * lr, betas=betas)
@@ -1112,6 +1111,7 @@ class Run:
         self.step = 0
         self.clock = Clock(rt.synchronize)
         self.reached = None  # (step, milliseconds) of the first validation at or below the target
+        self.val_loss = None  # of the newest validation
         self.ema = None  # name -> average of that parameter, in fp32
         self.resumed_at = None
         self.losses = deque()  # (step, loss and signals, event) on their way from the device
@@ -1143,10 +1143,12 @@ class Run:
         cfg, model = self.cfg, self.model
         flops = [f"{model.flops_per_token(stage) / 1e6:.1f}" for stage in range(len(cfg.stage_starts))]
         parameters = sum(p.numel() for p in model.parameters())
-        budget = (f"time budget: {cfg.time_budget:g} s, in which {cfg.train_steps} steps fit by those of a "
-                  "warm-up")
+        budget = []
+        if cfg.time_budget:
+            steps = f"{cfg.train_steps} steps fit by the step times of a warm-up"
+            budget = [f"time budget: {cfg.time_budget:g} s, in which {steps}"]
         return [
-            *([budget] if cfg.time_budget else []),
+            *budget,
             *self.kernels.facts(),
             *self.muon_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
@@ -1167,8 +1169,8 @@ class Run:
     # A step
 
     def train_step(self) -> float | None:
-        """Take one optimizer step. Return the newest training loss that has arrived from the device, if
-        any."""
+        """Take one optimizer step. Return the newest training loss that has arrived from the device,
+        if any."""
         step = self.step
         if step == self.cfg.untie_step:
             self.untie()
@@ -1206,8 +1208,8 @@ class Run:
         return total
 
     def update(self, step: int):
-        """Move the weights by their gradients, and clear these. Adam moves every cfg.adam_every steps
-        only."""
+        """Move the weights by their gradients, and clear these.
+        Adam moves every cfg.adam_every steps only."""
         self.set_rates(step)
         with_adam = (step + 1) % self.cfg.adam_every == 0
         if self.muon is not None:
@@ -1266,8 +1268,8 @@ class Run:
                 p.copy_(p.float().lerp(self.ema[name], cfg.ema_blend))
 
     def read_stats(self, stats: Tensor) -> float | None:
-        """Look at losses two steps late on a GPU, so that reading them never makes it wait; on every rank
-        alike."""
+        """Look at losses two steps late on a GPU, so that reading them never makes it wait;
+        on every rank alike."""
         cuda = self.rt.device.type == "cuda"
         values = torch.empty(2, pin_memory=cuda).copy_(stats, non_blocking=True)
         event = torch.cuda.Event() if cuda else None
@@ -1283,8 +1285,7 @@ class Run:
             loss, stop = values.tolist()
             if not math.isfinite(loss):
                 raise RunError(f"step {step}: expected a finite training loss, found {loss}; lower --muon_lr "
-                               "and "
-                               "--adam_lr, or look at the data; earlier checkpoints are intact")
+                               "and --adam_lr, or look at the data; earlier checkpoints are intact")
             self.stop_agreed = self.stop_agreed or stop > 0
         return loss
 
@@ -1356,7 +1357,10 @@ class Run:
             if batch is not None:
                 inputs, targets, docs = to_device(batch, rt.device)
                 total += self.model.evaluate(inputs, targets, self.model.context(docs, trained, final))
-        return rt.sum(total).item() / cfg.val_tokens
+        self.val_loss = rt.sum(total).item() / cfg.val_tokens
+        if self.reached is None and self.val_loss <= cfg.target_loss:
+            self.reached = self.step, self.clock.ms
+        return self.val_loss
 
     def save(self, path: Path):
         """Write a checkpoint that resumes at any world size; a collective. It appears whole or not at all."""
@@ -1377,32 +1381,28 @@ class Run:
         self.rt.together(write_checkpoint, path, state if self.rt.rank == 0 else None)
 
     def load(self, path: str, state: dict, force_data: bool = False):
-        """Go on from a checkpoint. Raises UsageError where it is one of another model, schedule or data
-        set."""
+        """Go on from a checkpoint. Raises UsageError where it is one of another model,
+        schedule or data set."""
         cfg = self.cfg
         for name in MODEL_SETTINGS:
             found, expected = state["config"][name], getattr(cfg, name)
             if found != expected:
                 raise UsageError(f"{path}: expected a checkpoint of this model, found one with {name} "
-                                 f"{found} "
-                                 f"instead of {expected}; leave out --{name}")
+                                 f"{found} instead of {expected}; leave out --{name}")
         if state["step"] > cfg.train_steps:
             raise UsageError(f"--train_steps: expected at least the {state['step']} steps of {path}, found "
                              f"{cfg.train_steps}; raise it")
         if state["data"] != self.loader.fingerprint and not force_data:
             raise UsageError(f"{path}: expected the training data of its run, fingerprint {state['data']}, "
-                             "found "
-                             f"{self.loader.fingerprint}; set --train_files, or go on with other data: "
+                             f"found {self.loader.fingerprint}; set --train_files, or go on with other data: "
                              "--force_data")
         try:
             self.load_state(state)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             found = " ".join(str(e).split())[:200]
             raise UsageError(f"{path}: expected weights and optimizer states for these settings, found "
-                             "others "
-                             f"({found}); leave out settings that were not changed before, such as "
-                             "--optimizer or "
-                             "--dtype") from None
+                             f"others ({found}); leave out settings that were not changed before, such as "
+                             "--optimizer or --dtype") from None
         self.step = self.resumed_at = state["step"]
         self.clock.ms = state["train_ms"]
         self.reached = state["reached"]
@@ -1433,8 +1433,7 @@ def check_world_size(cfg: Config, world: int) -> None:
     if not fits(world):
         valid = ", ".join(str(ranks) for ranks in range(1, 257) if fits(ranks))
         raise UsageError(f"world size: expected one of {valid} for {cfg.slices} slices of "
-                         f"{min(cfg.batch_tokens):,} "
-                         f"tokens per step, found {world}; change --nproc_per_node")
+                         f"{min(cfg.batch_tokens):,} tokens per step, found {world}; change --nproc_per_node")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1442,8 +1441,8 @@ def check_world_size(cfg: Config, world: int) -> None:
 
 
 def train(run: Run, log: Log):
-    """Train to the last step. The clock runs over training only, and stands still during validation and
-    saving."""
+    """Train to the last step. The clock runs over training only,
+    and stands still during validation and saving."""
     cfg, clock = run.cfg, run.clock
     folder = Path(cfg.log_dir) / log.run_id
     tokens = sum(cfg.at("batch_tokens", step) for step in range(run.step))
@@ -1485,7 +1484,7 @@ def train(run: Run, log: Log):
 
 
 def validate(run: Run, log: Log):
-    """Evaluate, write the loss down, and note when the target is reached first."""
+    """Evaluate and write the loss down."""
     step, ms = run.step, run.clock.ms
     loss = run.evaluate()
     if loss is None:
@@ -1496,13 +1495,11 @@ def validate(run: Run, log: Log):
     if not math.isfinite(loss):
         raise RunError(f"step {step}: expected a finite validation loss, found {loss}; lower the learning "
                        "rates")
-    if run.reached is None and loss <= run.cfg.target_loss:
-        run.reached = step, ms
 
 
 def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
-    """Write a checkpoint and remove those that are too many. One of several may fail: must says whether this
-    may not."""
+    """Write a checkpoint and remove those that are too many.
+    One of several may fail: must says whether this may not."""
     if run.stopping:
         run.stop.agreed()
     path = folder / f"state_step{run.step:06d}.pt"
@@ -1540,8 +1537,8 @@ def fit_time_budget(run: Run) -> Config:
     shortest = cfg.extension_steps + 1
     if seconds(shortest) > cfg.time_budget:
         raise UsageError(f"--time_budget: expected room for {shortest} steps, which take "
-                         f"{seconds(shortest):.1f} s, "
-                         f"found {cfg.time_budget:g} s; raise it, or lower --extension_steps")
+                         f"{seconds(shortest):.1f} s, found {cfg.time_budget:g} s; raise it, or lower "
+                         "--extension_steps")
     steps = 2 * shortest
     while seconds(steps) < cfg.time_budget:
         steps *= 2
@@ -1549,13 +1546,17 @@ def fit_time_budget(run: Run) -> Config:
     return plan(fitting)
 
 
-def show_sample(run: Run, log: Log):
-    """Write some text of the trained model; none where its vocabulary is not at hand."""
-    if run.rt.rank > 0 or not run.cfg.sample_tokens:
+def show_results(run: Run, log: Log):
+    """Write the loss in bits per byte and some text of the model, where its vocabulary is at hand."""
+    if run.rt.rank > 0:
         return
     try:
         encoding = encoding_for(run.cfg.bos_id, network=False)
     except (ImportError, UsageError):
+        return
+    bits = run.val_loss / math.log(2) * run.cfg.val_tokens
+    log.write(f"bits per byte: {bits / run.validation.num_bytes(encoding):.4f}")
+    if not run.cfg.sample_tokens:
         return
     text = "".join(sample_text(next_log_probs(run.model, run.step), encoding, "", run.cfg.sample_tokens))
     log.write("\n".join(f"> {line}" for line in text.splitlines()))
@@ -1592,8 +1593,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     rt = Runtime()
     if rt.world > cfg.slices:
         rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a "
-                  "part: other "
-                  "training than at fewer ranks", file=sys.stderr)
+                  "part: other training than at fewer ranks", file=sys.stderr)
     run = Run(cfg, rt, stop)
     if options.check:
         return check_model(run)
@@ -1620,7 +1620,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
                           file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
-        show_sample(run, log)
+        show_results(run, log)
     rt.print0(f"target: validation loss {cfg.target_loss} (track {cfg.track})")
     if run.reached is None:
         rt.print0("reached: no")

@@ -333,6 +333,7 @@ class Validation:
             raise shards.ShardError(f"--val_tokens: expected {need:,} tokens in {cfg.val_files}, found "
                                     f"{len(tokens):,}; get the whole validation set or lower --val_tokens")
         self.sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        self.counts = np.bincount(tokens[1:])  # of each token to predict
 
         self.batches = []
         for i in range(rank, cfg.val_tokens // cfg.val_slice, world):
@@ -342,6 +343,11 @@ class Validation:
                 starts = np.append(0, starts)
             self.batches.append(make_batch(buffer, starts, cfg.val_slice, pin))
         self.num_rounds = -(-cfg.val_tokens // cfg.val_slice // world)
+
+    def num_bytes(self, encoding) -> int:
+        """Return the bytes of text that the tokens to predict stand for. encoding: see data/encoding.py."""
+        occurring = np.flatnonzero(self.counts)
+        return sum(int(self.counts[token]) * len(encoding.decode([token])) for token in occurring)
 
     def rounds(self):
         """Yield this rank's batches, then None where others still have one: equally often on every rank."""

@@ -44,8 +44,8 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 def blocked_mask(docs: Docs, window: int) -> Tensor:
-    """Return (N, 1, W, 2 W) bool: N blocks of W = window queries, with the keys of their own and the previous
-    block."""
+    """Return (N, 1, W, 2 W) bool: N blocks of W = window queries,
+    with the keys of their own and the previous block."""
     T, W = len(docs.ids), window
     N = -(-T // W)
     ids = F.pad(docs.ids, (W, N * W - T), value=-1)
@@ -132,8 +132,8 @@ CANDIDATES = ("varlen FA4", "varlen FA3", "varlen", "flex")
 
 
 def pair(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two consecutive positions of one
-    head."""
+    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two consecutive positions
+    of one head."""
     T, H, d = x.shape
     by_pairs = x.view(T, H // 2, 2, d)
     return by_pairs.transpose(1, 2).reshape(2 * T, H // 2, d)
@@ -147,8 +147,8 @@ def unpair(y: Tensor) -> Tensor:
 
 
 def pair_halves(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads h and h + H/2 of a token become two consecutive positions of one
-    head."""
+    """(T, H, d) to (2 T, H/2, d): heads h and h + H/2 of a token become two consecutive positions
+    of one head."""
     T, H, d = x.shape
     return x.reshape(2 * T, H // 2, d)
 
@@ -175,8 +175,7 @@ def choose_backend(wish: str, head_dim: int, scale: float, device, dtype: torch.
     """Return the name of the attention backend, and the reason."""
     if device.type == "cpu" and wish in ("varlen", "flex"):
         raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has "
-                         "no "
-                         "gradients there; leave it out")
+                         "no gradients there; leave it out")
     if wish != "auto":
         return wish, "asked for"
     if device.type == "cpu":

@@ -58,8 +58,8 @@ def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor,
 
 
 def summed_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, cap: tuple[float, ...], linear) -> Tensor:
-    """Return the sum over tokens of the next token's cross entropy, in fp32. x: (T, D), head: (V, D),
-    targets: (T,)."""
+    """Return the sum over tokens of the next token's cross entropy, in fp32.
+    x: (T, D), head: (V, D), targets: (T,)."""
     logits = softcap(linear(x, head).float(), cap)
     return F.cross_entropy(logits, targets, reduction="sum")
 
@@ -212,8 +212,8 @@ def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tenso
 
 
 def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
-    """Return whether HeadLoss uses FP8, and the reason. It must run here and come near the exact
-    gradients."""
+    """Return whether HeadLoss uses FP8, and the reason.
+    It must run here and come near the exact gradients."""
     if os.environ.get("DISABLE_FP8", "0") not in ("", "0", "false", "False"):
         return False, "DISABLE_FP8 is set"
     if wish == "off":
@@ -229,8 +229,8 @@ def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
 
 
 def fp8_error(device: torch.device) -> tuple[float, str]:
-    """Return the larger relative error of the two gradients in FP8, infinite where it does not run, and it in
-    words."""
+    """Return the larger relative error of the two gradients in FP8, infinite where it does not run,
+    and it in words."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 32, generator=generator)
     head = torch.randn(128, 32, generator=generator)

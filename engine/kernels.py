@@ -95,8 +95,8 @@ class Kernels:
 
 
 def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """Return the type of weights and activations: bfloat16 on a GPU and float32 elsewhere, unless one is
-    named."""
+    """Return the type of weights and activations:
+    bfloat16 on a GPU and float32 elsewhere, unless one is named."""
     if wish != "auto":
         return getattr(torch, wish)
     return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,5 +1,5 @@
-"""Matrix products that are faster than torch's choice: in fp32 on AMD processors, and the symmetric ones of
-Muon."""
+"""Matrix products that are faster than torch's choice:
+in fp32 on AMD processors, and the symmetric ones of Muon."""
 from pathlib import Path
 
 import torch
@@ -43,8 +43,8 @@ def choose_onednn(device: torch.device, dtype: torch.dtype, compiled: bool) -> t
 
 
 def choose_symmetric(device: torch.device) -> tuple[object, str]:
-    """Return a symmetric product for Muon, and the reason: quack-kernels' on Hopper and Blackwell, if it is
-    there."""
+    """Return a symmetric product for Muon, and the reason:
+    quack-kernels' on Hopper and Blackwell, if it is there."""
     if device.type != "cuda":
         return symmetric_product, "torch, as always on a CPU"
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):

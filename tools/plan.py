@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from data.errors import UsageError
+from data.errors import UsageError, run_program
 from data.loader import shards_needed
 from engine.head_loss import HEAD_PIECE
 from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of
@@ -236,28 +236,23 @@ ACTIONS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    try:
-        options, changes = parse_config(argv, __doc__, ACTIONS)
-        name, gib, tflops = options.gpu, options.gpu_gib, None
-        if name is None and gib is None and torch.cuda.is_available():
-            name = torch.cuda.get_device_name()
-            gib = torch.cuda.get_device_properties(0).total_memory / GIB
-        gpu = find_gpu(name) if name else None
-        if gpu:
-            gib, tflops = gib or gpu.gib, gpu.tflops
-        elif name and gib is None:
-            raise UsageError(f"--gpu: expected a name with one of {', '.join(GPUS)}, found {name!r}; add "
-                             "--gpu_gib=NUMBER")
-        elif gib is None:
-            name, gib = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        track = changes.pop("track", "shakespeare" if name == "CPU" else "small")
-        show(Config.for_track(track, **changes), name or "some GPU", gib, tflops)
-    except UsageError as error:
-        print(f"tools.plan: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    options, changes = parse_config(argv, __doc__, ACTIONS)
+    name, gib, tflops = options.gpu, options.gpu_gib, None
+    if name is None and gib is None and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    gpu = find_gpu(name) if name else None
+    if gpu:
+        gib, tflops = gib or gpu.gib, gpu.tflops
+    elif name and gib is None:
+        raise UsageError(f"--gpu: expected a name with one of {', '.join(GPUS)}, found {name!r}; add "
+                         "--gpu_gib=NUMBER")
+    elif gib is None:
+        name, gib = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    track = changes.pop("track", "shakespeare" if name == "CPU" else "small")
+    show(Config.for_track(track, **changes), name or "some GPU", gib, tflops)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "tools.plan"))

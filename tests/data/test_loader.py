@@ -175,7 +175,7 @@ def test_the_first_batch_pays_for_opening_its_shard(monkeypatch):
 
 
 def test_very_many_short_documents_need_no_larger_kernel(tmp_path, monkeypatch):
-    """The entries are those of the first steps; where a later slice has more documents, neighbours share one."""
+    """The entries are those of the first steps; where a slice has more documents, neighbours share one."""
     tokens = np.concatenate([documents(30_000, 0), np.tile([BOS, 97], 6_000)]).astype(np.uint16)
     write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", tokens)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
@@ -199,7 +199,8 @@ def test_the_entries_grow_with_the_documents_of_the_first_steps(tmp_path, monkey
     write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", tokens)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     loader = Loader(config("--train_steps=10"), 0, 1, False)
-    assert loader.entries(0) == loader.entries(9) == 64 and entries_needed(64, 64) == 16  # 33 documents in a slice
+    assert entries_needed(64, 64) == 16
+    assert loader.entries(0) == loader.entries(9) == 64  # 33 documents in a slice
     assert all(len(set(batch.docs.ids.tolist())) == 32 for batch in loader.next())
 
 

@@ -83,8 +83,7 @@ def test_the_example_of_a_verb(verb, folder, capsys, monkeypatch):
     (["xyz"], "found 'xyz'; see python -m records --help"),
     (["show"],
      "expected the arguments of python -m records show, found: the following arguments are required: PATH; "
-     "see "
-               "python -m records show --help"),
+     "see python -m records show --help"),
     (["show", "--jsn", OURS], "found: unrecognized arguments: --jsn"),
     (["show", "--target"], "found: argument --target: expected one argument"),
     (["show", "no\x1b[2Jthing"],
@@ -97,23 +96,6 @@ def test_usage_errors(arguments, sentence, capsys, monkeypatch):
     assert out == "" and err.startswith("records: ") and sentence in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [verb for verb in ALL if verb not in ("table", "report", "plan")])
-def test_a_verb_without_arguments_says_what_it_wants(verb, capsys):
-    assert guarded([verb]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert re.match(rf"records: expected the arguments of python -m records {verb}, found: .+; see ", err)
-
-
-def test_only_the_chosen_verb_is_loaded():
-    program = ("import sys; from records.__main__ import guarded; guarded(sys.argv[1:]); "
-               "print(*sys.modules, file=sys.stderr)")
-    done = subprocess.run([sys.executable, "-c", program, "show", OURS], cwd=ROOT, capture_output=True,
-                          text=True)
-    loaded = {name.partition(".")[2] for name in done.stderr.split() if name.startswith("records.")}
-    assert loaded & set(ALL) == {"show"}
-
-
 def test_a_missing_package_is_named(tmp_path):
     """As of somebody who has installed nothing."""
     (tmp_path / "rich").mkdir()
@@ -121,8 +103,8 @@ def test_a_missing_package_is_named(tmp_path):
                                                "name='rich')")
     done = records("show", OURS, PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
     assert (done.returncode, done.stdout) == (2, "")
-    advice = "pip install -r records/requirements.txt"
-    assert done.stderr == f"records: expected the package rich, found none; {advice}\n"
+    assert done.stderr.startswith("records: expected the Python package rich, found none; run `")
+    assert "pip install -r records/requirements.txt`" in done.stderr
     assert records("show", OURS, "--json",
                    PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT)))).returncode == 0
 
@@ -137,16 +119,6 @@ def test_a_reader_that_has_seen_enough():
 def test_a_terminal_without_unicode():
     done = records("compare", ADAMW, MUON, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "") and "0.0042" in done.stdout
-
-
-def test_torch_is_never_imported():
-    """Nor the trainer, by any verb."""
-    # below them lie record folders, whose sources are data
-    for path in sorted((ROOT / "records").glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r"^\s*(?:import|from) (?:torch|train_gpt|muon|adam|kernels|runtime)\b", text,
-                             re.M), path
-        assert not re.search(r"\b(?:eval|exec|__import__)\(", text), path
 
 
 def test_nothing_runs_on_import():
