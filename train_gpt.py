@@ -761,7 +761,7 @@ class GPT(nn.Module):
 
     def first_embedding(self, tokens: Tensor, tied: bool) -> Tensor:
         """(T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
-        x = F.embedding(tokens, self.head if tied else self.embed)
+        x = self.kernels.lookup(tokens, self.head if tied else self.embed)
 
         # Smear (record 34): a little of the previous token's embedding, which saves layer 0 from looking it
         # up.
@@ -784,7 +784,7 @@ class GPT(nn.Module):
         index = torch.remainder(mixed, max(rows - 1, 1))
         first = torch.arange(len(now), device=now.device) == 0
         index = torch.where(first, rows - 1, index)
-        e = F.embedding(index, self.bigram_embed)
+        e = self.kernels.lookup(index, self.bigram_embed)
         if not self.cfg.bigram_signs:
             return e
         return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
@@ -796,7 +796,7 @@ class GPT(nn.Module):
         if not layers:
             return {}
         offsets = torch.arange(len(layers), device=tokens.device)[:, None] * self.cfg.padded_vocab
-        return dict(zip(layers, F.embedding(tokens + offsets, self.value_embeds)))
+        return dict(zip(layers, self.kernels.lookup(tokens + offsets, self.value_embeds)))
 
     def layer(self, i: int, x: Tensor, cached: Tensor | None, early: Tensor | None, weights: LayerWeights,
               inputs: Inputs, ctx: Context) -> Tensor:
@@ -922,8 +922,8 @@ class GPT(nn.Module):
         """
         T, device, dtype = len(docs.ids), docs.ids.device, self.embed.dtype
         if (stage, T) not in self.rope_tables:
-            omega, scale = rotary_settings(self.cfg, stage)
-            omega = omega.to(device)
+            with device:  # made there: a copy would make the host wait
+                omega, scale = rotary_settings(self.cfg, stage)
             angle = torch.arange(T, dtype=torch.float64, device=device)[:, None, None] * omega  # (T, 1, r)
             heads = torch.arange(self.cfg.num_heads, dtype=torch.float64, device=device)
             paired = 2 * angle + heads[None, :, None] % 2 * omega
@@ -1176,7 +1176,7 @@ class Run:
             self.untie()
         stats = torch.zeros(2, device=self.rt.device)  # mean loss, any signal to stop
         stats[0] = self.accumulate(self.loader.next(), step) / self.cfg.at("batch_tokens", step)
-        stats[1] = self.stop.number
+        stats[1].fill_(self.stop.number)  # an assignment would copy from the host, and wait for the device
         self.update(step)
         self.rt.sum(stats)
         self.step += 1

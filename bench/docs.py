@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import pictures
-from data.errors import UsageError
+from data.errors import UsageError, run_program
 from data.files import written_whole
 from records import logs
 from train_gpt import RECIPES, TRACKS, Config
@@ -202,14 +202,10 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
-    try:
-        stale = [(path, text) for path, text in wanted().items()
-                 if not path.exists() or path.read_text(encoding="utf-8") != text]
-        prose = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
-        missing = [(about, text) for about, text in facts().items() if text not in prose]
-    except (OSError, UsageError) as error:
-        print(f"bench.docs: {error}", file=sys.stderr)
-        return 2
+    stale = [(path, text) for path, text in wanted().items()
+             if not path.exists() or path.read_text(encoding="utf-8") != text]
+    prose = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
+    missing = [(about, text) for about, text in facts().items() if text not in prose]
 
     for path, text in stale:
         print(f"{path}: {'out of date' if options.check else 'written'}")
@@ -222,4 +218,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "bench.docs"))

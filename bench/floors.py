@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils import benchmark
 
 from bench.page import grid
+from data.errors import run_program
 from engine.kernels import choose_ns_dtype
 from tools.gpus import GPUS, Gpu, find_gpu
 from tools.plan import muon_flops, muon_matrices, shapes_of
@@ -272,4 +273,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "bench.floors"))

@@ -13,6 +13,7 @@ import torch
 
 from bench import floors
 from bench.page import grid
+from data.errors import run_program
 from tools.gpus import GPUS
 from train_gpt import Config
 
@@ -198,4 +199,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "bench.predict"))

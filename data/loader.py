@@ -341,7 +341,8 @@ class Validation:
             starts = shards.document_starts(buffer[:-1], cfg.bos_id)
             if len(starts) == 0 or starts[0] != 0:
                 starts = np.append(0, starts)
-            self.batches.append(make_batch(buffer, starts, cfg.val_slice, pin))
+            longest = int(np.diff(starts, append=cfg.val_slice).max())  # attention's work grows with it
+            self.batches.append(make_batch(buffer, starts, longest, pin))
         self.num_rounds = -(-cfg.val_tokens // cfg.val_slice // world)
 
     def num_bytes(self, encoding) -> int:

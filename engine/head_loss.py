@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.errors import UsageError
 from engine.self_test import in_one_line, largest_error
+from engine.transpose import transposed
 from muon import product
 
 # ----------------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class Fp8Products:
 
     def __init__(self, head: Tensor, bound: Tensor):
         self.head, self.scale = to_fp8(head, torch.float8_e4m3fn)
-        self.across = self.head.t().contiguous()
+        self.across = transposed(self.head)
         self.bound = bound
 
     def logits(self, x: Tensor) -> Tensor:
@@ -183,8 +184,7 @@ class Fp8Products:
         """Return the gradients of the x that logits() saw last and of the head."""
         g, g_scale = to_fp8(g, torch.float8_e5m2, self.bound)
         dx = fp8_product(g, g_scale, self.across, self.scale)
-        g, x = g.t().contiguous(), self.x.t().contiguous()
-        return dx, fp8_product(g, g_scale, x, self.x_scale)
+        return dx, fp8_product(transposed(g), g_scale, transposed(self.x), self.x_scale)
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:

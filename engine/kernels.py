@@ -11,6 +11,7 @@ from data.files import ROOT
 from engine.attention import BACKENDS, choose_backend
 from engine.head_loss import choose_fp8
 from engine.products import OneDnnLinear, choose_onednn, choose_symmetric
+from engine.tables import Lookup
 from muon import symmetric_product
 
 
@@ -68,6 +69,11 @@ class Kernels:
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """(..., n) by (m, n) to (..., m)."""
         return OneDnnLinear.apply(x, weight) if self.onednn else F.linear(x, weight)
+
+    def lookup(self, index: Tensor, table: Tensor) -> Tensor:
+        """(...) row numbers of a table (rows, D) to (..., D)."""
+        own_kernel = self.compiled and self.device.type == "cuda"
+        return Lookup.apply(index, table) if own_kernel else F.embedding(index, table)
 
     def compile(self, function: Callable) -> Callable:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function

@@ -7,7 +7,6 @@ reviewer may weigh, the loss rule only for a kind of change that the track exemp
 
 {rules}
 """
-import argparse
 import json
 import re
 from collections import Counter
@@ -29,13 +28,6 @@ FOLDERS = ("runs", "baseline", "excluded")  # of logs, in the folder of a submis
 __doc__ = __doc__.format(rules="\n".join(f"  {name:<21} {rule.__doc__}" for name, rule in RULES.items()))
 
 
-def planned(text: str) -> int:
-    """An argument of the command line."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"expected a number of runs, found {text!r}; see plan --help")
-    return int(text)
-
-
 def add_claim_arguments(parser):
     """What a person says of the runs; the same for check and pack."""
     parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH",
@@ -43,7 +35,7 @@ def add_claim_arguments(parser):
     parser.add_argument("--track", choices=TRACKS, help="default: as the logs say")
     parser.add_argument("--step", type=int, metavar="N",
                         help="step whose validation counts, where the track wants it stated")
-    parser.add_argument("--planned", type=planned, metavar="N",
+    parser.add_argument("--planned", type=int, metavar="N",
                         help="runs that were planned before the first one (default: as in ab's plan)")
     parser.add_argument("--exclude", action="append", default=[], metavar="LOG=REASON",
                         help="leave a log out, for a reason other than its result; it stays in the folder "

@@ -61,8 +61,6 @@ def add_arguments(parser):
     add_group_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE",
                         help=f"draw the curves; ends in {', '.join(charts.SUFFIXES)}")
-    parser.add_argument("--diff", action="store_true",
-                        help="print the changes of the embedded sources line by line")
 
 
 def run(args) -> int:
@@ -81,8 +79,6 @@ def run(args) -> int:
         console.print(f"\n{group.name} against {found.groups[0].name}", style="bold")
         for sentence in sentences:
             console.print(printable(f"  {sentence}"))
-        if args.diff:
-            print_differences(console, found.groups[0], group)
     return 0
 
 
@@ -100,7 +96,7 @@ def examine(args) -> Comparison:
         if args.history is not None:
             sentences.append(beside(groups[0], group))
         against.append((group, sentences))
-    doubts = [*warnings(groups, counted), *(f"{file} is left out: {why}" for file, why in left_out)]
+    doubts = [*warnings(groups, counted), *left_out]
     rules = []
     if track:
         rules = [f"{group.name}: {statistics.loss_rule(track, its.losses)}" for group, its in judged]
@@ -227,14 +223,6 @@ def settings_against(first: RunGroup, group: RunGroup):
         changes = [f"{name} {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"
                    for name, old, new in changed_settings(before, after)]
         yield "settings: " + (", ".join(changes) or "the same")
-
-
-def print_differences(console, first: RunGroup, group: RunGroup):
-    for change in differences(first.sources, group.sources):
-        console.print(f"\n--- {first.name}: {change.file}\n+++ {group.name}: {change.file}", style="bold")
-        for kind, line in change.lines or [("same", "too different to be laid out line by line")]:
-            style = {"added": "green", "removed": "red", "place": "cyan"}.get(kind)
-            console.print(printable(line.expandtabs(4)), style=style)
 
 
 # Public records

@@ -49,8 +49,8 @@ class Counted:
     notes: list[str]
 
 
-def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[tuple[str, str]]]:
-    """Groups in the order of the paths, and (file, why) of each file without a run.
+def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[str]]:
+    """Groups in the order of the paths, and for each file without a run why it is left out.
 
     RecordError where there is no group.
     """
@@ -64,10 +64,10 @@ def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[tuple[str, str]]
             try:
                 files[os.path.abspath(file)] = log = logs.read(file)
             except RecordError as e:  # one file that cannot be opened does not hide the others
-                left_out.append((os.fspath(file), str(e)))
+                left_out.append(f"{file} is left out: {e}")
                 continue
             if not any(run.val_points for run in log.runs):
-                left_out.append((os.fspath(file), "; ".join(log.problems)))
+                left_out.append(f"{file} is left out: {'; '.join(log.problems)}")
 
     groups = {place: make_group([*files.values()]) for place, files in members.items()}
     groups = {place: group for place, group in groups.items() if group.runs}

@@ -12,7 +12,6 @@ that matter, in bounded memory and with patterns that cannot backtrack badly, no
 is odd about it is said in `LogFile.problems`. The source can hold anything, so whatever looks like output
 before the last header counts as source.
 """
-import codecs
 import hashlib
 import json
 import math
@@ -265,15 +264,12 @@ def lines(file, digest, notes: Notes):
 
     Never more than a block and the beginning of a line is in memory.
     """
-    carry, end, decoder = b"\n", 0, codecs.getincrementaldecoder("utf-8")()
+    carry = b"\n"
+    end = 0
     while block := file.read(BLOCK):
         digest.update(block)
         if b"\0" in block:
             notes.add("the file is binary: it holds NUL bytes", once=True)
-        try:
-            decoder.decode(block)
-        except UnicodeDecodeError:
-            notes.add("the file is not UTF-8", once=True)
         end += len(block)
         data = carry + block
         last = data.rindex(b"\n")

@@ -22,7 +22,7 @@ from records import check, logs, pack, schema
 from records.errors import RecordError
 from records.logs import LogFile
 from records.rules import FAIL, RULES, Submission, curve, plain
-from records.tracks import TRACKS, Track, only
+from records.tracks import TRACKS, only
 
 HELP = "what a reviewer runs: a record, or a whole archive, against its logs"
 EXAMPLE = "python -m records verify records/track_0_laptop"
@@ -62,8 +62,6 @@ Find = Callable[[Path, str, str], None]  # path, kind, evidence
 
 def add_arguments(parser):
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder of a record, or an archive of them")
-    parser.add_argument("--track", choices=TRACKS,
-                        help="track of all of it (default: by the names of folders, else by the logs)")
     parser.add_argument("--json", action="store_true", help="findings for a program")
 
 
@@ -72,7 +70,7 @@ def run(args) -> int:
         found = "a file" if args.path.exists() else "nothing there"
         raise RecordError(f"{args.path}: expected a folder, found {found}; name one that holds logs")
     folders = records_in(args.path)
-    jobs = [(args.path, folder, files, args.track) for folder, files in folders.items()]
+    jobs = [(args.path, folder, files) for folder, files in folders.items()]
     if sum(map(len, folders.values())) > 100:
         with ProcessPoolExecutor() as pool:
             results = [*pool.map(examine, *zip(*jobs))]
@@ -117,8 +115,7 @@ def records_in(root: Path) -> dict[Path, list[Path]]:
             if any(file.suffix in logs.SUFFIXES or file.name == schema.FILE for file in group)}
 
 
-def examine(root: Path, folder: Path, files: list[Path],
-            track_name: str | None) -> tuple[list[Finding], list[ComparedRun]]:
+def examine(root: Path, folder: Path, files: list[Path]) -> tuple[list[Finding], list[ComparedRun]]:
     """Findings in the folder of one record, and what a comparison with others needs."""
     findings = []
 
@@ -138,15 +135,16 @@ def examine(root: Path, folder: Path, files: list[Path],
         # its baseline may well be the runs of another record
         read = [log for log in read if log.path.parent != folder / "baseline"]
     else:
-        hold_to_rules(read, TRACKS[track_name] if track_name else only(read), find)
+        hold_to_rules(read, find)
     return findings, [
         ComparedRun(str(log.path.parent.relative_to(root)),
                     frozenset(points) if len(points := curve(run)) >= 3 else log.sha256)
         for log in read for run in log.runs]
 
 
-def hold_to_rules(read: list[LogFile], track: Track | None, find: Find):
+def hold_to_rules(read: list[LogFile], find: Find):
     """The rules that hold among the logs of one folder, whatever is claimed of them."""
+    track = only(read)
     groups = defaultdict(list)
     for log in read:
         if not log.runs:
@@ -169,7 +167,8 @@ def rebuild(folder: Path, files: list[Path], find: Find):
     """Build the folder again from its logs and what a person said, and compare."""
     try:
         record = schema.read(folder / schema.FILE)
-        note = text_of(folder / "README.md").partition(pack.NOTE_BEGIN)[2].partition(pack.NOTE_END)[0]
+        text = content_of(folder / "README.md", 2 * pack.NOTE_LIMIT).decode("utf-8", "replace")
+        note = text.partition(pack.NOTE_BEGIN)[2].partition(pack.NOTE_END)[0]
         _, verdicts, expected = pack.compose(folder, record, note.strip())
     except RecordError as e:
         return find(folder / schema.FILE, "record-file", str(e))
@@ -211,10 +210,6 @@ def content_of(path: Path, limit: int) -> bytes:
             return file.read(limit)
     except OSError:
         return b""
-
-
-def text_of(path: Path) -> str:
-    return content_of(path, pack.NOTE_LIMIT * 2).decode("utf-8", "replace")
 
 
 def runs_twice(runs: list[ComparedRun]) -> Iterable[Finding]:

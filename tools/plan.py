@@ -102,9 +102,6 @@ def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> 
     if cfg.recompute:  # the input of each layer stays, and of one layer at a time everything
         worst = max(worst, 2 * streams // cfg.num_layers * stream)
         streams = cfg.num_layers + len(cfg.value_embed_layers) + 12
-    if not compiled:  # eager Adam makes eight fp32 copies of a table
-        tables = [p.numel() for name, p in shapes_of(cfg).named_parameters() if name in TABLES]
-        worst = max(worst, 8 * 4 * max(tables))
     return streams * stream, worst
 
 

@@ -78,12 +78,13 @@ def test_a_single_source_has_the_hash_of_its_file(tmp_path):
 # A whole log cut anywhere
 
 @pytest.mark.parametrize("variant", ["own", "A", "B2", "E3", "T2m", "T5"])
-def test_a_log_cut_at_any_byte_never_gives_a_wrong_number(tmp_path, variant):
+def test_a_log_cut_anywhere_never_gives_a_wrong_number(tmp_path, variant):
     """What is read is a beginning of what went in, every number whole; what is missing is named."""
     made = make(variant)
     whole, data = logs.read(made.write(tmp_path / "whole.txt")), made.text.encode()
     begin = 0 if len(data) < 4000 else data.rindex(LINE.encode()) - 400  # of a long source the end will do
-    for size in range(begin, len(data)):
+    every = max(1, (len(data) - begin) // 400)
+    for size in range(begin, len(data), every):
         log = read(tmp_path, data[:size])
         found, expected = [points(run) for run in log.runs], [points(run) for run in whole.runs]
         for k, run in enumerate(log.runs):
@@ -212,7 +213,6 @@ def test_oddities_are_named(tmp_path):
     assert problems(own([4, 3]) + "ended after step 100: by SIGTERM\n").startswith("the run ended early: "
                                                                                    "'ended after step 100")
     assert "NUL" in problems(steps(FIRST).encode() + b"\0" * 4096)  # as a crash may leave it
-    assert problems(steps(FIRST).encode() + b"\xff\n" * logs.BLOCK) == "the file is not UTF-8"
     assert problems("é".encode() * logs.BLOCK + b"\n" + steps(FIRST).encode()) == ""
     assert "binary" in problems(steps(FIRST).encode("utf-16"))
     assert "binary" in problems(os.urandom(10_000).replace(b"\n", b"\0"))
@@ -311,12 +311,6 @@ def test_facts_cannot_steer_a_terminal(tmp_path):
     assert all(problem.isprintable() for problem in read(tmp_path, "step:1/1 \x1b]0;owned\x07\n").problems)
 
 
-def test_settings_of_the_wrong_kind(tmp_path):
-    [run] = read(tmp_path, own([4, 3], seed=10**30, val_tokens="many").replace("\nseed: 1" + "0" * 30,
-                                                                               "")).runs
-    assert run.seed is None and run.val_tokens is None and run.config["val_tokens"] == "many"
-
-
 def test_limits_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "POINT_LIMIT", 2)
     log = read(tmp_path, steps(FIRST))
@@ -386,19 +380,6 @@ def test_what_is_no_file_is_refused(tmp_path):
                         ("x" * 5000, "File name too long")):
         with pytest.raises(RecordError, match=found):
             logs.read(path)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read(tmp_path):
-    (tmp_path / "folder").mkdir()
-    read(tmp_path / "folder", "x")
-    (tmp_path / "folder/log.txt").chmod(0)
-    with pytest.raises(RecordError, match="Permission denied; check path and permissions"):
-        logs.read(tmp_path / "folder/log.txt")
-    (tmp_path / "folder").chmod(0)
-    with pytest.raises(RecordError, match="Permission denied; check path and permissions"):
-        logs.find([tmp_path])
-    (tmp_path / "folder").chmod(0o700)
 
 
 def test_the_curve_of_a_log(tmp_path):

@@ -18,7 +18,8 @@ def runs(records):
     return runs
 
 
-@pytest.mark.parametrize("margin, expected", [(0.0005, 71), (0.001, 20), (0.0015, 11), (0.002, 8), (0.003, 5)])
+@pytest.mark.parametrize("margin, expected", [
+    (0.0005, 71), (0.001, 20), (0.0015, 11), (0.002, 8), (0.003, 5)])
 def test_runs_for_a_margin_are_the_published_ones(runs, margin, expected):
     """Exact noncentral t; the normal approximation would say 68, 17, 8, 5, 2, for it takes the spread
     as known."""
@@ -28,7 +29,8 @@ def test_runs_for_a_margin_are_the_published_ones(runs, margin, expected):
     assert power(expected, margin, 0.0013, 0.01) >= 0.8 > power(expected - 1, margin, 0.0013, 0.01)
 
 
-@pytest.mark.parametrize("gap, sd, expected", [(0.3, 0.07, 4), (0.3, 0.2, 14), (0.1, 0.07, 15), (0.1, 0.2, 106)])
+@pytest.mark.parametrize("gap, sd, expected", [
+    (0.3, 0.07, 4), (0.3, 0.2, 14), (0.1, 0.07, 15), (0.1, 0.2, 106)])
 def test_runs_for_a_time_gap_are_the_published_ones(runs, gap, sd, expected):
     assert runs("--gap", gap, "--time-sd", sd, "--power", 0.9) == expected
 
@@ -44,8 +46,9 @@ def test_track_decides_test_and_spread(runs):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "--margin or --gap"), (["--margin=0"], "--margin"), (["--margin=nan"], "--margin"),
-    (["--margin=-0.001"], "--margin"), (["--margin=1e-9"], "larger"), (["--margin=3.28"], "standard deviations"),
-    (["--gap=0.3"], "--time-sd"), (["--time-sd=0.3", "--margin=0.001"], "--gap"),
+    (["--margin=-0.001"], "--margin"), (["--margin=1e-9"], "larger"),
+    (["--margin=3.28"], "standard deviations"), (["--gap=0.3"], "--time-sd"),
+    (["--time-sd=0.3", "--margin=0.001"], "--gap"),
     (["--gap=0.3", "--time-sd=0"], "--time-sd"), (["--gap=1e-9", "--time-sd=1"], "larger"),
     (["--margin=0.001", "--power=1"], "--power"), (["--margin=0.001", "--power=nan"], "--power"),
     (["--margin=0.001", "--sd=inf"], "--sd")])

@@ -2,7 +2,6 @@
 import base64
 import hashlib
 import html.parser
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import pytest
 from tests.helpers.committed import ADAMW, MUON, YARDSTICK
 from tests.helpers.synthetic import own
 
-from records import charts, logs, report
+from records import charts, logs
 
 RESULTS = (ADAMW, MUON, YARDSTICK)
 HOSTILE = ("</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=2'>"
@@ -82,9 +81,10 @@ def hostile(tmp_path) -> Path:
 
     for seed, loss in enumerate((1.58, 1.57, 1.59)):
         files = {"train_gpt.py": source(HOSTILE), "muon.py": source("x" * 1_000_000)}
-        write("a <b>bold<script>window.hacked=4<∕script>", f"<img src=x onerror=window.hacked=5>\u202e{seed}.txt",
-              own(losses=[5, 3, 2, loss], seed=seed, torch="2.13<script>", device=HOSTILE.strip(), files=files,
-                  optimizer=HOSTILE, **{HOSTILE: 1}))
+        text = own(losses=[5, 3, 2, loss], seed=seed, torch="2.13<script>", device=HOSTILE.strip(),
+                   files=files, optimizer=HOSTILE, **{HOSTILE: 1})
+        write("a <b>bold<script>window.hacked=4<∕script>",
+              f"<img src=x onerror=window.hacked=5>\u202e{seed}.txt", text)
         write("b", f"{seed}{HOSTILE.replace('/', '∕')[:80]}.txt",
               own(losses=[5, 3.1, 2.1, loss], seed=seed,
                   files={"train_gpt.py": source("\0\x1b[31m" + HOSTILE[::-1])}))
@@ -153,6 +153,16 @@ def test_hostile_text_is_text(make, hostile):
     assert '<span class="added">' in page.source and "Too different to be laid out" not in page.text
 
 
+def test_changes_of_sources_are_shown(make, tmp_path):
+    for name, lines in (("a", "one\ntwo\nthree\n"), ("b", "one\n2 < 3\nthree\nfour\n")):
+        files = {"train_gpt.py": lines, "muon.py": "m\n"}
+        (tmp_path / f"{name}.txt").write_text(own(losses=[5, 1.6], files=files))
+    page = make(tmp_path / "a.txt", tmp_path / "b.txt")
+    assert '<span class="removed">-two</span>' in page.source
+    assert '<span class="added">+2 &lt; 3</span>' in page.source
+    assert "train_gpt.py: +2 −1 lines" in page.text and "muon.py: +" not in page.text
+
+
 def test_more_groups_than_colours(make, tmp_path):
     paths = [tmp_path / f"g{k}.txt" for k in range(len(charts.COLORS) + 1)]
     for k, path in enumerate(paths):
@@ -167,26 +177,40 @@ def test_without_a_track_there_is_no_rule(make, tmp_path):
     assert "No track is named" in page.text and "Loss rule," not in page.text
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-def test_columns_sort_up_and_down(tmp_path):
-    """The script of the page on a table of its own; what is no number stays last."""
-    script = (report.TEMPLATES / "report.js").read_text(encoding="utf-8")
-    table = """
-const cells = ["10.5", "-", "nan", "1,200.00", "9", "2 of 3"];
-const rows = cells.map(text => ({ cells: [{ textContent: text }] }));
-const body = { rows, append: (...sorted) => { body.rows = sorted; } };
-const header = { cellIndex: 0, classList: { contains: () => true }, closest: () => ({ tBodies: [body] }),
-  parentElement: { cells: [{ removeAttribute() {} }] }, setAttribute: (_, value) => { header.ariaSort = value; } };
-let click;
-const button = { closest: () => header, addEventListener: (_, action) => { click = action; } };
-globalThis.document = { querySelectorAll: () => [button] };
-"""
-    show = "console.log(JSON.stringify(body.rows.map(row => row.cells[0].textContent)));"
-    (tmp_path / "test.js").write_text(f"{table}\n{{ {script} }}\nclick(); {show}\nclick(); {show}\n")
-    done = subprocess.run(["node", tmp_path / "test.js"], capture_output=True, text=True, check=True)
-    up, down = map(json.loads, done.stdout.splitlines())
-    assert up[:4] == ["2 of 3", "9", "10.5", "1,200.00"] == down[3::-1]
-    assert {*up[4:]} == {*down[4:]} == {"-", "nan"}
+
+
+# The page in a browser
+
+@pytest.fixture
+def browse(tmp_path):
+    """The page after a script of the test has run in it, which its policy would forbid."""
+    chromium = shutil.which("chromium") or pytest.skip("chromium is not installed")
+
+    def browse(page: Page, script: str) -> Page:
+        path = tmp_path / "page.html"
+        text = re.sub(r"<meta http-equiv[^>]*>", "", page.source)
+        path.write_text(f"{text}<script>{script}</script>", encoding="utf-8")
+        done = subprocess.run([
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/chromium",
+            "--dump-dom", path.as_uri()], capture_output=True, timeout=100)
+        return Page(done.stdout.decode("utf-8"))
+    return browse
+
+
+@pytest.mark.parametrize("title, clicks", [("final loss", 1), ("reached, s", 1), ("reached, s", 2)])
+def test_columns_sort_up_and_down(make, browse, title, clicks):
+    """What is no number stays last."""
+    page = make(*RESULTS)
+    click = f"[...document.querySelectorAll('button')].find(x => x.textContent == '{title}').click();"
+    header, *rows = browse(page, click * clicks).tables[-1]
+    cells = [row[header.index(title)] for row in rows]
+    known = [float(cell.replace(",", "")) for cell in cells if cell != "-"]
+    assert known == sorted(known)[::1 if clicks == 1 else -1] and cells[len(known):] == ["-"] * (17 - len(known))
+
+
+def test_nothing_hostile_runs(make, browse, hostile):
+    page = browse(make(hostile), "document.title = `hacked: ${window.hacked}`;")
+    assert "hacked: undefined" in page.text
 
 
 @pytest.mark.parametrize("arguments, message", [

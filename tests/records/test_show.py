@@ -1,6 +1,5 @@
 """show: stable JSON, readable tables, broken files named."""
 import json
-import math
 import os
 import re
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 from tests.helpers.committed import ADAMW, MUON, ROOT, YARDSTICK
 from tests.helpers.synthetic import VARIANTS, make, own
 
-from records import logs, text
+from records import logs
 
 @pytest.fixture
 def call(records, at_root):
@@ -100,14 +99,6 @@ def test_several_logs_in_a_table(call):
                            str(run.seed)]
 
 
-def test_several_runs_in_a_file(tmp_path, call):
-    made = make("T2m")
-    out = call(made.write(tmp_path / "many.txt"))[1]
-    for k, run in enumerate(made.runs, start=1):
-        [row] = [line.split() for line in out.splitlines() if f"many.txt#{k:02}" in line]
-        assert str(run["val_points"][-1][1]) in row and str(run["seed"]) in row
-
-
 def test_many_validations_are_shortened(tmp_path, call):
     (tmp_path / "a.txt").write_text(own([5 - k / 100 for k in range(100)]))
     rows = [line.split() for line in call(tmp_path / "a.txt")[1].splitlines()]
@@ -182,8 +173,3 @@ def test_a_source_is_printed(call):
     assert call(path, "--source", "muon.py") == (0, logs.read(path).sources["muon.py"], "")
     code, out, err = call(path, "--source", "none.py")
     assert (code, out) == (2, "") and "expected a file that" in err
-
-
-def test_seconds_and_losses_as_shown():
-    assert (text.seconds(None), text.seconds(1_234_567.8), text.nats(None)) == ("-", "1,234.57", "-")
-    assert [*map(text.nats, (3.2, 3.28001, math.nan, math.inf))] == ["3.2000", "3.28001", "nan", "inf"]

@@ -135,17 +135,17 @@ def test_ratio_interval_agrees_with_fieller_where_spreads_are_those_of_times():
 
 
 def test_ratio_interval_covers_the_true_ratio():
-    """95 % within the noise of 4,000 intervals (standard error 0.34 %) and Satterthwaite's own error
+    """95 % within the noise of 2,000 intervals (standard error 0.5 %) and Satterthwaite's own error
     at n = 3."""
     rng = np.random.default_rng(2)
     for n_a, n_b, spread_a, spread_b in ((3, 3, 0.02, 0.02), (3, 10, 0.05, 0.01), (10, 10, 0.001, 0.06),
                                          (20, 5, 0.06, 0.06)):
         hits = 0
-        for _ in range(4000):
+        for _ in range(2000):
             interval = statistics.ratio_interval(1.8 * (1 + spread_a * rng.standard_normal(n_a)),
                                                  1 + spread_b * rng.standard_normal(n_b))
             hits += interval.low <= 1.8 <= interval.high
-        assert 0.935 < hits / 4000 < 0.975, (n_a, n_b, hits / 4000)
+        assert 0.93 < hits / 2000 < 0.975, (n_a, n_b, hits / 2000)
 
 
 def test_ratio_interval_of_the_swapped_groups_is_the_reciprocal():
@@ -198,28 +198,19 @@ def test_whatever_goes_in_no_wrong_number_comes_out(a, b):
         assert str(result) and (result.why or "cannot be judged" not in str(result))
 
 
-@pytest.mark.parametrize("losses", [[], [math.nan], [3.1, math.nan], [-math.inf], [3.1, math.inf]])
-def test_rules_without_a_spread_refuse_what_is_no_loss(losses):
-    for result in (statistics.z_rule(losses, 3.28), statistics.pairwise_rule(losses, [3.28]),
-                   statistics.pairwise_rule([3.28], losses)):
-        assert result.score is None and result.why and not result.passes
-
-
 # Power
 
 
 @pytest.mark.parametrize("n, margin, sigma", [(5, 0.002, None), (20, 0.001, None), (4, 0.002, 0.0013),
                                               (1, 0.004, 0.0013)])
 def test_power_is_what_simulated_runs_do(n, margin, sigma):
-    rng, sets = np.random.default_rng(3), 20_000
+    rng, sets = np.random.default_rng(3), 2000
     losses = 3.28 - margin + 0.0011 * rng.standard_normal((sets, n))
-    if sigma is None:
-        passed = sum(statistics.t_test(row, 3.28).passes for row in losses[:3000]) / 3000
-    else:
-        passed = sum(statistics.z_rule(row, 3.28).passes for row in losses) / sets
+    test = statistics.t_test if sigma is None else statistics.z_rule
+    passed = sum(test(row, 3.28).passes for row in losses) / sets
     alpha = 0.01 if sigma is None else 1 - ndtr(0.004 / 0.0013)
     expected = statistics.power(n, margin, 0.0011, alpha, sigma)
-    assert passed == pytest.approx(expected, abs=4 * (0.25 / 3000) ** 0.5)  # 4 standard errors
+    assert passed == pytest.approx(expected, abs=4 * (0.25 / sets) ** 0.5)  # 4 standard errors
 
 
 def test_power_without_a_margin_is_alpha():

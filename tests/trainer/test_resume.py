@@ -169,7 +169,11 @@ def stop_at(patch, step: int, *signals: int):
 ])
 def test_a_signal_saves_at_the_next_step_that_can_be_resumed(folder, whole, monkeypatch, number, saving):
     stop_at(monkeypatch, 5, number)
-    stopped = run(folder, *OPTIONS, saving)
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may have been started to ignore it, as by nohup
+    try:
+        stopped = run(folder, *OPTIONS, saving)
+    finally:
+        signal.signal(number, before)
     assert (stopped.code, stopped.err) == (128 + number, "")
     path, = stopped.checkpoints
     assert path.name == "state_step000006.pt"
