@@ -45,6 +45,10 @@ def muon_matrices(cfg: Config) -> list[tuple[int, int]]:
     return [(m, n) for count, m, n in banks for _ in range(count)]
 
 
+def size_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
     """Return the bytes that stay in memory on the fullest of `world` ranks, by kind."""
     table = optimizer_table(cfg)
@@ -71,7 +75,7 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
         "Adam: moments, low halves": adam,
         "Muon: momentum, low halves": muon,
         "average of the weights": 4 * averaged if cfg.ema_frac else 0,
-        "signs of the bigrams": sum(b.numel() for b in shapes_of(cfg).buffers()),
+        "signs of the bigrams, prefix tokens": sum(map(size_of, shapes_of(cfg).buffers())),
         "gathers and reductions": travelling,
     }
 
@@ -97,6 +101,9 @@ def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> 
     layers = cfg.num_layers - len(set(cfg.no_attn_layers))
     extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
     streams = attention * layers + (mlp + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + ends
+    streams += 13 * cfg.mudd
+    if cfg.mix_window:  # blocks of queries, keys and values; four times softmaxes of twice the window, by head
+        streams += 8 + 8 * cfg.mix_window // cfg.head_dim
     worst = logit_bytes * min(tokens, HEAD_PIECE) * cfg.padded_vocab
     stream = tokens * cfg.model_dim * dtype.itemsize
     if cfg.recompute:  # the input of each layer stays, and of one layer at a time everything
