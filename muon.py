@@ -131,17 +131,18 @@ def newton_schulz_flops(m: int, n: int, steps: int, gram: bool) -> int:
 ONEDNN = None
 if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
     ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-BLOCK_ROWS = 192  # of a symmetric product: fewer save more products, but call more often
+LARGE = 384       # rows from which a symmetric product is cut into blocks,
+BLOCK_ROWS = 192  # of so many: fewer save more products, but call more often; see bench/muon/blocks.py
 
 
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether the wide matrices of a stack are iterated one at a time, by the products below, as measured on
-    one and two cores: it pays from two blocks of rows, and in fp32 where oneDNN is there and a call is worth
+    one and two cores: it pays for what is large, and in fp32 where oneDNN is there and a call is worth
     its 10 us."""
     dtype = dtype or X.dtype
     if type(X) is not Tensor or X.device.type != "cpu" or X.requires_grad or torch.compiler.is_compiling():
         return False
-    if dtype in (torch.float32, torch.bfloat16) and X.size(-2) >= 2 * BLOCK_ROWS:
+    if dtype in (torch.float32, torch.bfloat16) and X.size(-2) >= LARGE:
         return True
     return dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16
 
@@ -162,7 +163,7 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: floa
     if len(A) > 1 or not one_by_one(A):
         return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
     s = A.size(1)
-    rows = BLOCK_ROWS if s >= 2 * BLOCK_ROWS else s
+    rows = BLOCK_ROWS if s >= LARGE else s
     W = B[0].mT.contiguous() if A.dtype == torch.float32 else B[0].mT
     out = A.new_empty(1, s, s)
     for i in range(0, s, rows):
@@ -184,25 +185,6 @@ def standard_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
     for a, b, c in triples:
         A = symmetric(X, X.mT)
         X = apply_to(X, symmetric(A, A, A, alpha=c, beta=b), a)
-    return X
-
-
-def block_steps(X: Tensor, triples: Sequence) -> Tensor:
-    """Return what `standard_steps` makes of one bf16 matrix on a CPU, in buffers that are written again and
-    again: 1.15 times as fast as torch.optim.Muon's whole products on one core (Zen 5)."""
-    s = X.size(0)
-    A, B, *turns = (torch.empty(shape, dtype=X.dtype) for shape in ((s, s), (s, s), X.shape, X.shape))
-    blocks = [slice(i, min(i + BLOCK_ROWS, s)) for i in range(0, s, BLOCK_ROWS)]
-    for i, (a, b, c) in enumerate(triples):
-        for rows in blocks:
-            left = slice(rows.stop)
-            torch.mm(X[rows], X[left].mT, out=A[rows, left])
-            A[:rows.start, rows] = A[rows, :rows.start].mT
-        for rows in blocks:
-            left = slice(rows.stop)
-            torch.addmm(A[rows, left], A[rows], A[left].mT, beta=b, alpha=c, out=B[rows, left])
-            B[:rows.start, rows] = B[rows, :rows.start].mT
-        X = torch.addmm(X, B, X, beta=a, out=turns[i % 2])
     return X
 
 
@@ -288,10 +270,7 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     iterate = gram_steps if gram_pays(*X.shape[-2:], form, dtype) else standard_steps
     if not one_by_one(X):
         return iterate(X, triples, symmetric).reshape(G.shape)
-    if dtype == torch.bfloat16 and symmetric is symmetric_product:
-        results = [block_steps(x, triples) for x in X]
-    else:
-        results = [iterate(x, triples, symmetric)[0] for x in X.split(1)]
+    results = [iterate(x, triples, symmetric)[0] for x in X.split(1)]
     return (results[0] if len(X) == 1 else torch.stack(results)).reshape(G.shape)
 
 
@@ -321,6 +300,14 @@ def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, T
     M.lerp_(G, 1 - mu)
     U = G.lerp(M, mu) if nesterov else M
     return torch.where(size > 0, U, 0.0), ok.view(-1)
+
+
+def finite_only(O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+    """Return O with zeros where the iteration has overflowed, and ok without these."""
+    finite = torch.linalg.vector_norm(O.flatten(1), dim=1).isfinite()
+    if may_read(O) and bool(finite.all()):
+        return O, ok
+    return torch.where(finite[:, None, None], O, 0), ok & finite
 
 
 def normalize_variance(O: Tensor, V: Tensor, ok: Tensor, beta2) -> Tensor:
@@ -375,31 +362,23 @@ class Unit(NamedTuple):
     m: int
     n: int
 
-    @property
-    def size(self) -> int:
-        return self.m * self.n
-
 
 def as_bank(x: Tensor, flatten: bool | None) -> Tensor:
     """Return (matrices, rows, columns ...) of a tensor that is shaped like a parameter."""
     return x if x.ndim == 3 and not flatten else x[None]
 
 
-def block_rows(rows: int, split: int | Sequence[int] | None) -> Sequence[int]:
-    """Return the rows of each block of a matrix."""
-    if split is None:
-        return (rows,)
-    return (rows // split,) * split if isinstance(split, int) else split
-
-
 def units_of(p: Tensor, held: Tensor, number: int, group: dict) -> list[Unit]:
     """Return the units of a parameter p of group `number`, or of the part `held` of it that a rank has."""
     matrices, rows, *columns = as_bank(held, group["flatten"]).shape
     n = math.prod(columns)
+    blocks = group["split"] or (rows,)
+    if isinstance(blocks, int):
+        blocks = (rows // blocks,) * blocks
     units = []
     for k in range(matrices):
         row = mark = 0
-        for m in block_rows(rows, group["split"]):
+        for m in blocks:
             units.append(Unit(p, number, k, row, mark, m, n))
             row += m
             mark += max(m, n)
@@ -416,10 +395,10 @@ def state_kinds(group: dict) -> dict[str, torch.dtype]:
     return kinds
 
 
-def state_shape(key: str, p: Tensor, group: dict) -> tuple[int, ...]:
+def state_shape(name: str, p: Tensor, group: dict) -> tuple[int, ...]:
     """Return the shape of a parameter's whole state: that of the parameter, but (matrices, numbers) for
     second_moment."""
-    if key != "second_moment":
+    if name != "second_moment":
         return tuple(p.shape)
     last = units_of(p, p, 0, group)[-1]
     return last.matrix + 1, last.mark + max(last.m, last.n)
@@ -441,12 +420,14 @@ def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap
     first), and improve that by swaps. A rank's bucket closes at `cap` elements (sizes); the cheapest units
     come last, because no computation hides the last gather. Depends on its arguments only, so that all ranks
     place alike."""
-    order = sorted(range(len(costs)), key=lambda u: (-costs[u], u))
+    def dearest_first(u: int) -> tuple[int, int]:
+        return -costs[u], u
+
     mine = [[] for _ in range(world_size)]
     loads = [0] * world_size
     held = [0] * world_size
-    for u in order:
-        rank = min(range(world_size), key=lambda r: (loads[r], held[r], r))
+    for u in sorted(range(len(costs)), key=dearest_first):
+        rank = min(range(world_size), key=lambda r: (loads[r], held[r]))
         mine[rank].append(u)
         loads[rank] += costs[u]
         held[rank] += sizes[u]
@@ -456,7 +437,7 @@ def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap
     for rank, units in enumerate(mine):
         number = -1
         fill = cap
-        for u in sorted(units, key=lambda u: (-costs[u], u)):
+        for u in sorted(units, key=dearest_first):
             if fill >= cap:
                 number = number + 1
                 fill = 0
@@ -472,18 +453,13 @@ def swap_one(costs: Sequence[int], mine: list[list[int]], loads: list[int]) -> b
     most. Returns whether that lowered the load of the busiest rank; else nothing has changed."""
     busiest = max(range(len(mine)), key=lambda r: (loads[r], -r))
     kinds = [{costs[u]: u for u in units} for units in mine]  # units of one cost are alike here
-    best = (loads[busiest],)
-    for rank, others in enumerate(kinds):
-        if loads[rank] >= loads[busiest]:
-            continue
-        for a, give in kinds[busiest].items():
-            for b, take in [*others.items(), (0, None)]:
-                top = max(loads[busiest] - a + b, loads[rank] + a - b)
-                best = min(best, (top, rank, give, -1 if take is None else take))
-    if len(best) == 1:
+    swaps = [(max(loads[busiest] - a + b, loads[rank] + a - b), rank, a, b)
+             for rank in range(len(mine)) if loads[rank] < loads[busiest]
+             for a in kinds[busiest] for b in (0, *kinds[rank])]
+    top, rank, a, b = min(swaps, default=(loads[busiest], busiest, 0, 0))
+    if top >= loads[busiest]:
         return False
-    _, rank, give, take = best
-    moves = [(give, busiest, rank)] + ([(take, rank, busiest)] if take >= 0 else [])
+    moves = [(kinds[busiest][a], busiest, rank)] + ([(kinds[rank][b], rank, busiest)] if b else [])
     for u, source, target in moves:
         mine[source].remove(u)
         mine[target].append(u)
@@ -498,30 +474,22 @@ class Stack:
     apart, or (step 0) blocks of rows of one matrix that follow each other."""
     unit: Unit
     flatten: bool | None
-    offset: int     # of its values in the owner's flat part of a bucket
-    flag: int       # number of its first unit among those of the owner in the bucket
     count: int = 1
     step: int = 1
-    begin: int = 0  # of its values in a flat share, see `state_view`
-    mark: int = 0   # of its numbers in a flat share of second_moment
 
     def takes(self, unit: Unit) -> bool:
         """Add the unit if it continues this stack."""
         first = self.unit
-        if unit.param is not first.param or (unit.m, unit.n) != (first.m, first.n):
-            return False
-        distance = unit.matrix - first.matrix
-        if unit.row == first.row:
-            step = distance // self.count
-            follows = distance == step * self.count and step > 0 and (self.count == 1 or step == self.step)
+        step = unit.matrix - first.matrix if self.count == 1 else self.step
+        if step:
+            following = first._replace(matrix=first.matrix + self.count * step)
         else:
-            step = 0
-            follows = not distance and unit.row == first.row + self.count * unit.m
-            follows = follows and (self.count == 1 or self.step == 0)
-        if follows:
-            self.count = self.count + 1
-            self.step = step
-        return follows
+            following = first._replace(row=first.row + self.count * first.m, mark=unit.mark)
+        if unit.param is not first.param or unit[1:] != following[1:]:
+            return False
+        self.count = self.count + 1
+        self.step = step
+        return True
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -542,18 +510,20 @@ class Stack:
         """Return the view (B, m, ...) of these matrices in a tensor that is shaped like the parameter."""
         return self.view(as_bank(x, self.flatten), self.unit.row, self.unit.m)
 
-    def state_view(self, key: str, x: Tensor) -> Tensor:
-        """Return the view (B, m, ...), or (B, numbers) for second_moment, in a parameter's state: whole, or
-        the flat share of a rank that owns some of its units only."""
-        numbers = max(self.unit.m, self.unit.n)
-        if key == "second_moment":
-            if x.ndim > 1:
-                return self.view(x, self.unit.mark, numbers)
-            return x[self.mark:self.mark + self.count * numbers].view(self.count, numbers)
-        return self.of(x) if x.ndim > 1 else x[self.begin:self.begin + self.numel].view(self.shape)
+    def state_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape if name != "second_moment" else (self.count, max(self.shape[1:]))
 
-    def slot(self, part: Tensor) -> Tensor:
-        return part[self.offset:self.offset + self.numel].view(self.shape)
+    def state_of(self, name: str, x: Tensor) -> Tensor:
+        """Return the view (B, m, n), or (B, numbers) for second_moment, in the whole state of a parameter."""
+        numbers = max(self.shape[1:])
+        found = self.of(x) if name != "second_moment" else self.view(x, self.unit.mark, numbers)
+        return found.view(self.state_shape(name))
+
+
+def views(flat: Tensor, stacks: list[Stack]) -> list[Tensor]:
+    """Return the views (B, m, n) of stacks whose values follow each other at the start of a flat buffer."""
+    sizes = [stack.numel for stack in stacks]
+    return [x.view(stack.shape) for stack, x in zip(stacks, flat[:sum(sizes)].split(sizes))]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -575,7 +545,7 @@ class Flight(NamedTuple):
         return self.result
 
 
-def sum_to_owners(packed: Tensor, rank: int, everywhere: bool, group) -> Flight:
+def sum_to_owners(packed: Tensor, everywhere: bool, group) -> Flight:
     """Sum (ranks, elements) over ranks; each receives its own row or, with `everywhere`, all of them."""
     if everywhere:
         return Flight(dist.all_reduce(packed, group=group, async_op=True), packed, None)
@@ -587,19 +557,6 @@ def share_with_all(mine: Tensor, world_size: int, group) -> Flight:
     """Give every rank the rows (ranks, elements) of which each has one."""
     gathered = mine.new_empty((world_size, len(mine)))
     return Flight(_all_gather(gathered.view(-1), mine, group=group, async_op=True), gathered, mine)
-
-
-def as_wire(x: Tensor, wire: torch.dtype) -> Tensor:
-    """Return the bits of state as numbers that a buffer of updates can hold."""
-    x = x.reshape(-1)
-    return x.float() if x.dtype == torch.int16 and wire == torch.float32 else x.view(wire)
-
-
-def from_wire(x: Tensor, like: Tensor) -> Tensor:
-    """Undo `as_wire`."""
-    if like.dtype == torch.int16 and x.dtype == torch.float32:
-        return x.to(torch.int16).view(like.shape)
-    return x.clone().view(like.dtype).view(like.shape)
 
 
 def world_and_rank(group) -> tuple[int, int]:
@@ -629,24 +586,15 @@ def expect_agreement(group, facts: list[str]) -> None:
                               "build the optimizer alike on every rank")
 
 
-def group_named(name: str | None):
-    """Return the process group of this process with that name."""
-    if name is None:
-        return None
-    try:
-        return dist.distributed_c10d._resolve_process_group(name)
-    except (RuntimeError, AttributeError, KeyError):
-        raise refusal("the process group of the copied optimizer", f"none of its name, {name}",
-                      "make the group first, or copy an optimizer without one", error=RuntimeError) from None
-
-
 class Bucket:
     """Units that travel together, per rank of a process group, and their way through one step: `start` asks
     for what other ranks hold of their gradients, `receive` waits for it, `update` computes, `send` shares the
-    results, `apply` waits for those of others and changes the weights."""
+    results, `apply` waits for those of others and changes the weights.
+
+    A rank computes the updates of its own units. Momentum, and what else is kept, moves on the owner alone,
+    which then sends what is final; with replicate_state it moves on all ranks, from the same numbers."""
     alone = False  # True: every rank computes by itself what it holds
     part = staticmethod(lambda p: p)  # the tensor whose matrices are the units of p
-    announce = staticmethod(lambda params: None)  # say what the user should know of these parameters' way
 
     def __init__(self, optimizer: "Muon", group, rank: int, units: list[list[Unit]], dtype: torch.dtype):
         self.optimizer = optimizer
@@ -659,22 +607,25 @@ class Bucket:
         self.stacks = [self.stack_up(mine) for mine in units]
         params = [unit.param for mine in units for unit in mine]
         self.num_units = len(params)
-        self.num_elements = max(sum(unit.size for unit in mine) for mine in units)  # of the fullest rank
+        self.num_elements = max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
         self.device = params[0].device
         self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
 
     def stack_up(self, units: list[Unit]) -> list[Stack]:
         stacks = []
-        offset = 0
-        for flag, unit in enumerate(units):
+        for unit in units:
             if not (stacks and self.merges(unit) and stacks[-1].takes(unit)):
-                stacks.append(Stack(unit, self.optimizer._groups[unit.group]["flatten"], offset, flag))
-            offset += unit.size
+                stacks.append(Stack(unit, self.optimizer._groups[unit.group]["flatten"]))
         return stacks
 
     def merges(self, unit: Unit) -> bool:
         """Whether the unit may be computed in one stack with others."""
         return not self.optimizer.deterministic
+
+    @property
+    def divided(self) -> bool:
+        """Whether owners alone keep the state."""
+        return self.world_size > 1 and not self.optimizer.replicate_state
 
     def settings(self, stack: Stack) -> dict:
         return self.optimizer._groups[stack.unit.group]
@@ -682,9 +633,26 @@ class Bucket:
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.wire, device=self.device)
 
+    def state_key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
+        """Return where optimizer.state[p] holds this state: the whole under its name, the share of an owner
+        of some units under (name, matrix, row)."""
+        if not self.divided or stack.numel == stack.unit.param.numel():
+            return name
+        return name, stack.unit.matrix, stack.unit.row
+
     def state(self, stack: Stack) -> dict[str, Tensor]:
-        """Return views, per stack, of the kinds of state that its group asks for, each zero at first use."""
-        return self.optimizer._state_of(stack)
+        """Return (B, m, n), or (B, numbers) for second_moment, of the kinds of state that the group of a
+        stack asks for, each zero at first use."""
+        p = stack.unit.param
+        state = self.optimizer.state[p]
+        found = {}
+        for name, dtype in state_kinds(self.settings(stack)).items():
+            key = self.state_key(stack, name)
+            if key not in state:
+                shape = state_shape(name, p, self.settings(stack)) if key == name else stack.state_shape(name)
+                state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
+            found[name] = stack.state_of(name, state[key]) if key == name else state[key]
+        return found
 
     def gradient(self, stack: Stack) -> Tensor | None:
         """Return (B, m, n), often p.grad itself, or None."""
@@ -696,17 +664,19 @@ class Bucket:
                           self.optimizer._names[stack.unit.param], RuntimeError)
         return stack.of(grad).reshape(stack.shape)
 
+    def weights(self, stack: Stack) -> Tensor:
+        return stack.of(local(stack.unit.param))
+
     def start(self) -> None:
         """With sync_grads: launch the sum of the gradients over ranks; each owner receives its own part."""
         if self.world_size == 1 or not self.optimizer.sync_grads or self.pending is not None:
             return
         packed = self.new(self.world_size, self.num_elements, dtype=self.grad_dtype)
         for part, stacks in zip(packed, self.stacks):
-            for stack in stacks:
+            for stack, slot in zip(stacks, views(part, stacks)):
                 grad = self.gradient(stack)  # where one is missing, the mean is NaN and the owner skips it
-                slot = stack.slot(part)
                 slot.fill_(math.nan) if grad is None else slot.copy_(grad)
-        self.pending = sum_to_owners(packed, self.rank, self.optimizer.replicate_state, self.group)
+        self.pending = sum_to_owners(packed, self.optimizer.replicate_state, self.group)
 
     def receive(self) -> None:
         """Wait for what `start` launched, if it did, and let go of what it sent."""
@@ -715,105 +685,96 @@ class Bucket:
             self.pending = None
             self.received = flight.wait()
 
-    def mean_gradient(self, stack: Stack, owner: int, total: Tensor | None) -> Tensor | None:
-        if total is None:
-            return self.gradient(stack)
-        return stack.slot(total[owner] if self.optimizer.replicate_state else total)
+    def gradients(self, owner: int) -> list[Tensor | None]:
+        """Return (B, m, n) of each stack of a rank, averaged over ranks with sync_grads."""
+        stacks = self.stacks[owner]
+        if self.received is None:
+            return [self.gradient(stack) for stack in stacks]
+        total = self.received if self.divided else self.received[owner]
+        return views(total.float().div_(self.world_size), stacks)
 
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
-        """Return {stack: (its update or, with split_mantissa, its new weights, (B, m, n); ok (B,))} for all I
-        own."""
-        total = self.received
-        self.received = None
-        if total is not None:
-            total = total.float().div_(self.world_size)
+        """Return {stack: (what travels (B, m, n), ok (B,))} for all I own."""
         entries = []
         results = {}
-        for owner, stacks in enumerate(self.stacks):
-            if owner != self.rank and not self.optimizer.replicate_state:
-                continue
-            for stack in stacks:
-                G = self.mean_gradient(stack, owner, total)
+        for owner in [self.rank] if self.divided else range(self.world_size):
+            for stack, G in zip(self.stacks[owner], self.gradients(owner)):
+                mine = owner == self.rank
                 if G is not None:
-                    entry = stack, *self.move_momentum(stack, G)
-                    entries += [entry] if owner == self.rank else []
-                elif owner == self.rank:
+                    U, ok = self.move_momentum(stack, G)
+                    entries += [(stack, U, ok)] if mine else []
+                elif mine:
                     ok = torch.zeros(stack.count, dtype=torch.bool, device=self.device)
                     results[stack] = torch.zeros(stack.shape, dtype=self.wire, device=self.device), ok
+        self.received = None
         results |= self.orthogonalize(entries)
-        return {stack: self.master_weights(stack, *result) for stack, result in results.items()}
+        return self.settled(results) if self.divided else results
 
     def move_momentum(self, stack: Stack, G: Tensor) -> tuple[Tensor, Tensor]:
         group = self.settings(stack)
-        M = self.state(stack)["momentum_buffer"].view(stack.shape)
+        M = self.state(stack)["momentum_buffer"]
         return self.optimizer._momentum_update(M, G, group["momentum"], group["nesterov"])
 
-    def master_weights(self, stack: Stack, O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the upper halves of the new weights in place of the update, with split_mantissa."""
-        if not self.settings(stack)["split_mantissa"]:
-            return O, ok
-        W = stack.of(local(stack.unit.param)).reshape(stack.shape)
-        low = self.state(stack)["mantissa"].view(stack.shape)
-        return self.optimizer._step_master(W, low, O, ok, *self.optimizer.rates(stack.unit)), ok
-
     def orthogonalize(self, entries: list[tuple]) -> dict[Stack, tuple[Tensor, Tensor]]:
-        """Return {stack: (O (B, m, n), rounded as everybody applies it; ok)} from (stack, U, ok): one
-        iteration for all matrices of a kind, the tall ones lying on their side, unless they are faster one by
-        one."""
+        """Return {stack: (O (B, m, n), rounded as it travels; ok)} from (stack, U, ok): one iteration for all
+        matrices of a kind, the tall ones lying on their side, unless they are faster one by one."""
         kinds = {}
         results = {}
         for stack, U, ok in entries:
             group = self.settings(stack)
             U = U if U.size(1) <= U.size(2) else U.mT
-            dtype = self.optimizer.dtype_for(group, self.dtype, self.device)
-            apart = self.optimizer.deterministic or one_by_one(U, dtype)
-            how = group["ns_steps"], group["ns_coefficients"], dtype, group["ns_form"]
-            kind = how, group["eps"], U.shape[1:], stack.flag if apart else None
+            apart = self.optimizer.deterministic or one_by_one(U, self.dtype)
+            how = group["ns_steps"], group["ns_coefficients"], self.dtype, group["ns_form"]
+            kind = how, group["eps"], U.shape[1:], stack if apart else None
             kinds.setdefault(kind, []).append((stack, U, ok))
         for (how, eps, *_), members in kinds.items():
             stacks, Us, oks = zip(*members)
             U = Us[0] if len(Us) == 1 else torch.cat(Us)
-            O = self.optimizer._orthogonalize(U, *how, self.optimizer.symmetric, eps)
-            for stack, part, ok in zip(stacks, O.split([stack.count for stack in stacks]), oks):
-                results[stack] = self.finish(stack, part, ok)
+            found = self.optimizer._orthogonalize(U, *how, self.optimizer.symmetric, eps)
+            for stack, O, ok in zip(stacks, found.split([stack.count for stack in stacks]), oks):
+                O, ok = self.optimizer._finite_only(O, ok)
+                O = O if O.shape == stack.shape else O.mT.contiguous()
+                results[stack] = O.to(self.wire), ok
         return results
 
-    def finish(self, stack: Stack, O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
-        O, ok = self.optimizer._finite_only(O, ok)
-        O = O if O.shape == stack.shape else O.mT.contiguous()
+    def settled(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> dict[Stack, tuple[Tensor, Tensor]]:
+        """Move what is kept beside momentum. Returns the results with NorMuon's variance taken out and, with
+        split_mantissa, with the upper halves of the new weights in place of the updates."""
+        found = {}
+        for stack, (O, ok) in results.items():
+            O = self.normalized(stack, O, ok.bool())
+            if self.settings(stack)["split_mantissa"]:
+                W = self.weights(stack).reshape(stack.shape)
+                low = self.state(stack)["mantissa"]
+                O = self.optimizer._step_master(W, low, O, ok, *self.optimizer.rates(stack.unit))
+            found[stack] = O, ok
+        return found
+
+    def normalized(self, stack: Stack, O: Tensor, ok: Tensor) -> Tensor:
         beta2 = self.settings(stack)["normuon_beta2"]
-        if beta2 is not None:
-            O = self.optimizer._normalize_variance(O, self.state(stack)["second_moment"], ok, beta2)
-        return O.to(self.wire), ok
-
-    def extras(self, stack: Stack) -> list[str]:
-        """Return the kinds of state that only the owner can compute and that travel, with replicate_state."""
-        kinds = state_kinds(self.settings(stack)) if self.optimizer.replicate_state else ()
-        return [key for key in kinds if key != "momentum_buffer"]
-
-    def tail(self, stack: Stack) -> list[int]:
-        """Return how many numbers follow the values of a stack: its flags, then the bits of each of its
-        extras."""
-        wide = 4 // self.wire.itemsize
-        sizes = {"second_moment": stack.count * max(stack.shape[1:]) * wide, "mantissa": stack.numel}
-        return [stack.count, *(sizes[key] for key in self.extras(stack))]
+        if beta2 is None:
+            return O
+        V = self.state(stack)["second_moment"]
+        return self.optimizer._normalize_variance(O, V, ok, beta2).to(self.wire)
 
     def send(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> None:
         """Launch the exchange of the results."""
         if self.world_size == 1:
             self.sent = results
             return
-        tails = [sum(sum(self.tail(stack)) for stack in stacks) for stacks in self.stacks]
-        mine = self.new(self.num_elements + max(tails))  # all values, then all tails
-        tail = []
-        for stack in self.stacks[self.rank]:
-            value, ok = results[stack]
-            stack.slot(mine).copy_(value)
-            extras = self.extras(stack)
-            tail += [ok.to(self.wire), *(as_wire(self.state(stack)[key], self.wire) for key in extras)]
-        if tail:
-            mine[self.num_elements:][:tails[self.rank]] = torch.cat(tail)
+        stacks = self.stacks[self.rank]
+        flags = max(sum(stack.count for stack in stacks) for stacks in self.stacks)
+        mine = self.new(self.num_elements + flags)
+        for stack, slot in zip(stacks, views(mine, stacks)):
+            slot.copy_(results[stack][0])
+        for stack, slot in zip(stacks, self.flags(mine, stacks)):
+            slot.copy_(results[stack][1])
         self.sent = share_with_all(mine, self.world_size, self.group)
+
+    def flags(self, part: Tensor, stacks: list[Stack]) -> list[Tensor]:
+        """Return ok (B,) of each stack, which follow all values."""
+        counts = [stack.count for stack in stacks]
+        return list(part[self.num_elements:self.num_elements + sum(counts)].split(counts))
 
     def arrived(self) -> dict[Stack, tuple[Tensor, Tensor]]:
         """Wait for the results of all ranks."""
@@ -822,40 +783,32 @@ class Bucket:
         if self.world_size == 1:
             return sent
         results = {}
-        for owner, (part, stacks) in enumerate(zip(sent.wait(), self.stacks)):
-            place = self.num_elements
-            for stack in stacks:
-                pieces = part[place:place + sum(self.tail(stack))].split(self.tail(stack))
-                place += sum(self.tail(stack))
-                results[stack] = stack.slot(part), pieces[0]
-                for key, bits in zip(self.extras(stack), pieces[1:] if owner != self.rank else ()):
-                    state = self.state(stack)[key]
-                    state.copy_(from_wire(bits, state))
+        for part, stacks in zip(sent.wait(), self.stacks):
+            results |= zip(stacks, zip(views(part, stacks), self.flags(part, stacks)))
         return results
 
     def apply(self) -> Tensor:
         """Change the weights, on every rank with the same numbers. Returns how many units were skipped."""
-        results = self.arrived()
+        results = self.arrived() if self.divided else self.settled(self.arrived())
         for stack, (value, ok) in results.items():
-            W = stack.of(local(stack.unit.param))
+            W = self.weights(stack)
+            value = value.reshape(W.shape)
             if self.settings(stack)["split_mantissa"]:
-                W.copy_(value.reshape(W.shape))
+                W.copy_(value)
             else:
-                rates = self.optimizer.rates(stack.unit)
-                self.optimizer._decay_and_step(W, value.reshape(W.shape), ok, *rates)
+                self.optimizer._decay_and_step(W, value, ok, *self.optimizer.rates(stack.unit))
         return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
 
     def fetch_state(self, stack: Stack, owner: int) -> dict[str, Tensor]:
         """Return the owner's state of a stack; a collective."""
         found = {}
-        for key, dtype in state_kinds(self.settings(stack)).items():
-            shape = stack.shape if key != "second_moment" else (stack.count, max(stack.shape[1:]))
-            part = self.new(*shape, dtype=dtype)
+        for name, dtype in state_kinds(self.settings(stack)).items():
+            part = self.new(*stack.state_shape(name), dtype=dtype)
             if owner == self.rank:
-                part.copy_(self.state(stack)[key].reshape(shape))
+                part.copy_(self.state(stack)[name])
             # As bytes: no backend sends int16.
             dist.broadcast(part.view(torch.uint8), group_src=owner, group=self.group)
-            found[key] = part
+            found[name] = part
         return found
 
 
@@ -870,11 +823,9 @@ def local(x: Tensor) -> Tensor:
 def plain(x):
     """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors
     stay."""
-    if x is None or isinstance(x, (Tensor, str)) or type(x) in (bool, int, float):
-        return x
-    if isinstance(x, Sequence):
+    if isinstance(x, Sequence) and not isinstance(x, str):
         return tuple(map(plain, x))
-    return plain(x.tolist()) if hasattr(x, "tolist") else x
+    return plain(x.tolist()) if hasattr(x, "tolist") and not isinstance(x, Tensor) else x
 
 
 def is_split(x) -> bool:
@@ -959,14 +910,6 @@ def fuse(function: Callable) -> Callable:
     return call
 
 
-def finite_only(O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
-    """Return O with zeros where the iteration has overflowed, and ok without these."""
-    finite = torch.linalg.vector_norm(O.flatten(1), dim=1).isfinite()
-    if may_read(O) and bool(finite.all()):
-        return O, ok
-    return torch.where(finite[:, None, None], O, 0), ok & finite
-
-
 FUSED = momentum_update, orthogonalize, finite_only, normalize_variance, decay_and_step, step_master
 
 
@@ -1001,7 +944,7 @@ class Muon(torch.optim.Optimizer):
         symmetric         a kernel like `symmetric_product`
 
     p.grad is read, never written. optimizer.state holds each momentum_buffer in full shape at one process or
-    with replicate_state, else a rank's share of it."""
+    with replicate_state, else a rank's share of it, see `Bucket.state_key`."""
 
     def __init__(
             self, params: Iterable, lr: float | Tensor = 0.02, weight_decay: float = 0.0,
@@ -1031,8 +974,7 @@ class Muon(torch.optim.Optimizer):
             raise refusal("a process_group that this rank belongs to", "another",
                           "build the optimizer on the ranks of the group only")
         self._skipped = 0
-        self._version = 0
-        self._whole = True
+        self._whole = True  # self.state holds all there is, not this rank's share
         self._reset()
         super().__init__(params, dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
@@ -1047,9 +989,8 @@ class Muon(torch.optim.Optimizer):
         self.placements = []
         self._groups = []  # param_groups as the units number them
         self._names = {}
-        self._shares = {}
-        self._seen = []
-        self._fingerprint = None
+        self._checked = []  # per group, its settings when they were checked
+        self._layout_of = None
         self._started = False
         for function in FUSED:
             setattr(self, f"_{function.__name__}", fuse(function) if self.compile else function)
@@ -1060,14 +1001,21 @@ class Muon(torch.optim.Optimizer):
         left |= {f"_{function.__name__}" for function in FUSED}
         kept = {key: value for key, value in vars(self).items()
                 if key not in left and not key.startswith("_optimizer_")}
-        group = self.process_group
-        return kept | {"process_group": None if group is None else group.group_name}
+        return kept | {"process_group": getattr(self.process_group, "group_name", None)}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        if "process_group" in state:  # a copy, not a load
-            self.process_group = group_named(state["process_group"])
-            self._reset()
+        if "process_group" not in state:  # a load, not a copy
+            return
+        name = self.process_group
+        if name is not None:
+            try:
+                self.process_group = dist.distributed_c10d._resolve_process_group(name)
+            except (RuntimeError, AttributeError, KeyError):
+                raise refusal("the process group of the copied optimizer", f"none of its name, {name}",
+                              "make the group first, or copy an optimizer without one",
+                              error=RuntimeError) from None
+        self._reset()
 
     @property
     def skipped(self) -> int:
@@ -1122,25 +1070,15 @@ class Muon(torch.optim.Optimizer):
 
     def _check_settings(self) -> None:
         """Check what was set since the last step; to see that nothing was takes microseconds."""
+        self._checked += [{} for _ in self.param_groups[len(self._checked):]]
         for number, group in enumerate(self.param_groups):
-            seen = self._seen[number]
+            known = self._checked[number]
             for key in RULES:
-                if group.get(key) is not seen.get(key, seen):
-                    group[key] = seen[key] = checked(key, group.get(key, self.defaults[key]), number)
+                if group.get(key) is not known.get(key, known):
+                    group[key] = known[key] = checked(key, group.get(key, self.defaults[key]), number)
 
-    def _print(self) -> list:
-        """Return what a layout depends on, to be compared at every step."""
-        prints = []
-        for group in self.param_groups:
-            prints.append([(id(p), p.shape, p.dtype, p.device) for p in group["params"]])
-            prints.append([group[key] for key in SHAPING])
-        return prints
-
-    def _facts(self) -> list[str]:
-        """Return what all ranks must have alike to share the work."""
-        return self._facts_of({p for group in self.param_groups for p in group["params"]})
-
-    def _facts_of(self, params: set[Tensor]) -> list[str]:
+    def _facts(self, params: Iterable[Tensor]) -> list[str]:
+        """Return what ranks that share the work on these parameters must have alike."""
         lines = [f"{key} {getattr(self, key)}" for key in
                  ("ns_dtype", "sync_grads", "replicate_state", "bucket_mb", "deterministic")]
         for i, group in enumerate(self.param_groups):
@@ -1151,41 +1089,40 @@ class Muon(torch.optim.Optimizer):
             lines += [*(f"{key} {group[key]} of group {i}" for key in RULES), *mine] if mine else []
         return lines
 
-    def _follow(self) -> None:
-        """Lay out anew if parameters or what shapes their matrices has changed since the last step."""
-        self._seen += [{} for _ in self.param_groups[len(self._seen):]]
-        self._check_settings()
-        self._check_world()
-        changed = self._print() != self._fingerprint
-        for group, device in self._exchanging().items():
-            self._agree_on_change(changed, group, device)
-        if changed:
-            self._lay_out()
-        self._groups = list(self.param_groups)
-
     def _check_world(self) -> None:
         found, _ = world_and_rank(self.process_group)
         if found != self.world_size and any(type(bucket) is Bucket for bucket in self.buckets):
             raise refusal(f"a world of {self.world_size} as at construction", found, "call torch.distributed."
                           "init_process_group first and build the optimizer after it")
 
-    def _exchanging(self) -> dict:
-        """Return {process group: device} of the ranks with whom this one exchanges anything."""
-        return {bucket.group: bucket.device for bucket in self.buckets if bucket.world_size > 1}
+    # --- the layout ---
+
+    def _what_shapes_it(self) -> list:
+        """Return what the layout depends on, to be compared at every step."""
+        return [([(id(p), p.shape, p.dtype, p.device) for p in group["params"]],
+                 [group[key] for key in SHAPING]) for group in self.param_groups]
+
+    def _follow(self) -> None:
+        """Lay out anew if parameters or what shapes their matrices has changed since the last step."""
+        self._check_settings()
+        self._check_world()
+        changed = self._what_shapes_it() != self._layout_of
+        for group, device in {b.group: b.device for b in self.buckets if b.world_size > 1}.items():
+            self._agree_on_change(changed, group, device)
+        if changed:
+            self._lay_out()
+        self._groups = list(self.param_groups)
 
     def _agree_on_change(self, changed: bool, group, device: torch.device) -> None:
         """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose
         own parameters are as before does not wait for a GPU's answer."""
-        mine = self._version + changed
-        versions = torch.tensor([mine, -mine], device=device)
-        dist.all_reduce(versions, op=dist.ReduceOp.MAX, group=group)
-        if (changed or device.type == "cpu") and int(versions[0]) != -int(versions[1]):
+        any_or_none = torch.tensor([changed, not changed], dtype=torch.int32, device=device)
+        dist.all_reduce(any_or_none, op=dist.ReduceOp.MAX, group=group)
+        if (changed or device.type == "cpu") and bool(any_or_none.all()):
             if device.type == "cpu":
-                expect_agreement(group, self._facts())
+                expect_agreement(group, self._facts({p for g in self.param_groups for p in g["params"]}))
             raise refusal("parameters that change on all ranks or on none", "a change on some only",
                           "change param_groups alike on every rank", error=RuntimeError)
-
-    # --- the layout ---
 
     def _lay_out(self) -> None:
         """Place the units and cut them into buckets. What state there is stays with its parameter."""
@@ -1193,65 +1130,60 @@ class Muon(torch.optim.Optimizer):
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
         names = self._check_parameters(self.param_groups)
-        lanes = {}
         devices = sorted({p.device for p in names}, key=str)
         if not devices:
             raise refusal("parameters", "none", "pass the hidden matrices")
         if len(devices) > 1:
             raise refusal("all parameters on one device", devices, "build one optimizer per device")
+        lanes = {}
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                lanes.setdefault(self._lane(p, group), []).append((p, i))
-        for (_, process_group), members in lanes.items():
-            expect_agreement(process_group, self._facts_of({p for p, _ in members}))
+                lanes.setdefault((*self._lane(p, group), group["ns_form"] == "gram"), []).append((p, i))
+        for (_, process_group, _), members in lanes.items():
+            expect_agreement(process_group, self._facts({p for p, _ in members}))
         self._make_whole()
         self.buckets = []
         self.placements = []
         self._groups = list(self.param_groups)
         self._names = names
-        for (kind, process_group), members in lanes.items():
-            self._fill_buckets(kind, process_group, members)
+        for lane, members in lanes.items():
+            self._fill_buckets(*lane, members)
         self.buckets.sort(key=lambda bucket: bucket.alone)  # of these, ranks may have unlike numbers
-        self._share_out()
         self._forget()
-        self._seen = [{key: group[key] for key in RULES} for group in self.param_groups]
-        self._fingerprint = self._print()
-        self._version = self._version + 1
+        self._checked = [{key: group[key] for key in RULES} for group in self.param_groups]
+        self._layout_of = self._what_shapes_it()
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
         """Return (kind of bucket, process group) for a parameter."""
         return Bucket, self.process_group
 
-    def _fill_buckets(self, kind: type[Bucket], process_group, members: list[tuple[Tensor, int]]) -> None:
-        kind.announce([p for p, _ in members])
-        dtype = self._agreed_dtype(process_group, members[0][0])
+    def _fill_buckets(self, kind: type[Bucket], process_group, gram: bool, members: list) -> None:
+        dtype = self._agreed_dtype(process_group, members[0][0], "gram" if gram else "auto")
         world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
         units = [unit for p, i in members for unit in units_of(p, kind.part(p), i, self._groups[i])]
+        sizes = [unit.m * unit.n for unit in units]
         costs = [self.cost(unit, dtype) for unit in units]
-        cap = max(1, int(self.bucket_mb * 1e6 / 4))
-        placement = place_units(costs, [unit.size for unit in units], world_size, cap)
+        placement = place_units(costs, sizes, world_size, cap=max(1, int(self.bucket_mb * 1e6 / 4)))
         self.placements.append(placement)
         for bucket in placement.buckets:
             mine = [[units[u] for u in ids] for ids in bucket]
             self.buckets.append(kind(self, process_group, rank, mine, dtype))
 
-    def _agreed_dtype(self, process_group, p: Tensor) -> torch.dtype:
+    def _agreed_dtype(self, process_group, p: Tensor, form: str) -> torch.dtype:
         """Return the dtype of the iteration: the default of all ranks, or fp32 where processors differ."""
         if self.ns_dtype is not None:
             return self.ns_dtype
-        mine = iteration_dtype(p.device)
-        alike = p.device.type != "cpu" or len(set(of_all_ranks(str(mine), process_group))) == 1
-        return mine if alike else torch.float32
+        mine = iteration_dtype(p.device, form)
+        names = {str(mine)}
+        for group in self._who_must_agree(process_group, p) if p.device.type == "cpu" else ():
+            names = set().union(*of_all_ranks(names, group))
+        return mine if len(names) == 1 else torch.float32
 
-    def dtype_for(self, group: dict, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """Return the dtype of the iteration for a group, in buckets whose default this dtype is."""
-        if self.ns_dtype is None and group["ns_form"] == "gram":
-            return iteration_dtype(device, "gram")
-        return dtype
+    def _who_must_agree(self, process_group, p: Tensor) -> list:
+        return [process_group]
 
     def cost(self, unit: Unit, dtype: torch.dtype) -> int:
         group = self._groups[unit.group]
-        dtype = self.dtype_for(group, dtype, unit.param.device)
         gram = gram_pays(unit.m, unit.n, group["ns_form"], dtype)
         return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram)
 
@@ -1263,86 +1195,40 @@ class Muon(torch.optim.Optimizer):
 
     # --- state: self.state holds it, whole or this rank's share ---
 
-    def _divided(self) -> list[Bucket]:
-        """Return the buckets whose owners alone keep the state."""
-        return [bucket for bucket in self.buckets if type(bucket) is Bucket and bucket.world_size > 1
-                and not self.replicate_state]
-
-    def _share_out(self) -> None:
-        """Give the stacks that this rank owns their places in its shares: {parameter: None if it owns all
-        units, else (elements, numbers of second_moment)}."""
-        owned = {}
-        held = {}
-        for bucket in self._divided():
-            for owner, stacks in enumerate(bucket.stacks):
-                for stack in stacks:
-                    elements, numbers, units = owned.get(stack.unit.param, (0, 0, 0))
-                    held[stack.unit.param] = held.get(stack.unit.param, 0) + stack.count
-                    if owner == bucket.rank:
-                        stack.begin = elements
-                        stack.mark = numbers
-                        elements += stack.numel
-                        numbers += stack.count * max(stack.shape[1:])
-                        units += stack.count
-                    owned[stack.unit.param] = elements, numbers, units
-        self._shares = {p: None if units == held[p] else (elements, numbers)
-                        for p, (elements, numbers, units) in owned.items()}
-
-    def _state_of(self, stack: Stack) -> dict[str, Tensor]:
-        p = stack.unit.param
-        group = self._groups[stack.unit.group]
-        state = self.state[p]
-        views = {}
-        for key, dtype in state_kinds(group).items():
-            if key not in state:
-                share = self._shares.get(p)
-                shape = state_shape(key, p, group) if share is None else share[key == "second_moment"]
-                state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
-            views[key] = stack.state_view(key, state[key])
-        return views
+    def _shared_stacks(self) -> list[tuple[Bucket, int, Stack]]:
+        """Return (bucket, owner, stack) of all whose owner alone keeps the state."""
+        return [(bucket, owner, stack) for bucket in self.buckets if bucket.divided
+                for owner, stacks in enumerate(bucket.stacks) for stack in stacks]
 
     def _keep_my_share(self) -> None:
         """Let go of the state of units that others own, which a load or a consolidation has left here."""
-        for p in self._shares:
-            self.state[p]  # present on every rank, so that nobody takes the optimizer for a fresh one
-        if not (self._whole and self._divided()):
-            return
         mine = {}
-        for bucket in self._divided():
-            for stack in bucket.stacks[bucket.rank]:
-                mine.setdefault(stack.unit.param, []).append((bucket, stack))
-        for p, share in self._shares.items():
-            if share is None or not self.state[p]:
-                continue
-            whole = self.state[p]
-            self.state[p] = {}
-            for bucket, stack in mine.get(p, ()):
-                for key in whole.keys() & state_kinds(bucket.settings(stack)).keys():
-                    view = self._state_of(stack)[key]
-                    view.copy_(stack.state_view(key, whole[key]).reshape(view.shape))
-        self._whole = False
-
-    def _gather_state(self, to: int | None = None) -> dict[Tensor, dict[str, Tensor]]:
-        """Return the state of all owners in full shape per parameter, on rank `to` or (None) on all."""
-        found = {}
-        for bucket in self._divided():
-            for owner, stacks in enumerate(bucket.stacks):
-                for stack in stacks:
-                    parts = bucket.fetch_state(stack, owner)
-                    p = stack.unit.param
-                    for key, part in parts.items() if to in (None, self.rank) else ():
-                        whole = found.setdefault(p, {})
-                        if key not in whole:
-                            whole[key] = part.new_empty(state_shape(key, p, bucket.settings(stack)))
-                        view = stack.state_view(key, whole[key])
-                        view.copy_(part.view(view.shape))
-        return found
+        for bucket, owner, stack in self._shared_stacks() if self._whole else ():
+            share = mine.setdefault(stack.unit.param, {})  # on every rank, or it would seem a fresh optimizer
+            state = self.state[stack.unit.param]
+            known = state.keys() & state_kinds(bucket.settings(stack)).keys()
+            for name in known if owner == bucket.rank else ():
+                key = bucket.state_key(stack, name)
+                share[key] = state[name] if key == name else stack.state_of(name, state[name]).clone()
+        self.state.update(mine)
+        self._whole = self._whole and not mine
 
     @torch.no_grad()
     def _make_whole(self, to: int | None = None) -> None:
-        if self._divided():
-            self.state.update(self._gather_state(to))
-            self._whole = self._whole or to in (None, self.rank)
+        """Gather the state of all owners in full shape per parameter, on rank `to` or (None) on all."""
+        self._keep_my_share()
+        wanted = to in (None, self.rank)
+        found = {}
+        for bucket, owner, stack in self._shared_stacks():
+            p = stack.unit.param
+            parts = bucket.fetch_state(stack, owner)
+            for name, part in parts.items() if wanted else ():
+                whole = found.setdefault(p, {})
+                if name not in whole:
+                    whole[name] = part.new_empty(state_shape(name, p, bucket.settings(stack)))
+                stack.state_of(name, whole[name]).copy_(part)
+        self.state.update(found)
+        self._whole = self._whole or wanted
 
     def _forget(self) -> None:
         """Drop the state of parameters that have left, and what no longer fits one."""
@@ -1350,17 +1236,17 @@ class Muon(torch.optim.Optimizer):
         for p in [p for p in self.state if p not in groups]:
             del self.state[p]
         for p, state in self.state.items() if self._whole else ():
-            for key in state.keys() & state_kinds(groups[p]).keys():
-                if tuple(state[key].shape) != state_shape(key, p, groups[p]):
-                    found = tuple(state[key].shape)
-                    warnings.warn(f"Muon: {self._names.get(p)}: its {key} of shape {found} no longer fits "
+            for name in state.keys() & state_kinds(groups[p]).keys():
+                found = tuple(state[name].shape)
+                if found != state_shape(name, p, groups[p]):
+                    warnings.warn(f"Muon: {self._names.get(p)}: its {name} of shape {found} no longer fits "
                                   f"shape {tuple(p.shape)}; it starts at zero")
-                    del state[key]
-                elif state[key].device != p.device:
-                    state[key] = state[key].to(p.device)
+                    del state[name]
+                elif state[name].device != p.device:
+                    state[name] = state[name].to(p.device)
 
     def _expect_whole_state(self) -> None:
-        if self._divided() and not self._whole:
+        if not self._whole:
             raise refusal("the state of all ranks", "this rank's share only",
                           "call consolidate_state_dict() on every rank after the last step, and then "
                           "state_dict()", error=RuntimeError)
@@ -1427,28 +1313,23 @@ class Muon(torch.optim.Optimizer):
         for theirs, ours, group in zip(saved, self.param_groups, groups):
             for i, p in zip(theirs["params"], ours["params"]):
                 given = dict(state.get(i, {}))
-                for key, dtype in state_kinds(group).items():
-                    if key in kinds and key not in given:
-                        raise refusal(f"a {key}", "none, though others have one",
+                for name, dtype in state_kinds(group).items():
+                    if name in kinds and name not in given:
+                        raise refusal(f"a {name}", "none, though others have one",
                                       "save the state of all ranks, see consolidate_state_dict()",
                                       self._names[p])
-                    if key in given:
-                        self._check_saved(key, given[key], p, group)
-                        given[key] = self._adopt(key, given[key], dtype, p, group)
+                    if name in given:
+                        found_shape = tuple(getattr(given[name], "shape", ()))
+                        expected = state_shape(name, p, group)
+                        if found_shape != expected:
+                            raise refusal(f"a {name} of shape {expected}", found_shape,
+                                          "load a checkpoint of this model", self._names[p])
+                        given[name] = self._adopt(name, given[name], dtype, p, group)
                 if given:
                     found[p] = given
         return found
 
-    def _check_saved(self, key: str, value, p: Tensor, group: dict) -> None:
-        real = isinstance(value, Tensor) and not value.is_complex()
-        other = f"{type(value).__name__}, {getattr(value, 'dtype', 'no tensor')}"
-        shape = tuple(value.shape) if real else other
-        expected = state_shape(key, p, group)
-        if shape != expected:
-            raise refusal(f"a {key} of shape {expected}", shape, "load a checkpoint of this model",
-                          self._names[p])
-
-    def _adopt(self, key: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
+    def _adopt(self, name: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
         """Return a copy of saved state as a parameter keeps it."""
         return whole(value).to(p.device, dtype, copy=True).contiguous()
 

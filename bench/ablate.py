@@ -30,7 +30,7 @@ import scipy.stats
 import torch
 
 from bench.page import write_page
-from data.errors import RunError, UsageError
+from data.errors import RunError, UsageError, run_program
 from engine.ranks import Runtime
 from train_gpt import Config, Run, parse_config
 
@@ -238,13 +238,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
     options = parser.parse_args(argv)
-    try:
-        {"run": run_all, "time": time_all, "table": show}[options.verb](options)
-    except ValueError as error:  # of settings, or of the page
-        print(f"bench.ablate: {error}", file=sys.stderr)
-        return 2
+    {"run": run_all, "time": time_all, "table": show}[options.verb](options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "bench.ablate"))

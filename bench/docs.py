@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import pictures
-from data.errors import UsageError
+from data.errors import UsageError, run_program
 from data.files import written_whole
 from records import logs
-from train_gpt import TRACKS, Config
+from train_gpt import RECIPES, TRACKS, Config
 
+PRESETS = {  # tracks, and recipes of track small
+    **{name: Config.for_track(name) for name in TRACKS},
+    **{name: Config.for_track("small", recipe=name) for name in RECIPES if name != "base"},
+}
 TECHNIQUES = Path("docs/techniques.md")
 RESULTS = Path("docs/results.md")
 README = Path("README.md")
@@ -55,15 +59,15 @@ def shown(value) -> str:
 
 
 def settings_line(line: str) -> str:
-    """The values of the settings that a line names; in brackets, those of tracks that have others."""
-    names = [name for name in re.findall(r"`(\w+)`", line) if name not in TRACKS]
+    """The values of the settings that a line names; in brackets, those of presets that have others."""
+    names = [name for name in re.findall(r"`(\w+)`", line) if name not in PRESETS]
     entries = []
     for name in names:
         if not hasattr(Config, name):
             raise UsageError(f"{TECHNIQUES}: expected settings of Config, found {name!r}; correct {line!r}")
-        values = {track: shown(getattr(Config.for_track(track), name)) for track in TRACKS}
-        default, *_ = values.values()
-        others = [f"`{track}` {value}" for track, value in values.items() if value != default]
+        values = {preset: shown(getattr(cfg, name)) for preset, cfg in PRESETS.items()}
+        default = values["small"]
+        others = [f"`{preset}` {value}" for preset, value in values.items() if value != default]
         entries.append(f"`{name}` {default}" + (f" ({', '.join(others)})" if others else ""))
     return f"- Settings: {'; '.join(entries)}" if entries else line
 
@@ -198,14 +202,10 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
-    try:
-        stale = [(path, text) for path, text in wanted().items()
-                 if not path.exists() or path.read_text(encoding="utf-8") != text]
-        prose = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
-        missing = [(about, text) for about, text in facts().items() if text not in prose]
-    except (OSError, UsageError) as error:
-        print(f"bench.docs: {error}", file=sys.stderr)
-        return 2
+    stale = [(path, text) for path, text in wanted().items()
+             if not path.exists() or path.read_text(encoding="utf-8") != text]
+    prose = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
+    missing = [(about, text) for about, text in facts().items() if text not in prose]
 
     for path, text in stale:
         print(f"{path}: {'out of date' if options.check else 'written'}")
@@ -218,4 +218,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "bench.docs"))

@@ -24,6 +24,7 @@ import torch
 
 from bench.page import grid
 from bench.step import ensure_shards
+from data.errors import run_program
 from data.files import ROOT
 from tools.children import ending, run_limited
 from train_gpt import Config, configure
@@ -250,4 +251,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "bench.gpu"))

@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from data.errors import run_program
 from engine.head_loss import HEAD_PIECE, HeadLoss
 from train_gpt import Config, configure, mtp_weights, norm
 
@@ -71,4 +72,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "bench.head"))

@@ -1,6 +1,8 @@
 """Pages whose figures are put in by a program."""
 from pathlib import Path
 
+from data.errors import UsageError
+
 MARKS = "<!-- figures of ", "<!-- end of figures -->"
 
 
@@ -11,12 +13,12 @@ def grid(header: list[str], rows: list[list]) -> str:
 
 
 def write_page(page: Path, source: str, tables: str) -> None:
-    """Put tables between the two marks of a page of which the first names this source. Raises ValueError
+    """Put tables between the two marks of a page of which the first names this source. Raises UsageError
     without them."""
     mark = f"{MARKS[0]}{source} -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(mark)
     if not found:
-        raise ValueError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall "
+        raise UsageError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall "
                          f"stand, and below it {MARKS[1]!r}")
     after = rest.partition(MARKS[1])[2]
     page.write_text(f"{before}{mark}\n\n{tables}\n{MARKS[1]}{after}", encoding="utf-8")

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, record_function
 import train_gpt
 from bench import floors
 from bench.page import grid
-from data.errors import UsageError
+from data.errors import run_program
 from data.loader import Loader, find_shards
 from data.shards import ShardError, write_shard
 from engine.kernels import Kernels
@@ -388,19 +388,15 @@ def parts_table(result: dict) -> str:
 
 def main(argv: list[str]) -> int:
     rt = Runtime()
-    try:
-        _, changes = parse_config(argv)
-        track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
-        cfg = Config.for_track(track, **changes)
-        tokens = max(6 * max(cfg.batch_tokens) * (STEPS + 2), 10**8 if rt.device.type == "cuda" else 0)
-        # No validation is timed, and an average of the weights belongs to places of the schedule.
-        changes |= dict(val_tokens=cfg.val_slice * rt.world, ema_frac=0.0, max_epochs=1000)
-        cfg = Config.for_track(track, **changes)
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(cfg, rt, ensure_shards(cfg, Path(folder), tokens))
-    except UsageError as e:
-        print(f"bench.step: {e}", file=sys.stderr)
-        return 2
+    _, changes = parse_config(argv)
+    track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
+    cfg = Config.for_track(track, **changes)
+    tokens = max(6 * max(cfg.batch_tokens) * (STEPS + 2), 10**8 if rt.device.type == "cuda" else 0)
+    # No validation is timed, and an average of the weights belongs to places of the schedule.
+    changes |= dict(val_tokens=cfg.val_slice * rt.world, ema_frac=0.0, max_epochs=1000)
+    cfg = Config.for_track(track, **changes)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(cfg, rt, ensure_shards(cfg, Path(folder), tokens))
     if rt.rank == 0:
         print(report(result), end="")
         if os.environ.get("OUT"):
@@ -409,7 +405,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    code = run_program(main, sys.argv[1:], "bench.step")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(code)

@@ -3,9 +3,8 @@
     python data/cached_fineweb10B.py [N]      the validation shard, then N training shards, to data/fineweb10B
 
 Without N it brings as many as the track `small` consumes. A download that broke off continues where it ended.
-Every file is checked for size, header and the hub's SHA-256 before it gets its name, and noted in
-manifest.json (name, tokens, bytes, sha256); what is noted there is neither downloaded nor, without --rehash,
-hashed again.
+Every file is checked for size, header and the hub's SHA-256 before it gets its name, and its SHA-256 is noted
+in manifest.json; what is noted there is neither downloaded nor, without --rehash, hashed again.
 """
 import argparse
 import json
@@ -19,7 +18,7 @@ if __name__ == "__main__":  # as a script, Python looks for modules in data/ onl
 from data.errors import UsageError, run_program
 from data.fetch import fetch_hub
 from data.files import data_root, sha256_of, written_whole
-from data.shards import HEADER_BYTES, TOKEN_DTYPE, ShardError, num_tokens
+from data.shards import ShardError, num_tokens
 
 REPO = "kjj0/fineweb10B-gpt2"
 MANIFEST = "manifest.json"
@@ -31,48 +30,37 @@ def shard_names(num_train: int) -> list[str]:
     return ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, num_train + 1)]
 
 
-def read_manifest(folder: Path) -> dict[str, dict]:
-    """Return the entries of manifest.json by file name; none if it cannot be read."""
+def read_manifest(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that was verified, by its name; none if they cannot be read."""
     try:
-        return {entry["name"]: entry for entry in json.loads((folder / MANIFEST).read_text())["files"]}
+        return dict(json.loads((folder / MANIFEST).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError):  # then every file is checked against the hub again
         return {}
 
 
-def write_manifest(folder: Path, entries: dict[str, dict]) -> None:
-    files = sorted(entries.values(), key=lambda entry: entry["name"])
-    with written_whole(folder / MANIFEST, "w") as file:
-        json.dump({"repo": REPO, "files": files}, file, indent=1)
-
-
-def is_verified(folder: Path, entry: dict | None, rehash: bool) -> bool:
-    """Return whether a file verified before still has its size, its header and, with rehash, its SHA-256."""
-    if entry is None:
-        return False
+def is_whole(path: Path, sha256: str, rehash: bool) -> bool:
+    """Return whether a file verified before is still a whole shard and, with rehash, has its SHA-256."""
     try:
-        path = folder / entry["name"]
-        return num_tokens(path) == entry["tokens"] and (not rehash or sha256_of(path) == entry["sha256"])
-    except (KeyError, ShardError):
+        return num_tokens(path) > 0 and (not rehash or sha256_of(path) == sha256)
+    except ShardError:
         return False
 
 
-def download(num_train: int, folder: Path, rehash: bool) -> Iterator[tuple[dict, bool]]:
+def download(num_train: int, folder: Path, rehash: bool) -> Iterator[tuple[Path, str, bool]]:
     """Make sure that the validation shard and num_train training shards are in folder.
 
-    Yields (manifest entry, whether the file was hashed now) of each as soon as it is. Needs no network for
-    files that were verified before. Raises FetchError or ShardError.
+    Yields (path, SHA-256, whether it was computed now) of each as soon as it is. Needs no network for files
+    that were verified before. Raises FetchError or ShardError.
     """
-    entries = read_manifest(folder)
+    verified = read_manifest(folder)
     for name in shard_names(num_train):
-        hashed = rehash
-        if not is_verified(folder, entries.get(name), rehash):
-            sha256 = fetch_hub(REPO, name, folder / name, check=num_tokens)
-            tokens = num_tokens(folder / name)
-            size = HEADER_BYTES + TOKEN_DTYPE.itemsize * tokens
-            entries[name] = {"name": name, "tokens": tokens, "bytes": size, "sha256": sha256}
-            write_manifest(folder, entries)  # after each file, so that what is done stays done
+        path, hashed = folder / name, rehash
+        if name not in verified or not is_whole(path, verified[name], rehash):
+            verified[name] = fetch_hub(REPO, name, path, check=num_tokens)
             hashed = True
-        yield entries[name], hashed
+            with written_whole(folder / MANIFEST, "w") as file:  # each time, so that what is done stays done
+                json.dump({"repo": REPO, "sha256": verified}, file, indent=1)
+        yield path, verified[name], hashed
 
 
 def main(argv: list[str]) -> None:
@@ -90,14 +78,12 @@ def main(argv: list[str]) -> None:
         parser.error(f"expected N of at least 1, found {args.N}; leave N out for what `small` consumes")
 
     folder = data_root() / "data" / "fineweb10B"
-    files = total = 0
+    sizes = []
     try:
-        for entry, hashed in download(args.N, folder, args.rehash):
+        for path, sha256, hashed in download(args.N, folder, args.rehash):
             noted = "" if hashed else f" (as noted in {MANIFEST}; --rehash computes it)"
-            print(f"{folder / entry['name']}: {entry['tokens']:,} tokens, sha256 "
-                  f"{entry['sha256']}{noted}", flush=True)
-            files += 1
-            total += entry["tokens"]
+            sizes.append(num_tokens(path))
+            print(f"{path}: {sizes[-1]:,} tokens, sha256 {sha256}{noted}", flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:  # the folder or the manifest cannot be written
@@ -105,7 +91,7 @@ def main(argv: list[str]) -> None:
                          "free some space, or choose another folder with DATA_PATH") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("start again to continue where this ended") from None
-    print(f"{total:,} tokens in {files} files, listed in {folder / MANIFEST}")
+    print(f"{sum(sizes):,} tokens in {len(sizes)} files, listed in {folder / MANIFEST}")
 
 
 if __name__ == "__main__":

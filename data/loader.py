@@ -89,14 +89,15 @@ def make_batch(buffer: np.ndarray, starts: np.ndarray, max_len: int, pin: bool, 
 
 
 def join(batches: list[Batch]) -> Batch:
-    """Return one batch of several of the same length T: their slices, one after the other, apart as before."""
+    """Return one batch of several of the same length T: their slices one after the other, apart as before."""
     if len(batches) == 1:
         return batches[0]
     inputs, targets, docs = zip(*batches)
     T, entries = len(inputs[0]), len(docs[0].starts)
     starts = torch.cat([one.starts + T * i for i, one in enumerate(docs)])
     ids = torch.cat([one.ids + entries * i for i, one in enumerate(docs)])  # a slice has fewer than entries
-    return Batch(torch.cat(inputs), torch.cat(targets), Docs(starts, ids, docs[0].max_len, len(batches)))
+    joined = Docs(starts, ids, docs[0].max_len, len(batches))
+    return Batch(torch.cat(inputs), torch.cat(targets), joined)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -163,6 +164,7 @@ class Loader:
         self.slices_of_rank = range(rank * self.slices // world, (rank + 1) * self.slices // world)
         self.shard_opener = ThreadPoolExecutor(1)
         self.preparer = ThreadPoolExecutor(1)
+        self.tried = self.try_stages()
         self.check_supply()
         self.opened.clear()  # the clock pays for opening the first shard
         self.load_state_dict(dict(step=0, epoch=0, shard=0, doc=0))
@@ -196,7 +198,8 @@ class Loader:
         pack_tokens, else the most that share them out evenly."""
         own = len(self.slices_of_rank)
         T = self.cfg.at("batch_tokens", step) // self.slices
-        return max((n for n in range(1, own + 1) if own % n == 0 and n * T <= self.cfg.pack_tokens), default=1)
+        even = [n for n in range(1, own + 1) if own % n == 0]
+        return max((n for n in even if n * T <= self.cfg.pack_tokens), default=1)
 
     def open(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens, document starts and lengths of a shard; open the next one in the background."""
@@ -266,24 +269,17 @@ class Loader:
             kept = np.minimum(lengths[mine], max_len)
             begins = np.cumsum(kept) - kept
             buffer = np.concatenate([tokens[start:start + n] for start, n in zip(starts[mine], kept)])
-            entries = self.entries[self.cfg.stage(here["step"])]
+            entries = self.entries(here["step"])
             batches.append(make_batch(buffer[:T + 1], begins[begins < T], max_len, self.pin, entries))
         n = self.joined(here["step"])
         batches = [join(batches[i:i + n]) for i in range(0, len(batches), n)]
         return batches, {**here, "step": here["step"] + 1, "doc": here["doc"] + used[-1]}
 
     def check_supply(self):
-        """Refuse a schedule that the shards cannot feed, and set the entries for documents, by packing the
-        first steps of each stage."""
-        cfg, needed = self.cfg, 0.0
-        self.entries = []  # by stage
-        ends = (*cfg.stage_starts[1:], cfg.train_steps)
-        for first, end in zip(cfg.stage_starts, ends):
-            tried = min(20, end - first)
-            raw, most = self.first_steps(first, tried)
-            needed += raw / max(tried, 1) * (end - first)
-            T = cfg.at("batch_tokens", first) // self.slices
-            self.entries.append(entries_needed(T, cfg.at("max_doc_len", first), most))
+        """Refuse a schedule that the shards cannot feed, judged by the first steps of each stage."""
+        cfg = self.cfg
+        lengths = np.diff([*cfg.stage_starts, cfg.train_steps])
+        needed = sum(raw * length for (raw, _), length in zip(self.tried, lengths))
         found = sum(map(shards.num_tokens, self.paths)) * cfg.max_epochs
         if needed > found:
             raise shards.ShardError(
@@ -291,9 +287,15 @@ class Loader:
                 f"{cfg.train_steps} steps, found {found:,} in {len(self.paths)} shards times "
                 f"{cfg.max_epochs} epochs; get more shards, raise --max_epochs or lower --train_steps")
 
-    def first_steps(self, first: int, count: int) -> tuple[int, int]:
-        """Return the tokens that `count` steps use up, packed from the first shard's beginning, and the most
-        documents of a sequence."""
+    def try_stages(self) -> list[tuple[float, int]]:
+        """Return what try_steps() says of the first steps of each stage."""
+        cfg = self.cfg
+        ends = (*cfg.stage_starts[1:], cfg.train_steps)
+        return [self.try_steps(first, min(20, end - first)) for first, end in zip(cfg.stage_starts, ends)]
+
+    def try_steps(self, first: int, count: int) -> tuple[float, int]:
+        """Pack `count` steps from the first shard's beginning. Return the tokens that a step uses up and the
+        most documents of a sequence."""
         position = dict(epoch=0, shard=0, doc=0)
         raw = most = 0
         for step in range(first, first + count):
@@ -304,7 +306,13 @@ class Loader:
             raw += int(self.open(here["shard"])[2][docs[:used[-1]]].sum())
             most = max(most, *np.diff(used).tolist())
             position = {**here, "doc": here["doc"] + used[-1]}
-        return raw, most
+        return raw / max(count, 1), most
+
+    def entries(self, step: int) -> int:
+        """Return the entries for documents of every sequence of this step's stage."""
+        T = self.cfg.at("batch_tokens", step) // self.slices
+        most = self.tried[self.cfg.stage(step)][1]
+        return entries_needed(T, self.cfg.at("max_doc_len", step), most)
 
 
 def shards_needed(cfg) -> int:
@@ -349,6 +357,7 @@ class Validation:
             raise shards.ShardError(f"--val_tokens: expected {need:,} tokens in {cfg.val_files}, found "
                                     f"{len(tokens):,}; get the whole validation set or lower --val_tokens")
         self.sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        self.counts = np.bincount(tokens[1:])  # of each token to predict
 
         self.batches = []
         for i in range(rank, cfg.val_tokens // cfg.val_slice, world):
@@ -356,8 +365,14 @@ class Validation:
             starts = shards.document_starts(buffer[:-1], cfg.bos_id)
             if len(starts) == 0 or starts[0] != 0:
                 starts = np.append(0, starts)
-            self.batches.append(make_batch(buffer, starts, cfg.val_slice, pin))
+            longest = int(np.diff(starts, append=cfg.val_slice).max())  # attention's work grows with it
+            self.batches.append(make_batch(buffer, starts, longest, pin))
         self.num_rounds = -(-cfg.val_tokens // cfg.val_slice // world)
+
+    def num_bytes(self, encoding) -> int:
+        """Return the bytes of text that the tokens to predict stand for. encoding: see data/encoding.py."""
+        occurring = np.flatnonzero(self.counts)
+        return sum(int(self.counts[token]) * len(encoding.decode([token])) for token in occurring)
 
     def rounds(self):
         """Yield this rank's batches, then None where others still have one: equally often on every rank."""

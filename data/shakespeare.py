@@ -84,11 +84,11 @@ def build() -> dict[str, list[int]]:
             for name, texts in ((TRAIN, train), (VAL, val))}
 
 
-def ensure(folder=None) -> Path:
-    """Make sure that both shards exist with the pinned content, fetching and writing what is missing, and
-    return their folder: by default data/shakespeare under $DATA_PATH, or in the repository. Needs no network
-    when they do. Raises FetchError or ShardError."""
-    folder = Path(folder or data_root() / "data" / "shakespeare")
+def ensure() -> Path:
+    """Make sure that both shards are in data/shakespeare under $DATA_PATH with the pinned content, fetching
+    and writing what is missing, and return their folder. Needs no network when they are. Raises FetchError or
+    ShardError."""
+    folder = data_root() / "data" / "shakespeare"
     found = {name: sha256_of(folder / name) for name in SHA256 if (folder / name).is_file()}
     if found == SHA256:
         return folder

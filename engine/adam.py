@@ -6,6 +6,7 @@ from torch import Tensor
 from engine.ranks import all_gather_flat, reduce_scatter_flat
 
 SHARD_FROM = 2**16  # elements; what is smaller travels with all other small ones in one all-reduce
+PIECE = 2**22  # elements that an eager update moves at a time: it makes eight fp32 tensors of that size
 
 
 def adam_update_(p, low, g, m, v, lr, betas, correction, eps, decay, cautious: bool, ranks: int = 1):
@@ -35,6 +36,13 @@ def adam_update_(p, low, g, m, v, lr, betas, correction, eps, decay, cautious: b
         p.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
 
 
+def adam_update_in_pieces_(p, low, g, m, v, *settings):
+    """Do what adam_update_ does, PIECE elements after the other."""
+    for first in range(0, len(p), PIECE):
+        piece = slice(first, first + PIECE)
+        adam_update_(p[piece], None if low is None else low[piece], g[piece], m[piece], v[piece], *settings)
+
+
 class Adam(torch.optim.Optimizer):
     """Adam that averages gradients over ranks itself.
 
@@ -55,7 +63,7 @@ class Adam(torch.optim.Optimizer):
             self.update = torch.compile(adam_update_, dynamic=False, fullgraph=True)
             self.number = torch.tensor
         else:
-            self.update = adam_update_
+            self.update = adam_update_in_pieces_
             self.number = float
         for p in self.params():
             self.state[p] = self.fresh_state(p)
@@ -86,6 +94,10 @@ class Adam(torch.optim.Optimizer):
     def start(self):
         """Launch the averaging of all gradients."""
         moving = [p for p in self.params() if p.grad is not None]
+        if self.world == 1:
+            self.pending = {p: (p.grad.view(-1), None) for p in moving}
+            return
+
         self.pending = {}
         for p in filter(self.sharded, moving):
             mine = torch.empty_like(self.part(p))
@@ -95,7 +107,7 @@ class Adam(torch.optim.Optimizer):
         small = [p for p in moving if not self.sharded(p)]
         if small:
             flat = torch.cat([p.grad.view(-1).float() for p in small])
-            work = dist.all_reduce(flat, async_op=True) if self.world > 1 else None
+            work = dist.all_reduce(flat, async_op=True)
             for p, g in zip(small, flat.split([p.numel() for p in small])):
                 self.pending[p] = g, work
 
@@ -112,7 +124,7 @@ class Adam(torch.optim.Optimizer):
 
     def step_param(self, p: Tensor, group: dict):
         g, work = self.pending[p]
-        if work is not None:
+        if work is not None:  # at one rank there is nothing to wait for
             work.wait()
         state, part = self.state[p], self.part(p)
         state["step"] += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.errors import UsageError
 from data.loader import Docs
-from engine.products import onednn_batches
+from engine.fused import BlockProducts
 from engine.self_test import in_one_line, largest_error
 
 # ------------------------------------------------------------------------------------------------------------
@@ -45,8 +45,8 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 def blocked_mask(docs: Docs, window: int) -> Tensor:
-    """Return (N, 1, W, 2 W) bool: N blocks of W = window queries, with the keys of their own and the previous
-    block."""
+    """Return (N, 1, W, 2 W) bool: N blocks of W = window queries,
+    with the keys of their own and the previous block."""
     T, W = len(docs.ids), window
     N = -(-T // W)
     ids = F.pad(docs.ids, (W, N * W - T), value=-1)
@@ -80,80 +80,13 @@ FEW_SCORES = 2**21  # 8 MiB in fp32: to keep more of them takes longer than to c
 
 
 def blocked(q, k, v, mask, scale):
-    """Attend in blocks; by BlockProducts where that is faster: in training on a CPU, eager, with few scores."""
+    """Attend in blocks; by BlockProducts where that is faster: in training on a CPU, eager, with few
+    scores."""
     few = q.size(1) * mask.numel() <= FEW_SCORES
     eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if q.is_cpu and q.dtype != torch.bfloat16 and few and eager:
         return BlockProducts.apply(q, k, v, mask, scale)
     return blocked_attention(q, k, v, mask, scale)
-
-
-class BlockProducts(torch.autograd.Function):
-    """blocked_attention with the probabilities kept for the backward pass, 1.3 to 2 times as fast with it.
-
-    Block n of head h is row h N + n of a batch (B, W, d). Its keys are the 2 W rows up to its last one, which
-    overlap with those of the block before; where that is the last one of another head, the mask hides it.
-    """
-
-    @staticmethod
-    @onednn_batches()
-    def forward(ctx, q, k, v, mask, scale):
-        T, H, d = q.shape
-        N, _, W, _ = mask.shape
-        q, k, v = (rows_by_head(x, N * W, W) for x in (q, k, v))
-        q = q[W:].view(H * N, W, d)
-
-        hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)[:, 0]
-        scores = torch.bmm(q.mul_(scale), windows(k, W).mT)
-        scores.view(H, N, W, 2 * W).add_(hidden)
-        p = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
-        return by_token(torch.bmm(p, windows(v, W)), H, T)
-
-    @staticmethod
-    @onednn_batches()
-    def backward(ctx, g):
-        q, k, v, p = ctx.saved_tensors
-        T, H, d = g.shape
-        W = p.size(1)
-        g = rows_by_head(g, len(p) // H * W, 0).view(-1, W, d)
-        dv = torch.bmm(p.mT, g)
-        dp = torch.bmm(g, windows(v, W).mT)
-        dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        dq = torch.bmm(dscores, windows(k, W)).mul_(ctx.scale)
-        dk = torch.bmm(dscores.mT, q)
-        return by_token(dq, H, T), *(by_token(fold(x), H, T) for x in (dk, dv)), None, None
-
-
-def rows_by_head(x: Tensor, length: int, before: int) -> Tensor:
-    """(T, H, d) to (before + H length, d): the rows of each head in one piece, zeros before them and after T."""
-    T, H, d = x.shape
-    rows = x.new_empty(before + H * length, d)
-    rows[:before] = 0
-    heads = rows[before:].view(H, length, d)
-    heads[:, :T] = x.transpose(0, 1)
-    heads[:, T:] = 0
-    return rows
-
-
-def windows(rows: Tensor, W: int) -> Tensor:
-    """(W + B W, d) to B overlapping windows (B, 2 W, d)."""
-    d = rows.size(1)
-    return rows.as_strided((len(rows) // W - 1, 2 * W, d), (W * d, d, 1))
-
-
-def fold(x: Tensor) -> Tensor:
-    """(B, 2 W, d) gradients of windows to (B, W, d) of the rows that overlap in them."""
-    W = x.size(1) // 2
-    total = x[:, W:]
-    total[:-1] += x[1:, :W]
-    return total
-
-
-def by_token(x: Tensor, H: int, T: int) -> Tensor:
-    """(H N, W, d) blocks to (T, H, d)."""
-    return x.reshape(H, -1, x.size(-1))[:, :T].transpose(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -213,8 +146,8 @@ CANDIDATES = ("varlen FA4", "varlen FA3", "varlen", "flex")
 
 
 def pair(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two consecutive positions of one
-    head."""
+    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two consecutive positions
+    of one head."""
     T, H, d = x.shape
     by_pairs = x.view(T, H // 2, 2, d)
     return by_pairs.transpose(1, 2).reshape(2 * T, H // 2, d)
@@ -228,8 +161,8 @@ def unpair(y: Tensor) -> Tensor:
 
 
 def pair_halves(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads h and h + H/2 of a token become two consecutive positions of one
-    head."""
+    """(T, H, d) to (2 T, H/2, d): heads h and h + H/2 of a token become two consecutive positions
+    of one head."""
     T, H, d = x.shape
     return x.reshape(2 * T, H // 2, d)
 
@@ -256,8 +189,7 @@ def choose_backend(wish: str, head_dim: int, scale: float, device, dtype: torch.
     """Return the name of the attention backend, and the reason."""
     if device.type == "cpu" and wish in ("varlen", "flex"):
         raise UsageError(f"--attention: expected auto, blocked or masked on a CPU, found {wish}, which has "
-                         "no "
-                         "gradients there; leave it out")
+                         "no gradients there; leave it out")
     if wish != "auto":
         return wish, "asked for"
     if device.type == "cpu":

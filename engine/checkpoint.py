@@ -21,13 +21,12 @@ def write_checkpoint(path: Path, state: dict | None) -> None:
     except (OSError, RuntimeError) as e:
         reason = disk_error(e)
         raise RunError(f"{path}: expected to write a checkpoint, found: {reason}; free some space and resume "
-                       "from "
-                       "an earlier one") from None
+                       "from an earlier one") from None
 
 
 def disk_error(e: Exception) -> str:
-    """Return what the system said. torch reports a full disk as a RuntimeError of its own, in whose wake it
-    comes."""
+    """Return what the system said. torch reports a full disk as a RuntimeError of its own,
+    in whose wake it comes."""
     first = e
     while e is not None and not isinstance(e, OSError):
         e = e.__context__
@@ -46,8 +45,7 @@ def read_checkpoint(path: str, settings: type) -> dict:
         missing = isinstance(e, FileNotFoundError)
         reason = "no such file" if missing else "another kind of file or a damaged one"
         raise UsageError(f"{path}: expected a checkpoint of this program, found {reason}; give a "
-                         "state_step*.pt "
-                         "that it wrote") from None
+                         "state_step*.pt that it wrote") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UsageError(f"{path}: expected a {CHECKPOINT_FORMAT}, found another kind of file; "
                          "give a state_step*.pt")
@@ -59,6 +57,5 @@ def read_checkpoint(path: str, settings: type) -> dict:
     other = {field.name for field in dataclasses.fields(settings)} ^ state.get("config", {}).keys()
     if missing or other:
         raise UsageError(f"{path}: expected a checkpoint of this version of the program, found one that "
-                         "differs in "
-                         f"{min(missing or other)}; use the version of its log")
+                         f"differs in {min(missing or other)}; use the version of its log")
     return state

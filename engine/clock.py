@@ -1,5 +1,5 @@
-"""Two clocks: one for training, which stands still during everything else, and one for what comes before
-it."""
+"""Two clocks: one for training, which stands still during everything else,
+and one for what comes before it."""
 import contextlib
 import os
 import time
@@ -36,8 +36,8 @@ class Clock:
 
 
 class Startup:
-    """Seconds that each part of the start-up took, counted from the start of this process where the system
-    tells it."""
+    """Seconds that each part of the start-up took,
+    counted from the start of this process where the system tells it."""
 
     def __init__(self):
         self.parts = {}

@@ -1,5 +1,5 @@
-"""How a run ends: by a signal, or by an error that becomes one sentence, with the exit code that says
-which."""
+"""How a run ends: by a signal, or by an error that becomes one sentence,
+with the exit code that says which."""
 import contextlib
 import os
 import signal
@@ -86,24 +86,21 @@ class StopSignal:
 LOST_CONTACT = 3  # exit code under tools/launch.py, which alone knows which rank ended and why
 
 ALONE = ("expected all ranks to go on, found one gone without a word; see what ended it (often a lack of "
-         "memory), "
-         "then start again or go on from a checkpoint: --resume=PATH")
+         "memory), then start again or go on from a checkpoint: --resume=PATH")
 
 
 def explain(e: Exception) -> str | None:
-    """Return one sentence about what torch raises where a machine lacks something; None: an error of the
-    program."""
+    """Return one sentence about what torch raises where a machine lacks something; None:
+    an error of the program."""
     found = (str(e).splitlines() or [""])[0]
     kinds = {kind.__name__ for kind in type(e).__mro__}
     if isinstance(e, torch.OutOfMemoryError) or "out of memory" in found or "can't allocate memory" in found:
         return (f"expected enough memory, found: {found}; --recompute=on needs far less for the same "
-                "training, "
-                "a higher --slices or lower --val_slice shortens sequences; python -m tools.plan says what "
-                "fits")
+                "training, a higher --slices or lower --val_slice shortens sequences; python -m tools.plan "
+                "says what fits")
     if kinds & {"BackendCompilerFailed", "TritonMissing"}:
         return (f"expected torch.compile to work here, found: {found}; install a C++ compiler and Triton, or "
-                "train "
-                "without by --compile=off; TORCHDYNAMO_VERBOSE=1 shows more")
+                "train without by --compile=off; TORCHDYNAMO_VERBOSE=1 shows more")
     if any(word in str(e) for word in ("Connection", "connection", "Timed out", "NCCL", "peer")):
         return ALONE
     return None

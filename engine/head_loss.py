@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.errors import UsageError
 from engine.self_test import in_one_line, largest_error
+from engine.transpose import transposed
 from muon import product
 
 # ----------------------------------------------------------------------------------------------------------
@@ -30,15 +31,25 @@ def softcap(logits: Tensor, cap: tuple[float, ...]) -> Tensor:
     return A * torch.sigmoid((logits + B) / C)
 
 
-def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor,
+                     prefixes: Tensor | None = None) -> Tensor:
     """Return the sum over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k].
 
     logits: (T, V), targets: (T,), weights: (K,). Targets past the end are left out. The same logits serve all
-    K, so no head is added.
+    K, so no head is added. prefixes: (T,) one more target of each position, -1 where there is none, with one
+    more weight at the end.
     """
     T = len(targets)
     log_z = torch.logsumexp(logits.float(), -1)
     loss = logits.new_zeros((), dtype=torch.float32)
+    if prefixes is not None:
+        prefix_weight = weights[-1]
+        weights = weights[:-1]
+        known = prefixes >= 0
+        chosen = logits[known].gather(1, prefixes[known, None])
+        cross_entropy = log_z[known] - chosen[:, 0].float()
+        loss = loss + prefix_weight * cross_entropy.sum()
+
     for k, weight in enumerate(weights.unbind()):
         known = slice(T - k)  # positions whose k-th next token is in the sequence
         chosen = logits[known].gather(1, targets[k:, None])
@@ -48,8 +59,8 @@ def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor
 
 
 def summed_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, cap: tuple[float, ...], linear) -> Tensor:
-    """Return the sum over tokens of the next token's cross entropy, in fp32. x: (T, D), head: (V, D),
-    targets: (T,)."""
+    """Return the sum over tokens of the next token's cross entropy, in fp32.
+    x: (T, D), head: (V, D), targets: (T,)."""
     logits = softcap(linear(x, head).float(), cap)
     return F.cross_entropy(logits, targets, reduction="sum")
 
@@ -66,19 +77,23 @@ class HeadLoss(torch.autograd.Function):
 
     The logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and
     what is kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in
-    FP8, see to_fp8; onednn: products in fp32 by oneDNN; slices: equal parts of the sequence, whose losses are
-    added up.
+    FP8, see to_fp8; onednn: products in fp32 by oneDNN. prefixes: as in multi_token_loss. slices: equal parts
+    of the sequence, whose losses are added up.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False, slices=1):
-        T, K = len(x), len(weights)
+    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False, prefixes=None, slices=1):
+        T, K = len(x), len(weights) - (prefixes is not None)
         padded = F.pad(targets, (0, K - 1), value=-1)
         ahead = padded.unfold(0, K, 1)  # (T, K): the next token, the second next, ...
         length = T // slices
         t = torch.arange(T, device=x.device)[:, None] % length
         exists = t + torch.arange(K, device=x.device) < length
-        token_weights = weights * exists
+        token_weights = weights[:K] * exists
+        if prefixes is not None:
+            column = prefixes[:, None]
+            ahead = torch.cat([ahead, column], 1)
+            token_weights = torch.cat([token_weights, weights[K:] * (column >= 0)], 1)
 
         if fp8:
             slope = cap[0] / cap[2] / 4 if cap else 1.0  # the steepest of the softcap
@@ -106,7 +121,7 @@ class HeadLoss(torch.autograd.Function):
         dx, dhead = ctx.saved_tensors
         dx = dx * grad.to(dx.dtype)
         dhead = dhead * grad.to(dhead.dtype)
-        return dx, dhead, *[None] * 7
+        return dx, dhead, *[None] * 8
 
 
 def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tuple[Tensor, Tensor]:
@@ -160,7 +175,7 @@ class Fp8Products:
 
     def __init__(self, head: Tensor, bound: Tensor):
         self.head, self.scale = to_fp8(head, torch.float8_e4m3fn)
-        self.across = self.head.t().contiguous()
+        self.across = transposed(self.head)
         self.bound = bound
 
     def logits(self, x: Tensor) -> Tensor:
@@ -171,8 +186,7 @@ class Fp8Products:
         """Return the gradients of the x that logits() saw last and of the head."""
         g, g_scale = to_fp8(g, torch.float8_e5m2, self.bound)
         dx = fp8_product(g, g_scale, self.across, self.scale)
-        g, x = g.t().contiguous(), self.x.t().contiguous()
-        return dx, fp8_product(g, g_scale, x, self.x_scale)
+        return dx, fp8_product(transposed(g), g_scale, transposed(self.x), self.x_scale)
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -200,8 +214,8 @@ def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tenso
 
 
 def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
-    """Return whether HeadLoss uses FP8, and the reason. It must run here and come near the exact
-    gradients."""
+    """Return whether HeadLoss uses FP8, and the reason.
+    It must run here and come near the exact gradients."""
     if os.environ.get("DISABLE_FP8", "0") not in ("", "0", "false", "False"):
         return False, "DISABLE_FP8 is set"
     if wish == "off":
@@ -217,8 +231,8 @@ def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
 
 
 def fp8_error(device: torch.device) -> tuple[float, str]:
-    """Return the larger relative error of the two gradients in FP8, infinite where it does not run, and it in
-    words."""
+    """Return the larger relative error of the two gradients in FP8, infinite where it does not run,
+    and it in words."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 32, generator=generator)
     head = torch.randn(128, 32, generator=generator)

@@ -13,6 +13,7 @@ from engine.attention import BACKENDS, choose_backend
 from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
 from engine.head_loss import choose_fp8
 from engine.products import OneDnnLinear, choose_onednn, choose_symmetric, onednn_batches
+from engine.tables import Lookup
 from muon import symmetric_product
 
 
@@ -80,12 +81,18 @@ class Kernels:
         return squared_relu_mlp(x, w_in, w_out, self.linear)
 
     def residual(self, factors, streams) -> Tensor:
-        """Return the sum of factor times stream, (T, D)."""
-        return (residual if self.fused else residual_sum)(factors, streams)
+        """Return the sum of factor times stream, (T, D). factors: scalars, or (T, 1)."""
+        scalars = all(factor.ndim == 0 for factor in factors)
+        return (residual if self.fused and scalars else residual_sum)(factors, streams)
 
     def batches(self):
         """Return the context in which many small products are fastest."""
         return onednn_batches() if self.onednn else contextlib.nullcontext()
+
+    def lookup(self, index: Tensor, table: Tensor) -> Tensor:
+        """(...) row numbers of a table (rows, D) to (..., D)."""
+        own_kernel = self.compiled and self.device.type == "cuda"
+        return Lookup.apply(index, table) if own_kernel else F.embedding(index, table)
 
     def compile(self, function: Callable) -> Callable:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
@@ -113,8 +120,8 @@ class Kernels:
 
 
 def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """Return the type of weights and activations: bfloat16 on a GPU and float32 elsewhere, unless one is
-    named."""
+    """Return the type of weights and activations:
+    bfloat16 on a GPU and float32 elsewhere, unless one is named."""
     if wish != "auto":
         return getattr(torch, wish)
     return torch.bfloat16 if device.type == "cuda" else torch.float32

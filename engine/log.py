@@ -44,8 +44,7 @@ class Log:
             self.file = open(self.path, "x", encoding="utf-8", buffering=1)
         except OSError as e:
             raise UsageError(f"--log_dir: expected a folder to write to, found {e.strerror} at "
-                             f"{cfg.log_dir}; "
-                             "choose another one")
+                             f"{cfg.log_dir}; choose another one")
         say(self.path)
         if cfg.wandb:
             self.wandb = start_wandb(cfg, self.run_id)
@@ -77,8 +76,7 @@ class Log:
             self.file.write(line + "\n")
         except OSError as e:
             raise RunError(f"{self.path}: expected to write the log, found: {e.strerror}; free some space "
-                           "and start "
-                           "again, or go on from a checkpoint: --resume=latest") from None
+                           "and start again, or go on from a checkpoint: --resume=latest") from None
         if show and self.bar is not None:
             self.bar.write(line)
         elif show:
@@ -139,8 +137,7 @@ def start_wandb(cfg, run_id: str):
     except wandb.Error as e:
         found = str(e).partition("\n")[0]
         raise UsageError(f"--wandb: expected to reach Weights & Biases, found: {found}; run wandb login, or "
-                         "set "
-                         "WANDB_MODE=offline") from None
+                         "set WANDB_MODE=offline") from None
 
 
 def progress_bar(total: int):

@@ -1,5 +1,5 @@
-"""Matrix products that are faster than torch's choice: in fp32 on AMD processors, and the symmetric ones of
-Muon."""
+"""Matrix products that are faster than torch's choice:
+in fp32 on AMD processors, and the symmetric ones of Muon."""
 import contextlib
 import functools
 from pathlib import Path
@@ -87,8 +87,8 @@ def exact_onednn_batches() -> bool:
 
 
 def choose_symmetric(device: torch.device) -> tuple[object, str]:
-    """Return a symmetric product for Muon, and the reason: quack-kernels' on Hopper and Blackwell, if it is
-    there."""
+    """Return a symmetric product for Muon, and the reason:
+    quack-kernels' on Hopper and Blackwell, if it is there."""
     if device.type != "cuda":
         return symmetric_product, "torch, as always on a CPU"
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):

@@ -53,8 +53,8 @@ class Runtime:
         return tensor
 
     def together(self, function, *args):
-        """Call the function on every rank; if it raises a UsageError or RunError on one, raise it on all of
-        them."""
+        """Call the function on every rank; if it raises a UsageError or RunError on one,
+        raise it on all of them."""
         result, error = None, None
         try:
             result = function(*args)
@@ -85,8 +85,7 @@ def check_environment() -> None:
     missing = [name for name in needed if name not in os.environ]
     if missing and not alone:
         raise UsageError(f"expected torchrun's variables {', '.join(needed)}, found no {missing[0]}; start "
-                         "by "
-                         "torchrun --standalone --nproc_per_node=8 train_gpt.py, or unset WORLD_SIZE")
+                         "by torchrun --standalone --nproc_per_node=8 train_gpt.py, or unset WORLD_SIZE")
 
 
 def check_gpus(ranks: int) -> None:

@@ -17,6 +17,7 @@ The owner of a unit decides whether its gradient is finite; that, and NorMuon's 
 
 import math
 import warnings
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -30,10 +31,8 @@ from muon import (
     Stack,
     as_bank,
     decay_and_step,
-    iteration_dtype,
     largest,
     local,
-    of_all_ranks,
     refusal,
     state_kinds,
     state_shape,
@@ -49,12 +48,8 @@ class FsdpMuon(Muon):
 
     def _check_kind(self, name: str, p: Tensor) -> None:
         if self.replicate_state and isinstance(p, DTensor):
-            raise refusal(
-                "plain tensors for replicate_state",
-                "a DTensor",
-                "leave it out: its state is a DTensor",
-                name,
-            )
+            remedy = "leave it out: its state is a DTensor"
+            raise refusal("plain tensors for replicate_state", "a DTensor", remedy, name)
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
         if not isinstance(p, DTensor):
@@ -63,30 +58,30 @@ class FsdpMuon(Muon):
         kind = kind_of(p, group["flatten"])
         if kind is Gathered:
             if group["split_mantissa"]:
-                raise refusal(
-                    "a parameter sharded along one mesh dimension for split_mantissa",
-                    p.placements,
-                    "turn that off for this group",
-                )
+                expected = "a parameter sharded along one mesh dimension for split_mantissa"
+                raise refusal(expected, p.placements, "turn that off for this group")
             return Gathered, mesh.get_group(0)
-        (dim,) = sharded_dims(p)
+        dim, = sharded_dims(p)
         ranks = mesh.get_group(dim)
         if mesh.get_coordinate()[dim] != dist.get_rank(ranks):
             raise refusal("a mesh with its ranks in order", mesh, "sort its ranks")
         return kind, ranks
 
-    def _agreed_dtype(self, process_group, p: Tensor) -> torch.dtype:
-        if self.ns_dtype is not None or not isinstance(p, DTensor) or p.device.type != "cpu":
-            return super()._agreed_dtype(process_group, p)
-        names = {str(iteration_dtype(p.device))}
-        for group in p.device_mesh.get_all_groups():  # one by one, so that replicas agree as well
-            names = set().union(*of_all_ranks(names, group))
-        return iteration_dtype(p.device) if len(names) == 1 else torch.float32
+    def _fill_buckets(self, kind: type[Bucket], process_group, gram: bool, members: list) -> None:
+        if kind is Gathered:
+            first, _ = members[0]
+            warnings.warn(f"Muon: {len(members)} parameters, the first placed as {first.placements}, are "
+                          "gathered whole on every rank, which is slow; shard them along one mesh dimension")
+        super()._fill_buckets(kind, process_group, gram, members)
 
-    def _adopt(self, key: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
+    def _who_must_agree(self, process_group, p: Tensor) -> list:
+        """Return all groups of a mesh, so that replicas agree as well."""
+        return p.device_mesh.get_all_groups() if isinstance(p, DTensor) else [process_group]
+
+    def _adopt(self, name: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
         if not isinstance(p, DTensor):
-            return super()._adopt(key, value, dtype, p, group)
-        mine = new_state(key, dtype, p, group)
+            return super()._adopt(name, value, dtype, p, group)
+        mine = new_state(name, dtype, p, group)
         value = value.int() if dtype == torch.int16 else value  # no backend sends int16
         if not isinstance(value, DTensor):
             everywhere = [Replicate()] * p.device_mesh.ndim
@@ -104,7 +99,8 @@ class FsdpMuon(Muon):
 
 def sharded_dims(p: DTensor) -> list[int]:
     """Return the mesh dimensions over which a parameter is not simply repeated."""
-    return [i for i, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+    dims = enumerate(p.placements)
+    return [dim for dim, placement in dims if not isinstance(placement, Replicate)]
 
 
 def shard_axis(p: DTensor, flatten: bool | None) -> int:
@@ -121,32 +117,27 @@ def kind_of(p: DTensor, flatten: bool | None) -> type[Bucket]:
     return Whole if shard_axis(p, flatten) < 0 else Exchanged
 
 
-def new_state(key: str, dtype: torch.dtype, p: DTensor, group: dict) -> DTensor:
+def new_state(name: str, dtype: torch.dtype, p: DTensor, group: dict) -> DTensor:
     """Return zeros for a parameter, placed as it is; second_moment (matrices, numbers) is sharded with a
     bank's matrices, and otherwise the same on all ranks."""
-    if key != "second_moment":
+    if name != "second_moment":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
     by_matrices = kind_of(p, group["flatten"]) is Whole
-    rows, numbers = state_shape(key, p, group)
-    mine = torch.zeros(p.to_local().size(0) if by_matrices else rows, numbers, device=p.device)
+    rows, numbers = state_shape(name, p, group)
     placements = p.placements if by_matrices else [Replicate()] * p.device_mesh.ndim
-    return DTensor.from_local(
-        mine,
-        p.device_mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size((rows, numbers)),
-        stride=(numbers, 1),
-    )
+    mine = torch.zeros(p.to_local().size(0) if by_matrices else rows, numbers, device=p.device)
+    shape = torch.Size((rows, numbers))
+    stride = numbers, 1
+    return DTensor.from_local(mine, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def state_of(optimizer: Muon, p: DTensor, group: dict) -> dict[str, DTensor]:
-    """Return the whole state of a parameter, in optimizer.state, made of zeros at first use."""
+    """Return the state of a parameter, in optimizer.state, made of zeros at first use."""
     state = optimizer.state[p]
-    for key, dtype in state_kinds(group).items():
-        if key not in state:
-            state[key] = new_state(key, dtype, p, group)
-    return {key: state[key] for key in state_kinds(group)}
+    for name, dtype in state_kinds(group).items():
+        if name not in state:
+            state[name] = new_state(name, dtype, p, group)
+    return {name: state[name] for name in state_kinds(group)}
 
 
 def local_gradient(p: DTensor) -> Tensor | None:
@@ -154,23 +145,30 @@ def local_gradient(p: DTensor) -> Tensor | None:
     if p.grad is None:
         return None
     if p.grad.placements != p.placements:
-        raise refusal(
-            f"gradients placed as their parameters, {p.placements}",
-            p.grad.placements,
-            "redistribute them before the step",
-        )
+        raise refusal(f"gradients placed as their parameters, {p.placements}", p.grad.placements,
+                      "redistribute them before the step")
     return p.grad.to_local()
 
 
-def look_ahead(M: Tensor, G: Tensor, group: dict) -> Tensor:
+def look_ahead(M: Tensor, G: Tensor | None, group: dict) -> Tensor:
     """Return U of muon.momentum_update, with M left as it is: whether it may move, the owner will say."""
+    if G is None:
+        return torch.zeros_like(M)
     M = M.lerp(G, 1 - group["momentum"])
     return G.lerp(M, group["momentum"]) if group["nesterov"] else M
 
 
+def signs_of_life(G: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Return (B,): 1 where a piece of a gradient has an entry that is not 0, else 0; NaN for a missing
+    gradient, even of an empty piece."""
+    if G is None:
+        return torch.full((count,), math.nan, device=device)
+    return (G.flatten(1) != 0).any(1).float()
+
+
 def finite(U: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (U with zeros for each of the B matrices that does not move, which are finite). alive (B,): 0
-    for a gradient that is zero throughout, NaN for one that is missing, else above 0."""
+    """Return (U with zeros for each of the B matrices that does not move, which are finite). alive (B,): the
+    sum of all signs of life."""
     alive = alive.view(-1, 1, 1)
     ok = torch.isfinite(largest(U) + alive)
     return torch.where(ok & (alive > 0), U, 0), ok.view(-1)
@@ -182,48 +180,29 @@ def chunk(size: int, parts: int, i: int) -> tuple[int, int]:
     return min(i * step, size), min((i + 1) * step, size)
 
 
-class Sharded(Bucket):
-    """What all kinds share: state is DTensors in optimizer.state, present on every rank from the first step
-    on."""
-
-    def state(self, stack: Stack) -> dict[str, Tensor]:
-        views = {}
-        for key, x in state_of(self.optimizer, stack.unit.param, self.settings(stack)).items():
-            by_shape = self.piece if key != "second_moment" else lambda stack, x: stack.state_view(key, x)
-            views[key] = by_shape(stack, x.to_local())
-        return views
-
-    def piece(self, stack: Stack, x: Tensor) -> Tensor:
-        """Return what this rank holds of the matrices of a stack, in the local part of something shaped like
-        p."""
-        return x
-
-
-class Whole(Sharded):
+class Whole(Bucket):
     """Every rank holds whole matrices or none: ordinary units of a world of one."""
-
     alone = True
     part = staticmethod(local)
 
-    def piece(self, stack: Stack, x: Tensor) -> Tensor:
-        return stack.of(x)
+    def state(self, stack: Stack) -> dict[str, Tensor]:
+        found = state_of(self.optimizer, stack.unit.param, self.settings(stack))
+        return {name: stack.state_of(name, x.to_local()) for name, x in found.items()}
 
     def gradient(self, stack: Stack) -> Tensor | None:
         grad = local_gradient(stack.unit.param)
         return None if grad is None else stack.of(grad).reshape(stack.shape)
 
 
-class Exchanged(Sharded):
+class Exchanged(Bucket):
     """Pieces of a unit lie on all ranks. Per rank the stacks of its units, as everywhere; `cut` tells which
     piece is whose."""
+    divided = False  # of its state each rank has the part that its weights need
 
     def __init__(self, *args):
         super().__init__(*args)
-        ranks = range(self.world_size)
-        mine = self.stacks[self.rank]
-        # Numbers of elements: my part of the units of each rank, and each rank's part of mine.
-        self.given = [sum(self.numel(stack, self.rank) for stack in self.stacks[r]) for r in ranks]
-        self.taken = [sum(self.numel(stack, r) for stack in mine) for r in ranks]
+        self.numels = {(stack, rank): self.numel(stack, rank)
+                       for stacks in self.stacks for stack in stacks for rank in range(self.world_size)}
 
     def merges(self, unit) -> bool:
         blocks = self.optimizer._groups[unit.group]["split"] is not None  # shards cut them unlike
@@ -237,7 +216,8 @@ class Exchanged(Sharded):
         _, rows, columns, *inner = as_bank(stack.unit.param, stack.flatten).shape
         if self.axis(stack) == 1:
             begin, end = chunk(columns, self.world_size, rank)
-            return begin * math.prod(inner), end * math.prod(inner)
+            width = math.prod(inner)
+            return begin * width, end * width
         first = stack.unit.row
         m = stack.unit.m
         begin, end = chunk(rows, self.world_size, rank)
@@ -245,7 +225,8 @@ class Exchanged(Sharded):
 
     def numel(self, stack: Stack, rank: int) -> int:
         begin, end = self.cut(stack, rank)
-        return stack.count * (end - begin) * (stack.unit.m if self.axis(stack) else stack.unit.n)
+        other_side = stack.unit.m if self.axis(stack) else stack.unit.n
+        return stack.count * (end - begin) * other_side
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
         """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the
@@ -259,23 +240,54 @@ class Exchanged(Sharded):
             count = end - begin
         return stack.view(as_bank(x, stack.flatten), max(row, 0), count)
 
-    def pieces(self, flat: Tensor, stacks: list[Stack], rank: int) -> list[Tensor]:
-        """Return the pieces (B, rows, columns) of these stacks on a rank, out of a flat buffer in which they
-        follow each other."""
-        sizes = [self.numel(stack, rank) for stack in stacks]
-        parts = flat[: sum(sizes)].split(sizes)
-        pieces = []
-        for stack, x in zip(stacks, parts):
-            count, m, n = stack.shape
-            pieces.append(x.view(count, m, -1) if self.axis(stack) else x.view(count, -1, n))
-        return pieces
+    def state(self, stack: Stack) -> dict[str, Tensor]:
+        views = {}
+        for name, x in state_of(self.optimizer, stack.unit.param, self.settings(stack)).items():
+            mine = x.to_local()
+            views[name] = stack.state_of(name, mine) if name == "second_moment" else self.piece(stack, mine)
+        return views
 
-    def exchange(self, parts: list[Tensor], given: list[int], taken: list[int]) -> Flight:
+    def packet(self, owner: int, rank: int, back: bool) -> list[int]:
+        """Return the sizes of what travels between the owner of some stacks and a rank: its pieces of their
+        matrices, their flags and, on the way back, the bits of their V."""
+        stacks = self.stacks[owner]
+        sizes = [self.numels[stack, rank] for stack in stacks]
+        sizes += [stack.count for stack in stacks]
+        for stack in stacks if back else ():
+            bits = stack.count * max(stack.shape[1:]) * 4 // self.wire.itemsize
+            sizes.append(bits if self.settings(stack)["normuon_beta2"] is not None else 0)
+        return sizes
+
+    def exchange(self, parts: list[Tensor], back: bool) -> Flight:
+        """Launch the way of pieces to the owners, or back from them; parts: in the order of ranks."""
+        ranks = range(self.world_size)
+        given = [sum(self.packet(self.rank, rank, back)) for rank in ranks]
+        taken = [sum(self.packet(owner, self.rank, back)) for owner in ranks]
+        if not back:
+            given, taken = taken, given
         nothing = self.new(0)  # a rank may own no unit of a bucket
         send = torch.cat([nothing, *(part.reshape(-1).to(nothing.dtype) for part in parts)])
         received = send.new_empty(sum(taken))
         handle = _all_to_all(received, send, taken, given, group=self.group, async_op=True)
         return Flight(handle, received, send)
+
+    def unpacked(self, received: Tensor, back: bool) -> list[list[tuple]]:
+        """Return (stack, piece (B, rows, columns), flags, bits of V or None) of all that each rank sent."""
+        found = []
+        for rank in range(self.world_size):
+            sizes = self.packet(rank, self.rank, back) if back else self.packet(self.rank, rank, back)
+            stacks = self.stacks[rank if back else self.rank]
+            parts = received[:sum(sizes)].split(sizes)
+            received = received[sum(sizes):]
+            k = len(stacks)
+            pieces = [self.as_piece(stack, x) for stack, x in zip(stacks, parts)]
+            found.append(list(zip_longest(stacks, pieces, parts[k:2 * k], parts[2 * k:])))
+        return found
+
+    def as_piece(self, stack: Stack, x: Tensor) -> Tensor:
+        if self.axis(stack):
+            return x.view(stack.count, stack.unit.m, -1)
+        return x.view(stack.count, -1, stack.unit.n)
 
     def start(self) -> None:
         if self.pending is not None:
@@ -284,83 +296,52 @@ class Exchanged(Sharded):
         for stacks in self.stacks:
             alive = []
             for stack in stacks:
-                G = local_gradient(stack.unit.param)
                 M = self.state(stack)["momentum_buffer"]
-                G = None if G is None else self.piece(stack, G).float()
-                parts.append(torch.zeros_like(M) if G is None else look_ahead(M, G, self.settings(stack)))
-                alive.append(self.signs_of_life(stack, G))
+                G = local_gradient(stack.unit.param)
+                if G is not None:
+                    G = self.piece(stack, G).float()
+                parts.append(look_ahead(M, G, self.settings(stack)))
+                alive.append(signs_of_life(G, stack.count, self.device))
             parts += alive
-        mine = sum(stack.count for stack in self.stacks[self.rank])
-        theirs = [sum(stack.count for stack in stacks) for stacks in self.stacks]
-        self.pending = self.exchange(
-            parts, [n + flags for n, flags in zip(self.given, theirs)], [n + mine for n in self.taken]
-        )
-        self.flags = mine
-
-    def signs_of_life(self, stack: Stack, G: Tensor | None) -> Tensor:
-        """Return (B,): 1 where my piece of a gradient has an entry that is not 0, else 0; NaN for a missing
-        gradient, even of an empty piece."""
-        if G is None:
-            return torch.full((stack.count,), math.nan, device=self.device)
-        return (G.flatten(1) != 0).any(1).float()
-
-    def receive(self) -> None:
-        super().receive()
-        if self.received is not None:
-            self.received = self.received.split([n + self.flags for n in self.taken])
+        self.pending = self.exchange(parts, back=False)
 
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
-        stacks = self.stacks[self.rank]
-        sources = self.received
-        self.received = None
-        alive = sum(source[n:].float() for source, n in zip(sources, self.taken))
-        alive = alive.split([stack.count for stack in stacks])
-        pieces = zip(*(self.pieces(source, stacks, rank) for rank, source in enumerate(sources)))
         entries = []
-        for stack, parts, signs in zip(stacks, pieces, alive):
-            entries.append((stack, *finite(torch.cat(parts, 1 + self.axis(stack)), signs)))
-        return self.orthogonalize(entries)
-
-    def extras(self, stack: Stack) -> list[str]:
-        return ["second_moment"] if self.settings(stack)["normuon_beta2"] is not None else []
+        for from_ranks in zip(*self.unpacked(self.received, back=False)):
+            stacks, pieces, flags, _ = zip(*from_ranks)
+            U = torch.cat(pieces, 1 + self.axis(stacks[0]))
+            alive = sum(flag.float() for flag in flags)
+            entries.append((stacks[0], *finite(U, alive)))
+        self.received = None
+        results = self.orthogonalize(entries)
+        return {stack: (self.normalized(stack, O, ok), ok) for stack, (O, ok) in results.items()}
 
     def send(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> None:
         stacks = self.stacks[self.rank]
-        ranks = range(self.world_size)
-        tail = []
-        parts = []
+        tail = [results[stack][1] for stack in stacks]
         for stack in stacks:
-            tail.append(results[stack][1])
-            if self.extras(stack):
+            if self.settings(stack)["normuon_beta2"] is not None:
                 tail.append(self.state(stack)["second_moment"].reshape(-1).view(self.wire))
-        for rank in ranks:
+        parts = []
+        for rank in range(self.world_size):
             for stack in stacks:
+                O, _ = results[stack]
                 begin, end = self.cut(stack, rank)
-                parts.append(results[stack][0].narrow(1 + self.axis(stack), begin, end - begin))
+                parts.append(O.narrow(1 + self.axis(stack), begin, end - begin))
             parts += tail
-        sizes = [sum(sum(self.tail(stack)) for stack in stacks) for stacks in self.stacks]
-        self.sent = self.exchange(
-            parts,
-            [self.taken[r] + sizes[self.rank] for r in ranks],
-            [self.given[r] + sizes[r] for r in ranks],
-        )
-        self.sizes = [self.given[r] + sizes[r] for r in ranks]
+        self.sent = self.exchange(parts, back=True)
 
     def apply(self) -> Tensor:
-        sent = self.sent
+        arrived = self.unpacked(self.sent.wait(), back=True)
         self.sent = None
         done = torch.zeros((), dtype=torch.int64, device=self.device)
-        for rank, source in enumerate(sent.wait().split(self.sizes)):
-            stacks = self.stacks[rank]
-            place = self.given[rank]
-            for stack, O in zip(stacks, self.pieces(source, stacks, self.rank)):
-                ok, *V = source[place : place + sum(self.tail(stack))].split(self.tail(stack))
-                place += sum(self.tail(stack))
-                self.apply_piece(stack, O, ok, *V)
+        for results in arrived:
+            for stack, O, ok, V in results:
+                self.apply_piece(stack, O, ok, V)
                 done += ok.sum().long()
         return self.num_units - done
 
-    def apply_piece(self, stack: Stack, O: Tensor, ok: Tensor, V: Tensor | None = None) -> None:
+    def apply_piece(self, stack: Stack, O: Tensor, ok: Tensor, V: Tensor) -> None:
         """Move my piece of the momentum and of the weights."""
         p = stack.unit.param
         state = self.state(stack)
@@ -370,85 +351,63 @@ class Exchanged(Sharded):
         G = local_gradient(p)
         if G is not None:
             moves = ok.bool().view(-1, *[1] * (M.ndim - 1))
-            M.lerp_(
-                torch.where(moves, self.piece(stack, G).float(), M), 1 - self.settings(stack)["momentum"]
-            )
-        if V is not None:
+            G = torch.where(moves, self.piece(stack, G).float(), M)
+            M.lerp_(G, 1 - self.settings(stack)["momentum"])
+        if "second_moment" in state:
             state["second_moment"].copy_(V.clone().view(torch.float32).view(stack.count, -1))
+        O = O.reshape(W.shape)
         if "mantissa" in state:
-            W.copy_(step_master(W, state["mantissa"], O.reshape(W.shape), ok, *rates))
+            W.copy_(step_master(W, state["mantissa"], O, ok, *rates))
         else:
-            decay_and_step(W, O.reshape(W.shape), ok, *rates)
+            decay_and_step(W, O, ok, *rates)
 
 
-class Gathered(Sharded):
-    """For placements without a way of their own: every rank gathers U and computes everything."""
-
+class Gathered(Bucket):
+    """For placements without a way of their own: every rank gathers gradient, state and weights of each
+    parameter, computes everything, and keeps its part."""
     alone = True
 
-    @staticmethod
-    def announce(params: list[DTensor]) -> None:
-        warnings.warn(
-            f"Muon: {len(params)} parameters, the first placed as {params[0].placements}, are "
-            "gathered whole on every rank, which is slow; shard them along one mesh dimension"
-        )
-
-    def params(self) -> dict[Tensor, list[Stack]]:
-        found = {}
-        for stack in self.stacks[0]:
-            found.setdefault(stack.unit.param, []).append(stack)
-        return found
-
     def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
-        entries = []
-        for p, stacks in self.params().items():
-            group = self.settings(stacks[0])
-            G = local_gradient(p)
-            M = self.state(stacks[0])["momentum_buffer"]
-            G = torch.full_like(M, math.nan) if G is None else G.float()
-            U = self.gather(look_ahead(M, G, group), p)
-            alive = self.gather((G != 0).to(torch.uint8), p)
-            for stack in stacks:
-                signs = stack.of(alive).flatten(1).amax(1).float()
-                entries.append((stack, *finite(stack.of(U).reshape(stack.shape), signs)))
-        return self.orthogonalize(entries)
+        self.whole = {}
+        for stack in self.stacks[0]:
+            p = stack.unit.param
+            if p not in self.whole:
+                G = local_gradient(p)
+                if G is None:  # here: the matrix is skipped everywhere
+                    G = torch.full_like(local(p), math.nan)
+                state = state_of(self.optimizer, p, self.settings(stack))
+                kept = {"weights": p.full_tensor(), "gradient": like(p, G).full_tensor()}
+                self.whole[p] = kept | {name: x.full_tensor() for name, x in state.items()}
+        return super().update()
+
+    def gradient(self, stack: Stack) -> Tensor:
+        return stack.of(self.whole[stack.unit.param]["gradient"]).reshape(stack.shape)
+
+    def weights(self, stack: Stack) -> Tensor:
+        return stack.of(self.whole[stack.unit.param]["weights"])
+
+    def state(self, stack: Stack) -> dict[str, Tensor]:
+        kept = self.whole[stack.unit.param]
+        return {name: stack.state_of(name, kept[name]) for name in state_kinds(self.settings(stack))}
 
     def apply(self) -> Tensor:
-        results = self.sent
-        self.sent = None
-        for p, stacks in self.params().items():
-            self.apply_to(p, stacks, results)
-        return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
+        skipped = super().apply()
+        for p, kept in self.whole.items():
+            for name, x in [("weights", p), *self.optimizer.state[p].items()]:
+                if name in kept:
+                    local(x).copy_(part_of(kept[name], x))
+        self.whole = {}
+        return skipped
 
-    def apply_to(self, p: DTensor, stacks: list[Stack], results: dict) -> None:
-        group = self.settings(stacks[0])
-        G = local_gradient(p)
-        M = self.state(stacks[0])["momentum_buffer"]
-        step, moves = (torch.zeros(p.shape, device=self.device) for _ in range(2))
-        for stack in stacks:
-            O, ok = results[stack]
-            view = stack.of(step)
-            view.copy_((self.optimizer.rates(stack.unit)[0] * O.float()).view(view.shape))
-            stack.of(moves).copy_(ok.view(-1, *[1] * (view.ndim - 1)).expand(view.shape))
-        W = local(p)
-        O = self.place(step, p)
-        ok = self.place(moves, p) > 0
-        _, decay, cautious = self.optimizer.rates(stacks[0].unit)
-        moved = W[None].clone()
-        decay_and_step(moved, O[None], torch.ones(1, device=W.device), 1.0, decay, cautious)
-        W.copy_(torch.where(ok, moved[0], W))
-        if G is not None:
-            M.lerp_(torch.where(ok, G.float(), M), 1 - group["momentum"])
 
-    def gather(self, x: Tensor, p: DTensor) -> Tensor:
-        """Return the whole of which x is the local part, placed as p is."""
-        return DTensor.from_local(
-            x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-        ).full_tensor()
+def like(p: DTensor, x: Tensor) -> DTensor:
+    """Return the DTensor of which x is the local part, placed as p is."""
+    shape = dict(shape=p.shape, stride=p.stride())
+    return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, **shape)
 
-    def place(self, x: Tensor, p: DTensor) -> Tensor:
-        """Return the local part of what every rank holds whole, placed as p is."""
-        mesh = p.device_mesh
-        everywhere = [Replicate()] * mesh.ndim
-        x = DTensor.from_local(x, mesh, everywhere, run_check=False)
-        return x.redistribute(mesh, p.placements).to_local()
+
+def part_of(whole: Tensor, x: DTensor) -> Tensor:
+    """Return the local part of what every rank holds whole, placed as x is."""
+    everywhere = [Replicate()] * x.device_mesh.ndim
+    placed = DTensor.from_local(whole, x.device_mesh, everywhere, run_check=False)
+    return placed.redistribute(x.device_mesh, x.placements).to_local()

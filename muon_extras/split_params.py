@@ -28,10 +28,12 @@ def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[dict], li
         if not p.requires_grad:
             continue
         why = reason(name, p, tables, outputs, routers)
+        note = why or ("flatten" if p in conv1d else "")
+        kind = rest if why else flat if p in conv1d else hidden
+        kind.append((name, p))
         if verbose:
-            note = why or ("flatten" if p in conv1d else "")
-            print(f"{'AdamW' if why else 'Muon':5}  {name}  {tuple(p.shape)}{f'  {note}' if note else ''}")
-        (rest if why else flat if p in conv1d else hidden).append((name, p))
+            owner = "AdamW" if why else "Muon "
+            print(f"{owner}  {name}  {tuple(p.shape)}  {note}".rstrip())
     groups = [dict(params=hidden, flatten=False), dict(params=flat, flatten=True)]
     return [group for group in groups if group["params"]], rest
 
@@ -55,20 +57,28 @@ def reason(name: str, p: Tensor, tables: set, outputs: set, routers: set) -> str
 def output_weights(model: nn.Module) -> set[Tensor]:
     """Return the weights of Linear layers that are called as outputs, or are the last one outside of all
     lists."""
-    lists = [
-        name + "." for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))
-    ]
-    linears = [(name, m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    found = {weight for name, weight in linears if name.rpartition(".")[2].lower() in HEADS or name == "fc"}
-    if linears and not any(linears[-1][0].startswith(prefix) for prefix in lists):
-        found.add(linears[-1][1])
+    found = set()
+    last = None
+    lists = []  # names of lists of blocks seen so far
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            lists.append(name + ".")
+        if isinstance(module, nn.Linear):
+            last = name
+            if name.rpartition(".")[2].lower() in HEADS or name == "fc":
+                found.add(module.weight)
+    if last is not None and not any(last.startswith(prefix) for prefix in lists):
+        found.add(model.get_submodule(last).weight)
     return found
 
 
 def router_weights(model: nn.Module) -> set[Tensor]:
     """Return what maps channels to the scores of experts: fewer of them than channels."""
     found = {p for name, p in model.named_parameters() if "router" in name.lower()}
-    for name, m in model.named_modules():
-        if name.rpartition(".")[2].lower() in ROUTERS and isinstance(getattr(m, "weight", None), Tensor):
-            found |= {m.weight} if m.weight.ndim == 2 and m.weight.size(0) < m.weight.size(1) else set()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name.rpartition(".")[2].lower() in ROUTERS and isinstance(weight, Tensor) and weight.ndim == 2:
+            outputs, inputs = weight.shape
+            if outputs < inputs:
+                found.add(weight)
     return found

@@ -2,11 +2,10 @@
 import argparse
 import difflib
 import importlib
-import os
 import sys
 import textwrap
 
-from data.errors import RunError, UsageError
+from data.errors import run_program
 from records.errors import RecordError
 
 VERBS = {  # in the order of the manual
@@ -63,29 +62,14 @@ def main(argv: list[str]) -> int:
                     epilog=f"example: {module.EXAMPLE}",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(argv[1:]))
+    code = module.run(parser.parse_args(argv[1:]))
+    sys.stdout.flush()
+    return code
 
 
 def guarded(argv: list[str]) -> int:
     """main with its errors turned into an exit code and one sentence."""
-    try:
-        code = main(argv)
-        sys.stdout.flush()
-        return code
-    except (UsageError, RunError) as e:
-        sentence = "".join(c if c.isprintable() or c == "\n" else "?"
-                           for c in str(e))  # may quote a file or its name
-        print(f"records: {sentence}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
-    except ModuleNotFoundError as e:
-        print(f"records: expected the package {e.name}, found none; pip install -r records/requirements.txt",
-              file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
+    return run_program(main, argv, "records", "records/requirements.txt")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from data.files import written_whole
 from records import logs
 from records.errors import RecordError
 from records.experiment import PLAN, ROLES, Experiment, Pair, read_experiment
-from records.groups import FACTS, LENGTH, listed
-from records.logs import RunFacts, printable
+from records.groups import FACTS, LENGTH
+from records.logs import RunFacts
+from records.text import listed, seconds
 from tools.children import kill_group
 
 HELP = "run candidate and baseline in turn on this machine, then the paired verdict"
@@ -62,11 +63,10 @@ def run(args) -> int:
             for number, pair in enumerate(experiment.pairs, 1):
                 for arm in pair.order:
                     if find_run(args.out, arm, number) is None:
-                        attempt = Attempt(args.out, arm, number, getattr(experiment, arm), pair.seed)
-                        perform(attempt, 60 * args.limit, lock, stop)
+                        command = getattr(experiment, arm)
+                        perform(args.out, arm, number, command, pair.seed, 60 * args.limit, lock, stop)
         except KeyboardInterrupt:
-            print("stopped; the same command goes on with the runs that are missing", file=sys.stderr)
-            raise
+            raise KeyboardInterrupt("the same command goes on with the runs that are missing") from None
     conclude(args.out, experiment)
     return 0
 
@@ -100,8 +100,7 @@ def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
     for name, old, new in zip(("--a", "--b", "--runs"), found, (a, b, runs)):
         if old != new:
             raise RecordError(f"{name}: expected {old!r}, with which {out} was begun, found {new!r}; choose "
-                              "another --out "
-                              "to begin another experiment")
+                              "another --out to begin another experiment")
     for name in (*ROLES, "output"):
         (out / name).mkdir(exist_ok=True)
     return experiment
@@ -125,8 +124,7 @@ def locked(out: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RecordError(f"{out}: expected no run at work, found another ab, or a run that outlived its "
-                              "ab; wait for it or "
-                              f"end it (fuser {out}/.lock names it)") from None
+                              f"ab; wait for it or end it (fuser {out}/.lock names it)") from None
         except OSError as e:
             print(f"note: {out} cannot be locked ({e.strerror}): see to it that no other ab uses it",
                   file=sys.stderr)
@@ -168,24 +166,6 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-class Attempt:
-    """An attempt at one run: its place in the experiment, its command, and the file for what it prints."""
-
-    def __init__(self, out: Path, arm: str, number: int, command: str, seed: int):
-        self.out, self.arm, self.number, self.seed = out, arm, number, seed
-        self.argv = words(command, seed)
-        before = len(list((out / "output").glob(f"{number:03d}_{arm}_*")))
-        self.output = out / "output" / f"{number:03d}_{arm}_{before + 1}.txt"
-
-    def failure(self, found: str) -> RecordError:
-        tail = self.output.read_bytes()[-4096:].decode("utf-8", "replace") if self.output.exists() else ""
-        return RecordError("\n".join((
-            f"pair {self.number}, {self.arm}: expected exit code 0 and the log of a complete run, found "
-            f"{found}; correct what "
-            f"is wrong and start the same ab again. {self.output} ends with:",
-            *("  " + printable(line) for line in tail.splitlines()[-TAIL:]))))
-
-
 def words(command: str, seed: int) -> list[str]:
     """The command with its seed, in words."""
     try:
@@ -198,40 +178,51 @@ def words(command: str, seed: int) -> list[str]:
     return replaced if replaced != parts else [*parts, f"--seed={seed}"]
 
 
-def perform(attempt: Attempt, limit: float, lock, stop: StopSignals):
+def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: float, lock,
+            stop: StopSignals):
     """Run one command and put its log in place. RecordError if it fails, with nothing left but its output."""
-    out, arm, number, seed = attempt.out, attempt.arm, attempt.number, attempt.seed
-    print(f"pair {number}, {arm}, seed {seed}: its output goes to {attempt.output}", flush=True)
+    argv = words(command, seed)
+    before = len(list((out / "output").glob(f"{number:03d}_{arm}_*")))
+    output = out / "output" / f"{number:03d}_{arm}_{before + 1}.txt"
+    print(f"pair {number}, {arm}, seed {seed}: its output goes to {output}", flush=True)
     started = time.time()
     try:
-        code = execute(attempt.argv, attempt.output, limit, lock, stop)
+        code = execute(argv, output, limit, lock, stop)
+        path = written_log(argv, output, started)
+        failure = f"exit code {code}" if code else what_is_wrong(out, arm, number, seed, path)
     except subprocess.TimeoutExpired:
-        raise attempt.failure(f"it still at work after {limit / 60:g} minutes (--limit)") from None
+        failure = f"it still at work after {limit / 60:g} minutes (--limit)"
     except OSError as e:
-        raise RecordError(f"--{arm}: expected a command to start, found {attempt.argv[0]!r}: {e.strerror}; "
-                          "correct it") from None
-    if code:
-        raise attempt.failure(f"exit code {code}")
-
-    path = written_log(attempt.argv, attempt.output, started)
-    if path is None:
-        raise attempt.failure("no line with the path of a log that it wrote")
-    found = logs.read(path).runs
-    if len(found) != 1:
-        raise attempt.failure(f"{len(found)} runs in {path}")
-    if not found[0].complete:
-        raise attempt.failure(f"no validation at the last step in {path}")
-    if found[0].seed not in (seed, None):
-        raise attempt.failure(f"seed {found[0].seed} in {path} instead of {seed}")
-    if equal := pair_with_equal_losses(out, arm, number, found[0]):
-        raise attempt.failure(f"the very losses of pair {equal}, as if the command did not use its seed "
-                              f"({{seed}} in it says "
-                              "where it goes)")
+        raise RecordError(f"--{arm}: expected a command to start, found {argv[0]!r}: {e.strerror}; correct "
+                          "it") from None
+    if failure:
+        tail = output.read_bytes()[-4096:].decode("utf-8", "replace").splitlines()[-TAIL:]
+        raise RecordError("\n".join((
+            f"pair {number}, {arm}: expected exit code 0 and the log of a complete run, found {failure}; "
+            f"correct what is wrong and start the same ab again. {output} ends with:",
+            *("  " + line for line in tail))))
 
     with written_whole(out / arm / f"{number:03d}_{path.name}") as file:
         file.write(path.read_bytes())
-    seconds = (found[0].final_time_ms or 0) / 1000
-    print(f"pair {number}, {arm}: loss {found[0].final_val_loss}, {seconds:.2f} s", flush=True)
+    done = logs.read(path).runs[0]
+    print(f"pair {number}, {arm}: loss {done.final_val_loss}, {seconds(done.final_time_ms)} s", flush=True)
+
+
+def what_is_wrong(out: Path, arm: str, number: int, seed: int, path: Path | None) -> str:
+    """Why the log that a command wrote is not that of the run in its pair; "" where it is."""
+    if path is None:
+        return "no line with the path of a log that it wrote"
+    found = logs.read(path).runs
+    if len(found) != 1:
+        return f"{len(found)} runs in {path}"
+    if not found[0].complete:
+        return f"no validation at the last step in {path}"
+    if found[0].seed not in (seed, None):
+        return f"seed {found[0].seed} in {path} instead of {seed}"
+    if equal := pair_with_equal_losses(out, arm, number, found[0]):
+        return (f"the very losses of pair {equal}, as if the command did not use its seed ({{seed}} in it "
+                "says where it goes)")
+    return ""
 
 
 def execute(argv: list[str], output: Path, limit: float, lock, stop: StopSignals) -> int:
@@ -288,8 +279,8 @@ def find_run(out: Path, arm: str, number: int) -> RunFacts | None:
     runs = logs.read(path).runs
     if len(runs) != 1 or not runs[0].complete:
         raise RecordError(f"{path}: expected the log of a complete run, which ab put there, found "
-                          f"{len(runs)} runs or an "
-                          "incomplete one; remove the file and start the same ab again")
+                          f"{len(runs)} runs or an incomplete one; remove the file and start the same ab "
+                          "again")
     return runs[0]
 
 
@@ -308,47 +299,45 @@ def pair_with_equal_losses(out: Path, arm: str, number: int, new: RunFacts) -> i
 
 def conclude(out: Path, experiment: Experiment):
     """Write the verdict on all pairs, and print it."""
-    # scipy takes a second, and has threads that must not be there while ab starts runs
-    from records.statistics import plain
     a, b = ([find_run(out, arm, number) for number in range(1, len(experiment.pairs) + 1)] for arm in "ab")
     verdict = judge(a, b)
     lines = [*sentences(verdict), *notes(out, a, b)]
-    with written_whole(out / "verdict.json", "w") as file:
-        json.dump(plain(dict(plan=experiment, **verdict, notes=lines)), file, indent=1)
     with written_whole(out / "verdict.md", "w") as file:
         file.write(markdown(experiment, a, b, lines))
-    print("\n".join((*lines, f"Written to {out}/verdict.md and .json.")))
+    print("\n".join((*lines, f"Written to {out}/verdict.md.")))
 
 
 def judge(a: list[RunFacts], b: list[RunFacts]) -> dict:
     """The paired tests of A minus B; speed_up: mean of B's time over A's, by the logarithms."""
+    # scipy takes a second, and has threads that must not be there while ab starts runs
     from records import statistics
     losses = statistics.paired([run.final_val_loss for run in a], [run.final_val_loss for run in b])
     times = [[math.nan if run.final_time_ms is None else run.final_time_ms / 1000 for run in arm]
              for arm in (a, b)]
     logarithms = [math.log(y / x) if x > 0 and y > 0 else math.nan for x, y in zip(*times)]
     mean = statistics.mean_interval(logarithms)
-    limits = [None if value is None else math.exp(value) for value in (mean.estimate, mean.low, mean.high)]
-    speed_up = statistics.Interval(*limits, mean.confidence, mean.why)
+    limits = [None if value is None else math.exp(value) for value in (mean.value, mean.low, mean.high)]
+    speed_up = statistics.Estimate(*limits, why=mean.why)
     return dict(seconds=statistics.paired(*times), speed_up=speed_up, loss=losses)
 
 
 def sentences(verdict: dict):
+    from records.statistics import ALPHA
     for name, digits, below, above in (("seconds", ".2f", "A is faster", "A is slower"),
                                        ("loss", ".5f", "A ends lower", "A ends higher")):
         test = verdict[name]
-        if test.sd == 0 == test.difference.estimate:
+        difference = test.difference
+        if test.sd == 0 == difference.value:
             yield f"{name.capitalize()}: the same in every pair."
             continue
-        if test.why:
-            yield f"{name.capitalize()}: cannot be judged: {test.why}."
+        if difference.why:
+            yield f"{name.capitalize()}: cannot be judged: {difference.why}."
             continue
-        p = min(test.p_below, test.p_above)
-        word = "no difference shown" if p >= test.alpha else below if test.p_below < test.alpha else above
-        yield (f"{name.capitalize()}: {word}. A minus B is {test.difference:{'+' + digits}}, one-sided p = "
-               f"{p:.2g}, needed < "
-               f"{test.alpha}. {test.n} pairs with this spread show a difference of {test.floor:{digits}} in "
-               "8 cases of 10.")
+        p = min(difference.p, test.p_above)
+        word = "no difference shown" if p >= ALPHA else below if difference.p < ALPHA else above
+        yield (f"{name.capitalize()}: {word}. A minus B is {difference:{'+' + digits}}, one-sided p = "
+               f"{p:.2g}, needed < {ALPHA}. {test.n} pairs with this spread show a difference of "
+               f"{test.floor:{digits}} in 8 cases of 10.")
     yield f"Speed-up: {verdict['speed_up']:.4f}."
 
 
@@ -366,8 +355,8 @@ def notes(out: Path, a: list[RunFacts], b: list[RunFacts]):
 
 
 def markdown(experiment: Experiment, a: list[RunFacts], b: list[RunFacts], lines: list[str]) -> str:
-    rows = [f"| {i} | {pair.seed} | {pair.order[0].upper()} | {x.final_val_loss} | {y.final_val_loss} "
-            f"| {(x.final_time_ms or 0) / 1000:.3f} | {(y.final_time_ms or 0) / 1000:.3f} |"
+    rows = [f"| {i} | {pair.seed} | {pair.order[0].upper()} | {x.final_val_loss} | {y.final_val_loss} | "
+            f"{(x.final_time_ms or 0) / 1000:.3f} | {(y.final_time_ms or 0) / 1000:.3f} |"
             for i, (pair, x, y) in enumerate(zip(experiment.pairs, a, b), 1)]
     return "\n".join([
         f"# {len(a)} pairs of runs", "",

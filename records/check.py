@@ -1,22 +1,22 @@
 """Judge a submission rule by rule: what each rule asks, whether the logs meet it, and the evidence.
 
-PATH is a folder that pack has built, the folder of an A/B experiment, or logs and folders of logs; those
-below a folder called baseline* are the baseline. A rule that does not hold is a failure. Those with an
-asterisk can be waived by a person with a reason that a reviewer may weigh, the loss rule only for a kind of
-change that the track exempts:
---waive 'loss-rule=systems: the same training, faster kernels'.
+PATH is a folder that pack has built, the folder of an A/B experiment, or logs and folders of logs. A rule
+that does not hold is a failure. Those with an asterisk can be waived by a person with a reason that a
+reviewer may weigh, the loss rule only for a kind of change that the track exempts: --waive
+'loss-rule=systems: the same training, faster kernels'.
 
 {rules}
 """
-import argparse
 import json
 import re
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from records import logs, schema
 from records.errors import RecordError
 from records.experiment import read_experiment
-from records.logs import LogFile
+from records.grids import Grid, terminal
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
 from records.tracks import TRACKS, choose
 
@@ -28,21 +28,14 @@ FOLDERS = ("runs", "baseline", "excluded")  # of logs, in the folder of a submis
 __doc__ = __doc__.format(rules="\n".join(f"  {name:<21} {rule.__doc__}" for name, rule in RULES.items()))
 
 
-def planned(text: str) -> int:
-    """An argument of the command line."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"expected a number of runs, found {text!r}; see plan --help")
-    return int(text)
-
-
 def add_claim_arguments(parser):
     """What a person says of the runs; the same for check and pack."""
     parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH",
                         help="the record before, run on this machine")
-    parser.add_argument("--track", metavar="TRACK", help=f"{', '.join(TRACKS)} (default: as the logs say)")
+    parser.add_argument("--track", choices=TRACKS, help="default: as the logs say")
     parser.add_argument("--step", type=int, metavar="N",
                         help="step whose validation counts, where the track wants it stated")
-    parser.add_argument("--planned", type=planned, metavar="N",
+    parser.add_argument("--planned", type=int, metavar="N",
                         help="runs that were planned before the first one (default: as in ab's plan)")
     parser.add_argument("--exclude", action="append", default=[], metavar="LOG=REASON",
                         help="leave a log out, for a reason other than its result; it stays in the folder "
@@ -64,20 +57,10 @@ def run(args) -> int:
     submission = from_folder(folder, schema.read(folder / schema.FILE)) if packed else from_arguments(args)
     found = judge(submission)
     if args.json:
-        print(json.dumps([as_json(verdict) for verdict in found], indent=1))
+        print(json.dumps([asdict(verdict) for verdict in found], indent=1))
     else:
         print_verdicts(found, submission)
     return int(any(v.verdict == FAIL for v in found))
-
-
-def as_json(verdict: Verdict) -> dict:
-    return {
-        "rule": verdict.rule,
-        "asks": RULES[verdict.rule].__doc__.lstrip("* "),
-        "verdict": verdict.verdict,
-        "evidence": verdict.evidence,
-        "reason": verdict.reason,
-    }
 
 
 # A folder built by pack
@@ -107,46 +90,30 @@ def members(folder: Path) -> list[Path]:
     for path in found:
         if not re.fullmatch(schema.LOG_NAME, path.name) or not path.is_file():
             raise RecordError(f"{folder}: expected logs, with names of letters, digits and . _ -, found "
-                              f"{path.name!r}; rename "
-                              "it or take it away")
+                              f"{path.name!r}; rename it or take it away")
     return found
 
 
 # Logs named on the command line
 
 def from_arguments(args) -> Submission:
-    paths, baseline = split_experiment([*map(Path, args.paths)], [*map(Path, args.baseline)])
-    found, baseline = logs.find(paths), logs.find(baseline)
-    below = {path for root in paths for path in found if not baseline and path.is_relative_to(root)
-             and any(part.startswith("baseline") for part in path.relative_to(root).parts[:-1])}
-    counted, excluded = leave_out([path for path in found if path not in below], args.exclude)
+    paths, baseline, planned_runs = args.paths, args.baseline, args.planned
+    folder = Path(paths[0])
+    if len(paths) == 1 and not baseline and (experiment := read_experiment(folder)):
+        paths, baseline = [folder / "a"], [folder / "b"]
+        planned_runs = planned_runs or len(experiment.pairs)
+    counted, excluded = leave_out(logs.find(paths), args.exclude)
     submitted = [logs.read(path) for path in counted]
     if not any(log.runs for log in submitted):
         raise RecordError(f"{args.paths[0]}: expected logs of runs, found none that counts; check the path")
 
-    track = choose(args.track, submitted)
+    track = TRACKS[args.track] if args.track else choose(submitted)
     step = args.step
     if step is None and track.claim_step == "stated":
         step = max((run.final_step for log in submitted for run in log.runs if run.val_points), default=None)
     left_out = [(logs.read(path), reason) for path, reason in excluded.items()]
-    planned_runs = args.planned or planned_by_ab([*submitted, *(log for log, _ in left_out)])
-    return Submission(track, submitted, [logs.read(path) for path in [*baseline, *sorted(below)]], left_out,
-                      step,
+    return Submission(track, submitted, [logs.read(path) for path in logs.find(baseline)], left_out, step,
                       planned_runs, waivers(args.waive))
-
-
-def split_experiment(paths: list[Path], baseline: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Of the folder of an A/B experiment the arms: the candidate counts, the baseline is the baseline."""
-    if len(paths) == 1 and not baseline and read_experiment(paths[0]):
-        return [paths[0] / "a"], [paths[0] / "b"]
-    return paths, baseline
-
-
-def planned_by_ab(submitted: list[LogFile]) -> int | None:
-    """The number of pairs in the plan that ab made before it ran these logs, if it did."""
-    folders = {log.path.parent.parent for log in submitted}
-    experiment = read_experiment(folders.pop()) if len(folders) == 1 else None
-    return len(experiment.pairs) if experiment else None
 
 
 def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Path, str]]:
@@ -183,17 +150,10 @@ def pairs(texts: list[str], option: str) -> dict[str, str]:
 
 
 def print_verdicts(found: list[Verdict], s: Submission):
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    styles = {PASS: "green", FAIL: "bold red", WAIVED: "yellow", NOT_APPLICABLE: "dim"}
-    title = (f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline, "
-             f"{len(s.excluded)} logs left out")
-    table = Table("rule", "verdict", "evidence", title=title, title_justify="left")
-    for v in found:
-        evidence = f"{v.evidence} (accepted: {v.reason})" if v.reason else v.evidence
-        table.add_row(v.rule, Text(v.verdict, styles[v.verdict]), Text(evidence))
-    Console().print(table)
-    counts = {kind: sum(v.verdict == kind for v in found) for kind in styles}
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
+    print(f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline, "
+          f"{len(s.excluded)} logs left out")
+    rows = [[v.rule, v.verdict, f"{v.evidence} (accepted: {v.reason})" if v.reason else v.evidence]
+            for v in found]
+    Grid(["rule", "verdict", "evidence"], rows).print(terminal())
+    counts = Counter(v.verdict for v in found)
+    print(", ".join(f"{counts[kind]} {kind}" for kind in (PASS, FAIL, WAIVED, NOT_APPLICABLE)))

@@ -36,6 +36,10 @@ def differences(before: dict[str, str], after: dict[str, str]) -> list[Differenc
             if before.get(file, "") != after.get(file, "")]
 
 
+def summed(changes: list[Difference]) -> str:
+    return ", ".join(f"{change.file} +{change.added:,} -{change.removed:,}" for change in changes)
+
+
 def difference(file: str, before: str, after: str) -> Difference:
     old, new = before.splitlines(), after.splitlines()
     matcher, lines = Matcher(None, old, new), []

@@ -3,21 +3,19 @@
 A PATH that is a log is a group of its own; the logs in a folder are a group of seeds, those of each subfolder
 another one. In the folder of an A/B experiment the baseline comes first, as its plan says which arm that is.
 """
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from records import logs
 from records.errors import RecordError
 from records.experiment import ROLES, role_of
-from records.logs import LogFile, RunFacts, ValPoint
+from records.logs import LogFile, RunFacts, ValPoint, losses_of, times_of
+from records.text import listed, short_name
 from records.tracks import Track
 
 NAME_LIMIT = 40  # characters of the name of a group
-NAMED = 5  # examples in a note
 
 FACTS = {  # what runs that are compared should have in common
     "hardware": lambda run: run.hardware,
@@ -51,8 +49,8 @@ class Counted:
     notes: list[str]
 
 
-def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[tuple[str, str]]]:
-    """Groups in the order of the paths, and (file, why) of each file without a run.
+def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[str]]:
+    """Groups in the order of the paths, and for each file without a run why it is left out.
 
     RecordError where there is no group.
     """
@@ -66,10 +64,10 @@ def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[tuple[str, str]]
             try:
                 files[os.path.abspath(file)] = log = logs.read(file)
             except RecordError as e:  # one file that cannot be opened does not hide the others
-                left_out.append((os.fspath(file), str(e)))
+                left_out.append(f"{file} is left out: {e}")
                 continue
             if not any(run.val_points for run in log.runs):
-                left_out.append((os.fspath(file), "; ".join(log.problems)))
+                left_out.append(f"{file} is left out: {'; '.join(log.problems)}")
 
     groups = {place: make_group([*files.values()]) for place, files in members.items()}
     groups = {place: group for place, group in groups.items() if group.runs}
@@ -99,7 +97,7 @@ def name_of(place: str, common: str) -> str:
         name += f" ({role})"
     elif os.path.isfile(os.path.join(os.path.dirname(place), logs.RECORD_FILE)):
         name = os.path.dirname(name) or os.path.basename(os.path.dirname(place))
-    name = logs.short_name(name)
+    name = short_name(name)
     return name if len(name) <= NAME_LIMIT else "…" + name[1 - NAME_LIMIT:]  # paths differ at their end
 
 
@@ -135,7 +133,7 @@ def count(group: RunGroup, track: Track | None, step: int | None = None) -> Coun
     steps = {run.final_step for run in group.runs}
     stated = track is not None and track.claim_step == "stated"
     if step is None and stated and len(steps) > 1:
-        found = ", ".join(map(str, sorted(steps)[:NAMED]))
+        found = listed(map(str, sorted(steps)))
         raise RecordError(f"expected runs that end at the same step, found {found}; say which step counts: "
                           "--step=N")
 
@@ -145,13 +143,10 @@ def count(group: RunGroup, track: Track | None, step: int | None = None) -> Coun
         if points[-1] is None:
             where = "its last step" if step is None else f"step {step}"
             notes.append(f"{run.run_id} has no validation at {where} and ends at {run.final_step} of "
-                         f"{run.total_steps}: "
-                         "name the logs that count to leave it out.")
+                         f"{run.total_steps}: name the logs that count to leave it out.")
     if step is None and len(steps) == 1:
         step, = steps
-    return Counted(step, [math.nan if point is None else point.val_loss for point in points],
-                   [math.nan if point is None or point.train_time_ms is None else point.train_time_ms / 1000
-                    for point in points], notes)
+    return Counted(step, losses_of(points), [ms / 1000 for ms in times_of(points)], notes)
 
 
 def counting_point(run: RunFacts, step: int | None, stated: bool) -> ValPoint | None:
@@ -159,8 +154,3 @@ def counting_point(run: RunFacts, step: int | None, stated: bool) -> ValPoint | 
         return run.at(step)
     reached_its_end = run.complete or run.total_steps is None  # llm.c does not print the total
     return run.val_points[-1] if stated or reached_its_end else None
-
-
-def listed(names: Iterable[str]) -> str:
-    names = [*names]
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

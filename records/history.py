@@ -1,16 +1,15 @@
-"""The public history of the speedrun: rows of the record tables, last validations of their runs, and some
-whole curves.
+"""The public history of the speedrun: rows of the record tables, and runs whose whole curve is kept.
 
 The data and what their columns mean: records/history/README.md. Attributes are called as the columns are."""
 import csv
 import datetime
-import types
-import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
+
+from records.logs import RunFacts, ValPoint
 
 FOLDER = Path(__file__).parent / "history"
 SOURCE = "https://github.com/KellerJordan/modded-nanogpt"
@@ -41,83 +40,57 @@ class HistoryRow:
         return f"{SOURCE}/pull/{self.pr}" if self.pr else None
 
 
-@dataclass(frozen=True)
-class HistoryFinal:
-    """The last validation of a run."""
-    track: str
-    number: int | None  # None: of no row of a table
-    run_id: str
-    final_val_loss: float
-    final_train_time_ms: int | None
-    final_step: int
-    torch_version: str
-    gpu_name: str
-    n_gpus: int | None
-    world_size: int | None
-    total_steps: int | None
-    n_val_points: int
-    log_path: str
-    kind: str  # record, retiming or other
+@cache
+def read(name: str) -> tuple[dict[str, str], ...]:
+    """The rows of a file, all cells as text."""
+    with open(FOLDER / name, encoding="utf-8", newline="") as file:
+        return tuple(csv.DictReader(file))
 
 
-@dataclass(frozen=True)
-class HistoryPoint:
-    """A validation of a run whose curve is kept."""
-    track: str
-    number: int
-    run_id: str
-    step: int
-    val_loss: float
-    train_time_ms: int | None
+def number(cell: str, kind=int):
+    """A number, None of an empty cell."""
+    return kind(cell) if cell else None
 
 
 @cache
 def records() -> tuple[HistoryRow, ...]:
-    return read("records.csv", HistoryRow)
+    return tuple(HistoryRow(**row | {
+        "number": int(row["number"]),
+        "minutes_or_steps": Decimal(row["minutes_or_steps"]),
+        "date": number(row["date"], datetime.date.fromisoformat),
+        "pr": number(row["pr"]),
+        "contributors": tuple(row["contributors"].split(";")),
+    }) for row in read("records.csv"))
 
 
-@cache
-def finals() -> tuple[HistoryFinal, ...]:
-    """Of all runs that belong to a record."""
-    return read("finals.csv", HistoryFinal)
+def numbers_with_curves(track: str) -> list[int]:
+    """The records of a track of which runs with their curves are kept."""
+    return sorted({int(row["number"]) for row in read("curves.csv") if row["track"] == track})
 
 
-@cache
-def other_finals() -> tuple[HistoryFinal, ...]:
-    return read("finals_other.csv", HistoryFinal)
+def runs(track: str, record: int) -> list[RunFacts]:
+    """The runs of a record whose curves are kept."""
+    of_record = track, str(record)
+    points = {}
+    for row in read("curves.csv"):
+        if (row["track"], row["number"]) == of_record:
+            ms = number(row["train_time_ms"], float)
+            point = ValPoint(int(row["step"]), float(row["val_loss"]), ms, {})
+            points.setdefault(row["run_id"], []).append(point)
+    finals = {row["run_id"]: row for row in read("finals.csv") if (row["track"], row["number"]) == of_record}
+    return [public_run(finals[run_id], curve) for run_id, curve in points.items()]
 
 
-@cache
-def curves() -> dict[tuple[str, int, str], tuple[HistoryPoint, ...]]:
-    """Curves by track, number and run_id."""
-    found = {}
-    for point in read("curves.csv", HistoryPoint):
-        found.setdefault((point.track, point.number, point.run_id), []).append(point)
-    return {key: tuple(points) for key, points in found.items()}
-
-
-def runs_of(record: HistoryRow) -> list[HistoryFinal]:
-    """The runs of a record. A retiming is the one log that its row names."""
-    return [final for final in finals() if (final.track, final.number,
-                                            final.kind) == (record.track, record.number, record.kind)
-            and (record.kind == "record" or final.log_path == record.log_path)]
-
-
-def read(name: str, row: type) -> tuple:
-    """The rows of a file as instances of a dataclass, each cell as its attribute's type wants it."""
-    convert = {field.name: converter(field.type) for field in fields(row)}
-    with open(FOLDER / name, encoding="utf-8", newline="") as file:
-        return tuple(row(**{column: convert[column](cell) for column, cell in cells.items()})
-                     for cells in csv.DictReader(file))
-
-
-def converter(kind):
-    """A function from the text of a cell to a value of this type; of `X | None` an empty cell is None."""
-    if isinstance(kind, types.UnionType):
-        kind, _ = typing.get_args(kind)
-        return lambda cell, convert=converter(kind): convert(cell) if cell else None
-    if kind is datetime.date:
-        return datetime.date.fromisoformat
-    if kind == tuple[str, ...]:
-        return lambda cell: tuple(cell.split(";")) if cell else ()
-    return kind
+def public_run(final: dict[str, str], points: list[ValPoint]) -> RunFacts:
+    total, last = number(final["total_steps"]), points[-1]
+    return RunFacts(
+        run_id=final["run_id"],
+        val_points=tuple(points),
+        total_steps=total,
+        complete=last.step == total,
+        torch=final["torch_version"] or None,
+        gpu_name=final["gpu_name"] or None,
+        num_gpus=number(final["n_gpus"]),
+        world_size=number(final["world_size"]),
+        step_avg_ms=last.train_time_ms and last.train_time_ms / last.step,
+    )

@@ -1,16 +1,13 @@
-"""What a log says beyond its validations: when and from what it ran, and whether its step lines agree with
-each other.
+"""What a log says beyond its validations: from what it ran, and whether its step lines agree with each other.
 
 A step line holds a step, a time and their quotient, and the lines stand in an order, so a figure that was
 typed in, or moved here from another log, rarely fits its neighbours: of the 2.2 million training lines of the
 public logs, not one falls out."""
-import datetime
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from records.errors import RecordError
 from records.logs import SEPARATOR, LogFile
 
 # bytes; the lines of a longer log are not judged (the longest of the public archive has 1.1 million)
@@ -19,8 +16,6 @@ PAIR = rb"[a-z_]{1,40}:\S{1,40}"
 STEP = re.compile(
     rb"^step:(\d{1,12})/\d{1,12} ((?:" + PAIR + rb" ){0,12}?)train_time:(\d{1,15}(?:\.\d{1,9})?)(m?s) "
     rb"step_avg:(\d{1,12}\.\d{1,9}|nan)ms(?: " + PAIR + rb"){0,12}\s*$", re.M)
-DATE = re.compile(
-    rb"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d) +(\d{4})\s*$", re.M)
 RESUMED = re.compile(rb"^resumed: ", re.M)
 COMMIT = re.compile(rb"^commit: ([0-9a-f]{40}(?: with changes)?)$", re.M)
 TRAINING_DATA = re.compile(rb"^training data: .{1,200}, fingerprint ([0-9a-f]{8,64})$", re.M)
@@ -31,7 +26,6 @@ QUEUE = 5
 
 @dataclass(frozen=True)
 class Details:
-    date: datetime.datetime | None = None  # by the clock and in the time zone of the machine
     resumed: bool = False
     commit: str = ""
     training_data: str | None = None  # fingerprint of the shards
@@ -44,16 +38,13 @@ class Details:
 
 def examine(log: LogFile) -> Details:
     """The details of a log; its file is read again."""
-    if not log.path.is_file():
-        raise RecordError(f"{log.path}: expected a file, since its lines are read twice, found a pipe; write "
-                          "it to a file first")
     if log.size > SIZE_LIMIT:
         return Details(contradictions=(f"expected at most {SIZE_LIMIT:,} bytes, found {log.size:,}: its "
                                        "lines are not judged",))
     text = log.path.read_bytes().replace(b"\r\n", b"\n")
     separator = f"\n{SEPARATOR}\n".encode()
     head, _, body = text.rpartition(separator)
-    header = head.rpartition(separator)[2] if log.variant == "own" else b""
+    header = head.rpartition(separator)[2] if any(run.config for run in log.runs) else b""
     lines = np.array([(int(step), b"val_loss:" in keys, float(time) * (1000 if unit == b"s" else 1),
                        float(average))
                       for step, keys, time, unit, average in STEP.findall(body)]).reshape(-1, 4)
@@ -64,7 +55,6 @@ def examine(log: LogFile) -> Details:
     training = lines[lines[:, 1] == 0][:, [0, 2]]
     every = 8 if len(training) > 400 else 1
     return Details(
-        date=parse_date(DATE.findall(head)),
         resumed=bool(RESUMED.search(header)),
         commit=found_in(header, COMMIT) or "",
         training_data=found_in(header, TRAINING_DATA),
@@ -78,14 +68,6 @@ def examine(log: LogFile) -> Details:
 def found_in(header: bytes, pattern: re.Pattern) -> str | None:
     match = pattern.search(header)
     return match[1].decode() if match else None
-
-
-def parse_date(found: list[tuple]) -> datetime.datetime | None:
-    try:
-        return datetime.datetime.strptime(b" ".join(found[-1]).decode(),
-                                          "%b %d %H:%M:%S %Y") if found else None
-    except ValueError:
-        return None
 
 
 def contradictions(lines: np.ndarray, queue: float):
@@ -111,8 +93,7 @@ def contradictions(lines: np.ndarray, queue: float):
                 yield f"expected a training line at step {step:.0f}, found a validation only"
             elif step > 20 and ms - time_at[step] > queue * ms / step:
                 yield (f"the validation at step {step:.0f} is {ms - time_at[step]:g} ms after the training "
-                       "line "
-                       "of that step")
+                       "line of that step")
 
 
 def wrong_averages(kind: str, step, ms, average):
@@ -129,5 +110,5 @@ def wrong_averages(kind: str, step, ms, average):
     best = min(range(3), key=lambda k: wrong[k].sum())
     time, steps = conventions[best]
     for i in np.flatnonzero(wrong[best]):
-        yield (f"the {kind} line of step {step[i]:.0f} says {average[i]:.2f} ms a step, "
-               f"but its time, {ms[i]:g} ms, makes it {time[i] / steps[i]:.2f}")
+        yield (f"the {kind} line of step {step[i]:.0f} says {average[i]:.2f} ms a step, but its time, "
+               f"{ms[i]:g} ms, makes it {time[i] / steps[i]:.2f}")

@@ -12,26 +12,22 @@ that matter, in bounded memory and with patterns that cannot backtrack badly, no
 is odd about it is said in `LogFile.problems`. The source can hold anything, so whatever looks like output
 before the last header counts as source.
 """
-import codecs
 import hashlib
-import io
 import json
 import math
 import os
 import re
-import select
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from records.errors import RecordError
 from records.experiment import ROLES, read_experiment
+from records.text import printable
 
 RECORD_FILE = "record.json"  # what the folder of a record claims; its logs are in runs/
 SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs
 BLOCK = 1 << 20  # bytes read at a time
-PIPE_LIMIT = 1 << 26  # bytes read from a pipe, which are held in memory
-PIPE_PATIENCE = 60  # seconds in which a pipe must bring something
 LINE_LIMIT = 1 << 16  # bytes; no longer line is read (the longest that matters in the public logs has 587)
 SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the public logs has 187,761)
 POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
@@ -44,6 +40,17 @@ class ValPoint:
     val_loss: float  # nats per token, as printed; may be nan or inf
     train_time_ms: float | None
     extra: dict[str, float]  # further numbers of the line, such as val_ema_loss; not the average step time
+
+
+def losses_of(points: list[ValPoint | None]) -> list[float]:
+    """The losses of validations, nan where there is none."""
+    return [math.nan if point is None else point.val_loss for point in points]
+
+
+def times_of(points: list[ValPoint | None]) -> list[float]:
+    """Their milliseconds, nan where there are none."""
+    return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms
+            for point in points]
 
 
 @dataclass(frozen=True)
@@ -119,48 +126,14 @@ class RunFacts:
 @dataclass(frozen=True)
 class LogFile:
     path: Path
-    variant: str  # id in VARIANTS
-    runs: tuple[RunFacts, ...]
+    runs: tuple[RunFacts, ...]  # none where it is no log
     sha256: str  # of the file
     size: int  # bytes
     problems: tuple[str, ...]  # what is odd about the file
     sources: dict[str, str]  # embedded source files by name
 
 
-# Formats by their marks, the first row that fits; `!` says that a mark is absent. The ids are those of a
-# survey of the public
-# archive in August 2026; "own" is train_gpt.py of this repository, "X" is no log.
-VARIANTS = (
-    ("own", "config"),
-    ("X", "!validation !training !header"),
-    ("A", "llm.c"),  # s:250 tel:4.5; no time, total, source or header
-    ("T5", "!source"),  # captured standard output
-    ("T4", "!header training"),
-    ("T4b", "!header"),
-    ("T1", "seconds !device !device_line"),
-    ("T3b", "device_line training"),
-    ("T3", "device_line"),
-    ("T2m", "device several"),  # several runs in a file
-    ("T2", "device"),
-    ("E4", "file3"),  # three source files
-    ("E3", "file2"),
-    ("E2", "triton warmup"),
-    ("E1", "triton"),
-    ("B2", "lead loader"),  # a separator leads the file; data loaders describe themselves
-    ("B1", "lead"),
-    ("C5", "capital separators3"),
-    ("C1", "train_loss"),
-    ("C3", "consumption"),
-    ("C2", "!capital !allocated"),
-    ("C4", "!capital"),
-    ("D1", "nan"),  # no average time in the first steps
-    ("D4", "bare_row"),  # a GPU table of its own making
-    ("D3", "decimals6"),
-    ("D2", ""),
-)
-
 SEPARATOR = "=" * 100
-UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n",
                      re.M)  # before the second, third, ... source file
 NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", re.A)
@@ -172,21 +145,19 @@ TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}
 GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?",
                      re.A)  # of nvidia-smi, or of a table without bars
 GPU_ITEM = re.compile(r"GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*", re.A)  # of nvidia-smi -L
-FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names the fact, or the mark
+FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names the fact
     r"Running [pP]ython (?P<python>\S+)",
-    r"Running (?:(?P<capital>PyTorch)|pytorch) (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)"
+    r"Running (?:PyTorch|pytorch) (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)"
     r"(?: on (?P<device>\S+(?: \S+)*) +with world_size (?P<world_size>\d{1,9}))?$",
     r"Running Triton version (?P<triton>\S+)",
-    r"Running on device_name=(?P<device_line>\S+(?: \S+)*) +with world_size=(?P<world_size>\d{1,9})$",
+    r"Running on device_name=(?P<device>\S+(?: \S+)*) +with world_size=(?P<world_size>\d{1,9})$",
     r"Model name: +(?P<cpu>\S+(?: \S+)*)$",
-    r"peak memory (?:(?P<consumption>consumption)|(?P<allocated>allocated)): (?P<peak_mib>\d{1,12}) MiB",
-    r"(?P<loader>\w+ DataLoader: )",
-    r"(?P<warmup>Resetting Model)",
+    r"peak memory (?:consumption|allocated): (?P<peak_mib>\d{1,12}) MiB",
 )]
 # beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
 LINES = re.compile(
     rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed "
-    rb"|config: \{|Model name: |peak memory |\w+ DataLoader: |Resetting Model|ended after step )[^\n]*)")
+    rb"|config: \{|Model name: |peak memory |ended after step )[^\n]*)")
 
 
 def find(paths) -> list[Path]:
@@ -232,8 +203,7 @@ def files_below(root: Path) -> Iterator[Path]:
 
 def refuse(error: OSError, path: Path | None = None):
     raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; "
-                      "check path and "
-                      "permissions") from None
+                      "check path and permissions") from None
 
 
 def read(path) -> LogFile:
@@ -252,15 +222,12 @@ def read(path) -> LogFile:
         refuse(e, path)
 
     sources = split_source(source, notes)
-    body.marks |= {f"file{len(sources)}", f"separators{body.num_separators}"}
-    if body.source_end:
-        body.marks.add("source")
     runs = body.runs(path.stem, hashlib.sha256(source).hexdigest() if source else None)
     if not size:
         notes.add("the file is empty")
     elif not any(run.val_points for run in runs):
         notes.add("there is no validation in it" if runs else "this is no log of a training run")
-    return LogFile(path, body.variant(), runs, digest.hexdigest(), size, notes.sentences(), sources)
+    return LogFile(path, runs, digest.hexdigest(), size, notes.sentences(), sources)
 
 
 def read_curve(path) -> list[tuple[int, float | None, float]]:
@@ -270,32 +237,11 @@ def read_curve(path) -> list[tuple[int, float | None, float]]:
 
 
 def opened(path: Path):
-    """A file, or what comes out of a pipe such as <(zcat LOG), opened for reading from its beginning."""
+    """A file for reading. A pipe is refused, for it might never end."""
     if path.is_file():
         return open(path, "rb")
-    if path.is_fifo():
-        return io.BytesIO(drained(path))
-    kind = "a folder" if path.is_dir() else "a device or the like" if path.exists() else "nothing there"
+    kind = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() else "nothing there"
     raise RecordError(f"{path}: expected a log, found {kind}; name a file")
-
-
-def drained(path: Path) -> bytes:
-    """All that a pipe brings until its writer closes it; one that nobody writes to is empty."""
-    content = bytearray()
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
-        while len(content) <= PIPE_LIMIT:
-            block = pipe.read(BLOCK)  # None where a writer is there and has nothing yet
-            if block is None:
-                if not select.select([pipe], [], [], PIPE_PATIENCE)[0]:
-                    raise RecordError(f"{path}: expected a log from this pipe, found nothing for "
-                                      f"{PIPE_PATIENCE} s; check "
-                                      "the command that writes to it")
-            elif not block:
-                return bytes(content)
-            else:
-                content += block
-    raise RecordError(f"{path}: expected at most {PIPE_LIMIT:,} bytes from a pipe, found more; write them to "
-                      "a file first")
 
 
 class Notes:
@@ -318,17 +264,12 @@ def lines(file, digest, notes: Notes):
 
     Never more than a block and the beginning of a line is in memory.
     """
-    carry, end, decoder = b"\n", 0, codecs.getincrementaldecoder("utf-8")()
+    carry = b"\n"
+    end = 0
     while block := file.read(BLOCK):
         digest.update(block)
-        if end == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            notes.add("the file is UTF-16, as some shells of Windows write it; convert it to UTF-8")
         if b"\0" in block:
             notes.add("the file is binary: it holds NUL bytes", once=True)
-        try:
-            decoder.decode(block)
-        except UnicodeDecodeError:
-            notes.add("the file is not UTF-8", once=True)
         end += len(block)
         data = carry + block
         last = data.rindex(b"\n")
@@ -354,7 +295,7 @@ def read_source(file, body: "Body", notes: Notes) -> bytes:
         return b""
     file.seek(0)
     source = file.read(body.source_end).replace(b"\r\n", b"\n")
-    if "lead" in body.marks:
+    if body.leads:
         source = source[len(SEPARATOR) + 1:]
     return source.rstrip(b"\n") + b"\n" if source.strip() else b""
 
@@ -373,16 +314,6 @@ def split_source(source: bytes, notes: Notes) -> dict[str, str]:
         notes.add("the embedded source has file names that cannot be used, and is taken as one file")
         return {"train_gpt.py": text}
     return {name: part.rstrip("\n") + "\n" for name, part in zip(names, [first, *parts[1::2]])}
-
-
-def short_name(name: str) -> str:
-    """A name, printable, with each UUID in it cut to its first part, as people do."""
-    return UUID.sub(r"\1", printable(name))
-
-
-def printable(text: str) -> str:
-    """Text of a file, or its name, without what could steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def quoted(line: str) -> str:
@@ -424,11 +355,13 @@ def whole(value) -> int | None:
 class Body:
     """What is known from the last header on; where there is no header, from the last separator on."""
 
-    def __init__(self, notes: Notes, marks: frozenset = frozenset(), separator: int | None = None):
-        self.notes, self.marks = notes, set(marks)
+    def __init__(self, notes: Notes, leads: bool = False, separator: int | None = None):
+        self.notes = notes
+        self.leads = leads  # whether a separator begins the file
         self.separator = separator  # offset of the last one
-        self.num_separators = int(separator is not None)
         self.source_end = separator or 0
+        self.has_header = False
+        self.has_steps = False
         self.facts: dict[str, str] = {}
         self.gpus: dict[int, str] = {}
         self.config: dict = {}
@@ -445,13 +378,13 @@ class Body:
                 self.take_llmc(line)
         elif line == SEPARATOR:
             if offset == 0:
-                self.marks.add("lead")
-            elif "header" not in self.marks:
+                self.leads = True
+            elif not self.has_header:
                 return self.restarted(offset)
-            self.separator, self.num_separators = offset, self.num_separators + 1
+            self.separator = offset
         elif line.startswith("Running ") and self.is_just_before(offset):
             body = self.restarted(self.separator)
-            body.marks.add("header")
+            body.has_header = True
             body.take_fact(line)
             return body
         else:
@@ -463,16 +396,15 @@ class Body:
         return self.separator is not None and offset - self.separator <= len(SEPARATOR) + 2
 
     def restarted(self, separator: int) -> "Body":
-        if self.marks & {"training", "validation"}:
+        if self.has_steps:
             self.notes.add("step lines before the last header are not read: they belong to the source, or to "
                            "another log")
-        return Body(self.notes, self.marks & {"lead"}, separator)
+        return Body(self.notes, self.leads, separator)
 
     def take_fact(self, line: str):
         if line.startswith("config: "):
             try:
                 self.config = self.config or read_config(line.removeprefix("config: "))
-                self.marks.add("config")
             except ValueError:
                 self.notes.add("the config line cannot be read", quoted(line))
         elif match := SEED.fullmatch(line):
@@ -482,8 +414,6 @@ class Body:
             self.parts[-1].seed = int(match[1] or match[2])
         elif match := GPU_ROW.fullmatch(line) or GPU_ITEM.fullmatch(line):
             self.gpus[int(match[1])] = printable(match[2][:100])
-            if line[0].isdigit():
-                self.marks.add("bare_row")
         elif line.startswith("ended after"):
             self.notes.add("the run ended early", quoted(line))
         else:
@@ -491,7 +421,6 @@ class Body:
                 if match := pattern.match(line):
                     found = {name: printable(text[:100]) for name, text in match.groupdict().items()
                              if text not in (None, "None")}
-                    self.marks |= found.keys()
                     self.facts = found | self.facts
 
     def take_step(self, line: str):
@@ -500,11 +429,7 @@ class Body:
             return self.notes.add("a step line cannot be read", quoted(line))
         step, total = int(match[1]), int(match[2])
         if " val_loss:" not in line:
-            self.marks.add("training")
-            if "train_loss:" in line:
-                self.marks.add("train_loss")
-            if "step_avg:nanms" in line:
-                self.marks.add("nan")
+            self.has_steps = True
             self.part_at(step, total)
             return
         pairs = [word.split(":", 1) for word in match[3].split(" ")[1:]]
@@ -512,8 +437,6 @@ class Body:
         loss, time = NUMBER.fullmatch(values["val_loss"]), TIME.fullmatch(values.get("train_time", "0ms"))
         if not loss or not time or len(values) < len(pairs):
             return self.notes.add("a step line cannot be read", quoted(line))
-        self.marks |= {"seconds"} if time[2] == "s" else set()
-        self.marks |= {"decimals6"} if len(loss[0].partition(".")[2]) == 6 else set()
         ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
         extra = {name: float(text) for name, text in values.items() if name != "val_loss"
                  and NUMBER.fullmatch(text)}
@@ -524,12 +447,11 @@ class Body:
         match = LLMC.fullmatch(line)
         if not match or not NUMBER.fullmatch(match[3]):
             return self.notes.add("a step line cannot be read", quoted(line))
-        self.marks.add("llm.c")
         if match[2] == "tel":
             self.take_point(ValPoint(int(match[1]), float(match[3]), None, {}), None)
 
     def take_point(self, point: ValPoint, total: int | None):
-        self.marks.add("validation")
+        self.has_steps = True
         part = self.part_at(point.step, total)
         if part.points and part.points[-1].step == point.step:
             if str(part.points[-1]) == str(point):
@@ -568,16 +490,14 @@ class Body:
             else:
                 self.notes.add("validations seen before are repeated as a summary, and count once")
             seen |= points
-        if len(parts) > 1:
-            self.marks.add("several")
-        if not self.marks & {"validation", "training", "header", "config"}:
+        if not (self.has_steps or self.has_header or self.config):
             return ()
         return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k:02}", source_sha256)
                      for k, part in enumerate(parts, start=1))
 
     def run(self, part: Part, run_id: str, source_sha256: str | None) -> RunFacts:
         points, facts, config = part.points, self.facts, self.config
-        device = facts.get("device") or facts.get("device_line")
+        device = facts.get("device")
         world_size = int(facts["world_size"]) if "world_size" in facts else None
         on_cpu = device is not None and device.startswith("CPU")
         if on_cpu and "cpu" in facts:
@@ -614,8 +534,3 @@ class Body:
         if points and part.total is not None and points[-1].step != part.total:
             self.notes.add("the run is incomplete",
                            f"last validation at step {points[-1].step} of {part.total}")
-
-    def variant(self) -> str:
-        return next(name for name, needs in VARIANTS
-                    if all(word[1:] not in self.marks if word[0] == "!" else word in self.marks
-                           for word in needs.split()))

@@ -24,17 +24,17 @@ import jinja2
 from data.errors import RunError
 from records import check, logs, schema
 from records.errors import RecordError
-from records.lines import SIZE_LIMIT
-from records.logs import LogFile, RunFacts, short_name
+from records.logs import LogFile, RunFacts, losses_of, times_of
 from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
-from records.rules import Submission, Verdict, judge, last_point, plain
+from records.rules import Submission, Verdict, changed_settings, judge, last_point, plain
 from records.schema import GroupSummary, LogEntry, LossTest, Record, RunEntry, Speed, Statement
 from records.statistics import mean_sd
+from records.text import short_name
 
 HELP = "build the folder of a submission from logs and a note"
 EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --logs "
-           "records/track_0_laptop/2026-11-24_TailAverage "
-           "--baseline records/track_0_laptop/2026-11-24_Reference")
+           "records/track_0_laptop/2026-11-24_TailAverage --baseline "
+           "records/track_0_laptop/2026-11-24_Reference")
 
 NOTE_BEGIN = "<!-- A note, which its author may edit. The numbers outside it come from the logs. -->"
 NOTE_END = "<!-- End of the note. -->"
@@ -52,7 +52,7 @@ def add_arguments(parser):
                         help="one line for the table of records (default: the name)")
     parser.add_argument("--contributor", action="append", default=[], metavar="NAME",
                         help="who did it (repeatable)")
-    parser.add_argument("--date", help="YYYY-MM-DD (default: of the latest log, where logs hold dates)")
+    parser.add_argument("--date", required=True, help="YYYY-MM-DD")
     parser.add_argument("--non-record", metavar="REASON", help="keep it though it is no record, and say why")
     parser.add_argument("--dry-run", action="store_true",
                         help="write nothing: print the verdicts and the README")
@@ -69,7 +69,7 @@ def run(args) -> int:
         "version": 1,
         "track": submission.track.name,
         "name": args.name,
-        "date": args.date or date_of(submission),
+        "date": args.date,
         "kind": "record" if args.non_record is None else "non-record",
         "why_no_record": args.non_record,
         "description": args.description or args.name,
@@ -110,8 +110,8 @@ def build(submission: Submission, statement: Statement, note: str, temporary: Pa
     failed = [verdict.rule for verdict in verdicts if verdict.verdict == FAIL]
     if failed and statement.kind == "record":
         raise RunError(f"expected that every rule holds, found that these do not: {', '.join(failed)}; run "
-                       "what is missing, "
-                       "waive what can be waived (check --help), or keep it with --non-record REASON")
+                       "what is missing, waive what can be waived (check --help), or keep it with "
+                       "--non-record REASON")
     if dry_run:
         print(files["README.md"].decode())
         return
@@ -128,24 +128,16 @@ def read_note(path: str | None) -> str:
         return ""
     try:
         with open(path, encoding="utf-8") as file:
-            note = file.read(NOTE_LIMIT)
-            if file.read(1):
-                raise RecordError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found "
-                                  "more; link to the rest")
+            note = file.read(NOTE_LIMIT + 1)
     except (OSError, UnicodeDecodeError) as e:
         raise RecordError(f"--note: expected a readable text file, found: {e}; check {path}") from None
+    if len(note) > NOTE_LIMIT:
+        raise RecordError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link "
+                          "to the rest")
     if NOTE_BEGIN in note or NOTE_END in note:
         raise RecordError(f"{path}: expected a note, found the marks of one in a README; pass the text "
                           "between them")
     return note.strip()
-
-
-def date_of(submission: Submission) -> str:
-    dates = [details.date for details in submission.details.values() if details.date]
-    if not dates:
-        raise RecordError("--date: expected YYYY-MM-DD, found none, and the logs do not say when they ran; "
-                          "say when")
-    return max(dates).date().isoformat()
 
 
 def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
@@ -169,15 +161,11 @@ def copy(submission: Submission, statement: Statement, target: Path):
         seen = set()
         for log in members:
             name = log.path.name
-            if not re.fullmatch(schema.LOG_NAME, name) or log.path.suffix not in logs.SUFFIXES:
-                raise RecordError("expected log names of letters, digits and . _ - that end in .txt, found "
-                                  f"{name!r}; rename it")
+            if log.path.suffix not in logs.SUFFIXES:
+                raise RecordError(f"expected log names that end in .txt, found {name!r}; rename it")
             if name.lower() in seen:
                 raise RecordError(f"expected logs of different names in {folder}, found two called {name}; "
                                   "rename one")
-            if log.size > SIZE_LIMIT:
-                raise RecordError(f"{log.path}: expected at most {SIZE_LIMIT:,} bytes, found {log.size:,}; "
-                                  "is it a log?")
             seen.add(name.lower())
             (target / folder).mkdir(exist_ok=True)
             shutil.copyfile(log.path, target / folder / name)
@@ -205,12 +193,10 @@ def describe(s: Submission, statement: Statement) -> Record:
         "world_size": common(run.world_size for run in s.runs),
         "runs": summary(s.logs, s.point),
         "loss_test": LossTest(rule=s.track.rule, target=s.track.target, alpha=s.track.alpha,
-                              p=significant(test.p),
-                              passes=test.passes),
+                              p=significant(test.p), passes=test.passes),
         "baseline": summary(s.baseline, last_point) if s.baseline else None,
-        "speed": speed and Speed(difference_ms=decimals(speed.difference.estimate, 1),
-                                 low_ms=decimals(speed.difference.low, 1),
-                                 high_ms=decimals(speed.difference.high, 1), p=significant(speed.p)),
+        "speed": speed and Speed(difference_ms=decimals(speed.value, 1), low_ms=decimals(speed.low, 1),
+                                 high_ms=decimals(speed.high, 1), p=significant(speed.p)),
         "excluded_logs": [entry(log, s.point) for log, _ in s.excluded],
         "sources": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sources.items()},
     }, "the logs")
@@ -223,25 +209,19 @@ def common(values):
 
 
 def entry(log: LogFile, point) -> LogEntry:
-    return LogEntry(file=log.path.name, sha256=log.sha256,
-                    runs=[run_entry(run, point(run)) for run in log.runs])
-
-
-def run_entry(run: RunFacts, at) -> RunEntry:
-    return RunEntry(run_id=run.run_id, seed=run.seed, step=at and at.step, loss=at
-                    and decimals(at.val_loss, 9),
-                    time_ms=at and decimals(at.train_time_ms, 3))
+    runs = [RunEntry(run_id=run.run_id, seed=run.seed, step=at and at.step,
+                     loss=at and decimals(at.val_loss, 9), time_ms=at and decimals(at.train_time_ms, 3))
+            for run in log.runs for at in [point(run)]]
+    return LogEntry(file=log.path.name, sha256=log.sha256, runs=runs)
 
 
 def summary(members: list[LogFile], point) -> GroupSummary:
     points = [point(run) for log in members for run in log.runs]
-    loss, loss_sd = mean_sd([math.nan if at is None else at.val_loss for at in points])
-    time, time_sd = mean_sd([math.nan if at is None or at.train_time_ms is None else at.train_time_ms
-                             for at in points])
+    loss, loss_sd = mean_sd(losses_of(points))
+    time, time_sd = mean_sd(times_of(points))
     return GroupSummary(n=len(points), step=common(at and at.step for at in points),
-                        loss_mean=decimals(loss, 5),
-                        loss_sd=decimals(loss_sd, 5), time_ms_mean=decimals(time, 1),
-                        time_ms_sd=decimals(time_sd, 1),
+                        loss_mean=decimals(loss, 5), loss_sd=decimals(loss_sd, 5),
+                        time_ms_mean=decimals(time, 1), time_ms_sd=decimals(time_sd, 1),
                         logs=[entry(log, point) for log in members])
 
 
@@ -260,7 +240,8 @@ def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) ->
                                      undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      autoescape=False)
-    environment.filters |= {"escaped": escaped, "loss": loss, "seconds": seconds, "short": short_name}
+    environment.filters |= {"escaped": escaped, "loss": loss, "seconds": seconds, "short": short_name,
+                            "setting": shown_setting}
     first, before = ([*runs, None][0] for runs in (s.runs, s.baseline_runs))
     elsewhere = record.baseline_record
     return environment.get_template("record.md").render(
@@ -277,7 +258,8 @@ def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) ->
         left_out=sum(len(file.runs) for file in record.excluded_logs),
         open=[verdict for verdict in verdicts if verdict.verdict not in (PASS, NOT_APPLICABLE)],
         commits=sorted({details.commit for log in s.logs if (details := s.details[log.path]).commit}),
-        differences=differences(first, before),
+        differences=changed_settings(first.config, before.config)
+        if first and before and first.config and before.config else [],
         command=command(first),
     )
 
@@ -296,21 +278,13 @@ def seconds(ms: float | None, digits: int = 3) -> str:
     return "nan" if ms is None else f"{ms / 1000:.{digits}f}"
 
 
-def differences(run: RunFacts | None, before: RunFacts | None) -> list[tuple[str, str, str]]:
-    """Settings that the first run does not share with the first one of the baseline."""
-    if not run or not before or not run.config or not before.config:
-        return []
-    settings, others = ({key: show(value) for key, value in config.items()}
-                        for config in (run.config, before.config))
-    return [(key, settings.get(key, ""), others.get(key, "")) for key in {**settings, **others}
-            if key not in NOT_TRAINING and settings.get(key) != others.get(key)]
-
-
-def show(value) -> str:
+def shown_setting(value) -> str:
     """A setting as an argument of train_gpt.py."""
     if isinstance(value, list):
-        return ",".join(map(show, value))[:200]
-    return ("on" if value else "off") if isinstance(value, bool) else str(value)[:200]
+        return ",".join(map(shown_setting, value))[:200]
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "" if value is None else str(value)[:200]
 
 
 def command(run: RunFacts | None) -> str:
@@ -318,9 +292,10 @@ def command(run: RunFacts | None) -> str:
 
     Only plain values: a reader may well paste it into a shell.
     """
-    flags = [f"--{key}={shlex.quote(show(value))}" for key, value in (run.config if run else {}).items()
-             if key not in NOT_TRAINING and re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={show(value)}",
-                                                         re.A)]
+    settings = {key: shown_setting(value) for key, value in (run.config if run else {}).items()
+                if key not in NOT_TRAINING and value is not None}
+    flags = [f"--{key}={shlex.quote(value)}" for key, value in settings.items()
+             if re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={value}", re.A)]
     if not flags:
         return ""
     ranks = run.world_size or 1

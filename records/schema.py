@@ -62,7 +62,7 @@ class RunEntry(Model):
 class LogEntry(Model):
     file: LogName
     sha256: Sha256
-    runs: list[RunEntry] = Field(max_length=10_000)
+    runs: list[RunEntry]
 
 
 class GroupSummary(Model):
@@ -73,7 +73,7 @@ class GroupSummary(Model):
     loss_sd: Number | None
     time_ms_mean: Number | None
     time_ms_sd: Number | None
-    logs: list[LogEntry] = Field(max_length=10_000)
+    logs: list[LogEntry]
 
 
 class LossTest(Model):
@@ -102,17 +102,16 @@ class Statement(Model):
     kind: Literal["record", "non-record"]
     why_no_record: Line | None = Field(description="null for a record")
     description: Line
-    contributors: list[Line] = Field(max_length=100)
+    contributors: list[Line]
     step: Count | None = Field(
         description="whose validation counts, in a track that wants it stated; null: the last")
     planned_runs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         description="runs planned before the first one")
-    waivers: dict[Name, Line] = Field(max_length=50,
-                                      description="reasons to accept a failure, by rule of `check`")
+    waivers: dict[Name, Line] = Field(description="reasons to accept a failure, by rule of `check`")
     baseline_record: FolderName | None = Field(
         description="folder of the record, of the same track, whose runs are the baseline; null: it lies in "
                     "baseline/")
-    excluded: dict[LogName, Line] = Field(max_length=10_000, description="reasons to leave a log out, by log")
+    excluded: dict[LogName, Line] = Field(description="reasons to leave a log out, by log")
 
     @model_validator(mode="after")
     def kinds(self):
@@ -136,9 +135,8 @@ class Record(Statement):
     loss_test: LossTest
     baseline: GroupSummary | None
     speed: Speed | None
-    excluded_logs: list[LogEntry] = Field(max_length=10_000)
-    sources: dict[SourceName, Sha256] = Field(max_length=50,
-                                              description="files that the logs of the runs embed")
+    excluded_logs: list[LogEntry]
+    sources: dict[SourceName, Sha256] = Field(description="files that the logs of the runs embed")
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -166,8 +164,7 @@ def parse(data: str | bytes | dict, what="record.json", kind=Record):
         first = e.errors(include_url=False, include_input=False)[0]
         where = f" at {ascii('.'.join(map(str, first['loc'])))[1:-1][:100]}" if first["loc"] else ""
         raise RecordError(f"{what}: expected what the schema of a record asks for{where}, found: "
-                          f"{first['msg']}; "
-                          "see python -m records.schema") from None
+                          f"{first['msg']}; see python -m records.schema") from None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ ranked against the other. With --check nothing is written, and the exit code is 
 the data say."""
 import difflib
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
@@ -23,19 +22,11 @@ PAGE = ROOT / "README.md"
 BEGIN, END = "<!-- Tables: written by python -m records table. -->", "<!-- End of the tables. -->"
 
 
-@dataclass(frozen=True)
-class RankedRow:
-    """A public record with what it gained."""
-    record: history.HistoryRow
-    # minutes, or steps; None where there is nothing to compare with, or no gain is claimed
-    gain: Decimal | None
-    percent: float | None
-
-
-def history_rows(track: Track) -> list[RankedRow]:
-    """The public records of a track by date. By time each is compared with the row before, be it a retiming,
-    since both are of the same rules; by steps with the best before, as the list also holds results that are
-    not the best."""
+def history_rows(track: Track) -> list[tuple[history.HistoryRow, Decimal | None]]:
+    """The public records of a track by date, each with the minutes or steps that it gained; None where there
+    is nothing to compare with, or no gain is claimed. By time each is compared with the row before, be it a
+    retiming, since both are of the same rules; by steps with the best before, as the list also holds results
+    that are not the best."""
     rows, before = [], None
     records = [record for record in history.records() if record.track == track.name]
     if track.ranked_by == "steps":
@@ -44,7 +35,7 @@ def history_rows(track: Track) -> list[RankedRow]:
         amount, gain = record.minutes_or_steps, None
         if before is not None and record.kind == "record" and (track.ranked_by == "time" or amount < before):
             gain = before - amount
-        rows.append(RankedRow(record, gain, None if gain is None else float(100 * gain / before)))
+        rows.append((record, gain))
         before = min(amount, before or amount) if track.ranked_by == "steps" else amount
     return rows
 
@@ -75,15 +66,16 @@ def number(value: float | None, digits: int, factor: float = 1) -> str:
     return "?" if value is None else f"{value * factor:.{digits}f}"
 
 
-def public_table(track: Track, rows: list[RankedRow]) -> list[str]:
+def public_table(track: Track, rows: list[tuple]) -> list[str]:
     unit = "minutes" if track.ranked_by == "time" else "steps"
-    best = min((row.record for row in rows), key=lambda record: record.minutes_or_steps)
+    best = min((record for record, _ in rows), key=lambda record: record.minutes_or_steps)
     lines = [f"Public records: {len(rows)} rows, the best with {best.minutes_or_steps} {unit} (number "
              f"{best.number}).", "",
              f"| # | {unit} | gain | date | record | contributors | log | PR |", "|-|-:|-:|-|-|-|-|-|"]
-    for row in rows:
-        r = row.record
-        gain = "" if row.gain is None else f"{row.gain} ({row.percent:.1f} %)"
+    for r, gained in rows:
+        gain = ""
+        if gained is not None:
+            gain = f"{gained} ({100 * gained / (r.minutes_or_steps + gained):.1f} %)"
         lines.append(f"| {r.number} | {r.minutes_or_steps} | {gain} | {r.date or ''} | {escaped(r.title)} | "
                      f"{escaped(', '.join(r.contributors))} | {link('log', r.log_url)} | "
                      f"{link(r.pr, r.pr_url)} |")
@@ -103,10 +95,8 @@ def local_table(records: list) -> list[str]:
         title = link(escaped(record.description), record.folder)
         why = f" (no record: {escaped(record.why_no_record)})" if record.why_no_record else ""
         lines.append(f"| {record.date} | {number(runs.time_ms_mean, 3, 1 / 60_000)} | "
-                     f"{number(runs.loss_mean, 4)} ± "
-                     f"{number(runs.loss_sd, 4)} | {runs.n} | {'?' if runs.step is None else runs.step} | "
-                     f"{gain} | "
-                     f"{title}{why} | "
+                     f"{number(runs.loss_mean, 4)} ± {number(runs.loss_sd, 4)} | {runs.n} | "
+                     f"{'?' if runs.step is None else runs.step} | {gain} | {title}{why} | "
                      f"{escaped(', '.join(record.contributors))} |")
     return lines + [""]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from records.errors import RecordError
 
 # Regular expressions, to be searched in code without its comments. Inductor's settings and the options of
-# torch.compile can
-# buy a few seconds of run time with half an hour of compilation, which the clock does not see.
+# torch.compile can buy a few seconds of run time with half an hour of compilation, which the clock does not
+# see.
 COMPILE_FLAGS = (
     r"_inductor\.config\.(?!coordinate_descent_tuning\b)\w+",
     r"_inductor\s+import\s+config\b",
@@ -32,15 +32,13 @@ class Track:
     val_tokens: int  # tokens of the validation set that are evaluated
     # of these tokens, as our logs print it; None where no log of ours has shown it yet
     val_sha256: str | None
-    clock_unit: str  # of train_time in the log: "ms" or "s"
     banned_flags: tuple[str, ...]  # regular expressions, for code without comments
     loss_per_step: float | None  # what a step is worth in loss near the target; None where nobody measured it
     loss_sd: float  # usual standard deviation of the loss between runs, to plan with
 
 
 T_TEST = dict(rule="t_test", rule_options={"alpha": 0.01}, alpha=0.01, waived_for=("systems",),
-              ranked_by="time",
-              claim_step="last", clock_unit="ms", loss_per_step=None)
+              ranked_by="time", claim_step="last", loss_per_step=None)
 FINEWEB = dict(val_tokens=10_485_760, val_sha256=None)
 
 TRACKS = {track.name: track for track in (
@@ -50,7 +48,7 @@ TRACKS = {track.name: track for track in (
           banned_flags=COMPILE_FLAGS, **FINEWEB, **T_TEST),
     Track(name="optimization", folder="track_3_optimization", target=3.28, loss_sd=0.0013,
           rule="z_rule", rule_options={"sigma": 0.0013, "needed": 0.004}, alpha=0.001, waived_for=(),
-          ranked_by="steps", claim_step="stated", clock_unit="s", loss_per_step=0.0045 / 100, banned_flags=(),
+          ranked_by="steps", claim_step="stated", loss_per_step=0.0045 / 100, banned_flags=(),
           **FINEWEB),
     Track(name="shakespeare", folder="track_0_laptop", target=1.6, loss_sd=0.01, val_tokens=262_144,
           val_sha256="4fbd617fd618716a7bb380482c458de91115192082115620b69c4d2b0364cc3a",
@@ -58,20 +56,25 @@ TRACKS = {track.name: track for track in (
 )}
 
 
-def choose(name: str | None, logs: Iterable) -> Track:
-    """The named track, else the one that the logs are of: by their settings, or by a track's folder in their
-    path. logs: records.logs.LogFile. RecordError if they are of none or of several, or if the name is
-    unknown."""
-    if name is not None:
-        if name not in TRACKS:
-            raise RecordError(f"--track: expected one of {', '.join(TRACKS)}, found {name!r}; choose one of "
-                              "these")
-        return TRACKS[name]
-    found = {track.name for log in logs for track in TRACKS.values()
-             if track.folder in Path(log.path).resolve().parts
-             or any(run.config.get("track") == track.name for run in log.runs)}
+def choose(logs: Iterable) -> Track:
+    """The track that logs (records.logs.LogFile) are of. RecordError if they are of none or of several."""
+    found = seen(logs)
     if len(found) != 1:
-        raise RecordError("expected logs of one track, found "
-                          f"{' and '.join(sorted(found)) or 'no sign of any'}; say "
+        names = " and ".join(track.name for track in found)
+        raise RecordError(f"expected logs of one track, found {names or 'no sign of any'}; say "
                           f"--track={'|'.join(TRACKS)}")
-    return TRACKS[found.pop()]
+    return found[0]
+
+
+def seen(logs: Iterable) -> list[Track]:
+    """The tracks that logs are of, by their settings or by a folder in their path."""
+    logs = [*logs]
+    return [track for track in TRACKS.values() if any(
+        track.folder in Path(log.path).resolve().parts
+        or any(run.config.get("track") == track.name for run in log.runs) for log in logs)]
+
+
+def only(logs: Iterable) -> Track | None:
+    """The track that all these logs are of; None where they do not say."""
+    found = seen(logs)
+    return found[0] if len(found) == 1 else None

@@ -6,7 +6,6 @@ Prints one entry for each piece: `ok`, `note` where a run does without it or sho
 where the run cannot start, with what to change. A child process tries piece after piece. Where one ends the
 process or hangs, that is its finding, and another child goes on behind it.
 """
-import functools
 import json
 import os
 import platform
@@ -17,66 +16,47 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data.errors import RunError, UsageError
+from data.errors import RunError, UsageError, run_program
 from data.loader import Loader, Validation
-from engine.attention import CANDIDATES, self_test
 from engine.endings import explain
 from engine.kernels import Kernels, choose_dtype, name_of
+from engine.self_test import in_one_line, largest_error
 from tools.children import ending, run_limited
 from tools.plan import GIB, checkpoint_bytes, static_bytes
 from train_gpt import Config, parse_config
 
 CHILD = [sys.executable, "-m", "tools.doctor"]
 LIMIT_S = 180.0  # of a child; FlexAttention and torch.compile make kernels first
-GPU_ONLY = {f"attention by {name}" for name in CANDIDATES}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The pieces: each returns (mark, text) or raises
 
 
-def small_function(x, w):
-    return F.relu(x @ w).square().float().mean()
-
-
-def expect_exact(function, device: torch.device, dtype: torch.dtype) -> str:
-    """Compare small_function as `function` computes it, and its gradients, with float64. Raises RunError."""
-    x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
-    results = []
-    for f, leaves in ((function, x.to(device, dtype)), (small_function, x.double())):
-        leaves = [leaf.requires_grad_() for leaf in leaves.unbind()]
-        y = f(*leaves)
-        results.append([z.detach().cpu().double() for z in (y, *torch.autograd.grad(y, leaves))])
-    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
-    if not error < 0.02:  # some roundings of bfloat16
-        raise RunError(f"a small function and its gradients have an error of {error:.1e}")
-    return f"forward and backward with an error of {error:.0e}"
-
-
 def try_device(cfg: Config, device: torch.device) -> tuple[str, str]:
     dtype = choose_dtype(cfg.dtype, device)
-    works = f"{name_of(dtype)}: {expect_exact(small_function, device, dtype)}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability()
         text = (f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, compute capability "
-                f"{capability[0]}.{capability[1]}, {works}")
+                f"{capability[0]}.{capability[1]}, {name_of(dtype)}")
         if dtype == torch.bfloat16 and capability < (8, 0):
             return "note", f"{text}; bfloat16 is only emulated before 8.0: use --dtype=float32"
         return "ok", text
     why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+    text = f"CPU ({why}), {name_of(dtype)}"
     try:
         seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         seen = ""
     if "GPU" in seen:
-        gpu = seen.splitlines()[0]
-        return "note", f"CPU ({why}), {works}; nvidia-smi sees {gpu}: install a torch for its driver"
-    if cfg.track == "small":
-        return "note", f"CPU ({why}), {works}; this track would take weeks here: leave out --track"
-    return "ok", f"CPU ({why}), {works}"
+        return "note", f"{text}; nvidia-smi sees {seen.splitlines()[0]}: install a torch for its driver"
+    if cfg.track != "shakespeare":
+        return "note", f"{text}; this track would take weeks here: leave out --track"
+    return "ok", text
 
 
 def try_kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
@@ -85,19 +65,31 @@ def try_kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
     return "note" if kernels.fallbacks(cfg) else "ok", "\n".join(kernels.facts())
 
 
-def try_attention(cfg: Config, device: torch.device, backend: str) -> tuple[str, str]:
-    works, said = self_test(backend, cfg.head_dim, cfg.attn_scale, device, choose_dtype(cfg.dtype, device))
-    return "ok" if works else "note", said
+def small_function(x, w):
+    return F.relu(x @ w).square().float().mean()
+
+
+def outputs(function, leaves: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [leaf.requires_grad_() for leaf in leaves.unbind()]
+    y = function(*leaves)
+    return [z.detach().cpu() for z in (y, *torch.autograd.grad(y, leaves))]
 
 
 def try_compile(cfg: Config, device: torch.device) -> tuple[str, str]:
-    if not (cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")):
-        return "ok", "off, as asked for" if cfg.compile == "off" else "off, as always on a CPU"
-    # A kernel from the cache would hide that the compiler is gone.
-    torch._inductor.config.force_disable_caches = True
-    torch._inductor.config.compile_threads = 1
-    compiled = torch.compile(small_function, dynamic=False, fullgraph=True)
-    return "ok", expect_exact(compiled, device, choose_dtype(cfg.dtype, device))
+    """Compare a small function and its gradients, compiled if the run would be, with float64."""
+    x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    here = x.to(device, choose_dtype(cfg.dtype, device))
+    if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
+        how, compiled = "compiled", torch.compile(small_function, dynamic=False, fullgraph=True)
+        # A kernel from the cache would hide that the compiler is gone.
+        with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
+            found = outputs(compiled, here)
+    else:
+        how, found = "eager", outputs(small_function, here)
+    error = largest_error(found, outputs(small_function, x.double()))
+    if not error < 0.02:  # some roundings of bfloat16
+        raise RunError(f"a small function and its gradients have an error of {error:.1e}")
+    return "ok", f"{how}, forward and backward with an error of {error:.0e}"
 
 
 def try_ranks(cfg: Config, device: torch.device) -> tuple[str, str]:
@@ -125,13 +117,6 @@ def try_memory(cfg: Config, device: torch.device) -> tuple[str, str]:
     return "ok", text
 
 
-def try_data(cfg: Config, device: torch.device) -> tuple[str, str]:
-    loader, validation = Loader(cfg, 0, 1, False), Validation(cfg, 0, 1, False)
-    return "ok", (f"{len(loader.paths)} training shards, enough for {cfg.train_steps} steps, fingerprint "
-                  f"{loader.fingerprint}; validation: {cfg.val_tokens:,} tokens, "
-                  f"sha256 {validation.sha256[:16]}")
-
-
 def try_log_dir(cfg: Config, device: torch.device) -> tuple[str, str]:
     Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=cfg.log_dir).close()
@@ -144,13 +129,16 @@ def try_log_dir(cfg: Config, device: torch.device) -> tuple[str, str]:
     return "ok", text
 
 
+def try_data(cfg: Config, device: torch.device) -> tuple[str, str]:
+    loader, validation = Loader(cfg, 0, 1, False), Validation(cfg, 0, 1, False)
+    return "ok", (f"{len(loader.paths)} training shards, enough for {cfg.train_steps} steps, fingerprint "
+                  f"{loader.fingerprint}; validation: {cfg.val_tokens:,} tokens, "
+                  f"sha256 {validation.sha256[:16]}")
+
+
 PIECES = {  # name -> (function, what to change where it fails)
     "device": (try_device, "see whether nvidia-smi works; CUDA_VISIBLE_DEVICES= trains on the CPU"),
-    "kernels": (
-        try_kernels, "use an --attention that works below, or --fp8_head=off, or remove quack-kernels"),
-    **{f"attention by {name}": (
-        functools.partial(try_attention, backend=name), f"do not use --attention={name.partition(' ')[0]}")
-       for name in (*CANDIDATES, "blocked", "masked")},
+    "kernels": (try_kernels, "name an --attention (flex, blocked, masked), or --fp8_head=off"),
     "compile": (try_compile, "--compile=off trains the same without, slower"),
     "ranks": (try_ranks, "NPROC=1 ./run.sh does without"),
     "memory": (try_memory, "end what else uses it (nvidia-smi), or see python -m tools.plan"),
@@ -163,13 +151,6 @@ PIECES = {  # name -> (function, what to change where it fails)
 # The child and its parent
 
 
-def sentence(error: Exception) -> str:
-    """Return what an error says, in one line."""
-    if isinstance(error, (UsageError, RunError)):
-        return str(error)
-    return explain(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 def try_pieces(cfg: Config, names: list[str]) -> None:
     """Print [name, mark, text] of each piece as JSON; end behind one that fails, for it may have spoilt the
     device."""
@@ -178,10 +159,12 @@ def try_pieces(cfg: Config, names: list[str]) -> None:
         piece, advice = PIECES[name]
         try:
             mark, text = piece(cfg, device)
-        except Exception as e:
-            mark, text = "FAIL", sentence(e)
-            if advice and "--" not in text:  # else it names the setting itself
-                text = f"{text}; {advice}"
+        except (UsageError, RunError) as error:
+            mark, text = "FAIL", str(error)
+        except Exception as error:  # whatever a missing or broken piece raises
+            mark, text = "FAIL", explain(error) or in_one_line(error)
+        if mark == "FAIL" and advice and "--" not in text:  # else it names the setting itself
+            text = f"{text}; {advice}"
         print(json.dumps([name, mark, text]), flush=True)
         if mark == "FAIL":
             return
@@ -195,11 +178,10 @@ def examine(names: list[str], settings: list[str]) -> int:
         found = [json.loads(line) for line in child.stdout.splitlines() if line.startswith('["')]
         if not found or (len(found) < len(names) and found[-1][1] != "FAIL"):
             name = names[len(found)]  # it ended the child
-            mark = "note" if name.startswith("attention") else "FAIL"  # the trainer may not come to that one
-            found.append([name, mark, f"{ending(child, LIMIT_S)}; {PIECES[name][1]}"])
+            found.append([name, "FAIL", f"{ending(child, LIMIT_S)}; {PIECES[name][1]}"])
         for name, mark, text in found:
             failed = failed or mark == "FAIL"
-            print(f"{mark:4}  {name:24} " + text.replace("\n", "\n" + " " * 31), flush=True)
+            print(f"{mark:4}  {name:8} " + text.replace("\n", "\n" + " " * 15), flush=True)
         names = names[len(found):]
     print("doctor: the run cannot start; change what says FAIL" if failed else "doctor: the run can start")
     return int(failed)
@@ -211,20 +193,16 @@ ACTIONS = {
 
 
 def main(argv: list[str]) -> int:
-    cuda = torch.cuda.is_available()
-    try:
-        options, changes = parse_config(argv, __doc__, ACTIONS)
-        cfg = Config.for_track(changes.pop("track", "small" if cuda else "shakespeare"), **changes)
-    except UsageError as error:
-        print(f"tools.doctor: {error}", file=sys.stderr)
-        return 2
+    options, changes = parse_config(argv, __doc__, ACTIONS)
+    track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
+    cfg = Config.for_track(track, **changes)
     if options.pieces:
         try_pieces(cfg, options.pieces.split(","))
         return 0
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"doctor: track {cfg.track}, {versions}", flush=True)
-    return examine([name for name in PIECES if cuda or name not in GPU_ONLY], argv)
+    return examine(list(PIECES), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "tools.doctor"))

@@ -26,6 +26,7 @@ from bench.muon.processes import ChildFailed, NotPosed, Refused, isolated
 from bench.muon.questions import GPT2_BLOCK, QUESTIONS, judge
 from bench.muon.tables import tables
 from bench.page import MARKS, write_page
+from data.errors import run_program
 from tools.children import run_limited
 from tools.machine import usable_cores
 
@@ -170,4 +171,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:], "bench.muon"))

@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 from bench import ablate
+from data.errors import run_program
 from data.files import ROOT
 from tests.helpers.runs import TINY, make_shards
 
@@ -43,7 +44,7 @@ def test_the_table_weighs_loss_against_time_and_compares_seed_by_seed(tmp_path, 
 
 
 def test_too_few_results_are_said(tmp_path, capsys):
-    assert ablate.main(["table", str(tmp_path / "none.jsonl")]) == 2
+    assert run_program(ablate.main, ["table", str(tmp_path / "none.jsonl")]) == 2
     assert "expected runs of 'all on'" in capsys.readouterr().err
 
 

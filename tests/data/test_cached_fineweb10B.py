@@ -1,11 +1,14 @@
 """data/cached_fineweb10B.py against a hub on loopback: verified files, or one sentence and no file."""
 
-import hashlib
+import contextlib
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +16,14 @@ import pytest
 from tests.helpers.fake_hub import serve
 
 from data import cached_fineweb10B
+from data.errors import run_program
 from data.files import ROOT
 from data.loader import shards_needed
 from train_gpt import Config
 
 pytest.importorskip("huggingface_hub")
 VAL, TRAIN1, TRAIN2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
+NOWHERE = "http://127.0.0.1:9"
 
 
 def shard(seed: int, tokens: int = 1000) -> bytes:
@@ -34,176 +39,160 @@ def hub():
         yield hub
 
 
-def start(folder, endpoint, *args):
-    env = os.environ | {"HF_ENDPOINT": endpoint, "DATA_PATH": str(folder), "HF_HOME": str(folder / "home")}
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "data" / "fineweb10B"
+
+
+def start(tmp_path, endpoint, *args) -> subprocess.Popen:
+    """The command; the hub library reads HF_ENDPOINT when it is imported, so each has its own process."""
+    env = os.environ | {"HF_ENDPOINT": endpoint, "DATA_PATH": str(tmp_path), "HF_HOME": str(tmp_path)}
+    env["TQDM_POSITION"] = "-1"  # makes the hub library show its bar without a terminal
     env.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, str(ROOT / "data" / "cached_fineweb10B.py"), *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(*args):
+def run(*args) -> tuple[int, str, str]:
     process = start(*args)
     out, err = process.communicate()
+    assert "Traceback" not in err
     return process.returncode, out, err
 
 
+def asked_for(hub, *methods) -> list[str]:
+    """The files that were asked for; the hub library also asks about other things."""
+    files = [(method, path) for method, path, _ in hub.requests if "/resolve/" in path]
+    return [path.split("/")[-1] for method, path in files if method in methods]
+
+
 def visible(folder) -> list[str]:
-    return sorted(p.name for p in (folder / "data" / "fineweb10B").glob("[!.]*"))
+    return sorted(p.name for p in folder.glob("[!.]*"))
 
 
-def test_brings_validation_first_and_the_shards_asked_for(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("TQDM_POSITION", "-1")  # makes the hub library show its bar without a terminal
-    rc, out, err = run(tmp_path, hub.endpoint, 2)
+def test_brings_validation_first_and_what_was_verified_needs_no_hub(hub, tmp_path, folder):
+    rc, out, err = run(tmp_path, hub.endpoint, 1)
     assert rc == 0, err
-    folder = tmp_path / "data" / "fineweb10B"
-    assert visible(tmp_path) == sorted([VAL, TRAIN1, TRAIN2, "manifest.json"])
-    assert [p for p in folder.iterdir() if p.name.startswith(".")] == []
-    fetched = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
-    assert [path.split("/")[-1] for path in fetched] == [VAL, TRAIN1, TRAIN2]
-    expected = [{"name": name, "tokens": 1000, "bytes": 3024, "sha256": hashlib.sha256(body).hexdigest()}
-                for name, body in sorted(hub.bodies.items())]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([VAL, TRAIN1, "manifest.json"])
+    assert asked_for(hub, "GET") == [VAL, TRAIN1] and VAL in err and "100%" in err
+    hashes = {name: sha256(hub.bodies[name]).hexdigest() for name in (VAL, TRAIN1)}
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest == {"repo": cached_fineweb10B.REPO, "files": expected}
-    for name, body in hub.bodies.items():
-        assert (folder / name).read_bytes() == body
-        assert f"{name}: 1,000 tokens, sha256 {hashlib.sha256(body).hexdigest()}" in out
-    assert "3,000 tokens in 3 files" in out
-    assert VAL in err and "100%" in err
+    assert manifest == {"repo": cached_fineweb10B.REPO, "sha256": hashes}
+    for name in hashes:
+        assert (folder / name).read_bytes() == hub.bodies[name]
+        assert f"{name}: 1,000 tokens, sha256 {hashes[name]}\n" in out
+    assert "2,000 tokens in 2 files" in out
 
-
-def test_what_was_verified_needs_no_hub(hub, tmp_path):
-    assert run(tmp_path, hub.endpoint, 1)[0] == 0
-    rc, out, err = run(tmp_path, "http://127.0.0.1:9", 1)
+    rc, out, err = run(tmp_path, NOWHERE, 1)
     assert rc == 0 and err == "" and "2,000 tokens in 2 files" in out
-    seen = len(hub.requests)
+    hub.requests.clear()
     assert run(tmp_path, hub.endpoint, 2)[0] == 0  # one more: only that one is asked for
-    assert {path.split("/")[-1] for _, path, _ in hub.requests[seen:] if "/resolve/" in path} == {TRAIN2}
+    assert set(asked_for(hub, "HEAD", "GET")) == {TRAIN2}
 
 
-def test_file_cut_after_it_was_verified_is_fetched_again(hub, tmp_path):
-    assert run(tmp_path, hub.endpoint, 1)[0] == 0
-    path = tmp_path / "data" / "fineweb10B" / TRAIN1
-    path.write_bytes(path.read_bytes()[:-2])
-    assert run(tmp_path, hub.endpoint, 1)[0] == 0
-    assert path.read_bytes() == hub.bodies[TRAIN1]
-    assert len(hub.gets(VAL)) == 1 and len(hub.gets(TRAIN1)) == 2
-
-
-def test_file_from_elsewhere_is_verified_and_not_downloaded(hub, tmp_path):
+def test_what_is_not_whole_or_not_the_hubs_is_fetched_again_and_nothing_else(hub, tmp_path, folder):
     """Someone who has the shards already, from the upstream script, keeps them if they are the hub's."""
-    folder = tmp_path / "data" / "fineweb10B"
     folder.mkdir(parents=True)
     (folder / VAL).write_bytes(hub.bodies[VAL])
     (folder / TRAIN1).write_bytes(shard(99))  # the right size, other content
+    (folder / "manifest.json").write_text("{broken")  # what cannot be read is checked against the hub again
     assert run(tmp_path, hub.endpoint, 1)[0] == 0
     assert hub.gets(VAL) == [] and (folder / TRAIN1).read_bytes() == hub.bodies[TRAIN1]
 
+    (folder / TRAIN1).write_bytes(hub.bodies[TRAIN1][:-2])  # cut after it was verified
+    assert run(tmp_path, hub.endpoint, 1)[0] == 0
+    assert hub.gets(VAL) == [] and len(hub.gets(TRAIN1)) == 2
+    assert (folder / TRAIN1).read_bytes() == hub.bodies[TRAIN1]
 
-def test_damaged_transfer_is_refused_and_deleted(hub, tmp_path):
+
+def test_a_hash_that_was_not_computed_now_is_called_noted(hub, tmp_path, folder):
+    assert run(tmp_path, hub.endpoint, 1)[0] == 0
+    damaged = bytearray(hub.bodies[TRAIN1])
+    damaged[-1] ^= 1  # a bit that flipped on the disk: size and header are as they were
+    (folder / TRAIN1).write_bytes(damaged)
+    noted = sha256(hub.bodies[TRAIN1]).hexdigest()
+    rc, out, err = run(tmp_path, hub.endpoint, 1)
+    assert rc == 0 and f"sha256 {noted} (as noted in manifest.json; --rehash computes it)" in out
+    rc, out, err = run(tmp_path, hub.endpoint, 1, "--rehash")
+    assert rc == 0 and f"sha256 {noted}\n" in out and "noted" not in out
+    assert (folder / TRAIN1).read_bytes() == hub.bodies[TRAIN1]
+
+
+def test_damaged_transfer_is_refused_and_deleted(hub, tmp_path, folder):
     hub.damage.add(TRAIN1)
     rc, out, err = run(tmp_path, hub.endpoint, 1)
-    assert rc == 2 and "Traceback" not in err
-    assert f"with SHA-256 {hashlib.sha256(hub.bodies[TRAIN1]).hexdigest()}, found" in err.splitlines()[-1]
-    assert visible(tmp_path) == sorted([VAL, "manifest.json"])
-    assert list((tmp_path / "data" / "fineweb10B").glob(".*")) == []  # or it would be "continued" for ever
-    hub.damage.clear()
-    assert run(tmp_path, hub.endpoint, 1)[0] == 0 and len(hub.gets(VAL)) == 1
+    assert rc == 2
+    assert f"with SHA-256 {sha256(hub.bodies[TRAIN1]).hexdigest()}, found" in err.splitlines()[-1]
+    assert visible(folder) == sorted([VAL, "manifest.json"])
+    assert list(folder.glob(".*")) == []  # or it would be "continued" for ever
 
 
-def test_foreign_file_with_the_right_hash_is_refused(hub, tmp_path):
-    hub.files[f"{cached_fineweb10B.REPO}/{VAL}"] = b"not a shard " * 200
-    rc, out, err = run(tmp_path, hub.endpoint, 1)
-    assert rc == 2 and "expected magic 20240520" in err.splitlines()[-1] and "Traceback" not in err
-    assert visible(tmp_path) == []
+def test_foreign_file_with_the_right_hash_and_more_shards_than_there_are(hub, tmp_path, folder):
+    rc, out, err = run(tmp_path, hub.endpoint, 3)
+    assert rc == 2 and "expected fineweb_train_000003.bin of" in err.splitlines()[-1]
+    assert "no such file there" in err
+    assert visible(folder) == sorted([VAL, TRAIN1, TRAIN2, "manifest.json"])
+
+    hub.files[f"{cached_fineweb10B.REPO}/fineweb_train_000003.bin"] = b"not a shard " * 200
+    rc, out, err = run(tmp_path, hub.endpoint, 3)
+    assert rc == 2 and "expected magic 20240520" in err.splitlines()[-1]
+    assert visible(folder) == sorted([VAL, TRAIN1, TRAIN2, "manifest.json"])
 
 
-def test_broken_connection_is_continued_at_once(hub, tmp_path):
+def test_broken_connection_is_continued_at_once(hub, tmp_path, folder):
     hub.cut[VAL] = [700]
     rc, out, err = run(tmp_path, hub.endpoint, 1)
     assert rc == 0, err
-    assert (tmp_path / "data" / "fineweb10B" / VAL).read_bytes() == hub.bodies[VAL]
+    assert (folder / VAL).read_bytes() == hub.bodies[VAL]
     assert len(hub.gets(VAL)) == 2 and "Error while" not in err
 
 
-def test_killed_download_is_continued_by_the_next(hub, tmp_path):
+def test_killed_download_is_continued_by_the_next(hub, tmp_path, folder):
     """The hub library hands over 10 MiB at a time; what it holds when it is killed is lost."""
     body = hub.files[f"{cached_fineweb10B.REPO}/{VAL}"] = shard(5, 6_000_000)
     hub.stall[VAL] = 11_000_000
     process = start(tmp_path, hub.endpoint, 1)
-    partial = lambda: list((tmp_path / "data" / "fineweb10B").glob(f".{VAL}.*.partial"))  # noqa: E731
     try:
-        assert hub.stalled.wait(30)
-        for _ in range(300):
-            if partial() and partial()[0].stat().st_size >= 10 << 20:
-                break
-            hub.closing.wait(0.05)
+        while sum(path.stat().st_size for path in folder.glob(f".{VAL}.*.partial")) < 10 << 20:
+            hub.closing.wait(0.05)  # the time limit of the test ends it
     finally:
         process.kill()
         process.communicate()
-    assert partial()[0].stat().st_size == 10 << 20 and visible(tmp_path) == []
+    assert visible(folder) == []
     hub.stall.clear()
     rc, out, err = run(tmp_path, hub.endpoint, 1)
     assert rc == 0, err
-    assert (tmp_path / "data" / "fineweb10B" / VAL).read_bytes() == body
+    assert (folder / VAL).read_bytes() == body
     assert hub.gets(VAL) == [None, f"bytes={10 << 20}-"]
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid", "nonsense"])
-def test_no_network_is_one_sentence(tmp_path, endpoint):
-    rc, out, err = run(tmp_path, endpoint, 1)
+def test_no_network_is_one_sentence(tmp_path, folder):
+    rc, out, err = run(tmp_path, NOWHERE, 1)
     assert rc == 2 and out == "" and len(err.splitlines()) == 1
-    assert err.startswith(f"expected {VAL} of kjj0/fineweb10B-gpt2 from the hub, "
-                          "found ") and "connect to" in err
-    assert visible(tmp_path) == []
+    assert err.startswith(f"expected {VAL} of kjj0/fineweb10B-gpt2 from the hub, found ")
+    assert "connect to" in err and visible(folder) == []
 
 
-def test_more_shards_than_there_are(hub, tmp_path):
-    rc, out, err = run(tmp_path, hub.endpoint, 3)
-    assert rc == 2 and "expected fineweb_train_000003.bin of" in err.splitlines()[-1]
-    assert "no such file there" in err
-    assert visible(tmp_path) == sorted([VAL, TRAIN1, TRAIN2, "manifest.json"])
-
-
-def test_folder_that_cannot_be_written_is_one_sentence(hub, tmp_path):
+@pytest.mark.parametrize("args, code, said", [
+    (["1"], 2, "expected a folder to write to"),
+    (["0"], 2, "expected N of at least 1, found 0"),
+    (["many"], 2, "invalid int value"),
+])
+def test_refusals_without_a_hub_are_one_sentence(tmp_path, monkeypatch, args, code, said):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
     (tmp_path / "data").write_text("in the way")
-    rc, out, err = run(tmp_path, hub.endpoint, 1)
-    assert rc == 2 and len(err.splitlines()) == 1 and "expected a folder to write to" in err
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            assert run_program(cached_fineweb10B.main, args) == code
+        except SystemExit as exit:  # of argparse
+            assert exit.code == code
+    assert said in err.getvalue().splitlines()[-1]
 
 
-@pytest.mark.parametrize("args", [["0"], ["-3"], ["many"]])
-def test_impossible_numbers_are_usage_errors(tmp_path, args):
-    rc, out, err = run(tmp_path, "http://127.0.0.1:9", *args)
-    assert rc == 2 and "Traceback" not in err and not (tmp_path / "data").exists()
-
-
-def test_default_is_what_the_track_small_needs(tmp_path, monkeypatch):
+def test_default_is_what_the_track_small_needs(monkeypatch):
     assert cached_fineweb10B.DEFAULT_SHARDS == shards_needed(Config.for_track("small"))
     asked = []
     monkeypatch.setattr(cached_fineweb10B, "download", lambda num_train, *rest: asked.append(num_train) or [])
     cached_fineweb10B.main([])
     cached_fineweb10B.main(["3"])
     assert asked == [cached_fineweb10B.DEFAULT_SHARDS, 3]
-
-
-def test_a_manifest_that_cannot_be_read_means_to_check_again(hub, tmp_path):
-    assert run(tmp_path, hub.endpoint, 1)[0] == 0
-    (tmp_path / "data" / "fineweb10B" / "manifest.json").write_text("{broken")
-    seen = len(hub.requests)
-    assert run(tmp_path, hub.endpoint, 1)[0] == 0
-    asked = {path.split("/")[-1] for _, path, _ in hub.requests[seen:] if "/resolve/" in path}
-    assert asked == {VAL, TRAIN1}
-    assert len(hub.gets(VAL)) == len(hub.gets(TRAIN1)) == 1  # and they are the hub's: nothing is downloaded
-
-
-def test_a_hash_that_was_not_computed_now_is_called_noted(hub, tmp_path):
-    assert run(tmp_path, hub.endpoint, 1)[0] == 0
-    path = tmp_path / "data" / "fineweb10B" / TRAIN1
-    damaged = bytearray(path.read_bytes())
-    damaged[-1] ^= 1  # a bit that flipped on the disk: size and header are as they were
-    path.write_bytes(damaged)
-    noted = hashlib.sha256(hub.bodies[TRAIN1]).hexdigest()
-    rc, out, err = run(tmp_path, hub.endpoint, 1)
-    assert rc == 0 and f"sha256 {noted} (as noted in manifest.json; --rehash computes it)" in out
-    rc, out, err = run(tmp_path, hub.endpoint, 1, "--rehash")
-    assert rc == 0 and f"sha256 {noted}\n" in out and "noted" not in out
-    assert path.read_bytes() == hub.bodies[TRAIN1]

@@ -3,6 +3,7 @@ gradients, a checkpoint.
 
     ./test.sh tests/gpu        or, with speed and memory and a page of results:   python -m bench.gpu
 """
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from engine.head_loss import choose_fp8
 from muon import Muon
 from engine.log import ROOT
 from engine.ranks import Runtime
+from tests.helpers.runs import make_shards, run
 from train_gpt import Config, Run
 
 DEVICE = torch.device("cuda")
@@ -140,3 +142,9 @@ def test_a_checkpoint_brings_back_all_of_a_run(tmp_path, monkeypatch):
         r.train_step()
     # Gradients of tables are summed up in any order.
     assert relative(other.model.attn_qk, run.model.attn_qk) < 1e-3
+
+
+def test_a_log_ends_with_the_peak_memory_line_of_the_public_logs(tmp_path):
+    result = run(make_shards(tmp_path), "--compile=off", "--attention=blocked")
+    assert result.code == 0
+    assert re.search(r"^peak memory allocated: \d+ MiB reserved: \d+ MiB$", result.log, re.M)

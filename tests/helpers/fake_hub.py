@@ -19,7 +19,7 @@ class FakeHub:
     def __init__(self, files):
         self.files, self.damage, self.cut, self.stall = files, set(), {}, {}
         self.requests = []  # (method, path, Range header or None)
-        self.stalled, self.closing = threading.Event(), threading.Event()
+        self.closing = threading.Event()
 
     def gets(self, name):
         """The Range headers of all transfers of a file."""
@@ -81,7 +81,6 @@ def serve(files):
                 self.reply(status, body[:stop], **about)
                 if name in hub.stall:
                     self.wfile.flush()
-                    hub.stalled.set()
                     hub.closing.wait(60)
                 self.close_connection = True
                 return

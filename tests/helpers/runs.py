@@ -1,44 +1,45 @@
-"""Tiny runs of the trainer's main on one rank, in this process or in forked ones: shards, losses, logs, exit codes."""
-
+"""Tiny runs of the trainer's main, in this process, on forked ranks, or as a user starts them."""
 import contextlib
 import io
-import multiprocessing
 import os
-import pickle
 import re
-import socket
 import subprocess
 import sys
-import tempfile
-from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["OMP_NUM_THREADS"] = "1"  # here and in the fork server, which inherits it
+os.environ["OMP_NUM_THREADS"] = "1"  # here, and in all that is started from here
 import numpy as np
-import pytest
-import torch
-import torch._dynamo  # noqa: F401  the first optimizer imports it, which is 2 s: once in the fork server, not in each rank
-import torch.distributed as dist
 
-from engine import endings, log as engine_log
 import train_gpt
 from data.shards import write_shard
+from engine import endings
+from engine.log import Log
+from engine.settings import show_value
+from tests.helpers.dist import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 BOS = 256
-TINY = """--track=shakespeare --num_layers=3 --model_dim=32 --head_dim=16 --long_layers=1 --cache_layer=1 --skip=0,2
-    --value_embed_layers=0,2 --attn_gate_layers=1 --xsa_layers=1 --paired_layers=0 --bigram_rows=64 --batch_tokens=512
-    --slices=8 --max_doc_len=64 --split_docs=0 --window_short=8,16 --window_long=16,32 --window_final=32 --val_tokens=1024
-    --val_slice=256 --train_steps=12 --extension_steps=2 --val_every=4
-    --adam_every=1 --max_epochs=4 --target_loss=1.6""".split()
+SETTINGS = dict(  # of track shakespeare: three narrow layers with its roles, a dozen steps
+    track="shakespeare", num_layers=3, model_dim=32, head_dim=16, long_layers=(1,), cache_layer=1,
+    skip=(0, 2), value_embed_layers=(0, 2), attn_gate_layers=(1,), xsa_layers=(1,), paired_layers=(0,),
+    bigram_rows=64, batch_tokens=(512,), slices=8, max_doc_len=(64,), split_docs=0, window_short=(8, 16),
+    window_long=(16, 32), window_final=32, val_tokens=1024, val_slice=256, val_every=4, train_steps=12,
+    extension_steps=2, adam_every=1, max_epochs=4, target_loss=1.6,
+    sample_tokens=0)
+TINY = [f"--{name}={show_value(value)}" for name, value in SETTINGS.items()]
 STEP_LINE = re.compile(r"^step:(\d+)/(\d+)((?: [A-Za-z_]+:\S+)+)\s*$")  # of the public logs
-TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
+
+
+def config(*flags: str) -> train_gpt.Config:
+    """Return the settings of a tiny run with these flags."""
+    _, changes = train_gpt.parse_config([*TINY, *flags])
+    return train_gpt.Config.for_track(changes.pop("track"), **changes)
 
 
 def documents(num_tokens: int, seed: int, shortest: int = 5, longest: int = 120) -> np.ndarray:
-    """Documents of easily learned letters: each letter is likely followed by the next one of the alphabet."""
-    rng, parts = np.random.default_rng(seed), []
+    """Return documents of easily learned letters: each is likely followed by the next one of the alphabet."""
+    rng = np.random.default_rng(seed)
+    parts = []
     while sum(map(len, parts)) < num_tokens:
         n = rng.integers(shortest, longest)
         letters = 97 + (rng.integers(26) + np.cumsum(rng.random(n) < 0.9)) % 26
@@ -53,16 +54,21 @@ def make_shards(folder: Path, tokens: int = 12_000, shards: int = 2) -> Path:
     return folder
 
 
-def config(*args: str) -> train_gpt.Config:
-    _, changes = train_gpt.parse_config([*TINY, *args])
-    return train_gpt.Config.for_track(changes.pop("track"), **changes)
+def step_lines(text: str) -> list[tuple[int, int, dict[str, str]]]:
+    """Return (step, total, {key: value}) of each step line of a log or of what a run printed."""
+    matches = filter(None, map(STEP_LINE.match, text.splitlines()))
+    return [(int(m[1]), int(m[2]), dict(pair.split(":", 1) for pair in m[3].split())) for m in matches]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In this process, and on forked ranks
 
 
 @contextlib.contextmanager
 def recorded():
-    """Yield (training losses, validation losses) of runs of this process meanwhile, unrounded."""
+    """Yield ({step: training loss}, {step: validation loss}) of runs of this process meanwhile, unrounded."""
     train, val = {}, {}
-    log_train, log_validation = engine_log.Log.train, engine_log.Log.validation
+    log_train, log_validation = Log.train, Log.validation
 
     def spy_train(self, step, total, ms, loss, *rest):
         train[step] = loss
@@ -72,25 +78,33 @@ def recorded():
         val[step] = loss
         log_validation(self, step, total, ms, loss)
 
-    engine_log.Log.train, engine_log.Log.validation = spy_train, spy_validation
+    Log.train, Log.validation = spy_train, spy_validation
     try:
         yield train, val
     finally:
-        engine_log.Log.train, engine_log.Log.validation = log_train, log_validation
+        Log.train, Log.validation = log_train, log_validation
 
 
 def run(folder: Path, *args: str) -> SimpleNamespace:
-    """One run with data and logs in folder, in this process: code, out, err, train, val, log (text), checkpoints (sorted)."""
-    out, err, before = io.StringIO(), io.StringIO(), os.environ.get("DATA_PATH")
-    logs, known = folder / "logs", set(folder.glob("logs/*"))
+    """Run main in this process with data and logs in folder.
+
+    Returns code, out, err, train and val (losses by step), log (text), checkpoints (sorted paths).
+    """
+    out, err = io.StringIO(), io.StringIO()
+    logs = folder / "logs"
+    known = set(logs.glob("*.txt"))
+    settings = [] if any(arg.startswith("--resume") for arg in args) else TINY  # a checkpoint has its own
+    before = os.environ.get("DATA_PATH")
     os.environ["DATA_PATH"] = str(folder)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), recorded() as (train, val):
-            settings = () if any(arg.startswith("--resume") for arg in args) else TINY  # a checkpoint has its own
             code = endings.report(train_gpt.main, [*settings, f"--log_dir={logs}", *args])
     finally:
-        os.environ.pop("DATA_PATH") if before is None else os.environ.update(DATA_PATH=before)
-    new = [p for p in sorted(set(folder.glob("logs/*")) - known) if p.suffix == ".txt"]
+        if before is None:
+            del os.environ["DATA_PATH"]
+        else:
+            os.environ["DATA_PATH"] = before
+    new = sorted(set(logs.glob("*.txt")) - known)
     return SimpleNamespace(
         code=code,
         out=out.getvalue(),
@@ -98,101 +112,45 @@ def run(folder: Path, *args: str) -> SimpleNamespace:
         train=train,
         val=val,
         log=new[0].read_text() if new else None,
-        checkpoints=sorted(new[0].with_suffix("").glob("*.pt")) if new else [],
-    )
+        checkpoints=sorted(new[0].with_suffix("").glob("*.pt")) if new else [])
 
 
-def _rank(rank: int, world: int, ports: list[int], folder: str, commands, hook, results: str, env: dict):
-    """Body of a forked process: run each command with a process group of its own."""
-    torch.set_num_threads(1)
-    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    done = []
-    for port, (size, args) in zip(ports, commands):
-        if rank < size:
-            os.environ.update(WORLD_SIZE=str(size), MASTER_PORT=str(port))
-            if hook:
-                hook(rank)
-            done.append(run(Path(folder), *args))
-            if dist.is_initialized():
-                dist.destroy_process_group()
+def on_rank(rank: int, world: int, folder: Path, args: list[str], hook=None) -> SimpleNamespace:
+    """Run main on one of several ranks, for run_ranks and Ranks. hook(rank) is called before."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="nowhere", MASTER_PORT="0")  # the ranks have met already
+    if hook:
+        hook(rank)
+    return run(folder, *args)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# As a user starts it
+
+
+@contextlib.contextmanager
+def start(folder: Path, *args: str, program=("train_gpt.py",), cwd=ROOT, env=None, **pipes):
+    """Start a tiny run by its command, with data and logs in folder. Yields its Popen, and ends it after."""
+    command = [sys.executable, *program, *TINY, f"--log_dir={folder / 'logs'}", *args]
+    variables = {**os.environ, "DATA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    pipes = pipes or dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=cwd, env=variables, **pipes)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def launch(folder: Path, *args: str):
+    """Start a long run by the launcher on two ranks. Yields its Popen once it has trained three steps."""
+    own_data = "--train_files=data/shakespeare/shakespeare_train_*.bin"  # nothing is to be prepared
+    long = own_data, "--train_steps=20000", "--max_epochs=10000"
+    with start(folder, *long, *args, program=("-m", "tools.launch"), env={"NPROC": "2"}) as process:
+        for line in process.stdout:
+            if line.startswith("step:3/"):
+                break
         else:
-            done.append(None)
-        with open(f"{results}/{rank}.partial", "wb") as file:
-            pickle.dump(done, file)
-        os.replace(f"{results}/{rank}.partial", f"{results}/{rank}")
-    sys.stdout.flush()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Ranks:
-    """commands, a list of (world size, arguments), run one after another by forked ranks. hook(rank) runs on each rank
-    before each command. `results()[command][rank]` is what run() returns, None for a rank that did not get that far."""
-
-    def __init__(self, folder: Path, commands, hook=None, **env: str):
-        world = max(size for size, _ in commands)
-        context = multiprocessing.get_context(
-            "forkserver"
-        )  # a fork of a process that has torch takes no 3 s to import it
-        context.set_forkserver_preload(["tests.helpers.runs"])
-        with pytest.MonkeyPatch.context() as patch:  # before Python 3.14 the server's imports ignore sys.path
-            patch.setenv("PYTHONPATH", f"{ROOT}")
-            forkserver.ensure_running()
-        self.files, self.num_commands = tempfile.TemporaryDirectory(), len(commands)
-        ports = [free_port() for _ in commands]
-        self.processes = [
-            context.Process(
-                target=_rank, args=(rank, world, ports, str(folder), commands, hook, self.files.name, env), daemon=True
-            )
-            for rank in range(world)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def results(self, timeout: float = 90) -> list[list[SimpleNamespace | None]]:
-        table = []
-        for rank, process in enumerate(self.processes):
-            process.join(timeout)
-            assert process.exitcode is not None, (process.kill(), f"rank {rank} still runs after {timeout} s")[1]
-            path = Path(self.files.name, str(rank))
-            done = pickle.loads(path.read_bytes()) if path.exists() else []
-            table.append(done + [None] * (self.num_commands - len(done)))
-        return [list(row) for row in zip(*table)]
-
-
-def step_lines(text: str) -> list[tuple[int, int, dict[str, str]]]:
-    """(step, total, {key: value}) of each step line of a log or of what a run printed."""
-    return [
-        (int(m[1]), int(m[2]), dict(pair.split(":", 1) for pair in m[3].split()))
-        for m in map(STEP_LINE.match, text.splitlines())
-        if m
-    ]
-
-
-def launch(folder: Path, *args: str) -> subprocess.Popen:
-    """The real thing: launch.py with two ranks, once it has trained three steps of a long run."""
-    env = {**os.environ, "DATA_PATH": str(folder), "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        *TINY,
-        "--train_files=data/shakespeare/shakespeare_train_*.bin",
-        f"--log_dir={folder / 'logs'}",
-        "--train_steps=2000",
-        "--max_epochs=1000",
-        *args,
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.launch", *command],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    for line in process.stdout:
-        if line.startswith("step:3/"):
-            return process
-    raise AssertionError(process.communicate()[1])
+            raise AssertionError(process.communicate()[1])
+        yield process

@@ -4,7 +4,6 @@ import copy
 import functools
 import inspect
 import io
-import itertools
 import math
 import pickle
 import subprocess
@@ -147,16 +146,6 @@ def test_every_singular_value_goes_through_the_polynomial(name, m, n, form):
         assert half.dtype == torch.float16
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
-def test_the_two_forms_agree_on_stacks(name):
-    G = torch.stack([with_spectrum(torch.logspace(-2, 0, 12), 12, 40, seed)[0].float() for seed in range(6)]).view(2, 3, 12, 40)
-    standard, gram = (orthogonalize(G, 5, name, torch.float32, form) for form in FORMS)
-    assert gram.shape == G.shape and not same(standard, gram)
-    close(gram, standard, rtol=0, atol=2e-5)
-    for k, g in enumerate(G.flatten(0, 1)):
-        close(orthogonalize(g, 5, name, torch.float32, "gram"), gram.flatten(0, 1)[k], rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("m, n, dtype, form, expected", [
     (16, 32, torch.float32, "auto", "gram"), (32, 16, torch.float32, "auto", "gram"),
     (16, 31, torch.float32, "auto", "standard"), (16, 16, torch.float32, "auto", "standard"),
@@ -265,43 +254,12 @@ def test_more_steps_than_triples_repeat_the_last_and_fewer_use_the_first():
     assert same(orthogonalize(G, 2, "quintic"), orthogonalize(G, 2, rows[:2]))
 
 
-def test_bf16_iteration_stays_near_the_fp32_one():
-    G = with_spectrum(torch.linspace(0.05, 1, 48), 48, 96)[0].float()
-    exact, rounded = orthogonalize(G, dtype=torch.float32), orthogonalize(G, dtype=torch.bfloat16)
-    assert rounded.dtype == torch.bfloat16
-    assert (rounded.float() - exact).norm() / exact.norm() < 0.05  # measured 0.02 (MUON.md 3.4: 1.6 to 4.7 %)
-
-
-def test_a_stack_equals_its_matrices_one_by_one():
-    G = torch.stack([with_spectrum(torch.linspace(0.1, 1, 16), 16, 24, seed)[0].float() for seed in range(6)])
-    expected = torch.stack([orthogonalize(g) for g in G])
-    close(orthogonalize(G), expected)
-    close(orthogonalize(G.view(2, 3, 16, 24)), expected.view(2, 3, 16, 24))
-
-
-def test_tall_is_wide_transposed():
-    G = with_spectrum(torch.linspace(0.1, 1, 16), 40, 16)[0].float()
-    close(orthogonalize(G), orthogonalize(G.T.contiguous()).T)
-
-
 def test_zero_stays_zero_beside_others_and_the_input_is_kept():
     G = torch.stack([torch.zeros(6, 9), with_spectrum(torch.linspace(0.1, 1, 6), 6, 9)[0].float()])
     before = G.clone()
     O = orthogonalize(G)
     assert same(O[0], torch.zeros(6, 9)) and same(G, before)
     close(O[1], orthogonalize(G[1]))
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e-8, 1e4, 1e25, 1e30])
-def test_the_scale_of_the_gradient_does_not_matter(scale):
-    G = with_spectrum(torch.linspace(0.1, 1, 16), 16, 24)[0].float()
-    close(orthogonalize(G * scale), orthogonalize(G))
-    results = []
-    for k in (1.0, scale):
-        params, gradients = make([(10, 14)])
-        train(params, [[g * k for g in step] for step in gradients])
-        results.append(params[0].detach())
-    close(*results)
 
 
 # --- the whole update ---
@@ -334,22 +292,6 @@ def test_lr_conventions_scale_the_update_and_leave_the_decay_alone(adjust_lr, fa
     still = [torch.nn.Parameter(before.clone()) for before in start]
     train(still, [[torch.zeros_like(p) for p in still]], lr=0.5, weight_decay=0.25, adjust_lr_fn=adjust_lr)
     assert all(same(p.detach(), before * (1 - 0.5 * 0.25)) for p, before in zip(still, start))
-
-
-def test_match_rms_adamw_gives_updates_of_rms_one_fifth():
-    for shape in [*SHAPES[:3], (8, 64), (64, 8), (12, 2, 3, 3)]:
-        (p,), ((g,),) = make([shape], steps=1)
-        before = p.detach().clone()
-        train([p], [[g]], lr=1.0, adjust_lr_fn="match_rms_adamw", ns_coefficients=[(2, -1.5, 0.5)], ns_steps=20)
-        assert abs((p.detach() - before).square().mean().sqrt() - 0.2) < 1e-4
-
-
-def test_each_matrix_of_a_bank_is_a_parameter_of_its_own():
-    (bank,), gradients = make([(5, 12, 20)])
-    parts = [torch.nn.Parameter(x.clone()) for x in bank.detach()]
-    train([bank], gradients, weight_decay=0.1, normuon_beta2=0.9)
-    train(parts, [list(step[0]) for step in gradients], weight_decay=0.1, normuon_beta2=0.9)
-    close(bank.detach(), torch.stack([p.detach() for p in parts]))
 
 
 SPLITS = {  # shape of the parameter, split, flatten, rows of the blocks
@@ -473,34 +415,6 @@ def test_banks_and_1d_convolutions_may_lie_in_any_order_in_memory(settings, orde
     close(odd.detach(), p.detach())
 
 
-def test_three_equal_convolutions_are_three_matrices_in_any_memory_format():
-    shapes = [(64, 3, 3, 3)] * 3 + [(8, 1, 3, 3)]
-    plain, gradients = make(shapes)
-    last = [torch.nn.Parameter(p.detach().clone(memory_format=torch.channels_last)) for p in plain]
-    assert not last[0].is_contiguous()
-    flat = [torch.nn.Parameter(p.detach().flatten(1).clone()) for p in plain]
-    train(plain, gradients, normuon_beta2=0.9)
-    train(last, [[g.to(memory_format=torch.channels_last) for g in step] for step in gradients], normuon_beta2=0.9)
-    train(flat, [[g.flatten(1) for g in step] for step in gradients], normuon_beta2=0.9)
-    for p, q, r in zip(plain, last, flat):
-        close(p.detach(), q.detach())
-        close(p.detach().flatten(1), r.detach())
-    (p,), ((g,),) = make([(64, 3, 3, 3)], steps=1)
-    before = p.detach().clone()
-    train([p], [[g]], lr=1.0)
-    values = torch.linalg.svdvals((p.detach() - before).flatten(1)) / math.sqrt(64 / 27)  # from the flattened shape, not 3 x 3
-    assert values.min() > 0.85 and values.max() < 1.15
-
-
-def test_transposed_weights_and_gradients_are_read_and_written_where_they_lie():
-    (p,), gradients = make([(10, 16)])
-    odd = torch.nn.Parameter(p.detach().T.contiguous().T)
-    assert not odd.is_contiguous()
-    train([p], gradients)
-    train([odd], [[g.T.contiguous().T] for (g,) in gradients])
-    close(odd.detach(), p.detach())
-
-
 def test_groups_keep_their_own_settings_and_changes_between_steps_count():
     params, gradients = make([(12, 8), (12, 8)], steps=3)
     start = [p.detach().clone() for p in params]
@@ -552,21 +466,6 @@ def test_bf16_weights_are_rounded_once_per_step():
 
 
 # --- gradients: read only, missing, not finite ---
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_gradients_are_not_written_and_momentum_is_the_closed_form(dtype, nesterov):
-    params, gradients = make(SHAPES, dtype=dtype)
-    optimizer = Muon(params, momentum=0.9, nesterov=nesterov)
-    for step in gradients:
-        feed(params, step)
-        optimizer.step()
-        assert all(same(p.grad, g) for p, g in zip(params, step))
-    for i, state in optimizer.state_dict()["state"].items():
-        closed = sum(0.1 * 0.9 ** (2 - t) * gradients[t][i].float() for t in range(3))
-        assert state["momentum_buffer"].dtype == torch.float32
-        close(state["momentum_buffer"], closed, rtol=1e-5, atol=1e-7)
-
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 def test_a_bad_gradient_skips_its_matrix_alone(bad):
@@ -622,13 +521,6 @@ def test_other_floating_point_weights_follow_the_oracle(dtype, tolerance):
     close(p.detach(), oracle(before, [g for (g,) in gradients], weight_decay=0.1), rtol=0, atol=tolerance)
 
 
-def test_a_zero_gradient_only_decays_and_is_no_skip():
-    params, _ = make([(12, 8), (3, 8, 12)])
-    before = [p.detach().clone() for p in params]
-    optimizer = train(params, [[torch.zeros_like(p) for p in params]] * 2, normuon_beta2=0.9, lr=0.5, weight_decay=0.5)
-    assert all(same(p.detach(), b * 0.75 * 0.75) for p, b in zip(params, before)) and optimizer.skipped == 0
-
-
 # --- refusals ---
 
 @pytest.mark.parametrize("value, sentence", [
@@ -656,18 +548,6 @@ def test_no_parameters_and_a_set_are_refused():
         Muon([dict(params={torch.zeros(4, 4)})])
     assert len(Muon([dict(params=(torch.zeros(4, 4) for _ in range(2)))]).param_groups[0]["params"]) == 2
     assert Muon([dict(params=torch.nn.Parameter(torch.zeros(4, 4))), dict(params=[])]).placements[0].loads[0] > 0
-
-
-def test_a_parameter_twice_is_refused_by_name():
-    p = torch.nn.Parameter(torch.zeros(4, 4))
-    for params in ([p, p], [dict(params=[p]), dict(params=p)]):
-        with pytest.raises(ValueError, match="parameter . of group .: expected each parameter once"):
-            Muon(params)
-
-
-def test_split_mantissa_on_fp32_is_refused_by_name():
-    with pytest.raises(ValueError, match="w: expected torch.bfloat16 for split_mantissa, found torch.float32"):
-        Muon([("w", torch.nn.Parameter(torch.zeros(4, 4)))], split_mantissa=True)
 
 
 @pytest.mark.parametrize("setting, value", [
@@ -733,17 +613,6 @@ def test_every_unit_is_placed_once_within_the_lpt_bound(world_size, cap):
             assert not more or ids and min(costs[u] for u in ids) >= max(costs[u] for u in more)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_units_go_to_the_rank_with_the_fewest_flops_not_the_fewest_bytes(world_size):
-    units = [(64, 64, 5), (8, 512, 5), (32, 128, 5), (4, 1024, 5), (16, 256, 5), (48, 48, 5), (9, 99, 5), (64, 64, 1)]
-    costs, sizes = [flops(*unit) for unit in units], [m * n for m, n, _ in units]
-    loads = [0] * world_size
-    for cost in sorted(costs, reverse=True):
-        loads[loads.index(min(loads))] += cost
-    for cap in (10**9, 1):
-        assert max(place_units(costs, sizes, world_size, cap).loads) <= max(loads)
-
-
 def test_swaps_after_the_greedy_pass_balance_the_gram_form_too():
     costs = [newton_schulz_flops(m, n, 5, max(m, n) >= 2 * min(m, n)) for m, n in GPT2]
     plan = place_units(costs, [m * n for m, n in GPT2], 8, 4_000_000)
@@ -763,12 +632,10 @@ def test_runs_cover_exactly_the_matrices_of_their_rank(indices):
     mine = [one, *(banked[i] for i in indices), two]
     bucket = Bucket(optimizer, None, 1, [mine[1:], mine], torch.float32)
     part = torch.zeros(bucket.num_elements)
-    for run in bucket.stacks[1]:
-        run.slot(part).copy_(run.of(run.unit.param).reshape(run.shape))
+    for stack, slot in zip(bucket.stacks[1], muon.views(part, bucket.stacks[1])):
+        slot.copy_(stack.of(stack.unit.param).reshape(stack.shape))
     assert same(part, torch.cat([single.flatten(), *(bank[i].flatten() for i in indices), last.flatten()]))
     assert bucket.num_units == 2 * len(mine) - 1
-    assert [run.flag for run in bucket.stacks[1]] == [sum(r.count for r in bucket.stacks[1][:k])
-                                                    for k in range(len(bucket.stacks[1]))]
     if indices in ([0, 1, 2, 3], [1, 4, 7], [5]):
         assert len(bucket.stacks[1]) == 3  # evenly spaced matrices are one stack
 
@@ -784,14 +651,6 @@ def test_tall_and_wide_matrices_of_one_kind_share_an_iteration(monkeypatch):
     feed(params, gradients[0])
     optimizer.step()
     assert sorted(shapes) == [(1, 12, 12), (5, 12, 20)]
-
-
-def test_lpt_is_within_its_bound_of_the_best_placement():
-    units = [(7, 9), (8, 8), (5, 12), (6, 6), (9, 9), (4, 20), (10, 3)]
-    for R in (2, 3):
-        best = min(max(sum(flops(*unit) for unit, r in zip(units, ranks) if r == rank) for rank in range(R))
-                   for ranks in itertools.product(range(R), repeat=len(units)))
-        assert max(plan_of(units, R, 1).loads) <= (4 / 3 - 1 / (3 * R)) * best
 
 
 def test_the_number_of_buckets_does_not_change_a_bit():
@@ -837,23 +696,6 @@ def test_its_first_arguments_come_in_the_order_of_torch():
     assert all(p.annotation is not p.empty for name, p in ours.items() if name not in ("self", "process_group"))
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
-def test_it_goes_where_torch_muon_goes(nesterov, adjust):
-    """torch iterates in bf16 and normalizes a bf16 gradient: loosely equal."""
-    settings = dict(lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=nesterov, adjust_lr_fn=adjust)
-    theirs, gradients = make([(24, 40), (40, 24), (32, 32)], steps=4)
-    ours, _ = make([(24, 40), (40, 24), (32, 32)])
-    start = [p.detach().clone() for p in ours]
-    peer = torch.optim.Muon(theirs, **settings)
-    for step in gradients:
-        feed(theirs, step)
-        peer.step()
-    train(ours, gradients, ns_coefficients="jordan", **settings)
-    for p, q, before in zip(ours, theirs, start):
-        assert (p.detach() - q.detach()).norm() < 0.03 * (q.detach() - before).norm()  # measured 0.010
-
-
 @pytest.mark.parametrize("settings", [TORCH, dict(ns_coefficients=JORDAN), dict(ns_coefficients=JORDAN, adjust_lr_fn="identity"),
                                       dict(normuon_beta2=0.9, ns_coefficients=JORDAN)], ids=str)
 def test_torch_muon_continues_from_our_checkpoint(settings):
@@ -882,69 +724,7 @@ def test_an_unknown_setting_is_a_type_error_that_names_it(names):
         Muon([torch.nn.Parameter(torch.zeros(4, 4))], **names)
 
 
-def test_classical_momentum_points_the_same_way():
-    """M <- mu M + G is our M times 1 / (1 - mu), which orthogonalize does not see."""
-    (p,), gradients = make([(12, 20)])
-    W, M = p.detach().double(), 0.0
-    for (G,) in gradients:
-        M = 0.9 * M + G.double()
-        W = W - 0.02 * mapped(G.double() + 0.9 * M, "polar", 5)
-    train([p], gradients, momentum=0.9)
-    close(p.detach(), W)
-
-
 # --- surroundings: closures, schedulers, checkpoints, pickles, compile ---
-
-def test_it_trains_under_a_scheduler_with_a_closure():
-    losses, _ = small_training()
-    assert losses[-1] < 0.01 * losses[0]
-
-
-def test_the_same_seed_gives_the_same_bits():
-    (losses, W), (again, V) = small_training(), small_training()
-    assert losses == again and same(W, V)
-
-
-def small_training():
-    X = with_spectrum(torch.linspace(0.5, 1, 8), 64, 8)[0].float()
-    target = X @ torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    W = torch.nn.Parameter(torch.zeros(8, 4))
-    optimizer = Muon([W], lr=0.3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=60)
-
-    def loss():
-        optimizer.zero_grad()
-        value = (X @ W - target).square().sum()
-        value.backward()
-        return value
-    losses = []
-    for _ in range(60):
-        losses.append(optimizer.step(loss).item())
-        schedule.step()
-    return losses, W.detach()
-
-
-def test_resume_is_bit_exact_and_keeps_fp32_momentum_of_bf16_weights():
-    settings = dict(weight_decay=0.1, normuon_beta2=0.9, split_mantissa=True, ns_coefficients=[(3.4, -4.7, 2.0)])
-    straight, gradients = make(SHAPES, dtype=torch.bfloat16, steps=6)
-    broken, _ = make(SHAPES, dtype=torch.bfloat16)
-    train(straight, gradients, **settings)
-    saved = save_and_load(train(broken, gradients[:3], lr=0.05, **settings).state_dict())
-    assert saved["state"][3]["momentum_buffer"].shape == (3, 16, 24)
-    assert saved["state"][3]["second_moment"].shape == (3, 24)
-    assert saved["state"][4]["second_moment"].shape == (2, 24)
-    broken, _ = make(SHAPES, dtype=torch.bfloat16)
-    train(broken, gradients[:3], **settings)
-    saved = save_and_load(train(make(SHAPES, dtype=torch.bfloat16)[0], gradients[:3], **settings).state_dict())
-    resumed = Muon(broken, lr=7.0, **settings)
-    resumed.load_state_dict(saved)
-    assert resumed.param_groups[0]["lr"] == 0.02
-    for step in gradients[3:]:
-        feed(broken, step)
-        resumed.step()
-    assert all(same(p.detach(), q.detach()) for p, q in zip(straight, broken))
-    assert {v["momentum_buffer"].dtype for v in resumed.state_dict()["state"].values()} == {torch.float32}
-
 
 @pytest.mark.parametrize("through", [
     copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: save_and_load(x, weights_only=False)],
@@ -1011,6 +791,8 @@ def test_what_shapes_the_state_is_ours_not_the_checkpoint_s():
     (lambda s: s["state"][2].pop("mantissa"), "w2: expected a mantissa, found none, though others have one"),
     (lambda s: s["state"][2].update(mantissa=torch.zeros(4, 4)), r"w2: expected a mantissa of shape \(8, 12\), found \(4, 4\)"),
     (lambda s: s["state"][0].update(second_moment=torch.zeros(1, 8)), "w0: expected a second_moment of shape"),
+    (lambda s: s["state"][2].update(momentum_buffer=torch.zeros(12, 8)),
+     r"w2: expected a momentum_buffer of shape \(8, 12\), found \(12, 8\)"),
     (lambda s: s["param_groups"].append(dict(s["param_groups"][0], params=[3])),
      r"expected groups of \[3\] parameters, found \[3, 1\]; load a checkpoint of this model"),
     (lambda s: s["param_groups"][0]["params"].pop(), r"expected groups of \[3\] parameters, found \[2\]"),
@@ -1083,40 +865,6 @@ def test_a_fresh_state_loads_as_zeros_and_a_state_before_masters_keeps_what_it_h
     assert not optimizer.state_dict()["state"]
 
 
-def test_a_state_of_another_shape_is_refused_by_name():
-    params, gradients = make([(12, 8)])
-    state = train(params, gradients).state_dict()
-    other = Muon([("w", torch.nn.Parameter(torch.zeros(8, 12)))])
-    with pytest.raises(ValueError, match=r"w: expected a momentum_buffer of shape \(8, 12\), found \(12, 8\)"):
-        other.load_state_dict(state)
-
-
-@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
-def test_a_torch_muon_checkpoint_continues_here(adjust):
-    shapes = [(24, 40), (40, 24), (32, 32)]
-    theirs, gradients = make(shapes, steps=6)
-    ours, _ = make(shapes, steps=0)
-    peer = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn=adjust)
-    for step in gradients[:3]:
-        feed(theirs, step)
-        peer.step()
-    for p, q in zip(ours, theirs):
-        p.data.copy_(q.data)
-    optimizer = Muon(ours, lr=1.0, ns_coefficients="polar", ns_dtype=torch.bfloat16)
-    optimizer.load_state_dict(peer.state_dict())
-    for i, state in optimizer.state_dict()["state"].items():
-        assert same(state["momentum_buffer"], peer.state[theirs[i]]["momentum_buffer"])
-    moved = [p.detach().clone() for p in theirs]
-    for step in gradients[3:]:
-        feed(theirs, step)
-        feed(ours, step)
-        peer.step()
-        optimizer.step()
-    for p, q, start in zip(ours, theirs, moved):
-        difference, distance = (p.detach() - q.detach()).norm(), (q.detach() - start).norm()
-        assert difference < 0.03 * distance  # two bf16 iterations, normalized in different precision
-
-
 @pytest.mark.parametrize("bad, sentence", [
     (dict(params=[torch.zeros(4, 4, device="meta")]), "expected all parameters on one device"),
     (dict(params=[torch.zeros(4)]), "expected a matrix, a bank or a convolution"),
@@ -1137,21 +885,6 @@ def test_a_refused_group_leaves_nothing_behind(bad, sentence):
             feed(which, step)
             each.step()
     assert all(same(p.detach(), q.detach()) for p, q in zip(params, straight)) and len(optimizer.param_groups) == 2
-
-
-def test_a_new_group_keeps_the_state_of_the_old_ones():
-    params, gradients = make([(12, 8), (3, 8, 12)], steps=4)
-    together, _ = make([(12, 8), (3, 8, 12)])
-    optimizer = Muon(params[:1], deterministic=True)
-    reference = Muon(together, deterministic=True)
-    for t, step in enumerate(gradients):
-        if t == 2:
-            optimizer.add_param_group(dict(params=params[1:]))
-        feed(params, step)
-        feed(together, step if t >= 2 else [step[0], None])
-        optimizer.step()
-        reference.step()
-    assert all(same(p.detach(), q.detach()) for p, q in zip(params, together))
 
 
 def test_compiled_functions_agree_and_schedules_do_not_recompile(monkeypatch):

@@ -4,7 +4,6 @@ Each world is started once and runs all scenarios; the tests below then look at 
 import copy
 import functools
 import math
-import time
 import warnings
 
 import pytest
@@ -23,12 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import muon
 import muon_extras.fsdp as muon_fsdp
 from tests.muon import test_muon_distributed
-from tests.helpers.dist import run_ranks
 from tests.muon.test_muon import close, make, same
-from tests.muon.test_muon_distributed import digest, refused, watched
+from tests.muon.test_muon_distributed import Recorder, digest, refused
 
 Muon = functools.partial(muon_fsdp.FsdpMuon, flatten=False)
-once = test_muon_distributed.once
+world = test_muon_distributed.world
 pytestmark = pytest.mark.timeout(300)
 WORLDS = [1, 2, 3, 4, 5]
 STEPS = 4
@@ -57,12 +55,10 @@ PARAMETERS = {  # name -> (shape, dimension of the shards or None for a plain pa
     "bank of blocks by matrices": ((3, 12, 8), 0, dict(split=(5, 7))),
 }
 SETTINGS = {
-    "decay": dict(weight_decay=0.1),
     "everything": EVERYTHING,
-    "gram": dict(nesterov=False, ns_form="gram", adjust_lr_fn="match_rms_adamw"),
+    "gram": dict(nesterov=False, ns_form="gram", adjust_lr_fn="match_rms_adamw", weight_decay=0.1),
     "masters": dict(dtype=torch.bfloat16, split_mantissa=True, **EVERYTHING),
     "bf16 wire": dict(ns_dtype=torch.bfloat16, **EVERYTHING),
-    "bf16 wire, masters": dict(dtype=torch.bfloat16, split_mantissa=True, ns_dtype=torch.bfloat16, **EVERYTHING),
 }
 SHARDED = [name for name, (_, dim, _) in PARAMETERS.items() if dim is not None and "by matrices" not in name
            and name != "fewer matrices than ranks"]
@@ -150,39 +146,6 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.calls += function.namespace in ("c10d", "_c10d_functional", "_dtensor")
         return function(*args, **(kwargs or {}))
-
-
-class Exchanges:
-    """Stands in for muon_fsdp._all_to_all: counts bytes that leave the rank, and exchanges between launch and wait."""
-
-    def __init__(self, rank, delay=0.0):
-        self.rank, self.delay, self.sent, self.calls, self.flying, self.most = rank, delay, 0, 0, 0, 0
-        self.collective = muon_fsdp._all_to_all
-
-    def __call__(self, output, input, taken, given, group=None, async_op=False):
-        assert async_op and output.ndim == input.ndim == 1
-        self.calls, self.flying = self.calls + 1, self.flying + 1
-        self.most = max(self.most, self.flying)
-        self.sent += (sum(given) - given[dist.get_rank(group)]) * input.itemsize
-        time.sleep(self.delay * ((self.rank + self.calls) % 3))
-        self.handle = self.collective(output, input, taken, given, group=group, async_op=True)
-        return _Wait(self, self.handle)
-
-    def __enter__(self):
-        muon_fsdp._all_to_all = self
-        return self
-
-    def __exit__(self, *_):
-        muon_fsdp._all_to_all = self.collective
-
-
-class _Wait:
-    def __init__(self, exchanges, handle):
-        self.exchanges, self.handle = exchanges, handle
-
-    def wait(self):
-        self.handle.wait()
-        self.exchanges.flying -= 1
 
 
 class Net(nn.Module):
@@ -327,15 +290,15 @@ def traffic(rank, W, mesh):
         params = [nn.Parameter(placed(w.detach(), mesh, Shard(0))) for w in weights]
         optimizer = Muon(params, bucket_mb=bucket_mb, **settings)
         feed_in_full(params, gradients)
-        with Exchanges(rank, delay) as exchanges:
+        with Recorder(muon_fsdp, "_all_to_all", [delay * ((rank + k) % 3) for k in range(3)]) as exchanges:
             optimizer.step()
         return exchanges, digest([whole(p) for p in params]), len(optimizer.buckets)
     plain, _, _ = run(ns_dtype=torch.bfloat16)
     normuon, _, _ = run(ns_dtype=torch.bfloat16, normuon_beta2=0.9)
     fast, expected, _ = run(deterministic=True)
     slow, found, buckets = run(0.01, 1e-9, deterministic=True)
-    assert fast.calls == 2 and slow.calls == 2 * buckets and not slow.flying
-    return plain.sent, normuon.sent, found == expected, slow.most, buckets
+    assert fast.calls == 2 and slow.calls == 2 * buckets and not Recorder.flying
+    return plain.sent, normuon.sent, found == expected, Recorder.most, buckets
 
 
 def odd_gradients(mesh):
@@ -467,14 +430,13 @@ def scenarios(rank, W, folder):
         found["bits", name] = bits(mesh=mesh, rank=rank, ranks=W, **settings)
         found["near", name] = {key: w for key, (w, _) in train(mesh=mesh, rank=rank, ranks=W, **settings)[0].items()} if (
             W == 2 and "bf16 wire" in name) else None
-    for name in ("everything", "bf16 wire, masters"):
+    for name in ("everything", "bf16 wire"):
         found["bits", name, "many buckets"] = bits(mesh=mesh, rank=rank, ranks=W, bucket_mb=1e-9, **SETTINGS[name])
     found["one"] = bits(["columns"], mesh=mesh, rank=rank, ranks=W, **EVERYTHING)
-    found["batched"] = train(mesh=mesh, rank=rank, ranks=W, **EVERYTHING)[:2]
-    found["batched and equal"] = train(SHARDED, mesh=mesh, rank=rank, ranks=W, **EVERYTHING)[1]
-    local = train(SHARDED, mesh=mesh, rank=rank, ranks=W, spoil=False)[2]
-    found["momentum"] = sum(s["momentum_buffer"].to_local().numel() for s in local.state.values()), sum(
-        p.to_local().numel() for p in ordered(local).values())
+    *found["batched"], optimizer = train(mesh=mesh, rank=rank, ranks=W, **EVERYTHING)
+    sharded = [p for name, p in ordered(optimizer).items() if name in SHARDED]
+    found["momentum"] = [sum(x.to_local().numel() for x in xs) for xs in (
+        [optimizer.state[p]["momentum_buffer"] for p in sharded], sharded)]
 
     R = 2 if W % 2 == 0 else 1
     replicas = init_device_mesh("cpu", (W // R, R), mesh_dim_names=("replicas", "shards"))
@@ -508,21 +470,6 @@ def scenarios(rank, W, folder):
 
 
 # --- what they brought back ---
-
-@pytest.fixture(scope="session")
-def world(once):
-    """world(W): what each of W ranks found; 3 ranks come first, as they write the checkpoint that the others load."""
-    def start(W):
-        if W != 3:
-            start(3)
-        return once(f"muon_fsdp_{W}", starter(W))
-    return start
-
-
-@functools.cache
-def starter(W):
-    return lambda folder: run_ranks(W, watched, scenarios, f"{folder}/muon_fsdp")
-
 
 FP32_WIRE = [name for name in SETTINGS if "bf16 wire" not in name]
 
@@ -559,7 +506,7 @@ def test_a_bf16_wire_stays_near_plain_parameters(world, name):
 
 
 @pytest.mark.parametrize("W", WORLDS)
-@pytest.mark.parametrize("name", ["everything", "bf16 wire, masters"])
+@pytest.mark.parametrize("name", ["everything", "bf16 wire"])
 def test_many_buckets_change_no_bit(world, W, name):
     for found in world(W):
         assert found["bits", name, "many buckets"] == found["bits", name]
@@ -586,8 +533,8 @@ def test_stacks_agree_with_one_by_one_and_all_ranks_with_each_other(world, W):
 @pytest.mark.parametrize("W", WORLDS)
 def test_all_ranks_count_the_same_skipped_units(world, W):
     """No gradient on the last rank, which has no rows of the matrix either from four ranks on; NaN on the first."""
-    assert [found["batched and equal"] for found in world(W)] == [2] * W
-    *_, skipped = alone("decay")
+    assert [found["batched"][1] for found in world(W)] == [2] * W
+    *_, skipped = alone("gram")
     assert skipped == 2
 
 

@@ -65,11 +65,11 @@ BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-@pytest.mark.parametrize("B, s, l", [(1, 384, 768), (1, 385, 401), (1, 577, 577), (1, 200, 333), (3, 390, 400), (1, 64, 65),
-                                     (1, 1, 400), (1, 128, 512)])
+@pytest.mark.parametrize("B, s, l", [(1, 384, 400), (1, 385, 401), (1, 200, 333), (3, 390, 400), (1, 64, 65), (1, 1, 400),
+                                     (1, 128, 512)])
 def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
-    if dtype == torch.float16 and s > 400:
-        return  # slow on a CPU, and computed as torch does
+    if dtype == torch.float16 and s > 200:
+        pytest.skip("slow on a CPU, and computed as torch does")
     X = torch.randn(B, s, l, generator=torch.Generator().manual_seed(0)).div_(l**0.5).to(dtype)
     for name, (A, right, C) in dict(gram=(X, X.mT, None), tall=(X.mT.contiguous().mT, X.mT, None), copied=(
             X, X.mT.contiguous(), None)).items():
@@ -79,12 +79,12 @@ def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
     for left, right in ((R, R), (R, R.mT)):
         exact, found = plain(left, right, R, 0.7, -1.3), symmetric_product(left, right, R, alpha=0.7, beta=-1.3)
         assert found.dtype == dtype and (found - exact).abs().max() < BOUNDS[dtype] * exact.abs().max()
-        if muon.one_by_one(X) and B == 1 and s >= 2 * muon.BLOCK_ROWS:
+        if muon.one_by_one(X) and B == 1 and s >= muon.LARGE:
             assert torch.equal(found.tril(-192), found.triu(192).mT)  # mirrored, not computed
 
 
 @pytest.mark.parametrize("form, dtype", [("standard", torch.float32), ("gram", torch.float32), ("standard", torch.bfloat16)])
-@pytest.mark.parametrize("shape", [(400, 500), (500, 400), (3, 400, 400), (2, 3, 130, 520), (385, 1000)])
+@pytest.mark.parametrize("shape", [(390, 500), (500, 390), (2, 390, 390), (2, 130, 520), (385, 800)])
 def test_one_by_one_is_as_exact_as_a_stack(onednn, monkeypatch, shape, form, dtype):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     kept, found = G.clone(), orthogonalize(G, 5, "jordan", dtype, form)

@@ -1,18 +1,14 @@
 """Mutated logs: no crash, no hang, nothing unbounded, whatever is in them.
 
-    RECORDS_FUZZ=100000 python -m pytest tests/records/test_fuzz.py      # so many mutations instead of 2,000
-    RECORDS_HUGE=1 python -m pytest --timeout=3600 tests/records/test_fuzz.py -k two_gigabytes
-
+    RECORDS_FUZZ=100000 python -m pytest tests/records/test_fuzz.py      # so many mutations instead of 1,000
 """
 import io
 import json
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,7 +68,7 @@ def mutated(rng: random.Random, originals: list[bytes]) -> bytes:
 
 def check(log: logs.LogFile, data: bytes):
     """What holds of every log, and what the verbs do with it first."""
-    assert log.size == len(data) and log.variant in dict(logs.VARIANTS)
+    assert log.size == len(data)
     assert sum(len(run.val_points) for run in log.runs) <= data.count(b"\n") + 1
     for run in log.runs:
         assert all(0 <= point.step < 10**12 and isinstance(point.val_loss, float) for point in run.val_points)
@@ -88,22 +84,20 @@ def check(log: logs.LogFile, data: bytes):
     assert all(problem.isprintable() and len(problem) < 600 for problem in log.problems)
     assert all(not name.startswith("/") and ".." not in name for name in log.sources)
     facts = json.loads(json.dumps(show.as_json(log, 3.28), allow_nan=False))
-    assert list(facts)[:3] == ["path", "variant", "runs"]
+    assert list(facts)[:2] == ["path", "runs"]
 
 
 def test_mutated_logs(tmp_path, monkeypatch):
-    number = int(os.environ.get("RECORDS_FUZZ", 2000))
+    number = int(os.environ.get("RECORDS_FUZZ", 1000))
     originals = [make(variant, seed).text.encode() for variant in VARIANTS
                  for seed in range(2)] + [b"", b"\n", os.urandom(3000)]
-    rng, slowest, path, started = random.Random(number), 0.0, tmp_path / "log.txt", time.perf_counter()
+    rng, path = random.Random(number), tmp_path / "log.txt"
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     for i in range(number):
         data = mutated(rng, originals)
         path.write_bytes(data)
-        begin = time.perf_counter()
         try:
             log = logs.read(path)
-            slowest = max(slowest, time.perf_counter() - begin)
             check(log, data)
             if i % 100 == 0:
                 show.print_facts([log], None)
@@ -112,10 +106,6 @@ def test_mutated_logs(tmp_path, monkeypatch):
         except BaseException:
             (tmp_path / "failed.txt").write_bytes(data)  # pytest keeps the folders of the last runs
             raise
-    sys.stdout = sys.__stdout__
-    print(f"{number:,} mutations in {time.perf_counter() - started:.1f} s, slowest {1000 * slowest:.0f} ms, "
-          f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
-    assert slowest < 2  # seconds; on a busy machine a read of 100 KB takes some milliseconds
 
 
 ONE_RUN = own([5.0, 4.0, 3.0]).encode()
@@ -145,22 +135,12 @@ def test_large_files_are_read_in_bounded_memory(tmp_path, kind, size=16 << 20):
         while file.tell() < size:
             file.write(block)
         file.write(last)
-    program = ("import re, sys, time; from records import logs; begin = time.perf_counter(); log = "
-               "logs.read(sys.argv[1]); "
-               "print(len(log.problems), sum(len(run.val_points) for run in log.runs), time.perf_counter() - "
-               "begin, "
+    program = ("import re, sys; from records import logs; log = logs.read(sys.argv[1]); "
+               "print(len(log.problems), sum(len(run.val_points) for run in log.runs), "
                "re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])")
     done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True,
                           check=True)
     path.unlink()
-    problems, found, seconds, kib = (float(word) for word in done.stdout.split())
-    print(f"{kind}, {size >> 20:,} MB: {seconds:.1f} s, {kib / 1024:.0f} MB of memory")
+    problems, found, kib = map(int, done.stdout.split())
     assert found == expected and kib < 100 << 10  # 100 MB, of which Python itself takes 20
     assert problems or kind == "training lines"
-
-
-@pytest.mark.skipif("RECORDS_HUGE" not in os.environ, reason="takes 10 minutes; set RECORDS_HUGE=1 to run it")
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", HUGE)
-def test_two_gigabytes(tmp_path, kind):
-    test_large_files_are_read_in_bounded_memory(tmp_path, kind, size=2 << 30)

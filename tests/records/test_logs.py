@@ -4,12 +4,12 @@ import hashlib
 import math
 import os
 import re
-import threading
 from pathlib import Path
 
 import pytest
 from tests.helpers.committed import ADAMW, MUON, ROOT, YARDSTICK
 from tests.helpers.synthetic import LINE, VARIANTS, embedded, make, own
+from tests.records.conftest import plan_text
 
 from records import logs
 from records.errors import RecordError
@@ -37,18 +37,12 @@ def test_what_went_into_a_log_comes_out(tmp_path, variant):
     for seed in range(5):
         made = make(variant, seed)
         log = logs.read(made.write(tmp_path / "log.txt"))
-        assert log.variant == variant
         expected = [dict.fromkeys(UNKNOWN) | run for run in made.runs]
         assert [facts(run, names) for run, names in zip(log.runs, expected, strict=True)] == expected
         assert log.sources == made.sources
         assert log.size == len(made.text.encode())
         assert log.sha256 == hashlib.sha256(made.text.encode()).hexdigest()
         assert log.problems == (("this is no log of a training run",) if variant == "X" else ())
-
-
-def test_every_format_has_a_synthetic_log():
-    assert sorted(VARIANTS) == sorted(name for name, _ in logs.VARIANTS)
-    assert len(VARIANTS) == 26  # 24, own, and no log
 
 
 def test_our_own_logs(tmp_path):
@@ -58,7 +52,7 @@ def test_our_own_logs(tmp_path):
     for path in paths:
         text, log = path.read_text(encoding="utf-8"), logs.read(path)
         [run] = log.runs
-        assert (log.variant, log.problems, run.run_id, run.complete) == ("own", (), path.stem, True)
+        assert (log.problems, run.run_id, run.complete) == ((), path.stem, True)
         assert points(run) == [(int(a), float(b), float(c)) for a, b, c in
                                re.findall(r"^step:(\d+)/\d+ val_loss:(\S+) train_time:(\d+)ms", text, re.M)]
         assert run.seed == run.config["seed"] == int(re.search(r"^seed: (\d+)$", text, re.M)[1])
@@ -84,12 +78,13 @@ def test_a_single_source_has_the_hash_of_its_file(tmp_path):
 # A whole log cut anywhere
 
 @pytest.mark.parametrize("variant", ["own", "A", "B2", "E3", "T2m", "T5"])
-def test_a_log_cut_at_any_byte_never_gives_a_wrong_number(tmp_path, variant):
+def test_a_log_cut_anywhere_never_gives_a_wrong_number(tmp_path, variant):
     """What is read is a beginning of what went in, every number whole; what is missing is named."""
     made = make(variant)
     whole, data = logs.read(made.write(tmp_path / "whole.txt")), made.text.encode()
     begin = 0 if len(data) < 4000 else data.rindex(LINE.encode()) - 400  # of a long source the end will do
-    for size in range(begin, len(data)):
+    every = max(1, (len(data) - begin) // 400)
+    for size in range(begin, len(data), every):
         log = read(tmp_path, data[:size])
         found, expected = [points(run) for run in log.runs], [points(run) for run in whole.runs]
         for k, run in enumerate(log.runs):
@@ -167,11 +162,6 @@ def test_a_run_without_a_validation_is_named(tmp_path):
     assert [points(run) for run in log.runs] == [[]] and log.problems == ("there is no validation in it",)
 
 
-def test_a_copied_run_counts_once(tmp_path):
-    log = read(tmp_path, steps(FIRST) + steps(FIRST))
-    assert len(log.runs) == 1 and "repeated" in log.problems[0]
-
-
 # What a run knows
 
 def test_first_crossing(tmp_path):
@@ -199,8 +189,7 @@ def test_times_missing(tmp_path):
 def test_further_numbers_of_a_validation(tmp_path):
     [run] = read(tmp_path,
                  "step:10/10 val_loss:3.5 val_ema_loss:3.25 train_time:1.001s step_avg:1.00ms n:2 "
-                 "rel:1.5e-05 "
-                           "handoff:none\n").runs
+                 "rel:1.5e-05 handoff:none\n").runs
     assert run.val_points[0].extra == {"val_ema_loss": 3.25, "n": 2, "rel": 1.5e-05}
     assert run.final_time_ms == 1001  # and not 1000.9999999999999
     [run] = read(tmp_path, "step:10/10 val_loss:3.5 " + " ".join(f"k{k}:{k}" for k in range(99)) + "\n").runs
@@ -224,9 +213,8 @@ def test_oddities_are_named(tmp_path):
     assert problems(own([4, 3]) + "ended after step 100: by SIGTERM\n").startswith("the run ended early: "
                                                                                    "'ended after step 100")
     assert "NUL" in problems(steps(FIRST).encode() + b"\0" * 4096)  # as a crash may leave it
-    assert problems(steps(FIRST).encode() + b"\xff\n" * logs.BLOCK) == "the file is not UTF-8"
     assert problems("é".encode() * logs.BLOCK + b"\n" + steps(FIRST).encode()) == ""
-    assert "UTF-16" in problems(steps(FIRST).encode("utf-16"))
+    assert "binary" in problems(steps(FIRST).encode("utf-16"))
     assert "binary" in problems(os.urandom(10_000).replace(b"\n", b"\0"))
     assert problems(own([4, 3]).replace("config: {",
                                         "config: {{")).startswith("the config line cannot be read: ")
@@ -240,7 +228,7 @@ def test_oddities_are_named(tmp_path):
 def test_line_ends_of_windows(tmp_path):
     made = make("E3")
     log = read(tmp_path, made.text.replace("\n", "\r\n"))
-    assert (log.variant, log.sources, points(log.runs[0])) == ("E3", made.sources, made.runs[0]["val_points"])
+    assert (log.sources, points(log.runs[0])) == (made.sources, made.runs[0]["val_points"])
     assert log.runs[0].source_sha256 == read(tmp_path, made.text).runs[0].source_sha256
 
 
@@ -284,7 +272,7 @@ def test_what_a_source_says_is_not_believed(tmp_path):
             text = fake + made.text
         log = read(tmp_path, text)
         assert [facts(run, expected) for run, expected in zip(log.runs, made.runs, strict=True)] == made.runs
-        assert log.variant == variant and fake.split("\n")[0] in log.sources["train_gpt.py"]
+        assert fake.split("\n")[0] in log.sources["train_gpt.py"]
         assert any("before the last header are not read" in problem for problem in log.problems)
 
 
@@ -321,12 +309,6 @@ def test_facts_cannot_steer_a_terminal(tmp_path):
     [run] = read(tmp_path, f"|  0  NVIDIA \x1b[2J{'x' * 300}  On |\n" + steps(FIRST)).runs
     assert run.gpu_name.startswith("NVIDIA ?[2Jx") and len(run.gpu_name) <= 100
     assert all(problem.isprintable() for problem in read(tmp_path, "step:1/1 \x1b]0;owned\x07\n").problems)
-
-
-def test_settings_of_the_wrong_kind(tmp_path):
-    [run] = read(tmp_path, own([4, 3], seed=10**30, val_tokens="many").replace("\nseed: 1" + "0" * 30,
-                                                                               "")).runs
-    assert run.seed is None and run.val_tokens is None and run.config["val_tokens"] == "many"
 
 
 def test_limits_are_said(tmp_path, monkeypatch):
@@ -400,56 +382,6 @@ def test_what_is_no_file_is_refused(tmp_path):
             logs.read(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read(tmp_path):
-    (tmp_path / "folder").mkdir()
-    read(tmp_path / "folder", "x")
-    (tmp_path / "folder/log.txt").chmod(0)
-    with pytest.raises(RecordError, match="Permission denied; check path and permissions"):
-        logs.read(tmp_path / "folder/log.txt")
-    (tmp_path / "folder").chmod(0)
-    with pytest.raises(RecordError, match="Permission denied; check path and permissions"):
-        logs.find([tmp_path])
-    (tmp_path / "folder").chmod(0o700)
-
-
-# Pipes
-
-def test_a_pipe_is_read_to_its_end():
-    """<(zcat LOG), in one piece and in two."""
-    made = make("E3")
-    for pieces in ([made.text], [made.text[:900], made.text[900:]]):
-        reading, writing = os.pipe()
-
-        def write(pieces=pieces, writing=writing):
-            with open(writing, "w") as file:
-                for piece in pieces:
-                    file.write(piece)
-                    file.flush()
-        writer = threading.Thread(target=write)
-        writer.start()
-        log = logs.read(f"/dev/fd/{reading}")
-        writer.join()
-        os.close(reading)
-        assert points(log.runs[0]) == made.runs[0]["val_points"] and log.sources == made.sources
-        assert log.sha256 == hashlib.sha256(made.text.encode()).hexdigest()
-
-
-def test_pipes_that_bring_nothing_or_too_much(tmp_path, monkeypatch):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    assert logs.read(pipe).problems == ("the file is empty",)  # nobody writes to it
-    with open(os.open(pipe, os.O_RDWR), "wb", buffering=0) as writer:
-        monkeypatch.setattr(logs, "PIPE_PATIENCE", 0.01)
-        with pytest.raises(RecordError, match="found nothing for 0.01 s; check the command"):
-            logs.read(pipe)
-        writer.write(b"x" * 1000)
-        monkeypatch.setattr(logs, "PIPE_LIMIT", 100)
-        with pytest.raises(RecordError,
-                           match="expected at most 100 bytes from a pipe, found more; write them to a file"):
-            logs.read(pipe)
-
-
 def test_the_curve_of_a_log(tmp_path):
     made = make("D2")
     curve = [(step, ms, loss) for step, loss, ms in made.runs[0]["val_points"]]
@@ -462,7 +394,7 @@ def test_of_an_experiment_and_of_a_record_the_runs_are_found(tmp_path):
                  "rec/baseline/1.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    (tmp_path / "ab/plan.json").write_text('{"a": "x", "b": "y", "pairs": [{"seed": 1, "order": "ba"}]}')
+    (tmp_path / "ab/plan.json").write_text(plan_text(1))
     (tmp_path / "rec/record.json").write_text("{}")
     found = [path.relative_to(tmp_path).as_posix() for path in logs.find([tmp_path])]
     assert found == ["ab/a/1.txt", "ab/b/1.txt", "rec/runs/1.txt"]

@@ -47,7 +47,7 @@ def test_t_test_is_the_textbook_formula(losses, target):
         return
     t = (stdlib.mean(losses) - target) / (stdlib.stdev(losses) / math.sqrt(len(losses)))
     assert result.sd == pytest.approx(stdlib.stdev(losses))
-    assert result.t == pytest.approx(t, rel=1e-6)
+    assert result.score == pytest.approx(t, rel=1e-6)
     assert result.p == pytest.approx(t_cdf(t, len(losses) - 1), rel=1e-6, abs=1e-12)
     assert result.passes == (result.p < 0.01)
 
@@ -78,40 +78,18 @@ def test_pairwise_rule(losses, baseline, steps, passes):
     assert statistics.pairwise_rule(losses, baseline, steps).passes is passes
 
 
-@given(groups, groups, st.integers(-200, 200))
-@settings(max_examples=50, deadline=None)
-def test_pairwise_rule_is_the_published_condition(losses, baseline, steps):
-    result = statistics.pairwise_rule(losses, baseline, steps, 0.0045 / 100)
-    gain = stdlib.mean(baseline) - stdlib.mean(losses) + steps * 0.0045 / 100
-    assert result.score == pytest.approx(gain / math.sqrt(1 / len(losses) + 1 / len(baseline)), abs=1e-12)
-
-
 @given(groups, groups)
 @settings(max_examples=100, deadline=None)
 def test_welch_is_the_textbook_formula(a, b):
     result = statistics.welch(a, b)
     if equal(a) or equal(b):
-        assert result.p is None and "equal" in result.why and result.difference.low is None
+        assert result.p is None and "equal" in result.why and result.low is None
         return
     u, v = stdlib.variance(a) / len(a), stdlib.variance(b) / len(b)
     gap, df = stdlib.mean(a) - stdlib.mean(b), (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1))
     half = t_distribution.ppf(0.975, df) * math.sqrt(u + v)
-    assert result.df == pytest.approx(df, rel=1e-6)
     assert result.p == pytest.approx(t_cdf(gap / math.sqrt(u + v), df), rel=1e-5, abs=1e-12)
-    assert [result.difference.low, result.difference.high] == pytest.approx([gap - half, gap + half],
-                                                                            rel=1e-6, abs=1e-9)
-
-
-@given(groups)
-@settings(max_examples=50, deadline=None)
-def test_mean_interval_is_the_textbook_formula(values):
-    interval = statistics.mean_interval(values, 0.9)
-    if equal(values):
-        assert interval.low is None and "equal" in interval.why
-        return
-    half = t_distribution.ppf(0.95, len(values) - 1) * stdlib.stdev(values) / math.sqrt(len(values))
-    mean = stdlib.mean(values)
-    assert (interval.estimate, interval.low, interval.high) == pytest.approx((mean, mean - half, mean + half))
+    assert [result.low, result.high] == pytest.approx([gap - half, gap + half], rel=1e-6, abs=1e-9)
 
 
 @given(st.lists(st.tuples(st.integers(70_000, 90_000), st.integers(70_000, 90_000)), min_size=2, max_size=30))
@@ -120,17 +98,15 @@ def test_paired_is_the_t_test_of_the_differences(pairs):
     a, b = zip(*pairs)
     result, gaps = statistics.paired(a, b), [x - y for x, y in pairs]
     if equal(gaps):
-        assert result.p_below is None and result.floor is None and "equal" in result.why
+        assert result.difference.p is None and result.floor is None and "equal" in result.difference.why
         return
-    t = stdlib.mean(gaps) / (stdlib.stdev(gaps) / math.sqrt(len(gaps)))
-    assert result.p_below == pytest.approx(t_cdf(t, len(gaps) - 1), rel=1e-6, abs=1e-12)
-    assert result.p_below + result.p_above == pytest.approx(1)
+    mean, error = stdlib.mean(gaps), stdlib.stdev(gaps) / math.sqrt(len(gaps))
+    half, t = t_distribution.ppf(0.975, len(gaps) - 1) * error, mean / error
+    found = result.difference
+    assert (found.value, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
+    assert result.difference.p == pytest.approx(t_cdf(t, len(gaps) - 1), rel=1e-6, abs=1e-12)
+    assert result.difference.p + result.p_above == pytest.approx(1)
     assert statistics.power(len(gaps), result.floor, result.sd, 0.01) == pytest.approx(0.8)
-
-
-def test_paired_wants_pairs():
-    with pytest.raises(ValueError):
-        statistics.paired([1, 2], [1, 2, 3])
 
 
 # Ratio of means
@@ -159,29 +135,24 @@ def test_ratio_interval_agrees_with_fieller_where_spreads_are_those_of_times():
 
 
 def test_ratio_interval_covers_the_true_ratio():
-    """95 % within the noise of 4,000 intervals (standard error 0.34 %) and Satterthwaite's own error
+    """95 % within the noise of 2,000 intervals (standard error 0.5 %) and Satterthwaite's own error
     at n = 3."""
     rng = np.random.default_rng(2)
     for n_a, n_b, spread_a, spread_b in ((3, 3, 0.02, 0.02), (3, 10, 0.05, 0.01), (10, 10, 0.001, 0.06),
                                          (20, 5, 0.06, 0.06)):
         hits = 0
-        for _ in range(4000):
+        for _ in range(2000):
             interval = statistics.ratio_interval(1.8 * (1 + spread_a * rng.standard_normal(n_a)),
                                                  1 + spread_b * rng.standard_normal(n_b))
             hits += interval.low <= 1.8 <= interval.high
-        assert 0.935 < hits / 4000 < 0.975, (n_a, n_b, hits / 4000)
+        assert 0.93 < hits / 2000 < 0.975, (n_a, n_b, hits / 2000)
 
 
 def test_ratio_interval_of_the_swapped_groups_is_the_reciprocal():
     one, other = statistics.ratio_interval([10, 11, 12.5],
                                            [4, 5]), statistics.ratio_interval([4, 5], [10, 11, 12.5])
-    assert (other.estimate, other.low, other.high) == pytest.approx((1 / one.estimate, 1 / one.high,
+    assert (other.value, other.low, other.high) == pytest.approx((1 / one.value, 1 / one.high,
                                                                      1 / one.low))
-
-
-def test_ratio_interval_wants_positive_values():
-    assert "positive" in statistics.ratio_interval([1, 2], [-1, 3]).why
-    assert statistics.ratio_interval([0, 1], [1, 2]).low is None
 
 
 # What cannot be judged
@@ -198,12 +169,11 @@ def test_no_number_where_there_is_none(values, why):
                statistics.welch(values, good),
                statistics.welch(good, values), statistics.ratio_interval(values, good),
                statistics.ratio_interval(good, values),
-               statistics.paired(values, [0.0] * len(values))]
+               statistics.paired(values, [0.0] * len(values)).difference]
     for result in results:
         assert why in result.why, result
         facts = dataclasses.asdict(result)
-        assert all(facts.get(name) is None for name in ("t", "p", "low", "high", "p_below", "p_above",
-                                                        "floor")), result
+        assert all(facts.get(name) is None for name in ("score", "p", "low", "high")), result
         assert not getattr(result, "passes", False)
 
 
@@ -219,20 +189,13 @@ def test_whatever_goes_in_no_wrong_number_comes_out(a, b):
         warnings.simplefilter("error")
         results = [statistics.t_test(a, 3.28), statistics.z_rule(a, 3.28), statistics.pairwise_rule(a, b, 3),
                    statistics.welch(a, b), statistics.ratio_interval(a, b), statistics.mean_interval(a),
-                   statistics.paired(a[:n], b[:n])]
+                   statistics.paired(a[:n], b[:n]).difference]
     for result in results:
         numbers = {name: value for name, value in vars(result).items() if isinstance(value, float)}
         assert all(map(math.isfinite, (numbers.get(name, 0)
-                                       for name in ("t", "df", "score", "low", "high", "floor")))), result
-        assert all(0 <= numbers.get(name, 0) <= 1 for name in ("p", "p_below", "p_above")), result
+                                       for name in ("score", "low", "high")))), result
+        assert 0 <= numbers.get("p", 0) <= 1, result
         assert str(result) and (result.why or "cannot be judged" not in str(result))
-
-
-@pytest.mark.parametrize("losses", [[], [math.nan], [3.1, math.nan], [-math.inf], [3.1, math.inf]])
-def test_rules_without_a_spread_refuse_what_is_no_loss(losses):
-    for result in (statistics.z_rule(losses, 3.28), statistics.pairwise_rule(losses, [3.28]),
-                   statistics.pairwise_rule([3.28], losses)):
-        assert result.score is None and result.why and not result.passes
 
 
 # Power
@@ -241,15 +204,13 @@ def test_rules_without_a_spread_refuse_what_is_no_loss(losses):
 @pytest.mark.parametrize("n, margin, sigma", [(5, 0.002, None), (20, 0.001, None), (4, 0.002, 0.0013),
                                               (1, 0.004, 0.0013)])
 def test_power_is_what_simulated_runs_do(n, margin, sigma):
-    rng, sets = np.random.default_rng(3), 20_000
+    rng, sets = np.random.default_rng(3), 2000
     losses = 3.28 - margin + 0.0011 * rng.standard_normal((sets, n))
-    if sigma is None:
-        passed = sum(statistics.t_test(row, 3.28).passes for row in losses[:3000]) / 3000
-    else:
-        passed = sum(statistics.z_rule(row, 3.28).passes for row in losses) / sets
+    test = statistics.t_test if sigma is None else statistics.z_rule
+    passed = sum(test(row, 3.28).passes for row in losses) / sets
     alpha = 0.01 if sigma is None else 1 - ndtr(0.004 / 0.0013)
     expected = statistics.power(n, margin, 0.0011, alpha, sigma)
-    assert passed == pytest.approx(expected, abs=4 * (0.25 / 3000) ** 0.5)  # 4 standard errors
+    assert passed == pytest.approx(expected, abs=4 * (0.25 / sets) ** 0.5)  # 4 standard errors
 
 
 def test_power_without_a_margin_is_alpha():
@@ -302,7 +263,7 @@ def test_rules_of_the_tracks_are_applied():
     assert statistics.loss_rule(TRACKS["small"], losses) == statistics.t_test(losses, 3.28, 0.01)
     assert statistics.loss_rule(TRACKS["optimization"], losses) == statistics.z_rule(losses, 3.28, 0.0013,
                                                                                      0.004)
-    assert statistics.loss_rule(TRACKS["medium"], losses).target == 2.92
+    assert statistics.loss_rule(TRACKS["medium"], losses) == statistics.t_test(losses, 2.92, 0.01)
     assert {track.folder for track in TRACKS.values()} == {
         "track_0_laptop", "track_1_short", "track_2_medium", "track_3_optimization"}
 
@@ -312,10 +273,8 @@ def log(path: str, track: str | None):
 
 
 def test_track_is_named_or_seen():
-    assert choose("medium", []).name == "medium"
-    assert choose(None, [log("logs/x.txt", "shakespeare")]).name == "shakespeare"
-    assert choose(None, [log("records/track_3_optimization/results/x.txt", None)]).name == "optimization"
-    for name, logs in (("large", []), (None, []), (None, [log("x.txt", None)]),
-                       (None, [log("x.txt", "small"), log("y.txt", "shakespeare")])):
+    assert choose([log("logs/x.txt", "shakespeare")]).name == "shakespeare"
+    assert choose([log("records/track_3_optimization/results/x.txt", None)]).name == "optimization"
+    for logs in ([], [log("x.txt", None)], [log("x.txt", "small"), log("y.txt", "shakespeare")]):
         with pytest.raises(RecordError, match="expected .*, found .*; "):
-            choose(name, logs)
+            choose(logs)

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+from data.errors import RunError, run_program
 from data.files import ROOT
-from engine import attention, endings
+from engine import endings
 from engine.endings import explain
 from tests.helpers.runs import config, make_shards, run
 from tools import doctor
@@ -31,29 +32,33 @@ def lines(capsys, folder, *settings, pieces) -> dict[str, tuple[str, str]]:
 
 
 def test_a_machine_that_works_is_told_so_piece_by_piece(capsys, tmp_path):
-    pieces = [name for name in doctor.PIECES if name not in doctor.GPU_ONLY and name != "ranks"]
+    pieces = [name for name in doctor.PIECES if name != "ranks"]
     found = lines(capsys, make_shards(tmp_path), pieces=pieces)
     assert list(found) == pieces and {mark for mark, _ in found.values()} == {"ok"}
     assert "attention: blocked (fastest on a CPU)" in found["kernels"][1]
-    assert found["attention by masked"][1].startswith("masked: self-test error")
+    assert found["compile"][1].startswith("eager, forward and backward with an error of")
     assert "2 training shards" in found["data"][1] and list((tmp_path / "logs").iterdir()) == []
 
 
-def test_missing_shards_and_too_few_for_the_schedule(capsys, tmp_path):
-    assert "run python -m data.shakespeare" in lines(capsys, tmp_path, pieces=["data"])["data"][1]
-    mark, text = lines(capsys, make_shards(tmp_path), "--train_steps=900", pieces=["data"])["data"]
-    assert mark == "FAIL" and "get more shards, raise --max_epochs or lower --train_steps" in text
+FAILS = {  # piece -> settings, what is said
+    "data": ("", "run python -m data.shakespeare"),
+    "kernels": ("--attention=flex", "--attention: expected auto, blocked or masked on a CPU"),
+    "log_dir": ("--save_final=on", "--save_every"),
+}
 
 
-def test_a_folder_that_cannot_be_written_and_checkpoints_that_do_not_fit(capsys, tmp_path, monkeypatch):
-    (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "logs").write_text("mine")
-    mark, text = lines(capsys, tmp_path / "file", pieces=["log_dir"])["log_dir"]
-    assert mark == "FAIL" and text.endswith("choose another --log_dir")
+@pytest.mark.parametrize("piece", FAILS)
+def test_what_is_not_there_fails_with_what_to_change(capsys, tmp_path, monkeypatch, piece):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10**7 + 10}))
-    assert lines(capsys, tmp_path, pieces=["log_dir"])["log_dir"][0] == "ok"
-    mark, text = lines(capsys, tmp_path, "--save_final=on", pieces=["log_dir"])["log_dir"]
-    assert mark == "FAIL" and "--save_every" in text
+    settings, said = FAILS[piece]
+    mark, text = lines(capsys, tmp_path, *settings.split(), pieces=[piece])[piece]
+    assert mark == "FAIL" and said in text
+
+
+def test_a_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "logs").write_text("mine")
+    mark, text = lines(capsys, tmp_path, pieces=["log_dir"])["log_dir"]
+    assert mark == "FAIL" and text.endswith("choose another --log_dir")
 
 
 def test_a_compiler_that_makes_wrong_numbers(capsys, tmp_path, monkeypatch):
@@ -65,9 +70,8 @@ def test_a_compiler_that_makes_wrong_numbers(capsys, tmp_path, monkeypatch):
 def test_a_gpu_is_named_and_an_old_one_told_of_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    monkeypatch.setattr(doctor, "expect_exact", lambda *a: "works")
     mark, text = doctor.try_device(config("--dtype=float32"), torch.device("cuda"))
-    assert mark == "ok" and "Old GPU, compute capability 7.5, float32: works" in text
+    assert mark == "ok" and "Old GPU, compute capability 7.5, float32" in text
     mark, text = doctor.try_device(config(), torch.device("cuda"))
     assert mark == "note" and text.endswith("bfloat16 is only emulated before 8.0: use --dtype=float32")
 
@@ -81,36 +85,11 @@ def test_a_gpu_that_only_its_driver_sees(capsys, tmp_path, monkeypatch):
 
 def test_memory_that_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**4, 24 * 2**30))
-    with pytest.raises(doctor.RunError, match="see python -m tools.plan"):
+    with pytest.raises(RunError, match="see python -m tools.plan"):
         doctor.try_memory(config(), torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (12 * 2**30, 24 * 2**30))
     mark, text = doctor.try_memory(config(), torch.device("cuda"))
     assert mark == "note" and "nvidia-smi" in text
-
-
-def raising(*args):
-    raise ImportError("no kernel image\nfor this device")
-
-
-def wrong(q, k, v, mask, scale):
-    return attention.masked_attention(q, k, v, mask, 2 * scale)
-
-
-@pytest.mark.parametrize("kernel, mark, said", [
-    (attention.masked_attention, "ok", "flex: self-test error 0.0e+00"),
-    (wrong, "note", "flex: self-test error"),
-    (raising, "note", "flex: ImportError: no kernel image")])
-def test_a_kernel_is_tried_against_the_definition(capsys, tmp_path, monkeypatch, kernel, mark, said):
-    monkeypatch.setitem(attention.BACKENDS, "flex", (attention.masked_mask, kernel))
-    found = lines(capsys, tmp_path, pieces=["attention by flex"])["attention by flex"]
-    assert found[0] == mark and found[1].startswith(said)
-
-
-def test_what_was_asked_for_and_is_not_there_fails(capsys, tmp_path):
-    mark, text = lines(capsys, tmp_path, "--attention=flex", pieces=["kernels"])["kernels"]
-    assert mark == "FAIL" and "--attention: expected auto, blocked or masked on a CPU" in text
-    mark, text = lines(capsys, tmp_path, "--fp8_head=on", pieces=["kernels"])["kernels"]
-    assert "--fp8_head" in text if mark == "FAIL" else "head in FP8: yes" in text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,10 +103,10 @@ for name in names:
     if name == "compile":
         print("Fatal: unaligned access", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
-    if name == "attention by blocked":
+    if name == "kernels":
         sys.exit("no such symbol")
     if name == "ranks":
-        time.sleep(60)
+        time.sleep(600)
     print("chatter of a library")
     print(json.dumps([name, "FAIL" if name == "memory" else "ok", "first\\nsecond"]), flush=True)
     if name == "memory":
@@ -138,30 +117,37 @@ for name in names:
 def test_behind_a_piece_that_ends_its_child_or_hangs_the_next_is_tried(capsys, tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.setattr(doctor, "CHILD", [sys.executable, str(tmp_path / "child.py")])
-    monkeypatch.setattr(doctor, "LIMIT_S", 2.0)
-    names = ["device", "attention by blocked", "compile", "ranks", "memory", "data"]
+    # "ranks" hangs whatever the limit is; the others only need the time that Python takes to start.
+    monkeypatch.setattr(doctor, "LIMIT_S", 5.0)
+    names = ["device", "kernels", "compile", "ranks", "memory", "data"]
     assert doctor.examine(names, ["--track=shakespeare"]) == 1
-    out = capsys.readouterr().out.splitlines()
-    assert [line[6:26].strip() for line in out if line[:4].strip()] [:-1] == names
-    text = "\n".join(out)
-    assert "note  attention by blocked     ended with exit code 1: no such symbol; do not use --att" in text
-    assert "FAIL  compile                  was ended by SIGSEGV: Fatal: unaligned access; --comp" in text
-    assert "FAIL  ranks                    gave no answer in 2 s" in text and "chatter" not in text
-    assert "ok    data                     first\n                               second" in text
-    assert out[-1] == "doctor: the run cannot start; change what says FAIL"
+    assert capsys.readouterr().out.splitlines() == [
+        "ok    device   first",
+        "               second",
+        f"FAIL  kernels  ended with exit code 1: no such symbol; {doctor.PIECES['kernels'][1]}",
+        "FAIL  compile  was ended by SIGSEGV: Fatal: unaligned access; "
+        "--compile=off trains the same without, slower",
+        "FAIL  ranks    gave no answer in 5 s; NPROC=1 ./run.sh does without",
+        "FAIL  memory   first",
+        "               second",
+        "ok    data     first",
+        "               second",
+        "doctor: the run cannot start; change what says FAIL",
+    ]
 
 
 def test_the_command_itself_reports_and_exits_with_the_finding(tmp_path):
     command = [sys.executable, "-m", "tools.doctor", "--track=shakespeare", f"--log_dir={tmp_path / 'logs'}"]
     env = {**doctor.os.environ, "DATA_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=110, env=env)
-    marks = [line[:4].strip() for line in result.stdout.splitlines()[1:-1]]
-    assert result.returncode == 1 and marks.count("FAIL") == 1 and marks.count("ok") == 8, result.stdout
+    marks = [line[:4].strip() for line in result.stdout.splitlines() if line[4:6] == "  "]
+    assert result.returncode == 1 and marks.count("FAIL") == 1 and marks.count("ok") == 6, result.stdout
     assert result.stderr == ""
 
 
 def test_a_setting_that_does_not_exist_is_refused(capsys):
-    assert doctor.main(["--num_layer=3"]) == 2 and "did you mean --num_layers?" in capsys.readouterr().err
+    assert run_program(doctor.main, ["--num_layer=3"], "tools.doctor") == 2
+    assert "did you mean --num_layers?" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -169,14 +155,13 @@ def test_a_setting_that_does_not_exist_is_refused(capsys):
 
 
 def test_without_a_compiler_doctor_and_trainer_say_what_to_do(capsys, tmp_path, monkeypatch):
-    import torch._inductor.config
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     mark, text = lines(capsys, tmp_path, "--compile=on", pieces=["compile"])["compile"]
     assert mark == "FAIL" and "No working C++ compiler" in text and "--compile=off" in text
     bare = ("--num_layers=1 --long_layers=0 --cache_layer=0 --skip= --value_embed_layers= "
             "--attn_gate_layers=0 --xsa_layers=0")
-    result = run(make_shards(tmp_path), "--compile=on", *bare.split())
+    with torch._inductor.config.patch(force_disable_caches=True):
+        result = run(make_shards(tmp_path), "--compile=on", *bare.split())
     [line] = result.err.splitlines()
     assert result.code == 1 and "expected torch.compile to work here, found: InvalidCxxCompiler" in line
     assert "--compile=off" in line

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 import muon
+from data.errors import run_program
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from tools import plan
 from tools.gpus import GPUS, find_gpu
 from train_gpt import EMA_EVERY, Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tiny tensors
 LARGE = dict(BARE, num_layers=3, long_layers=(1,), mlp_ratio=3)  # three MLPs
-LARGE |= dict(model_dim=128, head_dim=64, vocab_size=500, bos_id=60, bigram_rows=1000)  # tables in parts
+RECORD_89 = dict(mudd=True, backout=False, gate_networks=(0, 3), mix_window=8)
+LARGE |= dict(model_dim=128, head_dim=64, vocab_size=500, bigram_rows=1000)  # tables in parts
 
 
 def nbytes(tensors) -> int:
@@ -26,11 +27,13 @@ def state_bytes(optimizer) -> int:
     return nbytes(x for state in optimizer.state.values() for x in state.values()) if optimizer else 0
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, dict(dtype="bfloat16", ema_frac=0.5), dict(optimizer="adamw"), dict(normuon_beta2=0.0), BARE],
-    ids=["all", "bfloat16", "adamw", "no normuon", "bare"],
-)
+@pytest.mark.parametrize("changes", [
+    dict(normuon_beta2=0.0),
+    dict(dtype="bfloat16", ema_frac=0.5),
+    dict(optimizer="adamw"),
+    dict(RECORD_89, prefix_weight=0.25, ema_frac=0.5, ema_of="head"),
+    BARE,
+], ids=["no normuon", "bfloat16", "adamw", "record 89", "bare"])
 def test_what_stays_in_memory_is_what_a_run_has(tmp_path, changes):
     run = make_run(tmp_path, **{**SMALL, **changes})
     for p in run.model.parameters():
@@ -45,7 +48,7 @@ def test_what_stays_in_memory_is_what_a_run_has(tmp_path, changes):
         "Adam: moments, low halves": state_bytes(run.adam),
         "Muon: momentum, low halves": state_bytes(run.muon),
         "average of the weights": nbytes((run.ema or {}).values()),
-        "signs of the bigrams": nbytes(run.model.buffers()),
+        "signs of the bigrams, prefix tokens": nbytes(run.model.buffers()),
         "gathers and reductions": 0,
     }
 
@@ -91,16 +94,18 @@ def kept_by_a_real_pass(cfg: Config, T: int, compiled: bool) -> int:
     return sum(size for _, size in found.values())
 
 
-WIDE = dict(model_dim=96, head_dim=16, vocab_size=300, mlp_ratio=3)
 DEEP = dict(num_layers=14, mlp_ratio=4, model_dim=64, head_dim=32)
-
-
 SHORT = dict(BARE, num_layers=2, long_layers=(1,), xsa_layers=(0,), value_embed_layers=(1,))
 
 
 @pytest.mark.parametrize("base, T, compiled", [
-    (SMALL, 768, False), (SMALL | WIDE, 512, False), (SMALL | DEEP, 384, False), (BARE, 512, False),
-    (SHORT, 512, True)], ids=["small", "wide", "deep", "bare", "compiled"])
+    (SMALL, 768, False),
+    (SMALL | DEEP, 384, False),
+    (SMALL | RECORD_89, 768, False),
+    (SMALL | RECORD_89 | dict(mix_window=64), 768, False),
+    (BARE, 512, False),
+    (SHORT, 512, True),
+], ids=["small", "deep", "record 89", "wide mixing", "bare", "compiled"])
 def test_the_formula_lies_a_little_above_what_a_real_pass_keeps(base, T, compiled):
     """In eager fp32 up to 40 %: the formula is made for bf16, whose norms keep an fp32 copy."""
     cfg = config(base)
@@ -110,9 +115,10 @@ def test_the_formula_lies_a_little_above_what_a_real_pass_keeps(base, T, compile
 
 def test_track_small_is_planned_above_what_its_compiled_graph_was_found_to_take():
     """Traced for an H100: 16.54 GiB kept of one sequence of the last stages, 4.16 GiB more at the worst
-    moment. Layers that are computed again leave 1.72 GiB, or 1.85 GiB of an eager model."""
+    moment. Layers that are computed again leave 1.72 GiB, or 1.85 GiB of an eager model. The track had fewer
+    gates and XSA layers then."""
     def planned(compiled, **changes):
-        cfg = Config.for_track("small", **changes)
+        cfg = Config.for_track("small", attn_gate_layers=(3, 10), xsa_layers=(1, 3, 4, 7), **changes)
         return [size / plan.GIB for size in plan.step_bytes(cfg, torch.bfloat16, compiled, 49_152)]
 
     kept, more = planned(True)
@@ -124,34 +130,36 @@ def test_track_small_is_planned_above_what_its_compiled_graph_was_found_to_take(
 # What fits, and what is said
 
 
-def table(capsys, *argv: str) -> tuple[dict[str, list[str]], str]:
-    """Rows of the printed table by name, and all that was printed."""
-    assert plan.main(["--track=small", *argv]) == 0
-    out = capsys.readouterr().out
-    cells = [(line[:36].strip(), line[36:].split()) for line in out.split("\n\n")[1].splitlines()]
-    return dict(cells), out
+def said(capsys, *argv: str) -> str:
+    assert run_program(plan.main, list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """Rows of the printed table by name."""
+    lines = text.split("\n\n")[1].splitlines()
+    return {line[:36].strip(): line[36:].split() for line in lines}
 
 
 def test_a_large_gpu_trains_as_the_track_does_and_a_small_one_recomputes_before_slices_get_shorter(capsys):
     gpus = "--gpu=NVIDIA H100 80GB HBM3", "--gpu=RTX 4090", "--gpu_gib=18"
-    large, small, smaller = (table(capsys, gpu)[0] for gpu in gpus)
+    large, small, smaller = (table(said(capsys, "--track=small", gpu)) for gpu in gpus)
     assert (large["--recompute"], large["--slices"]) == (["off"] * 4, ["8"] * 4)
     assert (small["--recompute"], small["--slices"]) == (["on"] * 4, ["8"] * 4)
     assert int(smaller["--val_slice"][0]) < 262_144
     for rows in (large, small, smaller):
         assert rows["fits"] == ["yes"] * 4
         for i in range(4):
-            for moment in ("training", "validation"):
-                needed = float(rows[f"needed: {moment}"][i]) + float(rows["allowance"][i])
-                assert needed <= float(rows["memory"][i])
+            needed = max(float(rows[f"needed: {moment}"][i]) for moment in ("training", "validation"))
+            assert needed + float(rows["allowance"][i]) <= float(rows["memory"][i])
     minutes = [float(n) for n in large["minutes of training, estimate"]]
     assert minutes[0] == pytest.approx(8 * minutes[3], abs=0.5)
 
 
 def test_a_gpu_that_is_too_small_is_told_so(capsys):
-    rows, text = table(capsys, "--gpu_gib=6")
-    assert rows["fits"] == ["no"] * 4 and "does not fit" in text
-    assert rows["minutes of training, estimate"] == ["-"] * 4
+    text = said(capsys, "--track=small", "--gpu=Voodoo 2", "--gpu_gib=6")
+    assert table(text)["fits"] == ["no"] * 4 and "does not fit" in text
+    assert table(text)["minutes of training, estimate"] == ["-"] * 4
     assert "not yet checked against a GPU" in text
 
 
@@ -169,25 +177,22 @@ def test_every_choice_is_one_that_a_run_takes_and_trains_on_the_same_tokens():
 def test_muons_share_of_the_flops_is_below_its_bound():
     text = plan.muon_shares(Config.for_track("small"), torch.device("cuda"))
     assert text.startswith("1.3% at 131,072 tokens (bound 2.9%)")
-    assert text.endswith("0.4% at 393,216 tokens (bound 1.0%)")
-    assert plan.muon_shares(Config.for_track("small", optimizer="adamw"), CPU).startswith("0.0%")
 
 
-@pytest.mark.parametrize("name, key", [
-    ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA L40S", "L40S"),
-    ("nvidia l4", "L4"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A10", "A10")])
-def test_a_name_is_the_longest_that_is_known(name, key):
-    assert find_gpu(name) is GPUS[key]
+def test_a_name_is_the_longest_that_is_known():
+    assert find_gpu("NVIDIA H100 80GB HBM3") is GPUS["H100"]
+    assert find_gpu("NVIDIA GH200 480GB") is GPUS["GH200"]
+    assert find_gpu("nvidia l4") is GPUS["L4"] and find_gpu("NVIDIA L40S") is GPUS["L40S"]
+    assert find_gpu("Voodoo 2") is None
 
 
 def test_an_unknown_gpu_needs_its_memory_and_an_unknown_setting_is_refused(capsys):
-    assert plan.main(["--gpu=Voodoo 2"]) == 2
+    assert run_program(plan.main, ["--gpu=Voodoo 2"]) == 2
     assert "--gpu: expected a name with one of B200" in capsys.readouterr().err
-    assert table(capsys, "--gpu=Voodoo 2", "--gpu_gib=80")[0]["fits"] == ["yes"] * 4
-    assert plan.main(["--num_layer=3"]) == 2 and "did you mean --num_layers?" in capsys.readouterr().err
+    assert run_program(plan.main, ["--num_layer=3"]) == 2
+    assert "did you mean --num_layers?" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_plans_for_the_memory_of_this_machine(capsys):
-    assert plan.main(["--track=shakespeare"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("plan: track shakespeare on CPU") and "901,120 in training" in out
+    text = said(capsys, "--track=shakespeare")
+    assert text.startswith("plan: track shakespeare on CPU") and "901,120 in training" in text

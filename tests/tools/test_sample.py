@@ -19,16 +19,9 @@ from tools import sample
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that has learned the order of the alphabet, with a checkpoint on the way and one at the end."""
-    result = run(
-        make_shards(tmp_path_factory.mktemp("sample")),
-        "--train_steps=60",
-        "--extension_steps=6",
-        "--max_epochs=9",
-        "--save_every=30",
-        "--save_final=1",
-        "--window_final=48",
-        "--val_every=30",
-    )
+    lengths = "--train_steps=60 --extension_steps=6 --max_epochs=9 --window_final=48".split()
+    saves = "--save_every=30 --save_final=1 --val_every=30".split()
+    result = run(make_shards(tmp_path_factory.mktemp("sample")), *lengths, *saves)
     assert (result.code, result.err) == (0, "")
     return result
 
@@ -88,15 +81,12 @@ def test_the_smallest_temperatures_take_the_likeliest_token():
         assert list(generate(lambda tokens: likely, [0], 3, 2, temperature, top_k=2)) == [1, 1, 1]
 
 
-def test_characters_of_several_bytes_survive(finished, capsys):
+def test_characters_of_several_bytes_survive_or_become_question_marks(finished, capsys):
     assert text(capsys, finished.checkpoints[-1], "--prompt", "é€", "--tokens", "0") == "é€\n"
-
-
-def test_a_screen_without_such_characters_shows_a_question_mark(finished):
     command = [sys.executable, "-m", "tools.sample", finished.checkpoints[-1]]
     command += ["--prompt", "é€a", "--tokens", "0"]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=90)
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}  # a screen without such characters
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=110)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"??a\n", b"")
 
 
@@ -108,19 +98,19 @@ def test_the_vocabulary_follows_from_the_token_that_starts_a_document(monkeypatc
         encoding.encoding_for(60)
 
 
-@pytest.mark.parametrize(
-    "args, parts",
-    [
-        (["nowhere.pt"], ("no such file", "give a state_step*.pt")),
-        ([__file__], ("another kind of file", "give a state_step*.pt")),
-        (["PATH", "--temperature", "nan"], ("--temperature: expected zero or more, found nan; change it",)),
-        (["PATH", "--prompt", "a\udcff"], ("--prompt: expected UTF-8 text, found byte 0xff; correct it",)),
-        (["PATH", "--tokens", "-1"], ("--tokens: expected zero or more, found -1; change it",)),
-    ],
-)
-def test_refusals_are_one_sentence(finished, capsys, args, parts):
+REFUSED = {  # arguments -> what the one sentence says
+    ("nowhere.pt",): "no such file",
+    (__file__,): "another kind of file",
+    ("PATH", "--temperature", "nan"): "--temperature: expected zero or more, found nan; change it",
+    ("PATH", "--prompt", "a\udcff"): "--prompt: expected UTF-8 text, found byte 0xff; correct it",
+    ("PATH", "--tokens", "-1"): "--tokens: expected zero or more, found -1; change it",
+}
+
+
+@pytest.mark.parametrize("args", REFUSED)
+def test_refusals_are_one_sentence(finished, capsys, args):
     given = [str(finished.checkpoints[-1]) if arg == "PATH" else arg for arg in args]
     assert run_program(sample.main, given, "sample.py") == 2
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("sample.py: ") and all(part in captured.err for part in parts)
+    assert captured.err.startswith("sample.py: ") and REFUSED[args] in captured.err

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine import attention
+from data.errors import UsageError
 from data.loader import make_batch
-from engine.attention import BACKENDS, PAIRINGS, choose_backend, pair, paired_docs, unpair
+from engine import attention
+from engine.attention import BACKENDS, choose_backend, pair, paired_docs, unpair
 from tests.helpers.tiny import docs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+CPU = torch.device("cpu")
 # float64 all through: sums in another order differ by some 1e-15
 EXACT = dict(rtol=1e-12, atol=1e-12)
 CASES = {  # document lengths, window
@@ -25,9 +27,9 @@ CASES = {  # document lengths, window
     "a single token": ([1], 5),
     "documents end on blocks": ([8, 16, 8], 8),
 }
-
 HERE = {name: BACKENDS[name] for name in ("masked", "blocked", "flex")}
 HERE["blocked, without BlockProducts"] = attention.blocked_mask, attention.blocked_attention
+PAIRED_CASES = "ragged, window shorter", "ragged, window longer than documents", "documents of one token"
 
 
 @pytest.fixture(autouse=True)
@@ -54,21 +56,23 @@ def slow_attention(q, k, v, lengths, window, scale):
     for length in lengths:
         for t in range(first, first + length):
             seen = range(max(first, t - window), t + 1)
-            rows.append(torch.stack([weighted(q[t, h], [k[s, h] for s in seen], [v[s, h] for s in seen], scale)
-                                     for h in range(q.size(1))]))
+            heads = [weighted(q[t, h], [k[s, h] for s in seen], [v[s, h] for s in seen], scale)
+                     for h in range(q.size(1))]
+            rows.append(torch.stack(heads))
         first += length
     return torch.stack(rows)
 
 
 def slow_paired_attention(q, k, v, lengths, window, scale):
-    """Heads 2h and 2h+1 of token t stand at places 2t and 2t+1 and share their keys; the window counts places."""
+    """Heads 2h and 2h+1 of token t stand at places 2t and 2t+1 and share their keys; the window counts
+    places."""
     rows, first = [], 0
     for length in lengths:
         for t in range(first, first + length):
             heads = []
             for a in range(q.size(1)):
-                seen = [(s, b) for s in range(first, t + 1) for b in (a // 2 * 2, a // 2 * 2 + 1)
-                        if 0 <= (2 * t + a % 2) - (2 * s + b % 2) <= window]
+                places = [(s, b) for s in range(first, t + 1) for b in (a // 2 * 2, a // 2 * 2 + 1)]
+                seen = [(s, b) for s, b in places if 0 <= (2 * t + a % 2) - (2 * s + b % 2) <= window]
                 heads.append(weighted(q[t, a], [k[i] for i in seen], [v[i] for i in seen], scale))
             rows.append(torch.stack(heads))
         first += length
@@ -80,86 +84,44 @@ def values_and_gradients(attention, qkv, g):
     return [y, *torch.autograd.grad((y * g).sum(), qkv)]
 
 
-def assert_equal(found, expected):
-    for name, a, b in zip(("values", "gradient of q", "gradient of k", "gradient of v"), found, expected, strict=True):
-        torch.testing.assert_close(a, b, **EXACT, msg=lambda m: f"{name}: {m}")
-
-
 @functools.cache
 def expected(case, paired):
     lengths, window = CASES[case]
     slow = slow_paired_attention if paired else slow_attention
-    return values_and_gradients(lambda q, k, v: slow(q, k, v, lengths, window, 0.7),
-                                *leaves(sum(lengths), 4 if paired else 2))
+    inputs = leaves(sum(lengths), 4 if paired else 2)
+    return values_and_gradients(lambda q, k, v: slow(q, k, v, lengths, window, 0.7), *inputs)
+
+
+def assert_equals_plain_loops(name, case, paired):
+    lengths, window = CASES[case]
+    make, attend = (HERE | BACKENDS)[name]
+    docs = docs_of(lengths, capacity=12)
+    mask = make(paired_docs(docs) if paired else docs, window)
+
+    def fast(q, k, v):
+        if paired:
+            return unpair(attend(pair(q), pair(k), pair(v), mask, 0.7))
+        return attend(q, k, v, mask, 0.7)
+
+    found = values_and_gradients(fast, *leaves(sum(lengths), 4 if paired else 2))
+    names = "values", "gradient of q", "gradient of k", "gradient of v"
+    for what, a, b in zip(names, found, expected(case, paired), strict=True):
+        torch.testing.assert_close(a, b, **EXACT, msg=lambda m: f"{what}: {m}")
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", HERE)
 def test_a_backend_equals_plain_loops_in_values_and_gradients(name, case):
-    lengths, window = CASES[case]
-    make, attend = HERE[name]
-    mask = make(docs_of(lengths, capacity=12), window)
-    found = values_and_gradients(lambda q, k, v: attend(q, k, v, mask, 0.7), *leaves(sum(lengths)))
-    assert_equal(found, expected(case, False))
+    assert_equals_plain_loops(name, case, paired=False)
 
 
-@pytest.mark.parametrize("case", ["ragged, window shorter", "ragged, window longer than documents",
-                                  "documents of one token"])
+@pytest.mark.parametrize("case", PAIRED_CASES)
 @pytest.mark.parametrize("name", HERE)
 def test_paired_heads_equal_plain_loops_over_both_heads_keys(name, case):
-    lengths, window = CASES[case]
-    make, attend = HERE[name]
-    mask = make(paired_docs(docs_of(lengths)), window)
-    found = values_and_gradients(lambda q, k, v: unpair(attend(pair(q), pair(k), pair(v), mask, 0.7)),
-                                 *leaves(sum(lengths), 4))
-    assert_equal(found, expected(case, True))
+    assert_equals_plain_loops(name, case, paired=True)
 
 
-def test_a_paired_query_sees_both_heads_of_earlier_tokens_and_none_of_the_other_pair():
-    (q, k, v), _ = leaves(6, 4)
-    mask = BACKENDS["masked"][0](paired_docs(docs_of([6])), 12)
-    y = unpair(BACKENDS["masked"][1](pair(q), pair(k), pair(v), mask, 0.7))
-    for a in range(4):
-        reached = torch.autograd.grad(y[3, a].sum(), v, retain_graph=True)[0].abs().sum(-1) > 0  # (T, H)
-        own = [a // 2 * 2, a // 2 * 2 + 1]
-        assert reached[:3, own].all() and not reached[4:].any()
-        assert not reached[:, [h for h in range(4) if h not in own]].any()
-        assert reached[3, own].tolist() == ([True, False] if a % 2 == 0 else [True, True])  # the odd head comes second
-
-
-def test_pair_puts_adjacent_heads_on_consecutive_places_and_unpair_undoes_it():
-    x = torch.randn(5, 6, 2)
-    y = pair(x)
-    assert y.shape == (10, 3, 2)
-    for t in range(5):
-        for head in range(6):
-            assert torch.equal(y[2 * t + head % 2, head // 2], x[t, head])
-    assert torch.equal(unpair(y), x)
-
-
-def test_pairs_of_halves_are_neighbours_after_heads_change_places():
-    join, part = PAIRINGS["halves"]
-    x, order = torch.randn(5, 6, 2), [0, 3, 1, 4, 2, 5]
-    assert torch.equal(join(x), pair(x[:, order])) and torch.equal(part(join(x)), x)
-    assert PAIRINGS["neighbours"] == (pair, unpair)
-
-
-def test_paired_documents_are_twice_as_long():
-    docs = paired_docs(docs_of([2, 3], capacity=4))
-    assert docs.starts.tolist() == [0, 4, 10, 10] and docs.ids.tolist() == [0] * 4 + [1] * 6 and docs.max_len == 6
-    assert docs.starts.dtype == torch.int32  # what varlen attention takes
-
-
-@pytest.mark.parametrize("scale", [0.05, 1.3])
-def test_backends_obey_the_scale(scale):
-    (q, k, v), _ = leaves(11)
-    want = slow_attention(q, k, v, [4, 7], 5, scale)
-    for name in ("masked", "blocked", "flex"):
-        make, attend = HERE[name]
-        torch.testing.assert_close(attend(q, k, v, make(docs_of([4, 7]), 5), scale), want, **EXACT)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # varlen needs a GPU: here its arguments, and a stand-in that does what torch documents
 
 
@@ -174,22 +136,10 @@ def stand_in_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
 
 @pytest.mark.parametrize("case", CASES)
 def test_varlen_is_called_so_that_it_means_the_same(case, monkeypatch):
-    lengths, window = CASES[case]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in_varlen)
-    make, attend = BACKENDS["varlen"]
-    mask = make(docs_of(lengths, capacity=12), window)
-    found = values_and_gradients(lambda q, k, v: attend(q, k, v, mask, 0.7), *leaves(sum(lengths)))
-    assert_equal(found, expected(case, False))
-
-
-def test_varlen_means_the_same_for_paired_heads(monkeypatch):
-    lengths, window = CASES["ragged, window shorter"]
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in_varlen)
-    make, attend = BACKENDS["varlen"]
-    mask = make(paired_docs(docs_of(lengths, capacity=9)), window)
-    found = values_and_gradients(lambda q, k, v: unpair(attend(pair(q), pair(k), pair(v), mask, 0.7)),
-                                 *leaves(sum(lengths), 4))
-    assert_equal(found, expected("ragged, window shorter", True))
+    assert_equals_plain_loops("varlen", case, paired=False)
+    if case in PAIRED_CASES:
+        assert_equals_plain_loops("varlen", case, paired=True)
 
 
 def test_varlen_takes_the_arguments_that_this_torch_has():
@@ -199,37 +149,35 @@ def test_varlen_takes_the_arguments_that_this_torch_has():
     inspect.signature(varlen_attn).bind(0, 0, 0, 0, 0, 0, 0, scale=0.1, window_size=(4, 0))
 
 
-@pytest.mark.parametrize("starts, T, max_len", [([0], 40, 40), ([0, 1, 2, 30], 40, 28), (list(range(40)), 40, 1),
-                                                ([0, 39], 40, 64)])
+@pytest.mark.parametrize("starts, T, max_len", [
+    ([0], 40, 40), ([0, 1, 2, 30], 40, 28), (list(range(40)), 40, 1), ([0, 39], 40, 64)])
 def test_starts_and_ids_of_a_batch_agree(starts, T, max_len):
     docs = make_batch(np.arange(T + 1), np.array(starts), max_len, False).docs
     assert docs.starts.dtype == torch.int32 and docs.starts[: len(starts)].tolist() == starts
     assert (docs.starts[len(starts):] == T).all() and len(docs.starts) > len(starts)  # it ends with T, always
     assert docs.ids.tolist() == [sum(s <= t for s in starts) - 1 for t in range(T)]
-    assert int(docs.starts.diff().max()) <= docs.max_len or max_len < T  # the loader cuts documents to max_len before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The choice
 
 
 def test_a_wish_is_granted_and_a_cpu_gets_blocked():
-    device = torch.device("cpu")
-    assert choose_backend("masked", 8, 0.1, device, torch.float32) == ("masked", "asked for")
-    assert choose_backend("auto", 8, 0.1, device, torch.float32)[0] == "blocked"
+    assert choose_backend("masked", 8, 0.1, CPU, torch.float32) == ("masked", "asked for")
+    assert choose_backend("auto", 8, 0.1, CPU, torch.float32)[0] == "blocked"
 
 
 @pytest.mark.parametrize("wish", ["varlen", "flex"])
 def test_a_wish_that_a_cpu_cannot_grant_is_refused(wish):
-    with pytest.raises(ValueError, match=f"--attention: expected .*blocked or masked.* on a CPU, found '?{wish}"):
-        choose_backend(wish, 8, 0.1, torch.device("cpu"), torch.float32)
+    with pytest.raises(UsageError, match=f"expected .*blocked or masked.* on a CPU, found '?{wish}"):
+        choose_backend(wish, 8, 0.1, CPU, torch.float32)
 
 
 def choose(monkeypatch, **candidates):
     """The choice among candidates, as on a GPU: name -> attention function."""
     for name, attend in candidates.items():
         monkeypatch.setitem(BACKENDS, name, (BACKENDS["masked"][0], attend))
-    return attention.first_correct(["varlen", "flex"], 8, 0.3, torch.device("cpu"), torch.float32)
+    return attention.first_correct(["varlen", "flex"], 8, 0.3, CPU, torch.float32)
 
 
 def good(q, k, v, mask, scale):
@@ -254,29 +202,26 @@ class PoisonedGradient(torch.autograd.Function):
         return g * math.nan
 
 
-def test_the_first_candidate_that_is_right_is_taken(monkeypatch):
+def test_the_first_candidate_that_works_is_taken_and_reasons_are_given_for_the_others(monkeypatch):
     name, reason = choose(monkeypatch, varlen=good, flex=raising)
     assert name == "varlen" and "self-test error 0" in reason
-
-
-def test_a_candidate_that_raises_is_passed_over_with_its_reason(monkeypatch):
     name, reason = choose(monkeypatch, varlen=raising, flex=good)
     assert name == "flex" and "varlen: ImportError: no kernel image" in reason and "\n" not in reason
-
-
-def test_without_a_candidate_that_works_the_fallback_gives_all_reasons(monkeypatch):
     name, reason = choose(monkeypatch, varlen=raising, flex=raising)
     assert name == "blocked" and "varlen: ImportError" in reason and "flex: ImportError" in reason
 
 
-@pytest.mark.parametrize("wrong", [
-    unscaled,
-    lambda q, k, v, mask, scale: good(q, k, v, mask, scale) * math.nan,
-    lambda q, k, v, mask, scale: good(q, k, v, mask.triu(-63), scale),  # window one too short
-    lambda q, k, v, mask, scale: good(q, k, v, mask.new_ones(mask.shape).tril(), scale),  # documents and window ignored
-    lambda q, k, v, mask, scale: good(q, k.detach() + 0 * k, v, mask, scale),  # right values, no gradient of k
-    lambda q, k, v, mask, scale: good(q, k, PoisonedGradient.apply(v), mask, scale),  # right values, NaN gradient
-], ids=["scale", "NaN", "window", "documents", "gradient", "NaN gradient"])
-def test_a_candidate_with_wrong_numbers_is_refused(wrong, monkeypatch):
-    name, reason = choose(monkeypatch, varlen=wrong, flex=good)
+WRONG = {
+    "scale": unscaled,
+    "NaN": lambda q, k, v, mask, scale: good(q, k, v, mask, scale) * math.nan,
+    "window one too short": lambda q, k, v, mask, scale: good(q, k, v, mask.triu(-63), scale),
+    "documents and window": lambda q, k, v, mask, scale: good(q, k, v, torch.ones_like(mask).tril(), scale),
+    "no gradient of k": lambda q, k, v, mask, scale: good(q, k.detach() + 0 * k, v, mask, scale),
+    "NaN gradient": lambda q, k, v, mask, scale: good(q, k, PoisonedGradient.apply(v), mask, scale),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_candidate_with_wrong_numbers_is_refused(mistake, monkeypatch):
+    name, reason = choose(monkeypatch, varlen=WRONG[mistake], flex=good)
     assert name == "flex" and "varlen: self-test error" in reason

@@ -9,40 +9,19 @@ import pytest
 
 from data.errors import UsageError
 from engine.log import ROOT
+from engine.settings import show_value
 from tests.helpers.tiny import config
 from train_gpt import TRACKS, Config, parse_config
 
 FIELDS = dataclasses.fields(Config)
+NUM_LAYERS = config().num_layers
 
 
 @pytest.mark.parametrize("track", TRACKS)
-def test_a_preset_is_valid_and_knows_its_name(track):
-    assert Config.for_track(track).track == track
-    assert Config.for_track(track, train_steps=77).train_steps == 77
-
-
-def test_the_presets_name_only_fields_and_carry_values_of_their_types():
-    for preset in TRACKS.values():
-        for name, value in preset.items():
-            assert type(value) is type(getattr(Config, name)), name
-
-
-def test_every_field_is_annotated_explained_and_of_its_type():
-    annotated = set(Config.__annotations__)
-    assert annotated == {f.name for f in FIELDS}
-    for f in FIELDS:
-        assert len(f.metadata["help"]) >= 8 and isinstance(f.default, getattr(f.type, "__origin__", f.type)), f.name
-
-
-def text_of(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-@pytest.mark.parametrize("track", TRACKS)
-def test_every_field_is_a_flag_that_reads_back_what_str_writes(track):
+def test_every_field_is_a_flag_that_reads_back_what_is_shown(track):
     cfg = Config.for_track(track)
-    options, changes = parse_config([f"--{f.name}={text_of(getattr(cfg, f.name))}" for f in FIELDS])
-    assert changes == dataclasses.asdict(cfg) and Config(**changes) == cfg
+    options, changes = parse_config([f"--{f.name}={show_value(getattr(cfg, f.name))}" for f in FIELDS])
+    assert cfg.track == track and changes == dataclasses.asdict(cfg) and Config(**changes) == cfg
     assert all(type(changes[f.name]) is type(getattr(cfg, f.name)) for f in FIELDS)
     assert options.resume is None and options.check is False
 
@@ -52,89 +31,123 @@ def test_a_flag_and_its_value_may_be_two_words_and_nothing_else_changes():
     assert parse_config([])[1] == {}
 
 
-@pytest.mark.parametrize("text, value", [("true", True), ("1", True), ("on", True), ("False", False), ("0", False),
-                                         ("off", False)])
-def test_switches_read_common_words(text, value):
-    assert parse_config([f"--smear={text}"])[1] == {"smear": value}
-
-
-def test_an_empty_value_is_an_empty_tuple():
-    assert parse_config(["--paired_layers=", "--softcap="])[1] == {"paired_layers": (), "softcap": ()}
-
-
-@pytest.mark.parametrize("argv, names", [
-    (["--train_step=3"], ["--train_step=3", "--train_steps?"]),
-    (["--muonlr=3"], ["--muonlr=3", "--muon_lr?"]),
-    (["--zzzz"], ["--zzzz"]),
-    (["stray"], ["stray"]),
-    (["--train_steps=many"], ["--train_steps", "many", "1480"]),
-    (["--train_steps=1.5"], ["--train_steps", "1.5"]),
-    (["--window_long=1,b"], ["--window_long", "1,b"]),
-    (["--smear=perhaps"], ["--smear", "perhaps"]),
-    (["--train_steps"], ["--train_steps"]),
-    (["--resume"], ["--resume"]),
-], ids=str)
-def test_an_unknown_or_malformed_flag_is_refused_by_name(argv, names):
-    with pytest.raises(UsageError) as error:
-        parse_config(argv)
-    assert all(name in str(error.value) for name in names) and "expected" in str(error.value)
-
-
-POSITIVE = ("train_steps", "stages", "slices", "num_layers", "model_dim", "head_dim", "mlp_ratio", "val_every",
-            "val_tokens", "val_slice", "adam_every", "max_epochs", "vocab_size", "window_final", "rope_base",
-            "attn_scale")
-NOT_NEGATIVE = ("extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every", "seed",
-                "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr", "adam_lr",
-                "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init")
-BY_STAGE = ("batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights")
-LAYERS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
-          "attn_gate_layers", "xsa_layers", "skip")
-REFUSED = [
-    *[{name: value} for name in POSITIVE for value in (0, -1)], *[{name: -1} for name in NOT_NEGATIVE],
-    *[{name: value} for name in BY_STAGE for value in ((), (0,))],
-    *[{name: value} for name in LAYERS for value in ((11,), (-1,))],
-    *[{name: math.nan} for name in ("target_loss", "muon_lr", "adam_lr", "attn_scale")], dict(lr_mul=(1.0, math.inf)),
-    dict(batch_tokens=(65,)), dict(batch_tokens=(64, 95)), dict(val_tokens=65), dict(extension_steps=14),
-    dict(model_dim=36), dict(head_dim=6, model_dim=36), dict(paired_layers=(1,), model_dim=24),
-    dict(bos_id=61), dict(bos_id=-1), dict(vocab_size=65_537), dict(cache_layer=11), dict(cache_layer=8),
-    dict(late_attn_layers=(7, 8)), dict(no_attn_layers=tuple(range(11))),
-    dict(skip=(3,)), dict(skip=(6, 3)), dict(skip=(1, 2, 3)), dict(softcap=(1.0,)), dict(softcap=(23.0, 5.0, 0.0)),
-    dict(momentum=(0.9,)), dict(momentum=(0.9, 1.0)), dict(cooldown_frac=1.1), dict(rope_fraction=-0.1),
-    dict(untie_stage=3), dict(untie_stage=-2), dict(normuon_beta2=1.0), dict(optimizer="sgd"), dict(attention="flash"),
-    dict(dtype="float16"), dict(compile="yes"), dict(coefficients="best"),
-]
-
-
-@pytest.mark.parametrize("changes", REFUSED, ids=str)
-def test_an_impossible_setting_is_refused_by_name_with_what_was_found(changes):
-    with pytest.raises(UsageError, match=r"^--\w+: expected .+, found .+; see --help$") as error:
-        config(**changes)
-    named = re.match(r"--(\w+): expected .*, found (.*); see --help", str(error.value))
-    related = {"batch_tokens", "late_attn_layers", "val_tokens", "head_dim", "model_dim", "paired_layers"}
-    assert named[1] in {*changes, *related}
-    if named[1] in changes:
-        assert named[2] == repr(changes[named[1]])
-
-
-def test_an_unknown_track_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="--track: expected one of small, shakespeare, found 'medium'"):
-        Config.for_track("medium")
-
-
-def test_the_vocabulary_is_padded_to_a_multiple_of_128():
-    assert [config(vocab_size=v).padded_vocab for v in (61, 128, 129, 50_257)] == [128, 128, 256, 50_304]
-
-
-def test_a_config_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config().train_steps = 3
+def test_switches_read_common_words_and_an_empty_value_is_an_empty_tuple():
+    for text, value in dict(true=True, on=True, False_=False, off=False).items():
+        assert parse_config([f"--smear={text.strip('_')}"])[1] == {"smear": value}
+    assert parse_config(["--smear=1", "--paired_layers="])[1] == {"smear": True, "paired_layers": ()}
 
 
 def test_help_lists_every_field_with_its_meaning_and_default():
     command = [sys.executable, "train_gpt.py", "--help"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    text = "".join(out.stdout.split())  # lines break at hyphens too
-    assert out.returncode == 0 and out.stderr == ""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = "".join(done.stdout.split())  # lines break at hyphens too
     for f in FIELDS:
-        line = f"--{f.name} VALUE {f.metadata['help']} [{text_of(f.default)}]"
+        line = f"--{f.name} VALUE {f.metadata['help']} [{show_value(f.default)}]"
         assert "".join(line.split()) in text, f.name
+
+
+POSITIVE = [
+    "train_steps", "stages", "slices", "num_layers", "model_dim", "head_dim", "mlp_ratio", "val_every",
+    "val_tokens", "val_slice", "adam_every", "max_epochs", "vocab_size", "window_final", "rope_base",
+    "attn_scale"]
+NOT_NEGATIVE = [
+    "extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every", "keep", "seed",
+    "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr", "adam_lr",
+    "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init", "ema_frac",
+    "ema_blend", "prefix_weight", "mlp_out_std", "mix_window"]
+BY_STAGE = ["batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"]
+LAYERS = [
+    "long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
+    "attn_gate_layers", "xsa_layers", "skip", "gate_networks"]
+REFUSED = [
+    *[(name, 0) for name in POSITIVE],
+    *[(name, -1) for name in POSITIVE + NOT_NEGATIVE],
+    *[(name, value) for name in BY_STAGE for value in ((), (0,))],
+    *[(name, value) for name in LAYERS for value in ((NUM_LAYERS,), (-1,))],
+    *[(name, math.nan) for name in ("target_loss", "muon_lr", "adam_lr", "attn_scale")],
+    ("lr_mul", (1.0, math.inf)),
+    ("batch_tokens", (65,)),
+    ("batch_tokens", (64, 95)),
+    ("val_tokens", 65),
+    ("extension_steps", 14),
+    ("model_dim", 36),
+    ("head_dim", 2),
+    ("bos_id", -1),
+    ("bos_id", 257),
+    ("vocab_size", 65_537),
+    ("cache_layer", NUM_LAYERS),
+    ("cache_layer", 4),  # later than a layer that reads it
+    ("late_attn_layers", (3, 5)),  # not later than the cached layer
+    ("no_attn_layers", tuple(range(NUM_LAYERS))),
+    ("skip", (3,)),
+    ("skip", (2, 1)),
+    ("skip", (0, 1, 2)),
+    ("softcap", (1.0,)),
+    ("softcap", (23.0, 5.0, 0.0)),
+    ("momentum", (0.9,)),
+    ("momentum", (0.9, 1.0)),
+    ("cooldown_frac", 1.1),
+    ("rope_fraction", -0.1),
+    ("untie_stage", 3),
+    ("untie_stage", -2),
+    ("normuon_beta2", 1.0),
+    ("optimizer", "sgd"),
+    ("attention", "flash"),
+    ("dtype", "float16"),
+    ("compile", "yes"),
+    ("coefficients", "best"),
+    ("ema_of", "tables"),
+    ("gate_networks", (1,)),
+    ("gate_networks", (0, 2, 2)),
+    ("mix_window", 4),  # without networks that set its weights
+]
+RELATED = {"model_dim": {"head_dim"}, "val_slice": {"val_tokens"}, "slices": {"batch_tokens"},
+           "vocab_size": {"bos_id"}, "cache_layer": {"late_attn_layers"}, "num_layers": set(LAYERS)}
+
+
+@pytest.mark.parametrize("name, value", REFUSED, ids=str)
+def test_an_impossible_setting_is_refused_by_name_with_what_was_found(name, value):
+    with pytest.raises(UsageError) as error:
+        config(**{name: value})
+    told = re.fullmatch(r"--(\w+): expected .+, found (.+); see --help", str(error.value))
+    assert told[1] == name or told[1] in RELATED[name]
+    if told[1] == name:
+        assert told[2] == repr(value)
+
+
+def test_paired_layers_need_an_even_number_of_heads():
+    with pytest.raises(UsageError, match="--paired_layers: expected none, .* number of heads, 3, is odd"):
+        config(model_dim=24, paired_layers=(1,))
+
+
+@pytest.mark.parametrize("changes, refused", [
+    (dict(mudd=True), "backout"),
+    (dict(mudd=True, backout=False, no_attn_layers=(5,)), "mudd"),
+    (dict(mudd=True, backout=False, cache_layer=5, late_attn_layers=()), "mudd"),
+    (dict(gate_networks=(0,), mix_window=4, paired_layers=(5,)), "mix_window"),
+], ids=str)
+def test_networks_need_the_last_layer_as_it_is(changes, refused):
+    with pytest.raises(UsageError, match=f"--{refused}: expected "):
+        config(**changes)
+
+
+def test_a_recipe_changes_its_track_and_settings_change_the_recipe():
+    base, other = (Config.for_track("small", recipe=name) for name in ("base", "record89"))
+    assert base == Config.for_track("small") and other.train_steps == 1285 and other.muon_lr == base.muon_lr
+    assert Config.for_track("small", recipe="record89", train_steps=1300).train_steps == 1300
+    assert Config.for_track(**dataclasses.asdict(other) | {"name": "small"}) == other  # from a checkpoint
+
+
+@pytest.mark.parametrize("track, recipe, known", [
+    ("small", "record90", "base, record89"), ("medium", "record89", "base"),
+    ("shakespeare", "record89", "base")])
+def test_an_unknown_recipe_is_refused_with_the_known_ones(track, recipe, known):
+    message = f"--recipe: expected one of {known} on track {track}, found '{recipe}'"
+    with pytest.raises(UsageError, match=message):
+        Config.for_track(track, recipe=recipe)
+
+
+def test_the_vocabulary_is_padded_to_a_multiple_of_128():
+    sizes = [config(vocab_size=v, bos_id=0).padded_vocab for v in (61, 128, 129, 50_257)]
+    assert sizes == [128, 128, 256, 50_304]

@@ -6,7 +6,7 @@ from engine import products
 from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
 from engine.kernels import Kernels
 from muon import ONEDNN
-from tests.helpers.tiny import build, config, context, docs_of, tokens_of
+from tests.helpers.tiny import build, config, context, docs_of
 
 
 def leaves(*shapes, dtype=torch.float64):
@@ -18,14 +18,15 @@ def assert_same(fused, plain, arguments, tolerance):
     """Both give the same values, and gradients of all arguments."""
     found, expected = fused(*arguments), plain(*arguments)
     g = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
-    pairs = [(found, expected), *zip(*(torch.autograd.grad(y, arguments, g) for y in (found, expected)), strict=True)]
-    for ours, exact in pairs:
+    gradients = [torch.autograd.grad(y, arguments, g) for y in (found, expected)]
+    for ours, exact in [(found, expected), *zip(*gradients, strict=True)]:
         assert ours.shape == exact.shape and ours.dtype == exact.dtype
         assert (ours - exact).norm() <= tolerance * exact.norm()
 
 
 def test_the_mlp_equals_its_formula():
-    assert_same(lambda *args: SquaredReluMlp.apply(*args, False), squared_relu_mlp, leaves((11, 6), (13, 6), (6, 13)), 1e-14)
+    arguments = leaves((11, 6), (13, 6), (6, 13))
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, False), squared_relu_mlp, arguments, 1e-14)
 
 
 @pytest.mark.skipif(ONEDNN is None, reason="needs oneDNN with AVX-512")
@@ -48,10 +49,11 @@ def test_only_an_eager_cpu_fuses_and_the_model_stays_the_same():
     results = []
     for kernels in (Kernels.plain(), chosen):
         model = build(cfg, kernels=kernels)
-        tokens = tokens_of(cfg, 18)
+        tokens = torch.arange(18) * 7 % cfg.vocab_size
         loss = model(tokens[:-1], tokens[1:], context(model, docs_of([5, 1, 7, 4])), torch.tensor([1.0, 0.5]))
         loss.backward()
-        results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss, gradients))
     (plain, expected), (fused, found) = results
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)  # fp32
     whole = sum(g.square().sum() for g in expected.values()).sqrt()
@@ -64,7 +66,8 @@ def test_batches_go_to_onednn_only_where_it_computes_in_fp32(monkeypatch):
     before = torch.backends.mkldnn.matmul.fp32_precision
     with products.onednn_batches():
         assert (torch.backends.mkldnn.matmul.fp32_precision != before) == products.exact_onednn_batches()
-        torch.testing.assert_close((A @ A.mT).double(), A.double() @ A.mT.double(), rtol=1e-5, atol=1e-4)  # fp32
+        exact = A.double() @ A.mT.double()
+        torch.testing.assert_close((A @ A.mT).double(), exact, rtol=1e-5, atol=1e-4)  # fp32
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     monkeypatch.setattr(products, "largest_error", lambda *args: 2e-3)  # as with factors in bf16
     assert not products.exact_onednn_batches.__wrapped__()

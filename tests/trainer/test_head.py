@@ -1,32 +1,34 @@
-"""Matrix products by oneDNN; head and loss in one against their definition, and against the definition's formula; in FP8 on a CPU that emulates the
-float8 matrix product, and its off switch."""
+"""Head and loss in one against their definition, and against the definition's formula; products by oneDNN;
+FP8 on a CPU that emulates the float8 matrix product, and its off switch."""
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import head_loss, products
+from data.errors import UsageError
+from engine import products
 from engine.head_loss import HeadLoss, choose_fp8, multi_token_loss, softcap, to_fp8
 from engine.products import OneDnnLinear, choose_onednn
 from muon import ONEDNN
-from data.errors import UsageError
 
 CPU = torch.device("cpu")
 CAP = 23.0, 5.0, 7.5
+needs_onednn = pytest.mark.skipif(ONEDNN is None, reason="needs AVX-512")
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.5, 0.25), (1.0, 0.0), (0.7, 0.2, 0.1, 0.05)])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (0.7, 0.2, 0.1, 0.05)])
 def test_the_multi_token_loss_equals_its_formula_in_value_and_gradient(weights):
-    logits = torch.randn(9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float().requires_grad_()
+    logits = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     targets = torch.tensor([1, 4, 0, 0, 3, 2, 1, 4, 2])
     exact = logits.detach().double().requires_grad_()
     expected = sum(-w * torch.log(exact[t].exp()[targets[t + k]] / exact[t].exp().sum())
                    for k, w in enumerate(weights) for t in range(9 - k))
     loss = multi_token_loss(logits, targets, torch.tensor(weights))
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)  # fp32
-    gradients = [torch.autograd.grad(x, y)[0] for x, y in ((loss, logits), (expected, exact))]
-    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-7)  # fp32
+    found, = torch.autograd.grad(loss, logits)
+    gradient, = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(found.double(), gradient, rtol=1e-5, atol=1e-7)  # fp32
 
 
 def example(T=37, V=50, D=12, dtype=torch.float32):
@@ -36,49 +38,79 @@ def example(T=37, V=50, D=12, dtype=torch.float32):
     return x, head, torch.randint(0, V, (T,), generator=generator)
 
 
-def both(x, head, targets, weights, cap, size, fp8=False, compiled=False, onednn=False):
-    """(loss, its gradients of x and head) in one pass and by the definition, of which twice the loss is used."""
-    weights, results = torch.tensor(weights), []
+def compiled(function):
     torch._dynamo.reset()
-    fused = torch.compile(HeadLoss.apply, backend="aot_eager", fullgraph=True) if compiled else HeadLoss.apply
-    for f in (lambda: fused(x, head, targets, weights, cap, size, fp8, onednn),
-              lambda: multi_token_loss(softcap((x.double() @ head.double().t()), cap), targets, weights)):
-        loss = f()
-        results.append((loss, *torch.autograd.grad(2 * loss, (x, head))))
-    return results
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
-CASES = [(cap, weights, size, False) for cap in ((), CAP) for weights in ((1.0,), (1.0, 0.5, 0.25), (0.7, 0.0))
-         for size in (1, 10, 37, 100)] + [((), (1.0,), 100, True), (CAP, (1.0, 0.5, 0.25), 15, True)]
+def both(x, head, targets, weights, cap, size, fp8=False, onednn=False, apply=HeadLoss.apply, prefixes=None):
+    """(loss, its gradients of x and head) in one pass and by the definition, of which twice the loss is
+    used."""
+    weights = torch.tensor(weights)
+    ours = apply(x, head, targets, weights, cap, size, fp8, onednn, prefixes)
+    exact = multi_token_loss(softcap((x.double() @ head.double().t()), cap), targets, weights, prefixes)
+    return [(loss, *torch.autograd.grad(2 * loss, (x, head))) for loss in (ours, exact)]
 
 
-@pytest.mark.parametrize("cap, weights, size, compiled", CASES)
-def test_head_and_loss_in_one_equal_their_definition(cap, weights, size, compiled):
-    for ours, exact in zip(*both(*example(), weights, cap, size, compiled=compiled)):
-        assert (ours - exact).norm() < 1e-5 * exact.norm()  # fp32
+def assert_near(found, expected, relative):
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.shape == exact.shape and (ours - exact).norm() < relative * exact.norm()
 
 
-@pytest.mark.skipif(ONEDNN is None, reason="needs AVX-512")
 @pytest.mark.parametrize("cap", [(), CAP])
-def test_by_onednn_they_are_the_same(cap):
-    for ours, exact in zip(*both(*example(), (1.0, 0.5), cap, 10, onednn=True)):
-        assert (ours - exact).norm() < 1e-5 * exact.norm()  # fp32
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.5, 0.25), (0.7, 0.0)])
+def test_head_and_loss_in_one_equal_their_definition(cap, weights):
+    for size in (1, 10, 37, 100):
+        assert_near(*both(*example(), weights, cap, size), 1e-5)  # fp32
 
 
-@pytest.mark.skipif(ONEDNN is None, reason="needs AVX-512")
+@pytest.mark.parametrize("cap, weights, size", [((), (1.0,), 100), (CAP, (1.0, 0.5, 0.25), 15)])
+def test_head_and_loss_are_the_same_when_compiled(cap, weights, size):
+    assert_near(*both(*example(), weights, cap, size, apply=compiled(HeadLoss.apply)), 1e-5)  # fp32
+
+
+PREFIXES = torch.randint(-5, 50, (37,), generator=torch.Generator().manual_seed(3)).clamp(min=-1)
+
+
+@pytest.mark.parametrize("cap, weights", [((), (1.0, 0.25)), (CAP, (1.0, 0.5, 0.25, 0.125))])
+def test_with_prefix_tokens_they_equal_their_definition_too(cap, weights):
+    assert 2 <= (PREFIXES < 0).sum() <= 15
+    for size, apply in ((10, HeadLoss.apply), (100, HeadLoss.apply), (15, compiled(HeadLoss.apply))):
+        assert_near(*both(*example(), weights, cap, size, apply=apply, prefixes=PREFIXES), 1e-5)  # fp32
+
+
+def test_a_prefix_token_is_one_more_target_of_the_same_logits():
+    _, _, targets = example()
+    logits = torch.randn(37, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    log_p = torch.log_softmax(logits, -1)
+    extra = -sum(log_p[t, prefix] for t, prefix in enumerate(PREFIXES.tolist()) if prefix >= 0)
+    without = multi_token_loss(logits, targets, torch.tensor([1.0, 0.5]))
+    full = multi_token_loss(logits, targets, torch.tensor([1.0, 0.5, 0.25]), PREFIXES)
+    torch.testing.assert_close((full - without).double(), 0.25 * extra, rtol=1e-4, atol=0)  # fp32
+
+
+@needs_onednn
+@pytest.mark.parametrize("cap", [(), CAP])
+def test_head_and_loss_are_the_same_by_onednn(cap):
+    assert_near(*both(*example(), (1.0, 0.5), cap, 10, onednn=True), 1e-5)  # fp32
+
+
+@needs_onednn
 @pytest.mark.parametrize("T, D, N", [(1, 1, 1), (37, 12, 50), (512, 128, 384), (200, 33, 7)])
 def test_a_product_by_onednn_equals_the_plain_one_in_value_and_gradients(T, D, N):
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(3, N, D, generator=generator)
-    x, w, g = torch.randn(T, D, generator=generator).requires_grad_(), bank[1].requires_grad_(), torch.randn(N, T).t()
+    x, w = torch.randn(T, D, generator=generator).requires_grad_(), bank[1].requires_grad_()
+    g = torch.randn(N, T).t()
     y, exact = OneDnnLinear.apply(x, w), F.linear(x.double(), w.double())
-    for ours, expected in ((y, exact), *zip(torch.autograd.grad(y, (x, w), g), torch.autograd.grad(exact, (x, w), g.double()))):
-        assert (ours - expected).norm() < 1e-6 * expected.norm() and ours.shape == expected.shape
+    found = y, *torch.autograd.grad(y, (x, w), g)
+    assert_near(found, (exact, *torch.autograd.grad(exact, (x, w), g.double())), 1e-6)
 
 
-def test_onednn_is_for_fp32_on_a_cpu_of_the_kind_that_gains(monkeypatch):
-    for device, dtype, compiled in (("cuda", torch.float32, False), ("cpu", torch.bfloat16, False), ("cpu", torch.float32, True)):
-        assert not choose_onednn(torch.device(device), dtype, compiled)[0]
+def test_onednn_is_for_eager_fp32_on_a_cpu_of_the_kind_that_gains(monkeypatch):
+    assert not choose_onednn(torch.device("cuda"), torch.float32, False)[0]
+    assert not choose_onednn(CPU, torch.bfloat16, False)[0]
+    assert not choose_onednn(CPU, torch.float32, True)[0]
     amd = Path("/proc/cpuinfo").exists() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     assert choose_onednn(CPU, torch.float32, False)[0] == (amd and ONEDNN is not None)
     monkeypatch.setattr(products, "ONEDNN", None)
@@ -89,22 +121,28 @@ def test_a_confident_prediction_keeps_its_small_gradient_in_bfloat16():
     """p - 1 of the target is small there: rounding p first would leave noise."""
     x, head, targets = example(dtype=torch.bfloat16)
     with torch.no_grad():
-        x[:], head[:] = 0, 0
-        x[:, 0], head[targets[0], 0] = 4, 2  # p = 0.99 of the first target's token, everywhere
+        x.zero_()
+        head.zero_()
+        x[:, 0] = 4
+        head[targets[0], 0] = 2  # p = 0.99 of the first target's token, everywhere
     ours, exact = both(x, head, torch.full_like(targets, targets[0]), (1.0,), (), 16)
     assert (ours[1] - exact[1]).norm() < 0.01 * exact[1].norm()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass(compiled):
+@pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "compiled"])
+def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass(wrap):
     (x, head, targets), kept = example(T=64, V=200), []
+    apply = wrap(HeadLoss.apply)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        loss = torch.compile(HeadLoss.apply, backend="aot_eager", fullgraph=True) if compiled else HeadLoss.apply
-        loss(x, head, targets, torch.ones(2), CAP, 16)
+        apply(x, head, targets, torch.ones(2), CAP, 16)
     assert sum(kept) == x.numel() + head.numel()
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 3.0])
+# ------------------------------------------------------------------------------------------------------------
+# FP8
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3.0])
 @pytest.mark.parametrize("cap", [(), CAP])
 def test_fp8_gradients_are_near_the_exact_ones_at_any_scale(scale, cap):
     x, head, targets = example(T=64, V=128, D=32, dtype=torch.bfloat16)
@@ -112,27 +150,13 @@ def test_fp8_gradients_are_near_the_exact_ones_at_any_scale(scale, cap):
         x.mul_(scale)
         head.mul_(0.3)
     ours, exact = both(x, head, targets, (1.0, 0.5), cap, 32, fp8=True)
-    # A product of e4m3 numbers (3 bits after the point) is off by 2^-4 per factor at most, a third of that on average;
-    # e5m2 gradients have one bit less.
+    # A product of e4m3 numbers (3 bits after the point) is off by 2^-4 per factor at most, a third of that on
+    # average; e5m2 gradients have one bit less.
     for a, b, bound in zip(ours, exact, (0.01, 0.1, 0.1)):
         error = (a.double() - b.double()).norm() / b.double().norm()
-        assert 0 < error < bound, error  # above zero: it really went through FP8
-    assert all(not torch.equal(a, b) for a, b in zip(ours[1:], both(x, head, targets, (1.0, 0.5), cap, 32)[0][1:]))
-
-
-@pytest.mark.parametrize("cap", [(), CAP])
-def test_the_bound_of_a_logits_gradient_holds(cap, monkeypatch):
-    seen, right = [], head_loss.to_fp8
-
-    def spy(x, dtype, largest=None):
-        seen.append((x.abs().max().item(), largest))
-        return right(x, dtype, largest)
-
-    monkeypatch.setattr(head_loss, "to_fp8", spy)
-    x, head, targets = example(T=64, V=128, D=32, dtype=torch.bfloat16)
-    HeadLoss.apply(x * 3, head, targets, torch.tensor([1.0, 0.5]), cap, 32, True)
-    bounded = [(largest, bound.item()) for largest, bound in seen if bound is not None]
-    assert len(bounded) == 2 and all(0.3 * bound < largest <= 1.01 * bound for largest, bound in bounded), bounded
+        assert 0 < error < bound, error
+    bf16, _ = both(x, head, targets, (1.0, 0.5), cap, 32)
+    assert all(not torch.equal(a, b) for a, b in zip(ours[1:], bf16[1:]))  # it really went through FP8
 
 
 def test_largest_entry_becomes_the_largest_float8_number_and_zero_stays_zero():
@@ -150,20 +174,16 @@ def test_off_switches_really_switch_it_off(monkeypatch):
     assert choose_fp8("on", CPU) == (False, "DISABLE_FP8 is set")
 
 
-def test_asking_for_fp8_where_it_does_not_run_is_refused_with_the_reason(monkeypatch):
+def test_asking_for_fp8_where_it_does_not_run_or_is_wrong_is_refused_with_the_reason(monkeypatch):
     monkeypatch.delenv("DISABLE_FP8", raising=False)
+    right = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.3 * right(*args, **kwargs))
+    with pytest.raises(UsageError, match="self-test error"):
+        choose_fp8("on", CPU)
 
     def missing(*args, **kwargs):
         raise RuntimeError("torch._scaled_mm is only supported on devices with compute capability >= 8.9")
 
     monkeypatch.setattr(torch, "_scaled_mm", missing)
     with pytest.raises(UsageError, match="--fp8_head: expected .*compute capability.*leave it out"):
-        choose_fp8("on", CPU)
-
-
-def test_wrong_numbers_are_refused(monkeypatch):
-    monkeypatch.delenv("DISABLE_FP8", raising=False)
-    right = torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.3 * right(*args, **kwargs))
-    with pytest.raises(UsageError, match="self-test error"):
         choose_fp8("on", CPU)

@@ -1,21 +1,24 @@
-"""The log, readable by parsers of the public logs, and what a run shows: on a terminal, piped, in Weights & Biases."""
-
+"""The log, readable by parsers of the public logs, and what a run shows: on a terminal, in a pipe, in Weights
+& Biases."""
 import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 import types
 import uuid
+from pathlib import Path
 
 import pytest
-from tests.helpers.runs import ROOT, TINY, TRAIN_KEYS, VAL_KEYS, config, make_shards, run, step_lines
 
-from engine import log as engine_log
 from engine.kernels import keep_compiled
+from engine.log import SOURCES
+from tests.helpers.dist import ROOT
+from tests.helpers.runs import config, make_shards, run, start, step_lines
 
-NUMBERS = {"val_loss": r"\d+\.\d{4}", "train_time": r"\d+ms", "step_avg": r"\d+\.\d\dms"}  # of the public small track
+TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
+NUMBERS = {"val_loss": r"\d+\.\d{4}", "train_time": r"\d+ms", "step_avg": r"\d+\.\d\dms"}
+FLAGS = ["--seed=3", "--wandb=speed"]
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +26,49 @@ def folder(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("log"))
 
 
+class FakeWandb:
+    """Stands for the module wandb, and for its run; notes what it is told."""
+    Error = RuntimeError
+    Settings = staticmethod(lambda **settings: settings)
+
+    def __init__(self):
+        self.settings, self.points, self.exit_code = None, {}, None
+
+    def init(self, **settings):
+        self.settings = settings
+        return types.SimpleNamespace(log=self.log, finish=self.finish)
+
+    def log(self, values, step):
+        self.points.setdefault(step, {}).update(values)
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
 @pytest.fixture(scope="module")
-def result(folder):
-    result = run(folder, "--seed=3")
+def wandb():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", fake := FakeWandb())
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def result(folder, wandb):
+    result = run(folder, *FLAGS)
     assert (result.code, result.err) == (0, "")
     return result
 
 
 def test_the_path_is_printed_first_and_names_a_uuid4(folder, result):
-    path = result.out.splitlines()[0]
-    assert os.path.dirname(path) == str(folder / "logs") and open(path).read() == result.log
-    assert uuid.UUID(os.path.basename(path).removesuffix(".txt")).version == 4
+    path = Path(result.out.splitlines()[0])
+    assert path.parent == folder / "logs" and path.read_text() == result.log
+    assert uuid.UUID(path.stem).version == 4 and path.suffix == ".txt"
 
 
 def test_step_lines_follow_the_public_grammar(result):
     lines = step_lines(result.log)
-    assert [(step, "val_loss" in pairs) for step, _, pairs in lines] == [
-        (step, val) for step in range(13) for val in (False, True) if (step > 0 or val) and (step % 4 == 0 or not val)
-    ]
+    expected = [(step, False) for step in range(1, 13)] + [(step, True) for step in (0, 4, 8, 12)]
+    assert [(step, "val_loss" in pairs) for step, _, pairs in lines] == sorted(expected)
     for step, total, pairs in lines:
         assert total == 12 and list(pairs) == (VAL_KEYS if "val_loss" in pairs else TRAIN_KEYS)
         assert all(re.fullmatch(NUMBERS[key], value) for key, value in pairs.items())
@@ -50,55 +78,37 @@ def test_step_lines_follow_the_public_grammar(result):
         assert abs(ms - average * max(step, 1)) <= 0.5 + 0.005 * max(step, 1)
     times = [int(pairs["train_time"][:-2]) for _, _, pairs in lines]
     assert times == sorted(times)
-
-
-def test_no_other_line_looks_like_a_step_line(result):
-    """Sources hold such text too, but never a number after step: at the start of a line."""
-    assert len(re.findall(r"^step:\d", result.log, re.M)) == len(step_lines(result.log)) == 16
+    mean = sum(result.train[step] for step in range(1, 11)) / 10
+    assert f"\ntraining loss until step 10: {mean:.4f} (mean of 10)\n" in result.log
+    # Sources hold such text too, but never a number after step: at the start of a line.
+    assert len(re.findall(r"^step:\d", result.log, re.M)) == len(lines)
 
 
 def test_the_log_starts_with_the_sources(result):
     sources, header, steps = re.split(r"^={100}$", result.log, flags=re.M)
-    parts = re.split(r"^-{40}\n# (\S+)\n-{40}\n", sources, flags=re.M)
-    names, texts = ["train_gpt.py", *parts[1::2]], parts[0::2]
-    assert names == list(engine_log.SOURCES) and {"muon.py", "engine/head_loss.py", "data/loader.py"} <= set(names)
-    for name, text in zip(names, texts):
+    first, *others = re.split(r"^-{40}\n# (\S+)\n-{40}\n", sources, flags=re.M)
+    texts = {"train_gpt.py": first, **dict(zip(others[::2], others[1::2]))}
+    assert list(texts) == list(SOURCES)
+    for name, text in texts.items():
         assert text == (ROOT / name).read_text(encoding="utf-8") + "\n", name
     assert step_lines(steps) == step_lines(result.log)
 
 
 def test_the_log_says_what_the_time_before_the_first_step_went_to(result):
-    total, parts = re.search(r"^start-up: ([\d.]+) s: (.*)$", result.log, re.M).groups()
-    parts = {name: float(s) for name, s in re.findall(r"([a-z][a-z 0-9]*?) ([\d.]+)(?:, |$)", parts)}
+    total, account = re.search(r"^start-up: ([\d.]+) s: (.*)$", result.log, re.M).groups()
+    parts = {name: float(s) for name, s in re.findall(r"([a-z][a-z 0-9]*?) ([\d.]+)(?:, |$)", account)}
     assert list(parts)[0] == "imports and ranks" and list(parts)[-1] == "validation" and "stage 0" in parts
-    assert 0.1 < parts["imports and ranks"] < float(total)  # torch alone takes that long
     assert abs(sum(parts.values()) - float(total)) < 0.06 * len(parts)  # as they are rounded
-
-
-def test_compiled_graphs_are_kept_beside_the_sources_unless_a_folder_is_named(monkeypatch):
-    import torch._functorch.config
-
-    allowed = "autograd_cache_allow_custom_autograd_functions"
-    monkeypatch.setattr(torch._functorch.config, allowed, False)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    keep_compiled()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(ROOT / ".cache/compile") and getattr(torch._functorch.config, allowed)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    keep_compiled()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 
 def test_the_header_tells_what_ran(folder, result):
     header = result.log.split("=" * 100)[1]
-    assert re.search(r"^Running [pP]ython (\S+)", header, re.M)
-    torch_line = re.search(
-        r"^Running [pP]y[tT]orch (\S+) compiled for CUDA (\S+)(?: on (.+?)\s+with world_size (\d+))?\s*$", header, re.M
-    )
-    assert torch_line[4] == "1" and torch_line[3].startswith("CPU")
     settings = json.loads(re.search(r"^config: (.*)$", header, re.M)[1])
-    expected = dataclasses.asdict(config("--seed=3", f"--log_dir={folder / 'logs'}"))
+    expected = dataclasses.asdict(config(*FLAGS, f"--log_dir={folder / 'logs'}"))
     assert settings == json.loads(json.dumps(expected))
     for pattern in (
+        r"^Running Python \S+",
+        r"^Running PyTorch \S+ compiled for CUDA \S+ on CPU.* with world_size 1$",
         r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$",
         r"^seed: 3$",
         r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000$",
@@ -111,33 +121,55 @@ def test_the_header_tells_what_ran(folder, result):
         assert re.search(pattern, header, re.M), pattern
 
 
-def test_no_peak_memory_on_a_cpu(result):
-    assert not re.search(r"^peak memory", result.log, re.M)
+def test_weights_and_biases_gets_settings_and_points(folder, result, wandb):
+    assert wandb.settings["project"] == "speed" and wandb.settings["name"] in result.out.splitlines()[0]
+    assert wandb.settings["config"] == dataclasses.asdict(config(*FLAGS, f"--log_dir={folder / 'logs'}"))
+    for name, losses in (("val_loss", result.val), ("train_loss", result.train)):
+        assert {step: point[name] for step, point in wandb.points.items() if name in point} == losses
+    assert {step for step, point in wandb.points.items() if "train_time_ms" in point} == set(result.val)
+    assert wandb.exit_code == 0
 
 
-def test_a_gpu_log_ends_with_the_peak_memory_line_of_the_public_logs():
-    line = re.search(r'log.write\(f"(peak memory allocated: .*?)"\)', (ROOT / "train_gpt.py").read_text())[1]
-    assert re.fullmatch(r"peak memory allocated: (\d+) MiB reserved: (\d+) MiB", re.sub(r"\{.*?\}", "17", line))
+def test_weights_and_biases_works_offline(folder, tmp_path):
+    pytest.importorskip("wandb")
+    env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    program = [str(ROOT / "train_gpt.py")]
+    with start(folder, "--wandb=speed", "--train_steps=4", program=program, cwd=tmp_path, env=env) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    file, = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    loss = step_lines(out)[-1][2]["val_loss"]
+    for word in ("val_loss", "train_time_ms", "muon_lr", loss[:4]):
+        assert word.encode() in content
 
 
 def test_in_a_pipe_there_are_plain_lines_and_no_chatter(folder):
     """As a user starts it. Standard error stays empty: no warning of a library gets through."""
-    env = {**os.environ, "DATA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "default"}
-    done = subprocess.run(
-        [sys.executable, "train_gpt.py", *TINY, f"--log_dir={folder / 'logs'}"],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        capture_output=True,
-        timeout=100,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    first, *steps, target, reached, log = done.stdout.splitlines()
-    assert [line.split()[0] for line in steps] == [f"step:{step}/12" for step, _, _ in step_lines(done.stdout)] and len(
-        steps
-    ) == 16
-    assert target.startswith("target: ") and reached == "reached: no" and log == f"log: {first}"
-    assert open(first).read().endswith("\n".join([*steps, ""]))
+    with start(folder, "--sample_tokens=20", env={"PYTHONWARNINGS": "default"}) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    first, *shown, target, reached, last = out.splitlines()
+    steps, (bits, *text) = shown[:16], shown[16:]
+    assert len(step_lines("\n".join(steps))) == len(step_lines(out)) == 16
+    assert bits.startswith("bits per byte: ") and text and all(line.startswith("> ") for line in text)
+    assert target.startswith("target: ") and reached == "reached: no" and last == f"log: {first}"
+    logged = Path(first).read_text().splitlines()
+    assert [line for line in logged if line.startswith("step:")] == steps
+    assert logged[-1 - len(text):] == [bits, *text]
+
+
+def read_terminal(fd: int) -> str:
+    """Return all that is written to a terminal until its other side is closed."""
+    shown = b""
+    while True:
+        try:
+            piece = os.read(fd, 65536)
+        except OSError:
+            piece = b""
+        if not piece:
+            return shown.decode().replace("\r\n", "\n")
+        shown += piece
 
 
 def test_on_a_terminal_there_is_a_progress_bar(folder):
@@ -147,98 +179,32 @@ def test_on_a_terminal_there_is_a_progress_bar(folder):
     import struct
     import termios
 
-    env = {**os.environ, "DATA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "TERM": "xterm"}
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "train_gpt.py",
-            *TINY,
-            "--train_steps=40",
-            "--max_epochs=9",
-            "--val_every=20",
-            f"--log_dir={folder / 'logs'}",
-        ],
-        cwd=ROOT,
-        env=env,
-        stdin=side,
-        stdout=side,
-        stderr=side,
-    )
-    os.close(side)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(main, 65536)
-        except OSError:  # the other side is closed
-            break
-        if not piece:
-            break
-        shown += piece
+    flags = "--train_steps=40", "--max_epochs=9", "--val_every=20"
+    env = {"TERM": "xterm", "TQDM_MININTERVAL": "0"}  # a look at every step, however fast they are
+    with start(folder, *flags, env=env, stdin=side, stdout=side, stderr=side) as process:
+        os.close(side)
+        shown = read_terminal(main)
+        assert process.wait() == 0
     os.close(main)
-    assert process.wait(30) == 0
-    shown = shown.decode().replace("\r\n", "\n")
-    assert re.search(r"\d+%\|.*\| \d+/40 \[\d\d:\d\d<\d\d:\d\d, .*loss \d+\.\d{3}, [\d,]+ tokens/s\]", shown)
-    lines = [
-        line.rpartition("\r")[2].replace("\x1b[A", "").strip() for line in shown.split("\n")
-    ]  # what is left to see
-    left = [line for line in lines if line]
-    assert left[0].startswith(str(folder)) and left[-1] == f"log: {left[0]}"
-    assert [line.split()[0] for line in left[1:-3]] == [
-        "step:0/40",
-        "step:20/40",
-        "step:40/40",
-    ] and "train_time" in left[1]
-    log = open(left[0]).read()
-    assert len(step_lines(log)) == 43  # the file has the training lines too
+    assert re.search(r"%\|.*\| \d+/40 \[\d\d:\d\d<\d\d:\d\d, .*loss \d+\.\d{3}, [\d,]+ tokens/s\]", shown)
+    lines = [line.rpartition("\r")[2].replace("\x1b[A", "").strip() for line in shown.split("\n")]
+    first, *steps, bits, target, reached, last = filter(None, lines)  # what is left to see
+    assert first.startswith(str(folder)) and last == f"log: {first}"
+    assert [line.split()[0] for line in steps] == ["step:0/40", "step:20/40", "step:40/40"]
+    assert len(step_lines(Path(first).read_text())) == 43  # the file has the training lines too
 
 
-def test_weights_and_biases_gets_settings_and_points(folder, monkeypatch):
-    calls = []
+def test_compiled_graphs_are_kept_beside_the_sources_unless_a_folder_is_named(monkeypatch):
+    import torch._functorch.config
 
-    class FakeRun:
-        def log(self, values, step):
-            calls.append((step, values))
-
-        def finish(self, exit_code):
-            calls.append(("finish", exit_code))
-
-    def init(**kwargs):
-        calls.append(("init", kwargs))
-        return FakeRun()
-
-    fake = types.SimpleNamespace(init=init, Settings=lambda **kwargs: kwargs, Error=RuntimeError)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    result = run(folder, "--wandb=speed")
-    (_, settings), *points, finish = calls
-    assert settings["project"] == "speed" and settings["name"] in result.out.splitlines()[0]
-    assert settings["config"] == dataclasses.asdict(config("--wandb=speed", f"--log_dir={folder / 'logs'}"))
-    assert {step: values["val_loss"] for step, values in points} == result.val and finish == ("finish", 0)
-    assert all(values["train_time_ms"] >= 0 for _, values in points)
-
-
-def test_weights_and_biases_works_offline(folder, tmp_path):
-    pytest.importorskip("wandb")
-    env = {
-        **os.environ,
-        "DATA_PATH": str(folder),
-        "CUDA_VISIBLE_DEVICES": "",
-        "WANDB_MODE": "offline",
-        "WANDB_DIR": str(tmp_path),
-        "HOME": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py"), *TINY, "--wandb=speed", f"--log_dir={folder / 'logs'}"],
-        cwd=tmp_path,
-        env=env,
-        text=True,
-        capture_output=True,
-        timeout=100,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = file.read_bytes()
-    assert all(word in content for word in (b"val_loss", b"train_time_ms", b"muon_lr"))
-    loss = step_lines(done.stdout)[-1][2]["val_loss"]
-    assert loss[:4].encode() in content
+    ours = "autograd_cache_allow_custom_autograd_functions"  # without it the head's loss would not be kept
+    monkeypatch.setattr(torch._functorch.config, ours, False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(ROOT / ".cache/compile")
+    assert getattr(torch._functorch.config, ours)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"

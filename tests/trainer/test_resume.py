@@ -1,29 +1,35 @@
-"""Checkpoints: a resumed run equals one that was never interrupted, and signals save before they end a run."""
-
+"""Checkpoints: a resumed run equals one that was never interrupted, and signals save before they end a
+run."""
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
-from tests.helpers.runs import Ranks, config, launch, make_shards, run, step_lines
 
-from engine import clock as clock_module, endings
 import train_gpt
+from engine import clock as clock_module
+from engine.endings import StopSignal
+from tests.helpers.dist import Ranks, run_ranks
+from tests.helpers.runs import config, launch, make_shards, on_rank, run, step_lines
 
-# Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are split.
-# The average of the weights begins after step 4.
-OPTIONS = ("--adam_every=2", "--save_every=1", "--save_final=1", "--split_docs=40", "--val_every=3", "--ema_frac=0.4")
+# Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are
+# split. The average of the weights begins after step 4.
+OPTIONS = ("--adam_every=2", "--split_docs=40", "--val_every=3", "--ema_frac=0.4")
+SAVING = (*OPTIONS, "--save_every=1", "--save_final=1")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("resume"), tokens=3500)  # so that the run crosses shards and an epoch
+    # So few tokens that the run crosses shards and an epoch.
+    return make_shards(tmp_path_factory.mktemp("resume"), tokens=3500)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def clock():
-    """Time passes in training steps only, 0.1 s each, so that even the timers of two runs can be equal."""
+    """Time passes in training steps only, so that even the timers of two runs can be equal; and the thread
+    that ends a process that does not stop in time leaves this one alone."""
     now, step = [0.0], train_gpt.Run.train_step
 
     def train_step(self):
@@ -33,17 +39,32 @@ def clock():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt.Run, "train_step", train_step)
         patch.setattr(clock_module.time, "perf_counter", lambda: now[0])
+        patch.setattr(StopSignal, "watch", lambda self: None)
         yield
 
 
 @pytest.fixture(scope="module")
 def whole(folder, clock):
     """The uninterrupted run, with a checkpoint at every second step."""
-    result = run(folder, *OPTIONS)
+    result = run(folder, *SAVING)
     assert (result.code, result.err) == (0, "")
-    assert [path.name for path in result.checkpoints] == [f"state_step{step:06d}.pt" for step in range(2, 13, 2)]
-    assert config(*OPTIONS).stage_starts == (0, 4, 6, 10)
+    names = [f"state_step{step:06d}.pt" for step in range(2, 13, 2)]
+    assert [path.name for path in result.checkpoints] == names
+    assert config(*SAVING).stage_starts == (0, 4, 6, 10)
+    assert "\nresumed:" not in result.log.split("=" * 100)[1]
     return result
+
+
+def checkpoint(whole, step: int):
+    return whole.checkpoints[step // 2 - 1]
+
+
+def losses_after(losses: dict, step: int) -> dict:
+    return {s: loss for s, loss in losses.items() if s > step}
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
 
 
 def equal(a, b) -> bool:
@@ -57,37 +78,27 @@ def equal(a, b) -> bool:
     return a == b
 
 
-def load(path) -> dict:
-    return torch.load(path, weights_only=True)
+# ------------------------------------------------------------------------------------------------------------
+# Resuming
 
 
-def test_saving_does_not_change_the_run(folder, whole):
-    plain = run(folder, *OPTIONS, "--save_every=0", "--save_final=0")
-    assert (plain.train, plain.val, plain.checkpoints) == (whole.train, whole.val, [])
-    assert step_lines(plain.log) == step_lines(whole.log)
-
-
-@pytest.mark.parametrize("step", [2, 4, 6, 8, 10])
+@pytest.mark.parametrize("step", [4, 6, 10])
 def test_a_resumed_run_equals_one_that_was_not_interrupted(folder, whole, step):
-    resumed = run(folder, f"--resume={whole.checkpoints[step // 2 - 1]}")
+    path = checkpoint(whole, step)
+    resumed = run(folder, f"--resume={path}")
     assert (resumed.code, resumed.err) == (0, "")
-    assert resumed.train == {s: loss for s, loss in whole.train.items() if s > step}  # to the last bit
-    assert resumed.val == {s: loss for s, loss in whole.val.items() if s > step}
-    assert step_lines(resumed.log) == [line for line in step_lines(whole.log) if line[0] > step]  # timers included
-    assert len(step_lines(resumed.log)) >= 12 - step
+    assert len(resumed.train) == 12 - step
+    assert resumed.train == losses_after(whole.train, step)  # to the last bit
+    assert resumed.val == losses_after(whole.val, step)
+    lines = [line for line in step_lines(whole.log) if line[0] > step]
+    assert step_lines(resumed.log) == lines  # with timers
     assert equal(load(resumed.checkpoints[-1]), load(whole.checkpoints[-1]))
-    assert (
-        f"\nresumed: from {whole.checkpoints[step // 2 - 1]} at step {step}; such a run is no record\n" in resumed.log
-    )
+    assert f"\nresumed: from {path} at step {step}; such a run is no record\n" in resumed.log
 
 
 def test_the_data_of_these_runs_cross_shards_and_an_epoch(whole):
     positions = [load(path)["loader"] for path in whole.checkpoints]
     assert {p["shard"] for p in positions} == {0, 1} and {p["epoch"] for p in positions} == {0, 1}
-
-
-def test_only_a_resumed_run_says_so(whole):
-    assert "\nresumed:" not in whole.log.split("=" * 100)[1]
 
 
 def test_a_finished_run_can_be_resumed_to_its_last_validation(folder, whole):
@@ -96,67 +107,114 @@ def test_a_finished_run_can_be_resumed_to_its_last_validation(folder, whole):
 
 
 def test_settings_come_from_the_checkpoint_unless_they_are_given(folder, whole):
-    resumed = run(folder, f"--resume={whole.checkpoints[3]}", "--val_every=1", "--save_every=0", "--save_final=0")
+    given = "--val_every=1", "--save_every=0", "--save_final=0"
+    resumed = run(folder, f"--resume={checkpoint(whole, 8)}", *given)
     assert sorted(resumed.val) == [9, 10, 11, 12] and resumed.checkpoints == []
-    assert resumed.val[12] == whole.val[12]
+    assert resumed.val[12] == whole.val[12]  # saving does not change a run
 
 
-@pytest.fixture(scope="module")
-def two_ranks(folder, whole):
-    return Ranks(folder, [(2, OPTIONS), (2, [f"--resume={whole.checkpoints[2]}"])]).results()
-
-
-def test_another_world_size_resumes_with_the_same_losses(folder, whole, two_ranks):
+def test_another_world_size_resumes_with_the_same_losses(folder, whole):
     """1 to 2 ranks and 2 to 1. Tolerance: that of test_train.py, sums in another order."""
-    after = {s: loss for s, loss in whole.train.items() if s > 6}
-    for result in two_ranks[1]:
-        assert (result.code, result.err) == (0, "") and result.train == pytest.approx(after, abs=2e-5)
-    resumed = run(folder, f"--resume={two_ranks[0][0].checkpoints[2]}")
-    assert (resumed.code, resumed.err) == (0, "") and resumed.train == pytest.approx(after, abs=2e-5)
-    assert resumed.val == pytest.approx({s: loss for s, loss in whole.val.items() if s > 6}, abs=2e-5)
+    path = checkpoint(whole, 6)
+    train, val = losses_after(whole.train, 6), losses_after(whole.val, 6)
+    for result in run_ranks(2, on_rank, folder, [f"--resume={path}"]):
+        assert (result.code, result.err) == (0, "")
+        assert result.train == pytest.approx(train, abs=2e-5)
+
+    by_two = run_ranks(2, on_rank, folder, [*SAVING, "--save_every=6"])[0]
+    resumed = run(folder, f"--resume={by_two.checkpoints[0]}")
+    assert (resumed.code, resumed.err) == (0, "")
+    assert resumed.train == pytest.approx(train, abs=2e-5)
+    assert resumed.val == pytest.approx(val, abs=2e-5)
 
 
-def stop_at(monkeypatch, at: int, *signals: int):
-    """Signals to this process in the training step that makes run.step equal to at."""
-    step = train_gpt.Run.train_step
+def test_the_latest_checkpoint_is_found_and_only_the_newest_ones_are_kept(tmp_path):
+    make_shards(tmp_path)
+    kept = run(tmp_path, "--train_steps=4", "--extension_steps=1", "--save_every=1", "--keep=2")
+    assert [path.name for path in kept.checkpoints] == ["state_step000003.pt", "state_step000004.pt"]
+    resumed = run(tmp_path, "--resume=latest", "--train-steps=6")  # a dash is as good as an underscore
+    assert resumed.code == 0 and sorted(resumed.train) == [5, 6]
+    missing = run(tmp_path / "elsewhere", "--resume=latest")
+    assert missing.code == 2 and "expected a checkpoint in" in missing.err
 
-    def train_step(self):
-        if self.step == at - 1:
+
+def test_a_dry_run_says_what_would_run_and_leaves_nothing(tmp_path):
+    result = run(make_shards(tmp_path), "--dry_run", "--seed=7")
+    assert result.code == 0 and not (tmp_path / "logs").exists()
+    assert "--seed=7" in result.out.splitlines()
+    assert "training data: 6,144 tokens from 2 shards" in result.out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def stop_at(patch, step: int, *signals: int):
+    """Send signals to this process in the training step of this number."""
+    train_step = train_gpt.Run.train_step
+
+    def stopped(self):
+        if self.step == step - 1:
             for number in signals:
-                os.kill(os.getpid(), number)
-        return step(self)
+                signal.raise_signal(number)
+        return train_step(self)
 
-    monkeypatch.setattr(train_gpt.Run, "train_step", train_step)
+    patch.setattr(train_gpt.Run, "train_step", stopped)
 
 
-@pytest.mark.parametrize("number, saving", [(signal.SIGINT, "--save_final=1"), (signal.SIGTERM, "--save_every=100")])
-def test_a_signal_saves_at_the_next_step_that_can_be_resumed(folder, whole, monkeypatch, number, saving):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, number)
-        stopped = run(folder, *OPTIONS, "--save_final=0", "--save_every=0", saving)
+@pytest.fixture
+def hangup():
+    """Set what SIGHUP does when a run starts; nohup, under which these tests may run too, lets it be
+    ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield partial(signal.signal, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number, saving", [
+    (signal.SIGINT, "--save_final=1"),
+    (signal.SIGTERM, "--save_every=100"),
+    (signal.SIGHUP, "--save_final=1"),
+])
+def test_a_signal_saves_at_the_next_step_that_can_be_resumed(
+        folder, whole, monkeypatch, hangup, number, saving):
+    hangup(signal.SIG_DFL)
+    stop_at(monkeypatch, 5, number)
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may have been started to ignore it, as by nohup
+    try:
+        stopped = run(folder, *OPTIONS, saving)
+    finally:
+        signal.signal(number, before)
     assert (stopped.code, stopped.err) == (128 + number, "")
-    [path] = stopped.checkpoints
+    path, = stopped.checkpoints
     assert path.name == "state_step000006.pt"
     last = f"ended after step 6: by {signal.Signals(number).name}; go on with --resume={path}"
     assert stopped.out.splitlines()[-1] == last == stopped.log.splitlines()[-1]
-    resumed = run(folder, f"--resume={path}")
-    assert resumed.train == {s: loss for s, loss in whole.train.items() if s > 6} and resumed.val[12] == whole.val[12]
+
+    state, expected = load(path), load(checkpoint(whole, 6))
+    for name in ("config", "rng"):  # when to save is one of the settings; other tests draw numbers, too
+        del state[name], expected[name]
+    assert equal(state, expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_without_saving_at_once(folder, monkeypatch, number):
-    stop_at(monkeypatch, 5, number)
+def test_under_nohup_a_run_outlives_its_terminal(folder, whole, monkeypatch, hangup):
+    hangup(signal.SIG_IGN)
+    stop_at(monkeypatch, 5, signal.SIGHUP)
+    result = run(folder, *OPTIONS)
+    assert (result.code, result.train, result.val) == (0, whole.train, whole.val)
+
+
+@pytest.mark.parametrize("signals, saving", [
+    ([signal.SIGTERM], []), ([signal.SIGINT], []), ([signal.SIGINT, signal.SIGINT], ["--save_final=1"])])
+def test_a_signal_ends_a_run_that_cannot_save_at_once_and_a_second_one_any_run(
+        folder, whole, monkeypatch, signals, saving):
+    stop_at(monkeypatch, 5, *signals)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    stopped = run(folder, *OPTIONS, "--save_every=0", "--save_final=0")
-    assert (stopped.code, stopped.err, stopped.checkpoints) == (128 + number, "", [])
-    assert stopped.log.splitlines()[-1] == f"ended after step 4: by {signal.Signals(number).name}"
+    stopped = run(folder, *OPTIONS, *saving)
+    assert (stopped.code, stopped.err, stopped.checkpoints) == (128 + signals[0], "", [])
+    assert stopped.log.splitlines()[-1] == f"ended after step 4: by {signal.Signals(signals[0]).name}"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-
-
-def test_a_second_signal_ends_a_run_that_would_save(folder, monkeypatch):
-    stop_at(monkeypatch, 5, signal.SIGINT, signal.SIGINT)
-    stopped = run(folder, *OPTIONS, "--save_every=0")
-    assert (stopped.code, stopped.checkpoints) == (130, [])
+    assert stopped.train == {step: whole.train[step] for step in range(1, 5)}
 
 
 def interrupt_one(rank):
@@ -166,69 +224,50 @@ def interrupt_one(rank):
 
 
 def test_a_signal_to_one_rank_makes_all_save_together_and_end(folder):
-    [ranks] = Ranks(folder, [(2, [*OPTIONS, "--save_every=0"])], hook=interrupt_one).results()
-    assert [result.err for result in ranks] == ["", ""] and all(result.code in (130, 143) for result in ranks)
+    ranks = run_ranks(2, on_rank, folder, [*OPTIONS, "--save_final=1"], interrupt_one)
+    assert [(result.code, result.err) for result in ranks] == [(130, ""), (143, "")]
     assert [path.name for path in ranks[0].checkpoints] == ["state_step000004.pt"]
 
 
-def hang_one(rank):
-    """Rank 1 never comes to its third step."""
-    step = train_gpt.Run.train_step
-    endings.StopSignal.__init__.__defaults__ = (1.0,)  # seconds of patience where the run can save
+def hang_one(waits, rank):
+    """Rank 1 never comes to its third step, where rank 0 waits for it."""
+    StopSignal.__init__.__defaults__ = (1.0,)  # seconds of patience where the run can save
+    train_step = train_gpt.Run.train_step
 
-    def train_step(self):
-        if rank == 1 and self.step == 2:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            open(os.environ["HANGS"], "w").close()
-            time.sleep(1000)
-        return step(self)
+    def step(self):
+        if self.step == 2 and rank == 1:
+            while True:
+                time.sleep(1000)
+        if self.step == 2:
+            waits.touch()
+            torch.distributed.barrier()
+        return train_step(self)
 
-    train_gpt.Run.train_step = train_step
+    train_gpt.Run.train_step = step
 
 
 @pytest.mark.parametrize("saving", ["--save_final=0", "--save_final=1"])
 def test_a_rank_that_waits_for_another_one_leaves_soon_after_a_signal(folder, tmp_path, saving):
     """A handler in Python would not run before the collective ends, which is never."""
-    ranks = Ranks(folder, [(2, [*OPTIONS, "--save_every=0", saving])], hook=hang_one, HANGS=str(tmp_path / "hangs"))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "hangs").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.3)  # now rank 0 waits in an all-reduce, or is about to
+    waits = tmp_path / "waits"
+    ranks = Ranks(2, on_rank, folder, [*OPTIONS, saving], partial(hang_one, waits))
     waiting, hanging = ranks.processes
+    while waiting.is_alive() and not waits.exists():
+        time.sleep(0.05)
     os.kill(waiting.pid, signal.SIGTERM)
-    waiting.join(30)
+    waiting.join()
     hanging.kill()
-    if waiting.exitcode == 0:  # it was about to: then its handler ran, and the command ended
-        [[result, _]] = ranks.results()
-        assert result.code == 143
-    else:
+    result, _ = ranks.join()
+    if result is None:
         assert waiting.exitcode == 143
+    else:  # the signal came in the moment before it waited, and the handler ran
+        assert result.code == 143
 
 
 def test_ctrl_c_at_the_launcher_saves_and_ends_all_ranks(folder):
-    process = launch(folder, "--save_final=1")
-    try:
+    with launch(folder, "--save_final=1") as process:
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        out, err = process.communicate()
     assert process.returncode == 130 and len(err.splitlines()) == 1, err  # the line with ranks and threads
     path = out.splitlines()[-1].partition("; go on with --resume=")[2]
     assert load(path)["step"] >= 3
-
-
-def test_the_latest_checkpoint_is_found_and_only_the_newest_ones_are_kept(folder, whole):
-    kept = run(folder, *OPTIONS, "--keep=2")
-    assert [path.name for path in kept.checkpoints] == ["state_step000010.pt", "state_step000012.pt"]
-    resumed = run(folder, "--resume=latest", "--train-steps=14")
-    assert resumed.code == 0 and sorted(resumed.train) == [13, 14]  # a dash is as good as an underscore
-    found = run(folder / "elsewhere", "--resume=latest")
-    assert found.code == 2 and "expected a checkpoint in" in found.err
-
-
-def test_a_dry_run_says_what_would_run_and_leaves_nothing(folder):
-    before = set(folder.glob("logs/*"))
-    result = run(folder, "--dry_run", "--seed=7")
-    assert result.code == 0 and set(folder.glob("logs/*")) == before
-    assert "--seed=7" in result.out.splitlines() and "training data: 6,144 tokens from 2 shards" in result.out

@@ -1,115 +1,54 @@
-"""Schedules of train_gpt.py: end points, corners, and stages that start on Adam's steps."""
+"""Schedules of train_gpt.py: corners, and stages that start on Adam's steps. tests/recipe has those of track
+small, step by step."""
 import math
 
 import pytest
 import torch
 
 from tests.helpers.tiny import BARE, config, make_run
-from train_gpt import learning_rate, mtp_weights, muon_momentum
+from train_gpt import Config, learning_rate, loss_weights, mtp_weights, muon_momentum, prefix_weight
 
-DEFAULT = config({})  # the real track small: 1480 steps, 40 of them extension, three stages
-
-
-def test_stages_of_the_default_schedule_are_thirds_and_then_the_extension():
-    assert DEFAULT.stage_starts == (0, 480, 960, 1440)
-    assert [DEFAULT.stage(s) for s in (0, 479, 480, 959, 960, 1439, 1440, 1479)] == [0, 0, 1, 1, 2, 2, 3, 3]
+# ------------------------------------------------------------------------------------------------------------
+# Stages
 
 
-@pytest.mark.parametrize("every", [1, 2, 4, 8])
-@pytest.mark.parametrize("train_steps", [1, 2, 5, 7, 14, 97, 400])
+@pytest.mark.parametrize("every", [1, 2, 8])
+@pytest.mark.parametrize("train_steps", [1, 2, 5, 14, 97, 400])
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
 def test_stages_start_on_adams_steps_in_order_and_cover_the_run(every, train_steps, stages):
-    cfg = config(BARE, train_steps=train_steps, extension_steps=min(4, train_steps - 1), stages=stages,
-                 adam_every=every)
+    extension = min(4, train_steps - 1)
+    cfg = config(BARE, train_steps=train_steps, extension_steps=extension, stages=stages, adam_every=every)
     starts = cfg.stage_starts
     assert starts[0] == 0 and list(starts) == sorted(starts) and len(starts) == stages + 1
-    assert starts[-1] == train_steps - cfg.extension_steps
+    assert starts[-1] == train_steps - extension
     for k, start in enumerate(starts[:-1]):
         assert start % every == 0 or start == starts[-1]
         assert abs(start - starts[-1] * k / stages) <= every / 2 or start == starts[-1]
     passed = [cfg.stage(step) for step in range(train_steps)]
-    assert passed == sorted(passed) and (not cfg.extension_steps or passed[-1] == stages)
+    assert passed == sorted(passed) and (not extension or passed[-1] == stages)
 
 
 def test_settings_by_stage_repeat_their_last_entry():
     cfg = config(BARE, window_short=(3, 5), batch_tokens=(64, 96, 128), max_doc_len=(7,))
-    firsts = [cfg.stage_starts[k] for k in range(4)]
-    assert [cfg.at("window_short", s) for s in firsts] == [3, 5, 5, 5]
-    assert [cfg.at("batch_tokens", s) for s in firsts] == [64, 96, 128, 128]
-    assert [cfg.at("max_doc_len", s) for s in firsts] == [7] * 4
+    assert [cfg.at("window_short", s) for s in cfg.stage_starts] == [3, 5, 5, 5]
+    assert [cfg.at("batch_tokens", s) for s in cfg.stage_starts] == [64, 96, 128, 128]
+    assert [cfg.at("max_doc_len", s) for s in cfg.stage_starts] == [7] * 4
 
 
-def test_train_tokens_sum_the_batches_of_all_steps():
-    assert DEFAULT.train_tokens == 480 * 131_072 + 480 * 262_144 + (480 + 40) * 393_216
+def test_the_weight_of_prefix_tokens_is_whole_in_the_first_stage_and_falls_in_the_second():
+    cfg = Config.for_track("small", prefix_weight=0.25)
+    assert {prefix_weight(cfg, s) for s in (0, 240, 480)} == {0.25}
+    assert [prefix_weight(cfg, s) for s in (720, 840)] == [0.125, 0.0625] and prefix_weight(cfg, 959) > 0
+    assert {prefix_weight(cfg, s) for s in (960, 1440, 1479)} == {0.0}
+    assert loss_weights(cfg, 720) == (1.0, 0.25, 0.125) and loss_weights(cfg, 960) == (1.0,)
+    assert loss_weights(Config.for_track("small"), 720) == (1.0, 0.25)
 
 
-def test_the_learning_rate_follows_the_stages_and_cools_down_to_the_floor():
-    start, end = 576, 1440  # 1440 * (1 - 0.6), 1440
-    def expected(step, factor):
-        t = (step - start) / (end - start)
-        return factor * (1 - t) + 0.15 * t
-
-    assert [learning_rate(DEFAULT, s) for s in (0, 479)] == [1.0, 1.0]
-    assert [learning_rate(DEFAULT, s) for s in (480, 575, 576)] == [1.52, 1.52, 1.52]
-    for step, factor in ((577, 1.52), (800, 1.52), (959, 1.52), (960, 1.73), (1300, 1.73), (1439, 1.73)):
-        assert math.isclose(learning_rate(DEFAULT, step), expected(step, factor), rel_tol=1e-12)
-    assert learning_rate(DEFAULT, 960) > learning_rate(DEFAULT, 959)  # a stage jumps up inside the cooldown too
-    assert {learning_rate(DEFAULT, s) for s in (1440, 1470, 1479)} == {0.15}  # the extension stays at the floor
-
-
-def test_published_values_of_the_learning_rate_at_a_jump_in_the_cooldown():
-    """TECHNIQUES 4.2: 1270 scheduled steps, stages at 423 and 847: 0.912 at step 846, 1.027 at step 847."""
-    cfg = config({}, train_steps=1285, extension_steps=15, adam_every=1)
-    assert cfg.stage_starts == (0, 423, 847, 1270)
-    assert round(learning_rate(cfg, 846), 3) == 0.912 and round(learning_rate(cfg, 847), 3) == 1.027
-
-
-def test_warm_up_rises_from_the_first_step_to_the_full_learning_rate():
-    cfg = config(BARE, train_steps=50, warmup_steps=10, lr_mul=(2.0,), cooldown_frac=0.2)
-    assert [learning_rate(cfg, s) for s in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
-
-
-def test_without_cooldown_the_learning_rate_stays_also_in_the_extension():
-    cfg = config(BARE, train_steps=20, extension_steps=5, cooldown_frac=0.0, lr_mul=(1.5,))
-    assert {learning_rate(cfg, s) for s in range(20)} == {1.5}
-
-
-def test_cooldown_over_the_whole_schedule_starts_at_the_first_step():
-    cfg = config(BARE, train_steps=20, extension_steps=0, cooldown_frac=1.0, lr_mul=(1.0,), lr_floor=0.0)
-    assert [learning_rate(cfg, s) for s in (0, 10)] == [1.0, 0.5] and math.isclose(learning_rate(cfg, 19), 0.05)
-
-
-def test_momentum_rises_holds_and_falls():
-    for step, value in ((0, 0.85), (150, 0.90), (300, 0.95), (1430, 0.95), (1455, 0.90), (1479, 0.85 + 0.1 / 50)):
-        assert math.isclose(muon_momentum(DEFAULT, step), value, rel_tol=1e-12)
-    assert max(muon_momentum(DEFAULT, s) for s in range(1480)) == 0.95
-
-
-def test_momentum_without_ramps_is_constant_and_short_runs_take_the_lower_ramp():
-    flat = config(BARE, momentum_warmup=0, momentum_cooldown=0)
-    assert {muon_momentum(flat, s) for s in range(14)} == {0.95}
-    short = config(BARE, train_steps=10, extension_steps=0, momentum_warmup=20, momentum_cooldown=5)
-    assert [round(muon_momentum(short, s), 4) for s in (0, 4, 9)] == [0.85, 0.87, 0.87]
-
-
-def test_each_stage_fades_out_the_last_weight_of_the_multi_token_loss():
-    assert mtp_weights(DEFAULT, 0) == (1.0, 0.5, 0.25)
-    assert mtp_weights(DEFAULT, 240) == (1.0, 0.5, 0.125)
-    assert mtp_weights(DEFAULT, 479) == (1.0, 0.5, 0.25 * (1 - 479 / 480))
-    assert mtp_weights(DEFAULT, 480) == (1.0, 0.5)
-    assert mtp_weights(DEFAULT, 720) == (1.0, 0.25)
-    assert {mtp_weights(DEFAULT, s) for s in (960, 1200, 1439, 1440, 1479)} == {(1.0,)}
-
-
-@pytest.mark.parametrize("stages", [1, 2, 3, 6])
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.3), (1.0, 0.5, 0.25, 0.125)])
-@pytest.mark.parametrize("extension", [0, 5])
-def test_weights_of_the_multi_token_loss_stay_within_their_settings_at_any_number_of_stages(stages, weights, extension):
-    cfg = config(BARE, train_steps=30, extension_steps=extension, stages=stages, mtp_weights=weights)
-    for step in range(30):
-        found = mtp_weights(cfg, step)
-        assert found[0] == weights[0] and len(found) == max(len(weights) - cfg.stage(step), 1)
-        assert found[:-1] == weights[: len(found) - 1] and 0 < found[-1] <= weights[len(found) - 1]
+@pytest.mark.parametrize("stages, extension", [(1, 0), (1, 5), (2, 0), (6, 5)])
+def test_the_weight_of_prefix_tokens_falls_at_any_number_of_stages(stages, extension):
+    cfg = config(BARE, train_steps=30, extension_steps=extension, stages=stages, prefix_weight=0.25)
+    found = [prefix_weight(cfg, step) for step in range(30)]
+    assert found[0] == 0.25 and found == sorted(found, reverse=True) and min(found) >= 0
 
 
 @pytest.mark.parametrize("delay", [0, 1])
@@ -122,9 +61,48 @@ def test_tying_ends_in_its_stage_after_moves_of_adam(delay):
     assert config(BARE, untie_stage=-1).tied(13)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Learning rate, momentum, weights of the multi-token loss
+
+
+def test_corners_of_the_learning_rate():
+    rising = config(BARE, train_steps=50, warmup_steps=10, lr_mul=(2.0,), cooldown_frac=0.2)
+    assert [learning_rate(rising, s) for s in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
+    constant = config(BARE, train_steps=20, extension_steps=5, cooldown_frac=0.0, lr_mul=(1.5,))
+    assert {learning_rate(constant, s) for s in range(20)} == {1.5}
+    falling = config(
+        BARE, train_steps=20, extension_steps=0, cooldown_frac=1.0, lr_mul=(1.0,), lr_floor=0.0)
+    assert [learning_rate(falling, s) for s in (0, 10)] == [1.0, 0.5]
+    assert math.isclose(learning_rate(falling, 19), 0.05)
+
+
+def test_momentum_without_ramps_is_constant_and_short_runs_take_the_lower_ramp():
+    flat = config(BARE, momentum_warmup=0, momentum_cooldown=0)
+    assert {muon_momentum(flat, s) for s in range(14)} == {0.95}
+    short = config(BARE, train_steps=10, extension_steps=0, momentum_warmup=20, momentum_cooldown=5)
+    assert [round(muon_momentum(short, s), 4) for s in (0, 4, 9)] == [0.85, 0.87, 0.87]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 6])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.3), (1.0, 0.5, 0.25, 0.125)])
+@pytest.mark.parametrize("extension", [0, 5])
+def test_weights_of_the_multi_token_loss_stay_within_their_settings_at_any_number_of_stages(
+        stages, weights, extension):
+    cfg = config(BARE, train_steps=30, extension_steps=extension, stages=stages, mtp_weights=weights)
+    for step in range(30):
+        found = mtp_weights(cfg, step)
+        assert found[0] == weights[0] and len(found) == max(len(weights) - cfg.stage(step), 1)
+        assert found[:-1] == weights[: len(found) - 1] and 0 < found[-1] <= weights[len(found) - 1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The average of the weights
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_final_weights_are_a_blend_with_their_average_over_the_end(tmp_path, dtype):
-    """Looks at the weights 12, 8, 4 and 0 steps before the end (within three times what it remembers), against the plain formula."""
+    """Looks at the weights 12, 8, 4 and 0 steps before the end (within three times what it remembers),
+    against the plain formula."""
     run = make_run(tmp_path, train_steps=40, ema_frac=0.125, ema_blend=0.6, dtype=dtype)
     history = []
     for run.step in range(1, 41):
@@ -139,8 +117,25 @@ def test_the_final_weights_are_a_blend_with_their_average_over_the_end(tmp_path,
         for step in (32, 36, 40):
             average = average + 4 / 5 * (history[step - 1][name] - average)
         expected = 0.4 * history[39][name] + 0.6 * average
-        assert (p - expected).norm() < (1e-6 if p.dtype == torch.float32 else 3e-3) * expected.norm(), name
+        tolerance = 1e-6 if p.dtype == torch.float32 else 3e-3
+        assert (p - expected).norm() < tolerance * expected.norm(), name
         assert not torch.allclose(p.double(), history[39][name])
+
+
+def test_an_average_of_head_and_embedding_leaves_all_else_as_it_was(tmp_path):
+    run = make_run(tmp_path, train_steps=8, ema_frac=1.0, ema_blend=0.65, ema_of="head")
+    for run.step in (4, 8):
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.add_(1.0)
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        run.average_weights()
+    changed = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(run.ema) == {"head", "embed"}
+    run.load_state({**{"model": run.model.state_dict(), "muon": run.muon.state_dict()["state"],
+                       "adam": run.adam.full_state(), "loader": run.loader.state_dict(),
+                       "rng": torch.get_rng_state()}, "ema": dict(run.ema)})
+    assert set(run.ema) == {"head", "embed"}
 
 
 def test_an_embedding_that_was_tied_has_the_average_of_the_head(tmp_path):
@@ -156,16 +151,15 @@ def test_an_embedding_that_was_tied_has_the_average_of_the_head(tmp_path):
     assert torch.equal(run.ema["embed"], run.ema["head"]) and run.ema["embed"] is not run.ema["head"]
 
 
-def test_an_average_begins_anew_where_the_schedule_was_made_longer(tmp_path):
+def test_an_average_begins_anew_where_the_schedule_was_made_longer_and_there_need_not_be_one(tmp_path):
     run = make_run(tmp_path, train_steps=40, ema_frac=0.125)
     run.step, run.ema = 20, {"head": torch.zeros(1)}  # as a checkpoint of a shorter schedule holds it
     run.average_weights()
     assert run.ema is None
 
-
-def test_without_an_average_the_weights_stay(tmp_path):
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, ema_frac=0.0)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.step = run.cfg.train_steps
     run.average_weights()
-    assert run.ema is None and all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+    assert run.ema is None
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())

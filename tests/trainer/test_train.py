@@ -1,17 +1,20 @@
-"""Runs from end to end: a tiny model learns, and the number of ranks changes nothing."""
-
+"""Runs from end to end: a tiny model learns, and neither the number of ranks nor how they were started
+changes anything."""
 import math
 import re
 
 import pytest
 import torch
-from tests.helpers.runs import Ranks, config, make_shards, run
 
-from engine import attention
 import train_gpt
 from data.errors import UsageError
+from data.shards import open_shard
+from engine import attention
+from tests.helpers.dist import run_ranks
+from tests.helpers.runs import config, make_shards, on_rank, run, start, step_lines
 
-OPTIONS = ["--save_final=1", "--adam_every=2", "--train_steps=8", "--bigram_rows=2048"]  # a table that Adam shards
+# Few rows of the bigram table would be too small for Adam to shard.
+OPTIONS = ["--save_final=1", "--adam_every=2", "--train_steps=8", "--bigram_rows=2048"]
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +30,98 @@ def alone(folder):
     return result
 
 
-def test_a_run_learns_and_ends_with_a_summary_of_three_lines(folder, alone):
-    assert abs(alone.val[0] - math.log(257)) < 0.5  # nothing known yet; the softcap's offset makes it a little more
+def test_a_run_learns_and_ends_with_a_summary_of_three_lines(alone):
+    assert abs(alone.val[0] - math.log(257)) < 0.5  # nothing known yet; the softcap's offset adds a little
     assert alone.val[8] < alone.val[0] - 0.5
-    assert alone.out.splitlines()[-3:] == [
-        "target: validation loss 1.6 (track shakespeare)",
-        "reached: no",
-        "log: " + alone.out.splitlines()[0],
-    ]
+    first, *_, target, reached, last = alone.out.splitlines()
+    assert target == "target: validation loss 1.6 (track shakespeare)"
+    assert reached == "reached: no"
+    assert last == f"log: {first}"
+
+
+def test_the_loss_is_told_in_bits_per_byte_too(folder, alone):
+    bits, = re.findall(r"^bits per byte: ([\d.]+)$", alone.out, re.M)
+    tokens = open_shard(folder / "data/shakespeare/shakespeare_val_000000.bin")[1:1025]
+    share = (tokens < 256).mean()  # the others start documents
+    assert float(bits) == pytest.approx(alone.val[8] / math.log(2) / share, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def state_of(result) -> dict:
+    """All float tensors of the run's checkpoint by name: weights, and both optimizers' states."""
+    state = torch.load(result.checkpoints[-1], weights_only=True)
+    tensors = dict(state["model"])
+    for i, one in enumerate(state["adam"]):
+        tensors.update({f"adam {i} {key}": value for key, value in one.items()})
+    for i, one in state["muon"].items():
+        tensors.update({f"muon {i} {key}": value for key, value in one.items()})
+    return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_every_world_size_trains_the_same_model(folder, alone, world):
+    """World size 1 accumulates 8 slices, 8 ranks have one each. They differ in the order of fp32 sums only.
+
+    The tolerances are ten times and more what was measured: 1e-6 in losses, 4e-6 of the norm in states. A
+    gradient that is a sum where it should be a mean changes no loss, because Adam and Muon normalize, but the
+    optimizers' states by a factor of the world size.
+    """
+    ranks = run_ranks(world, on_rank, folder, OPTIONS)
+    for rank, result in enumerate(ranks):
+        assert (result.code, result.err) == (0, "")
+        assert result.train == pytest.approx(alone.train, abs=2e-5) and len(result.train) == 8
+        assert result.val == pytest.approx(alone.val, abs=2e-5) and len(result.val) == 3
+        assert (result.out == "") == (rank > 0)  # rank 0 speaks for all
+
+    found, expected = state_of(ranks[0]), state_of(alone)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() < 1e-4 * value.norm().clamp(min=1e-12), name
+
+
+def test_world_sizes_that_do_not_share_the_batch_evenly_are_refused_with_the_valid_ones():
+    for world in (1, 2, 4, 8, 16, 32):  # 512 tokens in 8 slices, or more of 16 and more
+        train_gpt.check_world_size(config(), world)
+    for world in (3, 12, 64):
+        with pytest.raises(UsageError, match=rf"one of 1, 2, 4, 8, 16, 32 for 8 slices .* found {world}"):
+            train_gpt.check_world_size(config(), world)
+
+
+def torchrun(folder, *options: str):
+    program = "-m", "torch.distributed.run", *options, "train_gpt.py"
+    return start(folder, *OPTIONS, program=program, env={"OMP_NUM_THREADS": "1"})
+
+
+def test_two_machines_train_as_one_process(folder, alone, tmp_path):
+    """Two agents of one rank each, as on two machines, which meet through a file on both."""
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test",
+            "--rdzv_conf=store_type=file", f"--rdzv_endpoint={tmp_path / 'store'}", "--local_addr=127.0.0.1"]
+    with torchrun(folder, *meet) as one, torchrun(folder, *meet) as other:
+        outputs = [process.communicate() for process in (one, other)]
+    assert [(process.returncode, err) for process, (_, err) in zip((one, other), outputs)] == [(0, "")] * 2
+
+    (silent, _), (spoken, _) = sorted(outputs)
+    assert silent == "" and spoken.splitlines()[-1].startswith("log: ")  # rank 0 alone speaks
+    found = {step: pairs["val_loss"] for step, _, pairs in step_lines(spoken) if "val_loss" in pairs}
+    assert found == {step: f"{loss:.4f}" for step, loss in alone.val.items()}
+    with open(spoken.splitlines()[0]) as log:
+        assert "with world_size 2\n" in log.read().split("=" * 100)[1]
+
+
+def test_three_ranks_are_refused_in_one_sentence(folder):
+    with torchrun(folder, "--standalone", "--nproc_per_node=3") as process:
+        out, err = process.communicate()
+    assert process.returncode == 1 and out == ""  # torchrun's own code, with its account of the failed ranks
+    said = [line for line in err.splitlines() if line.startswith("train_gpt.py: ")]
+    assert said == ["train_gpt.py: world size: expected one of 1, 2, 4, 8, 16, 32 for 8 slices of 512 tokens "
+                    "per step, found 3; change --nproc_per_node"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clock, target, check
 
 
 def test_the_clock_pays_for_the_first_shard_and_the_first_batch(folder, monkeypatch):
@@ -52,66 +139,30 @@ def test_the_clock_pays_for_the_first_shard_and_the_first_batch(folder, monkeypa
     assert "prepare" not in events[:clock] and "read" in events[clock:]
 
 
-def state_of(result) -> dict:
-    """All float tensors of the run's checkpoint by name: weights, and both optimizers' states."""
-    state = torch.load(result.checkpoints[-1], weights_only=True)
-    tensors = dict(state["model"])
-    tensors.update({f"adam {i} {key}": value for i, one in enumerate(state["adam"]) for key, value in one.items()})
-    tensors.update({f"muon {i} {key}": value for i, one in state["muon"].items() for key, value in one.items()})
-    return {
-        name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
-
-
-def test_every_world_size_trains_the_same_model(folder, alone):
-    """World size 1 accumulates 8 slices, 8 ranks have one each. They differ in the order of fp32 sums only. The
-    tolerances are ten times and more what was measured: 1e-6 in losses, 4e-6 of the norm in states. A gradient that is
-    a sum where it should be a mean changes no loss, because Adam and Muon normalize, but the optimizers' states by a
-    factor of the world size."""
-    everything = Ranks(folder, [(world, OPTIONS) for world in (2, 4, 8)]).results()
-    expected = state_of(alone)
-    for world, ranks in zip((2, 4, 8), everything):
-        for rank, result in enumerate(ranks[:world]):
-            assert (result.code, result.err) == (0, "")
-            assert result.train == pytest.approx(alone.train, abs=2e-5) and len(result.train) == 8
-            assert result.val == pytest.approx(alone.val, abs=2e-5) and len(result.val) == 3
-            assert (result.out == "") == (rank > 0)  # rank 0 speaks for all
-        found = state_of(ranks[0])
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            error = (found[name] - value).norm() / value.norm().clamp(min=1e-12)
-            assert error < 1e-4, (world, name)
-
-
-@pytest.mark.parametrize(
-    "world, valid", [(1, True), (2, True), (8, True), (16, True), (32, True), (3, False), (12, False), (64, False)]
-)
-def test_world_sizes_that_do_not_share_the_batch_evenly_are_refused_with_the_valid_ones(world, valid):
-    if valid:  # 512 tokens in 8 slices, or more of 16 and more
-        return train_gpt.check_world_size(config(), world)
-    with pytest.raises(
-        UsageError, match=rf"expected one of 1, 2, 4, 8, 16, 32 for .* found {world}; change --nproc_per_node"
-    ):
-        train_gpt.check_world_size(config(), world)
+def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
+    """Stages of 100, 200, 300 and 400 ms a step, the last one for two steps: n steps take 0.2 (n - 2) + 0.8
+    s."""
+    monkeypatch.setattr(train_gpt.Run, "time_step", lambda self, step: 100.0 * (1 + self.cfg.stage(step)))
+    result = run(folder, "--time_budget=3.3", "--stages=3")
+    assert result.code == 0 and max(result.val) == 14  # 12 steps in three stages of four take 2.4 s, and 0.8
+    assert "time budget: 3.3 s, in which 14 steps fit" in result.log
+    short = run(folder, "--time_budget=0.1", "--stages=3")
+    assert short.code == 2 and "--time_budget: expected room for 3 steps" in short.err
 
 
 def test_a_run_can_end_at_its_target(folder):
-    result = run(
-        folder, "--target_loss=5.9", "--stop_at_target=1", "--val_every=2", "--train_steps=100", "--max_epochs=99"
-    )
-    last = max(result.val)
-    assert (
-        result.code == 0
-        and last < 100
-        and result.val[last] <= 5.9
-        and all(v > 5.9 for s, v in result.val.items() if s < last)
-    )
+    result = run(folder, "--target_loss=5.9", "--stop_at_target=1", "--val_every=2", "--train_steps=100",
+                 "--max_epochs=99")
+    *before, last = result.val
+    assert result.code == 0 and last < 100
+    assert result.val[last] <= 5.9 and all(result.val[step] > 5.9 for step in before)
     assert re.search(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
 
 
 def test_check_passes(folder):
     result = run(folder, "--check")
-    assert (result.code, result.err, result.log) == (0, "", None) and result.out.splitlines()[-1] == "check: passed"
+    assert (result.code, result.err, result.log) == (0, "", None)
+    assert result.out.splitlines()[-1] == "check: passed"
 
 
 def test_check_fails_where_a_token_sees_the_next_one(folder, monkeypatch):
@@ -128,13 +179,3 @@ def test_check_fails_where_probabilities_do_not_sum_to_one(folder, monkeypatch):
     log_probs = train_gpt.GPT.log_probs
     monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: log_probs(*args) + 0.001)
     assert run(folder, "--check").code == 1
-
-
-def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
-    """Stages of 100, 200, 300 and 400 ms a step, the last one for two steps: n steps take 0.2 (n - 2) + 0.8 s."""
-    monkeypatch.setattr(train_gpt.Run, "time_step", lambda self, step: 100.0 * (1 + self.cfg.stage(step)))
-    result = run(folder, "--time_budget=3.3", "--stages=3")
-    assert result.code == 0 and max(result.val) == 14  # 12 steps in three stages of four take 2.4 s, and 0.8
-    assert "time budget: 3.3 s, in which 14 steps fit" in result.log
-    short = run(folder, "--time_budget=0.1", "--stages=3")
-    assert short.code == 2 and "--time_budget: expected room for 3 steps" in short.err

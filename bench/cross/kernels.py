@@ -1,0 +1,239 @@
+"""What inductor makes of a graph for the pretended GPU: Triton's sources, the bytes and operations of every
+kernel, the memory that the graph needs beside its inputs; and the machine code of the sources.
+"""
+import contextlib
+import copy
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bench.cross.device import Chip
+from bench.cross.trace import Graph
+from tools.gpus import Gpu
+
+HEAD = "forward", "backward", "loss_and_gradient", "summed_cross_entropy", "softcap", "to_fp8", "fp8_product"
+TABLES = "bigram", "value_embeddings", "first_embedding"
+
+
+class Kernel(NamedTuple):
+    """One launch in a graph."""
+    kind: str  # triton, or the operation of a library
+    part: str  # as bench.step names them
+    name: str
+    bytes: int
+    flops: int
+    fp8: bool
+
+
+class Driver:
+    """What Triton asks of a GPU's driver in order to compile."""
+
+    def __init__(self, chip: Chip):
+        self.target = GPUTarget("cuda", 10 * chip.major + chip.minor, 32)
+        facts = dict(max_shared_mem=chip.shared_bytes, multiprocessor_count=chip.processors, warpSize=32,
+                     max_num_regs=65_536, mem_clock_rate=0, mem_bus_width=0, sm_clock_rate=0)
+        self.utils = SimpleNamespace(get_device_properties=lambda device: facts)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+    def set_current_device(self, device) -> None:
+        pass
+
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_benchmarker(self):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Inductor
+
+
+class Compiler:
+    """Compiles graphs as far as Triton's sources, and keeps these."""
+
+    def __init__(self, chip: Chip, gpu: Gpu):
+        self.chip, self.gpu = chip, gpu
+        self.sources = {}  # digest -> (name, source)
+        driver.set_active(Driver(chip))
+
+    def __call__(self, graph: Graph) -> None:
+        """Give the graph its kernels and its extra_bytes."""
+        copied = torch.fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
+        copied.meta = graph.gm.meta
+        generate = GraphLowering.codegen
+
+        def codegen(lowering):
+            code = generate(lowering)
+            graph.kernels = [row for node in lowering.scheduler.nodes if (row := kernel_of(node))]
+            graph.extra_bytes = extra_bytes(lowering)
+            return code
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(GraphLowering, "codegen", codegen))
+            stack.enter_context(mock.patch.object(AsyncCompile, "triton", self.keep))
+            stack.enter_context(without_device(self.gpu))
+            compile_fx_inner(copied, graph.inputs, **graph.options)
+
+    def keep(self, name: str, source: str, device_str: str = "cuda"):
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        self.sources.setdefault(digest, (name, source))
+        return SimpleNamespace(run=None, name=name)
+
+
+@contextlib.contextmanager
+def without_device(gpu: Gpu):
+    """Answer what inductor would measure by the data sheet, and let it start and time nothing."""
+    import torch._inductor.scheduler as scheduler
+    import torch._inductor.utils as utils
+    from torch._inductor.runtime import triton_helpers
+
+    with contextlib.ExitStack() as stack:
+        for module in (scheduler, utils):
+            stack.enter_context(mock.patch.object(module, "get_gpu_dram_gbps", lambda: 1000 * gpu.tb_s))
+            stack.enter_context(mock.patch.object(module, "get_device_tflops", lambda dtype: gpu.tflops))
+        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
+        stack.enter_context(inductor_config.patch(use_static_triton_launcher=False))
+        yield
+
+
+def kernel_of(node) -> Kernel | None:
+    """Return the kernel of a scheduler's node; None for what launches none or runs on the host."""
+    device = node.get_device()
+    if device is None or device.type != "cuda":
+        return None
+    inner = getattr(node, "node", None)
+    if not node.is_extern():
+        kind = "template" if node.is_template() else "triton"
+    elif type(inner).__name__ == "MultiOutput":
+        return None
+    else:
+        kind = getattr(inner, "python_kernel_name", None) or type(inner).__name__
+    origins = [origin for one in node.get_nodes() for origin in one.node.get_origins()]
+    functions = Counter(part for origin in origins for part in [part_of(origin, kind)])
+    moved = node.get_read_write_buffers_sizes()
+    try:
+        flops = node.estimate_flops() or 0
+    except Exception:  # it knows no formula for some operations
+        flops = 0
+    names = sorted({origin.name for origin in origins if origin.op == "call_function"})
+    part = most_telling(functions)
+    return Kernel(kind, part, " ".join(names)[:100], moved, flops, "scaled_mm" in kind)
+
+
+def part_of(origin, kind: str) -> str:
+    """Return the part of an operation by the function of the trainer that it stands in."""
+    frames = re.findall(r'File "[^"]*/(train_gpt|head_loss|attention|muon|adam)\.py", line \d+, in (\w+)',
+                        origin.meta.get("stack_trace") or "")
+    if not frames:
+        return "elementwise"
+    file, function = frames[-1]
+    names = {name for _, name in frames}
+    if file == "muon":
+        return "Muon"
+    if file == "adam":
+        return "Adam"
+    if file == "head_loss":
+        return "head and loss"
+    if file == "attention" and "attend" in kind + "varlen" and "varlen" in kind:
+        return "attention"
+    if "varlen" in kind or "flex" in kind or "scaled_dot" in kind:
+        return "attention"
+    if "mm" in kind:
+        if "attention" in names or function == "layer_weights":
+            return "projections"
+        return "MLP" if "layer" in names else "head and loss"
+    if function in TABLES and re.match("embedding|index|gather", origin.name):
+        return "tables"
+    return "elementwise"
+
+
+def most_telling(parts: Counter) -> str:
+    """Return the part of a kernel that was fused from several: the rarest kind of work in it."""
+    for part in ("Muon", "Adam", "attention", "head and loss", "tables", "projections", "MLP"):
+        if parts[part]:
+            return part
+    return "elementwise"
+
+
+def extra_bytes(lowering) -> int:
+    """Return the bytes at the worst moment of a graph's own plan, beside those that live when it begins."""
+    from torch._inductor import memory
+
+    scheduler, nodes = lowering.scheduler, lowering.scheduler.nodes
+    outputs = OrderedSet(lowering.get_output_names())
+    inputs = OrderedSet(lowering.graph_inputs.keys())
+    with V.set_graph_handler(lowering):
+        freeable = memory.get_freeable_input_buf(nodes, inputs)
+        memory.assign_memory_planning_info_for_scheduler_buffers(nodes, scheduler.name_to_buf)
+        memory.assign_memory_planning_info_for_scheduler_nodes(
+            nodes, scheduler.name_to_fused_node, scheduler.name_to_buf, freeable)
+        peak, _ = memory.estimate_peak_memory(nodes, freeable, outputs)
+    return peak - sum(buffer.mpi_buffer.size_free for buffer in freeable.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Machine code
+
+
+def machine_code(source: str, name: str, chip: Chip) -> list[dict]:
+    """Return what ptxas says of each choice of tile sizes that inductor would time: registers, bytes of stack
+    (spills), bytes of shared memory."""
+    number = 10 * chip.major + chip.minor
+    source = re.sub(r"cc=\d+, major=\d+", f"cc={number}, major={chip.major}", source)
+    tuner = getattr(PyCodeCache.load(source), name)
+    tuner.precompile(warm_cache_only=True)
+    dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    rows = []
+    for result in tuner.compile_results:
+        kernel = result.kernel
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            said = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True).stdout
+        used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
+        rows.append(dict(
+            name=name, choice=str(result.config), registers=int(used["REG"]), stack=int(used["STACK"]),
+            shared=kernel.metadata.shared, warps=kernel.metadata.num_warps))
+    return rows
+
+
+def all_machine_code(sources: dict, chip: Chip) -> tuple[list[dict], list[dict]]:
+    """Return the rows of all kernels, and those that cannot be compiled, each with the reason."""
+    driver.set_active(Driver(chip))
+    rows, failed = [], []
+    for name, source in sources.values():
+        try:
+            rows += machine_code(source, name, chip)
+        except Exception as error:  # whatever the compilers raise
+            failed.append(dict(name=name, why=f"{type(error).__name__}: {error}"[:300]))
+    return rows, failed

@@ -1,0 +1,368 @@
+"""The trainer's own Run at full size on tensors without memory: which graphs it makes and when, where the host
+would wait for the device, what lives in its memory, and what runs outside of graphs.
+
+Times and values are none of this: every number read from the device is zero.
+"""
+import contextlib
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch._guards import TracingContext
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import train_gpt
+from data.files import ROOT
+from engine.kernels import Kernels, keep_compiled
+from engine.ranks import Runtime
+from muon import symmetric_product
+from train_gpt import Config, Run
+
+aten = torch.ops.aten
+HOST = torch.device("cpu")
+LOOKED_AT = 2**24  # bytes of an allocation after which the memory in use is added up
+OURS = "muon.py", "engine/", "data/", "train_gpt.py"
+PARTS_OF_FILES = {"muon.py": "Muon", "engine/adam.py": "Adam"}
+PARTS_OF_FUNCTIONS = {"context": "masks", "to_device": "data", "accumulate": "gradient sums"}
+
+
+class Place(NamedTuple):
+    """A line of the trainer."""
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.function}"
+
+
+def places():
+    """Yield the lines of the trainer that are being executed, the innermost first."""
+    frame = sys._getframe(1)
+    while frame:
+        code = frame.f_code
+        if code.co_filename.startswith(str(ROOT)):
+            file = str(Path(code.co_filename).relative_to(ROOT))
+            if file.startswith(OURS):
+                yield Place(file, frame.f_lineno, code.co_name)
+        frame = frame.f_back
+
+
+def here() -> Place:
+    return next(places(), Place("elsewhere", 0, ""))
+
+
+def eager_part() -> str:
+    """Return the part, as bench.step names them, of an operation outside of graphs."""
+    for place in places():
+        part = PARTS_OF_FILES.get(place.file) or PARTS_OF_FUNCTIONS.get(place.function)
+        if part:
+            return part
+    return "other"
+
+
+class Graph:
+    """A graph that inductor was given. gm: what it computes; inputs, options: more of what inductor takes."""
+
+    def __init__(self, name: str, phase: str, gm, inputs, options: dict):
+        self.name, self.phase, self.gm, self.inputs, self.options = name, phase, gm, inputs, options
+        self.backward = bool(options.get("is_backward"))
+        self.outputs = [node.meta["val"] if isinstance(node, torch.fx.Node) else node
+                        for node in gm.graph.output_node().args[0]]
+        self.kernels = []  # set by bench.cross.kernels
+        self.extra_bytes = 0  # at its worst moment, beside what lives when it is called; set by bench.cross.kernels
+
+    def __str__(self) -> str:
+        return f"{self.name}{' backward' if self.backward else ''}"
+
+
+class Trace:
+    """What was seen, by phase of the run."""
+
+    def __init__(self):
+        self.phase = "start"
+        self.compiling = ""  # name of the function whose graphs inductor is given
+        self.graphs = []
+        self.calls = Counter()  # (phase, number of the graph) -> calls
+        self.waits = Counter()  # (phase, what, place) -> times
+        self.eager = defaultdict(Counter)  # (phase, part, operation) -> n, bytes, flops
+        self.peaks = {}  # phase -> (bytes in use, at which place)
+        self.compiled = lambda graph: None  # called with each new graph
+        self.storages = {}
+        self.pinned = {}
+
+    def wait(self, what: str) -> None:
+        self.waits[self.phase, what, here()] += 1
+
+    # Memory
+
+    def live_bytes(self) -> int:
+        self.storages = {key: kept for key, kept in self.storages.items() if not kept[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def note_peak(self, more: int = 0, what=None) -> None:
+        total = self.live_bytes() + more
+        if total > self.peaks.get(self.phase, (0, None))[0]:
+            self.peaks[self.phase] = total, str(what or here())
+
+    def pin(self, tensor):
+        storage = tensor.untyped_storage()
+        self.pinned[storage._cdata] = StorageWeakRef(storage)
+        return tensor
+
+    def is_pinned(self, tensor) -> bool:
+        found = self.pinned.get(tensor.untyped_storage()._cdata)
+        return found is not None and not found.expired()
+
+    # Operations outside of graphs
+
+    def saw(self, func, args, kwargs, result) -> None:
+        if func.is_view:
+            return
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_cuda]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_cuda]
+        if not outputs:
+            return
+        largest = 0
+        for x in outputs:
+            storage = x.untyped_storage()
+            if storage._cdata not in self.storages or self.storages[storage._cdata][0].expired():
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                largest = max(largest, storage.nbytes())
+        if largest >= LOOKED_AT:
+            self.note_peak()
+        if func.name().startswith(("aten::empty", "aten::new_empty")):
+            return
+        row = self.eager[self.phase, eager_part(), func.name()]
+        row["n"] += 1
+        row["bytes"] += sum(x.numel() * x.itemsize for x in {id(x): x for x in (*inputs, *outputs)}.values())
+        if func.overloadpacket in flop_registry:
+            row["flops"] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+
+
+class PretendedDevice(FakeTensorMode):
+    """Fake tensors that report to a trace what is done with them outside of graphs."""
+
+    avoid_device_init = True  # torch must not make a real tensor on the device
+
+    def __init__(self, trace: Trace):
+        super().__init__(allow_non_fake_inputs=True)
+        self.trace = trace
+
+    def dispatch(self, func, types, args=(), kwargs={}):
+        if TracingContext.try_get() is not None:
+            return super().dispatch(func, types, args, kwargs)
+        kwargs = dict(kwargs)
+        pinned = kwargs.pop("pin_memory", False)
+        if func is aten._local_scalar_dense.default:
+            if args[0].is_cuda:
+                self.trace.wait("a number read")
+            return zero_of(args[0].dtype)
+        if torch.Tag.dynamic_output_shape in func.tags and any(
+                isinstance(x, torch.Tensor) and x.is_cuda for x in tree_leaves(args)):
+            self.trace.wait(f"a shape read: {func.name()}")
+        self.check_copy(func, args, kwargs)
+        result = super().dispatch(func, types, args, kwargs)
+        if pinned:
+            self.trace.pin(result)
+        self.trace.saw(func, args, kwargs, result)
+        return result
+
+    def check_copy(self, func, args, kwargs) -> None:
+        """Note a copy between host and device for which the host waits."""
+        if func is aten._to_copy.default:
+            source, target = args[0], torch.device(kwargs.get("device") or args[0].device).type
+            host = args[0]
+            waits = not kwargs.get("non_blocking")
+        elif func is aten.copy_.default:
+            target, source = args[0].device.type, args[1]
+            host = args[1] if target == "cuda" else args[0]
+            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        else:
+            return
+        if source.device.type == target:
+            return
+        if target == "cpu" and func is aten._to_copy.default:
+            self.trace.wait("a copy to the host")  # non_blocking to unpinned memory is no better
+        elif waits or not self.trace.is_pinned(host):
+            self.trace.wait("a copy to the device" if target == "cuda" else "a copy to the host")
+
+
+def zero_of(dtype: torch.dtype):
+    if dtype == torch.bool:
+        return False
+    return 0.0 if dtype.is_floating_point else 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# torch.compile, as far as inductor
+
+
+def function_being_compiled() -> str:
+    frame = sys._getframe(1)
+    while frame:
+        if frame.f_code.co_name == "_compile" and frame.f_code.co_filename.endswith("convert_frame.py"):
+            name = frame.f_locals["code"].co_name
+            return "GPT" if name == "forward" else name
+        frame = frame.f_back
+    return "unknown"
+
+
+def recording(trace: Trace):
+    """Return a function in place of torch.compile: its graphs are recorded, and make empty results when called."""
+    compile_truly = torch.compile
+
+    def inner(gm, inputs, **kwargs):
+        graph = Graph(trace.compiling, trace.phase, gm, inputs, kwargs)
+        number = len(trace.graphs)
+        trace.graphs.append(graph)
+        trace.compiled(graph)
+
+        def call(args):
+            trace.calls[trace.phase, number] += 1
+            trace.note_peak(graph.extra_bytes, graph)
+            args.clear()
+            return [empty_like(value) for value in graph.outputs]
+
+        call._boxed_call = True
+        return call
+
+    def backend(gm, inputs):
+        trace.compiling = function_being_compiled()
+        return compile_fx(gm, inputs, inner_compile=inner)
+
+    def compile(function=None, **options):  # with one backend always: another one would be another compilation
+        return compile_truly(function, backend=backend, **options)
+
+    return compile
+
+
+def empty_like(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+
+
+class OnHost(TorchDispatchMode):
+    """Makes on the host what is asked of the device: the few numbers of which inductor folds constants."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = {name: HOST if isinstance(x, torch.device) else x for name, x in (kwargs or {}).items()}
+        return func(*(HOST if isinstance(x, torch.device) else x for x in args), **kwargs)
+
+
+def fold_on_host(fold):
+    def run(*args, **kwargs):
+        with OnHost():
+            return fold(*args, **kwargs)
+    return run
+
+
+@contextlib.contextmanager
+def pretending(trace: Trace):
+    """Trace everything inside on fake tensors of the GPU that bench.cross.device pretends."""
+    import torch._functorch.config
+    import torch._inductor.config
+    import torch._inductor.fx_passes.fuse_attention as fuse_attention
+    import torch._inductor.fx_passes.joint_graph as joint_graph
+    import torch._inductor.fx_passes.pad_mm as pad_mm
+
+    folder = joint_graph.UniformValueConstantFolder
+    make_tensor = torch.tensor
+
+    def tensor(*args, pin_memory=False, **kwargs):
+        made = make_tensor(*args, **kwargs)
+        return trace.pin(made) if pin_memory else made
+
+    patches = [
+        mock.patch.object(torch, "compile", recording(trace)),
+        mock.patch.object(torch, "tensor", tensor),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: trace.pin(self)),
+        mock.patch.object(folder, "run", fold_on_host(folder.run)),
+        mock.patch.object(fuse_attention, "_sfdp_init", lambda *args, **kwargs: None),  # it would run patterns
+        mock.patch.object(pad_mm, "_should_pad", lambda *args, **kwargs: False),  # it would time both
+        torch._inductor.config.patch(force_disable_caches=True, compile_threads=1),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.enter_context(PretendedDevice(trace))
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run
+
+
+class SilentLog:
+    """Takes what a run would write."""
+    run_id = "cross"  # no folder of this name appears: nothing is saved
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+
+def pretended_kernels(cfg: Config, attention: str, fp8: bool) -> Kernels:
+    """Return the kernels that a GPU which passes these self-tests would choose."""
+    keep_compiled()
+    why = "assumed"
+    return Kernels(torch.device("cuda", 0), torch.bfloat16, True, attention, why, fp8, why, False, why,
+                   torch.bfloat16, symmetric_product, why)
+
+
+def make_run(cfg: Config, attention: str, fp8: bool) -> Run:
+    """Return a run on the pretended GPU with these kernels instead of those that self-tests would choose."""
+    chosen = pretended_kernels(cfg, attention, fp8)
+    with mock.patch.object(Kernels, "choose", staticmethod(lambda cfg, device: chosen)):
+        return Run(cfg, Runtime())
+
+
+def follow(trace: Trace, run: Run) -> None:
+    """Let the trace know which phase the run is in: a step by its number, a validation, or what is between."""
+    def phased(function, name):
+        def call(*args):
+            trace.phase = name or f"step {run.step}"
+            result = function(*args)
+            trace.phase = "between steps"
+            return result
+        return call
+
+    run.train_step = phased(run.train_step, None)
+    run.evaluate = phased(run.evaluate, "validation")
+    run.warm_up = phased(run.warm_up, "warm-up")
+
+
+def whole_schedule(trace: Trace, cfg: Config, attention: str, fp8: bool) -> Run:
+    """Trace a whole run: start, warm-up, every step and validation."""
+    with pretending(trace):
+        run = make_run(cfg, attention, fp8)
+        follow(trace, run)
+        run.warm_up()
+        train_gpt.train(run, SilentLog())
+    return run
+
+
+def one_stage(trace: Trace, cfg: Config, stage: int, attention: str, fp8: bool) -> Run:
+    """Trace the start, one step of a stage in which Adam moves to compile it, and two steps after it."""
+    with pretending(trace):
+        run = make_run(cfg, attention, fp8)
+        follow(trace, run)
+        first = cfg.stage_starts[stage]
+        trace.phase = "warm-up"
+        run.accumulate([run.made_up_batch(first)], first)
+        run.update(first + cfg.adam_every - 1)
+        run.adam.zero_grad()
+        run.make_optimizers()
+        run.loader.load_state_dict({**run.loader.state_dict(), "step": first})
+        run.step = first
+        for _ in range(cfg.adam_every):
+            run.train_step()
+    return run
