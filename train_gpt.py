@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.encoding import encoding_for
+from data.encoding import encoding_for, longest_prefixes
 from data.errors import RunError, UsageError
 from data.loader import Batch, Docs, Loader, Validation, make_batch, to_device
 from data.shards import document_starts
@@ -52,6 +52,7 @@ from engine.checkpoint import read_checkpoint, write_checkpoint
 from engine.clock import Clock, Startup
 from engine.endings import Stopped, StopSignal, leave, report
 from engine.head_loss import HEAD_PIECE, HeadLoss, softcap, summed_cross_entropy
+from engine.head_mixing import mix_heads, mixing_mask
 from engine.kernels import Kernels
 from engine.log import Log
 from engine.ranks import Runtime
@@ -59,6 +60,9 @@ from engine.sampling import next_log_probs, sample_text
 from engine.settings import (
     ALL_POSITIVE, POSITIVE, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
     setting, show_value)
+from engine.token_factors import (
+    CONNECTIONS, HIDDEN, SCALE, connection_starts, gate_outputs, gate_slots, gate_starts, small_network,
+    weighted_sum)
 from muon import Muon
 
 # ------------------------------------------------------------------------------------------------------------
@@ -72,6 +76,8 @@ MOMENTUM = Rule("two numbers in [0, 1)", lambda xs: len(xs) == 2 and all(0 <= x 
 SOFTCAP = Rule("A,B,C with C above 0, or nothing", lambda xs: xs == () or (len(xs) == 3 and xs[2] > 0))
 FACTOR_ADAM = Rule("a factor and two betas in [0, 1)",
                    lambda xs: len(xs) == 3 and xs[0] >= 0 and all(0 <= x < 1 for x in xs[1:]))
+RISING = Rule("0 and then rising layers, or nothing",
+              lambda xs: xs == () or (xs[0] == 0 and all(a < b for a, b in zip(xs, xs[1:]))))
 SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 2 and xs[0] < xs[1]))
 
 
@@ -79,7 +85,9 @@ SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 
 class Config:
     """All settings of a run. Tuples indexed by stage repeat their last entry for later stages."""
 
-    track: str = setting("small", "preset that the other settings start from: small or shakespeare")
+    track: str = setting("small", "preset that the other settings start from: small, medium or shakespeare")
+    recipe: str = setting(
+        "base", "track small: base, or record89 (1285 steps, with what the public record learned since 80)")
     target_loss: float = setting(3.28, "validation loss in nats per token that the run tries to reach")
     seed: int = setting(0, "seed of the initial weights; the order of the data does not depend on it", SEED)
 
@@ -130,6 +138,9 @@ class Config:
         "loss weights of the next, second next, ... token; every stage fades out the last one; "
         "(1,) predicts the next only",
         ALL_POSITIVE)
+    prefix_weight: float = setting(
+        0.0, "loss weight of the longest token that the next one begins with; fades out in the second stage",
+        ZERO_OR_MORE)
     untie_stage: int = setting(2, "stage at which embedding and head part; 0 never tied, -1 always tied")
     untie_delay: int = setting(1, "moves of Adam in that stage before they do", ZERO_OR_MORE)
 
@@ -165,8 +176,20 @@ class Config:
     xsa_layers: tuple[int, ...] = setting(
         (1, 3, 4, 7, 8, 10), "layers that remove each token's own value from its output")
     inject_x0: bool = setting(True, "add the first embedding back in every layer")
+    mudd: bool = setting(
+        False, "mix early streams into the last layer and the head, by weights that each token sets; "
+               "instead of backout")
+    gate_networks: tuple[int, ...] = setting(
+        (), "layers, 0 first, at which a small network sets gates, XSA, x0, bigram and skip factors for each "
+            "token, up to the next such layer", RISING)
+    mix_window: int = setting(
+        0, "tokens over which heads of the last layer read what others attend to, by gate_networks; 0: none",
+        ZERO_OR_MORE)
     resid_init: float = setting(1.1, "initial factor of the residual stream per layer", ZERO_OR_MORE)
     head_std: float = setting(0.005, "standard deviation of the initial head and embedding", ZERO_OR_MORE)
+    mlp_out_std: float = setting(
+        0.0, "standard deviation of the initial MLP outputs times sqrt(D); 0.5 in other matrices",
+        ZERO_OR_MORE)
 
     # Optimizer
     optimizer: str = setting(
@@ -201,6 +224,8 @@ class Config:
     ema_frac: float = setting(
         0.0, "part of the schedule that the average of the weights remembers; 0: no average", FRACTION)
     ema_blend: float = setting(0.7, "part of that average in the final weights", FRACTION)
+    ema_of: str = setting(
+        "all", "weights that are averaged: all, or head (head and embedding)", one_of("all", "head"))
 
     # Hardware
     attention: str = setting(
@@ -229,10 +254,15 @@ class Config:
 
     @staticmethod
     def for_track(name: str, **changes) -> "Config":
-        """Return the preset of a track with some settings changed."""
+        """Return the preset of a track and its recipe with some settings changed."""
         if name not in TRACKS:
             raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {name!r}; choose one")
-        return Config(**{**TRACKS[name], "track": name, **changes})
+        recipe = changes.get("recipe", "base")
+        known = RECIPES if name == "small" else ("base",)
+        if recipe not in known:
+            raise UsageError(f"--recipe: expected one of {', '.join(known)} on track {name}, "
+                             f"found {recipe!r}; choose one")
+        return Config(**{**TRACKS[name], **RECIPES[recipe], "track": name, **changes})
 
     def __post_init__(self):
         """Check each setting by its own rule, then what two settings ask of each other."""
@@ -267,6 +297,14 @@ class Config:
         check("late_attn_layers", f"layers after cache_layer, {self.cache_layer}", late)
         some = len(set(self.no_attn_layers)) < self.num_layers
         check("no_attn_layers", "to leave a layer with attention", some)
+        last = self.num_layers - 1
+        attends = last not in self.no_attn_layers
+        whole = attends and self.cache_layer < last
+        check("mudd", "off without attention in the last layer, after cache_layer", whole or not self.mudd)
+        check("backout", "off with mudd, which begins as it does", not (self.mudd and self.backout))
+        alone = self.gate_networks and attends and last not in self.paired_layers
+        check("mix_window", "0 without gate_networks or unpaired attention in the last layer",
+              bool(alone) or not self.mix_window)
 
     @property
     def num_heads(self) -> int:
@@ -323,10 +361,24 @@ class Config:
 
 
 LAYER_SETTINGS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
-                  "attn_gate_layers", "xsa_layers", "skip")
+                  "attn_gate_layers", "xsa_layers", "skip", "gate_networks")
 
 TRACKS: dict[str, dict] = {
     "small": {},
+    # The size and schedule of public record 18 of track 2, in the model of track small. Nobody has run it.
+    "medium": dict(
+        target_loss=2.92,
+        # Schedule
+        train_steps=4740, stages=12, untie_stage=2, cooldown_frac=0.7, lr_floor=0.1,
+        batch_tokens=(131_072, 262_144, 393_216, 524_288), lr_mul=(1.0, 1.52, 1.73, 2.0), max_doc_len=(4096,),
+        window_short=(128, 384, 640, 768, 896, 1024, 1152, 1280, 1408),
+        window_long=(384, 896, 1408, 1664, 1920, 2176, 2432, 2688, 2944), window_final=3456,
+        # Model
+        num_layers=16, model_dim=1024, long_layers=(0, 4, 11, 15), no_attn_layers=(), paired_layers=(),
+        late_attn_layers=(), cache_layer=11, skip=(4, 10), value_embed_layers=(1, 2, 13, 14, 15),
+        attn_gate_layers=tuple(range(16)), xsa_layers=(), resid_init=1.05,
+        # Optimizer
+        muon_lr=0.015, normuon_beta2=0.95, adam_lr=0.004),
     # Bytes, two CPU cores, a minute: the roles of track small on four narrow layers.
     "shakespeare": dict(
         target_loss=1.6,
@@ -345,6 +397,14 @@ TRACKS: dict[str, dict] = {
         # Optimizer
         muon_lr=0.04, momentum_warmup=50, momentum_cooldown=20, ema_frac=0.15,
         adam_every=1, adam_eps=512e-10, table_lr_mul=25.0, factor_adam=(5.0, 0.9, 0.99), adamw_lr=0.0015),
+}
+
+RECIPES: dict[str, dict] = {  # of track small
+    "base": {},
+    # Public record 89 without its FP8 products of the MLP. No GPU has run it here.
+    "record89": dict(
+        train_steps=1285, extension_steps=15, prefix_weight=0.25, mudd=True, backout=False,
+        gate_networks=(0, 4), mix_window=112, attn_gate_layers=(3, 10), xsa_layers=(1, 3, 4, 7)),
 }
 
 ACTIONS = {  # flags that are no settings, and what argparse wants to know of them
@@ -395,6 +455,7 @@ def latest_checkpoint(log_dir: str) -> str:
 
 MATRICES = ("attn_qk", "attn_vo", "mlp_in", "mlp_out")  # banks of hidden matrices
 TABLES = ("head", "embed", "value_embeds", "bigram_embed")
+NETWORKS = ("gate_in", "gate_out", "mudd_in", "mudd_out")  # small ones, whose outputs are factors
 GATE_WIDTH = 12  # channels of the stream that a gate looks at
 NUM_SIGNS = 8192  # rows of random signs for the bigram embedding
 
@@ -437,10 +498,16 @@ class Context(NamedTuple):
     rope: list
     scale: float
     tied: bool
+    mixing: Tensor | None  # mask of the heads' mixing
+    prefixes: bool  # whether the loss has a part for prefixes of the targets
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer, as views of the banks. Layers without attention have none of its weights."""
+    """The weights of one layer, as views of the banks. Layers without attention have none of its weights.
+
+    Small networks replace factors by those of each token, (T, 1), and set the fields after bigram, (T, H)
+    where not said.
+    """
     qk: Tensor | None  # (2D, D)
     vo: Tensor | None  # (2, D, D)
     mlp_in: Tensor  # (4D, D)
@@ -449,6 +516,13 @@ class LayerWeights(NamedTuple):
     post: Tensor  # (2,) factors of what attention and the MLP add
     x0: Tensor | None  # factor of the first embedding
     bigram: Tensor | None  # factor of the bigram embedding
+    xsa: Tensor | None = None
+    attn_gate: Tensor | None = None
+    skip: Tensor | None = None  # (T, 1)
+    mix_in: Tensor | None = None  # heads whose attention is read by others
+    mix_out: Tensor | None = None  # heads that read by it
+    value_gate: Tensor | None = None
+    value: Tensor | None = None  # (T, D) added to the values
 
 
 class Inputs(NamedTuple):
@@ -475,6 +549,7 @@ class GPT(nn.Module):
         L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.padded_vocab
         self.attn_layers = [i for i in range(L) if i not in cfg.no_attn_layers]
         A, G = len(self.attn_layers), min(GATE_WIDTH, D)
+        static = not cfg.gate_networks
 
         def param(*shape):
             return nn.Parameter(torch.empty(shape))
@@ -492,7 +567,7 @@ class GPT(nn.Module):
         self.resid_lambdas = param(L, 2)
         self.post_lambdas = param(L, 2)
         self.attn_lambdas = param(A, 2)  # factors of the value and the output matrix
-        if cfg.inject_x0:
+        if cfg.inject_x0 and static:
             self.x0_lambdas = param(L)
         if cfg.value_embed_layers:
             num_tables = len(cfg.value_embed_layers)
@@ -500,20 +575,39 @@ class GPT(nn.Module):
             self.value_gates = param(num_tables, H, 2 * (G // 2))
         if cfg.bigram_rows:
             self.bigram_embed = param(cfg.bigram_rows, D)
-            self.bigram_lambdas = param(L)
+            if static:
+                self.bigram_lambdas = param(L)
             self.register_buffer("signs", torch.empty(NUM_SIGNS, D, dtype=torch.int8))
         if cfg.smear:
             self.smear_gate = param(1, G)
             self.smear_lambda = param(1)
-        if cfg.attn_gate_layers:
+        if cfg.attn_gate_layers and static:
             self.attn_gates = param(len(cfg.attn_gate_layers), H, G)
-        if cfg.xsa_layers:
+        if cfg.xsa_layers and static:
             self.xsa_alphas = param(len(cfg.xsa_layers), H)
         if cfg.skip:
-            self.skip_gate = param(1, G)
+            if static:
+                self.skip_gate = param(1, G)
             self.skip_lambda = param(1)
         if cfg.backout:
             self.backout_lambda = param(1)
+        if cfg.prefix_weight:
+            self.register_buffer("prefixes", torch.empty(V, dtype=torch.int64), persistent=False)
+        self.make_networks(param)
+
+    def make_networks(self, param):
+        """Make the parameters of the small networks: gates, then connections."""
+        cfg, D = self.cfg, self.cfg.model_dim
+        if cfg.gate_networks:
+            num_networks, outputs = len(cfg.gate_networks), gate_outputs(cfg)
+            self.gate_in = param(num_networks, HIDDEN, D)
+            self.gate_out = param(num_networks, outputs, HIDDEN)
+            self.gate_bias = param(num_networks, outputs)
+            self.gate_scale = param(1)
+        if cfg.mudd:
+            self.mudd_in = param(2, HIDDEN, D)
+            self.mudd_out = param(2, CONNECTIONS, HIDDEN)
+            self.mudd_bias = param(2, CONNECTIONS)
 
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype):
@@ -523,11 +617,13 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(cfg.seed)
         bound = 0.5 * math.sqrt(3 / cfg.model_dim)
         constants = {"resid_lambdas": math.sqrt(cfg.resid_init), "post_lambdas": 1.0, "bigram_lambdas": 0.05,
-                     "skip_lambda": -1.5, "backout_lambda": 0.5}
+                     "skip_lambda": -1.5, "backout_lambda": 0.5, "gate_scale": SCALE}
         for name, p in self.named_parameters():
             w = torch.zeros(p.shape)
             if name in ("attn_qk", "attn_vo", "mlp_in"):
                 w.uniform_(-bound, bound, generator=generator)
+            elif name == "mlp_out" and cfg.mlp_out_std:
+                w.uniform_(-1, 1, generator=generator).mul_(cfg.mlp_out_std * math.sqrt(3 / cfg.model_dim))
             elif name == "head":
                 w.normal_(0, cfg.head_std, generator=generator)
             elif name == "value_embeds":
@@ -535,12 +631,20 @@ class GPT(nn.Module):
             elif name == "attn_lambdas":
                 w[:, 0] = 0.5
                 w[:, 1] = 1.0
+            elif name in ("gate_in", "mudd_in"):
+                w.uniform_(-cfg.model_dim**-0.5, cfg.model_dim**-0.5, generator=generator)
+            elif name == "gate_bias":
+                w = gate_starts(cfg) / SCALE
+            elif name == "mudd_bias":
+                w = connection_starts(cfg) / SCALE
             else:  # MLP outputs, bigram table and all gates start at zero
                 w.fill_(constants.get(name, 0.0))
             p.data = w.to(p.device, dtype if name in MATRICES + TABLES else torch.float32)
         self.embed.copy_(self.head)
         if cfg.bigram_rows:
             self.signs.copy_(torch.randint(0, 2, self.signs.shape, generator=generator) * 2 - 1)
+        if cfg.prefix_weight:
+            self.prefixes.fill_(-1)  # until the clock runs: the public record pays for the table as well
 
     def layer_weights(self) -> list[LayerWeights]:
         """Return the weights layer by layer. Each bank is taken apart once,
@@ -555,22 +659,26 @@ class GPT(nn.Module):
         for i, layer_qk, layer_vo in attention:
             qk[i] = layer_qk
             vo[i] = layer_vo
-        x0 = self.x0_lambdas.unbind() if cfg.inject_x0 else nothing
-        bigram = self.bigram_lambdas.unbind() if cfg.bigram_rows else nothing
+        static = not cfg.gate_networks
+        x0 = self.x0_lambdas.unbind() if cfg.inject_x0 and static else nothing
+        bigram = self.bigram_lambdas.unbind() if cfg.bigram_rows and static else nothing
         columns = (qk, vo, self.mlp_in.unbind(), self.mlp_out.unbind(), self.resid_lambdas.unbind(),
                    self.post_lambdas.unbind(), x0, bigram)
         return [LayerWeights(*weights) for weights in zip(*columns)]
 
-    def forward(self, tokens: Tensor, targets: Tensor, ctx: Context, mtp_weights: Tensor) -> Tensor:
-        """Return the training loss: the summed cross entropy of the next tokens, weighted by mtp_weights
+    def forward(self, tokens: Tensor, targets: Tensor, ctx: Context, loss_weights: Tensor) -> Tensor:
+        """Return the training loss: the summed cross entropy of the next tokens, weighted by loss_weights
         (K,).
 
         Multi-token prediction (record 53): the same logits also predict later tokens, which teaches the trunk
-        more per token while the weights of later tokens fade out over the run.
+        more per token while the weights of later tokens fade out over the run. Prefix tokens (record 88): so
+        does the longest token that the next one begins with, for the last weight.
         """
         x = self.trunk(tokens, ctx)
         fp8, onednn = self.kernels.fp8_head, self.kernels.onednn
-        return HeadLoss.apply(x, self.head, targets, mtp_weights, self.cfg.softcap, HEAD_PIECE, fp8, onednn)
+        prefixes = self.prefixes[targets] if ctx.prefixes else None
+        return HeadLoss.apply(x, self.head, targets, loss_weights, self.cfg.softcap, HEAD_PIECE, fp8, onednn,
+                              prefixes)
 
     def evaluate(self, tokens: Tensor, targets: Tensor, ctx: Context) -> Tensor:
         """Return the sum of the T cross entropies of the next token, in fp32."""
@@ -592,13 +700,23 @@ class GPT(nn.Module):
         inputs = Inputs(x0, bigram, self.value_embeddings(tokens))
 
         x = x0
+        if cfg.gate_networks:
+            self.set_gates(0, x, layers)
         if cfg.bigram_rows:
             x = x + layers[0].bigram * bigram
+        first = x
 
         cached = early = None  # the streams that later layers read
         recompute = cfg.recompute and torch.is_grad_enabled()
-        for i, weights in enumerate(layers):
-            args = i, x, cached, early, weights, inputs, ctx
+        for i in range(cfg.num_layers):
+            if i in cfg.gate_networks[1:]:
+                self.set_gates(i, x, layers)
+            if cfg.mudd and i == cfg.num_layers - 1:
+                before_last = x
+                x = self.connect(x, first, cached, layers)
+                inputs = inputs._replace(x0=first)
+
+            args = i, x, cached, early, layers[i], inputs, ctx
             x = checkpoint(self.layer, *args, use_reentrant=False) if recompute else self.layer(*args)
             if i == cfg.cache_layer:
                 cached = x
@@ -608,7 +726,38 @@ class GPT(nn.Module):
         # Backout (record 40): early layers may write what only attention needs; the head does not see it.
         if cfg.backout:
             x = x - self.backout_lambda.type_as(x) * cached
+        if cfg.mudd:
+            value = inputs.values[cfg.value_embed_layers[0]] if cfg.value_embed_layers else None
+            x = x + weighted_sum(self.connections(1, x), [first, cached, before_last, value, early])
         return norm(x)
+
+    def set_gates(self, i: int, x: Tensor, layers: list[LayerWeights]):
+        """Set the gates of the layers from i to the next network's for each token (record 85). x: (T, D)."""
+        n = self.cfg.gate_networks.index(i)
+        slots = gate_slots(self.cfg)[n]
+        scale = self.gate_scale.type_as(x)
+        values = small_network(x, self.gate_in[n], self.gate_out[n], self.gate_bias[n], scale)
+        start = 0
+        for slot in slots:
+            gate = values[:, start : start + slot.width]
+            layers[slot.layer] = layers[slot.layer]._replace(**{slot.kind: gate})
+            start += slot.width
+
+    def connections(self, n: int, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of a network of connections, each (T, 1); see connection_starts."""
+        mu = small_network(x, self.mudd_in[n], self.mudd_out[n], self.mudd_bias[n], SCALE)
+        return mu.split(1, dim=1)
+
+    def connect(self, x: Tensor, first: Tensor, cached: Tensor, layers: list[LayerWeights]) -> Tensor:
+        """Return the stream into the last layer, mixed with earlier ones, and set its factors (record 81)."""
+        mu = self.connections(0, x)
+        streams = [first, cached, x]
+        H = self.cfg.num_heads
+        halves = mu[6].expand(-1, H // 2), mu[7].expand(-1, H - H // 2)
+        layers[-1] = layers[-1]._replace(
+            value=weighted_sum(mu[:3], streams), value_gate=torch.cat(halves, 1),
+            resid=(mu[8], mu[12]), post=(mu[9], mu[13]), x0=mu[10], bigram=mu[11])
+        return x + weighted_sum(mu[3:6], streams)
 
     def first_embedding(self, tokens: Tensor, tied: bool) -> Tensor:
         """(T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
@@ -661,15 +810,17 @@ class GPT(nn.Module):
             kept = weights.resid[0] * x
             x = kept + weights.post[0] * self.attention(norm(source), i, weights, value_embed, ctx)
             # The first embeddings again (record 9): no layer has to carry them along.
-            if cfg.inject_x0:
+            if weights.x0 is not None:
                 x = x + weights.x0 * inputs.x0
             if cfg.bigram_rows and i > 0:
                 x = x + weights.bigram * inputs.bigram
 
         # One skip from an early to a middle layer (records 11 and 45), gated by the token.
         if cfg.skip and i == cfg.skip[1]:
-            seen = inputs.x0[:, : self.skip_gate.size(1)]
-            gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
+            gate = weights.skip
+            if gate is None:
+                seen = inputs.x0[:, : self.skip_gate.size(1)]
+                gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
             x = x + torch.sigmoid(self.skip_lambda.type_as(x)) * gate * early
 
         hidden = F.relu(self.linear(norm(x), weights.mlp_in))
@@ -686,15 +837,7 @@ class GPT(nn.Module):
         # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
         # layers.
         q, k = norm(self.linear(h, weights.qk).view(T, 2, H, d)).unbind(1)
-        v = self.linear(h, weights.vo[0]).view(T, H, d)
-
-        # Value embeddings: what a token offers, looked up instead of computed; the gate starts at 1.
-        if value_embed is not None:
-            gates = self.value_gates[cfg.value_embed_layers.index(i)]
-            half = gates.size(1) // 2
-            seen = torch.cat([h[:, :half], value_embed[:, :half]], 1)
-            gate = 2 * torch.sigmoid(F.linear(seen, gates.type_as(h)))
-            v = v + gate[..., None] * value_embed.view(T, H, d)
+        v = self.values(h, i, weights, value_embed)
 
         # Half of each head rotates (record 17); the other half can match content at any distance.
         q = rotary(q, *ctx.rope[paired])
@@ -713,18 +856,45 @@ class GPT(nn.Module):
         else:
             y = self.kernels.attend(q, k, v, mask, ctx.scale)
 
+        # Mixing of heads (record 85): a token may read by one head what another head found.
+        if weights.mix_in is not None:
+            heads_in = F.rms_norm(weights.mix_in.float(), (H,), eps=1e-6).type_as(y)
+            y = y + mix_heads(q, k, v, heads_in, weights.mix_out, ctx.mixing, ctx.scale)
+
         # Exclusive self attention (record 82, arXiv 2603.09078): remove what a token only tells itself.
         if i in cfg.xsa_layers:
-            alpha = torch.tanh(self.xsa_alphas[cfg.xsa_layers.index(i)]).type_as(y)[:, None]
+            strength = self.xsa_alphas[cfg.xsa_layers.index(i)] if weights.xsa is None else weights.xsa
+            alpha = torch.tanh(strength).type_as(y)[..., None]
             removed = alpha * v
             y = y - removed * ((y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8))
 
         # A gate on each head's output (record 28) lets a head attend to nothing.
         if i in cfg.attn_gate_layers:
-            gates = self.attn_gates[cfg.attn_gate_layers.index(i)]
-            gate = torch.sigmoid(F.linear(h[:, : gates.size(1)], gates.type_as(h)))
+            gate = weights.attn_gate
+            if gate is None:
+                gates = self.attn_gates[cfg.attn_gate_layers.index(i)]
+                gate = torch.sigmoid(F.linear(h[:, : gates.size(1)], gates.type_as(h)))
             y = y * gate[..., None]
         return self.linear(y.reshape(T, D), weights.vo[1])
+
+    def values(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None) -> Tensor:
+        """Return the values of layer i, (T, H, d)."""
+        heads = len(h), self.cfg.num_heads, self.cfg.head_dim
+        v = self.linear(h, weights.vo[0]).view(heads)
+
+        # Value embeddings: what a token offers, looked up instead of computed; the gate starts at 1.
+        if value_embed is not None:
+            gate = weights.value_gate
+            if gate is None:
+                gates = self.value_gates[self.cfg.value_embed_layers.index(i)]
+                half = gates.size(1) // 2
+                seen = torch.cat([h[:, :half], value_embed[:, :half]], 1)
+                gate = 2 * torch.sigmoid(F.linear(seen, gates.type_as(h)))
+            v = v + gate[..., None] * value_embed.view(heads)
+
+        if weights.value is not None:
+            v = v + weights.value.view(heads)
+        return v
 
     def context(self, docs: Docs, step: int, final: bool = False) -> Context:
         """Return masks, rotary tables and scale of the stage of a step.
@@ -742,7 +912,8 @@ class GPT(nn.Module):
                 return self.kernels.make_mask(paired_docs(docs) if paired else docs, windows[long])
 
         masks = [[mask(long, paired) for paired in (False, True)] for long in (False, True)]
-        return Context(masks, rope, scale, cfg.tied(step))
+        mixing = mixing_mask(docs, cfg.mix_window) if cfg.mix_window else None
+        return Context(masks, rope, scale, cfg.tied(step), mixing, prefix_weight(cfg, step) > 0)
 
     def rotary_tables(self, stage: int, docs: Docs) -> tuple[float, list]:
         """Return the softmax scale and the (cos, sin) of plain and of paired heads, kept for the next call.
@@ -764,15 +935,17 @@ class GPT(nn.Module):
 
     def matmul_params(self) -> int:
         """Return the number of weights that multiply every token."""
-        return sum(getattr(self, name).numel() for name in MATRICES) + self.head.numel()
+        others = [p for name, p in self.named_parameters() if name in ("head", *NETWORKS)]
+        return sum(getattr(self, name).numel() for name in MATRICES) + sum(p.numel() for p in others)
 
     def flops_per_token(self, stage: int) -> int:
         """Return training FLOPs: 6 per weight, and 12 D per visible key and attention layer, windows taken as
         full.
 
-        Paired heads have half the heads at twice the places, which is the same.
+        Paired heads have half the heads at twice the places, which is the same. The mixing of heads is one
+        more attention.
         """
-        keys = 0
+        keys = self.cfg.mix_window
         for i in self.attn_layers:
             window = "window_long" if i in self.cfg.long_layers else "window_short"
             keys += self.cfg.by_stage(window, stage) + 1  # and the token itself
@@ -814,6 +987,24 @@ def mtp_weights(cfg: Config, step: int) -> tuple[float, ...]:
         return kept
     start, end = (*cfg.stage_starts, cfg.train_steps)[stage : stage + 2]
     return (*kept[:-1], kept[-1] * (1 - (step - start) / (end - start)))
+
+
+def prefix_weight(cfg: Config, step: int) -> float:
+    """Return the loss weight of prefix tokens: whole in the first stage, falling to zero in the second."""
+    stage = cfg.stage(step)
+    if stage == 0:
+        return cfg.prefix_weight
+    if stage > 1:
+        return 0.0
+    start, end = (*cfg.stage_starts, cfg.train_steps)[1:3]
+    return cfg.prefix_weight * (1 - (step - start) / (end - start))
+
+
+def loss_weights(cfg: Config, step: int) -> tuple[float, ...]:
+    """Return the weights of the loss's parts: those of the next tokens, then that of prefixes where it is
+    not zero."""
+    prefix = prefix_weight(cfg, step)
+    return (*mtp_weights(cfg, step), prefix) if prefix else mtp_weights(cfg, step)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -865,6 +1056,13 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
         "value_gates": gate,
         "attn_gates": gate,
         "skip_gate": adam(0.05, 0, (0.9, 0.99)),
+        "gate_in": adam(0.1, 1, (0.9, 0.99)),
+        "gate_out": adam(0.1, 1, (0.9, 0.99)),
+        "gate_bias": adam(0.1, 0, (0.9, 0.99)),
+        "gate_scale": adam(0.1, 0, (0.9, 0.99)),
+        "mudd_in": adam(0.25, 1, (0.9, 0.99)),
+        "mudd_out": adam(0.25, 1, (0.9, 0.99)),
+        "mudd_bias": adam(0.25, 0, (0.9, 0.99)),
     }
     if cfg.optimizer == "adamw":
         adamw = Row("adam", cfg.adamw_lr, cfg.adamw_wd, False, (0.9, 0.95))
@@ -878,7 +1076,8 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
 EMA_EVERY = 4  # steps between two looks at the weights for their average: each is a pass over all of them
 MODEL_SETTINGS = (  # what a checkpoint's weights depend on
     "vocab_size", "num_layers", "model_dim", "head_dim", "mlp_ratio", "no_attn_layers", "value_embed_layers",
-    "bigram_rows", "smear", "pairing", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0")
+    "bigram_rows", "smear", "pairing", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0",
+    "mudd", "gate_networks", "mix_window")
 
 
 class Run:
@@ -896,6 +1095,7 @@ class Run:
         cuda = rt.device.type == "cuda"
         self.loader = rt.together(Loader, cfg, rt.rank, rt.world, cuda)
         self.validation = rt.together(Validation, cfg, rt.rank, rt.world, cuda)
+        self.encoding = rt.together(encoding_for, cfg.bos_id) if cfg.prefix_weight else None
         self.startup.mark("data")
 
         self.kernels = Kernels.choose(cfg, rt.device)
@@ -983,6 +1183,12 @@ class Run:
         self.average_weights()
         return self.read_stats(stats)
 
+    def fill_prefixes(self):
+        """Build the table of prefix tokens. The clock runs, as it does in the public record."""
+        if self.encoding is not None:
+            longest = longest_prefixes(self.encoding.pieces())
+            self.model.prefixes[: len(longest)] = torch.from_numpy(longest)
+
     def accumulate(self, batches: list[Batch], step: int) -> Tensor:
         """Add the gradient of the loss of some slices to .grad; return the sum of their losses.
 
@@ -991,7 +1197,7 @@ class Run:
         """
         device = self.rt.device
         pin = device.type == "cuda"  # an unpinned copy would make the host wait for the step before
-        weights = torch.tensor(mtp_weights(self.cfg, step), pin_memory=pin).to(device, non_blocking=True)
+        weights = torch.tensor(loss_weights(self.cfg, step), pin_memory=pin).to(device, non_blocking=True)
         share = self.rt.world / self.cfg.slices  # Adam and Muon average over the ranks
         total = 0.0
         for batch in batches:
@@ -1052,7 +1258,8 @@ class Run:
             return
         if left % EMA_EVERY:
             return
-        weights = dict(self.model.named_parameters())
+        weights = {name: p for name, p in self.model.named_parameters()
+                   if cfg.ema_of == "all" or name in ("head", "embed")}
         if self.ema is None:
             self.ema = {name: p.float().clone() for name, p in weights.items()}
         for name, p in weights.items():
@@ -1210,8 +1417,8 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.ema = None
         if state["ema"]:
-            weights = self.model.named_parameters()
-            self.ema = {name: state["ema"][name].to(p.device).view_as(p) for name, p in weights}
+            averaged = [(name, p) for name, p in self.model.named_parameters() if name in state["ema"]]
+            self.ema = {name: state["ema"][name].to(p.device).view_as(p) for name, p in averaged}
         torch.set_rng_state(state["rng"])
 
 
@@ -1242,6 +1449,7 @@ def train(run: Run, log: Log):
     saved_at = run.step
 
     clock.start()
+    run.fill_prefixes()
     while True:
         done = run.step == cfg.train_steps
         whole = run.step % cfg.adam_every == 0  # no gradient is half summed up

@@ -19,8 +19,12 @@ from bench import pictures
 from data.errors import UsageError, run_program
 from data.files import written_whole
 from records import logs
-from train_gpt import TRACKS, Config
+from train_gpt import RECIPES, TRACKS, Config
 
+PRESETS = {  # tracks, and recipes of track small
+    **{name: Config.for_track(name) for name in TRACKS},
+    **{name: Config.for_track("small", recipe=name) for name in RECIPES if name != "base"},
+}
 TECHNIQUES = Path("docs/techniques.md")
 RESULTS = Path("docs/results.md")
 README = Path("README.md")
@@ -55,15 +59,15 @@ def shown(value) -> str:
 
 
 def settings_line(line: str) -> str:
-    """The values of the settings that a line names; in brackets, those of tracks that have others."""
-    names = [name for name in re.findall(r"`(\w+)`", line) if name not in TRACKS]
+    """The values of the settings that a line names; in brackets, those of presets that have others."""
+    names = [name for name in re.findall(r"`(\w+)`", line) if name not in PRESETS]
     entries = []
     for name in names:
         if not hasattr(Config, name):
             raise UsageError(f"{TECHNIQUES}: expected settings of Config, found {name!r}; correct {line!r}")
-        values = {track: shown(getattr(Config.for_track(track), name)) for track in TRACKS}
-        default, *_ = values.values()
-        others = [f"`{track}` {value}" for track, value in values.items() if value != default]
+        values = {preset: shown(getattr(cfg, name)) for preset, cfg in PRESETS.items()}
+        default = values["small"]
+        others = [f"`{preset}` {value}" for preset, value in values.items() if value != default]
         entries.append(f"`{name}` {default}" + (f" ({', '.join(others)})" if others else ""))
     return f"- Settings: {'; '.join(entries)}" if entries else line
 

@@ -24,7 +24,7 @@ from data.errors import run_program
 from engine.kernels import choose_ns_dtype
 from tools.gpus import GPUS, Gpu, find_gpu
 from tools.plan import muon_flops, muon_matrices, shapes_of
-from train_gpt import MATRICES, TABLES, Config, optimizer_table
+from train_gpt import MATRICES, NETWORKS, TABLES, Config, optimizer_table
 
 HOST_GB_S = 25.0  # from the host's memory, over PCIe 4; assumed
 PARTS = ("attention", "projections", "MLP", "head and loss", "tables", "elementwise", "gradient sums", "Muon",
@@ -109,6 +109,8 @@ def keys_seen(cfg: Config, docs: list[np.ndarray], stage: int) -> int:
         window = windows[min(stage, len(windows) - 1)]
         double = 2 if i in cfg.paired_layers else 1
         keys += sum(visible(double * d, window) for d in docs) // double
+    if cfg.mix_window:  # the mixing of heads is one more attention
+        keys += sum(visible(d, cfg.mix_window - 1) for d in docs)
     return keys
 
 
@@ -167,11 +169,16 @@ def model_work(cfg: Config, dtype: torch.dtype, docs: list[np.ndarray], step: in
 
     # Passes over the stream, forward: norm 2, queries and keys 4, residual and what is added to it 5; MLP:
     # norm 2, residual 3, ReLU^2 2 per unit of width; the special layers; both ends. Backward: twice that.
+    # Connections read three streams for the values, three for the last layer and five for the head.
     values = len(cfg.value_embed_layers)
     special = 3 * values + 3 * len(cfg.xsa_layers) + 2 * len(cfg.attn_gate_layers)
+    special += 14 * cfg.mudd + 6 * bool(cfg.mix_window)
     passes = 11 * A + (5 + 2 * cfg.mlp_ratio) * L + special + 12
     gates = T * (size["value_gates"] + size["attn_gates"] + size["skip_gate"])
     gates += (T - M) * size["smear_gate"]
+    gates += T * sum(size[name] for name in NETWORKS)
+    if cfg.mudd and L - 1 in cfg.value_embed_layers:  # the last one is the connections'
+        gates -= T * size["value_gates"] // values
     banks = sum(size[name] for name in MATRICES)  # their gradients are put together from those of layers
 
     bigrams = bool(cfg.bigram_rows)

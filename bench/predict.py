@@ -22,6 +22,8 @@ PEAK = RANKS * H100.tflops * 1e12
 KERNELS = 0.075  # of a step's time: what upstream's kernels save that we have not; estimated 6 to 9 %
 GOAL = 60.0  # seconds
 RECORD = 1.406 * 60  # record 80: 1480 steps of the same batches, documents and windows
+MERGED = 1.23 * 60  # record 89, the newest that is merged: 1285 steps
+UNMERGED = 39.914  # a proposal of 2026-08-31 (pull request 360), by its author; record 89 took 73.889 s there
 
 
 class Input(NamedTuple):
@@ -53,10 +55,10 @@ def seconds(work: float, steps, utilization, efficiency, host, planned: int = 14
     return work * steps / planned / (PEAK * utilization * efficiency) * host
 
 
-def count() -> dict:
+def count(recipe: str = "base") -> dict:
     """Count FLOPs of the schedule, the head's part of them, and the floor of each part on one of 8 ranks,
     in ms."""
-    cfg = Config.for_track("small")
+    cfg = Config.for_track("small", recipe=recipe)
     work = head = 0.0
     floor, stages = dict.fromkeys(floors.PARTS, 0.0), []
     for first, end in zip(cfg.stage_starts, (*cfg.stage_starts[1:], cfg.train_steps)):
@@ -122,15 +124,30 @@ communication already, as upstream's do.
 
 {floors}
 
+## Recipes and public times
+
+{recipes}
+
+The prediction of `--recipe=record89` takes the same rates, and 1285 steps for granted. The public record 89
+also has FP8 in the products of its MLP, 1.8 s of its time by its own records, which ours has not. The
+unmerged proposal has changed the training loss, the tables and the optimizer too:
+[docs/frontier.md](../docs/frontier.md).
+
 ## What would have to be true for {goal:.0f} s
 
 {needed}
 
-Upstream's best code reaches 41.7 % on eight GPUs (public) and needs 1285 steps, with techniques that ours
-leaves out. At {steps} steps the floors leave hardly any room for {goal:.0f} s unless elementwise passes
-melt into the products around them. One GPU at our goal of 55 % and 1285 steps together would take
-{best:.0f} s; either alone is not enough.
+Upstream's best merged code reaches 41.7 % on eight GPUs (public) and needs 1285 steps. At {steps} steps the
+floors leave hardly any room for {goal:.0f} s unless elementwise passes melt into the products around them.
+One GPU at our goal of 55 % and 1285 steps together would take {best:.0f} s; either alone is not enough.
 """
+
+
+def row_of(name: str, counted: dict, predicted: float, public: float) -> list:
+    """Return a row of the table of recipes. counted: see count()."""
+    tokens = f"{counted['tokens'] / 1e6:.1f}"
+    work = f"{counted['work'] / 1e17:.2f}"
+    return [name, counted["steps"], tokens, work, f"{predicted:.0f}", f"{public:.1f}"]
 
 
 def page() -> str:
@@ -141,16 +158,23 @@ def page() -> str:
     slow = seconds(work, *(x.slow for x in INPUTS))
     low, median, high = spread(work)
     floor = {part: ms for part, ms in c["floors"].items() if ms > 0.05}
+    more = count("record89")
+    recipe = seconds(more["work"], 1285, INPUTS[1].central, efficiency, 1, planned=1285)
     needed = {n: work * n / steps / PEAK / GOAL for n in (1480, 1400, 1285)}
     text = PAGE.lstrip("\n").format(
         central=central, low=low, median=median, high=high, fast=fast, slow=slow, goal=GOAL, peak=H100.tflops,
         tokens=c["tokens"] / 1e6, steps=steps, work=work / 1e17, head=c["head"], record=RECORD,
         record_share=work / PEAK / RECORD, our_share=INPUTS[1].central * efficiency,
+        
         longer=1 / (1 - c["head"] / 2) - 1, without=central / (1 - c["head"] / 2),
         floor_ms=sum(floor.values()), floor_s=steps * sum(floor.values()) / 1000,
         step_ms=1000 * central / steps, best=seconds(work, 1285, 0.55, efficiency, 1),
         inputs=grid(Input._fields, [
             [x.name, f"{x.fast:g}", f"{x.central:.4g}", f"{x.slow:g}", x.kind, x.source] for x in INPUTS]),
+        recipes=grid(["what", "steps", "tokens, M", "FLOPs, e17", "predicted, s", "public, s"], [
+            row_of("track small, and record 80", c, central, RECORD),
+            row_of("--recipe=record89, and record 89 (merged)", more, recipe, MERGED),
+            ["pull request 360 (not merged)", "-", "-", "-", "-", f"{UNMERGED:.1f}"]]),
         stages=grid(["steps", "tokens per step", "MFLOP per token"], [
             [f"{first} to {end}", f"{n:,}", f"{mflop:.1f}"] for first, end, n, mflop in c["stages"]]),
         floors=grid(["part", "floor, ms per step and rank", "of the central step"], [

@@ -22,6 +22,10 @@ class ByteEncoding:
     """Text as its UTF-8 bytes."""
     bos = BYTE_BOS
 
+    def pieces(self) -> list[bytes]:
+        """Return the bytes of every token; none of the one that starts a document."""
+        return [bytes([i]) for i in range(BYTE_BOS)] + [b""]
+
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
 
@@ -36,6 +40,10 @@ class GPT2Encoding:
     def __init__(self, pairs):
         self.pairs = pairs
 
+    def pieces(self) -> list[bytes]:
+        """Return the bytes of every token; none of the one that starts a document."""
+        return [self.pairs.decode_single_token_bytes(i) for i in range(GPT2_BOS)] + [b""]
+
     def encode(self, text: str) -> np.ndarray:
         # To an array: 10 % faster than encode_ordinary, whose result is a Python list. Allowing no special
         # token makes "<|endoftext|>" in a text the ordinary characters that it is there.
@@ -43,6 +51,23 @@ class GPT2Encoding:
 
     def decode(self, ids) -> bytes:
         return self.pairs.decode_bytes([int(i) for i in ids if i < GPT2_BOS])
+
+
+def longest_prefixes(pieces: list[bytes]) -> np.ndarray:
+    """Return for each token the one whose bytes are the longest proper prefix of its own, -1 where none is.
+
+    pieces: the bytes of each token, b"" for those that stand for no text. In sorted order a prefix comes
+    before all that it begins, so the candidates for the next token are a stack.
+    """
+    longest = np.full(len(pieces), -1, dtype=np.int64)
+    open_ids = []  # each one's bytes begin those of the next
+    for i in sorted(filter(pieces.__getitem__, range(len(pieces))), key=pieces.__getitem__):
+        while open_ids and not pieces[i].startswith(pieces[open_ids[-1]]):
+            open_ids.pop()
+        if open_ids:
+            longest[i] = open_ids[-1]
+        open_ids.append(i)
+    return longest
 
 
 def gpt2_encoding(network: bool = True) -> GPT2Encoding:

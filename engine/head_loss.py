@@ -31,15 +31,25 @@ def softcap(logits: Tensor, cap: tuple[float, ...]) -> Tensor:
     return A * torch.sigmoid((logits + B) / C)
 
 
-def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor,
+                     prefixes: Tensor | None = None) -> Tensor:
     """Return the sum over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k].
 
     logits: (T, V), targets: (T,), weights: (K,). Targets past the end are left out. The same logits serve all
-    K, so no head is added.
+    K, so no head is added. prefixes: (T,) one more target of each position, -1 where there is none, with one
+    more weight at the end.
     """
     T = len(targets)
     log_z = torch.logsumexp(logits.float(), -1)
     loss = logits.new_zeros((), dtype=torch.float32)
+    if prefixes is not None:
+        prefix_weight = weights[-1]
+        weights = weights[:-1]
+        known = prefixes >= 0
+        chosen = logits[known].gather(1, prefixes[known, None])
+        cross_entropy = log_z[known] - chosen[:, 0].float()
+        loss = loss + prefix_weight * cross_entropy.sum()
+
     for k, weight in enumerate(weights.unbind()):
         known = slice(T - k)  # positions whose k-th next token is in the sequence
         chosen = logits[known].gather(1, targets[k:, None])
@@ -67,17 +77,21 @@ class HeadLoss(torch.autograd.Function):
 
     The logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and
     what is kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in
-    FP8, see to_fp8; onednn: products in fp32 by oneDNN.
+    FP8, see to_fp8; onednn: products in fp32 by oneDNN. prefixes: as in multi_token_loss.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False):
-        T, K = len(x), len(weights)
+    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False, prefixes=None):
+        T, K = len(x), len(weights) - (prefixes is not None)
         padded = F.pad(targets, (0, K - 1), value=-1)
         ahead = padded.unfold(0, K, 1)  # (T, K): the next token, the second next, ...
         t = torch.arange(T, device=x.device)[:, None]
         exists = t + torch.arange(K, device=x.device) < T
-        token_weights = weights * exists
+        token_weights = weights[:K] * exists
+        if prefixes is not None:
+            column = prefixes[:, None]
+            ahead = torch.cat([ahead, column], 1)
+            token_weights = torch.cat([token_weights, weights[K:] * (column >= 0)], 1)
 
         if fp8:
             slope = cap[0] / cap[2] / 4 if cap else 1.0  # the steepest of the softcap
@@ -105,7 +119,7 @@ class HeadLoss(torch.autograd.Function):
         dx, dhead = ctx.saved_tensors
         dx = dx * grad.to(dx.dtype)
         dhead = dhead * grad.to(dhead.dtype)
-        return dx, dhead, *[None] * 6
+        return dx, dhead, *[None] * 7
 
 
 def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tuple[Tensor, Tensor]:

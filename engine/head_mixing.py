@@ -22,31 +22,45 @@ def mixing_mask(docs: Docs, window: int) -> Tensor:
     """(N, 1, W, 2 W) bool: which of the last `window` tokens, itself included, a token reads."""
     T = len(docs.ids)
     N = -(-T // window)
-    ids = F.pad(docs.ids, (window, N * window - T), value=-1).unfold(0, 2 * window, window)  # (N, 2 W)
+    padded = F.pad(docs.ids, (window, N * window - T), value=-1)
+    key_ids = padded.unfold(0, 2 * window, window)  # (N, 2 W)
+    query_ids = key_ids[:, window:]
 
-    query = torch.arange(window, 2 * window, device=ids.device)[:, None]
-    distance = query - torch.arange(2 * window, device=ids.device)
+    query = torch.arange(window, 2 * window, device=padded.device)
+    key = torch.arange(2 * window, device=padded.device)
+    distance = query[:, None] - key
     near = (distance >= 0) & (distance < window)
-    return (near & (ids[:, window:, None] == ids[:, None, :]))[:, None]
+
+    same_document = query_ids[:, :, None] == key_ids[:, None, :]
+    return (near & same_document)[:, None]
 
 
 def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """What every head's output gains. q, k, v: (T, H, d); w1, w2: (T, H); mask: see mixing_mask.
-    Returns (T, H, d)."""
+    """Return what every head's output gains, (T, H, d).
+
+    q, k, v: (T, H, d); w1: (T, H) weights of the heads whose attention is mixed; w2: (T, H) of those that
+    read by the mixture; mask: see mixing_mask; scale: of the softmax.
+    """
     T, H, d = q.shape
-    N, W = mask.size(0), mask.size(2)
+    N, _, W, _ = mask.shape
 
     def blocks(x: Tensor, before: int) -> Tensor:
-        """(T, H, width) to (N, H, before + W, width):
-        each block with `before` tokens of the one before it."""
+        """(T, H, width) to (N, H, before + W, width): each block with `before` tokens of the one before
+        it."""
         padded = F.pad(x, (0, 0, 0, 0, before, N * W - T))
         return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
 
-    scores = scale * blocks(q, 0) @ blocks(k, W).transpose(2, 3)
-    lowest = torch.finfo(scores.dtype).min  # not infinity: padding behind the last token reads nothing at all
-    p = torch.softmax(scores.masked_fill(~mask, lowest), -1, dtype=torch.float32).type_as(q)
+    # The softmax of every head. Padding behind the last token reads nothing at all, so what is hidden has the
+    # lowest number and not infinity.
+    queries = blocks(q, 0)
+    keys = blocks(k, W)
+    scores = scale * queries @ keys.transpose(2, 3)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    p = torch.softmax(scores, -1, dtype=torch.float32).type_as(q)
 
+    # One mixture of them, by which all heads read.
     mixed = (blocks(w1[..., None], 0) * p).sum(1, keepdim=True)  # (N, 1, W, 2 W)
     read = mixed @ blocks(v, W)
+
     gain = blocks(w2[..., None], 0) * read
     return gain.transpose(1, 2).reshape(N * W, H, d)[:T]

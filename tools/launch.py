@@ -57,7 +57,7 @@ def prepare_data(cfg: Config) -> int:
     maker = MAKERS.get(os.path.dirname(cfg.train_files))
     if maker is None:
         return 0
-    arguments = [str(shards_needed(cfg))] if cfg.track == "small" else []
+    arguments = [str(shards_needed(cfg))] if cfg.track != "shakespeare" else []
     try:
         return subprocess.run([sys.executable, "-m", maker, *arguments]).returncode
     except KeyboardInterrupt:  # the script has it too, and has said so

@@ -45,14 +45,18 @@ def muon_matrices(cfg: Config) -> list[tuple[int, int]]:
     return [(m, n) for count, m, n in banks for _ in range(count)]
 
 
+def size_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
     """Return the bytes that stay in memory on the fullest of `world` ranks, by kind."""
     table = optimizer_table(cfg)
     split = dtype == torch.bfloat16  # a bf16 weight has a lower half beside it: together they are fp32
-    weights = adam = travelling = count = 0
+    weights = adam = travelling = averaged = 0
     for name, p in shapes_of(cfg).named_parameters():
         low = split and name in MATRICES + TABLES
-        count += p.numel()
+        averaged += p.numel() * (cfg.ema_of == "all" or name in ("head", "embed"))
         weights += p.numel() * (2 if low else 4)
         if table[name].optimizer == "adam":
             sharded = world > 1 and p.numel() % world == 0 and p.numel() >= 2**16
@@ -70,8 +74,8 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
         "gradients": weights,
         "Adam: moments, low halves": adam,
         "Muon: momentum, low halves": muon,
-        "average of the weights": 4 * count if cfg.ema_frac else 0,
-        "signs of the bigrams": sum(b.numel() for b in shapes_of(cfg).buffers()),
+        "average of the weights": 4 * averaged if cfg.ema_frac else 0,
+        "signs of the bigrams, prefix tokens": sum(map(size_of, shapes_of(cfg).buffers())),
         "gathers and reductions": travelling,
     }
 
@@ -97,6 +101,9 @@ def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> 
     layers = cfg.num_layers - len(set(cfg.no_attn_layers))
     extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
     streams = attention * layers + (mlp + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + ends
+    streams += 13 * cfg.mudd
+    if cfg.mix_window:  # blocks of queries, keys and values; four times softmaxes of twice the window, by head
+        streams += 8 + 8 * cfg.mix_window // cfg.head_dim
     worst = logit_bytes * min(tokens, HEAD_PIECE) * cfg.padded_vocab
     stream = tokens * cfg.model_dim * dtype.itemsize
     if cfg.recompute:  # the input of each layer stays, and of one layer at a time everything
@@ -198,7 +205,7 @@ def column(cfg: Config, dtype: torch.dtype, compiled: bool, world: int, gib: flo
 
 
 def data_size(cfg: Config) -> str:
-    if cfg.track != "small":
+    if cfg.track == "shakespeare":
         return "a few MB"
     count = shards_needed(cfg)
     return f"{count} shards of 200 MB and one for validation: {0.2 * (count + 1):.1f} GB"

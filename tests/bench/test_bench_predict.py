@@ -28,6 +28,20 @@ def test_prediction_is_the_formula_of_its_inputs():
     assert fast < low < central < high < slow
 
 
+def test_the_recipes_stand_beside_the_public_times():
+    """Both predictions by hand, from the FLOPs of their stages."""
+    rows = re.findall(r"^\| ([^|]+) \| ([\d-]+) \| [^|]+ \| ([\d.-]+) \| ([\d-]+) \| ([\d.]+) \|$",
+                      PAGE.read_text(encoding="utf-8"), re.M)
+    expected = (("base", 1480, "84.4"), ("record89", 1285, "73.8"))
+    assert len(rows) == 3 and rows[2][3:] == ("-", "39.9")
+    for (name, steps, flops, predicted, public), (recipe, count, time) in zip(rows, expected):
+        c = predict.count(recipe)
+        work = sum((end - first) * tokens * mflop * 1e6 for first, end, tokens, mflop in c["stages"])
+        assert int(steps) == c["steps"] == count and public == time
+        assert float(flops) == pytest.approx(work / 1e17, abs=0.006)
+        assert float(predicted) == pytest.approx(work / (8 * 989.4e12 * 0.44 / 1.075 * 0.946), abs=0.6)
+
+
 def test_inputs_say_where_they_come_from_and_which_way_is_faster():
     for x in predict.INPUTS:
         assert x.source and x.kind.split(",")[0] in ("measured", "public", "assumed")

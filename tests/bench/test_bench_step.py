@@ -33,7 +33,10 @@ def test_visible_keys_are_those_of_the_mask(window):
     assert floors.visible(2 * np.array(lengths), window) == masked_mask(paired_docs(docs), window).sum()
 
 
-@pytest.mark.parametrize("base", [SMALL, BARE], ids=["all", "bare"])
+RECORD_89 = dict(SMALL, mudd=True, backout=False, gate_networks=(0, 4), attn_gate_layers=(3, 10))
+
+
+@pytest.mark.parametrize("base", [SMALL, BARE, RECORD_89], ids=["all", "bare", "networks"])
 @pytest.mark.parametrize("stage", [0, 2])
 def test_counted_flops_are_those_of_a_real_forward_and_backward(monkeypatch, base, stage):
     """Attention is written out, so that it computes, and the counter counts, every pair of a query and a

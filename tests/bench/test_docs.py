@@ -44,7 +44,7 @@ def test_what_the_command_writes_is_what_is_there():
 
 def test_every_technique_of_the_trainer_has_one_block():
     named = [name for block in BLOCKS for name in re.findall(r"`(\w+)` ", entries(block, "Settings:"))
-             if name not in docs.TRACKS]
+             if name not in docs.PRESETS]
     assert len(named) == len(set(named))
     fields = [f.name for f in dataclasses.fields(Config)]
     of_training = fields[fields.index("train_steps"):fields.index("attention")]  # schedule, model, optimizer
@@ -82,7 +82,7 @@ def test_public_times_are_those_of_the_history():
 
 def test_settings_and_measurements_are_written_anew_and_names_are_checked():
     line = docs.settings_line("- Settings: `smear` off; `skip`")
-    assert line == "- Settings: `smear` on; `skip` 3,6 (`shakespeare` 0,2)"
+    assert line == "- Settings: `smear` on; `skip` 3,6 (`medium` 4,10, `shakespeare` 0,2)"
     with pytest.raises(UsageError, match="expected settings of Config, found 'smaer'"):
         docs.settings_line("- Settings: `smaer`")
     row = docs.ROW.match("| skip | 1 | 1.6736 | -0.0064 ± 0.0252 | 0.984 | -0.0093 |")

@@ -15,7 +15,7 @@ from tests.helpers.fake_hub import REVISION, serve
 from tests.helpers.gpt2 import fill_cache
 
 from data import fineweb, shards, texts
-from data.encoding import ByteEncoding, GPT2Encoding, gpt2_encoding
+from data.encoding import ByteEncoding, GPT2Encoding, gpt2_encoding, longest_prefixes
 from data.errors import UsageError
 from data.fetch import FetchError
 from data.files import ROOT, sha256_of
@@ -198,6 +198,32 @@ def test_bad_parquet_rows_and_columns_are_named(tmp_path):
             list(read_texts([path], field))
 
 
+def prefixes_by_trial(pieces: list[bytes]) -> list[int]:
+    """The definition: of all proper prefixes of a token's bytes the longest that is a token."""
+    number = {piece: i for i, piece in enumerate(pieces) if piece}
+    tried = ([piece[:n] for n in range(len(piece) - 1, 0, -1)] for piece in pieces)
+    return [next((number[prefix] for prefix in cuts if prefix in number), -1) for cuts in tried]
+
+
+@pytest.mark.parametrize("pieces, expected", [
+    ([b"a", b"ab", b"abcd", b"abc", b"b", b"bd", b"abx", b""], [-1, 0, 3, 1, -1, 4, 1, -1]),
+    ([b"", b"zz", b"y"], [-1, -1, -1]), ([b"a\xff", b"a", b"a\xff\xff"], [1, -1, 0]), ([], [])])
+def test_the_longest_prefix_of_a_token_is_the_longest_token_that_it_begins_with(pieces, expected):
+    assert longest_prefixes(pieces).tolist() == prefixes_by_trial(pieces) == expected
+
+
+def test_the_longest_prefixes_of_random_tokens_equal_the_definition():
+    rng = np.random.default_rng(0)
+    words = {bytes(rng.integers(97, 100, rng.integers(1, 7)).astype(np.uint8)) for _ in range(300)}
+    pieces = [*rng.permutation(sorted(words, key=hash)).tolist(), b""]
+    assert longest_prefixes(pieces).tolist() == prefixes_by_trial(pieces)
+
+
+def test_no_byte_begins_with_another():
+    pieces = ByteEncoding().pieces()
+    assert len(pieces) == 257 and set(longest_prefixes(pieces)) == {-1}
+
+
 # ---------------------------------------------------------------------------- the command, on bytes
 
 
@@ -280,6 +306,14 @@ def gpt2(gpt2_cache, monkeypatch) -> GPT2Encoding:
     assert encoding.encode("hello world").tolist() == [31373, 995]
     assert encoding.decode([50256, 31373, 995]) == b"hello world"
     return encoding
+
+
+def test_the_longest_prefixes_of_all_of_gpt2_equal_the_definition(gpt2):
+    pieces = gpt2.pieces()
+    found = longest_prefixes(pieces)
+    assert len(found) == 50_257 and found.tolist() == prefixes_by_trial(pieces)
+    assert (found >= 0).sum() == 50_257 - 1 - 256  # all but single bytes and the start of a document
+    assert pieces[found[pieces.index(b" hello")]] == b" hell"
 
 
 def test_a_vocabulary_that_is_not_here_is_one_sentence(tmp_path, monkeypatch):

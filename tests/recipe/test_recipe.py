@@ -4,7 +4,7 @@ steps (n = 21).
 
 Each row is a setting or a parameter's optimizer: our value, the record's where it differs, the place in the
 record's train_gpt.py, and what a difference does. A value that moves without its row fails here, and so does
-a new setting."""
+a new setting. RECORD_89 holds the rows of the preset --recipe=record89."""
 import dataclasses
 import math
 from typing import NamedTuple
@@ -49,6 +49,7 @@ SETTINGS = {
     "cooldown_frac": Row(0.6, "TrainingSchedule(cooldown_frac=)"),
     "lr_floor": Row(0.15, "TrainingSchedule.get_lr"),
     "mtp_weights": Row((1.0, 0.5, 0.25), "TRAINING_STAGES: mtp_weights_start and _end"),
+    "prefix_weight": Row(0.0, OURS_ALONE),
     "untie_stage": Row(2, "TrainingSchedule(split_embed_stage=)"),
     "untie_delay": Row(1, "TrainingSchedule.split_step: after Adam's first step of the stage"),
     # Model
@@ -79,8 +80,10 @@ SETTINGS = {
     "attn_gate_layers": Row(ATTENTION_LAYERS, "GPT.attn_gate_bank"),
     "xsa_layers": Row((1, 3, 4, 7, 8, 10), "record 82, GPT.forward: xsa_layers_set"),
     "inject_x0": Row(True, "GPT.x0_lambdas"),
+    "mudd": Row(False, OURS_ALONE), "gate_networks": Row((), OURS_ALONE), "mix_window": Row(0, OURS_ALONE),
     "resid_init": Row(1.1, "GPT.resid_lambdas"),
     "head_std": Row(0.005, "GPT.lm_head"),
+    "mlp_out_std": Row(0.0, "GPT.mlp_bank: c_proj"),
     # Optimizer
     "optimizer": Row("muon", "NorMuonAndAdam"),
     "muon_lr": Row(0.023, "TrainingManager: normuon_defaults"),
@@ -101,9 +104,20 @@ SETTINGS = {
         (1.0, 0.9, 0.95), "TrainingManager.param_table: x0_lambdas, bigram_lambdas; record 82: xsa_alphas"),
     "cautious": Row(True, "NorMuonAndAdam: mask"),
     "adamw_lr": Row(0.001, OURS_ALONE), "adamw_wd": Row(0.1, OURS_ALONE),
-    "ema_frac": Row(0.0, OURS_ALONE), "ema_blend": Row(0.7, OURS_ALONE),
+    "ema_frac": Row(0.0, OURS_ALONE), "ema_blend": Row(0.7, OURS_ALONE), "ema_of": Row("all", OURS_ALONE),
 }
-NO_MATHEMATICS = {"track", "seed", "train_files", "val_files"}
+RECORD_89 = {  # what --recipe=record89 changes; the places are those of record 89, commit f411b3d3
+    "train_steps": Row(1285, "Hyperparameters.num_scheduled_iterations + num_extension_iterations"),
+    "extension_steps": Row(15, "Hyperparameters.num_extension_iterations"),
+    "prefix_weight": Row(0.25, "TRAINING_STAGES: prefix_weight_start and _end"),
+    "mudd": Row(True, "GPT.init_mudd"),
+    "backout": Row(False, "GPT.init_mudd: the second block begins with it"),
+    "gate_networks": Row((0, 4), "GPT.init_mudd_gate, GPT.forward: the second one is evaluated before layer 4"),
+    "mix_window": Row(112, "CausalSelfAttention.forward: DC correction, GPT.dc_layers"),
+    "attn_gate_layers": Row((3, 10), "GPT.attn_gate_layers"),
+    "xsa_layers": Row((1, 3, 4, 7), "GPT.init_mudd_gate: layout of the gates"),
+}
+NO_MATHEMATICS = {"track", "recipe", "seed", "train_files", "val_files"}
 FIRST_OF_THE_MACHINE = "attention"  # from this field of Config on, settings are of hardware and run
 
 TABLE = "TrainingManager.param_table: "
@@ -130,6 +144,14 @@ OPTIMIZERS = {  # parameter: Adam (factors of lr and of decay, betas), or Muon (
     "skip_gate": Row(("adam", 0.05, 0, (0.9, 0.99)), TABLE + "skip_gate"),
     "value_gates": Row(("adam", 1, 1, (0.9, 0.99)), TABLE + "ve_gate_bank"),
     "attn_gates": Row(("adam", 1, 1, (0.9, 0.99)), TABLE + "attn_gate_bank"),
+    # Of record 89 only
+    "gate_in": Row(("adam", 0.1, 1, (0.9, 0.99)), TABLE + "mudd_gate_w1"),
+    "gate_out": Row(("adam", 0.1, 1, (0.9, 0.99)), TABLE + "mudd_gate_w2"),
+    "gate_bias": Row(("adam", 0.1, 0, (0.9, 0.99)), TABLE + "mudd_gate_b2"),
+    "gate_scale": Row(("adam", 0.1, 0, (0.9, 0.99)), TABLE + "_mudd_gate_scale"),
+    "mudd_in": Row(("adam", 0.25, 1, (0.9, 0.99)), TABLE + "mudd_w1"),
+    "mudd_out": Row(("adam", 0.25, 1, (0.9, 0.99)), TABLE + "mudd_w2"),
+    "mudd_bias": Row(("adam", 0.25, 0, (0.9, 0.99)), TABLE + "mudd_b2"),
 }
 
 DIFFERENCES = {  # that no setting holds: (ours, the record's, what it does to the loss)
@@ -156,6 +178,12 @@ DIFFERENCES = {  # that no setting holds: (ours, the record's, what it does to t
     "warm-up": ("one made-up step a stage", "14 real steps, restored", "none"),
     "seeds": ("--seed, 0 by default", "none", "repeated runs need different seeds"),
     "torch": ("2.13", "2.10", "up to 5e-4 between builds in the record's own notes"),
+}
+DIFFERENCES_89 = {  # further ones, of --recipe=record89
+    "products of the MLP": ("in bf16", "forward in FP8", "+0.0009 in the record's logs; they cost time"),
+    "first steps of stages 2 and 3": (
+        "424 and 846, where Adam's sums are empty", "423 and 847", "a step of another batch size"),
+    "mixing of heads": ("softmax in fp32, products in bf16", "one kernel in fp32", "a little more rounding"),
 }
 
 
@@ -184,13 +212,32 @@ def test_every_parameter_has_its_row_and_its_optimizer():
         assert [found.betas] == betas or kind == "muon", changed(name, found, row)
 
 
+def test_the_recipe_of_record_89_changes_what_its_rows_say_and_nothing_else():
+    base, other = (dataclasses.asdict(Config.for_track("small", recipe=name)) for name in ("base", "record89"))
+    different = {name for name in base if base[name] != other[name]} - {"recipe"}
+    assert different == set(RECORD_89)
+    for name, row in RECORD_89.items():
+        assert other[name] == row.ours, changed(name, other[name], row)
+
+
+def test_tokens_and_learning_rates_of_record_89_are_the_record_s():
+    """55.4, 111.1, 166.3 and 5.9 M tokens in stages of 423, 424, 423 and 15 steps; ours are 424, 422, 424, 15."""
+    cfg = Config.for_track("small", recipe="record89")
+    theirs = 423 * 131_072 + 424 * 262_144 + 438 * 393_216
+    assert theirs == 338_821_120 and abs(cfg.train_tokens / theirs - 1) < 1e-12
+    assert cfg.stage_starts == (0, 424, 846, 1270)
+    assert [cfg.untie_step, int(1270 * (1 - cfg.cooldown_frac))] == [848, 508]
+    assert learning_rate(cfg, 508) == 1.52 and learning_rate(cfg, 845) > 0.91
+
+
 def test_the_rows_differ_from_the_record_only_where_they_say_what_that_does():
     for name, row in SETTINGS.items():
         assert row.theirs == "the same" or row.effect, name
     differing = {name for name, row in SETTINGS.items() if row.theirs != "the same"}
     assert differing == {"bigram_rows", "bigram_signs"}
     assert all(row.theirs == "the same" for row in OPTIMIZERS.values())
-    assert all(len(parts) == 3 and all(parts) for parts in DIFFERENCES.values())
+    assert all(row.theirs == "the same" for row in RECORD_89.values())
+    assert all(len(parts) == 3 and all(parts) for parts in (*DIFFERENCES.values(), *DIFFERENCES_89.values()))
 
 
 def test_tokens_and_learning_rates_of_the_whole_run_are_the_record_s():

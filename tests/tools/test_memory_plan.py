@@ -15,6 +15,7 @@ from train_gpt import EMA_EVERY, Config
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 torch.set_num_threads(1)  # tiny tensors
 LARGE = dict(BARE, num_layers=3, long_layers=(1,), mlp_ratio=3)  # three MLPs
+RECORD_89 = dict(mudd=True, backout=False, gate_networks=(0, 3), mix_window=8)
 LARGE |= dict(model_dim=128, head_dim=64, vocab_size=500, bigram_rows=1000)  # tables in parts
 
 
@@ -30,8 +31,9 @@ def state_bytes(optimizer) -> int:
     dict(normuon_beta2=0.0),
     dict(dtype="bfloat16", ema_frac=0.5),
     dict(optimizer="adamw"),
+    dict(RECORD_89, prefix_weight=0.25, ema_frac=0.5, ema_of="head"),
     BARE,
-], ids=["no normuon", "bfloat16", "adamw", "bare"])
+], ids=["no normuon", "bfloat16", "adamw", "record 89", "bare"])
 def test_what_stays_in_memory_is_what_a_run_has(tmp_path, changes):
     run = make_run(tmp_path, **{**SMALL, **changes})
     for p in run.model.parameters():
@@ -46,7 +48,7 @@ def test_what_stays_in_memory_is_what_a_run_has(tmp_path, changes):
         "Adam: moments, low halves": state_bytes(run.adam),
         "Muon: momentum, low halves": state_bytes(run.muon),
         "average of the weights": nbytes((run.ema or {}).values()),
-        "signs of the bigrams": nbytes(run.model.buffers()),
+        "signs of the bigrams, prefix tokens": nbytes(run.model.buffers()),
         "gathers and reductions": 0,
     }
 
@@ -99,9 +101,11 @@ SHORT = dict(BARE, num_layers=2, long_layers=(1,), xsa_layers=(0,), value_embed_
 @pytest.mark.parametrize("base, T, compiled", [
     (SMALL, 768, False),
     (SMALL | DEEP, 384, False),
+    (SMALL | RECORD_89, 768, False),
+    (SMALL | RECORD_89 | dict(mix_window=64), 768, False),
     (BARE, 512, False),
     (SHORT, 512, True),
-], ids=["small", "deep", "bare", "compiled"])
+], ids=["small", "deep", "record 89", "wide mixing", "bare", "compiled"])
 def test_the_formula_lies_a_little_above_what_a_real_pass_keeps(base, T, compiled):
     """In eager fp32 up to 40 %: the formula is made for bf16, whose norms keep an fp32 copy."""
     cfg = config(base)

@@ -55,11 +55,11 @@ NOT_NEGATIVE = [
     "extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every", "keep", "seed",
     "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr", "adam_lr",
     "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init", "ema_frac",
-    "ema_blend"]
+    "ema_blend", "prefix_weight", "mlp_out_std", "mix_window"]
 BY_STAGE = ["batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"]
 LAYERS = [
     "long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
-    "attn_gate_layers", "xsa_layers", "skip"]
+    "attn_gate_layers", "xsa_layers", "skip", "gate_networks"]
 REFUSED = [
     *[(name, 0) for name in POSITIVE],
     *[(name, -1) for name in POSITIVE + NOT_NEGATIVE],
@@ -97,6 +97,10 @@ REFUSED = [
     ("dtype", "float16"),
     ("compile", "yes"),
     ("coefficients", "best"),
+    ("ema_of", "tables"),
+    ("gate_networks", (1,)),
+    ("gate_networks", (0, 2, 2)),
+    ("mix_window", 4),  # without networks that set its weights
 ]
 RELATED = {"model_dim": {"head_dim"}, "val_slice": {"val_tokens"}, "slices": {"batch_tokens"},
            "vocab_size": {"bos_id"}, "cache_layer": {"late_attn_layers"}, "num_layers": set(LAYERS)}
@@ -115,6 +119,33 @@ def test_an_impossible_setting_is_refused_by_name_with_what_was_found(name, valu
 def test_paired_layers_need_an_even_number_of_heads():
     with pytest.raises(UsageError, match="--paired_layers: expected none, .* number of heads, 3, is odd"):
         config(model_dim=24, paired_layers=(1,))
+
+
+@pytest.mark.parametrize("changes, refused", [
+    (dict(mudd=True), "backout"),
+    (dict(mudd=True, backout=False, no_attn_layers=(5,)), "mudd"),
+    (dict(mudd=True, backout=False, cache_layer=5, late_attn_layers=()), "mudd"),
+    (dict(gate_networks=(0,), mix_window=4, paired_layers=(5,)), "mix_window"),
+], ids=str)
+def test_networks_need_the_last_layer_as_it_is(changes, refused):
+    with pytest.raises(UsageError, match=f"--{refused}: expected "):
+        config(**changes)
+
+
+def test_a_recipe_changes_its_track_and_settings_change_the_recipe():
+    base, other = (Config.for_track("small", recipe=name) for name in ("base", "record89"))
+    assert base == Config.for_track("small") and other.train_steps == 1285 and other.muon_lr == base.muon_lr
+    assert Config.for_track("small", recipe="record89", train_steps=1300).train_steps == 1300
+    assert Config.for_track(**dataclasses.asdict(other) | {"name": "small"}) == other  # from a checkpoint
+
+
+@pytest.mark.parametrize("track, recipe, known", [
+    ("small", "record90", "base, record89"), ("medium", "record89", "base"),
+    ("shakespeare", "record89", "base")])
+def test_an_unknown_recipe_is_refused_with_the_known_ones(track, recipe, known):
+    message = f"--recipe: expected one of {known} on track {track}, found '{recipe}'"
+    with pytest.raises(UsageError, match=message):
+        Config.for_track(track, recipe=recipe)
 
 
 def test_the_vocabulary_is_padded_to_a_multiple_of_128():

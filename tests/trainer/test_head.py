@@ -43,12 +43,12 @@ def compiled(function):
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
-def both(x, head, targets, weights, cap, size, fp8=False, onednn=False, apply=HeadLoss.apply):
+def both(x, head, targets, weights, cap, size, fp8=False, onednn=False, apply=HeadLoss.apply, prefixes=None):
     """(loss, its gradients of x and head) in one pass and by the definition, of which twice the loss is
     used."""
     weights = torch.tensor(weights)
-    ours = apply(x, head, targets, weights, cap, size, fp8, onednn)
-    exact = multi_token_loss(softcap((x.double() @ head.double().t()), cap), targets, weights)
+    ours = apply(x, head, targets, weights, cap, size, fp8, onednn, prefixes)
+    exact = multi_token_loss(softcap((x.double() @ head.double().t()), cap), targets, weights, prefixes)
     return [(loss, *torch.autograd.grad(2 * loss, (x, head))) for loss in (ours, exact)]
 
 
@@ -67,6 +67,26 @@ def test_head_and_loss_in_one_equal_their_definition(cap, weights):
 @pytest.mark.parametrize("cap, weights, size", [((), (1.0,), 100), (CAP, (1.0, 0.5, 0.25), 15)])
 def test_head_and_loss_are_the_same_when_compiled(cap, weights, size):
     assert_near(*both(*example(), weights, cap, size, apply=compiled(HeadLoss.apply)), 1e-5)  # fp32
+
+
+PREFIXES = torch.randint(-5, 50, (37,), generator=torch.Generator().manual_seed(3)).clamp(min=-1)
+
+
+@pytest.mark.parametrize("cap, weights", [((), (1.0, 0.25)), (CAP, (1.0, 0.5, 0.25, 0.125))])
+def test_with_prefix_tokens_they_equal_their_definition_too(cap, weights):
+    assert 2 <= (PREFIXES < 0).sum() <= 15
+    for size, apply in ((10, HeadLoss.apply), (100, HeadLoss.apply), (15, compiled(HeadLoss.apply))):
+        assert_near(*both(*example(), weights, cap, size, apply=apply, prefixes=PREFIXES), 1e-5)  # fp32
+
+
+def test_a_prefix_token_is_one_more_target_of_the_same_logits():
+    _, _, targets = example()
+    logits = torch.randn(37, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    log_p = torch.log_softmax(logits, -1)
+    extra = -sum(log_p[t, prefix] for t, prefix in enumerate(PREFIXES.tolist()) if prefix >= 0)
+    without = multi_token_loss(logits, targets, torch.tensor([1.0, 0.5]))
+    full = multi_token_loss(logits, targets, torch.tensor([1.0, 0.5, 0.25]), PREFIXES)
+    torch.testing.assert_close((full - without).double(), 0.25 * extra, rtol=1e-4, atol=0)  # fp32
 
 
 @needs_onednn

@@ -2,11 +2,13 @@
 gradients."""
 import ctypes
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.kernels import Kernels
+from engine.token_factors import gate_slots
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from train_gpt import GPT, MATRICES, TABLES, Config
 
@@ -72,9 +74,35 @@ def turned(x, position, frequencies):
     return torch.stack(parts)
 
 
-def slow_attention(P, cfg, i, h, tokens, stage, window):
-    """h: the normed input of layer i per token. Returns the output per token, and the values per token and
-    head."""
+def slow_network(P, kind, n, scale, x):
+    """One small network on one token: the outputs."""
+    hidden = P[f"{kind}_in"][n] @ x
+    hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    return scale * (P[f"{kind}_out"][n] @ hidden + P[f"{kind}_bias"][n])
+
+
+def slow_gates(P, cfg, n, x):
+    """(kind, layer) -> the factors of each token that network n sets. x: a vector per token."""
+    outputs = [slow_network(P, "gate", n, P["gate_scale"][0], v) for v in x]
+    found, first = {}, 0
+    for slot in gate_slots(cfg)[n]:
+        found[slot.kind, slot.layer] = [z[first : first + slot.width] for z in outputs]
+        first += slot.width
+    return found
+
+
+def slow_mixture(w_in, w_out, t, q, k, v, seen, scale):
+    """What heads gain at token t, where they may read the tokens `seen`. w_in, w_out: (H,)."""
+    heads = range(len(w_in))
+    w_in = w_in / (w_in.square().mean() + 1e-6).sqrt()
+    p = [torch.softmax(scale * torch.stack([q[t][g] @ k[s][g] for s in seen]), 0) for g in heads]
+    A = sum(w_in[g] * p[g] for g in heads)
+    return [w_out[a] * sum(A[m] * v[s][a] for m, s in enumerate(seen)) for a in heads]
+
+
+def slow_attention(P, cfg, i, h, tokens, stage, window, gates, mu, streams):
+    """h: the normed input of layer i per token; mu, streams: connections and what they mix into the values,
+    or None. Returns the output per token."""
     D, H, d = cfg.model_dim, cfg.num_heads, cfg.head_dim
     n = [k for k in range(cfg.num_layers) if k not in cfg.no_attn_layers].index(i)
     Wq, Wk = P["attn_qk"].reshape(-1, 2, H, d, D)[n]
@@ -90,8 +118,13 @@ def slow_attention(P, cfg, i, h, tokens, stage, window):
             m = cfg.value_embed_layers.index(i)
             row = P["value_embeds"][m * cfg.padded_vocab + tokens[t]]
             half = P["value_gates"].size(2) // 2
-            gates = 2 * sigma(P["value_gates"][m] @ torch.cat([h[t][:half], row[:half]]))
-            v[t] = [v[t][a] + gates[a] * row[a * d : (a + 1) * d] for a in range(H)]
+            by_head = 2 * sigma(P["value_gates"][m] @ torch.cat([h[t][:half], row[:half]]))
+            if mu:
+                by_head = [mu[t][6] if a < H // 2 else mu[t][7] for a in range(H)]
+            v[t] = [v[t][a] + by_head[a] * row[a * d : (a + 1) * d] for a in range(H)]
+        if mu:
+            more = sum(mu[t][n] * streams[n][t] for n in range(3))
+            v[t] = [v[t][a] + more[a * d : (a + 1) * d] for a in range(H)]
     if cfg.key_offset and i in cfg.long_layers:
         k = [k[0]] + [[torch.cat([k[t][a][: d // 2], k[t - 1][a][d // 2 :]]) for a in range(H)]
                       for t in range(1, T)]
@@ -106,7 +139,11 @@ def slow_attention(P, cfg, i, h, tokens, stage, window):
 
     outputs = []
     for t in range(T):
-        y = []
+        y, gains = [], None
+        if ("mix_in", i) in gates:
+            seen = [s for s in range(max(0, t - cfg.mix_window + 1), t + 1) if document[s] == document[t]]
+            weights = gates["mix_in", i][t], gates["mix_out", i][t]
+            gains = slow_mixture(*weights, t, q, k, v, seen, scale)
         for a in range(H):
             places = [(s, b) for s in range(t + 1) for b in partners(a) if document[s] == document[t]]
             if paired:
@@ -116,10 +153,14 @@ def slow_attention(P, cfg, i, h, tokens, stage, window):
                 places = [(s, b) for s, b in places if t - s <= window]
             e = torch.exp(scale * torch.stack([(q[t][a] * k[s][b]).sum() for s, b in places]))
             z = (e / e.sum()) @ torch.stack([v[s][b] for s, b in places])
+            z = z + gains[a] if gains else z
             if i in cfg.xsa_layers:
-                own, alpha = v[t][a], P["xsa_alphas"][cfg.xsa_layers.index(i), a]
+                own = v[t][a]
+                alpha = gates["xsa", i][t][a] if gates else P["xsa_alphas"][cfg.xsa_layers.index(i), a]
                 z = z - torch.tanh(alpha) * (z @ own) / (own @ own) * own
-            if i in cfg.attn_gate_layers:
+            if i in cfg.attn_gate_layers and gates:
+                z = z * gates["attn_gate", i][t][a]
+            elif i in cfg.attn_gate_layers:
                 w = P["attn_gates"][cfg.attn_gate_layers.index(i), a]
                 z = z * sigma(w @ h[t][: len(w)])
             y.append(z)
@@ -142,28 +183,61 @@ def slow_log_probs(P, signs, cfg, tokens, stage, tied, final=False):
             before = tokens[t - 1] if t else 0
             row = P["bigram_embed"][bigram_row(tokens[t], before, t, cfg.bigram_rows)]
             B.append(row * signs[(tokens[t] ^ before) % 8192] if cfg.bigram_signs else row)
-        x = [x[t] + P["bigram_lambdas"][0] * B[t] for t in range(T)]
-    outputs = {}
+    gates, mu, streams = {}, None, None
+
+    def factor(kind, i, t):
+        """Of x0 or bigram."""
+        return gates[kind, i][t] if gates else P[f"{kind}_lambdas"][i]
+
+    if cfg.gate_networks:
+        gates.update(slow_gates(P, cfg, 0, x0))
+    if B:
+        x = [x[t] + factor("bigram", 0, t) * B[t] for t in range(T)]
+    outputs, c0 = {}, x
     for i in range(cfg.num_layers):
         (a, b), (p, r) = P["resid_lambdas"][i], P["post_lambdas"][i]
+        if i in cfg.gate_networks[1:]:
+            gates.update(slow_gates(P, cfg, cfg.gate_networks.index(i), x))
+        if cfg.mudd and i == cfg.num_layers - 1:
+            into_last, streams = x, (c0, outputs[cfg.cache_layer], x)
+            mu = [slow_network(P, "mudd", 0, 0.1, v) for v in x]
+            x = [(1 + mu[t][5]) * x[t] + mu[t][3] * c0[t] + mu[t][4] * streams[1][t] for t in range(T)]
         if i not in cfg.no_attn_layers:
             source = outputs[cfg.cache_layer] if i in cfg.late_attn_layers else x
             windows = cfg.window_long if i in cfg.long_layers else cfg.window_short
             window = windows[min(stage, len(windows) - 1)]
             window = cfg.window_final if final and i in cfg.long_layers else window
-            y = slow_attention(P, cfg, i, [rms(v) for v in source], tokens, stage, window)
-            x = [a * x[t] + p * y[t] for t in range(T)]
-            if cfg.inject_x0:
-                x = [x[t] + P["x0_lambdas"][i] * x0[t] for t in range(T)]
-            if B and i:
-                x = [x[t] + P["bigram_lambdas"][i] * B[t] for t in range(T)]
+            source = [rms(v) for v in source]
+            y = slow_attention(P, cfg, i, source, tokens, stage, window, gates, mu, streams)
+            if mu:
+                x = [m[8] * x[t] + m[9] * y[t] + m[10] * c0[t] for t, m in enumerate(mu)]
+                x = [x[t] + (m[11] * B[t] if B else 0) for t, m in enumerate(mu)]
+            else:
+                x = [a * x[t] + p * y[t] for t in range(T)]
+            if cfg.inject_x0 and not mu:
+                x = [x[t] + factor("x0", i, t) * x0[t] for t in range(T)]
+            if B and i and not mu:
+                x = [x[t] + factor("bigram", i, t) * B[t] for t in range(T)]
         if cfg.skip and i == cfg.skip[1]:
-            w, s = P["skip_gate"][0], P["skip_lambda"][0]
-            x = [x[t] + sigma(s) * 2 * sigma(w @ x0[t][: len(w)]) * outputs[cfg.skip[0]][t] for t in range(T)]
+            s = P["skip_lambda"][0]
+            if gates:
+                by_token = gates["skip", i]
+            else:
+                w = P["skip_gate"][0]
+                by_token = [2 * sigma(w @ x0[t][: len(w)]) for t in range(T)]
+            x = [x[t] + sigma(s) * by_token[t] * outputs[cfg.skip[0]][t] for t in range(T)]
         hidden = [torch.clamp(P["mlp_in"][i] @ rms(v), min=0) ** 2 for v in x]
-        x = outputs[i] = [b * x[t] + r * (P["mlp_out"][i] @ hidden[t]) for t in range(T)]
+        factors = [(m[12], m[13]) for m in mu] if mu else [(b, r)] * T
+        x = outputs[i] = [b * x[t] + r * (P["mlp_out"][i] @ hidden[t]) for t, (b, r) in enumerate(factors)]
     if cfg.backout:
         x = [x[t] - P["backout_lambda"][0] * outputs[cfg.cache_layer][t] for t in range(T)]
+    if cfg.mudd:
+        mu = [slow_network(P, "mudd", 1, 0.1, v) for v in x]
+        mixed = [c0, outputs[cfg.cache_layer], into_last]
+        mixed.append([P["value_embeds"][token] for token in tokens] if cfg.value_embed_layers else None)
+        mixed.append(outputs[cfg.skip[0]] if cfg.skip else None)
+        terms = [(n, stream) for n, stream in enumerate(mixed) if stream]
+        x = [x[t] + sum(mu[t][n] * stream[t] for n, stream in terms) for t in range(T)]
     logits = torch.stack([P["head"] @ rms(v) for v in x])
     if cfg.softcap:
         A, shift, C = cfg.softcap
@@ -206,6 +280,7 @@ def compare(cfg, stage=0, tied=False, weights=(1.0,), final=False, backend="mask
 
 
 EMBEDS = dict(value_embed_layers=(0, 2))
+GATED = dict(attn_gate_layers=(1, 2), xsa_layers=(0, 3), inject_x0=True, bigram_rows=13, skip=(0, 2))
 TECHNIQUES = {
     "nothing": {},
     "partial key offset": dict(key_offset=True),
@@ -232,7 +307,15 @@ TECHNIQUES = {
     "backout": dict(backout=True),
     "softcap": dict(softcap=(23.0, 5.0, 7.5)),
     "an odd number of heads": dict(model_dim=24),
+    "connections": dict(mudd=True),
+    "connections of all streams": dict(
+        mudd=True, skip=(0, 2), value_embed_layers=(0, 3), bigram_rows=13, inject_x0=True),
+    "gates of one network": dict(GATED, gate_networks=(0,)),
+    "gates of two networks": dict(GATED, gate_networks=(0, 2)),
+    "gates and connections": dict(GATED, gate_networks=(0, 1, 3), mudd=True, late_attn_layers=(3,)),
+    "mixing of heads": dict(gate_networks=(0,), mix_window=3, inject_x0=True),
 }
+RECORD_89 = dict(mudd=True, backout=False, gate_networks=(0, 1), mix_window=4)
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
@@ -245,6 +328,12 @@ def test_one_technique_alone_equals_the_slow_model(technique):
     (3, False, (1.0,), True, "blocked")])
 def test_all_techniques_together_equal_the_slow_model(stage, tied, weights, final, backend):
     compare(config(**WINDOWS), stage, tied, weights, final, backend)
+
+
+@pytest.mark.parametrize("stage, tied, weights, final", [
+    (0, True, (1.0, 0.5, 0.25), False), (3, False, (1.0,), True)])
+def test_all_of_record_89_together_equals_the_slow_model(stage, tied, weights, final):
+    compare(config(**WINDOWS, **RECORD_89), stage, tied, weights, final, "blocked")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,16 +353,42 @@ def test_the_bigram_hash_wraps_around_like_c():
     assert wrapped > 3
 
 
+def test_with_prefix_tokens_the_loss_has_one_more_part_while_they_count():
+    cfg = config(BARE, prefix_weight=0.25, stages=3)
+    model, sequence = build(cfg), tokens_of(cfg)
+    tokens, targets = sequence[:-1], sequence[1:]
+    assert (model.prefixes == -1).all() and "prefixes" not in model.state_dict()
+    model.prefixes[:] = torch.arange(len(model.prefixes)) // 2 - 30
+    early, late = (context(model, docs_of(LENGTHS), stage) for stage in (0, 2))
+    assert early.prefixes and not late.prefixes
+    both = model(tokens, targets, early, torch.tensor([1.0, 0.5, 0.25]))
+    plain = model(tokens, targets, early._replace(prefixes=False), torch.tensor([1.0, 0.5]))
+    log_p = model.log_probs(tokens, early).double()
+    known = [(t, y // 2 - 30) for t, y in enumerate(targets.tolist()) if y >= 60]
+    assert 0 < len(known) < T
+    expected = plain.item() - 0.25 * sum(log_p[t, prefix].item() for t, prefix in known)
+    assert abs(both.item() - expected) < VALUES * expected
+
+
+def test_the_table_of_prefix_tokens_is_filled_once_the_clock_runs(tmp_path):
+    run = make_run(tmp_path, **{**BARE, "prefix_weight": 0.25})
+    run.encoding = SimpleNamespace(pieces=lambda: [b"a", b"ab", b"b", b""])
+    assert (run.model.prefixes == -1).all()
+    run.fill_prefixes()
+    assert run.model.prefixes[:4].tolist() == [-1, 0, -1, -1] and (run.model.prefixes[4:] == -1).all()
+    make_run(tmp_path).fill_prefixes()  # nothing to do
+
+
 THREE_LAYERS = dict(  # less to compile
     num_layers=3, long_layers=(1,), paired_layers=(0,), no_attn_layers=(), late_attn_layers=(2,),
     cache_layer=1, skip=(0, 2), value_embed_layers=(1,), attn_gate_layers=(1,), xsa_layers=(1,))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled):
+@pytest.mark.parametrize("compiled, techniques", [(False, {}), (True, {}), (True, RECORD_89)], ids=str)
+def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled, techniques):
     kept, gradients = [], []
     for recompute in (False, True):
-        cfg = config(**THREE_LAYERS, recompute=recompute)
+        cfg = config(**THREE_LAYERS, **{**techniques, "recompute": recompute})
         model = build(cfg)
         forward = model
         if compiled:
@@ -293,11 +408,11 @@ def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled):
 # Probabilities and causality
 
 
-@pytest.mark.parametrize("stage, tied, final, backend", [
-    (0, True, False, "masked"), (3, False, True, "blocked")])
+@pytest.mark.parametrize("stage, tied, final, backend, techniques", [
+    (0, True, False, "masked", {}), (3, False, True, "blocked", {}), (3, False, True, "blocked", RECORD_89)])
 @torch.no_grad()
-def test_future_tokens_cannot_change_past_probabilities(stage, tied, final, backend):
-    cfg = config()
+def test_future_tokens_cannot_change_past_probabilities(stage, tied, final, backend, techniques):
+    cfg = config(**techniques)
     model, tokens = build(cfg, backend=backend), tokens_of(cfg, 40)
     ctx = context(model, docs_of([14, 1, 25]), stage, tied, final)
     before = model.log_probs(tokens, ctx)
@@ -373,8 +488,8 @@ def test_initial_values_are_those_of_the_study():
     cfg = config(model_dim=128, vocab_size=512, head_dim=16)
     model = build(cfg, perturb=False)
     bound = math.sqrt(3) * 0.5 / math.sqrt(128)
-    for name in ("attn_qk", "attn_vo", "mlp_in"):
-        w = getattr(model, name)
+    out = build(config(model_dim=128, head_dim=16, mlp_out_std=0.5), perturb=False).mlp_out
+    for w in (model.attn_qk, model.attn_vo, model.mlp_in, out):
         assert w.abs().max() <= bound and abs(w.std() / (0.5 / math.sqrt(128)) - 1) < 0.01
     assert abs(model.head.std() / 0.005 - 1) < 0.01 and torch.equal(model.head, model.embed)
     assert abs(model.value_embeds.std() / 0.01 - 1) < 0.01
@@ -420,6 +535,10 @@ SWITCHES = {
     "one stage": dict(stages=1, untie_stage=0),
     "no momentum ramps": dict(momentum_warmup=0, momentum_cooldown=0),
     "other coefficients": dict(coefficients="quintic"),
+    "connections": dict(mudd=True, backout=False),
+    "gates of networks": dict(gate_networks=(0, 3)),
+    "all of record 89": dict(RECORD_89, prefix_weight=0.25),
+    "MLP outputs at random": dict(mlp_out_std=0.5),
 }
 
 
@@ -487,12 +606,17 @@ def test_flops_per_token_are_those_of_the_study(full):
 # torch.compile
 
 
-@pytest.mark.parametrize("backend, compiler, stage, tied, weights", [
-    ("masked", "eager", 1, False, (1.0,)),
-    ("blocked", "aot_eager", 0, True, (1.0, 0.5)),
+MIXED = dict(mudd=True, backout=False, mix_window=4)
+
+
+@pytest.mark.parametrize("backend, compiler, stage, tied, weights, techniques", [
+    ("masked", "eager", 1, False, (1.0,), {}),
+    ("blocked", "aot_eager", 0, True, (1.0, 0.5), {}),
+    ("blocked", "aot_eager", 0, True, (1.0, 0.25), dict(prefix_weight=0.25, gate_networks=(0, 1), **MIXED)),
 ])
-def test_training_and_evaluation_compile_without_graph_break(backend, compiler, stage, tied, weights):
-    cfg = config(**THREE_LAYERS)
+def test_training_and_evaluation_compile_without_graph_break(
+        backend, compiler, stage, tied, weights, techniques):
+    cfg = config(**THREE_LAYERS, **techniques)
     model, sequence = build(cfg, backend=backend), tokens_of(cfg)
     tokens, targets = sequence[:-1], sequence[1:]
     ctx = context(model, docs_of(LENGTHS), stage, tied)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny import BARE, config, make_run
-from train_gpt import learning_rate, mtp_weights, muon_momentum
+from train_gpt import Config, learning_rate, loss_weights, mtp_weights, muon_momentum, prefix_weight
 
 # ------------------------------------------------------------------------------------------------------------
 # Stages
@@ -33,6 +33,22 @@ def test_settings_by_stage_repeat_their_last_entry():
     assert [cfg.at("window_short", s) for s in cfg.stage_starts] == [3, 5, 5, 5]
     assert [cfg.at("batch_tokens", s) for s in cfg.stage_starts] == [64, 96, 128, 128]
     assert [cfg.at("max_doc_len", s) for s in cfg.stage_starts] == [7] * 4
+
+
+def test_the_weight_of_prefix_tokens_is_whole_in_the_first_stage_and_falls_in_the_second():
+    cfg = Config.for_track("small", prefix_weight=0.25)
+    assert {prefix_weight(cfg, s) for s in (0, 240, 480)} == {0.25}
+    assert [prefix_weight(cfg, s) for s in (720, 840)] == [0.125, 0.0625] and prefix_weight(cfg, 959) > 0
+    assert {prefix_weight(cfg, s) for s in (960, 1440, 1479)} == {0.0}
+    assert loss_weights(cfg, 720) == (1.0, 0.25, 0.125) and loss_weights(cfg, 960) == (1.0,)
+    assert loss_weights(Config.for_track("small"), 720) == (1.0, 0.25)
+
+
+@pytest.mark.parametrize("stages, extension", [(1, 0), (1, 5), (2, 0), (6, 5)])
+def test_the_weight_of_prefix_tokens_falls_at_any_number_of_stages(stages, extension):
+    cfg = config(BARE, train_steps=30, extension_steps=extension, stages=stages, prefix_weight=0.25)
+    found = [prefix_weight(cfg, step) for step in range(30)]
+    assert found[0] == 0.25 and found == sorted(found, reverse=True) and min(found) >= 0
 
 
 @pytest.mark.parametrize("delay", [0, 1])
@@ -104,6 +120,22 @@ def test_the_final_weights_are_a_blend_with_their_average_over_the_end(tmp_path,
         tolerance = 1e-6 if p.dtype == torch.float32 else 3e-3
         assert (p - expected).norm() < tolerance * expected.norm(), name
         assert not torch.allclose(p.double(), history[39][name])
+
+
+def test_an_average_of_head_and_embedding_leaves_all_else_as_it_was(tmp_path):
+    run = make_run(tmp_path, train_steps=8, ema_frac=1.0, ema_blend=0.65, ema_of="head")
+    for run.step in (4, 8):
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.add_(1.0)
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        run.average_weights()
+    changed = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(run.ema) == {"head", "embed"}
+    run.load_state({**{"model": run.model.state_dict(), "muon": run.muon.state_dict()["state"],
+                       "adam": run.adam.full_state(), "loader": run.loader.state_dict(),
+                       "rng": torch.get_rng_state()}, "ema": dict(run.ema)})
+    assert set(run.ema) == {"head", "embed"}
 
 
 def test_an_embedding_that_was_tied_has_the_average_of_the_head(tmp_path):
