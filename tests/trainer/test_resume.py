@@ -162,12 +162,23 @@ def stop_at(patch, step: int, *signals: int):
     patch.setattr(train_gpt.Run, "train_step", stopped)
 
 
+@pytest.fixture
+def hangup():
+    """Set what SIGHUP does when a run starts; nohup, under which these tests may run too, lets it be
+    ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield partial(signal.signal, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number, saving", [
     (signal.SIGINT, "--save_final=1"),
     (signal.SIGTERM, "--save_every=100"),
     (signal.SIGHUP, "--save_final=1"),
 ])
-def test_a_signal_saves_at_the_next_step_that_can_be_resumed(folder, whole, monkeypatch, number, saving):
+def test_a_signal_saves_at_the_next_step_that_can_be_resumed(
+        folder, whole, monkeypatch, hangup, number, saving):
+    hangup(signal.SIG_DFL)
     stop_at(monkeypatch, 5, number)
     before = signal.signal(number, signal.SIG_DFL)  # the tests may have been started to ignore it, as by nohup
     try:
@@ -184,6 +195,13 @@ def test_a_signal_saves_at_the_next_step_that_can_be_resumed(folder, whole, monk
     for name in ("config", "rng"):  # when to save is one of the settings; other tests draw numbers, too
         del state[name], expected[name]
     assert equal(state, expected)
+
+
+def test_under_nohup_a_run_outlives_its_terminal(folder, whole, monkeypatch, hangup):
+    hangup(signal.SIG_IGN)
+    stop_at(monkeypatch, 5, signal.SIGHUP)
+    result = run(folder, *OPTIONS)
+    assert (result.code, result.train, result.val) == (0, whole.train, whole.val)
 
 
 @pytest.mark.parametrize("signals, saving", [
