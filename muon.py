@@ -1177,7 +1177,8 @@ class Muon(torch.optim.Optimizer):
         """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose
         own parameters are as before does not wait for a GPU's answer."""
         mine = self._version + changed
-        versions = torch.tensor([mine, -mine], device=device)
+        versions = torch.full((2,), mine, device=device)  # filled there: a copy would make the host wait
+        versions[1:].neg_()
         dist.all_reduce(versions, op=dist.ReduceOp.MAX, group=group)
         if (changed or device.type == "cpu") and int(versions[0]) != -int(versions[1]):
             if device.type == "cpu":
