@@ -1116,7 +1116,8 @@ class Muon(torch.optim.Optimizer):
     def _agree_on_change(self, changed: bool, group, device: torch.device) -> None:
         """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose
         own parameters are as before does not wait for a GPU's answer."""
-        any_or_none = torch.tensor([changed, not changed], dtype=torch.int32, device=device)
+        any_or_none = torch.zeros(2, dtype=torch.int32, device=device)
+        any_or_none[0 if changed else 1].fill_(1)  # on the device: a copy would make the host wait
         dist.all_reduce(any_or_none, op=dist.ReduceOp.MAX, group=group)
         if (changed or device.type == "cpu") and bool(any_or_none.all()):
             if device.type == "cpu":

@@ -69,6 +69,13 @@ OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "backout": "--backout=off",
     "skip": "--skip=",
 }
+ON = {  # technique of public records after 80, off on this track -> the settings that turn it on
+    "with connections": "--mudd=on --backout=off",
+    "with gates by networks": "--gate_networks=0,2",
+    "with gates by networks and mixing of heads": "--gate_networks=0,2 --mix_window=32",
+    "with an average of head and embedding only": "--ema_of=head",
+    "with MLP outputs at random": "--mlp_out_std=0.5",
+}
 ALL = "all of them (with AdamW)"
 ONE_OF_TWO = {  # what the others leave nothing of, or turn off otherwise
     "Polar Express (Jordan's coefficients)", "untying (always tied)", "Muon's decay", "bigram signs", "YaRN"}
@@ -78,7 +85,7 @@ def variants(steps: int) -> dict[str, list[str]]:
     """Return the changed settings of each variant, as on the command line."""
     everything = " ".join(settings for name, settings in OFF.items() if name not in ONE_OF_TWO)
     lengths = {FEWER: f"--train_steps={round(0.9 * steps)}", MORE: f"--train_steps={round(1.1 * steps)}"}
-    lines = {BASE: "", **lengths, **OFF, ALL: everything}
+    lines = {BASE: "", **lengths, **OFF, ALL: everything, **ON}
     return {name: settings.split() for name, settings in lines.items()}
 
 

@@ -30,12 +30,12 @@ def mixing_mask(docs: Docs, window: int) -> Tensor:
     key = torch.arange(2 * window, device=padded.device)
     distance = query[:, None] - key
     near = (distance >= 0) & (distance < window)
-
     same_document = query_ids[:, :, None] == key_ids[:, None, :]
     return (near & same_document)[:, None]
 
 
-def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, mask: Tensor, scale: float) -> Tensor:
+def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor,
+              mask: Tensor, scale: float) -> Tensor:
     """Return what every head's output gains, (T, H, d).
 
     q, k, v: (T, H, d); w1: (T, H) weights of the heads whose attention is mixed; w2: (T, H) of those that
@@ -55,12 +55,17 @@ def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, mask: Ten
     queries = blocks(q, 0)
     keys = blocks(k, W)
     scores = scale * queries @ keys.transpose(2, 3)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, lowest)
     p = torch.softmax(scores, -1, dtype=torch.float32).type_as(q)
 
     # One mixture of them, by which all heads read.
-    mixed = (blocks(w1[..., None], 0) * p).sum(1, keepdim=True)  # (N, 1, W, 2 W)
-    read = mixed @ blocks(v, W)
+    weights = blocks(w1[..., None], 0)
+    weighted = weights * p
+    mixture = weighted.sum(1, keepdim=True)  # (N, 1, W, 2 W)
+    values = blocks(v, W)
+    read = mixture @ values
 
     gain = blocks(w2[..., None], 0) * read
-    return gain.transpose(1, 2).reshape(N * W, H, d)[:T]
+    by_token = gain.transpose(1, 2).reshape(N * W, H, d)
+    return by_token[:T]

@@ -27,7 +27,8 @@ def transposed(x: Tensor) -> Tensor:
     if not (triton and x.is_cuda):
         return x.t().contiguous()
     rows, columns = x.shape
+    x = x.as_strided(x.shape, x.stride())  # else torch.compile would compute x anew for each of its readers
     y = torch.empty(columns, rows, dtype=x.dtype, device=x.device)
     grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
-    transpose_tile[grid](x.view(torch.uint8), y.view(torch.uint8), rows, columns, TILE, num_warps=8)
+    transpose_tile[grid](x, y, rows, columns, TILE, num_warps=8)
     return y

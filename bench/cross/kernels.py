@@ -4,10 +4,10 @@ kernel, the memory that the graph needs beside its inputs; and the machine code 
 import contextlib
 import copy
 import hashlib
+import math
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from bench.cross.device import Chip
 from bench.cross.trace import Graph
 from tools.gpus import Gpu
 
-HEAD = "forward", "backward", "loss_and_gradient", "summed_cross_entropy", "softcap", "to_fp8", "fp8_product"
+OPTIMIZERS = {"muon": "Muon", "adam": "Adam"}  # file -> part
 TABLES = "bigram", "value_embeddings", "first_embedding"
 
 
@@ -139,50 +139,54 @@ def kernel_of(node) -> Kernel | None:
     else:
         kind = getattr(inner, "python_kernel_name", None) or type(inner).__name__
     origins = [origin for one in node.get_nodes() for origin in one.node.get_origins()]
-    functions = Counter(part for origin in origins for part in [part_of(origin, kind)])
+    if "mm" in kind and inner.get_origin_node() is not None:
+        origins = [inner.get_origin_node()]  # the others belong to the kernels that made its inputs
+    part = most_telling({part_of(origin, kind) for origin in origins})
     moved = node.get_read_write_buffers_sizes()
+    if kind == "UserDefinedTritonKernel":  # inductor counts what is only written as read too
+        moved = sum(size_of(x) for x in inner.inputs)
+    elif moved == 0:
+        return None  # memory without contents
     try:
         flops = node.estimate_flops() or 0
     except Exception:  # it knows no formula for some operations
         flops = 0
     names = sorted({origin.name for origin in origins if origin.op == "call_function"})
-    part = most_telling(functions)
     return Kernel(kind, part, " ".join(names)[:100], moved, flops, "scaled_mm" in kind)
 
 
+def size_of(buffer) -> int:
+    return int(math.prod(buffer.get_size())) * buffer.get_dtype().itemsize
+
+
+LIBRARIES = {"varlen": "attention", "flex": "attention", "scaled_dot": "attention", "table_gradient": "tables"}
+
+
 def part_of(origin, kind: str) -> str:
-    """Return the part of an operation by the function of the trainer that it stands in."""
-    frames = re.findall(r'File "[^"]*/(train_gpt|head_loss|attention|muon|adam)\.py", line \d+, in (\w+)',
-                        origin.meta.get("stack_trace") or "")
-    if not frames:
-        return "elementwise"
-    file, function = frames[-1]
-    names = {name for _, name in frames}
-    if file == "muon":
-        return "Muon"
-    if file == "adam":
-        return "Adam"
-    if file == "head_loss":
+    """Return the part of an operation by its kind, or by the functions of the trainer that it stands in."""
+    for word, part in LIBRARIES.items():
+        if word in kind:
+            return part
+    frames = re.findall(r'/(\w+)\.py", line \d+, in (\w+)', origin.meta.get("stack_trace") or "")
+    files = {file for file, _ in frames}
+    functions = {function for _, function in frames}
+    if files & set(OPTIMIZERS):
+        return OPTIMIZERS[(files & set(OPTIMIZERS)).pop()]
+    if "head_loss" in files:
         return "head and loss"
-    if file == "attention" and "attend" in kind + "varlen" and "varlen" in kind:
-        return "attention"
-    if "varlen" in kind or "flex" in kind or "scaled_dot" in kind:
-        return "attention"
-    if "mm" in kind:
-        if "attention" in names or function == "layer_weights":
-            return "projections"
-        return "MLP" if "layer" in names else "head and loss"
-    if function in TABLES and re.match("embedding|index|gather", origin.name):
+    if "mm" in kind and functions & {"attention", "layer_weights"}:
+        return "projections"
+    if "mm" in kind and "layer" in functions:
+        return "MLP"
+    if functions & set(TABLES) and re.match("embedding|index|gather|full", origin.name):
         return "tables"
     return "elementwise"
 
 
-def most_telling(parts: Counter) -> str:
-    """Return the part of a kernel that was fused from several: the rarest kind of work in it."""
-    for part in ("Muon", "Adam", "attention", "head and loss", "tables", "projections", "MLP"):
-        if parts[part]:
-            return part
-    return "elementwise"
+def most_telling(parts: set[str]) -> str:
+    """Return the part of a kernel that was fused from several."""
+    order = "Muon", "Adam", "attention", "head and loss", "tables", "projections", "MLP"
+    return next((part for part in order if part in parts), "elementwise")
 
 
 def extra_bytes(lowering) -> int:

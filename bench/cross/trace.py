@@ -4,6 +4,7 @@ would wait for the device, what lives in its memory, and what runs outside of gr
 Times and values are none of this: every number read from the device is zero.
 """
 import contextlib
+import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -302,6 +305,25 @@ def pretending(trace: Trace):
 # A run
 
 
+@contextlib.contextmanager
+def one_of(ranks: int):
+    """Be the first of some ranks, of which the others answer at once and send nothing."""
+    if ranks == 1:
+        yield
+        return
+    variables = dict(RANK="0", WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
+
+    def gather_objects(into, mine, group=None):
+        into[:] = [mine] * len(into)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        with mock.patch.dict(os.environ, variables), mock.patch.object(dist, "all_gather_object", gather_objects):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
 class SilentLog:
     """Takes what a run would write."""
     run_id = "cross"  # no folder of this name appears: nothing is saved
@@ -340,9 +362,9 @@ def follow(trace: Trace, run: Run) -> None:
     run.warm_up = phased(run.warm_up, "warm-up")
 
 
-def whole_schedule(trace: Trace, cfg: Config, attention: str, fp8: bool) -> Run:
-    """Trace a whole run: start, warm-up, every step and validation."""
-    with pretending(trace):
+def whole_schedule(trace: Trace, cfg: Config, attention: str, fp8: bool, ranks: int) -> Run:
+    """Trace a whole run of one of some ranks: start, warm-up, every step and validation."""
+    with one_of(ranks), pretending(trace):
         run = make_run(cfg, attention, fp8)
         follow(trace, run)
         run.warm_up()
@@ -351,16 +373,13 @@ def whole_schedule(trace: Trace, cfg: Config, attention: str, fp8: bool) -> Run:
 
 
 def one_stage(trace: Trace, cfg: Config, stage: int, attention: str, fp8: bool) -> Run:
-    """Trace the start, one step of a stage in which Adam moves to compile it, and two steps after it."""
+    """Trace the start, a warm-up of one stage, and its first steps up to one in which Adam moves."""
     with pretending(trace):
         run = make_run(cfg, attention, fp8)
         follow(trace, run)
         first = cfg.stage_starts[stage]
-        trace.phase = "warm-up"
-        run.accumulate([run.made_up_batch(first)], first)
-        run.update(first + cfg.adam_every - 1)
-        run.adam.zero_grad()
-        run.make_optimizers()
+        with mock.patch.object(Config, "graph_starts", [first]):
+            run.warm_up()
         run.loader.load_state_dict({**run.loader.state_dict(), "step": first})
         run.step = first
         for _ in range(cfg.adam_every):

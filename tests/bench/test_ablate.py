@@ -50,7 +50,7 @@ def test_too_few_results_are_said(tmp_path, capsys):
 
 def test_every_variant_is_one_that_the_trainer_takes():
     found = {name: ablate.config(240, settings, 0) for name, settings in ablate.variants(240).items()}
-    assert len(found) == 4 + len(ablate.OFF) and len(set(found.values())) == len(found)
+    assert len(found) == 4 + len(ablate.OFF) + len(ablate.ON) and len(set(found.values())) == len(found)
 
 
 def test_the_page_has_the_tables_of_its_results():

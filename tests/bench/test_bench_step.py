@@ -33,7 +33,7 @@ def test_visible_keys_are_those_of_the_mask(window):
     assert floors.visible(2 * np.array(lengths), window) == masked_mask(paired_docs(docs), window).sum()
 
 
-RECORD_89 = dict(SMALL, mudd=True, backout=False, gate_networks=(0, 4), attn_gate_layers=(3, 10))
+RECORD_89 = dict(SMALL, mudd=True, backout=False, gate_networks=(0, 3))
 
 
 @pytest.mark.parametrize("base", [SMALL, BARE, RECORD_89], ids=["all", "bare", "networks"])

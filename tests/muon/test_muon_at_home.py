@@ -332,6 +332,18 @@ def test_a_model_may_be_built_on_meta_and_filled_later(swap):
     assert (model.weight != 1).all() and optimizer.state[model.weight]["momentum_buffer"].device.type == "cpu"
 
 
+def test_a_closure_computes_gradients_and_its_loss_is_returned():
+    p = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([p], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+    assert optimizer.step(closure).item() == 24 and optimizer.step(closure).item() < 24
+
+
 def test_numpy_numbers_are_settings_and_are_saved_as_plain_ones():
     p = nn.Parameter(torch.ones(4, 6))
     optimizer = Muon([p], lr=np.float32(0.5), momentum=np.float64(0.9), ns_steps=np.int64(4), nesterov=np.bool_(True),

@@ -1,0 +1,78 @@
+"""All ranks issue the same collectives in the same order, with the same shapes and types: else they would wait for
+each other for ever, or mix up their data."""
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_gpt
+from tests.helpers.dist import run_ranks
+from tests.helpers.tiny import make_run
+
+RANKS = 8
+CHANGES = dict(slices=RANKS, batch_tokens=(256, 384, 512), val_tokens=256, val_slice=32, val_every=5, save_every=4)
+
+
+class Collectives(TorchDispatchMode):
+    """Notes every collective with the shapes and types of its tensors, between the names of what asked for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.seen.append((func.name(), [(tuple(x.shape), str(x.dtype)) for x in tensors]))
+        return func(*args, **(kwargs or {}))
+
+    def named(self, owner, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args):
+            self.seen.append((name, owner.step))
+            return function(*args)
+
+        setattr(owner, name, call)
+
+
+def whole_run(rank: int, world: int, folder: str, stopped_at: int) -> list:
+    """What one rank issues from its start to its end; rank 5 gets a signal to stop in one of the steps."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="here", MASTER_PORT="0")
+    log = SimpleNamespace(run_id="run", write=lambda *a, **k: None, train=lambda *a: None, validation=lambda *a: None)
+    with Collectives() as collectives:
+        run = make_run(Path(folder), log_dir=folder, **CHANGES)
+        for name in ("warm_up", "train_step", "evaluate", "save", "untie"):
+            collectives.named(run, name)
+        run.warm_up()
+        count = run.update
+
+        def update(step):
+            if step == stopped_at and rank == 5:
+                run.stop.number = 15
+            count(step)
+
+        run.update = update
+        try:
+            train_gpt.train(run, log)
+        except train_gpt.Stopped:
+            collectives.seen.append(("stopped", run.step))
+    return collectives.seen
+
+
+@pytest.mark.parametrize("stopped_at", [-1, 6], ids=["whole", "stopped"])
+def test_ranks_issue_the_same_collectives_in_the_same_order(tmp_path, stopped_at):
+    make_run(tmp_path, **CHANGES)  # writes the shards
+    first, *others = run_ranks(RANKS, whole_run, str(tmp_path), stopped_at)
+    names = [name for name, _ in first]
+    assert all(name in names for name in ("warm_up", "evaluate", "save"))
+    assert ("untie" in names, "stopped" in names) == (stopped_at < 0, stopped_at >= 0)
+    assert names.count("train_step") == (14 if stopped_at < 0 else names.count("train_step"))
+    assert sum(name.startswith("c10d") for name in names) > 100
+    for rank, seen in enumerate(others, 1):
+        place = next((i for i, pair in enumerate(zip(first, seen)) if pair[0] != pair[1]), min(len(first), len(seen)))
+        assert seen == first, f"rank {rank} at {place}: {first[place:place + 1]} and {seen[place:place + 1]}"
