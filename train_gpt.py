@@ -118,9 +118,6 @@ class Config:
         8,
         "packed sequences per step, shared out over the ranks; must be a multiple of their number",
         POSITIVE)
-    pack_tokens: int = setting(
-        0, "slices of a rank go through the model together up to this many tokens; 0: one by one",
-        ZERO_OR_MORE)
     max_doc_len: tuple[int, ...] = setting((896, 2048), "tokens kept of a document, by stage", ALL_POSITIVE)
     split_docs: int = setting(
         0,
@@ -242,6 +239,9 @@ class Config:
     compile: str = setting("auto", "torch.compile the model: auto (on a GPU), on or off", SWITCH)
     recompute: bool = setting(
         False, "compute each layer again in the backward pass: a quarter more time, far less memory")
+    pack_tokens: int = setting(
+        0, "slices of a rank go through the model together up to this many tokens; 0: one by one",
+        ZERO_OR_MORE)
 
     # Run
     log_dir: str = setting("logs", "folder of the logs")
