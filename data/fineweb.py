@@ -18,6 +18,7 @@ results are taken in the order of the text. Memory is bounded by a few MiB of te
 line or row and one shard.
 """
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -25,8 +26,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,7 +48,6 @@ SHARD_TOKENS = 100_000_000
 VAL_TOKENS = 10_485_761  # of your own text: what the track small evaluates, and the target of its last token
 VAL_BYTES = 262_145  # the same of the track shakespeare
 PIECE = 1 << 20  # characters of a piece of work: some 0.1 s of encoding, so handing it over costs nothing
-IN_FLIGHT = 4  # pieces of work per process that are read ahead; more would only cost memory
 
 
 # ----------------------------------------------------------------------------------------------- encoding
@@ -80,27 +78,81 @@ def encode_piece(piece: list[tuple[bool, str]], encoding) -> np.ndarray:
 
 
 def encode_all(pieces, encoding, processes: int) -> Iterator[np.ndarray]:
-    """Yield encode_piece(piece) of each piece, in order, computed by so many processes (1: this one)."""
+    """Yield encode_piece(piece) of each piece, in order, computed by so many processes (1: this one).
+
+    Each process has one piece at a time and a pipe of its own: one that is killed while it answers ends its pipe,
+    where in a shared one it would leave the others waiting for the rest of its answer.
+    """
     if processes == 1:
         yield from (encode_piece(piece, encoding) for piece in pieces)
         return
-    # spawn, because fork copies locks that other threads (Arrow, progress bars) may hold at that moment.
-    # Ctrl-C goes to the whole group, and this process alone decides.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=signal.signal,
-                               initargs=(signal.SIGINT, signal.SIG_IGN))
-    waiting = deque()
+    started = []  # (pipe, process)
+    busy = deque()  # pipes of those at work, in the order of their pieces
     try:
         for piece in pieces:
-            waiting.append(pool.submit(encode_piece, piece, encoding))
-            if len(waiting) >= IN_FLIGHT * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
+            if len(started) < processes:
+                started.append(start_encoder(encoding))
+                pipe = started[-1][0]
+            else:
+                pipe = busy.popleft()
+                yield answer(pipe)
+            ask(pipe, piece)
+            busy.append(pipe)
+        while busy:
+            yield answer(busy.popleft())
+    except EncoderEnded:
         raise UsageError(f"expected {processes} working processes, found one that was ended from outside; it "
-                        "may have run out of memory: start again with fewer --processes") from None
+                         "may have run out of memory: start again with fewer --processes") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pipe, process in started:
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def start_encoder(encoding) -> tuple:
+    """Return (pipe, process) of a new process that answers pieces with their tokens."""
+    # spawn, because fork copies locks that other threads (Arrow, progress bars) may hold at that moment.
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=encoder, args=(theirs, encoding), daemon=True)
+    process.start()
+    theirs.close()  # so that the pipe ends with the process
+    return ours, process
+
+
+def encoder(pipe, encoding) -> None:
+    """Answer pieces with their tokens, or with the error that they meet, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the starter alone decides
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            piece = pipe.recv()
+            try:
+                found = encode_piece(piece, encoding)
+            except Exception as error:
+                found = error
+            pipe.send(found)
+
+
+class EncoderEnded(Exception):
+    """A process is gone, perhaps in the middle of its answer."""
+
+
+def ask(pipe, piece) -> None:
+    try:
+        pipe.send(piece)
+    except OSError:
+        raise EncoderEnded from None
+
+
+def answer(pipe) -> np.ndarray:
+    try:
+        found = pipe.recv()
+    except (EOFError, OSError):
+        raise EncoderEnded from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 # ----------------------------------------------------------------------------------------------- writing

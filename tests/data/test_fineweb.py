@@ -125,7 +125,7 @@ def test_processes_give_the_tokens_of_one_and_read_ahead_within_bounds(monkeypat
     encoded = fineweb.encode_all(pieces, toy(), 2)
     for n in range(1, 20):
         next(encoded)
-        assert len(read) <= n + 2 * fineweb.IN_FLIGHT
+        assert len(read) <= n + 2
     encoded.close()
     assert active_children() == []
 
