@@ -1,16 +1,17 @@
-"""The GPU path without a GPU: the trainer's whole schedule at full size, traced, compiled and costed for a GPU
+"""The GPU path without a GPU: a whole schedule of the trainer at full size, traced, compiled and costed for a GPU
 that is not there.
 
     python -m bench.cross [--gpu=H100] [--ranks=8] [--parts trace costs code] [--out=FOLDER] [--field=value ...]
 
 trace  a short run through every stage on tensors without memory: the graphs that it makes, and when; the lines at
        which the host would wait for the device; memory in use, by stage
-costs  what inductor makes of the graphs; the least time of a step by part from the bytes and operations of its
+costs  what inductor makes of the graphs: the least time of a step by part, from the bytes and operations of its
        kernels; memory with what the graphs need inside
 code   the machine code of those kernels: registers, shared memory, spills
 
-One rank of several is traced; the others are pretended too. Needs Triton (bench/cross/requirements.txt) and g++, and
-touches no driver. bench/CROSS.md says what was found, what is assumed, and what cannot be known this way.
+One rank is traced; others are pretended too. Needs Triton (bench/cross/requirements.txt) and g++, and touches no
+driver. Exit code 1 if something is compiled while the clock runs, or a step waits for the device where it need not.
+bench/CROSS.md says what was found, what is assumed, and what cannot be known this way.
 """
 import argparse
 import json
@@ -23,11 +24,12 @@ from collections import Counter
 from pathlib import Path
 
 from bench.cross import device
+from bench.page import grid
 from data.errors import UsageError, run_program
+from tools.gpus import find_gpu
 
-PARTS = "trace", "costs", "code"
-SHORT = dict(train_steps=22, extension_steps=4, val_every=11, max_epochs=1000)  # every stage, several steps of each
-ALLOWED = "Event.synchronize", "read_stats"  # it waits for a step that ended two steps ago
+SHORT = dict(train_steps=22, extension_steps=4, val_every=11, max_epochs=1000)  # several steps of every stage
+ALLOWED = "synchronize", "read_stats"  # waits for a step that ended two steps ago
 
 
 def parse(argv: list[str]):
@@ -35,155 +37,115 @@ def parse(argv: list[str]):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(device.CHIPS)}")
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["trace"])
-    parser.add_argument("--stage", type=int, help="only this stage, on one rank")
+    parser.add_argument("--parts", nargs="+", choices=("trace", "costs", "code"), default=["trace"])
     parser.add_argument("--backend", default="varlen", help="attention that a self-test is assumed to choose")
-    parser.add_argument("--fp8", default="auto", choices=("auto", "on", "off"), help="head; auto: where the GPU has it")
+    parser.add_argument("--fp8", choices=("on", "off"), help="head in FP8; on where the GPU has it")
     parser.add_argument("--out", type=Path, help="folder for cross.json and cross.md")
     return parser.parse_known_args(argv)
 
 
-def waits_of(trace, of_steps: bool) -> dict[str, int]:
-    """Return what the host waited for in steps, or elsewhere after the start: text -> times."""
-    found = Counter()
-    for (phase, what, place), times in trace.waits.items():
-        if phase.startswith("step") == of_steps and phase != "start" and (what, place.function) != ALLOWED:
-            found[f"{what} at {place}"] += times
-    return dict(found)
-
-
 def seen(trace, cfg) -> dict:
-    """Return graphs, waits and memory of a trace."""
-    after = Counter(str(graph) for graph in trace.graphs if graph.phase.startswith(("step", "between")))
-    paused = Counter(str(graph) for graph in trace.graphs if graph.phase == "validation")
+    """Return graphs, waits and memory of a trace. The clock stands still in warm-up and validation."""
+    graphs = {"inside the clock": Counter()}
+    for graph in trace.graphs:
+        phase = graph.phase if graph.phase in ("warm-up", "validation") else "inside the clock"
+        graphs.setdefault(phase, Counter())[str(graph)] += 1
+    waits = {"in steps": Counter(), "elsewhere": Counter()}
+    for (phase, what, place), times in trace.waits.items():
+        if phase != "start" and (what, place.split()[-1]) != ALLOWED:
+            waits["in steps" if phase.startswith("step") else "elsewhere"][f"{what} at {place}"] += times
     peaks = {}
     for phase, (size, where) in trace.peaks.items():
         name = f"stage {cfg.stage(int(phase.split()[1]))}" if phase.startswith("step") else phase
         peaks[name] = max(peaks.get(name, (0, "")), (size / 2**30, where))
-    return dict(
-        graphs_in_warm_up=Counter(str(graph) for graph in trace.graphs if graph.phase == "warm-up"),
-        graphs_inside_the_clock=after, graphs_in_validation=paused,
-        waits_in_steps=waits_of(trace, True), waits_elsewhere=waits_of(trace, False),
-        peak_gib=peaks)
-
-
-def costed(trace, cfg, stages, ranks: int, gpu) -> dict:
-    """Return milliseconds, GB and launches of a step by part, of each stage; and the costliest kernels."""
-    from bench.cross import costs
-
-    result = {}
-    for stage in stages:
-        parts = costs.stage_costs(trace, cfg, stage, ranks, gpu)
-        rows = {part: dict(ms=1000 * found["seconds"], gb=found["bytes"] / 1e9, launches=found["launches"])
-                for part, found in sorted(parts.items())}
-        step = cfg.stage_starts[stage] + cfg.adam_every
-        top = [dict(zip(("ms", "launches", "graph", "kind", "part", "bytes", "operations"), row))
-               for row in costs.costliest(trace, step, gpu)]
-        result[f"stage {stage}"] = dict(parts=rows, costliest=[row | dict(ms=1000 * row["ms"]) for row in top])
-    return result
-
-
-def code_summary(rows: list[dict], failed: list[dict], kernels: int) -> dict:
-    spilling = [row for row in rows if row["stack"]]
-    return dict(
-        kernels=kernels, choices=len(rows), failed=failed, spilling=spilling,
-        most_registers=max((row["registers"] for row in rows), default=0),
-        most_shared_bytes=max((row["shared"] for row in rows), default=0))
+    return dict(graphs=graphs, waits=waits, peak_gib=peaks)
 
 
 def page(result: dict) -> str:
     """Return the result in Markdown."""
-    from bench.page import grid
-
-    about = ", ".join(f"{key} {result[key]}" for key in ("gpu", "ranks", "attention", "fp8", "torch", "triton"))
-    out = [f"# What a run on {result['gpu']} would do\n\n{about}"]
-    graphs = [[when, sum(names.values()), ", ".join(f"{n} {name}" for name, n in names.items())]
-              for when, names in result["seen"].items() if when.startswith("graphs")]
-    out.append(grid(["graphs", "number", "of"], [[row[0].replace("_", " "), *row[1:]] for row in graphs]))
-    waits = [[kind.replace("_", " "), where, times] for kind in ("waits_in_steps", "waits_elsewhere")
-             for where, times in result["seen"][kind].items()]
-    out.append(grid(["the host waits", "where", "times"], waits or [["never", "", 0]]))
-    peaks = [[phase, f"{size:.2f}", where] for phase, (size, where) in result["seen"]["peak_gib"].items()]
-    out.append(grid(["fullest moment", "GiB", "at"], peaks))
-    for stage, found in result.get("costs", {}).items():
-        rows = [[part, f"{row['ms']:.2f}", f"{row['gb']:.2f}", f"{row['launches']:.0f}"]
-                for part, row in found["parts"].items()]
-        total = [sum(row[key] for row in found["parts"].values()) for key in ("ms", "gb", "launches")]
-        rows.append(["all", f"{total[0]:.2f}", f"{total[1]:.2f}", f"{total[2]:.0f}"])
-        out.append(f"## {stage}\n\n" + grid(["part", "ms", "GB", "launches"], rows))
-        rows = [[f"{row['ms']:.2f}", row["launches"], row["graph"], row["part"], row["kind"], row["operations"]]
-                for row in found["costliest"]]
-        out.append(grid(["ms", "launches", "graph", "part", "kind", "operations"], rows))
+    about = ", ".join(f"{key} {result[key]}" for key in ("ranks", "attention", "fp8", "torch", "triton", "flags"))
+    out = [f"# A run on {result['gpu']}, as far as it can be known without one\n\n{about}"]
+    graphs = result["seen"]["graphs"].items()
+    rows = [[phase, sum(found.values()), ", ".join(f"{n} {name}" for name, n in found.items())]
+            for phase, found in graphs]
+    out.append(grid(["graphs made", "number", "of"], rows))
+    rows = [[when, where, n] for when, found in result["seen"]["waits"].items() for where, n in found.items()]
+    out.append(grid(["the host waits", "for", "times"], rows))
+    rows = [[phase, f"{size:.2f}", where] for phase, (size, where) in result["seen"]["peak_gib"].items()]
+    out.append(grid(["fullest moment", "GiB", "at"], rows))
+    for stage, (parts, top) in enumerate(result.get("costs", ())):
+        keys = "ms", "gb", "launches"
+        sums = {key: sum(row[key] for row in parts.values()) for key in keys}
+        rows = [[part, *(f"{row[key]:.2f}" for key in keys)] for part, row in [*parts.items(), ("all", sums)]]
+        out.append(f"## Stage {stage}: the least time of a step\n\n" + grid(["part", "ms", "GB", "launches"], rows))
+        rows = [[f"{ms:.2f}", f"{times:g}", *names] for ms, times, *names in top]
+        out.append(grid(["ms", "times", "part", "graph", "kernel of"], rows))
     if code := result.get("code"):
-        out.append(f"## Machine code\n\n{code['kernels']} kernels, {code['choices']} choices of tiles; "
-                   f"{len(code['failed'])} kernels fail, {len(code['spilling'])} choices spill; at most "
-                   f"{code['most_registers']} registers and {code['most_shared_bytes']} bytes of shared memory")
-        bad = [[row["name"], row["why"]] for row in code["failed"]]
-        bad += [[row["name"], f"{row['stack']} bytes of stack, {row['registers']} registers"] for row in code["spilling"]]
-        out += [grid(["kernel", "what"], bad)] if bad else []
+        rows, failed = code["rows"], code["failed"]
+        spilling = [row for row in rows if row["stack"]]
+        most = {key: max(row[key] for row in rows) for key in ("registers", "shared")}
+        out.append(f"## Machine code\n\n{code['kernels']} kernels in {len(rows)} forms, of which inductor takes the "
+                   f"fastest; {len(failed)} kernels fail, {len(spilling)} forms spill; at most {most['registers']} "
+                   f"registers a thread and {most['shared']} bytes of shared memory a block")
+        bad = [[row["name"], row["why"]] for row in failed]
+        bad += [[row["name"], f"{row['stack']} bytes of stack: {row['choice']}"] for row in spilling]
+        out.append(grid(["kernel", "what"], bad))
     return "\n\n".join(out) + "\n"
 
 
-def measure(args, flags: list[str], chip, gpu) -> dict:
-    """Trace a run and return all that was asked for. torch is imported here, after the device was pretended."""
+def measure(args, flags: list[str], chip: device.Chip) -> dict:
+    """Trace a run and return all that was asked for."""
+    gpu = find_gpu(chip.gpu)
+    waits = []
+    device.pretend(chip, gpu.gib, lambda what: waits[-1](what))
+    # Only now may torch be imported, and what imports it.
     import torch
     import triton
 
-    from bench.cross import kernels
-    from bench.cross.trace import Trace, one_stage, whole_schedule
+    from bench.cross import costs, kernels
+    from bench.cross.trace import Trace, whole_schedule
     from bench.step import synthetic_shards
     from train_gpt import Config, parse_config
 
-    trace = args.trace.append(Trace()) or args.trace[-1]
+    trace = Trace()
+    waits.append(trace.wait)
     compiler = kernels.Compiler(chip, gpu)
-    if set(args.parts) & {"costs", "code"}:
+    if args.parts != ["trace"]:
         trace.compiled = compiler
-    _, changes = parse_config(flags)
-    track = changes.pop("track", "small")
-    cfg = Config.for_track(track, **SHORT | changes)
-    cfg = Config.for_track(track, **{**SHORT, "val_tokens": 2 * cfg.val_slice, **changes})
-    fp8 = args.fp8 == "on" or (args.fp8 == "auto" and gpu.fp8_tflops > gpu.tflops)
+    changes = SHORT | dict(track="small") | parse_config(flags)[1]
+    val_slice = Config.for_track(changes["track"]).val_slice
+    cfg = Config.for_track(changes.pop("track"), **dict(val_tokens=2 * val_slice) | changes)
+    fp8 = args.fp8 == "on" if args.fp8 else gpu.fp8_tflops > gpu.tflops
     with tempfile.TemporaryDirectory() as folder:
-        synthetic_shards(cfg, Path(folder), max(2_000_000, 60 * max(cfg.batch_tokens)))
+        synthetic_shards(cfg, Path(folder), 60 * max(cfg.batch_tokens))
         os.environ["DATA_PATH"] = folder
-        if args.stage is None:
-            whole_schedule(trace, cfg, args.backend, fp8, args.ranks)
-            stages, ranks = range(len(cfg.stage_starts)), args.ranks
-        else:
-            one_stage(trace, cfg, args.stage, args.backend, fp8)
-            stages, ranks = [args.stage], 1
-
-    result = dict(gpu=chip.gpu, ranks=ranks, attention=args.backend, fp8=fp8, torch=torch.__version__,
-                  triton=triton.__version__, flags=flags, seen=seen(trace, cfg))
-    if "costs" in args.parts and args.stage is None:
-        result["costs"] = costed(trace, cfg, stages, ranks, gpu)
+        whole_schedule(trace, cfg, args.backend, fp8, args.ranks)
+    result = dict(gpu=chip.gpu, ranks=args.ranks, attention=args.backend, fp8=fp8, torch=torch.__version__,
+                  triton=triton.__version__, flags=" ".join(flags), seen=seen(trace, cfg))
+    if "costs" in args.parts:
+        stages = range(len(cfg.stage_starts))
+        result["costs"] = [costs.stage_costs(trace, cfg, stage, args.ranks, gpu) for stage in stages]
     if "code" in args.parts:
-        rows, failed = kernels.all_machine_code(compiler.sources, chip)
-        result["code"] = code_summary(rows, failed, len(compiler.sources))
+        rows, failed = kernels.all_machine_code(compiler)
+        result["code"] = dict(kernels=len(compiler.sources), rows=rows, failed=failed)
     return result
 
 
 def main(argv: list[str]) -> int:
     args, flags = parse(argv)
-    from tools.gpus import find_gpu  # it knows nothing of torch
-
-    gpu = find_gpu(args.gpu)
     chip = next((chip for name, chip in device.CHIPS.items() if name.lower() in args.gpu.lower()), None)
-    if chip is None or gpu is None:
+    if chip is None:
         raise UsageError(f"--gpu: expected one of {', '.join(device.CHIPS)}, found {args.gpu!r}; choose one")
-    warnings.simplefilter("ignore")
-    args.trace = []
+    warnings.simplefilter("ignore")  # of caches that are off
     began = time.monotonic()
-    device.pretend(chip, gpu.gib, lambda what: args.trace[-1].wait(what))
-    result = measure(args, flags, chip, gpu)
+    result = measure(args, flags, chip)
     print(page(result))
+    print(f"after {time.monotonic() - began:.0f} s")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "cross.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "cross.json").write_text(json.dumps(result) + "\n")
         (args.out / "cross.md").write_text(page(result), encoding="utf-8")
-    print(f"after {time.monotonic() - began:.0f} s")
-    bad = result["seen"]["graphs_inside_the_clock"] or result["seen"]["waits_in_steps"]
-    return 1 if bad else 0
+    return 1 if result["seen"]["graphs"]["inside the clock"] or result["seen"]["waits"]["in steps"] else 0
 
 
 if __name__ == "__main__":

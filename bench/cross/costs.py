@@ -1,7 +1,6 @@
-"""The least time of a step by part, from the bytes and operations of the kernels that inductor made, by rates that
+"""The least time of a step by part, from the bytes and operations of the kernels that inductor made, at rates that
 are assumed."""
 from collections import Counter, defaultdict
-from typing import NamedTuple
 
 import torch
 
@@ -11,74 +10,50 @@ from tools.gpus import Gpu
 from train_gpt import Config
 
 LAUNCH_S = 2e-6  # between two kernels; assumed
+# Parts of the data sheet that kernels reach: public figures of H100s, assumed of others too.
+BYTES, FLOPS, FP8, ATTENTION = 0.9, 0.8, 0.66, 0.3
 
 
-class Rates(NamedTuple):
-    """What kernels are assumed to reach, per second. The parts of the data sheet are public figures of H100s."""
-    bytes: float
-    flops: float
-    fp8: float
-    attention: float
-
-    @staticmethod
-    def of(gpu: Gpu) -> "Rates":
-        return Rates(0.9e12 * gpu.tb_s, 0.8e12 * gpu.tflops, 0.66e12 * gpu.fp8_tflops, 0.3e12 * gpu.tflops)
-
-
-def step_costs(trace: Trace, step: int, rates: Rates) -> dict[str, Counter]:
-    """Return launches, bytes and seconds of each part of a step."""
+def launches(trace: Trace, step: int, gpu: Gpu):
+    """Yield (part, graph or operation, kernel's name, times, bytes of one, seconds of one) of a step's kernels."""
     phase = f"step {step}"
-    parts = defaultdict(Counter)
 
-    def add(part: str, times: int, size: float, flops: float, rate: float) -> None:
-        seconds = max(size / rates.bytes, flops / rate) + LAUNCH_S
-        parts[part].update(launches=times, bytes=times * size, seconds=times * seconds)
+    def seconds(size: float, flops: float, rate: float) -> float:
+        return max(size / (BYTES * 1e12 * gpu.tb_s), flops / (1e12 * rate)) + LAUNCH_S
 
     for (called, number), calls in trace.calls.items():
         if called == phase:
-            for kernel in trace.graphs[number].kernels:
-                add(kernel.part, calls, kernel.bytes, kernel.flops, rates.fp8 if kernel.fp8 else rates.flops)
+            graph = trace.graphs[number]
+            for kernel in graph.kernels:
+                rate = FP8 * gpu.fp8_tflops if kernel.fp8 else FLOPS * gpu.tflops
+                one = seconds(kernel.bytes, kernel.flops, rate)
+                yield kernel.part, str(graph), kernel.name, calls, kernel.bytes, one
     for (called, part, name), row in trace.eager.items():
         if called == phase and not name.startswith("c10d"):  # collectives are counted apart
-            add(part, row["n"], row["bytes"] / row["n"], row["flops"] / row["n"], rates.flops)
-    return parts
+            size = row["bytes"] / row["n"]
+            yield part, "eager", name, row["n"], size, seconds(size, row["flops"] / row["n"], FLOPS * gpu.tflops)
 
 
-def stage_costs(trace: Trace, cfg: Config, stage: int, ranks: int, gpu: Gpu) -> dict[str, Counter]:
-    """Return the same for the mean step of a stage after its first ones."""
-    rates = Rates.of(gpu)
-    first = cfg.stage_starts[stage] + cfg.adam_every  # the first steps of a stage make masks' tables
-    steps = range(first, first + cfg.adam_every)
-    parts = defaultdict(Counter)
-    for step in steps:
-        for part, found in step_costs(trace, step, rates).items():
-            parts[part].update({key: value / len(steps) for key, value in found.items()})
+def stage_costs(trace: Trace, cfg: Config, stage: int, ranks: int, gpu: Gpu) -> tuple[dict, list]:
+    """Return {part: launches, GB and ms of the mean step of a stage} after its first ones, and the ten costliest
+    rows (ms, times, part, graph, kernel) of it; kernels alike in part, graph and bytes are one row."""
+    end = (*cfg.stage_starts[1:], cfg.train_steps)[stage]
+    first = min(cfg.stage_starts[stage] + cfg.adam_every, end - cfg.adam_every)  # the first steps make tables
+    parts, alike, names = defaultdict(Counter), Counter(), {}
+    for step in range(first, first + cfg.adam_every):
+        for part, graph, name, times, size, one in launches(trace, step, gpu):
+            times = times / cfg.adam_every
+            parts[part].update(launches=times, gb=times * size / 1e9, ms=1000 * times * one)
+            alike[part, graph, size] += times
+            names[part, graph, size] = 1000 * one, name
     sequences = max(cfg.slices, ranks)
     docs = floors.synthetic(cfg, first, sequences)[: sequences // ranks]
-    keys = floors.keys_seen(cfg, docs, stage)
-    flops = 12 * cfg.model_dim * keys  # inductor knows no documents
-    parts["attention"]["seconds"] = max(parts["attention"]["seconds"], flops / rates.attention)
+    flops = 12 * cfg.model_dim * floors.keys_seen(cfg, docs, stage)  # inductor knows no documents
+    parts["attention"]["ms"] = max(parts["attention"]["ms"], flops / (1e9 * ATTENTION * gpu.tflops))
     if ranks > 1:
         work = floors.optimizer_work(cfg, torch.bfloat16, first, len(docs), ranks, torch.device("cuda"))
         sent = work["communication"].link
-        parts["communication"].update(bytes=sent, seconds=sent / gpu.gb_s / 1e9)
-    return parts
-
-
-def costliest(trace: Trace, step: int, gpu: Gpu, count: int = 10) -> list[tuple]:
-    """Return (seconds in a step, launches, part, operations) of the kernels that take longest together: those that
-    are alike in part, bytes and operations count as one."""
-    rates = Rates.of(gpu)
-    alike = defaultdict(Counter)
-    names = {}
-    for (called, number), calls in trace.calls.items():
-        if called != f"step {step}":
-            continue
-        for kernel in trace.graphs[number].kernels:
-            rate = rates.fp8 if kernel.fp8 else rates.flops
-            seconds = max(kernel.bytes / rates.bytes, kernel.flops / rate) + LAUNCH_S
-            key = str(trace.graphs[number]), kernel.kind, kernel.part, kernel.bytes
-            alike[key].update(seconds=calls * seconds, launches=calls)
-            names[key] = kernel.name
-    top = sorted(alike, key=lambda key: -alike[key]["seconds"])[:count]
-    return [(alike[key]["seconds"], alike[key]["launches"], *key, names[key]) for key in top]
+        parts["communication"].update(gb=sent / 1e9, ms=sent / 1e6 / gpu.gb_s)
+    rows = [(times * names[key][0], times, *key[:2], names[key][1]) for key, times in alike.items()]
+    nothing = dict(launches=0, gb=0.0, ms=0.0)
+    return {part: nothing | row for part, row in sorted(parts.items())}, sorted(rows, reverse=True)[:10]

@@ -44,48 +44,33 @@ def library() -> Path:
         return built
     built.parent.mkdir(parents=True, exist_ok=True)
     partial = built.with_suffix(".partial")
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", str(source), "-o", str(partial),
+    command = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", source, "-o", partial,
                f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise UsageError("bench.cross: expected the compiler g++, found none; install it") from None
-    except subprocess.CalledProcessError as error:
-        raise UsageError(f"bench.cross: expected to build {source.name} against this torch, found "
-                         f"{error.stderr.strip().splitlines()[0]}; take the torch of requirements.txt") from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).splitlines()[0]
+        raise UsageError(f"expected to build {source.name} by g++ against this torch, found {said}; install g++ "
+                         "and the torch of requirements.txt") from None
     partial.replace(built)
     return built
 
 
-class Stream:
-    """A stream on which everything has happened already."""
-    device_index, stream_id, cuda_stream, device_type = 0, 0, 0, 1
+class Idle:
+    """A stream or an event: whatever was asked of it has happened."""
+    device_index = stream_id = cuda_stream = 0
+    device_type = 1
 
     def __init__(self, *args, **kwargs):
         pass
 
     def query(self) -> bool:
         return True
-
-    def wait_stream(self, stream) -> None:
-        pass
-
-    wait_event = wait_stream
-
-
-class Event:
-    """An event that has happened."""
-
-    def __init__(self, *args, **kwargs):
-        pass
 
     def record(self, *args) -> None:
         pass
 
-    def query(self) -> bool:
-        return True
-
-    wait = record
+    wait = wait_event = wait_stream = record
 
 
 def pretend(chip: Chip, gib: float, waited) -> None:
@@ -97,7 +82,7 @@ def pretend(chip: Chip, gib: float, waited) -> None:
     import torch
 
     if torch._C._get_accelerator().type != "cuda":
-        raise UsageError("bench.cross: expected torch not to be imported yet, found it; start by python -m bench.cross")
+        raise UsageError("expected torch not to be imported yet, found it; start by python -m bench.cross")
     memory = int(gib * 2**30)
     properties = SimpleNamespace(
         name=f"NVIDIA {chip.gpu}", major=chip.major, minor=chip.minor, multi_processor_count=chip.processors,
@@ -111,15 +96,13 @@ def pretend(chip: Chip, gib: float, waited) -> None:
         get_device_name=properties.name, get_rng_state_all=[], is_bf16_supported=True, memory_allocated=0,
         max_memory_allocated=0, max_memory_reserved=0, reset_peak_memory_stats=None, empty_cache=None,
         is_current_stream_capturing=False, _exchange_device=0, _maybe_exchange_device=0, _get_device_index=0,
-        mem_get_info=(memory, memory), current_stream=Stream(), default_stream=Stream(), set_stream=None,
+        mem_get_info=(memory, memory), current_stream=Idle(), default_stream=Idle(), set_stream=None,
         get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch.cuda.device = torch.cuda._DeviceGuard = torch.cuda.device_of = torch.cuda.stream = contextlib.nullcontext
-    torch.cuda.synchronize = lambda *args: waited("torch.cuda.synchronize")
-    Stream.synchronize = lambda self: waited("Stream.synchronize")
-    Event.synchronize = lambda self: waited("Event.synchronize")
-    torch.cuda.Event, torch.cuda.Stream = Event, Stream
+    torch.cuda.synchronize = Idle.synchronize = lambda *args: waited("synchronize")
+    torch.cuda.Event = torch.cuda.Stream = Idle
     for name in ("getCurrentRawStream", "getDevice", "setDevice", "exchangeDevice", "maybeExchangeDevice"):
         setattr(torch._C, f"_cuda_{name}", lambda *args: 0)
     answer_for_compilers(torch)
@@ -137,7 +120,7 @@ def answer_for_compilers(torch) -> None:
     cuda.exchange_device = staticmethod(torch.cuda._exchange_device)
     cuda.maybe_exchange_device = staticmethod(torch.cuda._maybe_exchange_device)
     cuda.get_raw_stream = staticmethod(lambda device: 0)
-    cuda.device, cuda.Event, cuda.Stream = torch.cuda.device, Event, Stream
+    cuda.device, cuda.Event, cuda.Stream = torch.cuda.device, Idle, Idle
     interfaces.get_cuda_stream = cuda.get_raw_stream
     fake_tensor.init_gpu_context = lambda device: None
     torch.autograd.set_multithreading_enabled(False)  # this thread knows what is fake

@@ -201,6 +201,9 @@ def extra_bytes(lowering) -> int:
         memory.assign_memory_planning_info_for_scheduler_buffers(nodes, scheduler.name_to_buf)
         memory.assign_memory_planning_info_for_scheduler_nodes(
             nodes, scheduler.name_to_fused_node, scheduler.name_to_buf, freeable)
+        for name in lowering.removed_buffers & set(scheduler.name_to_buf):  # they never leave their kernel
+            planned = scheduler.name_to_buf[name].mpi_buffer
+            planned.size_alloc = planned.size_free = 0
         peak, _ = memory.estimate_peak_memory(nodes, freeable, outputs)
     return peak - sum(buffer.mpi_buffer.size_free for buffer in freeable.values())
 
@@ -209,11 +212,9 @@ def extra_bytes(lowering) -> int:
 # Machine code
 
 
-def machine_code(source: str, name: str, chip: Chip) -> list[dict]:
+def machine_code(source: str, name: str) -> list[dict]:
     """Return what ptxas says of each choice of tile sizes that inductor would time: registers, bytes of stack
     (spills), bytes of shared memory."""
-    number = 10 * chip.major + chip.minor
-    source = re.sub(r"cc=\d+, major=\d+", f"cc={number}, major={chip.major}", source)
     tuner = getattr(PyCodeCache.load(source), name)
     tuner.precompile(warm_cache_only=True)
     dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -225,19 +226,18 @@ def machine_code(source: str, name: str, chip: Chip) -> list[dict]:
             file.flush()
             said = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True).stdout
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
-        rows.append(dict(
-            name=name, choice=str(result.config), registers=int(used["REG"]), stack=int(used["STACK"]),
-            shared=kernel.metadata.shared, warps=kernel.metadata.num_warps))
+        rows.append(dict(name=name, choice=str(result.config), registers=int(used["REG"]),
+                         stack=int(used["STACK"]), shared=kernel.metadata.shared))
     return rows
 
 
-def all_machine_code(sources: dict, chip: Chip) -> tuple[list[dict], list[dict]]:
+def all_machine_code(compiler: Compiler) -> tuple[list[dict], list[dict]]:
     """Return the rows of all kernels, and those that cannot be compiled, each with the reason."""
-    driver.set_active(Driver(chip))
     rows, failed = [], []
-    for name, source in sources.values():
+    for name, source in compiler.sources.values():
         try:
-            rows += machine_code(source, name, chip)
+            with without_device(compiler.gpu):
+                rows += machine_code(source, name)
         except Exception as error:  # whatever the compilers raise
-            failed.append(dict(name=name, why=f"{type(error).__name__}: {error}"[:300]))
+            failed.append(dict(name=name, why=f"{type(error).__name__}: {error}".replace("\n", " ")[:200]))
     return rows, failed

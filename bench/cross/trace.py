@@ -7,15 +7,13 @@ import contextlib
 import os
 import sys
 from collections import Counter, defaultdict
-from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,39 +35,25 @@ PARTS_OF_FILES = {"muon.py": "Muon", "engine/adam.py": "Adam"}
 PARTS_OF_FUNCTIONS = {"context": "masks", "to_device": "data", "accumulate": "gradient sums"}
 
 
-class Place(NamedTuple):
-    """A line of the trainer."""
-    file: str
-    line: int
-    function: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line} {self.function}"
-
-
 def places():
-    """Yield the lines of the trainer that are being executed, the innermost first."""
+    """Yield (file, line, function) of the trainer's lines that are being executed, the innermost first."""
     frame = sys._getframe(1)
     while frame:
         code = frame.f_code
-        if code.co_filename.startswith(str(ROOT)):
-            file = str(Path(code.co_filename).relative_to(ROOT))
-            if file.startswith(OURS):
-                yield Place(file, frame.f_lineno, code.co_name)
+        file = code.co_filename.removeprefix(f"{ROOT}/")
+        if file.startswith(OURS):
+            yield file, frame.f_lineno, code.co_name
         frame = frame.f_back
 
 
-def here() -> Place:
-    return next(places(), Place("elsewhere", 0, ""))
+def here() -> str:
+    return "{}:{} {}".format(*next(places(), ("elsewhere", 0, "")))
 
 
 def eager_part() -> str:
     """Return the part, as bench.step names them, of an operation outside of graphs."""
-    for place in places():
-        part = PARTS_OF_FILES.get(place.file) or PARTS_OF_FUNCTIONS.get(place.function)
-        if part:
-            return part
-    return "other"
+    parts = (PARTS_OF_FILES.get(file) or PARTS_OF_FUNCTIONS.get(function) for file, _, function in places())
+    return next(filter(None, parts), "other")
 
 
 class Graph:
@@ -168,7 +152,7 @@ class PretendedDevice(FakeTensorMode):
         if func is aten._local_scalar_dense.default:
             if args[0].is_cuda:
                 self.trace.wait("a number read")
-            return zero_of(args[0].dtype)
+            return False if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
         if torch.Tag.dynamic_output_shape in func.tags and any(
                 isinstance(x, torch.Tensor) and x.is_cuda for x in tree_leaves(args)):
             self.trace.wait(f"a shape read: {func.name()}")
@@ -182,8 +166,8 @@ class PretendedDevice(FakeTensorMode):
     def check_copy(self, func, args, kwargs) -> None:
         """Note a copy between host and device for which the host waits."""
         if func is aten._to_copy.default:
-            source, target = args[0], torch.device(kwargs.get("device") or args[0].device).type
-            host = args[0]
+            source = host = args[0]
+            target = torch.device(kwargs.get("device") or source.device).type
             waits = not kwargs.get("non_blocking")
         elif func is aten.copy_.default:
             target, source = args[0].device.type, args[1]
@@ -191,18 +175,9 @@ class PretendedDevice(FakeTensorMode):
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
         else:
             return
-        if source.device.type == target:
-            return
-        if target == "cpu" and func is aten._to_copy.default:
-            self.trace.wait("a copy to the host")  # non_blocking to unpinned memory is no better
-        elif waits or not self.trace.is_pinned(host):
-            self.trace.wait("a copy to the device" if target == "cuda" else "a copy to the host")
-
-
-def zero_of(dtype: torch.dtype):
-    if dtype == torch.bool:
-        return False
-    return 0.0 if dtype.is_floating_point else 0
+        new = target == "cpu" and func is aten._to_copy.default  # in memory that is not pinned
+        if source.device.type != target and (waits or new or not self.trace.is_pinned(host)):
+            self.trace.wait(f"a copy to {target}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,9 +316,11 @@ def pretended_kernels(cfg: Config, attention: str, fp8: bool) -> Kernels:
 
 
 def make_run(cfg: Config, attention: str, fp8: bool) -> Run:
-    """Return a run on the pretended GPU with these kernels instead of those that self-tests would choose."""
+    """Return a run on the pretended GPU with these kernels instead of those that self-tests would choose, and
+    without a vocabulary, which only a table filled at the start needs."""
     chosen = pretended_kernels(cfg, attention, fp8)
-    with mock.patch.object(Kernels, "choose", staticmethod(lambda cfg, device: chosen)):
+    choose = mock.patch.object(Kernels, "choose", staticmethod(lambda cfg, device: chosen))
+    with choose, mock.patch.object(train_gpt, "encoding_for", lambda *args, **kwargs: None):
         return Run(cfg, Runtime())
 
 
@@ -369,19 +346,4 @@ def whole_schedule(trace: Trace, cfg: Config, attention: str, fp8: bool, ranks: 
         follow(trace, run)
         run.warm_up()
         train_gpt.train(run, SilentLog())
-    return run
-
-
-def one_stage(trace: Trace, cfg: Config, stage: int, attention: str, fp8: bool) -> Run:
-    """Trace the start, a warm-up of one stage, and its first steps up to one in which Adam moves."""
-    with pretending(trace):
-        run = make_run(cfg, attention, fp8)
-        follow(trace, run)
-        first = cfg.stage_starts[stage]
-        with mock.patch.object(Config, "graph_starts", [first]):
-            run.warm_up()
-        run.loader.load_state_dict({**run.loader.state_dict(), "step": first})
-        run.step = first
-        for _ in range(cfg.adam_every):
-            run.train_step()
     return run
