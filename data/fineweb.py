@@ -80,8 +80,8 @@ def encode_piece(piece: list[tuple[bool, str]], encoding) -> np.ndarray:
 def encode_all(pieces, encoding, processes: int) -> Iterator[np.ndarray]:
     """Yield encode_piece(piece) of each piece, in order, computed by so many processes (1: this one).
 
-    Each process has one piece at a time and a pipe of its own: one that is killed while it answers ends its pipe,
-    where in a shared one it would leave the others waiting for the rest of its answer.
+    Each process has one piece at a time and a pipe of its own: one that is killed while it answers ends its
+    pipe, where in a shared one it would leave the others waiting for the rest of its answer.
     """
     if processes == 1:
         yield from (encode_piece(piece, encoding) for piece in pieces)

@@ -1,8 +1,8 @@
 """Rows of large tables whose gradient is summed in the table's own format.
 
-torch.compile sums a table's gradient in an fp32 buffer as large as the table, which it fills with zeros, adds to,
-and rounds: over 5 GB of memory traffic for the tables of track small in bfloat16. torch's own kernel sorts the
-ids, sums the rows of each id in fp32, and writes each sum once.
+torch.compile sums a table's gradient in an fp32 buffer as large as the table, which it fills with zeros, adds
+to, and rounds: over 5 GB of memory traffic for the tables of track small in bfloat16. torch's own kernel
+sorts the ids, sums the rows of each id in fp32, and writes each sum once.
 """
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor
 
 @torch.library.custom_op("speedrun::table_gradient", mutates_args=())
 def table_gradient(grad: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Return the gradient of a table (rows, D) from that of the rows (..., D) that were read at index (...)."""
+    """Return the gradient of a table (rows, D) from that of the rows (..., D) that were read at index
+    (...)."""
     return torch.ops.aten.embedding_dense_backward(grad, index, rows, -1, False)
 
 

@@ -102,7 +102,8 @@ def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> 
     extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
     streams = attention * layers + (mlp + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + ends
     streams += 13 * cfg.mudd
-    if cfg.mix_window:  # blocks of queries, keys and values; four times softmaxes of twice the window, by head
+    # Blocks of queries, keys and values; four times softmaxes of twice the window, by head.
+    if cfg.mix_window:
         streams += 8 + 8 * cfg.mix_window // cfg.head_dim
     worst = logit_bytes * min(tokens, HEAD_PIECE) * cfg.padded_vocab
     stream = tokens * cfg.model_dim * dtype.itemsize

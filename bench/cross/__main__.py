@@ -1,17 +1,19 @@
-"""The GPU path without a GPU: a whole schedule of the trainer at full size, traced, compiled and costed for a GPU
-that is not there.
+"""The GPU path without a GPU: a whole schedule of the trainer at full size, traced, compiled and costed for a
+GPU that is not there.
 
     python -m bench.cross [--gpu=H100] [--ranks=8] [--parts trace costs code] [--out=FOLDER] [--field=value ...]
 
-trace  a short run through every stage on tensors without memory: the graphs that it makes, and when; the lines at
+trace  a short run through every stage on tensors without memory: the graphs that it makes, and when; the
+lines at
        which the host would wait for the device; memory in use, by stage
-costs  what inductor makes of the graphs: the least time of a step by part, from the bytes and operations of its
+costs  what inductor makes of the graphs: the least time of a step by part, from the bytes and operations of
+its
        kernels; memory with what the graphs need inside
 code   the machine code of those kernels: registers, shared memory, spills
 
-One rank is traced; others are pretended too. Needs Triton (bench/cross/requirements.txt) and g++, and touches no
-driver. Exit code 1 if something is compiled while the clock runs, or a step waits for the device where it need not.
-bench/CROSS.md says what was found, what is assumed, and what cannot be known this way.
+One rank is traced; others are pretended too. Needs Triton (bench/cross/requirements.txt) and g++, and touches
+no driver. Exit code 1 if something is compiled while the clock runs, or a step waits for the device where it
+need not. bench/CROSS.md says what was found, what is assumed, and what cannot be known this way.
 """
 import argparse
 import json
@@ -77,16 +79,18 @@ def page(result: dict) -> str:
         keys = "ms", "gb", "launches"
         sums = {key: sum(row[key] for row in parts.values()) for key in keys}
         rows = [[part, *(f"{row[key]:.2f}" for key in keys)] for part, row in [*parts.items(), ("all", sums)]]
-        out.append(f"## Stage {stage}: the least time of a step\n\n" + grid(["part", "ms", "GB", "launches"], rows))
+        out.append(f"## Stage {stage}: the least time of a "
+                   "step\n\n" + grid(["part", "ms", "GB", "launches"], rows))
         rows = [[f"{ms:.2f}", f"{times:g}", *names] for ms, times, *names in top]
         out.append(grid(["ms", "times", "part", "graph", "kernel of"], rows))
     if code := result.get("code"):
         rows, failed = code["rows"], code["failed"]
         spilling = [row for row in rows if row["stack"]]
         most = {key: max(row[key] for row in rows) for key in ("registers", "shared")}
-        out.append(f"## Machine code\n\n{code['kernels']} kernels in {len(rows)} forms, of which inductor takes the "
-                   f"fastest; {len(failed)} kernels fail, {len(spilling)} forms spill; at most {most['registers']} "
-                   f"registers a thread and {most['shared']} bytes of shared memory a block")
+        out.append(f"## Machine code\n\n{code['kernels']} kernels in {len(rows)} forms, of which inductor "
+                   f"takes the fastest; {len(failed)} kernels fail, {len(spilling)} forms spill; at most "
+                   f"{most['registers']} registers a thread and {most['shared']} bytes of shared memory a "
+                   "block")
         bad = [[row["name"], row["why"]] for row in failed]
         bad += [[row["name"], f"{row['stack']} bytes of stack: {row['choice']}"] for row in spilling]
         out.append(grid(["kernel", "what"], bad))

@@ -1,5 +1,5 @@
-"""The least time of a step by part, from the bytes and operations of the kernels that inductor made, at rates that
-are assumed."""
+"""The least time of a step by part, from the bytes and operations of the kernels that inductor made, at rates
+that are assumed."""
 from collections import Counter, defaultdict
 
 import torch
@@ -15,7 +15,8 @@ BYTES, FLOPS, FP8, ATTENTION = 0.9, 0.8, 0.66, 0.3
 
 
 def launches(trace: Trace, step: int, gpu: Gpu):
-    """Yield (part, graph or operation, kernel's name, times, bytes of one, seconds of one) of a step's kernels."""
+    """Yield (part, graph or operation, kernel's name, times, bytes of one, seconds of one) of a step's
+    kernels."""
     phase = f"step {step}"
 
     def seconds(size: float, flops: float, rate: float) -> float:
@@ -35,8 +36,9 @@ def launches(trace: Trace, step: int, gpu: Gpu):
 
 
 def stage_costs(trace: Trace, cfg: Config, stage: int, ranks: int, gpu: Gpu) -> tuple[dict, list]:
-    """Return {part: launches, GB and ms of the mean step of a stage} after its first ones, and the ten costliest
-    rows (ms, times, part, graph, kernel) of it; kernels alike in part, graph and bytes are one row."""
+    """Return {part: launches, GB and ms of the mean step of a stage} after its first ones, and the ten
+    costliest rows (ms, times, part, graph, kernel) of it; kernels alike in part, graph and bytes are one
+    row."""
     end = (*cfg.stage_starts[1:], cfg.train_steps)[stage]
     first = min(cfg.stage_starts[stage] + cfg.adam_every, end - cfg.adam_every)  # the first steps make tables
     parts, alike, names = defaultdict(Counter), Counter(), {}

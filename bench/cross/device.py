@@ -50,8 +50,8 @@ def library() -> Path:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", "") or str(error)).splitlines()[0]
-        raise UsageError(f"expected to build {source.name} by g++ against this torch, found {said}; install g++ "
-                         "and the torch of requirements.txt") from None
+        raise UsageError(f"expected to build {source.name} by g++ against this torch, found {said}; install "
+                         "g++ and the torch of requirements.txt") from None
     partial.replace(built)
     return built
 
@@ -109,7 +109,8 @@ def pretend(chip: Chip, gib: float, waited) -> None:
 
 
 def answer_for_compilers(torch) -> None:
-    """Give torch.compile the same answers: it took references to torch.cuda's functions when it was imported."""
+    """Give torch.compile the same answers: it took references to torch.cuda's functions when it was
+    imported."""
     import torch._dynamo.device_interface as interfaces
     import torch._subclasses.fake_tensor as fake_tensor
 

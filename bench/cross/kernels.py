@@ -159,7 +159,8 @@ def size_of(buffer) -> int:
     return int(math.prod(buffer.get_size())) * buffer.get_dtype().itemsize
 
 
-LIBRARIES = {"varlen": "attention", "flex": "attention", "scaled_dot": "attention", "table_gradient": "tables"}
+LIBRARIES = {
+    "varlen": "attention", "flex": "attention", "scaled_dot": "attention", "table_gradient": "tables"}
 
 
 def part_of(origin, kind: str) -> str:

@@ -1,5 +1,5 @@
-"""The trainer's own Run at full size on tensors without memory: which graphs it makes and when, where the host
-would wait for the device, what lives in its memory, and what runs outside of graphs.
+"""The trainer's own Run at full size on tensors without memory: which graphs it makes and when, where the
+host would wait for the device, what lives in its memory, and what runs outside of graphs.
 
 Times and values are none of this: every number read from the device is zero.
 """
@@ -65,7 +65,8 @@ class Graph:
         self.outputs = [node.meta["val"] if isinstance(node, torch.fx.Node) else node
                         for node in gm.graph.output_node().args[0]]
         self.kernels = []  # set by bench.cross.kernels
-        self.extra_bytes = 0  # at its worst moment, beside what lives when it is called; set by bench.cross.kernels
+        # At its worst moment, beside what lives when it is called; set by bench.cross.kernels.
+        self.extra_bytes = 0
 
     def __str__(self) -> str:
         return f"{self.name}{' backward' if self.backward else ''}"
@@ -195,7 +196,8 @@ def function_being_compiled() -> str:
 
 
 def recording(trace: Trace):
-    """Return a function in place of torch.compile: its graphs are recorded, and make empty results when called."""
+    """Return a function in place of torch.compile: its graphs are recorded, and make empty results when
+    called."""
     compile_truly = torch.compile
 
     def inner(gm, inputs, **kwargs):
@@ -286,14 +288,16 @@ def one_of(ranks: int):
     if ranks == 1:
         yield
         return
-    variables = dict(RANK="0", WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
+    variables = dict(
+        RANK="0", WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
 
     def gather_objects(into, mine, group=None):
         into[:] = [mine] * len(into)
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        with mock.patch.dict(os.environ, variables), mock.patch.object(dist, "all_gather_object", gather_objects):
+        gather = mock.patch.object(dist, "all_gather_object", gather_objects)
+        with mock.patch.dict(os.environ, variables), gather:
             yield
     finally:
         dist.destroy_process_group()
@@ -325,7 +329,8 @@ def make_run(cfg: Config, attention: str, fp8: bool) -> Run:
 
 
 def follow(trace: Trace, run: Run) -> None:
-    """Let the trace know which phase the run is in: a step by its number, a validation, or what is between."""
+    """Let the trace know which phase the run is in: a step by its number, a validation, or what is
+    between."""
     def phased(function, name):
         def call(*args):
             trace.phase = name or f"step {run.step}"
