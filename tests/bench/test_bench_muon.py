@@ -162,6 +162,14 @@ def test_what_is_missing_is_named_and_skipped(monkeypatch):
     assert missing == {"heavyball": "ModuleNotFoundError: No module named 'no_such_module'"}
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """The command sets a number of threads, which other tests of this process would inherit."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def test_one_command_prints_the_tables_and_writes_results_and_page(tmp_path, monkeypatch, capsys):
     small = {"two": [(16, 8), (8, 16)], "a bank": [(2, 8, 16)]}
     monkeypatch.setattr(speed, "shape_sets", lambda blocks: small)

@@ -1,7 +1,14 @@
 """The iteration is fp32 in these tests, whatever the processor, as their tolerances expect; who tests bf16 asks for it."""
 import pytest
+import torch
 
 import muon
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The bits of a product depend on the number of threads, and ranks that these tests start have one."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
