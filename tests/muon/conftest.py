@@ -5,7 +5,7 @@ import torch
 import muon
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before references that a module computes once
 def one_thread():
     """The bits of a product depend on the number of threads, and ranks that these tests start have one."""
     torch.set_num_threads(1)
