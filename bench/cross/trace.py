@@ -4,6 +4,7 @@ host would wait for the device, what lives in its memory, and what runs outside 
 Times and values are none of this: every number read from the device is zero.
 """
 import contextlib
+import functools
 import os
 import sys
 from collections import Counter, defaultdict
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 import train_gpt
 from data.files import ROOT
+from engine import attention
 from engine.kernels import Kernels, keep_compiled
 from engine.ranks import Runtime
 from muon import symmetric_product
@@ -64,9 +66,29 @@ class Graph:
         self.backward = bool(options.get("is_backward"))
         self.outputs = [node.meta["val"] if isinstance(node, torch.fx.Node) else node
                         for node in gm.graph.output_node().args[0]]
+        self.expected = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
         self.kernels = []  # set by bench.cross.kernels
         # At its worst moment, beside what lives when it is called; set by bench.cross.kernels.
         self.extra_bytes = 0
+
+    def run(self, args: list) -> list:
+        """Return tensors without contents; symbols in their shapes get the values that these arguments have."""
+        values = {}
+        for expected, arg in zip(self.expected, args):
+            tensor = isinstance(arg, torch.Tensor)
+            pairs = zip(expected.shape, arg.shape) if tensor else [(expected, arg)]
+            values |= {n.node.expr: int(m) for n, m in pairs if isinstance(n, torch.SymInt)}
+
+        def number(n) -> int:
+            return int(n.node.expr.subs(values)) if isinstance(n, torch.SymInt) else n
+
+        def made(x):
+            if not isinstance(x, torch.Tensor):
+                return number(x)
+            size, stride = ([number(n) for n in numbers] for numbers in (x.size(), x.stride()))
+            return torch.empty_strided(size, stride, dtype=x.dtype, device=x.device)
+
+        return [made(x) for x in self.outputs]
 
     def __str__(self) -> str:
         return f"{self.name}{' backward' if self.backward else ''}"
@@ -209,8 +231,9 @@ def recording(trace: Trace):
         def call(args):
             trace.calls[trace.phase, number] += 1
             trace.note_peak(graph.extra_bytes, graph)
+            given = list(args)
             args.clear()
-            return [empty_like(value) for value in graph.outputs]
+            return graph.run(given)
 
         call._boxed_call = True
         return call
@@ -223,12 +246,6 @@ def recording(trace: Trace):
         return compile_truly(function, backend=backend, **options)
 
     return compile
-
-
-def empty_like(value):
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
 
 
 class OnHost(TorchDispatchMode):
@@ -255,6 +272,7 @@ def pretending(trace: Trace):
     import torch._inductor.fx_passes.joint_graph as joint_graph
     import torch._inductor.fx_passes.pad_mm as pad_mm
 
+    compile = recording(trace)
     folder = joint_graph.UniformValueConstantFolder
     make_tensor = torch.tensor
 
@@ -263,7 +281,8 @@ def pretending(trace: Trace):
         return trace.pin(made) if pin_memory else made
 
     patches = [
-        mock.patch.object(torch, "compile", recording(trace)),
+        mock.patch.object(torch, "compile", compile),
+        mock.patch.object(attention, "compiled", functools.cache(compile)),
         mock.patch.object(torch, "tensor", tensor),
         mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: trace.pin(self)),
         mock.patch.object(folder, "run", fold_on_host(folder.run)),
@@ -311,18 +330,18 @@ class SilentLog:
         return lambda *args, **kwargs: None
 
 
-def pretended_kernels(cfg: Config, attention: str, fp8: bool) -> Kernels:
+def pretended_kernels(backend: str, fp8: bool) -> Kernels:
     """Return the kernels that a GPU which passes these self-tests would choose."""
     keep_compiled()
     why = "assumed"
-    return Kernels(torch.device("cuda", 0), torch.bfloat16, True, attention, why, fp8, why, False, why,
+    return Kernels(torch.device("cuda", 0), torch.bfloat16, True, backend, why, fp8, why, False, why,
                    torch.bfloat16, symmetric_product, why)
 
 
-def make_run(cfg: Config, attention: str, fp8: bool) -> Run:
+def make_run(cfg: Config, backend: str, fp8: bool) -> Run:
     """Return a run on the pretended GPU with these kernels instead of those that self-tests would choose, and
     without a vocabulary, which only a table filled at the start needs."""
-    chosen = pretended_kernels(cfg, attention, fp8)
+    chosen = pretended_kernels(backend, fp8)
     choose = mock.patch.object(Kernels, "choose", staticmethod(lambda cfg, device: chosen))
     with choose, mock.patch.object(train_gpt, "encoding_for", lambda *args, **kwargs: None):
         return Run(cfg, Runtime())
@@ -344,10 +363,10 @@ def follow(trace: Trace, run: Run) -> None:
     run.warm_up = phased(run.warm_up, "warm-up")
 
 
-def whole_schedule(trace: Trace, cfg: Config, attention: str, fp8: bool, ranks: int) -> Run:
+def whole_schedule(trace: Trace, cfg: Config, backend: str, fp8: bool, ranks: int) -> Run:
     """Trace a whole run of one of some ranks: start, warm-up, every step and validation."""
     with one_of(ranks), pretending(trace):
-        run = make_run(cfg, attention, fp8)
+        run = make_run(cfg, backend, fp8)
         follow(trace, run)
         run.warm_up()
         train_gpt.train(run, SilentLog())
