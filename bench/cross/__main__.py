@@ -1,7 +1,7 @@
 """The GPU path without a GPU: a whole schedule of the trainer at full size, traced, compiled and costed for a
 GPU that is not there.
 
-    python -m bench.cross [--gpu=H100] [--ranks=8] [--parts trace costs code] [--out=FOLDER] [--field=value ...]
+    python -m bench.cross [--gpu=H100] [--ranks=8] [--parts trace costs code] [--out=DIR] [--field=value ...]
 
 trace  a short run through every stage on tensors without memory: the graphs that it makes, and when; the
 lines at
@@ -15,6 +15,7 @@ One rank is traced; others are pretended too. Needs Triton (bench/cross/requirem
 no driver. Exit code 1 if something is compiled while the clock runs, or a step waits for the device where it
 need not. bench/CROSS.md says what was found, what is assumed, and what cannot be known this way.
 """
+
 import argparse
 import json
 import os
@@ -35,8 +36,12 @@ ALLOWED = "synchronize", "read_stats"  # waits for a step that ended two steps a
 
 
 def parse(argv: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m bench.cross", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cross",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(device.CHIPS)}")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--parts", nargs="+", choices=("trace", "costs", "code"), default=["trace"])
@@ -65,11 +70,14 @@ def seen(trace, cfg) -> dict:
 
 def page(result: dict) -> str:
     """Return the result in Markdown."""
-    about = ", ".join(f"{key} {result[key]}" for key in ("ranks", "attention", "fp8", "torch", "triton", "flags"))
+    keys = "ranks", "attention", "fp8", "torch", "triton", "flags"
+    about = ", ".join(f"{key} {result[key]}" for key in keys)
     out = [f"# A run on {result['gpu']}, as far as it can be known without one\n\n{about}"]
     graphs = result["seen"]["graphs"].items()
-    rows = [[phase, sum(found.values()), ", ".join(f"{n} {name}" for name, n in found.items())]
-            for phase, found in graphs]
+    rows = [
+        [phase, sum(found.values()), ", ".join(f"{n} {name}" for name, n in found.items())]
+        for phase, found in graphs
+    ]
     out.append(grid(["graphs made", "number", "of"], rows))
     rows = [[when, where, n] for when, found in result["seen"]["waits"].items() for where, n in found.items()]
     out.append(grid(["the host waits", "for", "times"], rows))
@@ -79,21 +87,26 @@ def page(result: dict) -> str:
         keys = "ms", "gb", "launches"
         sums = {key: sum(row[key] for row in parts.values()) for key in keys}
         rows = [[part, *(f"{row[key]:.2f}" for key in keys)] for part, row in [*parts.items(), ("all", sums)]]
-        out.append(f"## Stage {stage}: the least time of a "
-                   "step\n\n" + grid(["part", "ms", "GB", "launches"], rows))
+        out.append(
+            f"## Stage {stage}: the least time of a step\n\n" + grid(["part", "ms", "GB", "launches"], rows)
+        )
         rows = [[f"{ms:.2f}", f"{times:g}", *names] for ms, times, *names in top]
         out.append(grid(["ms", "times", "part", "graph", "kernel of"], rows))
     if code := result.get("code"):
         rows, failed = code["rows"], code["failed"]
         spilling = [row for row in rows if row["stack"]]
         most = {key: max(row[key] for row in rows) for key in ("registers", "shared")}
-        out.append(f"## Machine code\n\n{code['kernels']} kernels in {len(rows)} forms, of which inductor "
-                   f"takes the fastest; {len(failed)} kernels fail, {len(spilling)} forms spill; at most "
-                   f"{most['registers']} registers a thread and {most['shared']} bytes of shared memory a "
-                   "block")
-        bad = [[row["name"], row["why"]] for row in failed]
-        bad += [[row["name"], f"{row['stack']} bytes of stack: {row['choice']}"] for row in spilling]
-        out.append(grid(["kernel", "what"], bad))
+        out.append(
+            f"## Machine code\n\n{code['kernels']} kernels in {len(rows)} forms, of which inductor "
+            f"takes the fastest; {len(failed)} kernels fail, {len(spilling)} forms spill; at most "
+            f"{most['registers']} registers a thread and {most['shared']} bytes of shared memory a "
+            "block"
+        )
+        bad = Counter((row["name"].rstrip("0123456789_"), row["why"]) for row in failed)
+        for row in spilling:
+            bad[row["name"].rstrip("0123456789_"), f"{row['stack']} bytes of stack: {row['choice']}"] += 1
+        rows = [[name[:60], what, times] for (name, what), times in bad.items()]
+        out.append(grid(["kernel", "what", "times"], rows))
     return "\n\n".join(out) + "\n"
 
 
@@ -124,8 +137,16 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
         synthetic_shards(cfg, Path(folder), 60 * max(cfg.batch_tokens))
         os.environ["DATA_PATH"] = folder
         whole_schedule(trace, cfg, args.backend, fp8, args.ranks)
-    result = dict(gpu=chip.gpu, ranks=args.ranks, attention=args.backend, fp8=fp8, torch=torch.__version__,
-                  triton=triton.__version__, flags=" ".join(flags), seen=seen(trace, cfg))
+    result = dict(
+        gpu=chip.gpu,
+        ranks=args.ranks,
+        attention=args.backend,
+        fp8=fp8,
+        torch=torch.__version__,
+        triton=triton.__version__,
+        flags=" ".join(flags),
+        seen=seen(trace, cfg),
+    )
     if "costs" in args.parts:
         stages = range(len(cfg.stage_starts))
         result["costs"] = [costs.stage_costs(trace, cfg, stage, args.ranks, gpu) for stage in stages]

@@ -22,17 +22,18 @@ def launches(trace: Trace, step: int, gpu: Gpu):
     def seconds(size: float, flops: float, rate: float) -> float:
         return max(size / (BYTES * 1e12 * gpu.tb_s), flops / (1e12 * rate)) + LAUNCH_S
 
+    rate = FLOPS * gpu.tflops
     for (called, number), calls in trace.calls.items():
-        if called == phase:
-            graph = trace.graphs[number]
-            for kernel in graph.kernels:
-                rate = FP8 * gpu.fp8_tflops if kernel.fp8 else FLOPS * gpu.tflops
-                one = seconds(kernel.bytes, kernel.flops, rate)
-                yield kernel.part, str(graph), kernel.name, calls, kernel.bytes, one
+        graph = trace.graphs[number]
+        for kernel in graph.kernels if called == phase else ():
+            fastest = FP8 * gpu.fp8_tflops if kernel.fp8 else rate
+            one = seconds(kernel.bytes, kernel.flops, fastest)
+            yield kernel.part, str(graph), kernel.name, calls, kernel.bytes, one
     for (called, part, name), row in trace.eager.items():
         if called == phase and not name.startswith("c10d"):  # collectives are counted apart
             size = row["bytes"] / row["n"]
-            yield part, "eager", name, row["n"], size, seconds(size, row["flops"] / row["n"], FLOPS * gpu.tflops)
+            flops = row["flops"] / row["n"]
+            yield part, "eager", name, row["n"], size, seconds(size, flops, rate)
 
 
 def stage_costs(trace: Trace, cfg: Config, stage: int, ranks: int, gpu: Gpu) -> tuple[dict, list]:
@@ -41,21 +42,38 @@ def stage_costs(trace: Trace, cfg: Config, stage: int, ranks: int, gpu: Gpu) -> 
     row."""
     end = (*cfg.stage_starts[1:], cfg.train_steps)[stage]
     first = min(cfg.stage_starts[stage] + cfg.adam_every, end - cfg.adam_every)  # the first steps make tables
-    parts, alike, names = defaultdict(Counter), Counter(), {}
+    parts = defaultdict(Counter)
+    alike = Counter()
+    names = {}
     for step in range(first, first + cfg.adam_every):
         for part, graph, name, times, size, one in launches(trace, step, gpu):
             times = times / cfg.adam_every
-            parts[part].update(launches=times, gb=times * size / 1e9, ms=1000 * times * one)
-            alike[part, graph, size] += times
-            names[part, graph, size] = 1000 * one, name
+            ms = 1000 * one
+            row = parts[part]
+            row["launches"] += times
+            row["gb"] += times * size / 1e9
+            row["ms"] += times * ms
+            key = part, graph, size
+            alike[key] += times
+            names[key] = ms, name
+
+
     sequences = max(cfg.slices, ranks)
     docs = floors.synthetic(cfg, first, sequences)[: sequences // ranks]
     flops = 12 * cfg.model_dim * floors.keys_seen(cfg, docs, stage)  # inductor knows no documents
-    parts["attention"]["ms"] = max(parts["attention"]["ms"], flops / (1e9 * ATTENTION * gpu.tflops))
+    least = flops / (1e9 * ATTENTION * gpu.tflops)
+    parts["attention"]["ms"] = max(parts["attention"]["ms"], least)
     if ranks > 1:
         work = floors.optimizer_work(cfg, torch.bfloat16, first, len(docs), ranks, torch.device("cuda"))
         sent = work["communication"].link
-        parts["communication"].update(gb=sent / 1e9, ms=sent / 1e6 / gpu.gb_s)
-    rows = [(times * names[key][0], times, *key[:2], names[key][1]) for key, times in alike.items()]
+        row = parts["communication"]
+        row["gb"] = sent / 1e9
+        row["ms"] = sent / 1e6 / gpu.gb_s
+
+    rows = []
+    for (part, graph, size), times in alike.items():
+        ms, name = names[part, graph, size]
+        rows.append((times * ms, times, part, graph, name))
     nothing = dict(launches=0, gb=0.0, ms=0.0)
-    return {part: nothing | row for part, row in sorted(parts.items())}, sorted(rows, reverse=True)[:10]
+    whole = {part: nothing | row for part, row in sorted(parts.items())}
+    return whole, sorted(rows, reverse=True)[:10]

@@ -86,7 +86,8 @@ def pretend(chip: Chip, gib: float, waited) -> None:
     memory = int(gib * 2**30)
     properties = SimpleNamespace(
         name=f"NVIDIA {chip.gpu}", major=chip.major, minor=chip.minor, multi_processor_count=chip.processors,
-        total_memory=memory, L2_cache_size=chip.cache_mib * 2**20, warp_size=32, regs_per_multiprocessor=65_536,
+        total_memory=memory, L2_cache_size=chip.cache_mib * 2**20, warp_size=32,
+        regs_per_multiprocessor=65_536,
         max_threads_per_multi_processor=2048 if chip.minor == 0 else 1536, max_threads_per_block=1024,
         shared_memory_per_block=49_152, shared_memory_per_block_optin=chip.shared_bytes,
         shared_memory_per_multiprocessor=chip.shared_bytes + 1024, is_integrated=False, gcnArchName="")
@@ -100,7 +101,8 @@ def pretend(chip: Chip, gib: float, waited) -> None:
         get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
-    torch.cuda.device = torch.cuda._DeviceGuard = torch.cuda.device_of = torch.cuda.stream = contextlib.nullcontext
+    for name in ("device", "device_of", "stream", "_DeviceGuard"):
+        setattr(torch.cuda, name, contextlib.nullcontext)
     torch.cuda.synchronize = Idle.synchronize = lambda *args: waited("synchronize")
     torch.cuda.Event = torch.cuda.Stream = Idle
     for name in ("getCurrentRawStream", "getDevice", "setDevice", "exchangeDevice", "maybeExchangeDevice"):

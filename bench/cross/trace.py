@@ -72,7 +72,7 @@ class Graph:
         self.extra_bytes = 0
 
     def run(self, args: list) -> list:
-        """Return tensors without contents; symbols in their shapes get the values that these arguments have."""
+        """Return tensors without contents. Symbols in their shapes get the values that the arguments have."""
         values = {}
         for expected, arg in zip(self.expected, args):
             tensor = isinstance(arg, torch.Tensor)
@@ -242,7 +242,7 @@ def recording(trace: Trace):
         trace.compiling = function_being_compiled()
         return compile_fx(gm, inputs, inner_compile=inner)
 
-    def compile(function=None, **options):  # with one backend always: another one would be another compilation
+    def compile(function=None, **options):  # always with this backend: another would compile again
         return compile_truly(function, backend=backend, **options)
 
     return compile
@@ -286,8 +286,8 @@ def pretending(trace: Trace):
         mock.patch.object(torch, "tensor", tensor),
         mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: trace.pin(self)),
         mock.patch.object(folder, "run", fold_on_host(folder.run)),
-        mock.patch.object(fuse_attention, "_sfdp_init", lambda *args, **kwargs: None),  # it would run patterns
-        mock.patch.object(pad_mm, "_should_pad", lambda *args, **kwargs: False),  # it would time both
+        mock.patch.object(fuse_attention, "_sfdp_init", lambda *args, **kwargs: None),  # it runs patterns
+        mock.patch.object(pad_mm, "_should_pad", lambda *args, **kwargs: False),  # it times both
         torch._inductor.config.patch(force_disable_caches=True, compile_threads=1),
     ]
     with contextlib.ExitStack() as stack:

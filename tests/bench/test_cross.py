@@ -9,13 +9,16 @@ import pytest
 from data.files import ROOT
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: bench/cross/requirements.txt"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+                       reason="needs Triton: bench/cross/requirements.txt"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]
 
-FEW = ("--ranks=1", "--stages=1", "--untie_stage=-1", "--num_layers=3", "--no_attn_layers=", "--paired_layers=0",
+FEW = ("--ranks=1", "--stages=1", "--untie_stage=-1", "--num_layers=3", "--no_attn_layers=",
+       "--paired_layers=0",
        "--long_layers=2", "--late_attn_layers=", "--cache_layer=1", "--skip=0,2", "--value_embed_layers=1",
-       "--attn_gate_layers=0", "--xsa_layers=1", "--bigram_rows=1000", "--train_steps=4", "--extension_steps=2",
+       "--attn_gate_layers=0", "--xsa_layers=1", "--bigram_rows=1000", "--train_steps=4",
+       "--extension_steps=2",
        "--batch_tokens=32768", "--val_slice=8192", "--val_tokens=8192", "--optimizer=adamw")
 
 

@@ -46,7 +46,8 @@ for m, n in ((TILE, TILE), (300, 130), (1, 257), (64, 50)):
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: bench/cross/requirements.txt")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+                    reason="needs Triton: bench/cross/requirements.txt")
 def test_the_tiles_of_the_kernel_cover_any_shape_once():
     command = [sys.executable, "-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n" + TILES]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
