@@ -15,11 +15,10 @@ from data.files import ROOT
 from engine.endings import Stopped
 from engine.ranks import Runtime, say
 
-SOURCES = (  # what the log embeds, in reading order
+SOURCES = (  # what the log embeds; of the engine all, so that no new file is forgotten
     "train_gpt.py", "muon.py",
-    "engine/settings.py", "engine/kernels.py", "engine/attention.py", "engine/head_loss.py",
-    "engine/self_test.py", "engine/products.py", "engine/adam.py", "engine/ranks.py", "engine/clock.py",
-    "engine/log.py", "engine/checkpoint.py", "engine/endings.py", "data/loader.py", "data/shards.py")
+    *(f"engine/{path.name}" for path in sorted((ROOT / "engine").glob("*.py")) if path.name != "__init__.py"),
+    "data/loader.py", "data/shards.py")
 BANNER = "=" * 100
 LOSSES_PER_LINE = 10
 
