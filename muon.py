@@ -343,8 +343,19 @@ def decay_and_step(W: Tensor, O: Tensor, ok: Tensor, lr, decay, cautious: bool) 
 def step_master(W: Tensor, low: Tensor, O: Tensor, ok: Tensor, lr, decay, cautious: bool) -> Tensor:
     """`decay_and_step` on fp32 master weights: the bf16 W holds their upper 16 bits, the int16 `low` the
     lower ones. Returns the new upper halves as bf16, truncated; W is not modified, `low` is."""
-    master = ((W.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+    master = join_halves(W, low)
     decay_and_step(master, O, ok, lr, decay, cautious)
+    return upper_half(master, low)
+
+
+def join_halves(upper: Tensor, low: Tensor) -> Tensor:
+    """Return the fp32 numbers whose upper 16 bits are a bf16 tensor and whose lower ones an int16 tensor."""
+    return ((upper.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+
+
+def upper_half(master: Tensor, low: Tensor) -> Tensor:
+    """Return the upper halves of fp32 numbers as bf16, truncated, and write the lower ones to the int16
+    `low`."""
     bits = master.view(torch.int32)
     low.copy_(bits.to(torch.int16))
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
@@ -530,8 +541,9 @@ def views(flat: Tensor, stacks: list[Stack]) -> list[Tensor]:
 # Transport: knows tensors only
 
 # torch 2.13 renamed both. Outputs stay flat: gloo refuses the stacked form that NCCL accepts.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+RENAMED = hasattr(dist, "all_gather_single")
+all_gather_flat = getattr(dist, "all_gather_single" if RENAMED else "all_gather_into_tensor", None)
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single" if RENAMED else "reduce_scatter_tensor", None)
 
 
 class Flight(NamedTuple):
@@ -550,13 +562,13 @@ def sum_to_owners(packed: Tensor, everywhere: bool, group) -> Flight:
     if everywhere:
         return Flight(dist.all_reduce(packed, group=group, async_op=True), packed, None)
     mine = torch.empty_like(packed[0])
-    return Flight(_reduce_scatter(mine, packed.view(-1), group=group, async_op=True), mine, packed)
+    return Flight(reduce_scatter_flat(mine, packed.view(-1), group=group, async_op=True), mine, packed)
 
 
 def share_with_all(mine: Tensor, world_size: int, group) -> Flight:
     """Give every rank the rows (ranks, elements) of which each has one."""
     gathered = mine.new_empty((world_size, len(mine)))
-    return Flight(_all_gather(gathered.view(-1), mine, group=group, async_op=True), gathered, mine)
+    return Flight(all_gather_flat(gathered.view(-1), mine, group=group, async_op=True), gathered, mine)
 
 
 def world_and_rank(group) -> tuple[int, int]:

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.ranks import all_gather_flat, reduce_scatter_flat
+from muon import all_gather_flat, join_halves, reduce_scatter_flat, upper_half
 
 SHARD_FROM = 2**16  # elements; what is smaller travels with all other small ones in one all-reduce
 PIECE = 2**22  # elements that an eager update moves at a time: it makes eight fp32 tensors of that size
@@ -17,10 +17,7 @@ def adam_update_(p, low, g, m, v, lr, betas, correction, eps, decay, cautious: b
     of a bf16 p, else None.
     """
     g = g.float() / ranks
-    if low is None:
-        w = p
-    else:
-        w = ((p.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+    w = p if low is None else join_halves(p, low)
 
     m.lerp_(g, 1 - betas[0])
     v.lerp_(g * g, 1 - betas[1])
@@ -31,9 +28,7 @@ def adam_update_(p, low, g, m, v, lr, betas, correction, eps, decay, cautious: b
     w.sub_(u).sub_(shrink)
 
     if low is not None:
-        bits = w.view(torch.int32)
-        low.copy_(bits.to(torch.int16))
-        p.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
+        p.copy_(upper_half(w, low))
 
 
 def adam_update_in_pieces_(p, low, g, m, v, *settings):

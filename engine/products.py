@@ -50,34 +50,35 @@ def onednn_batches():
 
     Not for a whole run: torch's flash attention has so small products that it becomes four times slower.
     """
-    backend = torch.backends.mkldnn.matmul if exact_onednn_batches() else None
-    before = backend.fp32_precision if backend else None
-    if backend:
-        backend.fp32_precision = "bf16"
+    with offered_to_onednn() if exact_onednn_batches() else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def offered_to_onednn():
+    """Let torch hand fp32 products to oneDNN, which it does where their factors may be rounded to bf16."""
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16"
     try:
         yield
     finally:
-        if backend:
-            backend.fp32_precision = before
+        backend.fp32_precision = before
 
 
 @functools.cache
 def exact_onednn_batches() -> bool:
     """Return whether this is an AMD processor on which oneDNN computes them in fp32.
 
-    torch hands them over only where it is allowed to round factors to bf16. oneDNN makes use of that on
-    processors with AMX; on others it does not, as is made sure of here.
+    oneDNN makes use of its leave to round on processors with AMX; on others it does not, as is made sure of
+    here.
     """
     backend = getattr(torch.backends.mkldnn, "matmul", None)
     if not amd_with_onednn() or not hasattr(backend, "fp32_precision"):
         return False
     A, B = torch.randn(2, 4, 128, 128, generator=torch.Generator().manual_seed(0)).unbind()
-    before = backend.fp32_precision
-    try:
-        backend.fp32_precision = "bf16"
+    with offered_to_onednn():
         found = [torch.bmm(A, B), torch.mm(A[0], B[0])]
-    finally:
-        backend.fp32_precision = before
     exact = A.double() @ B.double()
     return largest_error(found, [exact, exact[0]]) < 1e-6
 

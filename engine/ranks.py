@@ -10,11 +10,6 @@ from torch import Tensor
 
 from data.errors import RunError, UsageError
 
-# torch 2.13 renamed both. Outputs stay flat: gloo refuses the stacked form that NCCL accepts.
-NEW_NAMES = hasattr(dist, "all_gather_single")
-all_gather_flat = getattr(dist, "all_gather_single" if NEW_NAMES else "all_gather_into_tensor", None)
-reduce_scatter_flat = getattr(dist, "reduce_scatter_single" if NEW_NAMES else "reduce_scatter_tensor", None)
-
 
 class Runtime:
     """Rank, world size and device of this process, as torchrun's variables say; without them it is alone."""

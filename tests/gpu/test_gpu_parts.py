@@ -94,15 +94,12 @@ import os, torch, torch.distributed as dist
 os.environ |= dict(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1,
                         device_id=torch.device("cuda", 0))
-from engine.adam import all_gather, reduce_scatter
-from muon import _all_gather, _reduce_scatter
-for gather, scatter in ((all_gather, reduce_scatter), (lambda *a: _all_gather(*a, async_op=True),
-                                                       lambda *a: _reduce_scatter(*a, async_op=True))):
-    x = torch.arange(64, device="cuda").bfloat16()
-    for collective in (gather, scatter):
-        out = torch.empty_like(x)
-        collective(out, x).wait()
-        assert torch.equal(out, x)
+from muon import all_gather_flat, reduce_scatter_flat  # Adam's, too
+x = torch.arange(64, device="cuda").bfloat16()
+for collective in (all_gather_flat, reduce_scatter_flat):
+    out = torch.empty_like(x)
+    collective(out, x, async_op=True).wait()
+    assert torch.equal(out, x)
 dist.all_reduce(x)
 assert x.sum().item() == 63 * 32
 print("carried")

@@ -202,7 +202,7 @@ class _Wait:
 def recorded(rank, run, delay=0.0):
     """run() with counted and delayed collectives: (its result, bytes gathered, reduced, most in flight)."""
     delays = [delay * ((rank + k) % 3) for k in range(5)]
-    with Recorder(muon, "_all_gather", delays) as gather, Recorder(muon, "_reduce_scatter", delays) as scatter:
+    with Recorder(muon, "all_gather_flat", delays) as gather, Recorder(muon, "reduce_scatter_flat", delays) as scatter:
         return run(), gather.sent, scatter.sent, Recorder.most
 
 
