@@ -1351,8 +1351,8 @@ class Run:
         tokens[:: min(max_doc_len, T)] = cfg.bos_id
         starts = document_starts(tokens[:-1], cfg.bos_id)
         pin = self.rt.device.type == "cuda"
-        slice = make_batch(tokens, starts, max_doc_len, pin, self.loader.entries(step))
-        return join([slice] * self.loader.joined(step))
+        batch = make_batch(tokens, starts, max_doc_len, pin, self.loader.entries(step))
+        return join([batch] * self.loader.joined(step))
 
     @torch.no_grad()
     def evaluate(self) -> float | None:

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from bench.page import grid
 from bench.step import ensure_shards
 from data.errors import run_program
 from data.files import ROOT
+from engine.log import output
 from tools.children import ending, run_limited
 from train_gpt import Config, configure
 
@@ -206,18 +206,14 @@ def page(result: dict) -> str:
     return "\n\n".join(out) + "\n"
 
 
-def git(*command: str) -> str:
-    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 def describe_machine(cpu: bool) -> dict:
-    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    changed = " with changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
     return dict(
         cpu=cpu,
         device="CPU" if cpu else torch.cuda.get_device_name(),
         date=time.strftime("%Y-%m-%d"),
         torch=torch.__version__,
-        commit=f"{git('rev-parse', '--short', 'HEAD') or 'unknown'}{changed}",
+        commit=f"{output('git', 'rev-parse', '--short', 'HEAD') or 'unknown'}{changed}",
     )
 
 
