@@ -1,0 +1,242 @@
+"""Tables and plot of a search and of the fresh seeds of its winners."""
+import math
+import statistics
+from types import SimpleNamespace
+
+import numpy as np
+import scipy.stats
+
+from bench import pictures
+from bench.page import grid
+from bench.tune.results import Results
+from bench.tune.search import OPTIMIZERS, QUANTITIES, TRACK
+from bench.tune.training import FACTORS
+from data.errors import UsageError
+from records import compare
+
+WORST = math.log(TRACK.vocab_size)  # loss of a guess, which stands for that of a diverged trial in means
+DRAWS = 2000  # of a bootstrap
+NAMES = {"muon": "Muon", "adamw": "AdamW"}
+
+# ------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def expected_best(losses, k: int) -> float:
+    """Return the expected lowest of k of these losses, drawn without putting any back: unbiased for the
+    lowest of k trials (Tang et al. 2020, "Showing Your Work Doesn't Always Work")."""
+    ranked = np.sort(losses)
+    n = len(ranked)
+    # The i-th is the lowest where the others are from the n - 1 - i above it.
+    chances = [math.comb(n - 1 - i, k - 1) / math.comb(n, k) for i in range(n)]
+    return float(np.dot(ranked, chances))
+
+
+def band(losses, k: int, seed: int = 0) -> tuple[float, float]:
+    """Return an interval of 95 % of that expectation, by a bootstrap over the trials."""
+    rng = np.random.default_rng(seed)
+    found = [expected_best(rng.choice(losses, len(losses)), k) for _ in range(DRAWS)]
+    return tuple(np.percentile(found, (2.5, 97.5)))
+
+
+def first_rung(results: Results, optimizer: str) -> list[float]:
+    """Return the losses of all trials after the first rung, diverged ones as the loss of a guess."""
+    found = results.losses(optimizer, results.search.rungs[0]).values()
+    return [min(loss, WORST) if math.isfinite(loss) else WORST for loss in found]
+
+
+def rank_correlation(before: dict[int, float], after: dict[int, float]) -> float:
+    """Return Spearman's correlation of the losses of those trials that both rungs have."""
+    pairs = [(before[trial], loss) for trial, loss in after.items() if trial in before]
+    finite = [pair for pair in pairs if np.isfinite(pair).all()]
+    if len(finite) < 3:
+        return math.nan
+    return float(scipy.stats.spearmanr(*zip(*finite)).statistic)
+
+
+def steps_ratio(target: float, steps: tuple[int, int], losses: tuple[float, float]) -> float:
+    """Return how many times as many steps as the first number a schedule needs that ends at the target.
+
+    Between two lengths the loss is a straight line in the logarithm of the steps. Outside of them it is not
+    known: the answer is then 0 or infinity.
+    """
+    short, long = losses
+    if target > short:
+        return 0.0
+    if target < long:
+        return math.inf
+    part = (short - target) / (short - long) if short > long else 1.0
+    return (steps[1] / steps[0]) ** part
+
+
+def ratio_interval(results: Results, seed: int = 0) -> tuple[float, float, float] | None:
+    """Return (ratio, its 95 % interval) of the steps that AdamW needs for Muon's final loss, by a bootstrap
+    over the fresh seeds; None where some are missing."""
+    last, longer = results.search.rungs[-1], results.search.longer.get("adamw")
+    losses = [results.final_losses(group) for group in (f"muon_{last}", f"adamw_{last}", f"adamw_{longer}")]
+    if min(map(len, losses)) < 2 or not np.isfinite(np.concatenate(losses)).all():
+        return None
+
+    def ratio(muon, short, long) -> float:
+        return steps_ratio(np.mean(muon), (last, longer), (np.mean(short), np.mean(long)))
+
+    rng = np.random.default_rng(seed)
+    draws = [ratio(*(rng.choice(values, len(values)) for values in losses)) for _ in range(DRAWS)]
+    low, high = np.quantile(draws, (0.025, 0.975), method="nearest")
+    return ratio(*losses), low, high
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def rung_table(results: Results) -> str:
+    lines = []
+    for optimizer in OPTIMIZERS:
+        before = None
+        for rung, steps in enumerate(results.rungs(optimizer)):
+            found = results.losses(optimizer, steps)
+            if not found:
+                break
+            finite = [loss for loss in found.values() if math.isfinite(loss)]
+            planned = len(results.wanted(optimizer, rung))
+            correlation = "" if before is None else f"{rank_correlation(before, found):.2f}"
+            ends = [f"{f(finite):.4f}" if finite else "" for f in (min, statistics.median)]
+            count = f"{len(found)} of {planned}"
+            diverged = len(found) - len(finite)
+            lines.append([NAMES[optimizer], steps, count, diverged, *ends, correlation])
+            before = found
+    return grid(["optimizer", "steps", "trials", "diverged", "best", "median",
+                 "rank correlation with the rung before"], lines)
+
+
+def winners_table(results: Results) -> str:
+    """Return the searched quantities of the winners beside their ranges, as far as there are winners."""
+    found = {}
+    for group, (optimizer, steps) in results.groups().items():
+        try:
+            trial = results.winner(optimizer, steps)
+        except UsageError:
+            continue
+        found[f"{NAMES[optimizer]}, {steps} steps (trial {trial})"] = results.search.point(optimizer, trial)
+    if not found:
+        return ""
+    lines = []
+    for name, meaning in QUANTITIES.items():
+        ranges = [range_of(results.search.ranges[optimizer][name]) for optimizer in OPTIMIZERS]
+        lines.append([meaning, *ranges, *(point[name] for point in found.values())])
+    return grid(["searched", "Muon's range", "AdamW's range", *found], lines)
+
+
+def range_of(rule: dict) -> str:
+    if "one_of" in rule:
+        return ", ".join(map(str, rule["one_of"]))
+    low, high = rule["log"]
+    return f"{low:g} to {high:g}" + (f", or 0 ({rule['zero']:.0%})" if rule.get("zero") else "")
+
+
+def best_table(results: Results) -> str:
+    sizes = [k for k in (1, 2, 4, 8, 16, 32) if k <= results.search.trials]
+    lines = []
+    for optimizer in OPTIMIZERS:
+        losses = first_rung(results, optimizer)
+        cells = []
+        for k in (k for k in sizes if k <= len(losses)):
+            low, high = band(losses, k)
+            cells.append(f"{expected_best(losses, k):.3f} ({low:.3f} to {high:.3f})")
+        lines.append([f"{NAMES[optimizer]}, {len(losses)} trials", *cells, *[""] * (len(sizes) - len(cells))])
+    return grid(["best after so many trials", *sizes], lines)
+
+
+def final_text(results: Results) -> str:
+    """Return what `records compare` says of the fresh seeds, and the ratio of steps and of time."""
+    folders = [str(results.folder / group) for group in results.groups() if results.final_losses(group)]
+    if len(folders) < 2:
+        return "No fresh seeds yet: `python -m bench.tune final`."
+    found = compare.examine(SimpleNamespace(paths=folders, track=None, target=None, step=None, history=None))
+    parts = [grid(found.summary.titles, found.summary.rows)]
+    for group, sentences in found.against:
+        said = [f"- {sentence}" for sentence in sentences if not sentence.startswith(("source", "settings"))]
+        parts.append("\n".join([f"{group.name} against {found.groups[0].name}:", "", *said]))
+    return "\n\n".join([*parts, ratio_text(results)])
+
+
+def ratio_text(results: Results) -> str:
+    interval = ratio_interval(results)
+    if interval is None:
+        return "The ratio of steps needs two fresh seeds or more of each winner."
+    last, longer = results.search.rungs[-1], results.search.longer["adamw"]
+    ratio, low, high = (shown_ratio(x, longer / last) for x in interval)
+    speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
+    lines = [f"**AdamW needs {ratio} times as many steps (95 %: {low} to {high}) for the loss at which Muon's "
+             f"{last} steps end**, by schedules of {last} and {longer} steps and a straight line in the "
+             "logarithm of the steps between them. A step of AdamW takes "
+             f"{speed:.3f} of the time of one of Muon."]
+    if math.isfinite(interval[0]) and interval[0]:
+        lines.append(f"In time that is {interval[0] * speed:.2f} times as long.")
+    return " ".join(lines)
+
+
+def shown_ratio(ratio: float, largest: float) -> str:
+    if ratio == 0:
+        return "less than 1"
+    return f"{ratio:.2f}" if math.isfinite(ratio) else f"more than {largest:.2f}"
+
+
+def step_ms(results: Results, optimizer: str) -> list[float]:
+    """Return the mean milliseconds of a step of each fresh seed of this optimizer."""
+    return [1000 * row["seconds"] / row["steps"] for row in results.of("final")
+            if row["group"].startswith(optimizer)]
+
+
+def reuse_table(results: Results) -> str:
+    rows = results.of("reuse")
+    if not rows:
+        return "Not run yet: `python -m bench.tune reuse`."
+    lines = []
+    for factor in FACTORS:
+        losses = [row["loss"] for row in rows if row["factor"] == factor]
+        shown = " ".join(f"{loss:.4f}" for loss in losses)
+        lines.append([f"{factor:g}", len(losses), shown, f"{statistics.mean(losses):.4f}" if losses else ""])
+    return grid(["rate, in units of AdamW's winner", "n", "final losses", "mean"], lines)
+
+
+def tables(results: Results) -> str:
+    rungs = results.search.rungs
+    return "\n\n".join([
+        "### The search", rung_table(results),
+        f"### Expected best of k trials after {rungs[0]} steps", best_table(results),
+        "### The winners", winners_table(results),
+        "### Fresh seeds of the winners", final_text(results),
+        f"### AdamW's rate and decay reused by Muon, {rungs[-1]} steps", reuse_table(results)]) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+def draw(results: Results, theme: pictures.Theme, fig) -> None:
+    """Left, the expected best of k trials after the first rung; right, the losses of every rung."""
+    left, right = pictures.two_plots(fig, theme, "expected best of k trials", "losses of all rungs")
+    for optimizer in OPTIMIZERS:
+        color = theme.colors[optimizer]
+        losses = first_rung(results, optimizer)
+        sizes = range(1, len(losses) + 1)
+        bands = [band(losses, k) for k in sizes]
+        left.fill_between(sizes, *zip(*bands), color=color, alpha=0.22, linewidth=0)
+        left.plot(sizes, [expected_best(losses, k) for k in sizes], color=color, linewidth=3,
+                  label=NAMES[optimizer])
+        points = [(steps, loss) for steps in results.rungs(optimizer)
+                  for loss in results.losses(optimizer, steps).values() if math.isfinite(loss)]
+        right.scatter(*zip(*points), color=color, s=22, alpha=0.6, linewidth=0)
+        best = {steps: min(loss for at, loss in points if at == steps) for steps, _ in points}
+        right.plot([*best], [*best.values()], color=color, linewidth=3, label=f"best, {NAMES[optimizer]}")
+    left.set_xscale("log", base=2)
+    left.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+    left.set_xlabel(f"trials of {results.search.rungs[0]} steps", fontsize=15, color=theme.text)
+    right.set_xscale("log", base=2)
+    steps = results.rungs("adamw")
+    right.set_xticks(steps, map(str, steps))
+    right.set_ylim(1.5, 3.6)
+    right.set_xlabel("steps", fontsize=15, color=theme.text)
+    pictures.legend(left, theme)

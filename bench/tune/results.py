@@ -1,0 +1,64 @@
+"""What a folder holds of a search: which trials are there, which are wanted, which has won."""
+import math
+from pathlib import Path
+
+from bench import trials
+from bench.tune.search import OPTIMIZERS, Search
+from data.errors import UsageError
+
+
+class Results:
+    """What a folder holds of a search."""
+
+    def __init__(self, folder: Path, search: Search):
+        self.folder, self.search = folder, search
+        self.path = folder / "trials.jsonl"
+        self.rows = trials.read(self.path)
+        others = {row.get("search") for row in self.rows} - {search.sha256}
+        if others:
+            raise UsageError(f"{self.path}: expected trials of the search file as it is, {search.sha256}, "
+                             f"found some of another, {', '.join(map(str, others))}; put that one back, or "
+                             "choose another OUT")
+
+    def add(self, row: dict):
+        self.rows.append(row)
+
+    def of(self, kind: str) -> list[dict]:
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def losses(self, optimizer: str, steps: int) -> dict[int, float]:
+        """Return trial -> loss of a rung, as far as it is there."""
+        return {row["trial"]: row["loss"] for row in self.of("search")
+                if row["optimizer"] == optimizer and row["steps"] == steps}
+
+    def rungs(self, optimizer: str) -> list[int]:
+        longer = self.search.longer.get(optimizer)
+        return [*self.search.rungs, *([longer] if longer else [])]
+
+    def wanted(self, optimizer: str, rung: int) -> list[int]:
+        """Return the trials of a rung, which is known once the one before is whole."""
+        steps = self.rungs(optimizer)
+        before = self.losses(optimizer, steps[rung - 1]) if rung else {}
+        if rung < len(self.search.rungs):
+            return self.search.next_trials(before, rung)
+        return [trial for trial, loss in before.items() if math.isfinite(loss)]
+
+    def winner(self, optimizer: str, steps: int) -> int:
+        """Return the best trial of a rung. Raises UsageError where the rung is not whole."""
+        rung = self.rungs(optimizer).index(steps)
+        losses = self.losses(optimizer, steps)
+        missing = [trial for trial in self.wanted(optimizer, rung) if trial not in losses]
+        finite = {trial: loss for trial, loss in losses.items() if math.isfinite(loss)}
+        if missing or not finite:
+            raise UsageError(f"{self.path}: expected whole results of {optimizer} at {steps} steps, found "
+                             f"{len(losses)}; finish `python -m bench.tune run {self.folder}`")
+        return min(finite, key=finite.get)
+
+    def groups(self) -> dict[str, tuple[str, int]]:
+        """Return name of the folder -> (optimizer, steps) of what gets fresh seeds."""
+        last = [(optimizer, self.search.rungs[-1]) for optimizer in OPTIMIZERS]
+        return {f"{optimizer}_{steps}": (optimizer, steps)
+                for optimizer, steps in [*last, *self.search.longer.items()]}
+
+    def final_losses(self, group: str) -> list[float]:
+        return [row["loss"] for row in self.of("final") if row["group"] == group]
