@@ -1,5 +1,5 @@
-"""The two pictures of README.md, each for a light and a dark page, and the style of those of other pages.
-`python -m bench.docs` draws the two into docs/pictures.
+"""The two pictures of README.md, each for a light and a dark page. `python -m bench.docs` draws them into
+docs/pictures.
 
 The picture of the loss shows validation loss against training seconds, from committed logs. That of Muon is a
 diagram of one step over four ranks; it shows no measurement. Words are kept as text, so that they can be
@@ -10,7 +10,6 @@ import io
 import json
 import re
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,37 +156,6 @@ def drawn_data(figure: Figure) -> dict[str, list[tuple[float, float]]]:
     lines = [line for axes in figure.axes for line in axes.lines]
     return {line.get_label(): [(round(float(x), 3), round(float(y), 4)) for x, y in zip(*line.get_data())]
             for line in lines}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Two plots side by side, for pages of bench/
-
-
-def plot_svg(title: str, theme: Theme, draw: Callable[[Theme, Figure], None]) -> str:
-    """The SVG text of a figure that `draw` fills, 760 by 400 units."""
-    figure = Figure(figsize=(760 / 72, 400 / 72), facecolor="none")
-    draw(theme, figure)
-    return svg_text(figure, title, title)
-
-
-def two_plots(figure: Figure, theme: Theme, *titles: str):
-    """Two axes side by side in the style of the other pictures."""
-    found = []
-    for k, title in enumerate(titles):
-        axes = figure.add_axes((0.075 + 0.5 * k, 0.17, 0.41, 0.71), facecolor="none")
-        axes.set_title(title, fontsize=16, color=theme.text, loc="left", pad=8)
-        axes.tick_params(which="both", colors=theme.faint, labelsize=14, length=0, pad=5)
-        axes.grid(axis="y", color=theme.faint, alpha=0.25, linewidth=1)
-        axes.minorticks_off()
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(theme.faint)
-        found.append(axes)
-    return found
-
-
-def legend(axes, theme: Theme) -> None:
-    axes.legend(frameon=False, labelcolor=theme.text, fontsize=14)
 
 
 # ------------------------------------------------------------------------------------------------------------

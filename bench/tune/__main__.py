@@ -15,13 +15,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench import pictures
 from bench.page import write_page
+from bench.plots import write_plots
 from bench.tune import page, training
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS, read_search
 from data.errors import UsageError, run_program
-from data.files import ROOT, written_whole
+from data.files import ROOT
 
 SEARCH_FILE = ROOT / "bench/tune/search.json"
 
@@ -34,9 +34,7 @@ def show(results: Results, options) -> None:
         print(page.tables(results), end="")
         return
     write_page(options.page, options.out.as_posix(), page.tables(results))
-    for theme in pictures.THEMES:
-        with written_whole(ROOT / f"docs/pictures/tune_{theme.name}.svg", "w") as file:
-            file.write(pictures.plot_svg("Muon and AdamW with equal tuning", theme, partial(page.draw, results)))
+    write_plots("tune", "Muon and AdamW with equal tuning", partial(page.draw, results))
 
 
 def main(argv: list[str]) -> int:

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import scipy.stats
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from bench import pictures
 from bench.page import grid
+from bench.pictures import Theme
+from bench.plots import finish, two_plots
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS, QUANTITIES, TRACK
 from bench.tune.training import FACTORS
@@ -168,8 +171,8 @@ def ratio_text(results: Results) -> str:
     last, longer = results.search.rungs[-1], results.search.longer["adamw"]
     ratio, low, high = (shown_ratio(x, longer / last) for x in interval)
     speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
-    lines = [f"**AdamW needs {ratio} times as many steps (95 %: {low} to {high}) for the loss at which Muon's "
-             f"{last} steps end**, by schedules of {last} and {longer} steps and a straight line in the "
+    lines = [f"**AdamW needs {ratio} times as many steps (95 %: {low} to {high}) for the loss at which "
+             f"Muon's {last} steps end**, by schedules of {last} and {longer} steps and a straight line in the "
              "logarithm of the steps between them. A step of AdamW takes "
              f"{speed:.3f} of the time of one of Muon."]
     if math.isfinite(interval[0]) and interval[0]:
@@ -215,28 +218,31 @@ def tables(results: Results) -> str:
 # The picture
 
 
-def draw(results: Results, theme: pictures.Theme, fig) -> None:
+def draw(results: Results, theme: Theme, figure: Figure) -> None:
     """Left, the expected best of k trials after the first rung; right, the losses of every rung."""
-    left, right = pictures.two_plots(fig, theme, "expected best of k trials", "losses of all rungs")
+    first = results.search.rungs[0]
+    titles = "expected best loss of k trials", "losses of all rungs"
+    left, right = two_plots(figure, theme, titles, (f"k trials of {first} steps", "steps of the schedule"))
     for optimizer in OPTIMIZERS:
-        color = theme.colors[optimizer]
-        losses = first_rung(results, optimizer)
-        sizes = range(1, len(losses) + 1)
-        bands = [band(losses, k) for k in sizes]
-        left.fill_between(sizes, *zip(*bands), color=color, alpha=0.22, linewidth=0)
-        left.plot(sizes, [expected_best(losses, k) for k in sizes], color=color, linewidth=3,
-                  label=NAMES[optimizer])
-        points = [(steps, loss) for steps in results.rungs(optimizer)
-                  for loss in results.losses(optimizer, steps).values() if math.isfinite(loss)]
-        right.scatter(*zip(*points), color=color, s=22, alpha=0.6, linewidth=0)
-        best = {steps: min(loss for at, loss in points if at == steps) for steps, _ in points}
-        right.plot([*best], [*best.values()], color=color, linewidth=3, label=f"best, {NAMES[optimizer]}")
-    left.set_xscale("log", base=2)
-    left.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
-    left.set_xlabel(f"trials of {results.search.rungs[0]} steps", fontsize=15, color=theme.text)
-    right.set_xscale("log", base=2)
-    steps = results.rungs("adamw")
-    right.set_xticks(steps, map(str, steps))
+        draw_best(left, theme.colors[optimizer], NAMES[optimizer], first_rung(results, optimizer))
+        draw_rungs(right, theme.colors[optimizer], NAMES[optimizer], results, optimizer)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
     right.set_ylim(1.5, 3.6)
-    right.set_xlabel("steps", fontsize=15, color=theme.text)
-    pictures.legend(left, theme)
+    finish(left, theme, [2**i for i in range(int(math.log2(results.search.trials)) + 1)])
+    finish(right, theme, results.rungs("adamw"), legend=False)
+
+
+def draw_best(axes: Axes, color: str, name: str, losses: list[float]) -> None:
+    sizes = range(1, len(losses) + 1)
+    bands = [band(losses, k) for k in sizes]
+    axes.fill_between(sizes, *zip(*bands), color=color, alpha=0.22, linewidth=0)
+    axes.plot(sizes, [expected_best(losses, k) for k in sizes], color=color, linewidth=3, label=name)
+
+
+def draw_rungs(axes: Axes, color: str, name: str, results: Results, optimizer: str) -> None:
+    points = [(steps, loss) for steps in results.rungs(optimizer)
+              for loss in results.losses(optimizer, steps).values() if math.isfinite(loss)]
+    best = {steps: min(loss for at, loss in points if at == steps) for steps, _ in points}
+    axes.scatter(*zip(*points), color=color, s=22, alpha=0.6, linewidth=0)
+    axes.plot([*best], [*best.values()], color=color, linewidth=3, label=f"best of {name}")

@@ -23,7 +23,8 @@ def run_search(results: Results, options) -> None:
     search = results.search
     for optimizer in OPTIMIZERS:
         for trial in range(search.trials):
-            trials.config(search.settings(optimizer, trial, search.rungs[0]), search.seed)  # or a UsageError now
+            settings = search.settings(optimizer, trial, search.rungs[0])
+            trials.config(settings, search.seed)  # what the trainer does not take is said before the first run
 
     for rung in range(len(search.rungs) + 1):
         jobs = []
