@@ -108,5 +108,5 @@ def run_all(jobs: list, function: Callable, workers: int, path: Path) -> Iterabl
 def said(row: dict) -> str:
     """Say a result in a few words: its labels, loss and seconds."""
     labels = [f"{name} {value}" for name, value in row.items()
-              if name not in ("settings", "loss", "seconds") and isinstance(value, (str, int))]
+              if name not in ("settings", "search", "kind", "loss", "seconds")]
     return f"{', '.join(labels)}: {row['loss']:.4f} in {row['seconds']:.0f} s"

@@ -124,9 +124,11 @@ def winners_table(results: Results) -> str:
         found[f"{NAMES[optimizer]}, {steps} steps (trial {trial})"] = results.search.point(optimizer, trial)
     if not found:
         return ""
+
     lines = []
+    ranges_of = results.search.ranges
     for name, meaning in QUANTITIES.items():
-        ranges = [range_of(results.search.ranges[optimizer][name]) for optimizer in OPTIMIZERS]
+        ranges = [range_of(ranges_of[optimizer][name]) for optimizer in OPTIMIZERS]
         lines.append([meaning, *ranges, *(point[name] for point in found.values())])
     return grid(["searched", "Muon's range", "AdamW's range", *found], lines)
 
@@ -156,7 +158,9 @@ def final_text(results: Results) -> str:
     folders = [str(results.folder / group) for group in results.groups() if results.final_losses(group)]
     if len(folders) < 2:
         return "No fresh seeds yet: `python -m bench.tune final`."
-    found = compare.examine(SimpleNamespace(paths=folders, track=None, target=None, step=None, history=None))
+
+    options = dict(track=None, target=None, step=None, history=None)
+    found = compare.examine(SimpleNamespace(paths=folders, **options))
     parts = [grid(found.summary.titles, found.summary.rows)]
     for group, sentences in found.against:
         said = [f"- {sentence}" for sentence in sentences if not sentence.startswith(("source", "settings"))]
@@ -172,8 +176,8 @@ def ratio_text(results: Results) -> str:
     ratio, low, high = (shown_ratio(x, longer / last) for x in interval)
     speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
     lines = [f"**AdamW needs {ratio} times as many steps (95 %: {low} to {high}) for the loss at which "
-             f"Muon's {last} steps end**, by schedules of {last} and {longer} steps and a straight line in the "
-             "logarithm of the steps between them. A step of AdamW takes "
+             f"Muon's {last} steps end**, by schedules of {last} and {longer} steps and a straight line in "
+             "the logarithm of the steps between them. A step of AdamW takes "
              f"{speed:.3f} of the time of one of Muon."]
     if math.isfinite(interval[0]) and interval[0]:
         lines.append(f"In time that is {interval[0] * speed:.2f} times as long.")

@@ -24,7 +24,7 @@ def run_search(results: Results, options) -> None:
     for optimizer in OPTIMIZERS:
         for trial in range(search.trials):
             settings = search.settings(optimizer, trial, search.rungs[0])
-            trials.config(settings, search.seed)  # what the trainer does not take is said before the first run
+            trials.config(settings, search.seed)  # so that a refusal comes before the first run
 
     for rung in range(len(search.rungs) + 1):
         jobs = []

@@ -57,7 +57,8 @@ def test_the_constants_are_those_of_the_problem():
 def test_momentum_lags_and_noise_is_averaged_no_more_than_the_bound_says():
     """M - G of the real momentum against the three terms of the docstring, step by step."""
     problem, case = Quadratic(0), Case(steps=100, beta=0.9, batch=4)
-    M, W, previous = torch.zeros(16, 24), torch.zeros(16, 24), None
+    M, W = torch.zeros(16, 24), torch.zeros(16, 24)
+    error, previous = torch.zeros(16, 24, dtype=torch.float64), None
     for step in range(case.steps):
         G = problem.gradient(W)
         error = -case.beta * G if previous is None else case.beta * (error + previous - G)

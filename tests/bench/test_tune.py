@@ -1,5 +1,5 @@
-"""bench.tune: both optimizers are searched alike, trials halve and go on, the arithmetic of its page, and runs
-of its trainings."""
+"""bench.tune: both optimizers are searched alike, trials halve and go on, the arithmetic of its page, and its
+trainings."""
 import json
 import math
 import multiprocessing.dummy
