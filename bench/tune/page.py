@@ -14,7 +14,6 @@ from bench.plots import finish, two_plots
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS, QUANTITIES, TRACK
 from bench.tune.training import FACTORS
-from data.errors import UsageError
 from records import compare
 
 WORST = math.log(TRACK.vocab_size)  # loss of a guess, which stands for that of a diverged trial in means
@@ -72,21 +71,26 @@ def steps_ratio(target: float, steps: tuple[int, int], losses: tuple[float, floa
     return (steps[1] / steps[0]) ** part
 
 
-def ratio_interval(results: Results, seed: int = 0) -> tuple[float, float, float] | None:
-    """Return (ratio, its 95 % interval) of the steps that AdamW needs for Muon's final loss, by a bootstrap
-    over the fresh seeds; None where some are missing."""
-    last, longer = results.search.rungs[-1], results.search.longer.get("adamw")
-    losses = [results.final_losses(group) for group in (f"muon_{last}", f"adamw_{last}", f"adamw_{longer}")]
-    if min(map(len, losses)) < 2 or not np.isfinite(np.concatenate(losses)).all():
+def ratio_interval(results: Results, fixed: str, moving: str,
+                   seed: int = 0) -> tuple[float, float, float, int, int] | None:
+    """Compare a winner of the last rung with the other optimizer's schedules of two lengths.
+
+    Returns the steps, in units of the shorter length, that `moving` needs for the loss of `fixed`, the ends
+    of their 95 % interval by a bootstrap over the fresh seeds, and both lengths; None without enough seeds.
+    """
+    lengths = results.lengths(moving)
+    losses = [results.final_losses(f"{fixed}_{results.search.rungs[-1]}"),
+              *(results.final_losses(f"{moving}_{steps}") for steps in lengths)]
+    if min(map(len, losses)) < 2 or len(lengths) != 2 or not np.isfinite(np.concatenate(losses)).all():
         return None
 
-    def ratio(muon, short, long) -> float:
-        return steps_ratio(np.mean(muon), (last, longer), (np.mean(short), np.mean(long)))
+    def ratio(target, short, long) -> float:
+        return steps_ratio(np.mean(target), lengths, (np.mean(short), np.mean(long)))
 
     rng = np.random.default_rng(seed)
     draws = [ratio(*(rng.choice(values, len(values)) for values in losses)) for _ in range(DRAWS)]
     low, high = np.quantile(draws, (0.025, 0.975), method="nearest")
-    return ratio(*losses), low, high
+    return ratio(*losses), low, high, *lengths
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,11 +120,7 @@ def rung_table(results: Results) -> str:
 def winners_table(results: Results) -> str:
     """Return the searched quantities of the winners beside their ranges, as far as there are winners."""
     found = {}
-    for group, (optimizer, steps) in results.groups().items():
-        try:
-            trial = results.winner(optimizer, steps)
-        except UsageError:
-            continue
+    for optimizer, steps, trial in results.winners().values():
         found[f"{NAMES[optimizer]}, {steps} steps (trial {trial})"] = results.search.point(optimizer, trial)
     if not found:
         return ""
@@ -155,7 +155,7 @@ def best_table(results: Results) -> str:
 
 def final_text(results: Results) -> str:
     """Return what `records compare` says of the fresh seeds, and the ratio of steps and of time."""
-    folders = [str(results.folder / group) for group in results.groups() if results.final_losses(group)]
+    folders = [str(results.folder / group) for group in results.winners() if results.final_losses(group)]
     if len(folders) < 2:
         return "No fresh seeds yet: `python -m bench.tune final`."
 
@@ -169,22 +169,30 @@ def final_text(results: Results) -> str:
 
 
 def ratio_text(results: Results) -> str:
-    interval = ratio_interval(results)
-    if interval is None:
+    """Say how many times as many steps AdamW needs, at the losses where each of both ends."""
+    last = results.search.rungs[-1]
+    lines = []
+    for fixed, moving in (("adamw", "muon"), ("muon", "adamw")):
+        found = ratio_interval(results, fixed, moving)
+        if found is None:
+            continue
+        steps = [part * found[3] for part in found[:3]]
+        ratios = [n / last if moving == "adamw" else last / n if n else math.inf for n in steps]
+        largest = found[4] / found[3]
+        middle, low, high = (shown_ratio(x, largest) for x in (ratios[0], *sorted(ratios[1:])))
+        lengths = f"{NAMES[moving]}'s schedules of {found[3]} and {found[4]} steps"
+        lines.append(
+            f"- **To the loss at which {NAMES[fixed]}'s {last} steps end, AdamW needs {middle} times as many "
+            f"steps as Muon** (95 %: {low} to {high}), by {lengths} and a straight line in the logarithm of the "
+            "steps between them.")
+    if not lines:
         return "The ratio of steps needs two fresh seeds or more of each winner."
-    last, longer = results.search.rungs[-1], results.search.longer["adamw"]
-    ratio, low, high = (shown_ratio(x, longer / last) for x in interval)
     speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
-    lines = [f"**AdamW needs {ratio} times as many steps (95 %: {low} to {high}) for the loss at which "
-             f"Muon's {last} steps end**, by schedules of {last} and {longer} steps and a straight line in "
-             "the logarithm of the steps between them. A step of AdamW takes "
-             f"{speed:.3f} of the time of one of Muon."]
-    if math.isfinite(interval[0]) and interval[0]:
-        lines.append(f"In time that is {interval[0] * speed:.2f} times as long.")
-    return " ".join(lines)
+    return "\n".join([*lines, f"- A step of AdamW took {speed:.3f} of the time of one of Muon."])
 
 
 def shown_ratio(ratio: float, largest: float) -> str:
+    """Say a ratio, which is 0 or infinity where it lies outside of the lengths that were run."""
     if ratio == 0:
         return "less than 1"
     return f"{ratio:.2f}" if math.isfinite(ratio) else f"more than {largest:.2f}"

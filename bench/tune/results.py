@@ -1,4 +1,5 @@
 """What a folder holds of a search: which trials are there, which are wanted, which has won."""
+import contextlib
 import math
 from pathlib import Path
 
@@ -54,11 +55,21 @@ class Results:
                              f"{len(losses)}; finish `python -m bench.tune run {self.folder}`")
         return min(finite, key=finite.get)
 
-    def groups(self) -> dict[str, tuple[str, int]]:
-        """Return name of the folder -> (optimizer, steps) of what gets fresh seeds."""
-        last = [(optimizer, self.search.rungs[-1]) for optimizer in OPTIMIZERS]
-        return {f"{optimizer}_{steps}": (optimizer, steps)
-                for optimizer, steps in [*last, *self.search.longer.items()]}
+    def lengths(self, optimizer: str) -> list[int]:
+        """Return the steps of the schedules whose winners get fresh seeds: the last rung, Muon's also half as
+        long, AdamW's twice, so that each loss at the last rung lies between two lengths of the other."""
+        shorter = self.search.rungs[-2:-1] if optimizer not in self.search.longer else ()
+        return [*shorter, *self.rungs(optimizer)[len(self.search.rungs) - 1 :]]
+
+    def winners(self) -> dict[str, tuple[str, int, int]]:
+        """Return name of the folder -> (optimizer, steps, trial) of all winners that are known, those of the
+        last rung first."""
+        found = {}
+        lengths = [(optimizer, steps) for optimizer in OPTIMIZERS for steps in self.lengths(optimizer)]
+        for optimizer, steps in sorted(lengths, key=lambda item: item[1] != self.search.rungs[-1]):
+            with contextlib.suppress(UsageError):
+                found[f"{optimizer}_{steps}"] = optimizer, steps, self.winner(optimizer, steps)
+        return found
 
     def final_losses(self, group: str) -> list[float]:
         return [row["loss"] for row in self.of("final") if row["group"] == group]

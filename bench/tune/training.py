@@ -52,10 +52,14 @@ def missing_jobs(results: Results, optimizer: str, rung: int) -> list[trials.Job
 
 def run_final(results: Results, options) -> None:
     """Train the winners with seeds that the search has not seen, seed by seed."""
+    for optimizer in OPTIMIZERS:
+        results.winner(optimizer, results.search.rungs[-1])  # without these there is nothing to compare
+
     done = {(row["group"], row["seed"]) for row in results.of("final")}
+    winners = results.winners()
     for seed in range(FRESH, FRESH + options.seeds):
-        for group, (optimizer, steps) in results.groups().items():
-            settings = results.search.settings(optimizer, results.winner(optimizer, steps), steps)
+        for group, (optimizer, steps, trial) in winners.items():
+            settings = results.search.settings(optimizer, trial, steps)
             if (group, seed) not in done:
                 loss, seconds = train_with_log(settings, seed, steps, results.folder / group)
                 row = dict(

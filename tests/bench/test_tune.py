@@ -220,9 +220,29 @@ def test_the_tables_of_a_whole_search(tmp_path, search_file, monkeypatch, in_thi
     text = capsys.readouterr().out
     assert "| Muon | 10 | 8 of 8 | 2 | 2.5000 | 2.5300 |  |" in text
     assert "| AdamW | 80 | 2 of 2 | 0 | 1.6250 | 1.6300 | nan |" in text
-    assert "AdamW needs more than 2.00 times as many steps" in text
+    # AdamW ends at 1.75, a fifth of the way from Muon's 1.8 at 20 steps to 1.55 at 40; 1.55 is beyond 1.625.
+    assert "loss at which AdamW's 40 steps end, AdamW needs 1.74 times as many" in text
+    assert "loss at which Muon's 40 steps end, AdamW needs more than 2.00 times as many" in text
     assert "| 0.5 | 3 | 1.7500 1.7500 1.7500 | 1.7500 |" in text
     assert "| learning rate of the hidden matrices | 0.005 to 0.32 | 0.0002 to 0.0128 |" in text
+
+
+def test_winners_of_half_and_twice_the_length_lie_around_the_other_optimizer(tmp_path, search_file,
+                                                                             monkeypatch, in_this_process):
+    monkeypatch.setattr(trials, "train", made_up)
+    out = tmp_path / "out"
+    tune.main(["run", str(out), f"--search={search_file}"])
+    results = Results(out, read_search(search_file))
+    assert [*results.winners()] == ["muon_40", "adamw_40", "muon_20", "adamw_80"]
+    for group, losses in {"muon_40": (1.60, 1.62), "muon_20": (1.80, 1.82), "adamw_40": (1.70, 1.72)}.items():
+        for seed, loss in enumerate(losses):
+            results.add(dict(kind="final", group=group, seed=seed, steps=40, loss=loss, seconds=4.0))
+    ratio, low, high, *lengths = page.ratio_interval(results, "adamw", "muon")
+    assert (ratio, lengths) == (pytest.approx(2**0.5), [20, 40]) and low < ratio < high
+    assert page.ratio_interval(results, "muon", "adamw") is None  # no seeds at 80 steps
+    assert "AdamW needs 1.41 times as many" in page.ratio_text(results)
+    results.rows = [row for row in results.rows if row["steps"] != 80]  # the longest are not there yet
+    assert [*results.winners()] == ["muon_40", "adamw_40", "muon_20"]
 
 
 def test_a_table_of_nothing_is_refused(tmp_path, search_file, capsys):
