@@ -1,4 +1,5 @@
 """Tables and plot of a search and of the fresh seeds of its winners."""
+import contextlib
 import math
 import statistics
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from bench.plots import finish, two_plots
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS, QUANTITIES, TRACK
 from bench.tune.training import FACTORS
+from data.errors import UsageError
 from records import compare
 
 WORST = math.log(TRACK.vocab_size)  # loss of a guess, which stands for that of a diverged trial in means
@@ -117,6 +119,29 @@ def rung_table(results: Results) -> str:
                  "rank correlation with the rung before"], lines)
 
 
+def best_losses(results: Results, optimizer: str) -> dict[int, float]:
+    """Return steps -> best loss of every rung that is whole."""
+    found = {}
+    for steps in results.rungs(optimizer):
+        with contextlib.suppress(UsageError):
+            found[steps] = results.losses(optimizer, steps)[results.winner(optimizer, steps)]
+    return found
+
+
+def rung_ratios(results: Results) -> str:
+    """Return how many times as many steps AdamW takes to the best loss of each of its rungs, by the search
+    alone: Muon's steps lie on straight lines in the logarithm between its own rungs."""
+    muon = best_losses(results, "muon")
+    lines = []
+    for steps, loss in best_losses(results, "adamw").items():
+        for short, long in zip(muon, [*muon][1:]):
+            part = steps_ratio(loss, (short, long), (muon[short], muon[long]))
+            if 0 < part < math.inf:
+                lines.append([steps, f"{loss:.4f}", f"{part * short:.0f}", f"{steps / (part * short):.2f}"])
+                break
+    return grid(["steps of AdamW", "its best loss", "steps of Muon to it", "ratio"], lines)
+
+
 def winners_table(results: Results) -> str:
     """Return the searched quantities of the winners beside their ranges, as far as there are winners."""
     found = {}
@@ -183,8 +208,8 @@ def ratio_text(results: Results) -> str:
         lengths = f"{NAMES[moving]}'s schedules of {found[3]} and {found[4]} steps"
         lines.append(
             f"- **To the loss at which {NAMES[fixed]}'s {last} steps end, AdamW needs {middle} times as many "
-            f"steps as Muon** (95 %: {low} to {high}), by {lengths} and a straight line in the logarithm of the "
-            "steps between them.")
+            f"steps as Muon** (95 %: {low} to {high}), by {lengths} and a straight line in the logarithm of "
+            "the steps between them.")
     if not lines:
         return "The ratio of steps needs two fresh seeds or more of each winner."
     speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
@@ -220,6 +245,7 @@ def tables(results: Results) -> str:
     rungs = results.search.rungs
     return "\n\n".join([
         "### The search", rung_table(results),
+        "By the best of each whole rung, one seed, before any fresh one:", rung_ratios(results),
         f"### Expected best of k trials after {rungs[0]} steps", best_table(results),
         "### The winners", winners_table(results),
         "### Fresh seeds of the winners", final_text(results),

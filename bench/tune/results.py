@@ -29,12 +29,17 @@ class Results:
 
     def losses(self, optimizer: str, steps: int) -> dict[int, float]:
         """Return trial -> loss of a rung, as far as it is there."""
-        return {row["trial"]: row["loss"] for row in self.of("search")
-                if row["optimizer"] == optimizer and row["steps"] == steps}
+        return {
+            row["trial"]: row["loss"]
+            for row in self.of("search")
+            if row["optimizer"] == optimizer and row["steps"] == steps
+        }
 
     def rungs(self, optimizer: str) -> list[int]:
-        longer = self.search.longer.get(optimizer)
-        return [*self.search.rungs, *([longer] if longer else [])]
+        found = list(self.search.rungs)
+        if optimizer in self.search.longer:
+            found.append(self.search.longer[optimizer])
+        return found
 
     def wanted(self, optimizer: str, rung: int) -> list[int]:
         """Return the trials of a rung, which is known once the one before is whole."""
@@ -56,10 +61,9 @@ class Results:
         return min(finite, key=finite.get)
 
     def lengths(self, optimizer: str) -> list[int]:
-        """Return the steps of the schedules whose winners get fresh seeds: the last rung, Muon's also half as
-        long, AdamW's twice, so that each loss at the last rung lies between two lengths of the other."""
-        shorter = self.search.rungs[-2:-1] if optimizer not in self.search.longer else ()
-        return [*shorter, *self.rungs(optimizer)[len(self.search.rungs) - 1 :]]
+        """Return the steps of the two longest schedules, whose winners get fresh seeds: of Muon the last two
+        rungs, of AdamW the last and a longer one, so that the loss of either lies between two of the other."""
+        return self.rungs(optimizer)[-2:]
 
     def winners(self) -> dict[str, tuple[str, int, int]]:
         """Return name of the folder -> (optimizer, steps, trial) of all winners that are known, those of the
