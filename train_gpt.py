@@ -394,7 +394,8 @@ TRACKS: dict[str, dict] = {
         max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=110,
         # Schedule
         train_steps=440, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
-        batch_tokens=(2048,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513, untie_delay=0,
+        batch_tokens=(2048,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513,
+        untie_stage=0, mtp_weights=(1.0,),
         window_short=(32, 64), window_long=(64, 128), window_final=128,
         # Model
         num_layers=4, model_dim=128, head_dim=32, long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,),
