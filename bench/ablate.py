@@ -74,6 +74,7 @@ ON = {  # technique of public records, off on this track -> the settings that tu
     "with gates by networks and mixing of heads": "--gate_networks=0,2 --mix_window=32",
     "with an average of head and embedding only": "--ema_of=head",
     "with MLP outputs at random": "--mlp_out_std=0.5",
+    "with an n-gram table in host memory": "--ngram_rows=262144 --ngram_orders=3,4",
 }
 ALL = "all of them (with AdamW)"
 ONE_OF_TWO = {  # what the others leave nothing of, or turn off otherwise
