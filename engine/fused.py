@@ -156,8 +156,9 @@ class ResidualSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        n = len(ctx.saved_tensors) // 2
-        factors, streams = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        saved = ctx.saved_tensors  # looked at once only: a recomputed layer gives each of them once
+        n = len(saved) // 2
+        factors, streams = saved[:n], saved[n:]
         flat = g.reshape(-1)
         of_factors = [torch.dot(flat, stream.reshape(-1)) for stream in streams]
         return *of_factors, *(factor * g for factor in factors)

@@ -38,6 +38,11 @@ QUANTITIES = {
     "cautious": "decay a weight only where the update shrinks it too",
 }
 TRACK = Config.for_track("shakespeare")
+SINCE = dict(  # what the track has changed since the search was fixed, as it was then
+    untie_stage=2,
+    untie_delay=0,
+    mtp_weights="1.0,0.5,0.25",
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Search:
 
         q = self.point(optimizer, trial)
         found = dict(
+            **SINCE,
             optimizer=optimizer,
             train_steps=steps,
             extension_steps=part(TRACK.extension_steps),

@@ -57,8 +57,12 @@ def build(cfg: Config, dtype=torch.float32, perturb: bool = True, backend: str =
 
 
 def context(model, docs, stage=0, tied=False, final=False) -> Context:
-    """Return the context of a stage, tied or not whatever the schedule says."""
-    return model.context(docs, model.cfg.stage_starts[stage], final)._replace(tied=tied)
+    """Return the context of a stage, tied or not whatever the schedule says, with n-grams at random."""
+    ngrams = None
+    if model.cfg.ngram_rows:
+        shape = len(docs.ids), model.cfg.head_dim
+        ngrams = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    return model.context(docs, model.cfg.stage_starts[stage], final, ngrams)._replace(tied=tied)
 
 
 def make_run(folder: Path, base: dict = SMALL, **changes) -> Run:

@@ -53,9 +53,9 @@ POSITIVE = [
     "attn_scale"]
 NOT_NEGATIVE = [
     "extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every", "keep", "seed",
-    "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr", "adam_lr",
-    "adamw_lr", "adamw_out_lr_mul", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init",
-    "ema_frac", "ema_blend", "prefix_weight", "mlp_out_std", "mix_window"]
+    "bigram_rows", "ngram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr",
+    "adam_lr", "adamw_lr", "adamw_out_lr_mul", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std",
+    "resid_init", "ema_frac", "ema_blend", "prefix_weight", "mlp_out_std", "mix_window"]
 BY_STAGE = ["batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"]
 LAYERS = [
     "long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
@@ -99,6 +99,7 @@ REFUSED = [
     ("compile", "yes"),
     ("coefficients", "best"),
     ("ema_of", "tables"),
+    *[("ngram_orders", value) for value in ((), (1, 2), (3, 2), (2, 2), (2, 9))],
     ("gate_networks", (1,)),
     ("gate_networks", (0, 2, 2)),
     ("mix_window", 4),  # without networks that set its weights

@@ -84,6 +84,17 @@ def test_only_an_eager_cpu_fuses_and_the_model_stays_the_same():
         assert (found[name] - g).norm() < 2e-5 * g.norm() + 1e-6 * whole, name
 
 
+def test_recomputing_the_layers_changes_no_gradient():
+    gradients = []
+    for recompute in (False, True):
+        cfg = config(recompute=recompute)
+        model = build(cfg, kernels=Kernels.choose(cfg, torch.device("cpu")))
+        tokens = torch.arange(18) * 7 % cfg.vocab_size
+        model(tokens[:-1], tokens[1:], context(model, docs_of([5, 1, 7, 4])), torch.ones(1)).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10 and all(map(torch.equal, *gradients))
+
+
 def test_batches_go_to_onednn_only_where_it_computes_in_fp32(monkeypatch):
     A = torch.randn(3, 70, 130, generator=torch.Generator().manual_seed(0))
     before = torch.backends.mkldnn.matmul.fp32_precision
