@@ -679,12 +679,16 @@ class Bucket:
 
     def gradient(self, stack: Stack) -> Tensor | None:
         """Return (B, m, n), often p.grad itself, or None."""
-        grad = stack.unit.param.grad
+        p = stack.unit.param
+        grad = p.grad
         if grad is None:
+            if p.is_meta:
+                raise refusal("a parameter with values", "one on the meta device", "put the model's own into "
+                              "param_groups: to_empty() has made others", self.optimizer._names[p], RuntimeError)
             return None
         if grad.layout != torch.strided:
             raise refusal("a dense gradient", grad.layout, "make the layer with sparse=False",
-                          self.optimizer._names[stack.unit.param], RuntimeError)
+                          self.optimizer._names[p], RuntimeError)
         return stack.of(grad).reshape(stack.shape)
 
     def weights(self, stack: Stack) -> Tensor:
@@ -898,6 +902,13 @@ def checked(key: str, value, number: int):
     return value
 
 
+def names_in(group: dict, number: int) -> list[str]:
+    """Return the names of a group's parameters; without names for all of them, their places."""
+    known = group.get("param_names") or ()
+    places = [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
+    return known if len(known) == len(places) else places
+
+
 def check_parameter(name: str, p: Tensor, group: dict) -> None:
     """Say what Muon cannot take, and why."""
     if not isinstance(p, Tensor):
@@ -975,13 +986,16 @@ class Muon(torch.optim.Optimizer):
             eps: float = 0.0, ns_steps: int = 5, adjust_lr_fn: str | None = None, *, cautious: bool = False,
             normuon_beta2: float | None = None, split_mantissa: bool = False,
             split: int | Sequence[int] | None = None, flatten: bool | None = None,
-            ns_form: str = "auto", ns_dtype: torch.dtype | None = None, process_group=None,
-            sync_grads: bool = False, replicate_state: bool = False, bucket_mb: float = 16,
-            deterministic: bool = False, compile: bool = False, symmetric: Callable = symmetric_product):
+            ns_form: str = "auto", ns_dtype: torch.dtype | None = None,
+            process_group: "dist.ProcessGroup | None" = None, sync_grads: bool = False,
+            replicate_state: bool = False, bucket_mb: float = 16, deterministic: bool = False,
+            compile: bool = False, symmetric: Callable = symmetric_product):
         if isinstance(params, torch.nn.Module):
             raise refusal("parameters", "a module",
                           "pass model.parameters(), or what split_params(model) proposes", error=TypeError)
-        if ns_dtype not in (None, torch.bfloat16, torch.float16, torch.float32) or not bucket_mb > 0:
+        bucket_mb = plain(bucket_mb)
+        known = ns_dtype in (None, torch.bfloat16, torch.float16, torch.float32)
+        if not (known and isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
             raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32 and bucket_mb "
                           "above 0", f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
         self.ns_dtype = ns_dtype
@@ -1014,7 +1028,6 @@ class Muon(torch.optim.Optimizer):
         self._names = {}
         self._checked = []  # per group, its settings when they were checked
         self._layout_of = None
-        self._started = False
         for function in FUSED:
             setattr(self, f"_{function.__name__}", fuse(function) if self.compile else function)
 
@@ -1073,9 +1086,7 @@ class Muon(torch.optim.Optimizer):
         """Return the name of every parameter."""
         names = {}
         for number, group in enumerate(groups):
-            known = group.get("param_names")
-            for i, p in enumerate(group["params"]):
-                name = known[i] if known else f"parameter {i} of group {number}"
+            for name, p in zip(names_in(group, number), group["params"]):
                 name, p = p if isinstance(p, tuple) else (name, p)
                 check_parameter(name, p, group)
                 self._check_kind(name, p)
@@ -1095,7 +1106,7 @@ class Muon(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             known = self._checked[number]
             for key in RULES:
-                if group.get(key) is not known.get(key, known):
+                if key not in group or group[key] is not known.get(key, known):
                     group[key] = known[key] = checked(key, group.get(key, self.defaults[key]), number)
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
@@ -1103,10 +1114,8 @@ class Muon(torch.optim.Optimizer):
         lines = [f"{key} {getattr(self, key)}" for key in
                  ("ns_dtype", "sync_grads", "replicate_state", "bucket_mb", "deterministic")]
         for i, group in enumerate(self.param_groups):
-            unnamed = [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
-            known = group.get("param_names") or unnamed
             mine = [f"{name} of shape {tuple(p.shape)} in {p.dtype}"
-                    for name, p in zip(known, group["params"]) if p in params]
+                    for name, p in zip(names_in(group, i), group["params"]) if p in params]
             lines += [*(f"{key} {group[key]} of group {i}" for key in RULES), *mine] if mine else []
         return lines
 
@@ -1123,16 +1132,13 @@ class Muon(torch.optim.Optimizer):
         return [([(id(p), p.shape, p.dtype, p.device) for p in group["params"]],
                  [group[key] for key in SHAPING]) for group in self.param_groups]
 
-    def _follow(self) -> None:
+    def _follow(self, changed: bool) -> None:
         """Lay out anew if parameters or what shapes their matrices has changed since the last step."""
-        self._check_settings()
         self._check_world()
-        changed = self._what_shapes_it() != self._layout_of
         for group, device in {b.group: b.device for b in self.buckets if b.world_size > 1}.items():
             self._agree_on_change(changed, group, device)
         if changed:
             self._lay_out()
-        self._groups = list(self.param_groups)
 
     def _agree_on_change(self, changed: bool, group, device: torch.device) -> None:
         """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose
@@ -1360,11 +1366,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def start(self) -> None:
         """With sync_grads: begin to average the gradients of the first two buckets and return at once. step()
-        calls it if nobody has."""
-        if not self._started:
-            self._follow()
+        calls it too."""
+        self._check_settings()
+        changed = self._what_shapes_it() != self._layout_of
+        if not self._flying():
+            self._follow(changed)
             self._keep_my_share()
-            self._started = True
+        elif changed:
+            raise refusal("the parameters that start() found", "others", "change them before start() or after "
+                          "step()", error=RuntimeError)
+        self._groups = list(self.param_groups)
         for bucket in self.buckets[:2] if self.sync_grads else ():
             bucket.start()
 
@@ -1378,7 +1389,6 @@ class Muon(torch.optim.Optimizer):
         sent = deque()
         try:
             self.start()
-            self._check_settings()  # they may have changed since an early start
             for i, bucket in enumerate(self.buckets):
                 bucket.start()
                 bucket.receive()                             # 1: receive my gradients,
@@ -1394,7 +1404,6 @@ class Muon(torch.optim.Optimizer):
             while sent:
                 self._skipped += sent.popleft().apply()
         finally:
-            self._started = False
             for bucket in self.buckets:  # after an error nothing of this step may enter the next
                 bucket.pending = bucket.received = bucket.sent = None
         return loss

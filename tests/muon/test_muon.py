@@ -8,6 +8,7 @@ import math
 import pickle
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
@@ -574,7 +575,8 @@ def test_a_setting_out_of_range_is_refused_by_name(setting, value):
 
 def test_ns_dtype_and_bucket_size_are_checked():
     p = torch.nn.Parameter(torch.zeros(4, 4))
-    for settings in (dict(ns_dtype=torch.float64), dict(ns_dtype="fp16"), dict(bucket_mb=0), dict(bucket_mb=-1)):
+    for settings in (dict(ns_dtype=torch.float64), dict(ns_dtype="fp16"), dict(bucket_mb=0), dict(bucket_mb=-1),
+                     dict(bucket_mb=math.inf), dict(bucket_mb="many"), dict(bucket_mb=None)):
         with pytest.raises(ValueError, match="expected ns_dtype .* and bucket_mb above 0, found"):
             Muon([p], **settings)
 
@@ -698,7 +700,8 @@ def test_its_first_arguments_come_in_the_order_of_torch():
     ours, theirs = (inspect.signature(kind.__init__).parameters for kind in (muon.Muon, torch.optim.Muon))
     assert list(ours)[:len(theirs)] == list(theirs)
     assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.values())[len(theirs):])
-    assert all(p.annotation is not p.empty for name, p in ours.items() if name not in ("self", "process_group"))
+    assert all(p.annotation is not p.empty for name, p in ours.items() if name != "self")
+    assert typing.get_type_hints(muon.Muon.__init__)["process_group"] == torch.distributed.ProcessGroup | None
 
 
 @pytest.mark.parametrize("settings", [TORCH, dict(ns_coefficients=JORDAN), dict(ns_coefficients=JORDAN, adjust_lr_fn="identity"),
@@ -930,6 +933,22 @@ def test_the_step_never_waits_for_the_device(monkeypatch):
     optimizer.step()
     monkeypatch.undo()
     assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(split_mantissa=True, dtype=torch.bfloat16), dict(ns_dtype=torch.bfloat16, ns_form="gram"),
+    dict(deterministic=True, nesterov=False)], ids=str)
+def test_a_step_needs_no_value_of_any_tensor(settings):
+    """On the meta device there is none to be read, by Python or by torch."""
+    settings = dict(settings)
+    dtype = settings.pop("dtype", torch.float32)
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)) for shape in SHAPES]
+    rates = dict(lr=torch.empty((), device="meta"), weight_decay=0.1, cautious=True, normuon_beta2=0.9)
+    optimizer = Muon(params, **rates, **settings)
+    for _ in range(2):
+        feed(params, map(torch.empty_like, params))
+        optimizer.step()
+    assert all(optimizer.state[p]["momentum_buffer"].is_meta for p in params)
 
 
 def test_nothing_but_torch_and_the_standard_library_is_imported_and_a_copy_works_in_a_package(tmp_path):

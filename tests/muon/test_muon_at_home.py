@@ -58,15 +58,24 @@ def group_added_by_hand(optimizer, params):
     return [*params, other]
 
 
-CHANGES = [replaced, appended, removed, reordered, group_deleted, group_added_by_hand]
+def all_groups_replaced(optimizer, params):
+    optimizer.param_groups = [dict(params=params[1:], lr=0.05)]
+    return params[1:]
+
+
+CHANGES = [
+    replaced, appended, removed, reordered, group_deleted, group_added_by_hand, all_groups_replaced]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_groups_are_noticed_and_state_stays_with_its_parameter(change):
+@pytest.mark.parametrize("early", [False, True])  # True: after start() and before step()
+def test_changed_groups_are_noticed_and_state_stays_with_its_parameter(change, early):
     params, gradients = make(SHAPES, steps=4)
     optimizer = Muon([dict(params=params[:2], lr=0.1), dict(params=params[2:], lr=0.01)], deterministic=True)
     after(optimizer, params, gradients[:2])
     kept = {p: copy.deepcopy(optimizer.state[p]) for p in params}
+    if early:
+        optimizer.start()
     now = change(optimizer, params)
     lrs = {p: group.get("lr") for group in optimizer.param_groups for p in group["params"]}
     alone = [nn.Parameter(p.detach().clone()) for p in now]
@@ -97,6 +106,27 @@ def test_data_of_another_shape_starts_with_fresh_momentum_and_says_so():
     with pytest.warns(UserWarning, match=r"p: its momentum_buffer of shape \(12, 8\) no longer fits shape \(20, 8\)"):
         optimizer.step()
     assert optimizer.state[p]["momentum_buffer"].shape == (20, 8) and (p < 1).all()
+
+
+def test_a_group_put_in_place_of_another_counts_at_once():
+    (p,), gradients = make([(12, 8)], steps=1)
+    optimizer = Muon([p])
+    feed([p], gradients[0])
+    optimizer.start()
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0], lr=0.0)
+    before = p.detach().clone()
+    optimizer.step()
+    assert same(p.detach(), before)
+
+
+def test_parameters_appended_to_named_ones_are_called_by_their_places():
+    params, gradients = make(SHAPES, steps=1)
+    optimizer = Muon(list(zip("ab", params)))
+    optimizer.param_groups[0]["params"].append(params[2])
+    after(optimizer, params, gradients)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ValueError, match="^Muon: parameter 3 of group 0: expected a matrix"):
+        optimizer.step()
 
 
 def test_nothing_changed_costs_no_layout(monkeypatch):
@@ -139,6 +169,27 @@ def test_ranks_follow_a_change_together():
 def test_a_change_on_one_rank_is_refused_by_all_and_named():
     for said in zip(*run_ranks(2, changes_on_ranks, False)):
         assert said[0] == said[1] and "expected the same parameters and settings on all ranks, found " in said[0], said
+
+
+def removed_after_start(rank, W):
+    """What is said where gradients are on their way, and whether the step after that is well."""
+    params, gradients = make(SHAPES, steps=1)
+    optimizer = Muon(params, sync_grads=True)
+    feed(params, gradients[0])
+    optimizer.start()
+    last = optimizer.param_groups[0]["params"].pop()
+    before = last.detach().clone()
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    optimizer.step()
+    assert same(last.detach(), before)
+    return str(error.value)
+
+
+def test_groups_may_not_change_while_gradients_are_on_their_way():
+    for said in run_ranks(2, removed_after_start):
+        assert said == ("Muon: expected the parameters that start() found, found others; "
+                        "change them before start() or after step()")
 
 
 # --- state ---
@@ -330,6 +381,17 @@ def test_a_model_may_be_built_on_meta_and_filled_later(swap):
         optimizer.param_groups[0]["params"] = list(model.parameters())  # to_empty has made another one
     optimizer.step()
     assert (model.weight != 1).all() and optimizer.state[model.weight]["momentum_buffer"].device.type == "cpu"
+
+
+def test_parameters_left_on_meta_are_named_when_the_step_finds_no_gradient():
+    with torch.device("meta"):
+        model = nn.Linear(6, 4, bias=False)
+    optimizer = Muon(model.named_parameters())
+    model.to_empty(device="cpu")
+    model(torch.randn(3, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match="^Muon: weight: expected a parameter with values, found one on the "
+                       "meta device; put the model's own into param_groups"):
+        optimizer.step()
 
 
 def test_a_closure_computes_gradients_and_its_loss_is_returned():
