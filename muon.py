@@ -27,6 +27,7 @@ Sources: Muon, https://kellerjordan.github.io/posts/muon/; decay and RMS matchin
 (NorMuon); cautious decay, arXiv 2510.12402; iteration on the Gram matrix,
 https://github.com/Dao-AILab/gram-newton-schulz.
 """
+import functools
 import math
 import warnings
 from collections import deque
@@ -740,7 +741,7 @@ class Bucket:
     def move_momentum(self, stack: Stack, G: Tensor) -> tuple[Tensor, Tensor]:
         group = self.settings(stack)
         M = self.state(stack)["momentum_buffer"]
-        return self.optimizer._momentum_update(M, G, group["momentum"], group["nesterov"])
+        return self.optimizer.call(momentum_update, M, G, group["momentum"], group["nesterov"])
 
     def orthogonalize(self, entries: list[tuple]) -> dict[Stack, tuple[Tensor, Tensor]]:
         """Return {stack: (O (B, m, n), rounded as it travels; ok)} from (stack, U, ok): one iteration for all
@@ -757,9 +758,9 @@ class Bucket:
         for (how, eps, *_), members in kinds.items():
             stacks, Us, oks = zip(*members)
             U = Us[0] if len(Us) == 1 else torch.cat(Us)
-            found = self.optimizer._orthogonalize(U, *how, self.optimizer.symmetric, eps)
+            found = self.optimizer.call(orthogonalize, U, *how, self.optimizer.symmetric, eps)
             for stack, O, ok in zip(stacks, found.split([stack.count for stack in stacks]), oks):
-                O, ok = self.optimizer._finite_only(O, ok)
+                O, ok = self.optimizer.call(finite_only, O, ok)
                 O = O if O.shape == stack.shape else O.mT.contiguous()
                 results[stack] = O.to(self.wire), ok
         return results
@@ -773,7 +774,7 @@ class Bucket:
             if self.settings(stack)["split_mantissa"]:
                 W = self.weights(stack).reshape(stack.shape)
                 low = self.state(stack)["mantissa"]
-                O = self.optimizer._step_master(W, low, O, ok, *self.optimizer.rates(stack.unit))
+                O = self.optimizer.call(step_master, W, low, O, ok, *self.optimizer.rates(stack.unit))
             found[stack] = O, ok
         return found
 
@@ -782,7 +783,7 @@ class Bucket:
         if beta2 is None:
             return O
         V = self.state(stack)["second_moment"]
-        return self.optimizer._normalize_variance(O, V, ok, beta2).to(self.wire)
+        return self.optimizer.call(normalize_variance, O, V, ok, beta2).to(self.wire)
 
     def send(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> None:
         """Launch the exchange of the results."""
@@ -823,7 +824,8 @@ class Bucket:
             if self.settings(stack)["split_mantissa"]:
                 W.copy_(value)
             else:
-                self.optimizer._decay_and_step(W, value, ok, *self.optimizer.rates(stack.unit))
+                rates = self.optimizer.rates(stack.unit)
+                self.optimizer.call(decay_and_step, W, value, ok, *rates)
         return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
 
     def fetch_state(self, stack: Stack, owner: int) -> dict[str, Tensor]:
@@ -933,6 +935,7 @@ def check_parameter(name: str, p: Tensor, group: dict) -> None:
         raise refusal(f"a split of its {rows} rows", split, "change it for this group", name)
 
 
+@functools.cache
 def fuse(function: Callable) -> Callable:
     """Compile once per shape. Numbers enter as tensors: a number would be compiled in, anew for every
     value."""
@@ -942,9 +945,6 @@ def fuse(function: Callable) -> Callable:
     def call(*args):
         return fused(*(torch.tensor(x, dtype=torch.float32) if isinstance(x, float) else x for x in args))
     return call
-
-
-FUSED = momentum_update, orthogonalize, finite_only, normalize_variance, decay_and_step, step_master
 
 
 class Muon(torch.optim.Optimizer):
@@ -1028,13 +1028,10 @@ class Muon(torch.optim.Optimizer):
         self._names = {}
         self._checked = []  # per group, its settings when they were checked
         self._layout_of = None
-        for function in FUSED:
-            setattr(self, f"_{function.__name__}", fuse(function) if self.compile else function)
 
     def __getstate__(self) -> dict:
         self._expect_whole_state()
         left = {"step", "buckets", "placements"}  # a scheduler puts a step of its own into the instance
-        left |= {f"_{function.__name__}" for function in FUSED}
         kept = {key: value for key, value in vars(self).items()
                 if key not in left and not key.startswith("_optimizer_")}
         return kept | {"process_group": getattr(self.process_group, "group_name", None)}
@@ -1214,6 +1211,10 @@ class Muon(torch.optim.Optimizer):
         group = self._groups[unit.group]
         gram = gram_pays(unit.m, unit.n, group["ns_form"], dtype, unit.param.device)
         return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram, dtype)
+
+    def call(self, function: Callable, *args):
+        """Call a function of tensors, fused if compile says so."""
+        return (fuse(function) if self.compile else function)(*args)
 
     def rates(self, unit: Unit) -> tuple:
         """Return the last arguments of `decay_and_step`."""

@@ -212,19 +212,20 @@ def bounded(rank, world_size, sync):
     params, _ = make(shapes, steps=0)
     optimizer = Muon(params, sync_grads=sync, bucket_mb=1e-9, deterministic=True)
     feed(params, make(shapes, steps=1)[1][0])
-    orthogonalize, flying = optimizer._orthogonalize, []
+    orthogonalize, flying = muon.orthogonalize, []
 
     def spy(*args):
         flying.append(Recorder.flying)
         return orthogonalize(*args)
-    optimizer._orthogonalize = spy
 
     def run():
         for _ in range(2):  # as train_gpt.py calls it
             optimizer.start()
             flying.append(Recorder.flying)
             optimizer.step()
-    _, _, _, most = recorded(rank, run, delay=0.002)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "orthogonalize", spy)
+        _, _, _, most = recorded(rank, run, delay=0.002)
     return flying, most, Recorder.most_held, Recorder.flying
 
 
@@ -324,14 +325,12 @@ def after_errors(rank, kind):
     feed(params, gradients[0])
     optimizer.step()
     if kind == "a step that fails":
-        update = optimizer._momentum_update
-
         def fail(*_):
             raise RuntimeError("out of memory")
-        optimizer._momentum_update = fail
         feed(params, gradients[1])
-        assert refused(optimizer.step) == "out of memory"  # the second bucket's gradients are on their way by now
-        optimizer._momentum_update = update
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(muon, "momentum_update", fail)
+            assert refused(optimizer.step) == "out of memory"  # gradients of the second bucket are on their way
     if kind == "a group that is refused":
         other = torch.nn.Parameter(torch.zeros(4, 4 + rank))
         assert "expected the same parameters" in refused(lambda: optimizer.add_param_group(dict(params=[other])))
