@@ -1,4 +1,5 @@
-"""muon.py in other people's programs: groups that change, state that loggers and resets touch, hooks, copies, odd inputs."""
+"""muon.py in other people's programs: groups that change, state that loggers and resets touch, hooks, copies,
+odd inputs."""
 import copy
 import pickle
 
@@ -103,7 +104,9 @@ def test_data_of_another_shape_starts_with_fresh_momentum_and_says_so():
     after(optimizer, [p, q], gradients)
     p.data = torch.ones(20, 8)
     feed([p], [torch.ones(20, 8)])
-    with pytest.warns(UserWarning, match=r"p: its momentum_buffer of shape \(12, 8\) no longer fits shape \(20, 8\)"):
+    with pytest.warns(
+        UserWarning, match=r"p: its momentum_buffer of shape \(12, 8\) no longer fits shape \(20, 8\)"
+    ):
         optimizer.step()
     assert optimizer.state[p]["momentum_buffer"].shape == (20, 8) and (p < 1).all()
 
@@ -138,7 +141,8 @@ def test_nothing_changed_costs_no_layout(monkeypatch):
 
 
 def changes_on_ranks(rank, W, alike=True):
-    """Weights and momenta after each change in the middle of four steps, or what is said if rank 1 alone changes."""
+    """Weights and momenta after each change in the middle of four steps, or what is said if rank 1 alone
+    changes."""
     muon.has_bf16_units = lambda: False
     found = []
     for change in CHANGES:
@@ -168,7 +172,9 @@ def test_ranks_follow_a_change_together():
 
 def test_a_change_on_one_rank_is_refused_by_all_and_named():
     for said in zip(*run_ranks(2, changes_on_ranks, False)):
-        assert said[0] == said[1] and "expected the same parameters and settings on all ranks, found " in said[0], said
+        assert (
+            said[0] == said[1] and "expected the same parameters and settings on all ranks, found " in said[0]
+        ), said
 
 
 def removed_after_start(rank, W):
@@ -225,11 +231,17 @@ def test_hooks_see_what_torch_shows_them():
         state["param_groups"][0]["lr"] = 0.5
         return state
     other.register_load_state_dict_pre_hook(double)
-    other.register_load_state_dict_post_hook(lambda o: seen.append(o.state[o.param_groups[0]["params"][0]]["momentum_buffer"]))
+    other.register_load_state_dict_post_hook(
+        lambda o: seen.append(o.state[o.param_groups[0]["params"][0]]["momentum_buffer"])
+    )
     other.load_state_dict(saved)
     assert seen[0] == [0, 1, 2] and seen[1].dtype == torch.float32 and other.param_groups[0]["lr"] == 0.5
     close(seen[1], 2 * saved["state"][0]["momentum_buffer"])
-    assert len(other._optimizer_load_state_dict_pre_hooks) == len(other._optimizer_load_state_dict_post_hooks) == 1
+    assert (
+        len(other._optimizer_load_state_dict_pre_hooks)
+        == len(other._optimizer_load_state_dict_post_hooks)
+        == 1
+    )
 
 
 def replicated(rank, W, folder, settings):
@@ -296,7 +308,9 @@ def test_an_iteration_that_overflows_is_skipped_and_counted(monkeypatch, reads):
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_float64_is_exact_throughout(scale, form):
     G = with_spectrum(torch.logspace(-6, 0, 8, dtype=torch.float64), 8, 20)[0]
-    close(orthogonalize(G * scale, 5, "polar", torch.float64, form), mapped(G, "polar", 5), rtol=0, atol=1e-11)
+    close(
+        orthogonalize(G * scale, 5, "polar", torch.float64, form), mapped(G, "polar", 5), rtol=0, atol=1e-11
+    )
     close(orthogonalize(G * scale, 5, "polar", torch.float32), mapped(G, "polar", 5), rtol=0, atol=3e-5)
 
 
@@ -310,10 +324,16 @@ def test_gradients_flow_back_through_orthogonalize(shape, form):
 def test_eps_shrinks_what_is_smaller_as_in_torch():
     G = with_spectrum(torch.linspace(0.5, 1, 8), 8, 12)[0].float()
     small = G / G.norm() * 1e-11
-    theirs = torch.optim._muon._zeropower_via_newtonschulz(small, muon.COEFFICIENTS["jordan"][1][0], 5, 1e-7).float()
+    theirs = torch.optim._muon._zeropower_via_newtonschulz(
+        small, muon.COEFFICIENTS["jordan"][1][0], 5, 1e-7
+    ).float()
     ours = orthogonalize(small, 5, "jordan", torch.float32, eps=1e-7)
-    assert (ours - theirs).norm() < 0.03 * theirs.norm() and ours.norm() < 0.9 * orthogonalize(G, 5, "jordan", torch.float32).norm()
-    assert same(orthogonalize(G, 5, "jordan", torch.float32, eps=1e-7), orthogonalize(G, 5, "jordan", torch.float32))
+    assert (ours - theirs).norm() < 0.03 * theirs.norm() and ours.norm() < 0.9 * orthogonalize(
+        G, 5, "jordan", torch.float32
+    ).norm()
+    assert same(
+        orthogonalize(G, 5, "jordan", torch.float32, eps=1e-7), orthogonalize(G, 5, "jordan", torch.float32)
+    )
 
 
 # --- copies, construction, odd inputs ---
@@ -341,8 +361,15 @@ def copies(rank, W):
             p.grad = torch.ones_like(p)
         other.step()
         again.step()
-        found.append((type(other), other.model_name, other.param_groups[0]["lr"], again.process_group is group,
-                      [p.detach() for p in params]))
+        found.append(
+            (
+                type(other),
+                other.model_name,
+                other.param_groups[0]["lr"],
+                again.process_group is group,
+                [p.detach() for p in params],
+            )
+        )
     named.step()
     grouped.step()
     return found, [p.detach() for p in model.parameters()]
@@ -389,8 +416,11 @@ def test_parameters_left_on_meta_are_named_when_the_step_finds_no_gradient():
     optimizer = Muon(model.named_parameters())
     model.to_empty(device="cpu")
     model(torch.randn(3, 6)).sum().backward()
-    with pytest.raises(RuntimeError, match="^Muon: weight: expected a parameter with values, found one on the "
-                       "meta device; put the model's own into param_groups"):
+    with pytest.raises(
+        RuntimeError,
+        match="^Muon: weight: expected a parameter with values, found one on the "
+        "meta device; put the model's own into param_groups",
+    ):
         optimizer.step()
 
 
@@ -408,8 +438,15 @@ def test_a_closure_computes_gradients_and_its_loss_is_returned():
 
 def test_numpy_numbers_are_settings_and_are_saved_as_plain_ones():
     p = nn.Parameter(torch.ones(4, 6))
-    optimizer = Muon([p], lr=np.float32(0.5), momentum=np.float64(0.9), ns_steps=np.int64(4), nesterov=np.bool_(True),
-                     ns_coefficients=np.array([3.4445, -4.7750, 2.0315]), split=np.int32(2))
+    optimizer = Muon(
+        [p],
+        lr=np.float32(0.5),
+        momentum=np.float64(0.9),
+        ns_steps=np.int64(4),
+        nesterov=np.bool_(True),
+        ns_coefficients=np.array([3.4445, -4.7750, 2.0315]),
+        split=np.int32(2),
+    )
     optimizer.param_groups[0]["weight_decay"] = np.float32(0.25)
     after(optimizer, [p], [[torch.ones(4, 6)]])
     group = save_and_load(optimizer.state_dict())["param_groups"][0]
@@ -432,20 +469,58 @@ def sparse():
     optimizer.step()
 
 
-@pytest.mark.parametrize("run, error, sentence", [
-    (lambda: Muon(nn.Linear(3, 4)), TypeError, "expected parameters, found a module; pass model.parameters(), or what split"),
-    (lambda: Muon(nn.Sequential(nn.Linear(3, 4))), TypeError, "expected parameters, found a module"),
-    (lambda: Muon([nn.Linear(3, 4)]), TypeError, "parameter 0 of group 0: expected tensors, found Linear; pass model.par"),
-    (lambda: Muon([WEIGHT, WEIGHT]), ValueError, "parameter 1 of group 0: expected each parameter once, found it again"),
-    (lambda: Muon([dict(params=[WEIGHT]), dict(params=WEIGHT)]), ValueError, "parameter 0 of group 1: expected each parameter"),
-    (lambda: Muon([("w", WEIGHT)], split_mantissa=True), ValueError,
-     "w: expected torch.bfloat16 for split_mantissa, found torch.float32"),
-    (lazy, ValueError, "parameter 0 of group 0: expected a parameter with a shape, found a lazy one; run one batch"),
-    (sparse, RuntimeError, "table: expected a dense gradient, found torch.sparse_coo; make the layer with sparse=False"),
-    (lambda: muon.Muon([("w", nn.Parameter(torch.ones(4, 3, 5)))]), ValueError,
-     "w: expected flatten=False for a bank of matrices or flatten=True for a 1-D convolution, found shape (4, 3, 5) without"),
-    (lambda: Muon([dict(params=[nn.Parameter(torch.ones(4, 3))], adjust_lr="spectral")]), TypeError,
-     "expected ns_coefficients and adjust_lr_fn, found ['adjust_lr']")])
+@pytest.mark.parametrize(
+    "run, error, sentence",
+    [
+        (
+            lambda: Muon(nn.Linear(3, 4)),
+            TypeError,
+            "expected parameters, found a module; pass model.parameters(), or what split",
+        ),
+        (lambda: Muon(nn.Sequential(nn.Linear(3, 4))), TypeError, "expected parameters, found a module"),
+        (
+            lambda: Muon([nn.Linear(3, 4)]),
+            TypeError,
+            "parameter 0 of group 0: expected tensors, found Linear; pass model.par",
+        ),
+        (
+            lambda: Muon([WEIGHT, WEIGHT]),
+            ValueError,
+            "parameter 1 of group 0: expected each parameter once, found it again",
+        ),
+        (
+            lambda: Muon([dict(params=[WEIGHT]), dict(params=WEIGHT)]),
+            ValueError,
+            "parameter 0 of group 1: expected each parameter",
+        ),
+        (
+            lambda: Muon([("w", WEIGHT)], split_mantissa=True),
+            ValueError,
+            "w: expected torch.bfloat16 for split_mantissa, found torch.float32",
+        ),
+        (
+            lazy,
+            ValueError,
+            "parameter 0 of group 0: expected a parameter with a shape, found a lazy one; run one batch",
+        ),
+        (
+            sparse,
+            RuntimeError,
+            "table: expected a dense gradient, found torch.sparse_coo; make the layer with sparse=False",
+        ),
+        (
+            lambda: muon.Muon([("w", nn.Parameter(torch.ones(4, 3, 5)))]),
+            ValueError,
+            "w: expected flatten=False for a bank of matrices or flatten=True for a 1-D convolution, "
+            "found shape (4, 3, 5) without",
+        ),
+        (
+            lambda: Muon([dict(params=[nn.Parameter(torch.ones(4, 3))], adjust_lr="spectral")]),
+            TypeError,
+            "expected ns_coefficients and adjust_lr_fn, found ['adjust_lr']",
+        ),
+    ],
+)
 def test_odd_inputs_get_a_sentence(run, error, sentence):
     with pytest.raises(error) as found:
         run()
@@ -481,7 +556,9 @@ def test_bf16_where_the_processor_has_units_for_it(monkeypatch, amx, avx, expect
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
     optimizer = Muon([nn.Parameter(torch.ones(3, 4))])
-    assert {bucket.dtype for bucket in optimizer.buckets} == {expected} and orthogonalize(torch.ones(3, 4)).dtype == expected
+    assert {bucket.dtype for bucket in optimizer.buckets} == {expected} and orthogonalize(
+        torch.ones(3, 4)
+    ).dtype == expected
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert muon.iteration_dtype(torch.device("cpu")) == torch.float32  # an older torch
