@@ -87,10 +87,9 @@ class Experts(nn.Module):
     def __init__(self):
         super().__init__()
         self.router, self.bank = nn.Linear(8, 4, bias=False), nn.Parameter(torch.zeros(4, 8, 16))
-        self.gate, self.scale = (
-            nn.Linear(8, 16, bias=False),
-            nn.Parameter(torch.ones(1)),
-        )  # of a GLU: it does not narrow
+        self.bank_bias, self.A_log = nn.Parameter(torch.zeros(4, 16)), nn.Parameter(torch.zeros(8, 4))
+        self.gate = nn.Linear(8, 16, bias=False)  # of a GLU: it does not narrow
+        self.scale = nn.Parameter(torch.ones(1))
 
 
 def test_convolutions_and_banks_go_to_muon_and_routers_do_not(capsys):
@@ -117,7 +116,9 @@ def test_convolutions_and_banks_go_to_muon_and_routers_do_not(capsys):
     ]
     printed = capsys.readouterr().out
     for line in ("positions  (16, 8)  positions", "blocks.0.experts.router.weight  (4, 8)  router",
-                 "blocks.0.gate.weight  (4, 8)  router", "token_embedding.weight  (8, 9)  embedding"):
+                 "blocks.0.gate.weight  (4, 8)  router", "token_embedding.weight  (8, 9)  embedding",
+                 "blocks.0.experts.bank_bias  (4, 16)  entry by entry",
+                 "blocks.0.experts.A_log  (8, 4)  entry by entry"):
         assert f"AdamW  {line}" in printed
     assert "Muon   wave.weight  (4, 8, 5)  flatten" in printed
     p = model["wave"].weight  # one matrix (4, 40), not four of (8, 5)
