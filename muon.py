@@ -418,13 +418,12 @@ def state_kinds(group: dict) -> dict[str, torch.dtype]:
     return kinds
 
 
-def state_shape(name: str, p: Tensor, group: dict) -> tuple[int, ...]:
-    """Return the shape of a parameter's whole state: that of the parameter, but (matrices, numbers) for
+def state_shapes(p: Tensor, group: dict) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a parameter's whole state: that of the parameter, but (matrices, numbers) for
     second_moment."""
-    if name != "second_moment":
-        return tuple(p.shape)
     last = units_of(p, p, 0, group)[-1]
-    return last.matrix + 1, last.mark + max(last.m, last.n)
+    variances = last.matrix + 1, last.mark + max(last.m, last.n)
+    return dict(momentum_buffer=tuple(p.shape), second_moment=variances, mantissa=tuple(p.shape))
 
 
 @dataclass(frozen=True)
@@ -629,11 +628,13 @@ class Bucket:
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
         self.pending = self.received = self.sent = None
         self.stacks = [self.stack_up(mine) for mine in units]
-        params = [unit.param for mine in units for unit in mine]
-        self.num_units = len(params)
+        self.num_units = sum(map(len, units))
         self.num_elements = max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
-        self.device = params[0].device
-        self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
+        groups = {unit.param: optimizer._groups[unit.group] for mine in units for unit in mine}
+        # Of the whole state now: data of other rows may come, and what there is must still be found then.
+        self.shapes = {p: state_shapes(p, group) for p, group in groups.items()}
+        self.device = next(iter(groups)).device
+        self.grad_dtype = torch.bfloat16 if {p.dtype for p in groups} == {torch.bfloat16} else torch.float32
 
     def stack_up(self, units: list[Unit]) -> list[Stack]:
         stacks = []
@@ -660,7 +661,7 @@ class Bucket:
     def state_key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
         """Return where optimizer.state[p] holds this state: the whole under its name, the share of an owner
         of some units under (name, matrix, row)."""
-        if not self.divided or stack.numel == stack.unit.param.numel():
+        if not self.divided or stack.numel == math.prod(self.shapes[stack.unit.param]["momentum_buffer"]):
             return name
         return name, stack.unit.matrix, stack.unit.row
 
@@ -673,7 +674,7 @@ class Bucket:
         for name, dtype in state_kinds(self.settings(stack)).items():
             key = self.state_key(stack, name)
             if key not in state:
-                shape = state_shape(name, p, self.settings(stack)) if key == name else stack.state_shape(name)
+                shape = self.shapes[p][name] if key == name else stack.state_shape(name)
                 state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
             found[name] = stack.state_of(name, state[key]) if key == name else state[key]
         return found
@@ -852,6 +853,8 @@ def local(x: Tensor) -> Tensor:
 def plain(x):
     """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors
     stay."""
+    if type(x) in (int, float):  # also those that change, as torch.compile sees them
+        return x
     if isinstance(x, Sequence) and not isinstance(x, str):
         return tuple(map(plain, x))
     return plain(x.tolist()) if hasattr(x, "tolist") and not isinstance(x, Tensor) else x
@@ -1254,7 +1257,7 @@ class Muon(torch.optim.Optimizer):
             for name, part in parts.items() if wanted else ():
                 whole = found.setdefault(p, {})
                 if name not in whole:
-                    whole[name] = part.new_empty(state_shape(name, p, bucket.settings(stack)))
+                    whole[name] = part.new_empty(bucket.shapes[p][name])
                 stack.state_of(name, whole[name]).copy_(part)
         self.state.update(found)
         self._whole = self._whole or wanted
@@ -1265,9 +1268,10 @@ class Muon(torch.optim.Optimizer):
         for p in [p for p in self.state if p not in groups]:
             del self.state[p]
         for p, state in self.state.items() if self._whole else ():
+            shapes = state_shapes(p, groups[p])
             for name in state.keys() & state_kinds(groups[p]).keys():
                 found = tuple(state[name].shape)
-                if found != state_shape(name, p, groups[p]):
+                if found != shapes[name]:
                     warnings.warn(f"Muon: {self._names.get(p)}: its {name} of shape {found} no longer fits "
                                   f"shape {tuple(p.shape)}; it starts at zero")
                     del state[name]
@@ -1349,7 +1353,7 @@ class Muon(torch.optim.Optimizer):
                                       self._names[p])
                     if name in given:
                         found_shape = tuple(getattr(given[name], "shape", ()))
-                        expected = state_shape(name, p, group)
+                        expected = state_shapes(p, group)[name]
                         if found_shape != expected:
                             raise refusal(f"a {name} of shape {expected}", found_shape,
                                           "load a checkpoint of this model", self._names[p])

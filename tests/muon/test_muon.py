@@ -428,9 +428,9 @@ def test_split_blocks_are_computed_together_and_agree_with_one_by_one(monkeypatc
     for step in gradients:
         feed([fused], step)
         optimizer.step()
+    assert shapes == [(3, 8, 16)] * 2
     train([single], gradients, split=(8, 8, 8), normuon_beta2=0.9, deterministic=True)
     close(fused.detach(), single.detach())
-    assert shapes == [(3, 8, 16)] * 2
 
 
 @pytest.mark.parametrize(

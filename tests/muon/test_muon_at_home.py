@@ -177,6 +177,51 @@ def test_a_change_on_one_rank_is_refused_by_all_and_named():
         ), said
 
 
+def other_rows(optimizer, params):
+    params[0].data = torch.ones(20, 8)
+    params[1].data = torch.ones(4, 12)
+
+
+def other_blocks(optimizer, params):
+    optimizer.param_groups[0]["split"] = (2, 6)
+
+
+def other_matrices(optimizer, params):
+    optimizer.param_groups[1]["flatten"] = True
+
+
+RESHAPES = [other_rows, other_blocks, other_matrices]
+
+
+def reshaped_on_ranks(rank, W, steps_before):
+    """Weights and state after parameters stand for other matrices."""
+    muon.has_bf16_units = lambda: False
+    found = []
+    for change in RESHAPES:
+        params, gradients = make([(12, 8), (8, 12), (4, 8, 6)], steps=2)
+        params[0].data = params[0].data[:8].clone()
+        gradients = [[g[:8], *others] for g, *others in gradients]
+        groups = [dict(params=params[:2], split=2), dict(params=params[2:])]
+        optimizer = Muon(groups, deterministic=True, normuon_beta2=0.9, bucket_mb=1e-9)
+        after(optimizer, params, gradients[:steps_before])
+        change(optimizer, params)
+        after(optimizer, params, [[p.detach() + 1 for p in params]] * 2)
+        optimizer.consolidate_state_dict()
+        states = optimizer.state_dict()["state"]
+        state = [x for i in sorted(states) for _, x in sorted(states[i].items())]
+        found.append([*(p.detach() for p in params), *state])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Muon. parameter")
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_parameters_may_come_to_stand_for_other_matrices_at_any_number_of_ranks(steps_before):
+    (expected,) = run_ranks(1, reshaped_on_ranks, steps_before)
+    for found in run_ranks(2, reshaped_on_ranks, steps_before):
+        for theirs, ours, change in zip(found, expected, RESHAPES):
+            assert len(theirs) == len(ours) and all(map(same, theirs, ours)), change
+
+
 def removed_after_start(rank, W):
     """What is said where gradients are on their way, and whether the step after that is well."""
     params, gradients = make(SHAPES, steps=1)
@@ -545,6 +590,20 @@ def test_the_whole_step_compiles_with_a_tensor_lr():
             compiled()
     for p, q in zip(params, plain):
         close(p.detach(), q.detach())
+
+
+def test_a_compiled_step_follows_schedules_of_plain_numbers():
+    (p,), gradients = make([(12, 8)], steps=5)
+    (q,), _ = make([(12, 8)])
+    optimizer, reference = Muon([p]), Muon([q])
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+    for t, (g,) in enumerate(gradients):
+        for each in (optimizer, reference):
+            each.param_groups[0].update(lr=0.02 / (t + 1), momentum=0.8 + t / 50, weight_decay=0.1 * t)
+        feed([p, q], [g, g])
+        compiled()
+        reference.step()
+    close(p.detach(), q.detach())
 
 
 # --- the dtype of the iteration ---
