@@ -110,8 +110,9 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
 def gram_pays(m: int, n: int, form: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether to iterate on the Gram matrix. On a CPU core it is 1.55 times as fast in fp32 at an aspect of 4
     and 1.1 times at 2, in bf16 1.3 and 1.1 times. In bf16 the result is then off by 1 to 4 % instead of 1 to
-    2 %, where the polynomial itself leaves singular values 3 to 30 % off 1, and by more for small matrices,
-    whose values start large; it is not measured on other devices. `auto` leaves out both."""
+    2 %, where the polynomial itself leaves singular values 3 to 30 % off 1, and by more where values start
+    large, in small matrices and in those of rank 1 (20 %); it is not measured on other devices. `auto` leaves
+    out both small matrices and other devices."""
     if form != "auto":
         return form == "gram"
     fine = dtype != torch.bfloat16 or device.type == "cpu" and min(m, n) >= LARGE
@@ -266,7 +267,7 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     ns_coefficients: a name in COEFFICIENTS, one (a, b, c), or a sequence of them. dtype: of the iteration and
     the result, default `iteration_dtype`. form: see `gram_pays`. symmetric: see `symmetric_product`. Only the
     direction of G counts, unless its norm is below eps. Zero in, zero out. In bf16 a matrix of low rank keeps
-    two digits: its null space comes out with singular values up to 0.4 instead of 0; ask for torch.float32
+    two digits: its null space comes out with singular values up to 0.5 instead of 0; ask for torch.float32
     where that matters (LoRA)."""
     if G.ndim < 2 or G.numel() == 0 or not G.is_floating_point():
         raise refusal("real matrices of some size", f"{tuple(G.shape)} in {G.dtype}",
@@ -609,6 +610,10 @@ def expect_agreement(group, facts: list[str]) -> None:
                               "build the optimizer alike on every rank")
 
 
+# ----------------------------------------------------------------------------------------------------------
+# A bucket: some units of every rank, and their way through one step
+
+
 class Bucket:
     """Units that travel together, per rank of a process group, and their way through one step: `start` asks
     for what other ranks hold of their gradients, `receive` waits for it, `update` computes, `send` shares the
@@ -685,8 +690,9 @@ class Bucket:
         grad = p.grad
         if grad is None:
             if p.is_meta:
-                raise refusal("a parameter with values", "one on the meta device", "put the model's own into "
-                              "param_groups: to_empty() has made others", self.optimizer._names[p], RuntimeError)
+                raise refusal("a parameter with values", "one on the meta device",
+                              "put the model's own into param_groups: to_empty() has made others",
+                              self.optimizer._names[p], RuntimeError)
             return None
         if grad.layout != torch.strided:
             raise refusal("a dense gradient", grad.layout, "make the layer with sparse=False",
@@ -728,11 +734,12 @@ class Bucket:
         results = {}
         for owner in [self.rank] if self.divided else range(self.world_size):
             for stack, G in zip(self.stacks[owner], self.gradients(owner)):
-                mine = owner == self.rank
-                if G is not None:
-                    U, ok = self.move_momentum(stack, G)
-                    entries += [(stack, U, ok)] if mine else []
-                elif mine:
+                moved = None if G is None else self.move_momentum(stack, G)
+                if owner != self.rank:
+                    continue
+                if moved:
+                    entries.append((stack, *moved))
+                else:
                     ok = torch.zeros(stack.count, dtype=torch.bool, device=self.device)
                     results[stack] = torch.zeros(stack.shape, dtype=self.wire, device=self.device), ok
         self.received = None
@@ -848,6 +855,13 @@ class Bucket:
 def local(x: Tensor) -> Tensor:
     """Return what this rank holds of a DTensor; anything else as it is."""
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return the full tensor of a DTensor, a collective; anything else as it is. No backend sends int16."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    return x.int().full_tensor().short() if x.dtype == torch.int16 else x.full_tensor()
 
 
 def plain(x):
@@ -1069,6 +1083,7 @@ class Muon(torch.optim.Optimizer):
         unknown = sorted(key for key in group if key in ("coefficients", "adjust_lr"))
         if unknown:
             raise refusal("ns_coefficients and adjust_lr_fn", unknown, "use torch's names", error=TypeError)
+        self._check_settings()  # of groups that were added by hand
         given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         number = len(self.param_groups)
         group = {**self.defaults, **group, "params": given}
@@ -1154,9 +1169,7 @@ class Muon(torch.optim.Optimizer):
 
     def _lay_out(self) -> None:
         """Place the units and cut them into buckets. What state there is stays with its parameter."""
-        for group in self.param_groups:
-            for key, default in self.defaults.items():
-                group.setdefault(key, default)
+        self._check_settings()
         names = self._check_parameters(self.param_groups)
         devices = sorted({p.device for p in names}, key=str)
         if not devices:
@@ -1178,7 +1191,6 @@ class Muon(torch.optim.Optimizer):
             self._fill_buckets(*lane, members)
         self.buckets.sort(key=lambda bucket: bucket.alone)  # of these, ranks may have unlike numbers
         self._forget()
-        self._checked = [{key: group[key] for key in RULES} for group in self.param_groups]
         self._layout_of = self._what_shapes_it()
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
@@ -1371,15 +1383,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def start(self) -> None:
         """With sync_grads: begin to average the gradients of the first two buckets and return at once. step()
-        calls it too."""
+        calls it too. All ranks call it alike."""
         self._check_settings()
         changed = self._what_shapes_it() != self._layout_of
         if not self._flying():
             self._follow(changed)
             self._keep_my_share()
         elif changed:
-            raise refusal("the parameters that start() found", "others", "change them before start() or after "
-                          "step()", error=RuntimeError)
+            raise refusal("the parameters that start() found", "others",
+                          "change them before start() or after step()", error=RuntimeError)
         self._groups = list(self.param_groups)
         for bucket in self.buckets[:2] if self.sync_grads else ():
             bucket.start()
@@ -1415,10 +1427,3 @@ class Muon(torch.optim.Optimizer):
 
     def _flying(self) -> int:
         return sum(bucket.pending is not None for bucket in self.buckets)
-
-
-def whole(x: Tensor) -> Tensor:
-    """Return the full tensor of a DTensor, a collective; anything else as it is. No backend sends int16."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    return x.int().full_tensor().short() if x.dtype == torch.int16 else x.full_tensor()

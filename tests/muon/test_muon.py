@@ -1169,14 +1169,16 @@ def test_the_step_never_waits_for_the_device(monkeypatch):
 @pytest.mark.parametrize("settings", [
     dict(), dict(split_mantissa=True, dtype=torch.bfloat16), dict(ns_dtype=torch.bfloat16, ns_form="gram"),
     dict(deterministic=True, nesterov=False)], ids=str)
-def test_a_step_needs_no_value_of_any_tensor(settings):
-    """On the meta device there is none to be read, by Python or by torch."""
+def test_a_step_needs_no_value_of_any_tensor(monkeypatch, settings):
+    """On the meta device there is none to be read, by Python or by torch. To print one would be to read it."""
     settings = dict(settings)
     dtype = settings.pop("dtype", torch.float32)
     params = [torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)) for shape in SHAPES]
     rates = dict(lr=torch.empty((), device="meta"), weight_decay=0.1, cautious=True, normuon_beta2=0.9)
     optimizer = Muon(params, **rates, **settings)
+    monkeypatch.setattr(torch.Tensor, "__repr__", lambda x: 1 / 0)
     for _ in range(2):
+        optimizer.param_groups[0]["lr"] = torch.empty((), device="meta")  # what is set is checked
         feed(params, map(torch.empty_like, params))
         optimizer.step()
     assert all(optimizer.state[p]["momentum_buffer"].is_meta for p in params)

@@ -122,6 +122,16 @@ def test_a_group_put_in_place_of_another_counts_at_once():
     assert same(p.detach(), before)
 
 
+def test_a_group_may_be_added_after_one_that_was_added_by_hand():
+    params, gradients = make(SHAPES, steps=1)
+    optimizer = Muon(params[:1], deterministic=True)
+    optimizer.param_groups.append(dict(params=params[1:2]))
+    optimizer.add_param_group(dict(params=params[2:]))
+    others, _ = make(SHAPES, steps=1)
+    expected = after(Muon(others, deterministic=True), others, gradients)
+    assert all(map(same, after(optimizer, params, gradients), expected))
+
+
 def test_parameters_appended_to_named_ones_are_called_by_their_places():
     params, gradients = make(SHAPES, steps=1)
     optimizer = Muon(list(zip("ab", params)))

@@ -1,4 +1,4 @@
-"""muon_fsdp.py: DTensor parameters over 1 to 5 gloo processes against plain parameters in one.
+"""muon_extras/fsdp.py: DTensor parameters over 1 to 5 gloo processes against plain parameters in one.
 
 Each world is started once and runs all scenarios; the tests below then look at what the ranks brought
 back."""
@@ -715,8 +715,8 @@ def test_gathering_is_announced_at_construction_and_refuses_masters(world, W):
                 in said[0]
             )
         assert placements["masters"] == (
-            "Muon: expected a parameter sharded along one mesh dimension for split_mantissa, found (Replicate(),); "
-            "turn that off for this group"
+            "Muon: expected a parameter sharded along one mesh dimension for split_mantissa, "
+            "found (Replicate(),); turn that off for this group"
         )
 
 
