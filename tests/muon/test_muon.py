@@ -151,15 +151,13 @@ def test_every_singular_value_goes_through_the_polynomial(name, m, n, form):
     for steps in range(1, 9):
         G = with_spectrum(torch.logspace(-5 if steps <= 5 else -3, 0, min(m, n)), m, n)[0].float()
         expected = mapped(G, name, steps)
-        close(
-            orthogonalize(G, steps, name, torch.float32, form), expected, rtol=0, atol=3e-5
-        )  # measured 1.1e-5
+        # Measured 1.1e-5
+        close(orthogonalize(G, steps, name, torch.float32, form), expected, rtol=0, atol=3e-5)
         if steps > 5:
             continue
         G = with_spectrum(torch.logspace(-3, 0, min(m, n)), m, n)[0].float()
-        half = orthogonalize(
-            G, steps, name, torch.float16, form
-        )  # without the restarts: 1e-3 above and 0.5 here
+        # Without the restarts: 1e-3 above and 0.5 here
+        half = orthogonalize(G, steps, name, torch.float16, form)
         close(half, mapped(G, name, steps), rtol=0, atol=3e-2)  # measured 1.1e-2
         assert half.dtype == torch.float16
 
@@ -235,9 +233,8 @@ def test_a_symmetric_kernel_gets_exactly_the_symmetric_products(steps, form):
     close(orthogonalize(G, steps, "quintic", torch.float32, form, kernel),
           orthogonalize(G, steps, "quintic", torch.float32, form))
     restarts = max(0, -(-(steps - 2) // 3))
-    rectangular = (
-        steps if form == "standard" else 1 + restarts
-    )  # X <- Q X, the only product that is not symmetric
+    # X <- Q X, the only product that is not symmetric
+    rectangular = steps if form == "standard" else 1 + restarts
     assert (
         kernel.flops
         == 2 * newton_schulz_flops(8, 24, steps, form == "gram", torch.float32)
@@ -254,9 +251,8 @@ def test_the_optimizer_hands_its_symmetric_kernel_on():
     train(plain, gradients)
     for p, q in zip(fast, plain):
         close(p.detach(), q.detach())
-    assert kernel.products == 3 * (
-        16 + 10
-    )  # three steps; Gram form for the first two together, standard for the bank
+    # Three steps; Gram form for the first two together, standard for the bank
+    assert kernel.products == 3 * (16 + 10)
 
 
 @pytest.mark.parametrize("name, slope", [("jordan", 485), ("quintic", 493), ("polar", 990)])
@@ -275,9 +271,8 @@ def test_a_null_space_stays_null(name, slope):
         (torch.bfloat16, "standard", 0.5),
     ):
         values = torch.linalg.svdvals(orthogonalize(G, 5, name, dtype, form).float())
-        assert (
-            values[8] < bound and values[7] > 0.69
-        )  # measured 2.1e-8 slope, 0.044 and 0.44: bf16 is that noisy
+        # Measured 2.1e-8 slope, 0.044 and 0.44: bf16 is that noisy
+        assert values[8] < bound and values[7] > 0.69
 
 
 @pytest.mark.parametrize("name, low, high", [("jordan", 0.682, 1.134), ("quintic", 0.978, 1.032),
@@ -470,9 +465,8 @@ def test_a_bad_gradient_skips_its_block_alone():
     "settings", [dict(), dict(normuon_beta2=0.9, cautious=True, weight_decay=0.1)], ids=str
 )
 def test_flatten_makes_one_matrix_of_a_1d_convolution(settings):
-    shapes = [(64, 3, 5)] * 3 + [
-        (6, 10, 3)
-    ]  # three of a shape: dion once flattened the stack of them (MUON.md 1.3)
+    # Three of a shape: dion once flattened the stack of them (MUON.md 1.3)
+    shapes = [(64, 3, 5)] * 3 + [(6, 10, 3)]
     convolutions, gradients = make(shapes)
     flat = [torch.nn.Parameter(p.detach().flatten(1).clone()) for p in convolutions]
     one = train(convolutions, gradients, flatten=True, deterministic=True, **settings)
@@ -590,9 +584,8 @@ def test_a_bad_gradient_skips_its_matrix_alone(bad):
     untouched = {(0, 0), (1, 0)} | (set() if bad is None else {(2, 1)})
     for i, p in enumerate(good[2][0]):
         for k in range(len(matrices(p))):
-            expected = (
-                spoiled[1] if (i, k) in untouched else good[2]
-            )  # as before the step, or as if all had been well
+            # As before the step, or as if all had been well
+            expected = spoiled[1] if (i, k) in untouched else good[2]
             assert same(matrices(spoiled[2][0][i])[k], matrices(expected[0][i])[k])
             for key, value in spoiled[2][1][i].items():
                 of_one = (lambda x: x[k]) if key == "second_moment" else (lambda x: matrices(x)[k])
@@ -749,9 +742,8 @@ def test_the_plan_of_gpt2_on_eight_ranks_is_balanced():
     plan = plan_of(GPT2, 8, 4_000_000)
     assert plan.efficiency >= 0.97 and max(plan.loads) / 1e9 == pytest.approx(194.8, abs=0.1)
     fills = [[sum(GPT2[u][0] * GPT2[u][1] for u in ids) for ids in bucket] for bucket in plan.buckets]
-    assert len(fills) == 3 and sum(map(max, fills)) * 8 == sum(
-        map(sum, fills)
-    )  # three buckets without padding
+    # Three buckets without padding
+    assert len(fills) == 3 and sum(map(max, fills)) * 8 == sum(map(sum, fills))
     assert max(fills[-1]) == 1769472  # the gather that nothing hides
 
 
@@ -770,9 +762,8 @@ def test_every_unit_is_placed_once_within_the_lpt_bound(world_size, cap):
     order = [max(costs[u] for ids in bucket for u in ids) for bucket in plan.buckets]
     assert order == sorted(order, reverse=True)
     for bucket, later in zip(plan.buckets, [*plan.buckets[1:], [[]] * world_size]):
-        for ids, more in zip(
-            bucket, later
-        ):  # a rank's bucket is full if there are more, and was not before its last unit
+        # A rank's bucket is full if there are more, and was not before its last unit
+        for ids, more in zip(bucket, later):
             fill, last = (sum(units[u][0] * units[u][1] for u in us) for us in (ids, [max(
                 ids, key=lambda u: (-costs[u], u))] if ids else []))
             assert (fill >= cap or not more) and (fill - last < cap)
@@ -1145,9 +1136,8 @@ def test_compiled_functions_agree_and_schedules_do_not_recompile(monkeypatch):
     assert counts[0] > 0 and counts == counts[:1] * 6
     muon.fuse.cache_clear()  # it holds what the counter has compiled
     for p, q in zip(fused, plain):
-        close(
-            p.detach(), q.detach(), rtol=1e-2, atol=1e-4
-        )  # a bf16 step at most: fp32 and fp64 scalars round apart
+        # A bf16 step at most: fp32 and fp64 scalars round apart
+        close(p.detach(), q.detach(), rtol=1e-2, atol=1e-4)
 
 
 def test_the_step_never_waits_for_the_device(monkeypatch):
@@ -1170,7 +1160,7 @@ def test_the_step_never_waits_for_the_device(monkeypatch):
     dict(), dict(split_mantissa=True, dtype=torch.bfloat16), dict(ns_dtype=torch.bfloat16, ns_form="gram"),
     dict(deterministic=True, nesterov=False)], ids=str)
 def test_a_step_needs_no_value_of_any_tensor(monkeypatch, settings):
-    """On the meta device there is none to be read, by Python or by torch. To print one would be to read it."""
+    """On the meta device there is none to be read, by Python or by torch; to print one is to read it."""
     settings = dict(settings)
     dtype = settings.pop("dtype", torch.float32)
     params = [torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)) for shape in SHAPES]

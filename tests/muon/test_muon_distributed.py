@@ -28,9 +28,8 @@ CASES = {
 }
 STEPS = 4
 SETTINGS = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True)
-RESUMED = dict(
-    deterministic=True, split_mantissa=True, split=2, **SETTINGS
-)  # of the checkpoints of a bank, in halves
+# Of the checkpoints of a bank, in halves
+RESUMED = dict(deterministic=True, split_mantissa=True, split=2, **SETTINGS)
 pytestmark = pytest.mark.timeout(300)  # the first test of a world waits for all of it
 WORLDS = [2, 3, 4, 5]
 
@@ -357,9 +356,8 @@ def after_errors(rank, kind):
         feed(params, gradients[1])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(muon, "momentum_update", fail)
-            assert (
-                refused(optimizer.step) == "out of memory"
-            )  # gradients of the second bucket are on their way
+            # Gradients of the second bucket are on their way
+            assert refused(optimizer.step) == "out of memory"
     if kind == "a group that is refused":
         other = torch.nn.Parameter(torch.zeros(4, 4 + rank))
         assert "expected the same parameters" in refused(
@@ -437,9 +435,8 @@ def test_the_bits_do_not_depend_on_ranks_or_buckets(world, W):
         for key, (bits, buckets) in found["deterministic"].items():
             assert bits == alone()[key[0], key[1], 16][0], key
             units = sum(s[0] if len(s) == 3 else 1 for s in CASES[key[0]]) * (2 if "split" in key[1] else 1)
-            assert (buckets == 1) == (key[2] == 16 or units <= W), (
-                key
-            )  # the small size closes as soon as it can
+            # The small size closes as soon as it can
+            assert (buckets == 1) == (key[2] == 16 or units <= W), key
 
 
 @pytest.mark.parametrize("W", WORLDS)
@@ -481,9 +478,8 @@ def test_traffic_is_what_the_ring_model_says(world, W):
 def test_two_exchanges_are_in_flight_at_most_and_computation_hides_two(world, W):
     """With sync_grads the gradients of the next bucket and the results of the one before travel while one is
     computed; what is held does not grow with the number of buckets."""
-    nbytes = (
-        2 * (W + 1) * (16 * 32 + 1) * 4
-    )  # of two exchanges: what a rank gives and what it gets, with one flag
+    # Of two exchanges: what a rank gives and what it gets, with one flag
+    nbytes = 2 * (W + 1) * (16 * 32 + 1) * 4
     for found in world(W):
         flying, most, held, left = found["bounded"][True]
         assert flying == [2, 1, 2, 2, 2, 2, 1] * 2 and most == 2 and left == 0

@@ -26,9 +26,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(
-        self, tied, vocabulary=50, width=16, positions=16
-    ):  # as GPT-2 medium: as many positions as channels
+    # As GPT-2 medium: as many positions as channels
+    def __init__(self, tied, vocabulary=50, width=16, positions=16):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
         self.blocks = nn.ModuleList([Block(width) for _ in range(2)])
@@ -171,10 +170,8 @@ def test_future_keys_do_not_count_and_the_last_one_does(block):
     assert max_logits(q, k, 1.0, block).tolist() == [27.0, 0.0]  # only the last query sees the last key
     q[0, 4] = 0.0
     assert max_logits(q, k, 1.0, block).tolist() == [0.0, 0.0]
-    assert max_logits(-q, k + 1, 1.0, block).tolist() == [
-        0.0,
-        18.0,
-    ]  # the largest, not the largest absolute, one
+    # The largest, not the largest absolute, one
+    assert max_logits(-q, k + 1, 1.0, block).tolist() == [0.0, 18.0]
     assert max_logits(q[:, :1], k[:, :1] - 2, 0.5).tolist() == [-3.0, -3.0]
 
 
@@ -284,9 +281,8 @@ def test_masters_copies_and_slices_of_a_fused_projection_are_scaled_in_place():
         fused.detach()[8 * D :], values
     )
     assert half.dtype == torch.bfloat16 and torch.equal(half[8 * D:], values.bfloat16())
-    torch.testing.assert_close(
-        half[: 8 * D].float(), fused.detach()[: 8 * D], rtol=2**-7, atol=0
-    )  # rounded twice
+    # Rounded twice
+    torch.testing.assert_close(half[: 8 * D].float(), fused.detach()[: 8 * D], rtol=2**-7, atol=0)
     torch.testing.assert_close(single.detach()[:8 * D].float(), fused.detach()[:8 * D])
 
 

@@ -79,12 +79,8 @@ def plain(A, B, C=None, alpha=1.0, beta=1.0):
     return A @ B if C is None else torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
 
 
-BOUNDS = {
-    torch.float64: 1e-14,
-    torch.float32: 1e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}  # bf16 rounds by 2^-9 = 0.002
+# bf16 rounds by 2^-9 = 0.002
+BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
@@ -108,9 +104,8 @@ def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
         )
         assert found.dtype == dtype and (found - exact).abs().max() < BOUNDS[dtype] * exact.abs().max()
         if muon.one_by_one(X) and B == 1 and s >= muon.LARGE:
-            assert torch.equal(
-                found.tril(-muon.BLOCK_ROWS), found.triu(muon.BLOCK_ROWS).mT
-            )  # mirrored, not computed
+            # Mirrored, not computed
+            assert torch.equal(found.tril(-muon.BLOCK_ROWS), found.triu(muon.BLOCK_ROWS).mT)
 
 
 @pytest.mark.parametrize(
