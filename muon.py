@@ -1388,11 +1388,11 @@ class Muon(torch.optim.Optimizer):
         changed = self._what_shapes_it() != self._layout_of
         if not self._flying():
             self._follow(changed)
-            self._keep_my_share()
         elif changed:
             raise refusal("the parameters that start() found", "others",
                           "change them before start() or after step()", error=RuntimeError)
         self._groups = list(self.param_groups)
+        self._keep_my_share()
         for bucket in self.buckets[:2] if self.sync_grads else ():
             bucket.start()
 

@@ -253,6 +253,29 @@ def test_groups_may_not_change_while_gradients_are_on_their_way():
                         "change them before start() or after step()")
 
 
+def loaded_after_start(rank, W):
+    """Weights after a step whose state was loaded while its gradients were on their way."""
+    muon.has_bf16_units = lambda: False
+    params, gradients = make(SHAPES, steps=2)
+    optimizer = Muon(params, sync_grads=True, deterministic=True)
+    after(optimizer, params, gradients[:1])
+    optimizer.consolidate_state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["momentum_buffer"] *= -3
+    feed(params, gradients[1])
+    optimizer.start()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    return [p.detach() for p in params]
+
+
+def test_a_state_loaded_after_start_counts_in_the_same_step():
+    (expected,) = run_ranks(1, loaded_after_start)
+    for found in run_ranks(2, loaded_after_start):
+        assert all(map(same, found, expected))
+
+
 # --- state ---
 
 def test_state_is_there_in_full_shape_and_may_be_read_and_cleared():
