@@ -139,7 +139,7 @@ def test_ngrams_count_in_host_memory_and_in_checkpoints_and_on_the_device_by_the
     run.accumulate([run.made_up_batch(cfg.train_steps - 1)] * 2, cfg.train_steps - 1)
     leaf = run.ngrams.leaf
     bound = plan.ngram_bytes(cfg, torch.float32, 1)
-    assert bound / 2 < nbytes([leaf, leaf.grad]) <= bound == 2 * 2 * 128 * 8 * 4
+    assert bound / 3 < nbytes([leaf, leaf.grad]) <= bound == 2 * 2 * 128 * 8 * 4
 
     text = said(capsys, "--track=small", "--gpu=NVIDIA H100 80GB HBM3", "--ngram_rows=84602880")
     assert "The n-grams take 40.97 GiB of host memory besides, over all ranks together." in text

@@ -244,7 +244,7 @@ class OneSidedTable(HostTable):
 
 def test_rows_that_come_too_early_are_noticed(folder):
     late, device = (alone(folder, kind, dict(adam_every=1)) for kind in (LateTable, DeviceTable))
-    assert late["train"][:2] == device["train"][:2] and late["train"] != device["train"]
+    assert late["train"][0] == device["train"][0] and late["train"] != device["train"]
 
 
 def test_gradients_that_stay_at_home_are_noticed(folder):
