@@ -234,9 +234,8 @@ def log_mean(steps: list[float]) -> float:
 
 
 def whole_seeds(factors: dict[float, dict[int, float]]) -> dict[float, dict[int, float]]:
-    """Return the factors that have the most seeds, and of these those that all of them have."""
-    most = max(map(len, factors.values()))
-    kept = {factor: steps for factor, steps in factors.items() if len(steps) == most}
+    """Return the best factor and its neighbours, each with the seeds that all of them have."""
+    kept = {factor: factors[factor] for factor in neighbours(best_factor(factors)) if factor in factors}
     seeds = set.intersection(*map(set, kept.values()))
     return {factor: {seed: steps[seed] for seed in seeds} for factor, steps in kept.items()}
 
@@ -277,11 +276,13 @@ def interval(curve: dict[int, dict], draws: int = 500) -> list[tuple[float, floa
 
 
 def curves(rows: list[dict]) -> dict[tuple[str, float], dict[int, dict]]:
-    """Return (optimizer, beta) -> batch -> factors with whole seeds, of cells that reach the loss."""
+    """Return (optimizer, beta) -> batch -> factors with whole seeds, of cells that reach the loss and whose
+    search has ended."""
     found = defaultdict(dict)
     for cell, factors in sorted(by_cell(rows).items(), key=lambda item: (item[0].batch, item[0])):
         kept = whole_seeds(factors)
-        if math.isfinite(log_mean(mean_steps(kept)[1])):
+        reached = math.isfinite(log_mean(mean_steps(kept)[1]))
+        if reached and len(kept) == len(neighbours(1)):
             found[cell.optimizer, cell.beta][cell.batch] = kept
     return found
 
@@ -295,7 +296,7 @@ def cell_rows(rows: list[dict]) -> list[list]:
         if math.isinf(log_mean(steps)):
             lines.append([*line, "not reached", "", ""])
             continue
-        inside = min(factors) < best < max(factors)
+        inside = len(whole_seeds(factors)) == len(neighbours(1))
         lines.append([*line, f"{math.exp(log_mean(steps)):.0f}", f"{min(steps):.0f} to {max(steps):.0f}",
                       "yes" if inside else "no"])
     return lines
@@ -320,9 +321,11 @@ def fit_rows(found: dict) -> list[list]:
         steps = [math.exp(log_mean(mean_steps(factors)[1])) for factors in curve.values()]
         least, critical, misfit = fit_critical([*curve], steps)
         power, power_misfit = fit_power([*curve], steps)
-        (low, high), (near, far) = interval(curve)
-        smallest = f"{least:.0f} ({low:.0f} to {high:.0f})"
-        tokens = f"{critical:.0f} ({near:.0f} to {far:.0f})"
+        smallest, tokens = f"{least:.0f}", f"{critical:.0f}"
+        if min(len(next(iter(factors.values()))) for factors in curve.values()) > 1:
+            (low, high), (near, far) = interval(curve)
+            smallest += f" ({low:.0f} to {high:.0f})"
+            tokens += f" ({near:.0f} to {far:.0f})"
         lines.append([*name, smallest, tokens, f"{misfit:.1%}", f"{power:.2f}", f"{power_misfit:.1%}"])
     return lines
 
@@ -339,9 +342,10 @@ def tables(rows: list[dict]) -> str:
         f"reach it in time, {endings.count('diverged')} diverged.",
         grid(["tokens a batch", "optimizer", "momentum", "factors tried", "best", "n", "steps", "range",
               "best inside"], cell_rows(rows)),
-        "Steps of AdamW in units of Muon's:",
+        "Steps of AdamW in units of Muon's, where the best factor of both lies inside those tried:",
         grid(["tokens a batch", "Muon", "AdamW", "ratio"], ratio_rows(found)),
-        "Fits of S = S_min (1 + B_crit / B), and of a power law:",
+        "Fits of S = S_min (1 + B_crit / B), and of a power law; intervals where every cell has several "
+        "seeds:",
         grid(fits, fit_rows(found))]) + "\n"
 
 

@@ -61,8 +61,11 @@ class Results:
         return min(finite, key=finite.get)
 
     def lengths(self, optimizer: str) -> list[int]:
-        """Return the steps of the two longest schedules, whose winners get fresh seeds: of Muon the last two
-        rungs, of AdamW the last and a longer one, so that the loss of either lies between two of the other."""
+        """Return the steps of the two longest schedules, whose winners get fresh seeds.
+
+        Of Muon these are the last two rungs, of AdamW the last and a longer one, so that the loss of each at
+        the last rung lies between two of the other.
+        """
         return self.rungs(optimizer)[-2:]
 
     def winners(self) -> dict[str, tuple[str, int, int]]:

@@ -3,7 +3,9 @@ trainings."""
 import json
 import math
 import multiprocessing.dummy
+import re
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ from bench.tune import page, training
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS, QUANTITIES, read_search, value_at
 from data.errors import RunError, UsageError, run_program
+from data.files import ROOT
 from muon import ADJUST_LR
 from tests.helpers.runs import TINY, make_shards
 from train_gpt import Run, optimizer_table
@@ -244,6 +247,13 @@ def test_winners_of_half_and_twice_the_length_lie_around_the_other_optimizer(tmp
     assert "AdamW needs 1.41 times as many" in page.ratio_text(results)
     results.rows = [row for row in results.rows if row["steps"] != 80]  # the longest are not there yet
     assert [*results.winners()] == ["muon_40", "adamw_40", "muon_20"]
+
+
+def test_the_page_has_the_tables_of_its_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "bench/TUNE.md").read_text(encoding="utf-8")
+    marked = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->", text, re.S)
+    assert marked[2] == page.tables(Results(Path(marked[1]), read_search(tune.SEARCH_FILE)))
 
 
 def test_a_table_of_nothing_is_refused(tmp_path, search_file, capsys):
