@@ -283,7 +283,7 @@ def non_finite_on_one(rank):
     """Rank 1 meets a NaN in its second step."""
     accumulate = train_gpt.Run.accumulate
 
-    def spoiled(self, batches, step, upcoming):
+    def spoiled(self, batches, step, upcoming=None):
         training = self.clock.started is not None  # not in the warm-up
         loss = accumulate(self, batches, step, upcoming)
         return loss * torch.nan if rank == 1 and training and step == 1 else loss
