@@ -402,9 +402,9 @@ TRACKS: dict[str, dict] = {
         # Data
         train_files="data/shakespeare/shakespeare_train_*.bin",
         val_files="data/shakespeare/shakespeare_val_*.bin",
-        max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=45,
+        max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=48,
         # Schedule
-        train_steps=180, extension_steps=4, lr_mul=(1.0,), lr_floor=0.5,
+        train_steps=192, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
         batch_tokens=(2048,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513,
         untie_stage=0, mtp_weights=(1.0,),
         window_short=(32, 64), window_long=(64, 128), window_final=128,
