@@ -247,7 +247,8 @@ class Config:
         "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32",
         one_of("auto", "bfloat16", "float32"))
     products: str = setting(
-        "auto", "products of fp32 weights on a CPU: auto (bfloat16 where it has units for that), bfloat16 or float32",
+        "auto", "products of fp32 weights on a CPU: auto (bfloat16 where it has units for that), bfloat16 or "
+                "float32",
         one_of("auto", "bfloat16", "float32"))
     fp8_head: str = setting(
         "auto", "head in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 means off", SWITCH)
@@ -406,16 +407,17 @@ TRACKS: dict[str, dict] = {
         # Data
         train_files="data/shakespeare/shakespeare_train_*.bin",
         val_files="data/shakespeare/shakespeare_val_*.bin",
-        max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=110,
+        max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=48,
         # Schedule
-        train_steps=440, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
+        train_steps=192, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
         batch_tokens=(2048,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513,
         untie_stage=0, mtp_weights=(1.0,),
         window_short=(32, 64), window_long=(64, 128), window_final=128,
         # Model
         num_layers=4, model_dim=128, head_dim=32, long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,),
         pairing="neighbours", late_attn_layers=(), cache_layer=2, skip=(0, 2), value_embed_layers=(0, 3),
-        bigram_rows=4096, attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
+        bigram_rows=4096, ngram_rows=2**20, ngram_orders=(3, 4, 5, 6),
+        attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
         # Optimizer
         muon_lr=0.04, momentum_warmup=50, momentum_cooldown=20, ema_frac=0.15,
         adam_every=1, adam_eps=512e-10, table_lr_mul=25.0, factor_adam=(5.0, 0.9, 0.99), adamw_lr=0.0015),

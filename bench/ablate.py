@@ -55,8 +55,9 @@ OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "XSA": "--xsa_layers=",
     "smear": "--smear=off",
     "value embeddings": "--value_embed_layers=",
-    "bigram embedding": "--bigram_rows=0",
+    "bigram and n-gram embeddings": "--bigram_rows=0 --ngram_rows=0",
     "bigram signs": "--bigram_signs=off",
+    "n-gram table in host memory": "--ngram_rows=0",
     "x0 injection": "--inject_x0=off",
     "residual factor 1.1 (1.0)": "--resid_init=1",
     "backout": "--backout=off",
@@ -71,7 +72,6 @@ ON = {  # technique of public records, off on this track -> the settings that tu
     "with gates by networks and mixing of heads": "--gate_networks=0,2 --mix_window=32",
     "with an average of head and embedding only": "--ema_of=head",
     "with MLP outputs at random": "--mlp_out_std=0.5",
-    "with an n-gram table in host memory": "--ngram_rows=262144 --ngram_orders=3,4",
 }
 ALL = "all of them (with AdamW)"
 ONE_OF_TWO = {  # what the others leave nothing of, or turn off otherwise

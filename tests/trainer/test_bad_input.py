@@ -261,11 +261,11 @@ def test_two_ranks_end_with_one_message(saved):
 
 
 def full_disk(rank):
-    """Files of this process may not grow beyond 300 kB, which logs do not reach and checkpoints do."""
+    """Files of this process may not grow beyond 400 kB, which logs do not reach and checkpoints do."""
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 
 
 def test_a_full_disk_is_a_warning_at_a_periodic_save_and_an_error_at_the_final_one(saved):
@@ -283,9 +283,9 @@ def non_finite_on_one(rank):
     """Rank 1 meets a NaN in its second step."""
     accumulate = train_gpt.Run.accumulate
 
-    def spoiled(self, batches, step):
+    def spoiled(self, batches, step, upcoming=None):
         training = self.clock.started is not None  # not in the warm-up
-        loss = accumulate(self, batches, step)
+        loss = accumulate(self, batches, step, upcoming)
         return loss * torch.nan if rank == 1 and training and step == 1 else loss
 
     train_gpt.Run.accumulate = spoiled
