@@ -43,7 +43,7 @@ CONSTANT = [
     "--stages=1", "--extension_steps=0", "--cooldown_frac=0", "--warmup_steps=10", "--mtp_weights=1",
     "--untie_stage=0", "--window_short=64", "--window_long=64", "--window_final=64", "--ema_frac=0",
     "--momentum_warmup=0", "--momentum_cooldown=0", "--yarn=off", "--max_epochs=1000",
-    "--muon_wd=0", "--adamw_wd=0", "--adam_wd=0", "--cautious=off", "--val_tokens=16384"]
+    "--ngram_rows=0", "--muon_wd=0", "--adamw_wd=0", "--adam_wd=0", "--cautious=off", "--val_tokens=16384"]
 BETA = 0.95  # Muon's momentum where it is not the question; AdamW has 0.9 and 0.95
 BETAS = 0.8, BETA, 0.98
 FIRST_FACTORS = 0.5, 1.0, 2.0  # of the track's rates, at BASE_BATCH; they grow as the root of the batch

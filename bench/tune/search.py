@@ -38,7 +38,9 @@ QUANTITIES = {
     "cautious": "decay a weight only where the update shrinks it too",
 }
 TRACK = Config.for_track("shakespeare")
-SINCE = dict(  # what the track has changed since the search was fixed, as it was then
+STEPS, EXTENSION, RISE, FALL = 440, 10, 50, 20  # of the track when the search was fixed: schedule, momentum
+SINCE = dict(  # what else the track has changed since, as it was then
+    ngram_rows=0,
     untie_stage=2,
     untie_delay=0,
     mtp_weights="1.0,0.5,0.25",
@@ -66,14 +68,14 @@ class Search:
         What the track gives in steps keeps its part of the schedule.
         """
         def part(of_track: int) -> int:
-            return round(of_track * steps / TRACK.train_steps)
+            return round(of_track * steps / STEPS)
 
         q = self.point(optimizer, trial)
         found = dict(
             **SINCE,
             optimizer=optimizer,
             train_steps=steps,
-            extension_steps=part(TRACK.extension_steps),
+            extension_steps=part(EXTENSION),
             warmup_steps=round(q["warmup"] * steps),
             lr_floor=q["floor"],
             cautious=q["cautious"],
@@ -89,8 +91,8 @@ class Search:
                 muon_wd=q["matrix_decay"],
                 mlp_out_lr_mul=q["out_factor"],
                 momentum=f"{first},{kept}",
-                momentum_warmup=part(TRACK.momentum_warmup),
-                momentum_cooldown=part(TRACK.momentum_cooldown),
+                momentum_warmup=part(RISE),
+                momentum_cooldown=part(FALL),
                 normuon_beta2=beta2)
         else:
             found.update(
