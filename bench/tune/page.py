@@ -268,7 +268,7 @@ def draw(results: Results, theme: Theme, figure: Figure) -> None:
         axes.set_xscale("log", base=2)
     right.set_ylim(1.5, 3.6)
     finish(left, theme, [2**i for i in range(int(math.log2(results.search.trials)) + 1)])
-    finish(right, theme, results.rungs("adamw"), legend=False)
+    finish(right, theme, list(best_losses(results, "adamw")), legend=False)
 
 
 def draw_best(axes: Axes, color: str, name: str, losses: list[float]) -> None:
