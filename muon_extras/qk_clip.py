@@ -55,7 +55,7 @@ class LogitMeter:
     clipped. Nothing waits for the device before `take`."""
 
     def __init__(self, layers: int, heads: int, device=None, process_group=None):
-        self.seen = torch.full((layers, heads), -torch.inf, device=device)
+        self.seen = torch.full((layers, heads), -torch.inf, dtype=torch.float32, device=device)
         self.process_group = process_group
 
     @torch.no_grad()
