@@ -310,13 +310,20 @@ def train(s: argparse.Namespace) -> None:
         print(f"val_loss:{val_loss:.5f} spikes:{watch.spikes} cpu_seconds:{time.process_time():.0f}")
 
 
+def threshold(text: str) -> float | None:
+    try:
+        return None if text == "off" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or off, found {text}") from None
+
+
 def parse(argv: list[str], ranks: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="kimi.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--lr", type=float, default=0.01, help="the highest rate, of both optimizers")
-    parser.add_argument("--clip", type=lambda text: None if text == "off" else float(text), default=20.0,
-                        metavar="TAU", help="the largest logit, or off")
+    parser.add_argument("--clip", type=threshold, default=20.0, metavar="TAU",
+                        help="the largest logit, or off")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sequences", type=int, default=32, help=f"of {T} tokens, in a step of all ranks")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
