@@ -1,6 +1,6 @@
 """MuonClip at work: what examples/kimi.py shows about logits, loss, experts and ranks.
 
-    python -m bench.muonclip run FOLDER                                 train what FOLDER lacks: 15 minutes
+    python -m bench.muonclip run FOLDER                                 train what FOLDER lacks: 10 minutes
     python -m bench.muonclip table FOLDER [--page=bench/MUONCLIP.md]    the tables, or page and pictures
 
 A run is the example by itself, on one core; FOLDER gets what it prints, under a name made of its settings, so
@@ -24,13 +24,13 @@ from data.errors import RunError, UsageError, run_program
 from data.files import ROOT, written_whole
 from tools.children import ending, run_limited
 
-TAU = 20
+TAU = 15
 SANE, HIGH = 0.01, 0.04
 RATES = {"muon": (0.005, SANE, 0.02, HIGH), "adamw": (0.002, 0.004, 0.008, 0.016)}
 ADAMW = 0.004  # the best of its rates
 SEEDS = 0, 1, 2
 SETTLED = 50   # steps after which the logits are judged
-EXACT_STEPS = 150
+EXACT_STEPS = 60
 LIMIT_S = 1200
 NAMES = {"muon": "Muon", "adamw": "AdamW"}
 LINE = re.compile(r"^step:(\d+)/\d+ loss:(\S+) logit:(\S+) clipped:(\d+)/\d+ "
@@ -193,7 +193,7 @@ def draw(found: dict[str, Journal], theme: Theme, figure: Figure) -> None:
         left.plot(runs[0].steps, [statistics.mean(logits) for logits in together],
                   color=theme.colors[color], linewidth=3, label=title(settings))
     left.set_yscale("log")
-    left.set_yticks((5, 20, 100, 500), ("5", "20", "100", "500"))
+    left.set_yticks((5, 15, 50, 150), ("5", "15", "50", "150"))
     for optimizer, rates in RATES.items():
         losses = [found[Trial(optimizer, lr, "off").name].val_loss for lr in rates]
         right.plot(rates, losses, color=theme.colors[optimizer], linewidth=3, marker="o",

@@ -189,12 +189,14 @@ def clip_factors(s_max: Tensor, tau: float) -> Tensor:
 
 
 def scale_rows_(w: Tensor, factors: Tensor) -> None:
-    """Multiply each row of w (rows, ...) by its factor (rows,) in place, rounding once; a DTensor stays
-    placed as it is."""
+    """Multiply each row of w (rows, ...) by its factor (rows,) in place, rounding once."""
     factors = factors.to(w.device).view(-1, *[1] * (w.ndim - 1))
     if isinstance(w, DTensor):
-        everywhere = [Replicate()] * w.device_mesh.ndim
-        factors = DTensor.from_local(factors, w.device_mesh, everywhere, run_check=False)
+        mesh = w.device_mesh
+        whole = DTensor.from_local(factors, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        by_rows = [placement if placement.is_shard(0) else Replicate() for placement in w.placements]
+        factors = whole.redistribute(mesh, by_rows).to_local()
+        w = w.to_local()
     w.copy_(w.to(torch.promote_types(w.dtype, torch.float32)) * factors)
 
 

@@ -16,7 +16,8 @@ from data.shards import write_shard
 from examples import kimi
 from tests.helpers.dist import run_ranks
 
-TINY = ["--steps=20", "--sequences=4", "--lr=0.03"]
+TINY = ["--steps=12", "--sequences=4", "--lr=0.03"]
+EXACT = ["--steps=6", "--exact", "--clip=1"]
 NUMBERS = re.compile(r"(\w+):(-?[\d.]+)")
 
 
@@ -28,6 +29,7 @@ def trained(folder, *options):
             write_shard(folder / name, text)
         patch.setattr(shakespeare, "ensure", lambda: folder)
         patch.setattr(kimi, "VAL_SEQUENCES", 8)
+        patch.setattr(kimi, "PRINT_EVERY", 6)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             kimi.main([*TINY, *options])
     found = {}
@@ -37,14 +39,14 @@ def trained(folder, *options):
 
 
 def trained_on_a_rank(rank, world, folder):
-    return trained(folder / str(rank), "--exact", "--clip=1")
+    return trained(folder / str(rank), *EXACT)
 
 
 def test_it_learns_and_the_clip_holds_the_logits(tmp_path):
     free = trained(tmp_path, "--clip=off")
     held = trained(tmp_path, "--clip=2")
     for found in (free, held):
-        assert found["step"] == [10, 20] and found["loss"][1] < found["loss"][0]
+        assert found["step"] == [6, 12] and found["loss"][1] < found["loss"][0]
         assert found["val_loss"][0] < found["loss"][0]
         assert all(busiest >= 1 >= idlest for busiest, idlest in zip(found["busiest"], found["idlest"]))
     assert free["clipped"] == [0, 0] and held["clipped"][1] > 0
@@ -52,7 +54,7 @@ def test_it_learns_and_the_clip_holds_the_logits(tmp_path):
 
 
 def test_two_ranks_train_as_one_does(tmp_path):
-    alone = trained(tmp_path, "--exact", "--clip=1")
+    alone = trained(tmp_path, *EXACT)
     first, second = run_ranks(2, trained_on_a_rank, tmp_path)
     assert second == {} and alone["clipped"][0] > 0
     for name in ("loss", "logit", "clipped", "busiest", "idlest", "val_loss"):
