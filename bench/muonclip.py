@@ -4,8 +4,8 @@
     python -m bench.muonclip table FOLDER [--page=bench/MUONCLIP.md]    the tables, or page and pictures
 
 A run is the example by itself, on one core; FOLDER gets what it prints, under a name made of its settings, so
-that an interrupted sweep goes on where it stopped. Rates are tried at seed 0; what is compared has three
-seeds, the same ones on both sides.
+that an interrupted sweep goes on where it stopped, and tables show what is there. Rates are tried at seed 0;
+what is compared has three seeds, the same ones on both sides.
 """
 import argparse
 import re
@@ -30,7 +30,7 @@ RATES = {"muon": (0.005, SANE, 0.02, HIGH), "adamw": (0.002, 0.004, 0.008, 0.016
 ADAMW = 0.004  # the best of its rates
 SEEDS = 0, 1, 2
 SETTLED = 50   # steps after which the logits are judged
-EXACT_STEPS = 60
+EXACT_STEPS = 40
 LIMIT_S = 1200
 NAMES = {"muon": "Muon", "adamw": "AdamW"}
 LINE = re.compile(r"^step:(\d+)/\d+ loss:(\S+) logit:(\S+) clipped:(\d+)/\d+ "
@@ -73,15 +73,12 @@ class Journal(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> "Journal":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError:
-            text = ""
+        text = path.read_text(encoding="utf-8")
         end = END.search(text)
         lines = LINE.findall(text)
         if not (lines and end):
             raise UsageError(f"{path}: expected what examples/kimi.py prints, to its end, found less; run "
-                             "`python -m bench.muonclip run` again")
+                             "`python -m bench.muonclip run` again without this file")
         columns = [[kind(x) for x in column]
                    for kind, column in zip((int, float, float, int, float, float), zip(*lines))]
         return cls(*columns, float(end[1]), int(end[2]), int(end[3]))
@@ -119,11 +116,18 @@ def run(folder: Path) -> None:
 
 
 def journals(folder: Path) -> dict[str, Journal]:
-    return {name: Journal.read(folder / f"{name}.txt") for name in commands()}
+    """Return {name: what it printed} of all runs that are there."""
+    paths = {name: folder / f"{name}.txt" for name in commands()}
+    found = {name: Journal.read(path) for name, path in paths.items() if path.exists()}
+    if not all(group(found, settings) for settings in COMPARED) or not {"exact_1", "exact_2"} <= {*found}:
+        raise UsageError(f"{folder}: expected a run or more of each kind that is compared, found "
+                         f"{sorted(found) or 'none'}; run `python -m bench.muonclip run`")
+    return found
 
 
 def group(found: dict[str, Journal], settings: tuple) -> list[Journal]:
-    return [found[Trial(*settings, seed).name] for seed in SEEDS]
+    names = [Trial(*settings, seed).name for seed in SEEDS]
+    return [found[name] for name in names if name in found]
 
 
 def title(settings: tuple) -> str:
@@ -132,16 +136,19 @@ def title(settings: tuple) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    around = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{around}"
 
 
 def extremes(values: list[float], digits: int = 1) -> str:
-    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+    ends = dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def difference(found: dict[str, Journal], a: tuple, b: tuple) -> list[float]:
     """Return the differences in validation loss, a minus b, of runs with the same seed."""
-    return [x.val_loss - y.val_loss for x, y in zip(group(found, a), group(found, b))]
+    pairs = [(Trial(*a, seed).name, Trial(*b, seed).name) for seed in SEEDS]
+    return [found[x].val_loss - found[y].val_loss for x, y in pairs if x in found and y in found]
 
 
 def gap_of_ranks(found: dict[str, Journal]) -> float:
@@ -156,7 +163,7 @@ def tables(found: dict[str, Journal]) -> str:
         runs = group(found, settings)
         settled = range(SETTLED // 10, len(runs[0].steps))
         rows.append([
-            title(settings), spread([run.val_loss for run in runs], 4),
+            title(settings), len(runs), spread([run.val_loss for run in runs], 4),
             extremes([run.settled_logit() for run in runs]),
             extremes([max(run.clipped) for run in runs], 0),
             f"{max(run.busiest[k] for run in runs for k in settled):.2f}",
@@ -164,17 +171,19 @@ def tables(found: dict[str, Journal]) -> str:
             sum(run.spikes for run in runs),
             extremes([run.cpu_seconds for run in runs], 0)])
     sane, clipped, high, held, adamw = COMPARED
-    pairs = [[f"{title(a)}, minus {title(b)}", spread(difference(found, a, b), 4),
-              extremes(difference(found, a, b), 4)]
-             for a, b in ((clipped, sane), (held, high), (clipped, adamw))]
+    pairs = []
+    for a, b in ((clipped, sane), (held, high), (clipped, adamw)):
+        differences = difference(found, a, b)
+        pairs.append([f"{title(a)}, minus {title(b)}", len(differences), spread(differences, 4),
+                      extremes(differences, 4)])
     rates = [[NAMES[trial.optimizer], trial.lr, f"{found[trial.name].val_loss:.4f}",
-              f"{found[trial.name].settled_logit():.1f}"] for trial in SCAN]
+              f"{found[trial.name].settled_logit():.1f}"] for trial in SCAN if trial.name in found]
     return "\n\n".join([
-        f"Mean and standard deviation over {len(SEEDS)} seeds; logits, experts: after step {SETTLED}.",
-        grid(["run", "validation loss", "largest logit of a run", "heads clipped", "busiest expert",
+        f"Mean and standard deviation over n seeds; logits and experts are those after step {SETTLED}.",
+        grid(["run", "n", "validation loss", "largest logit of a run", "heads clipped", "busiest expert",
               "idlest", "loss spikes", "CPU seconds"], rows),
         "Difference in validation loss of runs with the same seed:",
-        grid(["", "mean", "lowest to highest"], pairs),
+        grid(["", "n", "mean", "lowest to highest"], pairs),
         "All rates that were tried, without the clip, at seed 0:",
         grid(["", "rate", "validation loss", "largest logit"], rates),
         f"Largest difference between 1 and 2 ranks of any printed loss (`--exact --steps={EXACT_STEPS}`): "
@@ -195,8 +204,9 @@ def draw(found: dict[str, Journal], theme: Theme, figure: Figure) -> None:
     left.set_yscale("log")
     left.set_yticks((5, 15, 50, 150), ("5", "15", "50", "150"))
     for optimizer, rates in RATES.items():
-        losses = [found[Trial(optimizer, lr, "off").name].val_loss for lr in rates]
-        right.plot(rates, losses, color=theme.colors[optimizer], linewidth=3, marker="o",
+        names = {lr: Trial(optimizer, lr, "off").name for lr in rates}
+        losses = {lr: found[name].val_loss for lr, name in names.items() if name in found}
+        right.plot(losses.keys(), losses.values(), color=theme.colors[optimizer], linewidth=3, marker="o",
                    label=f"{NAMES[optimizer]}, no clip")
     for settings in (COMPARED[1], COMPARED[3]):
         first = group(found, settings)[0]

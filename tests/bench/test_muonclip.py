@@ -56,7 +56,9 @@ def test_each_log_is_of_the_settings_in_its_name(found):
         assert {name: named[name] for name in expected} == {name: str(x) for name, x in expected.items()}
 
 
-def test_a_log_that_is_missing_or_cut_short_is_refused(tmp_path, capsys):
+def test_logs_that_are_missing_or_cut_short_are_refused(tmp_path, capsys):
+    assert run_program(muonclip.main, ["table", str(tmp_path)]) == 2
+    assert "expected a run or more of each kind that is compared, found none" in capsys.readouterr().err
     (tmp_path / "muon_0.01_off_0.txt").write_text("step:10/300 loss:3.1 logit:4.0")
     assert run_program(muonclip.main, ["table", str(tmp_path)]) == 2
     assert "expected what examples/kimi.py prints, to its end, found less" in capsys.readouterr().err
