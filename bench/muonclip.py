@@ -188,7 +188,8 @@ def tables(found: dict[str, Journal]) -> str:
         grid(["", "rate", "validation loss", "largest logit"], rates)]
     if {"exact_1", "exact_2"} <= {*found}:
         page.append("Largest difference between 1 and 2 ranks of any printed loss "
-                    f"(`--exact --steps={EXACT_STEPS}`): {gap_of_ranks(found):g}, of losses with four decimals.")
+                    f"(`--exact --steps={EXACT_STEPS}`): {gap_of_ranks(found):g}, of losses with four "
+                    "decimals.")
     return "\n\n".join(page) + "\n"
 
 
