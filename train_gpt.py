@@ -1162,6 +1162,7 @@ class Run:
             budget = [f"time budget: {cfg.time_budget:g} s, in which {steps}"]
         return [
             *budget,
+            *self.rt.facts(),
             *self.kernels.facts(),
             *self.muon_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
