@@ -99,12 +99,15 @@ class Kernels:
 
     def facts(self) -> list[str]:
         """Return one line for each choice, as the log and the doctor show them."""
+        how = "compiled" if self.compiled else "eager"
+        if self.fused:
+            how += ", with fused operations on a CPU"
         return [
             f"head in FP8: {yes_no(self.fp8_head)} ({self.fp8_reason})",
             f"attention: {self.attention} ({self.attention_reason})",
             f"products by oneDNN: {yes_no(self.onednn)} ({self.onednn_reason})",
-            f"symmetric products for Muon: {self.symmetric_reason}",
-            f"weights: {name_of(self.dtype)}, {'compiled' if self.compiled else 'eager'}",
+            f"Newton-Schulz of Muon: {name_of(self.ns_dtype)}, symmetric products by {self.symmetric_reason}",
+            f"weights: {name_of(self.dtype)}, {how}",
         ]
 
     def fallbacks(self, cfg) -> list[str]:
