@@ -27,6 +27,7 @@ Sources: Muon, https://kellerjordan.github.io/posts/muon/; decay and RMS matchin
 (NorMuon); cautious decay, arXiv 2510.12402; iteration on the Gram matrix,
 https://github.com/Dao-AILab/gram-newton-schulz.
 """
+import functools
 import math
 import warnings
 from collections import deque
@@ -109,8 +110,9 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
 def gram_pays(m: int, n: int, form: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether to iterate on the Gram matrix. On a CPU core it is 1.55 times as fast in fp32 at an aspect of 4
     and 1.1 times at 2, in bf16 1.3 and 1.1 times. In bf16 the result is then off by 1 to 4 % instead of 1 to
-    2 %, where the polynomial itself leaves singular values 3 to 30 % off 1, and by more for small matrices,
-    whose values start large; it is not measured on other devices. `auto` leaves out both."""
+    2 %, where the polynomial itself leaves singular values 3 to 30 % off 1, and by more where values start
+    large, in small matrices and in those of rank 1 (20 %); it is not measured on other devices. `auto` leaves
+    out both small matrices and other devices."""
     if form != "auto":
         return form == "gram"
     fine = dtype != torch.bfloat16 or device.type == "cpu" and min(m, n) >= LARGE
@@ -265,7 +267,7 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     ns_coefficients: a name in COEFFICIENTS, one (a, b, c), or a sequence of them. dtype: of the iteration and
     the result, default `iteration_dtype`. form: see `gram_pays`. symmetric: see `symmetric_product`. Only the
     direction of G counts, unless its norm is below eps. Zero in, zero out. In bf16 a matrix of low rank keeps
-    two digits: its null space comes out with singular values up to 0.4 instead of 0; ask for torch.float32
+    two digits: its null space comes out with singular values up to 0.5 instead of 0; ask for torch.float32
     where that matters (LoRA)."""
     if G.ndim < 2 or G.numel() == 0 or not G.is_floating_point():
         raise refusal("real matrices of some size", f"{tuple(G.shape)} in {G.dtype}",
@@ -417,13 +419,12 @@ def state_kinds(group: dict) -> dict[str, torch.dtype]:
     return kinds
 
 
-def state_shape(name: str, p: Tensor, group: dict) -> tuple[int, ...]:
-    """Return the shape of a parameter's whole state: that of the parameter, but (matrices, numbers) for
+def state_shapes(p: Tensor, group: dict) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a parameter's whole state: that of the parameter, but (matrices, numbers) for
     second_moment."""
-    if name != "second_moment":
-        return tuple(p.shape)
     last = units_of(p, p, 0, group)[-1]
-    return last.matrix + 1, last.mark + max(last.m, last.n)
+    variances = last.matrix + 1, last.mark + max(last.m, last.n)
+    return dict(momentum_buffer=tuple(p.shape), second_moment=variances, mantissa=tuple(p.shape))
 
 
 @dataclass(frozen=True)
@@ -609,6 +610,10 @@ def expect_agreement(group, facts: list[str]) -> None:
                               "build the optimizer alike on every rank")
 
 
+# ----------------------------------------------------------------------------------------------------------
+# A bucket: some units of every rank, and their way through one step
+
+
 class Bucket:
     """Units that travel together, per rank of a process group, and their way through one step: `start` asks
     for what other ranks hold of their gradients, `receive` waits for it, `update` computes, `send` shares the
@@ -628,11 +633,13 @@ class Bucket:
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
         self.pending = self.received = self.sent = None
         self.stacks = [self.stack_up(mine) for mine in units]
-        params = [unit.param for mine in units for unit in mine]
-        self.num_units = len(params)
+        self.num_units = sum(map(len, units))
         self.num_elements = max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
-        self.device = params[0].device
-        self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
+        groups = {unit.param: optimizer._groups[unit.group] for mine in units for unit in mine}
+        # Of the whole state now: data of other rows may come, and what there is must still be found then.
+        self.shapes = {p: state_shapes(p, group) for p, group in groups.items()}
+        self.device = next(iter(groups)).device
+        self.grad_dtype = torch.bfloat16 if {p.dtype for p in groups} == {torch.bfloat16} else torch.float32
 
     def stack_up(self, units: list[Unit]) -> list[Stack]:
         stacks = []
@@ -659,7 +666,7 @@ class Bucket:
     def state_key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
         """Return where optimizer.state[p] holds this state: the whole under its name, the share of an owner
         of some units under (name, matrix, row)."""
-        if not self.divided or stack.numel == stack.unit.param.numel():
+        if not self.divided or stack.numel == math.prod(self.shapes[stack.unit.param]["momentum_buffer"]):
             return name
         return name, stack.unit.matrix, stack.unit.row
 
@@ -672,19 +679,24 @@ class Bucket:
         for name, dtype in state_kinds(self.settings(stack)).items():
             key = self.state_key(stack, name)
             if key not in state:
-                shape = state_shape(name, p, self.settings(stack)) if key == name else stack.state_shape(name)
+                shape = self.shapes[p][name] if key == name else stack.state_shape(name)
                 state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
             found[name] = stack.state_of(name, state[key]) if key == name else state[key]
         return found
 
     def gradient(self, stack: Stack) -> Tensor | None:
         """Return (B, m, n), often p.grad itself, or None."""
-        grad = stack.unit.param.grad
+        p = stack.unit.param
+        grad = p.grad
         if grad is None:
+            if p.is_meta:
+                raise refusal("a parameter with values", "one on the meta device",
+                              "put the model's own into param_groups: to_empty() has made others",
+                              self.optimizer._names[p], RuntimeError)
             return None
         if grad.layout != torch.strided:
             raise refusal("a dense gradient", grad.layout, "make the layer with sparse=False",
-                          self.optimizer._names[stack.unit.param], RuntimeError)
+                          self.optimizer._names[p], RuntimeError)
         return stack.of(grad).reshape(stack.shape)
 
     def weights(self, stack: Stack) -> Tensor:
@@ -722,11 +734,12 @@ class Bucket:
         results = {}
         for owner in [self.rank] if self.divided else range(self.world_size):
             for stack, G in zip(self.stacks[owner], self.gradients(owner)):
-                mine = owner == self.rank
-                if G is not None:
-                    U, ok = self.move_momentum(stack, G)
-                    entries += [(stack, U, ok)] if mine else []
-                elif mine:
+                moved = None if G is None else self.move_momentum(stack, G)
+                if owner != self.rank:
+                    continue
+                if moved:
+                    entries.append((stack, *moved))
+                else:
                     ok = torch.zeros(stack.count, dtype=torch.bool, device=self.device)
                     results[stack] = torch.zeros(stack.shape, dtype=self.wire, device=self.device), ok
         self.received = None
@@ -736,7 +749,7 @@ class Bucket:
     def move_momentum(self, stack: Stack, G: Tensor) -> tuple[Tensor, Tensor]:
         group = self.settings(stack)
         M = self.state(stack)["momentum_buffer"]
-        return self.optimizer._momentum_update(M, G, group["momentum"], group["nesterov"])
+        return self.optimizer.call(momentum_update, M, G, group["momentum"], group["nesterov"])
 
     def orthogonalize(self, entries: list[tuple]) -> dict[Stack, tuple[Tensor, Tensor]]:
         """Return {stack: (O (B, m, n), rounded as it travels; ok)} from (stack, U, ok): one iteration for all
@@ -753,9 +766,9 @@ class Bucket:
         for (how, eps, *_), members in kinds.items():
             stacks, Us, oks = zip(*members)
             U = Us[0] if len(Us) == 1 else torch.cat(Us)
-            found = self.optimizer._orthogonalize(U, *how, self.optimizer.symmetric, eps)
+            found = self.optimizer.call(orthogonalize, U, *how, self.optimizer.symmetric, eps)
             for stack, O, ok in zip(stacks, found.split([stack.count for stack in stacks]), oks):
-                O, ok = self.optimizer._finite_only(O, ok)
+                O, ok = self.optimizer.call(finite_only, O, ok)
                 O = O if O.shape == stack.shape else O.mT.contiguous()
                 results[stack] = O.to(self.wire), ok
         return results
@@ -769,7 +782,7 @@ class Bucket:
             if self.settings(stack)["split_mantissa"]:
                 W = self.weights(stack).reshape(stack.shape)
                 low = self.state(stack)["mantissa"]
-                O = self.optimizer._step_master(W, low, O, ok, *self.optimizer.rates(stack.unit))
+                O = self.optimizer.call(step_master, W, low, O, ok, *self.optimizer.rates(stack.unit))
             found[stack] = O, ok
         return found
 
@@ -778,7 +791,7 @@ class Bucket:
         if beta2 is None:
             return O
         V = self.state(stack)["second_moment"]
-        return self.optimizer._normalize_variance(O, V, ok, beta2).to(self.wire)
+        return self.optimizer.call(normalize_variance, O, V, ok, beta2).to(self.wire)
 
     def send(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> None:
         """Launch the exchange of the results."""
@@ -819,7 +832,8 @@ class Bucket:
             if self.settings(stack)["split_mantissa"]:
                 W.copy_(value)
             else:
-                self.optimizer._decay_and_step(W, value, ok, *self.optimizer.rates(stack.unit))
+                rates = self.optimizer.rates(stack.unit)
+                self.optimizer.call(decay_and_step, W, value, ok, *rates)
         return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
 
     def fetch_state(self, stack: Stack, owner: int) -> dict[str, Tensor]:
@@ -843,9 +857,18 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+def whole(x: Tensor) -> Tensor:
+    """Return the full tensor of a DTensor, a collective; anything else as it is. No backend sends int16."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    return x.int().full_tensor().short() if x.dtype == torch.int16 else x.full_tensor()
+
+
 def plain(x):
     """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors
     stay."""
+    if type(x) in (int, float):  # also those that change, as torch.compile sees them
+        return x
     if isinstance(x, Sequence) and not isinstance(x, str):
         return tuple(map(plain, x))
     return plain(x.tolist()) if hasattr(x, "tolist") and not isinstance(x, Tensor) else x
@@ -898,6 +921,13 @@ def checked(key: str, value, number: int):
     return value
 
 
+def names_in(group: dict, number: int) -> list[str]:
+    """Return the names of a group's parameters; without names for all of them, their places."""
+    known = group.get("param_names") or ()
+    places = [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
+    return known if len(known) == len(places) else places
+
+
 def check_parameter(name: str, p: Tensor, group: dict) -> None:
     """Say what Muon cannot take, and why."""
     if not isinstance(p, Tensor):
@@ -922,6 +952,7 @@ def check_parameter(name: str, p: Tensor, group: dict) -> None:
         raise refusal(f"a split of its {rows} rows", split, "change it for this group", name)
 
 
+@functools.cache
 def fuse(function: Callable) -> Callable:
     """Compile once per shape. Numbers enter as tensors: a number would be compiled in, anew for every
     value."""
@@ -931,9 +962,6 @@ def fuse(function: Callable) -> Callable:
     def call(*args):
         return fused(*(torch.tensor(x, dtype=torch.float32) if isinstance(x, float) else x for x in args))
     return call
-
-
-FUSED = momentum_update, orthogonalize, finite_only, normalize_variance, decay_and_step, step_master
 
 
 class Muon(torch.optim.Optimizer):
@@ -975,13 +1003,16 @@ class Muon(torch.optim.Optimizer):
             eps: float = 0.0, ns_steps: int = 5, adjust_lr_fn: str | None = None, *, cautious: bool = False,
             normuon_beta2: float | None = None, split_mantissa: bool = False,
             split: int | Sequence[int] | None = None, flatten: bool | None = None,
-            ns_form: str = "auto", ns_dtype: torch.dtype | None = None, process_group=None,
-            sync_grads: bool = False, replicate_state: bool = False, bucket_mb: float = 16,
-            deterministic: bool = False, compile: bool = False, symmetric: Callable = symmetric_product):
+            ns_form: str = "auto", ns_dtype: torch.dtype | None = None,
+            process_group: "dist.ProcessGroup | None" = None, sync_grads: bool = False,
+            replicate_state: bool = False, bucket_mb: float = 16, deterministic: bool = False,
+            compile: bool = False, symmetric: Callable = symmetric_product):
         if isinstance(params, torch.nn.Module):
             raise refusal("parameters", "a module",
                           "pass model.parameters(), or what split_params(model) proposes", error=TypeError)
-        if ns_dtype not in (None, torch.bfloat16, torch.float16, torch.float32) or not bucket_mb > 0:
+        bucket_mb = plain(bucket_mb)
+        known = ns_dtype in (None, torch.bfloat16, torch.float16, torch.float32)
+        if not (known and isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
             raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32 and bucket_mb "
                           "above 0", f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
         self.ns_dtype = ns_dtype
@@ -1014,14 +1045,10 @@ class Muon(torch.optim.Optimizer):
         self._names = {}
         self._checked = []  # per group, its settings when they were checked
         self._layout_of = None
-        self._started = False
-        for function in FUSED:
-            setattr(self, f"_{function.__name__}", fuse(function) if self.compile else function)
 
     def __getstate__(self) -> dict:
         self._expect_whole_state()
         left = {"step", "buckets", "placements"}  # a scheduler puts a step of its own into the instance
-        left |= {f"_{function.__name__}" for function in FUSED}
         kept = {key: value for key, value in vars(self).items()
                 if key not in left and not key.startswith("_optimizer_")}
         return kept | {"process_group": getattr(self.process_group, "group_name", None)}
@@ -1056,6 +1083,7 @@ class Muon(torch.optim.Optimizer):
         unknown = sorted(key for key in group if key in ("coefficients", "adjust_lr"))
         if unknown:
             raise refusal("ns_coefficients and adjust_lr_fn", unknown, "use torch's names", error=TypeError)
+        self._check_settings()  # of groups that were added by hand
         given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         number = len(self.param_groups)
         group = {**self.defaults, **group, "params": given}
@@ -1073,9 +1101,7 @@ class Muon(torch.optim.Optimizer):
         """Return the name of every parameter."""
         names = {}
         for number, group in enumerate(groups):
-            known = group.get("param_names")
-            for i, p in enumerate(group["params"]):
-                name = known[i] if known else f"parameter {i} of group {number}"
+            for name, p in zip(names_in(group, number), group["params"]):
                 name, p = p if isinstance(p, tuple) else (name, p)
                 check_parameter(name, p, group)
                 self._check_kind(name, p)
@@ -1095,7 +1121,7 @@ class Muon(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             known = self._checked[number]
             for key in RULES:
-                if group.get(key) is not known.get(key, known):
+                if key not in group or group[key] is not known.get(key, known):
                     group[key] = known[key] = checked(key, group.get(key, self.defaults[key]), number)
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
@@ -1103,10 +1129,8 @@ class Muon(torch.optim.Optimizer):
         lines = [f"{key} {getattr(self, key)}" for key in
                  ("ns_dtype", "sync_grads", "replicate_state", "bucket_mb", "deterministic")]
         for i, group in enumerate(self.param_groups):
-            unnamed = [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
-            known = group.get("param_names") or unnamed
             mine = [f"{name} of shape {tuple(p.shape)} in {p.dtype}"
-                    for name, p in zip(known, group["params"]) if p in params]
+                    for name, p in zip(names_in(group, i), group["params"]) if p in params]
             lines += [*(f"{key} {group[key]} of group {i}" for key in RULES), *mine] if mine else []
         return lines
 
@@ -1123,16 +1147,13 @@ class Muon(torch.optim.Optimizer):
         return [([(id(p), p.shape, p.dtype, p.device) for p in group["params"]],
                  [group[key] for key in SHAPING]) for group in self.param_groups]
 
-    def _follow(self) -> None:
+    def _follow(self, changed: bool) -> None:
         """Lay out anew if parameters or what shapes their matrices has changed since the last step."""
-        self._check_settings()
         self._check_world()
-        changed = self._what_shapes_it() != self._layout_of
         for group, device in {b.group: b.device for b in self.buckets if b.world_size > 1}.items():
             self._agree_on_change(changed, group, device)
         if changed:
             self._lay_out()
-        self._groups = list(self.param_groups)
 
     def _agree_on_change(self, changed: bool, group, device: torch.device) -> None:
         """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose
@@ -1148,9 +1169,7 @@ class Muon(torch.optim.Optimizer):
 
     def _lay_out(self) -> None:
         """Place the units and cut them into buckets. What state there is stays with its parameter."""
-        for group in self.param_groups:
-            for key, default in self.defaults.items():
-                group.setdefault(key, default)
+        self._check_settings()
         names = self._check_parameters(self.param_groups)
         devices = sorted({p.device for p in names}, key=str)
         if not devices:
@@ -1172,7 +1191,6 @@ class Muon(torch.optim.Optimizer):
             self._fill_buckets(*lane, members)
         self.buckets.sort(key=lambda bucket: bucket.alone)  # of these, ranks may have unlike numbers
         self._forget()
-        self._checked = [{key: group[key] for key in RULES} for group in self.param_groups]
         self._layout_of = self._what_shapes_it()
 
     def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
@@ -1208,6 +1226,10 @@ class Muon(torch.optim.Optimizer):
         group = self._groups[unit.group]
         gram = gram_pays(unit.m, unit.n, group["ns_form"], dtype, unit.param.device)
         return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram, dtype)
+
+    def call(self, function: Callable, *args):
+        """Call a function of tensors, fused if compile says so."""
+        return (fuse(function) if self.compile else function)(*args)
 
     def rates(self, unit: Unit) -> tuple:
         """Return the last arguments of `decay_and_step`."""
@@ -1247,7 +1269,7 @@ class Muon(torch.optim.Optimizer):
             for name, part in parts.items() if wanted else ():
                 whole = found.setdefault(p, {})
                 if name not in whole:
-                    whole[name] = part.new_empty(state_shape(name, p, bucket.settings(stack)))
+                    whole[name] = part.new_empty(bucket.shapes[p][name])
                 stack.state_of(name, whole[name]).copy_(part)
         self.state.update(found)
         self._whole = self._whole or wanted
@@ -1258,9 +1280,10 @@ class Muon(torch.optim.Optimizer):
         for p in [p for p in self.state if p not in groups]:
             del self.state[p]
         for p, state in self.state.items() if self._whole else ():
+            shapes = state_shapes(p, groups[p])
             for name in state.keys() & state_kinds(groups[p]).keys():
                 found = tuple(state[name].shape)
-                if found != state_shape(name, p, groups[p]):
+                if found != shapes[name]:
                     warnings.warn(f"Muon: {self._names.get(p)}: its {name} of shape {found} no longer fits "
                                   f"shape {tuple(p.shape)}; it starts at zero")
                     del state[name]
@@ -1342,7 +1365,7 @@ class Muon(torch.optim.Optimizer):
                                       self._names[p])
                     if name in given:
                         found_shape = tuple(getattr(given[name], "shape", ()))
-                        expected = state_shape(name, p, group)
+                        expected = state_shapes(p, group)[name]
                         if found_shape != expected:
                             raise refusal(f"a {name} of shape {expected}", found_shape,
                                           "load a checkpoint of this model", self._names[p])
@@ -1360,11 +1383,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def start(self) -> None:
         """With sync_grads: begin to average the gradients of the first two buckets and return at once. step()
-        calls it if nobody has."""
-        if not self._started:
-            self._follow()
-            self._keep_my_share()
-            self._started = True
+        calls it too. All ranks call it alike."""
+        self._check_settings()
+        changed = self._what_shapes_it() != self._layout_of
+        if not self._flying():
+            self._follow(changed)
+        elif changed:
+            raise refusal("the parameters that start() found", "others",
+                          "change them before start() or after step()", error=RuntimeError)
+        self._groups = list(self.param_groups)
+        self._keep_my_share()
         for bucket in self.buckets[:2] if self.sync_grads else ():
             bucket.start()
 
@@ -1378,7 +1406,6 @@ class Muon(torch.optim.Optimizer):
         sent = deque()
         try:
             self.start()
-            self._check_settings()  # they may have changed since an early start
             for i, bucket in enumerate(self.buckets):
                 bucket.start()
                 bucket.receive()                             # 1: receive my gradients,
@@ -1394,17 +1421,9 @@ class Muon(torch.optim.Optimizer):
             while sent:
                 self._skipped += sent.popleft().apply()
         finally:
-            self._started = False
             for bucket in self.buckets:  # after an error nothing of this step may enter the next
                 bucket.pending = bucket.received = bucket.sent = None
         return loss
 
     def _flying(self) -> int:
         return sum(bucket.pending is not None for bucket in self.buckets)
-
-
-def whole(x: Tensor) -> Tensor:
-    """Return the full tensor of a DTensor, a collective; anything else as it is. No backend sends int16."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    return x.int().full_tensor().short() if x.dtype == torch.int16 else x.full_tensor()

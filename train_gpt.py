@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,7 @@ from engine.clock import Clock, Startup
 from engine.endings import Stopped, StopSignal, leave, report
 from engine.head_loss import HEAD_PIECE, HeadLoss, softcap, summed_cross_entropy
 from engine.head_mixing import mix_heads, mixing_mask
+from engine.host_table import HostTable, row_bytes
 from engine.kernels import Kernels
 from engine.log import Log
 from engine.ranks import Runtime
@@ -78,6 +80,8 @@ FACTOR_ADAM = Rule("a factor and two betas in [0, 1)",
                    lambda xs: len(xs) == 3 and xs[0] >= 0 and all(0 <= x < 1 for x in xs[1:]))
 RISING = Rule("0 and then rising layers, or nothing",
               lambda xs: xs == () or (xs[0] == 0 and all(a < b for a, b in zip(xs, xs[1:]))))
+ORDERS = Rule("rising numbers from 2 to 8",
+              lambda xs: len(xs) > 0 and 1 < xs[0] and xs[-1] < 9 and list(xs) == sorted(set(xs)))
 SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 2 and xs[0] < xs[1]))
 
 
@@ -170,6 +174,9 @@ class Config:
         (1, 2, 8, 9, 10), "layers whose values get a gated token embedding")
     bigram_rows: int = setting(377_280, "rows of the hashed bigram embedding; 0: none", ZERO_OR_MORE)
     bigram_signs: bool = setting(True, "decorrelate colliding bigrams by random signs")
+    ngram_rows: int = setting(
+        0, "rows of the hashed n-gram embedding, which lie in host memory; 0: none", ZERO_OR_MORE)
+    ngram_orders: tuple[int, ...] = setting((2, 3), "each n of its n-grams", ORDERS)
     smear: bool = setting(True, "mix the previous token's embedding into each embedding")
     attn_gate_layers: tuple[int, ...] = setting(
         (0, 1, 2, 3, 4, 5, 7, 8, 9, 10), "layers with a sigmoid gate on each head's output")
@@ -234,6 +241,9 @@ class Config:
         "auto",
         "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32",
         one_of("auto", "bfloat16", "float32"))
+    products: str = setting(
+        "auto", "products of fp32 weights on a CPU: auto (bfloat16 where it has units for that), bfloat16 or float32",
+        one_of("auto", "bfloat16", "float32"))
     fp8_head: str = setting(
         "auto", "head in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 means off", SWITCH)
     compile: str = setting("auto", "torch.compile the model: auto (on a GPU), on or off", SWITCH)
@@ -289,6 +299,9 @@ class Config:
         check("head_dim", "a multiple of 4", self.head_dim % 4 == 0)  # half of it rotates, in planes of two
         odd = f"none, because the number of heads, {self.num_heads}, is odd"
         check("paired_layers", odd, not self.paired_layers or self.num_heads % 2 == 0)
+
+        joined = bool(self.bigram_rows) or not self.ngram_rows
+        check("ngram_rows", "0 without bigram_rows, whose factors n-grams share", joined)
 
         # Roles of layers
         layers = range(self.num_layers)
@@ -391,7 +404,8 @@ TRACKS: dict[str, dict] = {
         max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=110,
         # Schedule
         train_steps=440, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
-        batch_tokens=(2048,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513, untie_delay=0,
+        batch_tokens=(2048,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513,
+        untie_stage=0, mtp_weights=(1.0,),
         window_short=(32, 64), window_long=(64, 128), window_final=128,
         # Model
         num_layers=4, model_dim=128, head_dim=32, long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,),
@@ -463,19 +477,6 @@ GATE_WIDTH = 12  # channels of the stream that a gate looks at
 NUM_SIGNS = 8192  # rows of random signs for the bigram embedding
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMS norm without learned gain."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay.
-    x: (T, H, d)."""
-    r = cos.size(-1)
-    a, b, still = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, still], -1)
-
-
 def rotary_settings(cfg: Config, stage: int) -> tuple[Tensor, float]:
     """Return the (r,) angular frequencies per token, and the softmax scale.
 
@@ -504,6 +505,7 @@ class Context(NamedTuple):
     mixing: Tensor | None  # mask of the heads' mixing
     prefixes: bool  # whether the loss has a part for prefixes of the targets
     slices: int = 1  # equal parts of the sequence; the first token of each has none before it
+    ngrams: Tensor | None = None  # (T, d) embedding of the n-grams, from host memory
 
 
 class LayerWeights(NamedTuple):
@@ -550,6 +552,7 @@ class GPT(nn.Module):
         self.linear = kernels.linear
         self.cross_entropy = kernels.compile(summed_cross_entropy)
         self.rope_tables = {}  # (stage, T) -> (scale, rope): a cache
+        self.ngrams: HostTable | None = None  # set by whoever runs the model
         L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.padded_vocab
         self.attn_layers = [i for i in range(L) if i not in cfg.no_attn_layers]
         A, G = len(self.attn_layers), min(GATE_WIDTH, D)
@@ -701,6 +704,8 @@ class GPT(nn.Module):
         layers = self.layer_weights()
         x0 = self.first_embedding(tokens, ctx)
         bigram = self.bigram(tokens, ctx.slices) if cfg.bigram_rows else None
+        if cfg.ngram_rows:  # narrow rows, into the first channels
+            bigram = bigram + F.pad(ctx.ngrams, (0, cfg.model_dim - cfg.head_dim))
         inputs = Inputs(x0, bigram, self.value_embeddings(tokens))
 
         x = x0
@@ -733,7 +738,7 @@ class GPT(nn.Module):
         if cfg.mudd:
             value = inputs.values[cfg.value_embed_layers[0]] if cfg.value_embed_layers else None
             x = x + weighted_sum(self.connections(1, x), [first, cached, before_last, value, early])
-        return norm(x)
+        return self.kernels.norm(x)
 
     def set_gates(self, i: int, x: Tensor, layers: list[LayerWeights]):
         """Set the gates of the layers from i to the next network's for each token (record 85). x: (T, D)."""
@@ -776,7 +781,7 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(seen, self.smear_gate.type_as(x)))
             mixed = now + self.smear_lambda.type_as(x) * gate * before
             x = torch.cat([x[:, :1], mixed], 1).flatten(0, 1)
-        return norm(x)
+        return self.kernels.norm(x)
 
     def bigram(self, tokens: Tensor, slices: int = 1) -> Tensor:
         """Return the (T, D) embedding of each token and the one before it, hashed to a row of one table.
@@ -816,7 +821,7 @@ class GPT(nn.Module):
             source = cached if i in cfg.late_attn_layers else x
             value_embed = inputs.values.get(i)
             factors = [weights.resid[0], weights.post[0]]
-            streams = [x, self.attention(norm(source), i, weights, value_embed, ctx)]
+            streams = [x, self.attention(self.kernels.norm(source), i, weights, value_embed, ctx)]
             # The first embeddings again (record 9): no layer has to carry them along.
             if weights.x0 is not None:
                 factors.append(weights.x0)
@@ -834,7 +839,7 @@ class GPT(nn.Module):
                 gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
             x = x + torch.sigmoid(self.skip_lambda.type_as(x)) * gate * early
 
-        mlp = self.kernels.mlp(norm(x), weights.mlp_in, weights.mlp_out)
+        mlp = self.kernels.mlp(self.kernels.norm(x), weights.mlp_in, weights.mlp_out)
         return self.kernels.residual([weights.resid[1], weights.post[1]], [x, mlp])
 
     def attention(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None,
@@ -846,13 +851,10 @@ class GPT(nn.Module):
         long, paired = i in cfg.long_layers, i in cfg.paired_layers
 
         # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
-        # layers.
-        q, k = norm(self.linear(h, weights.qk).view(T, 2, H, d)).unbind(1)
+        # layers. Half of each head rotates (record 17); the other half can match content at any distance.
+        qk = self.linear(h, weights.qk).view(T, 2, H, d)
+        q, k = self.kernels.norm_and_rotary(qk, *ctx.rope[paired]).unbind(1)
         v = self.values(h, i, weights, value_embed)
-
-        # Half of each head rotates (record 17); the other half can match content at any distance.
-        q = rotary(q, *ctx.rope[paired])
-        k = rotary(k, *ctx.rope[paired])
 
         # Partial key offset (record 49): half of each key comes from the token before, so that one layer can
         # find what followed the last time.
@@ -908,10 +910,11 @@ class GPT(nn.Module):
             v = v + weights.value.view(heads)
         return v
 
-    def context(self, docs: Docs, step: int, final: bool = False) -> Context:
+    def context(self, docs: Docs, step: int, final: bool = False, ngrams: Tensor | None = None) -> Context:
         """Return masks, rotary tables and scale of the stage of a step.
 
         final: with the longer window of the final validation, which costs training nothing (record 33).
+        ngrams: (T, d) embedding of the n-grams, with cfg.ngram_rows.
         """
         cfg, stage = self.cfg, self.cfg.stage(step)
         scale, rope = self.rotary_tables(stage, docs)
@@ -926,10 +929,11 @@ class GPT(nn.Module):
         masks = [[mask(long, paired) for paired in (False, True)] for long in (False, True)]
         mixing = mixing_mask(docs, cfg.mix_window) if cfg.mix_window else None
         prefixes = prefix_weight(cfg, step) > 0
-        return Context(masks, rope, scale, cfg.tied(step), mixing, prefixes, docs.slices)
+        return Context(masks, rope, scale, cfg.tied(step), mixing, prefixes, docs.slices, ngrams)
 
     def rotary_tables(self, stage: int, docs: Docs) -> tuple[float, list]:
-        """Return the softmax scale and the (cos, sin) of plain and of paired heads, kept for the next call.
+        """Return the softmax scale and the (cos, sin) of plain and of paired heads, each (T, 1, 1 or H,
+        r), kept for the next call.
 
         A token of paired heads stands at two positions: even heads at 2t, odd ones at 2t + 1.
         """
@@ -940,7 +944,7 @@ class GPT(nn.Module):
             angle = torch.arange(T, dtype=torch.float64, device=device)[:, None, None] * omega  # (T, 1, r)
             heads = torch.arange(self.cfg.num_heads, dtype=torch.float64, device=device)
             paired = 2 * angle + heads[None, :, None] % 2 * omega
-            rope = [[f(a).to(dtype) for f in (torch.cos, torch.sin)] for a in (angle, paired)]
+            rope = [[f(a).to(dtype)[:, None] for f in (torch.cos, torch.sin)] for a in (angle, paired)]
             for other in [key for key in self.rope_tables if key[0] != stage]:
                 del self.rope_tables[other]
             self.rope_tables[stage, T] = scale, rope
@@ -1056,6 +1060,7 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
         "embed": embedding,
         "value_embeds": sparse_table,
         "bigram_embed": sparse_table,
+        "ngram_table": adam(cfg.table_lr_mul, 0, (0.0, 0.95)),  # by row, in engine/host_table.py
         "resid_lambdas": adam(5, 0, (0.9, 0.95)),
         "post_lambdas": adam(1, 0, (0.9, 0.95)),
         "attn_lambdas": scalar,
@@ -1089,8 +1094,8 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
 EMA_EVERY = 4  # steps between two looks at the weights for their average: each is a pass over all of them
 MODEL_SETTINGS = (  # what a checkpoint's weights depend on
     "vocab_size", "num_layers", "model_dim", "head_dim", "mlp_ratio", "no_attn_layers", "value_embed_layers",
-    "bigram_rows", "smear", "pairing", "attn_gate_layers", "xsa_layers", "skip", "backout", "inject_x0",
-    "mudd", "gate_networks", "mix_window")
+    "bigram_rows", "ngram_rows", "ngram_orders", "smear", "pairing", "attn_gate_layers", "xsa_layers", "skip",
+    "backout", "inject_x0", "mudd", "gate_networks", "mix_window")
 
 
 class Run:
@@ -1119,6 +1124,8 @@ class Run:
         self.model.init_weights(self.kernels.dtype)
         self.forward = self.kernels.compile(self.model)
         self.make_optimizers()
+        self.ngrams = rt.together(self.make_host_table) if cfg.ngram_rows else None
+        self.model.ngrams = self.ngrams
         self.startup.mark("weights and optimizers")
 
         self.step = 0
@@ -1151,6 +1158,10 @@ class Run:
                 split_mantissa=kernels.dtype == torch.bfloat16,
                 sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
 
+    def make_host_table(self) -> HostTable:
+        beta = optimizer_table(self.cfg)["ngram_table"].betas[1]
+        return HostTable(self.cfg, self.rt.device, self.kernels.dtype, self.rt.rank, self.rt.world, beta)
+
     def facts(self) -> list[str]:
         """Return what the log says of this run besides settings and machine."""
         cfg, model = self.cfg, self.model
@@ -1165,6 +1176,7 @@ class Run:
             *self.rt.facts(),
             *self.kernels.facts(),
             *self.muon_facts(),
+            *self.host_table_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
             f"MFLOP per token by stage: {', '.join(flops)}",
             f"training data: {cfg.train_tokens:,} tokens from {len(self.loader.paths)} shards, "
@@ -1180,6 +1192,13 @@ class Run:
         return [f"Muon: {matrices} matrices in {len(placement.buckets)} buckets over {self.rt.world} ranks, "
                 f"planned balance {placement.efficiency:.3f}"]
 
+    def host_table_facts(self) -> list[str]:
+        if self.ngrams is None:
+            return []
+        rows, gib = self.cfg.ngram_rows, self.cfg.ngram_rows * row_bytes(self.cfg) / 2**30
+        return [f"n-grams: {rows:,} rows of {self.cfg.head_dim} numbers, {gib:.2f} GiB of host memory over "
+                f"{self.rt.world} ranks"]
+
     # A step
 
     def train_step(self) -> float | None:
@@ -1189,7 +1208,8 @@ class Run:
         if step == self.cfg.untie_step:
             self.untie()
         stats = torch.zeros(2, device=self.rt.device)  # mean loss, any signal to stop
-        stats[0] = self.accumulate(self.loader.next(), step) / self.cfg.at("batch_tokens", step)
+        batches = self.loader.next()
+        stats[0] = self.accumulate(batches, step, self.loader.upcoming) / self.cfg.at("batch_tokens", step)
         stats[1].fill_(self.stop.number)  # an assignment would copy from the host, and wait for the device
         self.update(step)
         self.rt.sum(stats)
@@ -1203,20 +1223,25 @@ class Run:
             longest = longest_prefixes(self.encoding.pieces())
             self.model.prefixes[: len(longest)] = torch.from_numpy(longest)
 
-    def accumulate(self, batches: list[Batch], step: int) -> Tensor:
+    def accumulate(self, batches: list[Batch], step: int, upcoming: Future | None = None) -> Tensor:
         """Add the gradient of the loss of some slices to .grad; return the sum of their losses.
 
         A step's loss is the mean over its slices, each a sum over its tokens, as in the public records: Adam
-        then meets a change of batch as theirs does.
+        then meets a change of batch as theirs does. upcoming: the loader's future of the next step's batches.
         """
         device = self.rt.device
         pin = device.type == "cuda"  # an unpinned copy would make the host wait for the step before
         weights = torch.tensor(loss_weights(self.cfg, step), pin_memory=pin).to(device, non_blocking=True)
         share = self.rt.world / self.cfg.slices  # Adam and Muon average over the ranks
         total = 0.0
-        for batch in batches:
+        ngrams = None
+        if self.ngrams is not None:
+            self.ngrams.take(batches, upcoming)
+        for i, batch in enumerate(batches):
             inputs, targets, docs = to_device(batch, device)
-            loss = self.forward(inputs, targets, self.model.context(docs, step), weights)
+            if self.ngrams is not None:
+                ngrams = self.ngrams.embed(i)
+            loss = self.forward(inputs, targets, self.model.context(docs, step, ngrams=ngrams), weights)
             (loss * share).backward()
             total = total + loss.detach()
         return total
@@ -1226,6 +1251,9 @@ class Run:
         Adam moves every cfg.adam_every steps only."""
         self.set_rates(step)
         with_adam = (step + 1) % self.cfg.adam_every == 0
+        if self.ngrams is not None:  # first: hosts move their rows while the device moves the other weights
+            lr = optimizer_table(self.cfg)["ngram_table"].lr * learning_rate(self.cfg, step)
+            self.ngrams.step(lr if with_adam else None)
         if self.muon is not None:
             self.muon.start()
         if with_adam:
@@ -1328,6 +1356,8 @@ class Run:
             for name, p in self.model.named_parameters():
                 p.copy_(before[name])
         self.make_optimizers()
+        if self.ngrams is not None:
+            self.ngrams.reset()
         self.rt.synchronize()
         self.startup.mark("reset")
 
@@ -1371,9 +1401,11 @@ class Run:
             if signals.item():
                 self.stop_agreed = True
                 return None
+            ngrams = self.ngrams.read(batch) if self.ngrams is not None else None
             if batch is not None:
                 inputs, targets, docs = to_device(batch, rt.device)
-                total += self.model.evaluate(inputs, targets, self.model.context(docs, trained, final))
+                ctx = self.model.context(docs, trained, final, ngrams)
+                total += self.model.evaluate(inputs, targets, ctx)
         self.val_loss = rt.sum(total).item() / cfg.val_tokens
         if self.reached is None and self.val_loss <= cfg.target_loss:
             self.reached = self.step, self.clock.ms
@@ -1391,6 +1423,7 @@ class Run:
             model=self.model.state_dict(),
             muon=self.muon.state_dict()["state"] if self.muon else None,
             adam=self.adam.full_state(),
+            ngrams=self.ngrams.full_state() if self.ngrams is not None else None,
             ema=self.ema,
             data=self.loader.fingerprint,
             loader=self.loader.state_dict(),
@@ -1431,6 +1464,8 @@ class Run:
             groups = self.muon.state_dict()["param_groups"]
             self.muon.load_state_dict({"state": state["muon"], "param_groups": groups})
         self.adam.load_full_state(state["adam"])
+        if self.ngrams is not None:
+            self.ngrams.load_full_state(state["ngrams"])
         self.loader.load_state_dict(state["loader"])
         self.ema = None
         if state["ema"]:
@@ -1564,9 +1599,16 @@ def fit_time_budget(run: Run) -> Config:
 
 
 def show_results(run: Run, log: Log):
+    """Write the results on rank 0, which may read rows of n-grams that other ranks hold."""
+    if run.rt.rank == 0:
+        write_results(run, log)
+    if run.ngrams is not None:
+        finish = run.ngrams.dismiss if run.rt.rank == 0 else run.ngrams.serve
+        finish()
+
+
+def write_results(run: Run, log: Log):
     """Write the loss in bits per byte and some text of the model, where its vocabulary is at hand."""
-    if run.rt.rank > 0:
-        return
     try:
         encoding = encoding_for(run.cfg.bos_id, network=False)
     except (ImportError, UsageError):
@@ -1586,12 +1628,19 @@ def check_model(run: Run) -> int:
     cfg, rt, model = run.cfg, run.rt, run.model
     for p in model.parameters():  # parts that start at zero would hide what they see
         p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
-    inputs, _, docs = to_device(run.loader.next()[0], rt.device)
+    if run.ngrams is not None:
+        run.ngrams.rows.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    batch = run.loader.next()[0]
+    inputs, _, docs = to_device(batch, rt.device)
     t = len(inputs) // docs.slices // 2  # inside a slice
     changed = inputs.clone()
     changed[t:] = (changed[t:] + 1) % cfg.bos_id
-    ctx = model.context(docs, cfg.train_steps)  # the widest windows of training
-    a, b = (model.log_probs(tokens, ctx) for tokens in (inputs, changed))
+    found = []
+    for tokens in (inputs, changed):
+        ngrams = run.ngrams.read(batch._replace(inputs=tokens)) if run.ngrams is not None else None
+        ctx = model.context(docs, cfg.train_steps, ngrams=ngrams)  # the widest windows of training
+        found.append(model.log_probs(tokens, ctx))
+    a, b = found
 
     moved = (a[:t] - b[:t]).abs().max().item()
     sees = (a[t:] - b[t:]).abs().max().item()

@@ -48,9 +48,6 @@ OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "learning rate floor": "--lr_floor=0",
     "extension steps": "--extension_steps=0",
     "window schedule": "--window_short=64 --window_long=128",
-    "multi-token prediction": "--mtp_weights=1",
-    "untying (always tied)": "--untie_stage=-1",
-    "tying (never tied)": "--untie_stage=0",
     "softcap": "--softcap=",
     "attention scale (1 over root d)": "--attn_scale=0.1768",
     "half rotary (all channels)": "--rope_fraction=1",
@@ -68,16 +65,20 @@ OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "backout": "--backout=off",
     "skip": "--skip=",
 }
-ON = {  # technique of public records after 80, off on this track -> the settings that turn it on
+ON = {  # technique of public records, off on this track -> the settings that turn it on
+    "with multi-token prediction": "--mtp_weights=1,0.5,0.25",
+    "tied for two thirds": "--untie_stage=2 --untie_delay=0",
+    "always tied": "--untie_stage=-1",
     "with connections": "--mudd=on --backout=off",
     "with gates by networks": "--gate_networks=0,2",
     "with gates by networks and mixing of heads": "--gate_networks=0,2 --mix_window=32",
     "with an average of head and embedding only": "--ema_of=head",
     "with MLP outputs at random": "--mlp_out_std=0.5",
+    "with an n-gram table in host memory": "--ngram_rows=262144 --ngram_orders=3,4",
 }
 ALL = "all of them (with AdamW)"
 ONE_OF_TWO = {  # what the others leave nothing of, or turn off otherwise
-    "Polar Express (Jordan's coefficients)", "untying (always tied)", "Muon's decay", "bigram signs", "YaRN"}
+    "Polar Express (Jordan's coefficients)", "Muon's decay", "bigram signs", "YaRN"}
 
 
 def variants(steps: int) -> dict[str, list[str]]:

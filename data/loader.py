@@ -189,8 +189,8 @@ class Loader:
         """
         upcoming = self.upcoming or self.preparer.submit(self.prepare, self.position)
         batches, self.position = upcoming.result()
-        if self.position["step"] < self.cfg.train_steps:
-            self.upcoming = self.preparer.submit(self.prepare, self.position)
+        more = self.position["step"] < self.cfg.train_steps
+        self.upcoming = self.preparer.submit(self.prepare, self.position) if more else None
         return batches
 
     def joined(self, step: int) -> int:

@@ -8,7 +8,8 @@ from data.errors import RunError, UsageError
 from data.files import written_whole
 
 CHECKPOINT_FORMAT = "nanogpt-speedrun checkpoint 1"
-ENTRIES = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "ema", "data", "loader", "rng"}
+ENTRIES = {"config", "step", "train_ms", "reached", "model", "muon", "adam", "ngrams", "ema", "data",
+           "loader", "rng"}
 
 
 def write_checkpoint(path: Path, state: dict | None) -> None:

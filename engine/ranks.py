@@ -77,6 +77,42 @@ class Runtime:
         return result
 
 
+class Hosts:
+    """What ranks tell each other from host memory to host memory, over a gloo group of its own, so that a
+    thread beside the training can use it. All ranks do the same in the same order."""
+
+    def __init__(self, rank: int, world: int):
+        self.rank, self.world = rank, world
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
+
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send the first sent[0] rows of x (n, width) to rank 0, the next ones to rank 1, and so on.
+
+        Returns what comes, in the order of ranks: received[0] rows from rank 0 first.
+        """
+        if self.world == 1:
+            return x
+        found = x.new_empty(sum(received), x.size(1))
+        into, out = found.view(torch.uint8), x.contiguous().view(torch.uint8)  # for any type of numbers
+        dist.all_to_all_single(into, out, received, sent, group=self.group)
+        return found
+
+    def gather(self, shard: Tensor) -> Tensor | None:
+        """Return the equal shards of all ranks, one after the other, on rank 0; None elsewhere."""
+        if self.world == 1:
+            return shard
+        parts = [torch.empty_like(shard) for _ in range(self.world)] if self.rank == 0 else None
+        dist.gather(shard, parts, group=self.group)
+        return torch.cat(parts) if parts else None
+
+    def agree(self, fact: bool) -> bool:
+        """Return the fact of rank 0."""
+        flag = torch.tensor([fact])
+        if self.world > 1:
+            dist.broadcast(flag, 0, group=self.group)
+        return bool(flag)
+
+
 def say(*args, **kwargs) -> None:
     """Print, unless nobody listens any more, as behind `| head`: a run goes on without its screen."""
     try:

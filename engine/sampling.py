@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from data.loader import Docs
+from data.loader import Batch, Docs
 
 PADDING = 256  # sequence lengths are multiples of it, so that a model keeps tables for few of them
 
@@ -27,7 +27,9 @@ def next_log_probs(model, step: int) -> Callable[[list[int]], Tensor]:
         x = torch.tensor(seen + [cfg.bos_id] * padding, device=device)
         ids = (torch.arange(T, device=device) >= n).int()  # the padding is a document of its own
         starts = torch.tensor([0, n, T], dtype=torch.int32, device=device)
-        context = model.context(Docs(starts, ids, T), max(step - 1, 0), final)
+        docs = Docs(starts, ids, T)
+        ngrams = model.ngrams.read_alone(Batch(x, x, docs)) if model.ngrams is not None else None
+        context = model.context(docs, max(step - 1, 0), final, ngrams)
         return model.log_probs(x, context)[n - 1, :cfg.vocab_size]
 
     return log_probs

@@ -35,7 +35,7 @@ from muon import (
     local,
     refusal,
     state_kinds,
-    state_shape,
+    state_shapes,
     step_master,
 )
 
@@ -123,7 +123,7 @@ def new_state(name: str, dtype: torch.dtype, p: DTensor, group: dict) -> DTensor
     if name != "second_moment":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
     by_matrices = kind_of(p, group["flatten"]) is Whole
-    rows, numbers = state_shape(name, p, group)
+    rows, numbers = state_shapes(p, group)[name]
     placements = p.placements if by_matrices else [Replicate()] * p.device_mesh.ndim
     mine = torch.zeros(p.to_local().size(0) if by_matrices else rows, numbers, device=p.device)
     shape = torch.Size((rows, numbers))

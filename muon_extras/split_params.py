@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 HEADS = {"head", "lm_head", "classifier", "score"}  # names of output layers, wherever they are
 ROUTERS = {"router", "gate", "gating"}  # a Linear of this name that narrows chooses experts
+ENTRYWISE = "bias", "a_log"  # ends of the names of what is added or multiplied entry by entry, per expert too
 POSITIONS = "pos_emb", "position", "pos_enc", "wpe"
 CONV1D = nn.Conv1d, nn.ConvTranspose1d
 
@@ -14,9 +15,10 @@ def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[dict], li
 
     Muon gets matrices, banks and convolutions inside the network, weights of 1-D convolutions in a group of
     their own with flatten. AdamW gets the rest: scalars and vectors (also as a matrix with one row or
-    column), embeddings and positions, what shares its tensor with one, routers of experts, and outputs: a
-    Linear called as in HEADS, and the last Linear of the model unless it lies in a list of blocks. Frozen
-    parameters are left out. Look at the print-out: a network of another kind may call for another choice."""
+    column, or one row per expert), embeddings and positions, what shares its tensor with one, routers of
+    experts, and outputs: a Linear called as in HEADS, and the last Linear of the model unless it lies in a
+    list of blocks. Frozen parameters are left out. Look at the print-out: a network of another kind may call
+    for another choice."""
     tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     conv1d = {m.weight for m in model.modules() if isinstance(m, CONV1D)}
     outputs = output_weights(model)
@@ -49,6 +51,8 @@ def reason(name: str, p: Tensor, tables: set, outputs: set, routers: set) -> str
         return "positions"
     if p.ndim < 2 or max(p.shape) == p.numel():
         return "vector" if p.numel() > 1 else "scalar"
+    if lower.endswith(ENTRYWISE):
+        return "entry by entry"
     if p in routers:
         return "router"
     return "head" if p in outputs else ""

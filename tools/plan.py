@@ -15,6 +15,7 @@ import torch
 from data.errors import UsageError, run_program
 from data.loader import shards_needed
 from engine.head_loss import HEAD_PIECE
+from engine.host_table import row_bytes
 from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of
 from muon import gram_pays, newton_schulz_flops
 from tools.gpus import GPUS, find_gpu
@@ -80,9 +81,14 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
     }
 
 
+def host_bytes(cfg: Config) -> int:
+    """Return the bytes of the n-gram table, in the memory of the hosts of all ranks together."""
+    return cfg.ngram_rows * row_bytes(cfg)
+
+
 def checkpoint_bytes(cfg: Config, dtype: torch.dtype) -> int:
     parts = static_bytes(cfg, dtype, 1)
-    return sum(parts.values()) - parts["gradients"]
+    return sum(parts.values()) - parts["gradients"] + host_bytes(cfg)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -101,7 +107,7 @@ def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> 
     layers = cfg.num_layers - len(set(cfg.no_attn_layers))
     extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
     streams = attention * layers + (mlp + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + ends
-    streams += 13 * cfg.mudd
+    streams += 13 * cfg.mudd + bool(cfg.ngram_rows)
     # Blocks of queries, keys and values; four times softmaxes of twice the window, by head.
     if cfg.mix_window:
         streams += 8 + 8 * cfg.mix_window // cfg.head_dim
@@ -111,6 +117,13 @@ def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> 
         worst = max(worst, 2 * streams // cfg.num_layers * stream)
         streams = cfg.num_layers + len(cfg.value_embed_layers) + 12
     return streams * stream, worst
+
+
+def ngram_bytes(cfg: Config, dtype: torch.dtype, world: int) -> int:
+    """Return the most bytes of a step's rows of n-grams, and of their gradients, on the device of a rank."""
+    tokens = max(cfg.batch_tokens) // world
+    rows = min(cfg.ngram_rows, len(cfg.ngram_orders) * tokens)
+    return 2 * rows * cfg.head_dim * dtype.itemsize
 
 
 def validation_bytes(cfg: Config, dtype: torch.dtype) -> int:
@@ -124,6 +137,8 @@ def needs(cfg: Config, dtype: torch.dtype, compiled: bool, world: int) -> dict[s
     """Return the bytes of a run on the fullest rank by kind, and those of its two fullest moments."""
     found = static_bytes(cfg, dtype, world)
     found["copy of the weights in warm-up"] = found["weights"]
+    if cfg.ngram_rows:
+        found["rows and gradients of n-grams"] = ngram_bytes(cfg, dtype, world)
     still = sum(found.values())
     tokens = max(cfg.batch_tokens) // max(cfg.slices, world)
     found["kept for backward"], found["more at the worst moment"] = step_bytes(cfg, dtype, compiled, tokens)
@@ -166,7 +181,7 @@ def training_flops(cfg: Config) -> int:
 
 def muon_flops(cfg: Config, device: torch.device) -> int:
     """Return the FLOPs of one Muon step: Newton-Schulz of all matrices."""
-    dtype = choose_ns_dtype(device)
+    dtype = choose_ns_dtype(cfg, device)
     return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, "auto", dtype, device), dtype)
                for m, n in muon_matrices(cfg))
 
@@ -218,6 +233,8 @@ def show(cfg: Config, name: str, gib: float, tflops: float | None) -> None:
     device = torch.device("cpu" if name == "CPU" else "cuda")
     dtype = choose_dtype(cfg.dtype, device)
     compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+    if name == "CPU":  # its memory is the hosts'
+        gib -= host_bytes(cfg) / GIB
     worlds = [w for w in (1, 2, 4, 8) if max(cfg.slices, w) % min(cfg.slices, w) == 0]
     columns = [column(cfg, dtype, compiled, w, gib / w if name == "CPU" else gib, tflops) for w in worlds]
     print(f"plan: track {cfg.track} on {name}, {gib:.1f} GiB, {name_of(dtype)}, "
@@ -232,6 +249,9 @@ The allowance is assumed. Minutes assume {UTILIZATION:.0%} of the peak, without 
 --recompute=on is the same training with each layer computed twice. More --slices are shorter sequences: more
 documents are cut, so it is not the same run. A smaller --val_slice cuts contexts: the loss is higher and does
 not compare.""")
+    if cfg.ngram_rows:
+        print(f"The n-grams take {host_bytes(cfg) / GIB:.2f} GiB of host memory besides, over all ranks "
+              "together.")
     if any(cells["fits"] == "no" for cells in columns):
         print("Where it does not fit, take a GPU with more memory, more GPUs, or a smaller model.")
 

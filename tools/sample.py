@@ -14,6 +14,7 @@ import torch
 from data.encoding import encoding_for
 from data.errors import UsageError, run_program
 from engine.checkpoint import read_checkpoint
+from engine.host_table import HostTable
 from engine.kernels import Kernels
 from engine.sampling import next_log_probs, sample_text
 from train_gpt import GPT, Config
@@ -27,7 +28,10 @@ def load(path: str, device: torch.device) -> tuple[GPT, int]:
     try:
         weights = {name: w.float() if w.is_floating_point() else w for name, w in state["model"].items()}
         model.load_state_dict(weights)
-    except (AttributeError, RuntimeError) as error:
+        if model.cfg.ngram_rows:
+            model.ngrams = HostTable(model.cfg, device, torch.float32)
+            model.ngrams.load_full_state(state["ngrams"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         found = " ".join(str(error).split())[:200]
         raise UsageError(f"{path}: expected the weights of its own settings, found others ({found}); use "
                          "another checkpoint") from None

@@ -364,8 +364,21 @@ def pretended_kernels(backend: str, fp8: bool) -> Kernels:
     """Return the kernels that a GPU which passes these self-tests would choose."""
     keep_compiled()
     why = "assumed"
-    return Kernels(torch.device("cuda", 0), torch.bfloat16, True, backend, why, fp8, why, False, why,
-                   torch.bfloat16, symmetric_product, why)
+    return Kernels(
+        device=torch.device("cuda", 0),
+        dtype=torch.bfloat16,
+        compiled=True,
+        attention=backend,
+        attention_reason=why,
+        fp8_head=fp8,
+        fp8_reason=why,
+        onednn=False,
+        onednn_reason=why,
+        bf16=False,
+        bf16_reason=why,
+        ns_dtype=torch.bfloat16,
+        symmetric=symmetric_product,
+        symmetric_reason=why)
 
 
 def make_run(cfg: Config, backend: str, fp8: bool) -> Run:

@@ -16,8 +16,10 @@ if not torch.cuda.is_available():
 from engine.adam import Adam
 from bench.head import measure_head
 from bench.step import synthetic_shards
+from data.loader import Loader
 from engine.attention import CANDIDATES, choose_backend, self_test
 from engine.head_loss import choose_fp8
+from engine.host_table import HostTable
 from muon import Muon
 from engine.log import ROOT
 from engine.ranks import Runtime
@@ -145,3 +147,31 @@ def test_a_log_ends_with_the_peak_memory_line_of_the_public_logs(tmp_path):
     result = run(make_shards(tmp_path), "--compile=off", "--attention=blocked")
     assert result.code == 0
     assert re.search(r"^peak memory allocated: \d+ MiB reserved: \d+ MiB$", result.log, re.M)
+
+
+def test_rows_of_host_memory_come_and_their_gradients_go_back_as_on_a_cpu(tmp_path, monkeypatch):
+    """The table alone, in fp32: the device looks rows up and sums their gradients, the host does the rest."""
+    cfg = make_run(tmp_path, monkeypatch, ngram_rows=500).cfg
+    loader = Loader(cfg, 0, 1, pin=True)
+    tables = [HostTable(cfg, device, torch.float32, beta=0.95) for device in (DEVICE, torch.device("cpu"))]
+    for step in range(6):
+        batches = loader.next()
+        for table in tables:
+            table.take(batches, loader.upcoming)
+            for i, batch in enumerate(batches):
+                generator = torch.Generator().manual_seed(i)
+                weights = torch.randn(len(batch.inputs), cfg.head_dim, generator=generator)
+                (table.embed(i) * weights.to(table.device)).sum().backward()
+            table.step(0.1 if step % 2 else None)
+    found, expected = (table.full_state() for table in tables)
+    for name in ("rows", "state"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)  # sums in any order
+
+
+def test_a_run_with_ngrams_in_host_memory_learns(tmp_path, monkeypatch):
+    run = make_run(tmp_path, monkeypatch, ngram_rows=5000, compile="on")
+    run.warm_up()
+    first = run.evaluate()
+    for _ in range(8):
+        run.train_step()
+    assert run.evaluate() < first and run.ngrams.rows.abs().sum() > 0

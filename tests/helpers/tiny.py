@@ -18,7 +18,7 @@ SMALL = {**SETTINGS, **dict(  # the roles that the layers of track small have, i
     val_files="data/shakespeare/shakespeare_val_*.bin", slices=2, batch_tokens=(64, 96, 128),
     max_doc_len=(12, 24), window_short=(3, 4, 5, 6), window_long=(6, 9, 12, 13), window_final=20,
     val_tokens=64, val_slice=32, train_steps=14, adam_every=2, momentum_warmup=4, momentum_cooldown=4,
-    dtype="float32", compile="off", attention="blocked")}
+    dtype="float32", products="float32", compile="off", attention="blocked")}
 BARE = {**SMALL, **dict(  # every technique off
     num_layers=4, long_layers=(1, 3), no_attn_layers=(), paired_layers=(), late_attn_layers=(),
     cache_layer=1, backout=False, skip=(), key_offset=False, yarn=False, softcap=(), value_embed_layers=(),
@@ -57,8 +57,12 @@ def build(cfg: Config, dtype=torch.float32, perturb: bool = True, backend: str =
 
 
 def context(model, docs, stage=0, tied=False, final=False) -> Context:
-    """Return the context of a stage, tied or not whatever the schedule says."""
-    return model.context(docs, model.cfg.stage_starts[stage], final)._replace(tied=tied)
+    """Return the context of a stage, tied or not whatever the schedule says, with n-grams at random."""
+    ngrams = None
+    if model.cfg.ngram_rows:
+        shape = len(docs.ids), model.cfg.head_dim
+        ngrams = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    return model.context(docs, model.cfg.stage_starts[stage], final, ngrams)._replace(tied=tied)
 
 
 def make_run(folder: Path, base: dict = SMALL, **changes) -> Run:

@@ -1,4 +1,5 @@
-"""The iteration is fp32 in these tests, whatever the processor, as their tolerances expect; who tests bf16 asks for it."""
+"""The iteration is fp32 in these tests, whatever the processor, as their tolerances expect; who tests bf16
+asks for it."""
 import pytest
 import torch
 

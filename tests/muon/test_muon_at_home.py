@@ -1,4 +1,5 @@
-"""muon.py in other people's programs: groups that change, state that loggers and resets touch, hooks, copies, odd inputs."""
+"""muon.py in other people's programs: groups that change, state that loggers and resets touch, hooks, copies,
+odd inputs."""
 import copy
 import pickle
 
@@ -58,15 +59,24 @@ def group_added_by_hand(optimizer, params):
     return [*params, other]
 
 
-CHANGES = [replaced, appended, removed, reordered, group_deleted, group_added_by_hand]
+def all_groups_replaced(optimizer, params):
+    optimizer.param_groups = [dict(params=params[1:], lr=0.05)]
+    return params[1:]
+
+
+CHANGES = [
+    replaced, appended, removed, reordered, group_deleted, group_added_by_hand, all_groups_replaced]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_groups_are_noticed_and_state_stays_with_its_parameter(change):
+@pytest.mark.parametrize("early", [False, True])  # True: after start() and before step()
+def test_changed_groups_are_noticed_and_state_stays_with_its_parameter(change, early):
     params, gradients = make(SHAPES, steps=4)
     optimizer = Muon([dict(params=params[:2], lr=0.1), dict(params=params[2:], lr=0.01)], deterministic=True)
     after(optimizer, params, gradients[:2])
     kept = {p: copy.deepcopy(optimizer.state[p]) for p in params}
+    if early:
+        optimizer.start()
     now = change(optimizer, params)
     lrs = {p: group.get("lr") for group in optimizer.param_groups for p in group["params"]}
     alone = [nn.Parameter(p.detach().clone()) for p in now]
@@ -94,9 +104,42 @@ def test_data_of_another_shape_starts_with_fresh_momentum_and_says_so():
     after(optimizer, [p, q], gradients)
     p.data = torch.ones(20, 8)
     feed([p], [torch.ones(20, 8)])
-    with pytest.warns(UserWarning, match=r"p: its momentum_buffer of shape \(12, 8\) no longer fits shape \(20, 8\)"):
+    with pytest.warns(
+        UserWarning, match=r"p: its momentum_buffer of shape \(12, 8\) no longer fits shape \(20, 8\)"
+    ):
         optimizer.step()
     assert optimizer.state[p]["momentum_buffer"].shape == (20, 8) and (p < 1).all()
+
+
+def test_a_group_put_in_place_of_another_counts_at_once():
+    (p,), gradients = make([(12, 8)], steps=1)
+    optimizer = Muon([p])
+    feed([p], gradients[0])
+    optimizer.start()
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0], lr=0.0)
+    before = p.detach().clone()
+    optimizer.step()
+    assert same(p.detach(), before)
+
+
+def test_a_group_may_be_added_after_one_that_was_added_by_hand():
+    params, gradients = make(SHAPES, steps=1)
+    optimizer = Muon(params[:1], deterministic=True)
+    optimizer.param_groups.append(dict(params=params[1:2]))
+    optimizer.add_param_group(dict(params=params[2:]))
+    others, _ = make(SHAPES, steps=1)
+    expected = after(Muon(others, deterministic=True), others, gradients)
+    assert all(map(same, after(optimizer, params, gradients), expected))
+
+
+def test_parameters_appended_to_named_ones_are_called_by_their_places():
+    params, gradients = make(SHAPES, steps=1)
+    optimizer = Muon(list(zip("ab", params)))
+    optimizer.param_groups[0]["params"].append(params[2])
+    after(optimizer, params, gradients)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ValueError, match="^Muon: parameter 3 of group 0: expected a matrix"):
+        optimizer.step()
 
 
 def test_nothing_changed_costs_no_layout(monkeypatch):
@@ -108,7 +151,8 @@ def test_nothing_changed_costs_no_layout(monkeypatch):
 
 
 def changes_on_ranks(rank, W, alike=True):
-    """Weights and momenta after each change in the middle of four steps, or what is said if rank 1 alone changes."""
+    """Weights and momenta after each change in the middle of four steps, or what is said if rank 1 alone
+    changes."""
     muon.has_bf16_units = lambda: False
     found = []
     for change in CHANGES:
@@ -138,7 +182,98 @@ def test_ranks_follow_a_change_together():
 
 def test_a_change_on_one_rank_is_refused_by_all_and_named():
     for said in zip(*run_ranks(2, changes_on_ranks, False)):
-        assert said[0] == said[1] and "expected the same parameters and settings on all ranks, found " in said[0], said
+        assert (
+            said[0] == said[1] and "expected the same parameters and settings on all ranks, found " in said[0]
+        ), said
+
+
+def other_rows(optimizer, params):
+    params[0].data = torch.ones(20, 8)
+    params[1].data = torch.ones(4, 12)
+
+
+def other_blocks(optimizer, params):
+    optimizer.param_groups[0]["split"] = (2, 6)
+
+
+def other_matrices(optimizer, params):
+    optimizer.param_groups[1]["flatten"] = True
+
+
+RESHAPES = [other_rows, other_blocks, other_matrices]
+
+
+def reshaped_on_ranks(rank, W, steps_before):
+    """Weights and state after parameters stand for other matrices."""
+    muon.has_bf16_units = lambda: False
+    found = []
+    for change in RESHAPES:
+        params, gradients = make([(12, 8), (8, 12), (4, 8, 6)], steps=2)
+        params[0].data = params[0].data[:8].clone()
+        gradients = [[g[:8], *others] for g, *others in gradients]
+        groups = [dict(params=params[:2], split=2), dict(params=params[2:])]
+        optimizer = Muon(groups, deterministic=True, normuon_beta2=0.9, bucket_mb=1e-9)
+        after(optimizer, params, gradients[:steps_before])
+        change(optimizer, params)
+        after(optimizer, params, [[p.detach() + 1 for p in params]] * 2)
+        optimizer.consolidate_state_dict()
+        states = optimizer.state_dict()["state"]
+        state = [x for i in sorted(states) for _, x in sorted(states[i].items())]
+        found.append([*(p.detach() for p in params), *state])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Muon. parameter")
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_parameters_may_come_to_stand_for_other_matrices_at_any_number_of_ranks(steps_before):
+    (expected,) = run_ranks(1, reshaped_on_ranks, steps_before)
+    for found in run_ranks(2, reshaped_on_ranks, steps_before):
+        for theirs, ours, change in zip(found, expected, RESHAPES):
+            assert len(theirs) == len(ours) and all(map(same, theirs, ours)), change
+
+
+def removed_after_start(rank, W):
+    """What is said where gradients are on their way, and whether the step after that is well."""
+    params, gradients = make(SHAPES, steps=1)
+    optimizer = Muon(params, sync_grads=True)
+    feed(params, gradients[0])
+    optimizer.start()
+    last = optimizer.param_groups[0]["params"].pop()
+    before = last.detach().clone()
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    optimizer.step()
+    assert same(last.detach(), before)
+    return str(error.value)
+
+
+def test_groups_may_not_change_while_gradients_are_on_their_way():
+    for said in run_ranks(2, removed_after_start):
+        assert said == ("Muon: expected the parameters that start() found, found others; "
+                        "change them before start() or after step()")
+
+
+def loaded_after_start(rank, W):
+    """Weights after a step whose state was loaded while its gradients were on their way."""
+    muon.has_bf16_units = lambda: False
+    params, gradients = make(SHAPES, steps=2)
+    optimizer = Muon(params, sync_grads=True, deterministic=True)
+    after(optimizer, params, gradients[:1])
+    optimizer.consolidate_state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["momentum_buffer"] *= -3
+    feed(params, gradients[1])
+    optimizer.start()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    return [p.detach() for p in params]
+
+
+def test_a_state_loaded_after_start_counts_in_the_same_step():
+    (expected,) = run_ranks(1, loaded_after_start)
+    for found in run_ranks(2, loaded_after_start):
+        assert all(map(same, found, expected))
 
 
 # --- state ---
@@ -174,11 +309,17 @@ def test_hooks_see_what_torch_shows_them():
         state["param_groups"][0]["lr"] = 0.5
         return state
     other.register_load_state_dict_pre_hook(double)
-    other.register_load_state_dict_post_hook(lambda o: seen.append(o.state[o.param_groups[0]["params"][0]]["momentum_buffer"]))
+    other.register_load_state_dict_post_hook(
+        lambda o: seen.append(o.state[o.param_groups[0]["params"][0]]["momentum_buffer"])
+    )
     other.load_state_dict(saved)
     assert seen[0] == [0, 1, 2] and seen[1].dtype == torch.float32 and other.param_groups[0]["lr"] == 0.5
     close(seen[1], 2 * saved["state"][0]["momentum_buffer"])
-    assert len(other._optimizer_load_state_dict_pre_hooks) == len(other._optimizer_load_state_dict_post_hooks) == 1
+    assert (
+        len(other._optimizer_load_state_dict_pre_hooks)
+        == len(other._optimizer_load_state_dict_post_hooks)
+        == 1
+    )
 
 
 def replicated(rank, W, folder, settings):
@@ -245,7 +386,9 @@ def test_an_iteration_that_overflows_is_skipped_and_counted(monkeypatch, reads):
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_float64_is_exact_throughout(scale, form):
     G = with_spectrum(torch.logspace(-6, 0, 8, dtype=torch.float64), 8, 20)[0]
-    close(orthogonalize(G * scale, 5, "polar", torch.float64, form), mapped(G, "polar", 5), rtol=0, atol=1e-11)
+    close(
+        orthogonalize(G * scale, 5, "polar", torch.float64, form), mapped(G, "polar", 5), rtol=0, atol=1e-11
+    )
     close(orthogonalize(G * scale, 5, "polar", torch.float32), mapped(G, "polar", 5), rtol=0, atol=3e-5)
 
 
@@ -259,10 +402,16 @@ def test_gradients_flow_back_through_orthogonalize(shape, form):
 def test_eps_shrinks_what_is_smaller_as_in_torch():
     G = with_spectrum(torch.linspace(0.5, 1, 8), 8, 12)[0].float()
     small = G / G.norm() * 1e-11
-    theirs = torch.optim._muon._zeropower_via_newtonschulz(small, muon.COEFFICIENTS["jordan"][1][0], 5, 1e-7).float()
+    theirs = torch.optim._muon._zeropower_via_newtonschulz(
+        small, muon.COEFFICIENTS["jordan"][1][0], 5, 1e-7
+    ).float()
     ours = orthogonalize(small, 5, "jordan", torch.float32, eps=1e-7)
-    assert (ours - theirs).norm() < 0.03 * theirs.norm() and ours.norm() < 0.9 * orthogonalize(G, 5, "jordan", torch.float32).norm()
-    assert same(orthogonalize(G, 5, "jordan", torch.float32, eps=1e-7), orthogonalize(G, 5, "jordan", torch.float32))
+    assert (ours - theirs).norm() < 0.03 * theirs.norm() and ours.norm() < 0.9 * orthogonalize(
+        G, 5, "jordan", torch.float32
+    ).norm()
+    assert same(
+        orthogonalize(G, 5, "jordan", torch.float32, eps=1e-7), orthogonalize(G, 5, "jordan", torch.float32)
+    )
 
 
 # --- copies, construction, odd inputs ---
@@ -290,8 +439,15 @@ def copies(rank, W):
             p.grad = torch.ones_like(p)
         other.step()
         again.step()
-        found.append((type(other), other.model_name, other.param_groups[0]["lr"], again.process_group is group,
-                      [p.detach() for p in params]))
+        found.append(
+            (
+                type(other),
+                other.model_name,
+                other.param_groups[0]["lr"],
+                again.process_group is group,
+                [p.detach() for p in params],
+            )
+        )
     named.step()
     grouped.step()
     return found, [p.detach() for p in model.parameters()]
@@ -332,6 +488,20 @@ def test_a_model_may_be_built_on_meta_and_filled_later(swap):
     assert (model.weight != 1).all() and optimizer.state[model.weight]["momentum_buffer"].device.type == "cpu"
 
 
+def test_parameters_left_on_meta_are_named_when_the_step_finds_no_gradient():
+    with torch.device("meta"):
+        model = nn.Linear(6, 4, bias=False)
+    optimizer = Muon(model.named_parameters())
+    model.to_empty(device="cpu")
+    model(torch.randn(3, 6)).sum().backward()
+    with pytest.raises(
+        RuntimeError,
+        match="^Muon: weight: expected a parameter with values, found one on the "
+        "meta device; put the model's own into param_groups",
+    ):
+        optimizer.step()
+
+
 def test_a_closure_computes_gradients_and_its_loss_is_returned():
     p = nn.Parameter(torch.ones(4, 6))
     optimizer = Muon([p], lr=0.1)
@@ -346,8 +516,15 @@ def test_a_closure_computes_gradients_and_its_loss_is_returned():
 
 def test_numpy_numbers_are_settings_and_are_saved_as_plain_ones():
     p = nn.Parameter(torch.ones(4, 6))
-    optimizer = Muon([p], lr=np.float32(0.5), momentum=np.float64(0.9), ns_steps=np.int64(4), nesterov=np.bool_(True),
-                     ns_coefficients=np.array([3.4445, -4.7750, 2.0315]), split=np.int32(2))
+    optimizer = Muon(
+        [p],
+        lr=np.float32(0.5),
+        momentum=np.float64(0.9),
+        ns_steps=np.int64(4),
+        nesterov=np.bool_(True),
+        ns_coefficients=np.array([3.4445, -4.7750, 2.0315]),
+        split=np.int32(2),
+    )
     optimizer.param_groups[0]["weight_decay"] = np.float32(0.25)
     after(optimizer, [p], [[torch.ones(4, 6)]])
     group = save_and_load(optimizer.state_dict())["param_groups"][0]
@@ -370,20 +547,58 @@ def sparse():
     optimizer.step()
 
 
-@pytest.mark.parametrize("run, error, sentence", [
-    (lambda: Muon(nn.Linear(3, 4)), TypeError, "expected parameters, found a module; pass model.parameters(), or what split"),
-    (lambda: Muon(nn.Sequential(nn.Linear(3, 4))), TypeError, "expected parameters, found a module"),
-    (lambda: Muon([nn.Linear(3, 4)]), TypeError, "parameter 0 of group 0: expected tensors, found Linear; pass model.par"),
-    (lambda: Muon([WEIGHT, WEIGHT]), ValueError, "parameter 1 of group 0: expected each parameter once, found it again"),
-    (lambda: Muon([dict(params=[WEIGHT]), dict(params=WEIGHT)]), ValueError, "parameter 0 of group 1: expected each parameter"),
-    (lambda: Muon([("w", WEIGHT)], split_mantissa=True), ValueError,
-     "w: expected torch.bfloat16 for split_mantissa, found torch.float32"),
-    (lazy, ValueError, "parameter 0 of group 0: expected a parameter with a shape, found a lazy one; run one batch"),
-    (sparse, RuntimeError, "table: expected a dense gradient, found torch.sparse_coo; make the layer with sparse=False"),
-    (lambda: muon.Muon([("w", nn.Parameter(torch.ones(4, 3, 5)))]), ValueError,
-     "w: expected flatten=False for a bank of matrices or flatten=True for a 1-D convolution, found shape (4, 3, 5) without"),
-    (lambda: Muon([dict(params=[nn.Parameter(torch.ones(4, 3))], adjust_lr="spectral")]), TypeError,
-     "expected ns_coefficients and adjust_lr_fn, found ['adjust_lr']")])
+@pytest.mark.parametrize(
+    "run, error, sentence",
+    [
+        (
+            lambda: Muon(nn.Linear(3, 4)),
+            TypeError,
+            "expected parameters, found a module; pass model.parameters(), or what split",
+        ),
+        (lambda: Muon(nn.Sequential(nn.Linear(3, 4))), TypeError, "expected parameters, found a module"),
+        (
+            lambda: Muon([nn.Linear(3, 4)]),
+            TypeError,
+            "parameter 0 of group 0: expected tensors, found Linear; pass model.par",
+        ),
+        (
+            lambda: Muon([WEIGHT, WEIGHT]),
+            ValueError,
+            "parameter 1 of group 0: expected each parameter once, found it again",
+        ),
+        (
+            lambda: Muon([dict(params=[WEIGHT]), dict(params=WEIGHT)]),
+            ValueError,
+            "parameter 0 of group 1: expected each parameter",
+        ),
+        (
+            lambda: Muon([("w", WEIGHT)], split_mantissa=True),
+            ValueError,
+            "w: expected torch.bfloat16 for split_mantissa, found torch.float32",
+        ),
+        (
+            lazy,
+            ValueError,
+            "parameter 0 of group 0: expected a parameter with a shape, found a lazy one; run one batch",
+        ),
+        (
+            sparse,
+            RuntimeError,
+            "table: expected a dense gradient, found torch.sparse_coo; make the layer with sparse=False",
+        ),
+        (
+            lambda: muon.Muon([("w", nn.Parameter(torch.ones(4, 3, 5)))]),
+            ValueError,
+            "w: expected flatten=False for a bank of matrices or flatten=True for a 1-D convolution, "
+            "found shape (4, 3, 5) without",
+        ),
+        (
+            lambda: Muon([dict(params=[nn.Parameter(torch.ones(4, 3))], adjust_lr="spectral")]),
+            TypeError,
+            "expected ns_coefficients and adjust_lr_fn, found ['adjust_lr']",
+        ),
+    ],
+)
 def test_odd_inputs_get_a_sentence(run, error, sentence):
     with pytest.raises(error) as found:
         run()
@@ -410,6 +625,20 @@ def test_the_whole_step_compiles_with_a_tensor_lr():
         close(p.detach(), q.detach())
 
 
+def test_a_compiled_step_follows_schedules_of_plain_numbers():
+    (p,), gradients = make([(12, 8)], steps=5)
+    (q,), _ = make([(12, 8)])
+    optimizer, reference = Muon([p]), Muon([q])
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+    for t, (g,) in enumerate(gradients):
+        for each in (optimizer, reference):
+            each.param_groups[0].update(lr=0.02 / (t + 1), momentum=0.8 + t / 50, weight_decay=0.1 * t)
+        feed([p, q], [g, g])
+        compiled()
+        reference.step()
+    close(p.detach(), q.detach())
+
+
 # --- the dtype of the iteration ---
 
 @pytest.mark.parametrize("amx, avx, expected", [(True, False, torch.bfloat16), (False, True, torch.bfloat16),
@@ -419,7 +648,9 @@ def test_bf16_where_the_processor_has_units_for_it(monkeypatch, amx, avx, expect
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
     optimizer = Muon([nn.Parameter(torch.ones(3, 4))])
-    assert {bucket.dtype for bucket in optimizer.buckets} == {expected} and orthogonalize(torch.ones(3, 4)).dtype == expected
+    assert {bucket.dtype for bucket in optimizer.buckets} == {expected} and orthogonalize(
+        torch.ones(3, 4)
+    ).dtype == expected
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert muon.iteration_dtype(torch.device("cpu")) == torch.float32  # an older torch

@@ -1,6 +1,7 @@
 """muon.py over 2 to 5 gloo processes against one process: the number of ranks must not show in the result.
 
-Each world is started once and runs all scenarios; the tests below then look at what the ranks brought back."""
+Each world is started once and runs all scenarios; the tests below then look at what the ranks brought
+back."""
 import copy
 import faulthandler
 import fcntl
@@ -27,13 +28,15 @@ CASES = {
 }
 STEPS = 4
 SETTINGS = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True)
-RESUMED = dict(deterministic=True, split_mantissa=True, split=2, **SETTINGS)  # of the checkpoints of a bank, in halves
+# Of the checkpoints of a bank, in halves
+RESUMED = dict(deterministic=True, split_mantissa=True, split=2, **SETTINGS)
 pytestmark = pytest.mark.timeout(300)  # the first test of a world waits for all of it
 WORLDS = [2, 3, 4, 5]
 
 
 def watched(rank: int, world_size: int, function, *args):
-    """A rank that hangs says where, and ends: gloo itself would wait for half an hour. The iteration is fp32, see conftest."""
+    """A rank that hangs says where, and ends: gloo itself would wait for half an hour. The iteration is fp32,
+    see conftest."""
     muon.has_bf16_units = lambda: False
     faulthandler.dump_traceback_later(240, exit=True)
     return function(rank, world_size, *args)
@@ -41,9 +44,9 @@ def watched(rank: int, world_size: int, function, *args):
 
 @pytest.fixture(scope="module")
 def world(request, tmp_path_factory):
-    """world(W): what each of W ranks brought back from the module's scenarios(rank, W, path), which run once in a test run,
-    also where several pytest workers need them; a failure is kept too. 3 ranks come first: they write the checkpoint at the
-    path, which the others load."""
+    """world(W): what each of W ranks brought back from the module's scenarios(rank, W, path), which run once
+    in a test run, also where several pytest workers need them; a failure is kept too. 3 ranks come first:
+    they write the checkpoint at the path, which the others load."""
     workers = "PYTEST_XDIST_WORKER" in os.environ
     folder = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.getbasetemp()
     name = request.module.__name__.rpartition(".")[2]
@@ -95,14 +98,18 @@ def train(shapes, gradients, after=None, dtype=torch.float32, **settings):
 
 
 def digest(tensors):
-    return hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in tensors)).hexdigest()
+    return hashlib.sha256(
+        b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in tensors)
+    ).hexdigest()
 
 
 def deterministic_run(shapes, bucket_mb, dtype=torch.float32, **settings):
     """Equal gradients on all ranks; (weights' digest, number of buckets)."""
     gradients = make(shapes, steps=STEPS, dtype=dtype)[1]
     (gradients[2][0][1] if len(shapes[0]) == 3 else gradients[2][0]).zero_()  # as of an expert without tokens
-    params, optimizer = train(shapes, gradients, bucket_mb=bucket_mb, deterministic=True, dtype=dtype, **settings)
+    params, optimizer = train(
+        shapes, gradients, bucket_mb=bucket_mb, deterministic=True, dtype=dtype, **settings
+    )
     return digest(params), len(optimizer.buckets)
 
 
@@ -112,17 +119,26 @@ DETERMINISTIC = {
     "no nesterov": dict(nesterov=False),
     "gram": dict(ns_form="gram"),
     "split": dict(split=2, **SETTINGS),
-    "split masters, bf16 wire": dict(dtype=torch.bfloat16, split_mantissa=True, split=2, ns_dtype=torch.bfloat16, **SETTINGS),
+    "split masters, bf16 wire": dict(
+        dtype=torch.bfloat16, split_mantissa=True, split=2, ns_dtype=torch.bfloat16, **SETTINGS
+    ),
     "bf16 wire": dict(ns_dtype=torch.bfloat16, **SETTINGS),
     "masters": dict(dtype=torch.bfloat16, split_mantissa=True, **SETTINGS),
-    "masters, bf16 wire": dict(dtype=torch.bfloat16, split_mantissa=True, ns_dtype=torch.bfloat16, normuon_beta2=0.9),
+    "masters, bf16 wire": dict(
+        dtype=torch.bfloat16, split_mantissa=True, ns_dtype=torch.bfloat16, normuon_beta2=0.9
+    ),
 }
 
 
 def all_deterministic_runs():
-    return {(case, name, mb): deterministic_run(shapes, mb, **settings) for case, shapes in CASES.items()
-            for name, settings in DETERMINISTIC.items() for mb in (16, 1e-9)
-            if name == "everything" or case == ("a bank" if "bf16" in name or "split" in name else "tall, wide and square")}
+    return {
+        (case, name, mb): deterministic_run(shapes, mb, **settings)
+        for case, shapes in CASES.items()
+        for name, settings in DETERMINISTIC.items()
+        for mb in (16, 1e-9)
+        if name == "everything"
+        or case == ("a bank" if "bf16" in name or "split" in name else "tall, wide and square")
+    }
 
 
 def spoiled_gradients(shapes, rank, kind):
@@ -154,8 +170,8 @@ def continue_from(state, shapes=CASES["a bank"], first=2, dtype=torch.bfloat16):
 
 
 class Recorder:
-    """Stands in for a collective of muon.py or muon_extras/fsdp.py: counts the bytes that leave this rank, delays some calls,
-    and counts, over all recorders, the calls and bytes between launch and wait."""
+    """Stands in for a collective of muon.py or muon_extras/fsdp.py: counts the bytes that leave this rank,
+    delays some calls, and counts, over all recorders, the calls and bytes between launch and wait."""
     flying = most = held = most_held = 0
 
     def __init__(self, module, name, delays=()):
@@ -202,29 +218,34 @@ class _Wait:
 def recorded(rank, run, delay=0.0):
     """run() with counted and delayed collectives: (its result, bytes gathered, reduced, most in flight)."""
     delays = [delay * ((rank + k) % 3) for k in range(5)]
-    with Recorder(muon, "all_gather_flat", delays) as gather, Recorder(muon, "reduce_scatter_flat", delays) as scatter:
+    with (
+        Recorder(muon, "all_gather_flat", delays) as gather,
+        Recorder(muon, "reduce_scatter_flat", delays) as scatter,
+    ):
         return run(), gather.sent, scatter.sent, Recorder.most
 
 
 def bounded(rank, world_size, sync):
-    """One step of six buckets: exchanges in flight when start() returns, before each iteration, most bytes at once."""
+    """One step of six buckets: exchanges in flight when start() returns, before each iteration, most bytes at
+    once."""
     shapes = [(16, 32)] * (6 * world_size)
     params, _ = make(shapes, steps=0)
     optimizer = Muon(params, sync_grads=sync, bucket_mb=1e-9, deterministic=True)
     feed(params, make(shapes, steps=1)[1][0])
-    orthogonalize, flying = optimizer._orthogonalize, []
+    orthogonalize, flying = muon.orthogonalize, []
 
     def spy(*args):
         flying.append(Recorder.flying)
         return orthogonalize(*args)
-    optimizer._orthogonalize = spy
 
     def run():
         for _ in range(2):  # as train_gpt.py calls it
             optimizer.start()
             flying.append(Recorder.flying)
             optimizer.step()
-    _, _, _, most = recorded(rank, run, delay=0.002)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "orthogonalize", spy)
+        _, _, _, most = recorded(rank, run, delay=0.002)
     return flying, most, Recorder.most_held, Recorder.flying
 
 
@@ -280,7 +301,9 @@ def scenarios(rank, world_size, checkpoint):
         torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, checkpoint)
     dist.barrier()
     optimizer.load_state_dict(optimizer.state_dict())
-    found["loaded"] = same(optimizer.state_dict()["state"][0]["momentum_buffer"], found["state"][0]["momentum_buffer"])
+    found["loaded"] = same(
+        optimizer.state_dict()["state"][0]["momentum_buffer"], found["state"][0]["momentum_buffer"]
+    )
     optimizer.step()
     found["momentum"] = sum(x.numel() for state in optimizer.state.values() for key, x in state.items()
                             if "momentum_buffer" in (key, key[0]))
@@ -299,8 +322,12 @@ def scenarios(rank, world_size, checkpoint):
         return digest([p.detach() for p in params])
     found["grown"] = grow()
     tail = dist.new_group(list(range(1, world_size)))
-    found["grown on a subgroup"] = grow(tail) if rank else refused(lambda: Muon([torch.zeros(4, 4)], process_group=tail))
-    found["after errors"] = [after_errors(rank, kind) for kind in ("nothing", "a step that fails", "a group that is refused")]
+    found["grown on a subgroup"] = (
+        grow(tail) if rank else refused(lambda: Muon([torch.zeros(4, 4)], process_group=tail))
+    )
+    found["after errors"] = [
+        after_errors(rank, kind) for kind in ("nothing", "a step that fails", "a group that is refused")
+    ]
     found["copied"] = copied_halfway()
 
     # a state of torch.optim.Muon
@@ -324,23 +351,26 @@ def after_errors(rank, kind):
     feed(params, gradients[0])
     optimizer.step()
     if kind == "a step that fails":
-        update = optimizer._momentum_update
-
         def fail(*_):
             raise RuntimeError("out of memory")
-        optimizer._momentum_update = fail
         feed(params, gradients[1])
-        assert refused(optimizer.step) == "out of memory"  # the second bucket's gradients are on their way by now
-        optimizer._momentum_update = update
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(muon, "momentum_update", fail)
+            # Gradients of the second bucket are on their way
+            assert refused(optimizer.step) == "out of memory"
     if kind == "a group that is refused":
         other = torch.nn.Parameter(torch.zeros(4, 4 + rank))
-        assert "expected the same parameters" in refused(lambda: optimizer.add_param_group(dict(params=[other])))
+        assert "expected the same parameters" in refused(
+            lambda: optimizer.add_param_group(dict(params=[other]))
+        )
         assert len(optimizer.param_groups) == 1
     feed(params, gradients[2])
     optimizer.step()
     optimizer.consolidate_state_dict()
     state = optimizer.state_dict()["state"]
-    return digest([p.detach() for p in params]), digest([state[i]["momentum_buffer"] for i in range(len(params))])
+    return digest([p.detach() for p in params]), digest(
+        [state[i]["momentum_buffer"] for i in range(len(params))]
+    )
 
 
 def copied_halfway():
@@ -405,7 +435,8 @@ def test_the_bits_do_not_depend_on_ranks_or_buckets(world, W):
         for key, (bits, buckets) in found["deterministic"].items():
             assert bits == alone()[key[0], key[1], 16][0], key
             units = sum(s[0] if len(s) == 3 else 1 for s in CASES[key[0]]) * (2 if "split" in key[1] else 1)
-            assert (buckets == 1) == (key[2] == 16 or units <= W), key  # the small size closes as soon as it can
+            # The small size closes as soon as it can
+            assert (buckets == 1) == (key[2] == 16 or units <= W), key
 
 
 @pytest.mark.parametrize("W", WORLDS)
@@ -432,8 +463,9 @@ def test_a_parameter_without_any_gradient_stays_as_it_is(world, W):
 
 @pytest.mark.parametrize("W", WORLDS)
 def test_traffic_is_what_the_ring_model_says(world, W):
-    """Gather f N 2 bytes of bf16 updates, reduce-scatter f N 4 or f N 2 bytes of gradients, f = (W - 1) / W, and one
-    flag per matrix. With N = 84.9 M and W = 8 this is 148.6 + 297.3 = 445.9 MB, or 297.3 MB with bf16 gradients."""
+    """Gather f N 2 bytes of bf16 updates, reduce-scatter f N 4 or f N 2 bytes of gradients, f = (W - 1) / W,
+    and one flag per matrix. With N = 84.9 M and W = 8 this is 148.6 + 297.3 = 445.9 MB, or 297.3 MB with bf16
+    gradients."""
     N, units = W * (2 * 16 * 32 + 24 * 24), 3 * W
     for found in world(W):
         for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
@@ -444,9 +476,10 @@ def test_traffic_is_what_the_ring_model_says(world, W):
 
 @pytest.mark.parametrize("W", WORLDS)
 def test_two_exchanges_are_in_flight_at_most_and_computation_hides_two(world, W):
-    """With sync_grads the gradients of the next bucket and the results of the one before travel while one is computed; what
-    is held does not grow with the number of buckets."""
-    nbytes = 2 * (W + 1) * (16 * 32 + 1) * 4  # of two exchanges: what a rank gives and what it gets, with one flag
+    """With sync_grads the gradients of the next bucket and the results of the one before travel while one is
+    computed; what is held does not grow with the number of buckets."""
+    # Of two exchanges: what a rank gives and what it gets, with one flag
+    nbytes = 2 * (W + 1) * (16 * 32 + 1) * 4
     for found in world(W):
         flying, most, held, left = found["bounded"][True]
         assert flying == [2, 1, 2, 2, 2, 2, 1] * 2 and most == 2 and left == 0
@@ -462,8 +495,10 @@ def test_ranks_that_disagree_all_learn_the_first_difference(world, W):
                                ("setting", "ns_steps 5 of group 0", "ns_steps 6 of group 0"),
                                ("sync", "sync_grads True", "sync_grads False")):
         for found in world(W):
-            assert found[what] == ("Muon: expected the same parameters and settings on all ranks, found "
-                                   f"{ours} on rank 0 and {theirs} on rank 1; build the optimizer alike on every rank")
+            assert found[what] == (
+                "Muon: expected the same parameters and settings on all ranks, found "
+                f"{ours} on rank 0 and {theirs} on rank 1; build the optimizer alike on every rank"
+            )
 
 
 @pytest.mark.parametrize("W", WORLDS)
@@ -501,9 +536,14 @@ def test_a_group_added_between_steps_moves_the_state_to_its_new_owners(world, W)
     expected = digest([p.detach() for p in params])
     for found in world(W):
         assert found["grown"] == expected
-        assert found["grown on a subgroup"] == (expected if found["rank"] else (
-            "Muon: expected a process_group that this rank belongs to, found another; build the optimizer on the ranks of the "
-            "group only"))
+        assert found["grown on a subgroup"] == (
+            expected
+            if found["rank"]
+            else (
+                "Muon: expected a process_group that this rank belongs to, found another; "
+                "build the optimizer on the ranks of the group only"
+            )
+        )
 
 
 @pytest.mark.parametrize("W", WORLDS)

@@ -1,4 +1,5 @@
-"""muon_extras: the routing that it proposes, the largest logits against the direct formula, QK-Clip by its effect."""
+"""muon_extras: the routing that it proposes, the largest logits against the direct formula, QK-Clip by its
+effect."""
 import math
 
 import pytest
@@ -15,13 +16,18 @@ from muon_extras.split_params import split_params
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.norm, self.attention, self.project = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.attention, self.project = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
         self.gain, self.gate = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(1, width))
 
 
 class GPT(nn.Module):
-    def __init__(self, tied, vocabulary=50, width=16, positions=16):  # as GPT-2 medium: as many positions as channels
+    # As GPT-2 medium: as many positions as channels
+    def __init__(self, tied, vocabulary=50, width=16, positions=16):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
         self.blocks = nn.ModuleList([Block(width) for _ in range(2)])
@@ -80,22 +86,38 @@ class Experts(nn.Module):
     def __init__(self):
         super().__init__()
         self.router, self.bank = nn.Linear(8, 4, bias=False), nn.Parameter(torch.zeros(4, 8, 16))
-        self.gate, self.scale = nn.Linear(8, 16, bias=False), nn.Parameter(torch.ones(1))  # of a GLU: it does not narrow
+        self.bank_bias, self.A_log = nn.Parameter(torch.zeros(4, 16)), nn.Parameter(torch.zeros(8, 4))
+        self.gate = nn.Linear(8, 16, bias=False)  # of a GLU: it does not narrow
+        self.scale = nn.Parameter(torch.ones(1))
 
 
 def test_convolutions_and_banks_go_to_muon_and_routers_do_not(capsys):
     blocks = nn.ModuleList([nn.ModuleDict(dict(experts=Experts(), gate=nn.Linear(8, 4, bias=False)))])
-    model = nn.ModuleDict(dict(
-        first=nn.Conv2d(3, 8, 3), depthwise=nn.Conv2d(8, 8, 3, groups=8), norm=nn.BatchNorm2d(8), wave=nn.Conv1d(8, 4, 5),
-        blocks=blocks, token_embedding=nn.Linear(9, 8, bias=False), bag=nn.EmbeddingBag(7, 8)))
+    model = nn.ModuleDict(
+        dict(
+            first=nn.Conv2d(3, 8, 3),
+            depthwise=nn.Conv2d(8, 8, 3, groups=8),
+            norm=nn.BatchNorm2d(8),
+            wave=nn.Conv1d(8, 4, 5),
+            blocks=blocks,
+            token_embedding=nn.Linear(9, 8, bias=False),
+            bag=nn.EmbeddingBag(7, 8),
+        )
+    )
     model.register_parameter("positions", nn.Parameter(torch.zeros(16, 8)))
     muon, adamw = split_params(model)
     assert [(group["flatten"], [name for name, _ in group["params"]]) for group in muon] == [
-        (False, ["first.weight", "depthwise.weight", "blocks.0.experts.bank", "blocks.0.experts.gate.weight"]),
-        (True, ["wave.weight"])]
+        (
+            False,
+            ["first.weight", "depthwise.weight", "blocks.0.experts.bank", "blocks.0.experts.gate.weight"],
+        ),
+        (True, ["wave.weight"]),
+    ]
     printed = capsys.readouterr().out
     for line in ("positions  (16, 8)  positions", "blocks.0.experts.router.weight  (4, 8)  router",
-                 "blocks.0.gate.weight  (4, 8)  router", "token_embedding.weight  (8, 9)  embedding"):
+                 "blocks.0.gate.weight  (4, 8)  router", "token_embedding.weight  (8, 9)  embedding",
+                 "blocks.0.experts.bank_bias  (4, 16)  entry by entry",
+                 "blocks.0.experts.A_log  (8, 4)  entry by entry"):
         assert f"AdamW  {line}" in printed
     assert "Muon   wave.weight  (4, 8, 5)  flatten" in printed
     p = model["wave"].weight  # one matrix (4, 40), not four of (8, 5)
@@ -107,7 +129,9 @@ def test_convolutions_and_banks_go_to_muon_and_routers_do_not(capsys):
 
 @pytest.mark.parametrize("name", ["head", "score", "classifier", "fc", "to_out"])
 def test_outputs_go_to_adamw_whatever_they_are_called(name, capsys):
-    model = nn.ModuleDict(dict(inner=nn.Linear(6, 6, bias=False), body=nn.ModuleList([nn.Linear(6, 6, bias=False)])))
+    model = nn.ModuleDict(
+        dict(inner=nn.Linear(6, 6, bias=False), body=nn.ModuleList([nn.Linear(6, 6, bias=False)]))
+    )
     model[name] = nn.Linear(6, 3, bias=False)
     assert names(split_params(model)) == [["inner.weight", "body.0.weight"], [f"{name}.weight"]]
     assert f"AdamW  {name}.weight  (3, 6)  head" in capsys.readouterr().out
@@ -146,7 +170,8 @@ def test_future_keys_do_not_count_and_the_last_one_does(block):
     assert max_logits(q, k, 1.0, block).tolist() == [27.0, 0.0]  # only the last query sees the last key
     q[0, 4] = 0.0
     assert max_logits(q, k, 1.0, block).tolist() == [0.0, 0.0]
-    assert max_logits(-q, k + 1, 1.0, block).tolist() == [0.0, 18.0]  # the largest, not the largest absolute, one
+    # The largest, not the largest absolute, one
+    assert max_logits(-q, k + 1, 1.0, block).tolist() == [0.0, 18.0]
     assert max_logits(q[:, :1], k[:, :1] - 2, 0.5).tolist() == [-3.0, -3.0]
 
 
@@ -171,8 +196,14 @@ class Attention:
         generator = torch.Generator().manual_seed(seed)
         self.heads, self.kv_heads = heads, kv_heads
         self.x = torch.randn(2, T, C, generator=generator)
-        self.wq, self.bq = torch.randn(heads * D, C, generator=generator), torch.randn(heads * D, generator=generator)
-        self.wk, self.bk = torch.randn(kv_heads * D, C, generator=generator), torch.randn(kv_heads * D, generator=generator)
+        self.wq, self.bq = (
+            torch.randn(heads * D, C, generator=generator),
+            torch.randn(heads * D, generator=generator),
+        )
+        self.wk, self.bk = (
+            torch.randn(kv_heads * D, C, generator=generator),
+            torch.randn(kv_heads * D, generator=generator),
+        )
         sizes = torch.linspace(1, 0.1, heads).repeat_interleave(D)
         self.wq *= 0.3 * sizes[:, None]
         self.bq *= 0.3 * sizes
@@ -184,8 +215,14 @@ class Attention:
         return max_logits(q, k, D**-0.5)
 
     def clip(self, s_max=None, **settings):
-        return qk_clip_((self.wq, self.bq), (self.wk, self.bk), self.logits() if s_max is None else s_max, tau=TAU,
-                        kv_heads=self.kv_heads, **settings)
+        return qk_clip_(
+            (self.wq, self.bq),
+            (self.wk, self.bk),
+            self.logits() if s_max is None else s_max,
+            tau=TAU,
+            kv_heads=self.kv_heads,
+            **settings,
+        )
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (1, 1), (8, 2), (6, 1)])
@@ -224,7 +261,9 @@ def test_below_tau_and_without_a_finite_maximum_no_bit_changes():
     assert gamma.tolist() == [1.0] * 4 and all(map(torch.equal, attention.weights, before))
     gamma = attention.clip(torch.tensor([math.nan, 2 * TAU, -5.0, -2 * TAU]))
     assert gamma.tolist() == [1.0, 0.5, 1.0, 1.0]
-    assert torch.equal(attention.wq[:D], before[0][:D]) and torch.equal(attention.wq[2 * D:], before[0][2 * D:])
+    assert torch.equal(attention.wq[:D], before[0][:D]) and torch.equal(
+        attention.wq[2 * D :], before[0][2 * D :]
+    )
     torch.testing.assert_close(attention.wq[D:2 * D], before[0][D:2 * D] / 2**0.5)
 
 
@@ -238,9 +277,12 @@ def test_masters_copies_and_slices_of_a_fused_projection_are_scaled_in_place():
     gamma = qk_clip_(*map(list, zip(*slices)), s_max, tau=TAU)
     attention.clip(s_max)
     assert gamma.min() < 1 and torch.equal(fused.detach()[:4 * D], attention.wq)
-    assert torch.equal(fused.detach()[4 * D:8 * D], attention.wk) and torch.equal(fused.detach()[8 * D:], values)
+    assert torch.equal(fused.detach()[4 * D : 8 * D], attention.wk) and torch.equal(
+        fused.detach()[8 * D :], values
+    )
     assert half.dtype == torch.bfloat16 and torch.equal(half[8 * D:], values.bfloat16())
-    torch.testing.assert_close(half[:8 * D].float(), fused.detach()[:8 * D], rtol=2**-7, atol=0)  # rounded twice
+    # Rounded twice
+    torch.testing.assert_close(half[: 8 * D].float(), fused.detach()[: 8 * D], rtol=2**-7, atol=0)
     torch.testing.assert_close(single.detach()[:8 * D].float(), fused.detach()[:8 * D])
 
 
@@ -248,7 +290,11 @@ def test_float64_weights_keep_their_digits():
     w = torch.randn(4 * D, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     before = w.clone()
     gamma = qk_clip_(w, torch.zeros(4 * D, C), torch.tensor([1.0, 4 * TAU, 1.0, 1.0]), tau=TAU)
-    assert gamma.tolist() == [1, 0.25, 1, 1] and torch.equal(w[:D], before[:D]) and torch.equal(w[D:2 * D], before[D:2 * D] / 2)
+    assert (
+        gamma.tolist() == [1, 0.25, 1, 1]
+        and torch.equal(w[:D], before[:D])
+        and torch.equal(w[D : 2 * D], before[D : 2 * D] / 2)
+    )
 
 
 @pytest.mark.parametrize("change, expected, found", [
@@ -267,5 +313,8 @@ def test_a_call_that_does_not_fit_is_refused_before_anything_changes(change, exp
     with pytest.raises(ValueError) as error:
         qk_clip_(**settings)
     assert str(error.value) == f"qk_clip_: expected {expected}, found {found}; change the call"
-    assert all((w == 1).all() for key in ("wq", "wk") for w in (settings[key] if isinstance(settings[key], list)
-                                                                 else [settings[key]]))
+    assert all(
+        (w == 1).all()
+        for key in ("wq", "wk")
+        for w in (settings[key] if isinstance(settings[key], list) else [settings[key]])
+    )

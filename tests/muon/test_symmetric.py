@@ -1,4 +1,5 @@
-"""Muon's symmetric products: half of them on a CPU; a kernel that works is used, one that does not is named and left out."""
+"""Muon's symmetric products: half of them on a CPU; a kernel that works is used, one that does not is named
+and left out."""
 import pytest
 import torch
 
@@ -27,7 +28,11 @@ def test_a_correct_kernel_is_used_for_large_matrices_only():
         return half(A, B, C, alpha, beta)
 
     product, reason = correct_symmetric(kernel, CPU)
-    assert product is not symmetric_product and reason.startswith("quack-kernels: self-test error") and len(calls) >= 10
+    assert (
+        product is not symmetric_product
+        and reason.startswith("quack-kernels: self-test error")
+        and len(calls) >= 10
+    )
     calls.clear()
     X = torch.randn(2, 300, 400)
     torch.testing.assert_close(product(X, X.mT), X @ X.mT)
@@ -39,10 +44,23 @@ def test_a_correct_kernel_is_used_for_large_matrices_only():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("kernel, reason", [
-    (lambda A, B, C=None, alpha=1.0, beta=1.0: symmetric_product(A, B, C, alpha, beta).tril(), "self-test error of"),
-    (lambda A, B, C=None, alpha=1.0, beta=1.0: symmetric_product(A, B, C, beta, alpha), "self-test error of"),
-    (lambda A, B, C=None, alpha=1.0, beta=1.0: A @ B if C is None else 1 / 0, "ZeroDivisionError: division by zero")])
+@pytest.mark.parametrize(
+    "kernel, reason",
+    [
+        (
+            lambda A, B, C=None, alpha=1.0, beta=1.0: symmetric_product(A, B, C, alpha, beta).tril(),
+            "self-test error of",
+        ),
+        (
+            lambda A, B, C=None, alpha=1.0, beta=1.0: symmetric_product(A, B, C, beta, alpha),
+            "self-test error of",
+        ),
+        (
+            lambda A, B, C=None, alpha=1.0, beta=1.0: A @ B if C is None else 1 / 0,
+            "ZeroDivisionError: division by zero",
+        ),
+    ],
+)
 def test_a_broken_kernel_is_left_out_and_named(kernel, reason):
     product, why = correct_symmetric(kernel, CPU)
     assert product is symmetric_product and why.startswith("torch, as quack-kernels") and reason in why
@@ -73,12 +91,15 @@ def plain(A, B, C=None, alpha=1.0, beta=1.0):
     return A @ B if C is None else torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
 
 
-BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # bf16 rounds by 2^-9 = 0.002
+# bf16 rounds by 2^-9 = 0.002
+BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-@pytest.mark.parametrize("B, s, l", [(1, 384, 400), (1, 385, 401), (1, 200, 333), (3, 390, 400), (1, 64, 65), (1, 1, 400),
-                                     (1, 128, 512)])
+@pytest.mark.parametrize(
+    "B, s, l",
+    [(1, 384, 400), (1, 385, 401), (1, 200, 333), (3, 390, 400), (1, 64, 65), (1, 1, 400), (1, 128, 512)],
+)
 def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
     if dtype == torch.float16 and s > 200:
         pytest.skip("slow on a CPU, and computed as torch does")
@@ -89,13 +110,19 @@ def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
         assert (found - plain(A, right)).abs().max() < BOUNDS[dtype] * found.abs().max(), name
     R = found
     for left, right in ((R, R), (R, R.mT)):
-        exact, found = plain(left, right, R, 0.7, -1.3), symmetric_product(left, right, R, alpha=0.7, beta=-1.3)
+        exact, found = (
+            plain(left, right, R, 0.7, -1.3),
+            symmetric_product(left, right, R, alpha=0.7, beta=-1.3),
+        )
         assert found.dtype == dtype and (found - exact).abs().max() < BOUNDS[dtype] * exact.abs().max()
         if muon.one_by_one(X) and B == 1 and s >= muon.LARGE:
-            assert torch.equal(found.tril(-muon.BLOCK_ROWS), found.triu(muon.BLOCK_ROWS).mT)  # mirrored, not computed
+            # Mirrored, not computed
+            assert torch.equal(found.tril(-muon.BLOCK_ROWS), found.triu(muon.BLOCK_ROWS).mT)
 
 
-@pytest.mark.parametrize("form, dtype", [("standard", torch.float32), ("gram", torch.float32), ("standard", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "form, dtype", [("standard", torch.float32), ("gram", torch.float32), ("standard", torch.bfloat16)]
+)
 @pytest.mark.parametrize("shape", [(390, 500), (500, 390), (2, 390, 390), (2, 130, 520), (385, 800)])
 def test_one_by_one_is_as_exact_as_a_stack(onednn, monkeypatch, shape, form, dtype):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -105,12 +132,17 @@ def test_one_by_one_is_as_exact_as_a_stack(onednn, monkeypatch, shape, form, dty
         assert torch.equal(found.view(-1, *shape[-2:])[-1], one)
     assert torch.equal(G, kept) and found.dtype == dtype and found.shape == G.shape
     monkeypatch.setattr(muon, "one_by_one", lambda *args: False)
-    exact, before = orthogonalize(G.double(), 5, "jordan", torch.float64, "standard"), orthogonalize(G, 5, "jordan", dtype, form)
+    exact, before = (
+        orthogonalize(G.double(), 5, "jordan", torch.float64, "standard"),
+        orthogonalize(G, 5, "jordan", dtype, form),
+    )
     error, usual = ((x - exact).norm() / exact.norm() for x in (found, before))
     assert error < 2 * usual
 
 
 def test_a_compiler_sees_what_it_saw():
     graphs = []
-    torch.compile(orthogonalize, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)(torch.randn(400, 400))
+    torch.compile(orthogonalize, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)(
+        torch.randn(400, 400)
+    )
     assert "mkldnn" not in graphs[0].code and "baddbmm" in graphs[0].code

@@ -76,6 +76,7 @@ SETTINGS = {
     "bigram_rows": Row(
         377_280, "Hyperparameters.bigram_vocab_size", 251_520, "a gain or nothing: record 85's table"),
     "bigram_signs": Row(True, OURS_ALONE, False, "a gain or nothing: record 83, 3.27917 instead of 3.27937"),
+    "ngram_rows": Row(0, OURS_ALONE), "ngram_orders": Row((2, 3), OURS_ALONE),
     "smear": Row(True, "GPT.forward: smear_gate_out"),
     "attn_gate_layers": Row(ATTENTION_LAYERS, "GPT.attn_gate_bank"),
     "xsa_layers": Row((1, 3, 4, 7, 8, 10), "record 82, GPT.forward: xsa_layers_set"),
@@ -144,6 +145,7 @@ OPTIMIZERS = {  # parameter: Adam (factors of lr and of decay, betas), or Muon (
     "skip_gate": Row(("adam", 0.05, 0, (0.9, 0.99)), TABLE + "skip_gate"),
     "value_gates": Row(("adam", 1, 1, (0.9, 0.99)), TABLE + "ve_gate_bank"),
     "attn_gates": Row(("adam", 1, 1, (0.9, 0.99)), TABLE + "attn_gate_bank"),
+    "ngram_table": Row(("adam", 75, 0, (0.0, 0.95)), OURS_ALONE),
     # Of record 89 only
     "gate_in": Row(("adam", 0.1, 1, (0.9, 0.99)), TABLE + "mudd_gate_w1"),
     "gate_out": Row(("adam", 0.1, 1, (0.9, 0.99)), TABLE + "mudd_gate_w2"),

@@ -1,5 +1,6 @@
 """tools.plan counts from shapes and by a formula: its bytes against those of a real run, its settings
 against the trainer."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -102,10 +103,11 @@ SHORT = dict(BARE, num_layers=2, long_layers=(1,), xsa_layers=(0,), value_embed_
     (SMALL, 768, False),
     (SMALL | DEEP, 384, False),
     (SMALL | RECORD_89, 768, False),
+    (SMALL | dict(ngram_rows=60), 768, False),
     (SMALL | RECORD_89 | dict(mix_window=64), 768, False),
     (BARE, 512, False),
     (SHORT, 512, True),
-], ids=["small", "deep", "record 89", "wide mixing", "bare", "compiled"])
+], ids=["small", "deep", "record 89", "n-grams", "wide mixing", "bare", "compiled"])
 def test_the_formula_lies_a_little_above_what_a_real_pass_keeps(base, T, compiled):
     """In eager fp32 up to 40 %: the formula is made for bf16, whose norms keep an fp32 copy."""
     cfg = config(base)
@@ -124,6 +126,24 @@ def test_track_small_is_planned_above_what_its_compiled_graph_was_found_to_take(
     kept, more = planned(True)
     assert 16.54 < kept < 1.1 * 16.54 and 4.16 < more < 1.15 * 4.16
     assert all(1.85 < planned(compiled, recompute=True)[0] < 1.1 * 1.85 for compiled in (True, False))
+
+
+def test_ngrams_count_in_host_memory_and_in_checkpoints_and_on_the_device_by_their_step(tmp_path, capsys):
+    run = make_run(tmp_path, ngram_rows=1000)
+    cfg, without = run.cfg, replace(run.cfg, ngram_rows=0)
+    size = nbytes([run.ngrams.rows, run.ngrams.state])
+    sizes = [plan.checkpoint_bytes(one, torch.float32) for one in (cfg, without)]
+    assert plan.host_bytes(cfg) == size == sizes[0] - sizes[1]
+    assert plan.static_bytes(cfg, torch.float32, 1) == plan.static_bytes(without, torch.float32, 1)
+
+    run.accumulate([run.made_up_batch(cfg.train_steps - 1)] * 2, cfg.train_steps - 1)
+    leaf = run.ngrams.leaf
+    bound = plan.ngram_bytes(cfg, torch.float32, 1)
+    assert bound / 3 < nbytes([leaf, leaf.grad]) <= bound == 2 * 2 * 128 * 8 * 4
+
+    text = said(capsys, "--track=small", "--gpu=NVIDIA H100 80GB HBM3", "--ngram_rows=84602880")
+    assert "The n-grams take 40.97 GiB of host memory besides, over all ranks together." in text
+    assert table(text)["rows and gradients of n-grams"] == ["0.38", "0.19", "0.09", "0.05"]
 
 
 # ------------------------------------------------------------------------------------------------------------

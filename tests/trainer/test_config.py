@@ -53,8 +53,8 @@ POSITIVE = [
     "attn_scale"]
 NOT_NEGATIVE = [
     "extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every", "keep", "seed",
-    "bigram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr", "adam_lr",
-    "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init", "ema_frac",
+    "bigram_rows", "ngram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr",
+    "adam_lr", "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init", "ema_frac",
     "ema_blend", "prefix_weight", "mlp_out_std", "mix_window"]
 BY_STAGE = ["batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"]
 LAYERS = [
@@ -98,6 +98,7 @@ REFUSED = [
     ("compile", "yes"),
     ("coefficients", "best"),
     ("ema_of", "tables"),
+    *[("ngram_orders", value) for value in ((), (1, 2), (3, 2), (2, 2), (2, 9))],
     ("gate_networks", (1,)),
     ("gate_networks", (0, 2, 2)),
     ("mix_window", 4),  # without networks that set its weights

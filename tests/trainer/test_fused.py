@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from engine import products
-from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
+from engine.fused import (
+    NormAndRotary, RmsNorm, SquaredReluMlp, norm, residual, residual_sum, rotary, squared_relu_mlp)
 from engine.kernels import Kernels
 from muon import ONEDNN
 from tests.helpers.tiny import build, config, context, docs_of
@@ -26,13 +27,35 @@ def assert_same(fused, plain, arguments, tolerance):
 
 def test_the_mlp_equals_its_formula():
     arguments = leaves((11, 6), (13, 6), (6, 13))
-    assert_same(lambda *args: SquaredReluMlp.apply(*args, False), squared_relu_mlp, arguments, 1e-14)
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, False, torch.float64), squared_relu_mlp, arguments, 1e-14)
 
 
 @pytest.mark.skipif(ONEDNN is None, reason="needs oneDNN with AVX-512")
 def test_the_mlp_by_onednn_equals_its_formula():
     arguments = leaves((70, 32), (96, 32), (32, 96), dtype=torch.float32)
-    assert_same(lambda *args: SquaredReluMlp.apply(*args, True), squared_relu_mlp, arguments, 1e-5)
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, True, torch.float32), squared_relu_mlp, arguments, 1e-5)
+
+
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=pytest.mark.skipif(
+    ONEDNN is None, reason="needs oneDNN with AVX-512"))])
+def test_the_mlp_with_factors_in_bf16_is_near_its_formula_and_gives_fp32(onednn):
+    arguments = leaves((70, 32), (96, 32), (32, 96), dtype=torch.float32)
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, onednn, torch.bfloat16), squared_relu_mlp, arguments,
+                1e-2)  # each factor is rounded by up to 2^-9
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (5, 2, 3, 8)])
+def test_the_norm_equals_its_formula(shape):
+    assert_same(RmsNorm.apply, norm, leaves(shape), 1e-12)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_norm_and_rotary_equal_their_formulas(heads):
+    """The tables of plain heads are alike for all heads, those of paired heads are not; channels may be left."""
+    x, = leaves((5, 2, 3, 8))
+    angle = torch.rand(5, 1, heads, 3, dtype=torch.float64)
+    assert_same(lambda x: NormAndRotary.apply(x, angle.cos(), angle.sin()),
+                lambda x: rotary(norm(x), angle.cos(), angle.sin()), [x], 1e-12)
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
@@ -59,6 +82,17 @@ def test_only_an_eager_cpu_fuses_and_the_model_stays_the_same():
     whole = sum(g.square().sum() for g in expected.values()).sqrt()
     for name, g in expected.items():
         assert (found[name] - g).norm() < 2e-5 * g.norm() + 1e-6 * whole, name
+
+
+def test_recomputing_the_layers_changes_no_gradient():
+    gradients = []
+    for recompute in (False, True):
+        cfg = config(recompute=recompute)
+        model = build(cfg, kernels=Kernels.choose(cfg, torch.device("cpu")))
+        tokens = torch.arange(18) * 7 % cfg.vocab_size
+        model(tokens[:-1], tokens[1:], context(model, docs_of([5, 1, 7, 4])), torch.ones(1)).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10 and all(map(torch.equal, *gradients))
 
 
 def test_batches_go_to_onednn_only_where_it_computes_in_fp32(monkeypatch):

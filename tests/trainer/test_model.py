@@ -183,6 +183,8 @@ def slow_log_probs(P, signs, cfg, tokens, stage, tied, final=False):
             before = tokens[t - 1] if t else 0
             row = P["bigram_embed"][bigram_row(tokens[t], before, t, cfg.bigram_rows)]
             B.append(row * signs[(tokens[t] ^ before) % 8192] if cfg.bigram_signs else row)
+            if cfg.ngram_rows:
+                B[t] = torch.cat([B[t][: cfg.head_dim] + P["ngrams"][t], B[t][cfg.head_dim :]])
     gates, mu, streams = {}, None, None
 
     def factor(kind, i, t):
@@ -259,6 +261,8 @@ def compare(cfg, stage=0, tied=False, weights=(1.0,), final=False, backend="mask
     tokens, targets = sequence[:-1], sequence[1:]
     ctx = context(model, docs_of(LENGTHS), stage, tied, final)
     P = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    if cfg.ngram_rows:
+        P["ngrams"] = ctx.ngrams.detach().double().requires_grad_()
     signs = model.signs.double() if cfg.bigram_rows else None
     slow = slow_log_probs(P, signs, cfg, tokens, stage, tied, final)
     fast = model.log_probs(tokens, ctx)
@@ -268,7 +272,8 @@ def compare(cfg, stage=0, tied=False, weights=(1.0,), final=False, backend="mask
     loss.backward()
     gradients = torch.autograd.grad(expected, list(P.values()), allow_unused=True)
     whole = torch.stack([g.norm() for g in gradients if g is not None]).norm()
-    for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
+    leaves = {**dict(model.named_parameters()), **({"ngrams": ctx.ngrams} if cfg.ngram_rows else {})}
+    for (name, p), g in zip(leaves.items(), gradients, strict=True):
         if g is None:
             assert p.grad is None and name == "embed" and tied, name
         else:
@@ -294,6 +299,7 @@ TECHNIQUES = {
     "bigrams with signs": dict(bigram_rows=13),
     "bigrams without signs": dict(bigram_rows=13, bigram_signs=False),
     "one bigram row": dict(bigram_rows=2),
+    "n-grams": dict(bigram_rows=13, ngram_rows=7),
     "smear": dict(smear=True),
     "attention gate": dict(attn_gate_layers=(1, 2)),
     "XSA": dict(xsa_layers=(0, 3)),
@@ -518,6 +524,7 @@ SWITCHES = {
     "no value embeddings": dict(value_embed_layers=()),
     "no bigrams": dict(bigram_rows=0),
     "no signs": dict(bigram_signs=False),
+    "n-grams": dict(ngram_rows=60),
     "no smear": dict(smear=False),
     "no attention gates": dict(attn_gate_layers=()),
     "no XSA": dict(xsa_layers=()),
@@ -612,6 +619,7 @@ MIXED = dict(mudd=True, backout=False, mix_window=4)
 @pytest.mark.parametrize("backend, compiler, stage, tied, weights, techniques", [
     ("masked", "eager", 1, False, (1.0,), {}),
     ("blocked", "aot_eager", 0, True, (1.0, 0.5), {}),
+    ("blocked", "aot_eager", 1, False, (1.0,), dict(ngram_rows=60)),
     ("blocked", "aot_eager", 0, True, (1.0, 0.25), dict(prefix_weight=0.25, gate_networks=(0, 1), **MIXED)),
 ])
 def test_training_and_evaluation_compile_without_graph_break(

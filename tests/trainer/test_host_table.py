@@ -1,0 +1,425 @@
+"""engine/host_table.py against the same table as an ordinary parameter on the device, through whole runs of
+the trainer, on one rank and on several; its hash and its rule against slow formulas."""
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import train_gpt
+from data.errors import RunError, UsageError
+from data.loader import Batch
+from engine import host_table
+from engine.host_table import HostTable, hash_ngrams, update_rows_
+from engine.sampling import next_log_probs
+from tests.helpers.dist import run_ranks
+from tests.helpers.runs import BOS, make_shards, on_rank, run
+from tests.helpers.tiny import SMALL, build, config, docs_of, make_run
+from tools import sample
+
+ROWS, ORDERS = 50, (2, 4)
+NGRAMS = dict(SMALL, ngram_rows=ROWS, ngram_orders=ORDERS, slices=6, batch_tokens=(96, 192), train_steps=10,
+              val_every=4)
+FLAGS = [f"--ngram_rows={ROWS}", "--ngram_orders=2,4"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The hash and the rule
+
+
+def slow_hash(tokens: list[int], ids: list[int], orders, rows: int) -> list[list[int]]:
+    """Rows of the n-grams that end at each token, in whole numbers of Python."""
+    found = []
+    for t in range(len(tokens)):
+        line = []
+        for n in orders:
+            code = 0
+            for back in range(n):
+                inside = t >= back and ids[t - back] == ids[t]
+                code ^= tokens[t - back] + 1 if inside else 0
+                code = code * 0x9E3779B97F4A7C15 % 2**64
+                code ^= code >> 32
+            line.append(code % rows)
+        found.append(line)
+    return found
+
+
+def sequence(count: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 50_257, count).tolist(), np.cumsum(rng.random(count) < 0.2).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 97, 84_602_880, 2**40 + 1])
+@pytest.mark.parametrize("orders", [(2, 3), (5,), (2, 3, 8)])
+def test_the_hash_is_that_of_whole_numbers(orders, rows):
+    for count in (1, 4, 60):  # also fewer tokens than an n-gram has
+        tokens, ids = sequence(count)
+        found = hash_ngrams(torch.tensor(tokens), torch.tensor(ids), orders, rows)
+        assert found.dtype == torch.int64 and found.tolist() == slow_hash(tokens, ids, orders, rows)
+
+
+def test_rows_are_evenly_used_and_depend_on_every_token_of_the_document_and_on_no_other():
+    tokens, ids = torch.randint(0, 50_257, (20_000,), generator=torch.Generator().manual_seed(0)), None
+    ids = torch.zeros(20_000)
+    counts = torch.bincount(hash_ngrams(tokens, ids, (3,), 100)[:, 0], minlength=100)
+    assert 120 < counts.min() and counts.max() < 290  # 200 ± 14
+
+    tokens, ids = torch.arange(12), torch.tensor([0] * 5 + [1] * 7)
+    before = hash_ngrams(tokens, ids, (2, 3), 2**40)
+    for t in range(12):
+        other = tokens.clone()
+        other[t] = 99
+        changed = hash_ngrams(other, ids, (2, 3), 2**40) != before
+        expected = [[t <= s < t + n and ids[s] == ids[t] for n in (2, 3)] for s in range(12)]
+        assert changed.tolist() == expected
+
+
+def test_the_rule_is_its_formula_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    w, state = torch.randn(5, 8, generator=generator), torch.zeros(5, 2)
+    exact, v, s = w.double(), torch.zeros(5).double(), 0.0
+    for lr in (0.1, 0.3, 0.2):
+        g = torch.randn(5, 8, generator=generator) * torch.tensor([[1e-3], [1.0], [50.0], [1.0], [1.0]])
+        update_rows_(w, state, g, lr, 0.95, 1e-10)
+        v, s = 0.95 * v + 0.05 * (g.double() ** 2).mean(1), 0.95 * s + 0.05
+        exact = exact - lr * g.double() / ((v / s).sqrt() + 1e-10)[:, None]
+        torch.testing.assert_close(w.double(), exact, rtol=0, atol=2e-6)  # fp32, of numbers up to 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table on the device
+
+
+class DeviceTable:
+    """The reference: a parameter (N, d), whole on every rank, read where it is, with a dense gradient."""
+
+    def __init__(self, cfg, device, dtype, rank=0, world=1, beta=0.0):
+        self.cfg, self.world, self.beta = cfg, world, beta
+        self.reset()
+
+    def reset(self):
+        N, d = self.cfg.ngram_rows, self.cfg.head_dim
+        self.rows = torch.nn.Parameter(torch.zeros(N, d))
+        self.state = torch.zeros(N, 2)
+        self.clear()
+
+    def clear(self):
+        self.total, self.touched = torch.zeros_like(self.rows), torch.zeros(len(self.rows), dtype=torch.bool)
+
+    def index_of(self, batch):
+        tokens, ids = batch.inputs.tolist(), batch.docs.ids.tolist()
+        return torch.tensor(slow_hash(tokens, ids, self.cfg.ngram_orders, self.cfg.ngram_rows))
+
+    def take(self, batches, upcoming=None):
+        self.index = [self.index_of(batch) for batch in batches]
+        self.rows.grad = torch.zeros_like(self.rows)
+
+    def embed(self, i):
+        return F.embedding(self.index[i], self.rows).sum(1)
+
+    def read(self, batch):
+        return None if batch is None else F.embedding(self.index_of(batch), self.rows.detach()).sum(1)
+
+    @torch.no_grad()
+    def step(self, lr):
+        touched = torch.zeros(len(self.rows))
+        for index in self.index:
+            touched[index.flatten()] = 1
+        gradients = [torch.empty_like(self.rows) for _ in range(self.world)]
+        if self.world == 1:
+            gradients = [self.rows.grad]
+        else:
+            dist.all_gather(gradients, self.rows.grad)
+            dist.all_reduce(touched)
+        for gradient in gradients:
+            self.total += gradient
+        self.touched |= touched > 0
+        if lr is None:
+            return
+        rows, state = self.rows.clone(), self.state.clone()
+        update_rows_(rows, state, self.total / self.world, lr, self.beta, self.cfg.adam_eps)
+        self.rows[self.touched] = rows[self.touched]
+        self.state[self.touched] = state[self.touched]
+        self.clear()
+
+    def full_state(self):
+        return {"rows": self.rows.detach(), "state": self.state}
+
+
+def trained(rank, world, folder, kind, changes, warm=False) -> dict:
+    """Losses, validations and all weights of a run with a table of this kind; the state on rank 0 only."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="nowhere", MASTER_PORT="0")  # the ranks have met already
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "HostTable", kind)
+        one = make_run(folder, **{**NGRAMS, **changes})
+        if warm:
+            one.warm_up()
+        found = {"val": [one.evaluate()]}
+        found["train"] = []
+        while one.step < one.cfg.train_steps:
+            found["train"].append(one.train_step())
+            if one.step % one.cfg.val_every == 0:
+                found["val"].append(one.evaluate())
+        found["model"] = {name: p.detach() for name, p in one.model.named_parameters()}
+        found["table"] = one.ngrams.full_state()
+    return found
+
+
+def alone(folder, kind, changes, **options) -> dict:
+    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR",
+                                                     "MASTER_PORT")}
+    try:
+        return trained(0, 1, folder, kind, changes, **options)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def equal(a: dict, b: dict) -> bool:
+    """To the last bit."""
+    for part in ("model", "table"):
+        if not all(torch.equal(x, b[part][name]) for name, x in a[part].items()):
+            return False
+    return a["train"] == b["train"] and a["val"] == b["val"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("ngrams"))
+
+
+@pytest.mark.parametrize("changes, warm", [
+    (dict(adam_every=1), True),
+    (dict(adam_every=2), False),
+    (dict(adam_every=3, pack_tokens=64), False),
+    (dict(adam_every=1, pack_tokens=192, ngram_rows=5000), False),
+    (dict(adam_every=2, gate_networks=(0, 3), mudd=True, backout=False), False),
+    (dict(adam_every=2, recompute=True), False),
+], ids=str)
+def test_a_run_is_that_with_the_table_on_the_device_to_the_last_bit(folder, changes, warm):
+    host, device = (alone(folder, kind, changes, warm=warm) for kind in (HostTable, DeviceTable))
+    assert host["table"]["rows"].abs().sum() > 1 and equal(host, device)
+
+
+@pytest.mark.parametrize("world, changes", [(2, dict(adam_every=1)), (3, dict(adam_every=2))], ids=str)
+def test_several_ranks_are_those_with_the_table_on_the_device_and_one_rank(folder, world, changes):
+    """Each rank has other slices. To the last bit where the table is elsewhere only, and within the 2e-5 of
+    test_train.py where sums are in another order."""
+    host, device = (run_ranks(world, trained, folder, kind, changes) for kind in (HostTable, DeviceTable))
+    assert equal(host[0], device[0])
+    assert [one["train"] for one in host] == [host[0]["train"]] * world
+    assert host[1]["table"] == {"rows": None, "state": None}
+
+    one = alone(folder, HostTable, changes)
+    assert host[0]["train"] == pytest.approx(one["train"], abs=2e-5)
+    assert host[0]["val"] == pytest.approx(one["val"], abs=2e-5)
+    error = host[0]["table"]["rows"] - one["table"]["rows"]
+    assert error.norm() < 1e-4 * one["table"]["rows"].norm()
+
+
+class LateTable(HostTable):
+    """Reads the next rows before the update that moves them."""
+
+    def step(self, lr):
+        super().step(None)
+        if lr is not None:
+            self.submit(self.move, lr)
+
+
+class OneSidedTable(HostTable):
+    """Keeps the gradients of this rank to itself."""
+
+    def collect(self, request, grad, event, lr):
+        super().collect(request, grad, event, None)
+        rank, gradients = self.hosts.rank, self.pending[-1][1]
+        gradients[: sum(request.received[:rank])] = 0
+        gradients[sum(request.received[: rank + 1]):] = 0
+        if lr is not None:
+            self.move(lr)
+
+
+def test_rows_that_come_too_early_are_noticed(folder):
+    late, device = (alone(folder, kind, dict(adam_every=1)) for kind in (LateTable, DeviceTable))
+    assert late["train"][0] == device["train"][0] and late["train"] != device["train"]
+
+
+def test_gradients_that_stay_at_home_are_noticed(folder):
+    found, device = (run_ranks(2, trained, folder, kind, dict(adam_every=1))[0]
+                     for kind in (OneSidedTable, DeviceTable))
+    assert found["train"][:1] == device["train"][:1] and found["train"] != device["train"]
+
+
+HASHES = {
+    "another constant": lambda tokens, ids, orders, rows: hash_ngrams(tokens + 1, ids, orders, rows),
+    "across documents": lambda tokens, ids, orders, rows: hash_ngrams(tokens, 0 * ids, orders, rows),
+    "other orders": lambda tokens, ids, orders, rows: hash_ngrams(tokens, ids, (2, 3), rows),
+}
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_another_hash_is_noticed(folder, monkeypatch, name):
+    monkeypatch.setattr(host_table, "hash_ngrams", HASHES[name])
+    host, device = (alone(folder, kind, dict(adam_every=1)) for kind in (HostTable, DeviceTable))
+    assert host["train"][0] == device["train"][0] and host["train"] != device["train"]  # zeros at first
+
+
+def test_batches_that_were_not_expected_get_their_own_rows(folder):
+    """The loader moves back after the rows of its next step have been asked for."""
+    results = []
+    for kind in (HostTable, DeviceTable):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_gpt, "HostTable", kind)
+            one = make_run(folder, **NGRAMS)
+            begin = one.loader.state_dict()
+            losses = [one.train_step() for _ in range(3)]
+            one.loader.load_state_dict({**begin, "step": one.step})
+            results.append(losses + [one.train_step() for _ in range(3)])
+    assert results[0] == results[1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints, errors
+
+
+SAVING = [*FLAGS, "--adam_every=2", "--save_every=1", "--save_final=1", "--val_every=3"]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    result = run(folder, *SAVING)
+    assert (result.code, result.err) == (0, "")
+    return result
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(folder, whole):
+    resumed = run(folder, f"--resume={whole.checkpoints[2]}")
+    assert (resumed.code, resumed.err) == (0, "")
+    assert resumed.train == {step: loss for step, loss in whole.train.items() if step > 6}
+    assert resumed.val == {step: loss for step, loss in whole.val.items() if step > 6}
+    found, expected = (load(one.checkpoints[-1])["ngrams"] for one in (resumed, whole))
+    assert all(torch.equal(found[name], expected[name]) for name in ("rows", "state"))
+    assert "n-grams: 50 rows of 16 numbers, 0.00 GiB of host memory over 1 ranks" in whole.log
+
+
+def test_another_world_size_resumes_with_the_same_losses(folder, whole):
+    train = {step: loss for step, loss in whole.train.items() if step > 6}
+    for result in run_ranks(2, on_rank, folder, [f"--resume={whole.checkpoints[2]}"]):
+        assert (result.code, result.err) == (0, "")
+        assert result.train == pytest.approx(train, abs=2e-5)
+    by_four = run_ranks(4, on_rank, folder, SAVING)[0]  # four shards, the last one not full
+    assert len(load(by_four.checkpoints[2])["ngrams"]["rows"]) == ROWS
+    resumed = run(folder, f"--resume={by_four.checkpoints[2]}")
+    assert (resumed.code, resumed.err) == (0, "") and resumed.train == pytest.approx(train, abs=2e-5)
+
+
+def test_a_table_of_another_size_is_refused(folder, whole):
+    for flag, name in (("--ngram_rows=60", "ngram_rows"), ("--ngram_orders=2,3", "ngram_orders")):
+        refused = run(folder, f"--resume={whole.checkpoints[2]}", flag)
+        assert refused.code == 2 and f"found one with {name} " in refused.err
+
+
+def break_one(rank):
+    """The table of the last rank fails in its third update."""
+    move = HostTable.move
+
+    def broken(self, lr):
+        self.moves = getattr(self, "moves", 0) + 1
+        if self.hosts.rank == self.hosts.world - 1 and self.moves == 3:
+            raise RunError("expected a table, found none; look for it")
+        move(self, lr)
+
+    HostTable.move = broken
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_error_of_the_thread_ends_the_run_on_all_ranks(folder, world):
+    slices = "--slices=6", "--batch_tokens=384"
+    ranks = run_ranks(world, on_rank, folder, [*FLAGS, *slices], break_one)
+    assert all(result.code == 1 for result in ranks)
+    told = [result.err for result in ranks if result.err]
+    assert told == ["train_gpt.py: expected a table, found none; look for it\n"]
+
+
+def test_after_an_error_every_call_that_waits_raises_it(folder):
+    one = make_run(folder, **NGRAMS)
+    one.ngrams.submit(lambda: 1 // 0)
+    batch = one.loader.next()
+    for call in (lambda: one.ngrams.take(batch), lambda: one.ngrams.read(None), one.ngrams.full_state):
+        with pytest.raises(ZeroDivisionError):
+            call()
+
+
+def test_a_host_without_memory_is_told_so():
+    cfg = config(NGRAMS, ngram_rows=2**50)
+    with pytest.raises(UsageError, match=f"--ngram_rows: expected {2**20 * 40}.0 GiB of host memory on each"):
+        HostTable(cfg, torch.device("cpu"), torch.float32)
+
+
+def test_ngrams_need_the_factors_of_the_bigrams():
+    with pytest.raises(UsageError, match="--ngram_rows: expected 0 without bigram_rows, .* found 50; see"):
+        config(NGRAMS, bigram_rows=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Without training
+
+
+def test_rows_are_added_to_the_first_channels_of_the_bigrams():
+    """A model whose bigram table holds one and the same row for all is that with this row as n-grams."""
+    cfg = config(NGRAMS, bigram_signs=False)
+    model, plain = build(cfg), build(config(NGRAMS, ngram_rows=0, bigram_signs=False))
+    row = torch.randn(cfg.head_dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for table, added in ((model, 0.0), (plain, row)):
+            table.bigram_embed.zero_()
+            table.bigram_embed[:, : cfg.head_dim] += added
+    tokens, docs = torch.randint(0, 257, (40,), generator=torch.Generator().manual_seed(1)), docs_of([15, 25])
+    found = model.log_probs(tokens, model.context(docs, 0, ngrams=row.expand(40, -1)))
+    assert torch.equal(found, plain.log_probs(tokens, plain.context(docs, 0)))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_check_passes_and_fails_where_an_ngram_sees_the_next_token(folder, world):
+    for hook, code in ((None, 0), (look_ahead, 1)):
+        results = run_ranks(world, on_rank, folder, [*FLAGS, "--check"], hook)
+        assert [result.code for result in results] == [code] * world
+
+
+def look_ahead(rank):
+    host_table.hash_ngrams = lambda tokens, *rest: hash_ngrams(tokens.roll(-1), *rest)
+
+
+def test_sampling_reads_the_rows_of_the_checkpoint(folder, whole):
+    """The mean of the log probabilities that sampling sees is the loss that evaluation computes there."""
+    model, step = sample.load(str(whole.checkpoints[-1]), torch.device("cpu"))
+    tokens = [BOS, *(97 + (3 * i * i + i) % 26 for i in range(30))]
+    log_probs = next_log_probs(model, step)
+    loss = -sum(log_probs(tokens[:n])[tokens[n]].item() for n in range(1, len(tokens)))
+
+    docs, inputs = docs_of([30]), torch.tensor(tokens[:-1])
+    found = []
+    for rows in (model.ngrams.rows.clone(), torch.zeros_like(model.ngrams.rows)):
+        model.ngrams.rows.copy_(rows)
+        ngrams = model.ngrams.read(Batch(inputs, inputs, docs))
+        with torch.no_grad():
+            context = model.context(docs, step - 1, True, ngrams)
+            found.append(model.evaluate(inputs, torch.tensor(tokens[1:]), context).item())
+    assert abs(loss - found[0]) < 3e-5 < 1e-3 < abs(loss - found[1])  # a sum of 30 losses in another order
+
+
+def test_several_ranks_end_with_the_text_of_one(folder):
+    flags = [*FLAGS, "--sample_tokens=20", "--train_steps=4"]
+    texts = []
+    for world in (1, 2):
+        results = run_ranks(world, on_rank, folder, flags)
+        assert [(result.code, result.err) for result in results] == [(0, "")] * world
+        texts.append([line for line in results[0].out.splitlines() if line.startswith("> ")])
+    assert texts[0] == texts[1] != []
