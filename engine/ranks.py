@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data.errors import RunError, UsageError
 
-# That a rank waits for the others in a collective; NCCL's own 10 minutes would end a run of several machines of
-# which some have compiled graphs of an earlier run and others compile them during the warm-up.
+# That a rank waits for the others in a collective; NCCL's own 10 minutes would end a run of several machines
+# of which some have compiled graphs of an earlier run and others compile them during the warm-up.
 PATIENCE = timedelta(minutes=40)
 
 

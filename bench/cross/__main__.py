@@ -80,6 +80,17 @@ def seen(trace, cfg) -> dict:
                 saved=trace.saved, crowded=trace.crowded)
 
 
+def warm_up_seconds(trace) -> dict[str, float]:
+    """Return CPU seconds of this machine in the warm-up: of inductor by kind of graph, and of all before
+    it."""
+    found = Counter()
+    for graph in trace.graphs:
+        if graph.phase == "warm-up":
+            found[f"inductor: {graph}"] += graph.seconds
+    found["tracing and autograd"] = trace.seconds["warm-up"] - found.total()
+    return dict(found.most_common())
+
+
 def memory_of_passes(trace) -> list[tuple[int, int]]:
     """Return (bytes kept for the backward pass, bytes more at the worst moment of both passes) of each graph
     of the model, in the order of Config.graph_starts."""
@@ -115,6 +126,8 @@ def page(result: dict) -> str:
     out.append(grid(["fullest moment", "GiB", "at"], rows))
     rows = [[start, *(f"{size / 2**30:.2f}" for size in sizes)] for start, sizes in result.get("passes", ())]
     if rows:
+        seconds = [[what, f"{s:.1f}"] for what, s in result["warm_up_s"].items()]
+        out.append(grid(["warm-up, on one core of this machine", "CPU seconds"], seconds))
         out.append(grid(["model from step", "GiB kept for backward", "GiB more at the worst moment"], rows))
     for stage, (parts, top) in enumerate(result.get("costs", ())):
         keys = "floor_ms", "ms", "gb", "launches"
@@ -197,6 +210,7 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
         stages = range(len(cfg.stage_starts))
         launches = [costs.stage_launches(trace, cfg, stage, args.ranks) for stage in stages]
         result["launches"] = launches
+        result["warm_up_s"] = warm_up_seconds(trace)
         result["passes"] = list(zip(cfg.graph_starts, memory_of_passes(trace)))
         result["costs"] = [(costs.by_part(rows, gpu), costs.costliest(rows, gpu)) for rows in launches]
     if "code" in args.parts:

@@ -15,36 +15,48 @@ def launches_of(trace: Trace, step: int):
     """Yield a Launch for each kernel and operation of a step; those of attention without their FLOPs."""
     phase = f"step {step}"
     for (called, number), calls in trace.calls.items():
+        if called != phase:
+            continue
         graph = trace.graphs[number]
-        for kernel in graph.kernels if called == phase else ():
-            kind = "attention" if kernel.part == "attention" else "fp8" if kernel.fp8 else "bf16"
+        for kernel in graph.kernels:
+            kind = "fp8" if kernel.fp8 else "bf16"
+            if kernel.part == "attention":
+                kind = "attention"
             yield Launch(kernel.part, str(graph), kernel.name, calls, kernel.bytes, kernel.flops, kind)
+
     for (called, part, name), row in trace.eager.items():
         if called == phase and not name.startswith("c10d"):  # collectives are counted apart
             n = row["n"]
             yield Launch(part, "eager", name, n, row["bytes"] / n, row["flops"] / n, "bf16")
 
 
-def stage_launches(trace: Trace, cfg: Config, stage: int, ranks: int) -> list[Launch]:
-    """Return what the mean step of a stage launches after its first ones, which make tables; kernels alike in
-    part, graph and size are one."""
-    end = (*cfg.stage_starts[1:], cfg.train_steps)[stage]
-    first = min(cfg.stage_starts[stage] + cfg.adam_every, end - cfg.adam_every)
+def mean_step(trace: Trace, cfg: Config, first: int) -> list[Launch]:
+    """Return what the mean step from one of Adam's moves to the next launches; kernels alike in part, graph
+    and size are one."""
     alike = {}
     for step in range(first, first + cfg.adam_every):
         for launch in launches_of(trace, step):
             key = launch.part, launch.graph, launch.bytes, launch.flops
             before = alike[key].times if key in alike else 0.0
             alike[key] = launch._replace(times=before + launch.times / cfg.adam_every)
+    return list(alike.values())
+
+
+def stage_launches(trace: Trace, cfg: Config, stage: int, ranks: int) -> list[Launch]:
+    """Return what the mean step of a stage launches, after its first steps, which make tables."""
+    end = (*cfg.stage_starts[1:], cfg.train_steps)[stage]
+    first = min(cfg.stage_starts[stage] + cfg.adam_every, end - cfg.adam_every)
 
     # inductor knows no documents.
     sequences = max(cfg.slices, ranks)
     docs = floors.synthetic(cfg, first, sequences)[: sequences // ranks]
     keys = floors.keys_seen(cfg, docs, stage)
-    found = with_attention(list(alike.values()), 12 * cfg.model_dim * keys)
+    found = with_attention(mean_step(trace, cfg, first), 12 * cfg.model_dim * keys)
     if ranks == 1:
         return found
-    work = floors.optimizer_work(cfg, torch.bfloat16, first, len(docs), ranks, torch.device("cuda"))
+
+    device = torch.device("cuda")
+    work = floors.optimizer_work(cfg, torch.bfloat16, first, len(docs), ranks, device)
     sent = work["communication"].link
     return [*found, Launch("communication", "-", "between ranks", 1, sent, 0, "link")]
 

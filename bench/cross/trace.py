@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import sys
+import time
 from collections import Counter, defaultdict
 from unittest import mock
 
@@ -79,6 +80,7 @@ class Graph:
         self.kernels = []  # set by bench.cross.kernels
         # At its worst moment, beside what lives when it is called; set by bench.cross.kernels.
         self.extra_bytes = 0
+        self.seconds = 0.0  # CPU seconds that inductor took
 
     @property
     def kept_bytes(self) -> int:
@@ -135,6 +137,7 @@ class Trace:
         self.peaks = {}  # phase -> (bytes in use, at which place)
         self.compiled = lambda graph: None  # called with each new graph
         self.saved = []  # steps of checkpoints
+        self.seconds = Counter()  # phase -> CPU seconds of this process
         self.crowded = 0  # sequences with more documents than entries for them
         self.storages = {}
         self.pinned = {}
@@ -167,7 +170,8 @@ class Trace:
     def saw(self, func, args, kwargs, result) -> None:
         if func.is_view:
             return
-        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_cuda]
+        changed = args[0] if result is None else result  # torch._foreach_copy_ returns nothing
+        outputs = [x for x in tree_leaves(changed) if isinstance(x, torch.Tensor) and x.is_cuda]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_cuda]
         if not outputs:
             return
@@ -395,8 +399,10 @@ def follow(trace: Trace, run: Run, before: str = "") -> None:
     is between. before: what the names of its phases begin with."""
     def phased(function, name):
         def call(*args):
-            trace.phase = before + (name or f"step {run.step}")
+            phase = trace.phase = before + (name or f"step {run.step}")
+            began = time.process_time()
             result = function(*args)
+            trace.seconds[phase] += time.process_time() - began
             trace.phase = "between steps"
             return result
         return call

@@ -15,10 +15,12 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]
 
-FEW = """--ranks=1 --optimizer=adamw --num_layers=2 --long_layers=1 --no_attn_layers= --late_attn_layers= --cache_layer=0
-    --paired_layers=0 --skip= --backout=off --smear=off --value_embed_layers=1 --attn_gate_layers= --xsa_layers=
-    --bigram_rows=0 --stages=1 --untie_stage=-1 --train_steps=8 --extension_steps=2 --save_every=5
-    --batch_tokens=32768 --val_slice=8192 --val_tokens=8192""".split()
+FEW = """
+    --ranks=1 --optimizer=adamw --num_layers=2 --long_layers=1 --no_attn_layers= --late_attn_layers=
+    --cache_layer=0 --paired_layers=0 --skip= --backout=off --smear=off --value_embed_layers=1
+    --attn_gate_layers= --xsa_layers= --bigram_rows=0 --stages=1 --untie_stage=-1 --train_steps=8
+    --extension_steps=2 --save_every=5 --batch_tokens=32768 --val_slice=8192 --val_tokens=8192
+""".split()
 
 
 def cross(before: str = "", *more: str) -> subprocess.CompletedProcess:
