@@ -136,13 +136,15 @@ def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint])
 
 
 def loss_picture(theme: Theme, target: float) -> str:
+    return svg_text(figure_of_loss(theme, target), "Validation loss against training seconds", "loss")
+
+
+def svg_text(figure: Figure, title: str, salt: str) -> str:
     """The SVG text; ids and dates are fixed, so that one matplotlib writes equal files from equal data."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "loss", "font.sans-serif": ["DejaVu Sans"]}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.sans-serif": ["DejaVu Sans"]}
     with matplotlib.rc_context(settings):
         out = io.StringIO()
-        figure = figure_of_loss(theme, target)
-        about = {"Title": "Validation loss against training seconds", "Date": None,
-                 "Description": json.dumps(drawn_data(figure)),
+        about = {"Title": title, "Date": None, "Description": json.dumps(drawn_data(figure)),
                  "Creator": f"matplotlib {matplotlib.__version__}"}
         figure.savefig(out, format="svg", metadata=about, transparent=True)
     text = re.sub(r"[ \t]+$", "", out.getvalue(), flags=re.M)
@@ -151,8 +153,9 @@ def loss_picture(theme: Theme, target: float) -> str:
 
 def drawn_data(figure: Figure) -> dict[str, list[tuple[float, float]]]:
     """What a figure shows: the points of each line by its label."""
+    lines = [line for axes in figure.axes for line in axes.lines]
     return {line.get_label(): [(round(float(x), 3), round(float(y), 4)) for x, y in zip(*line.get_data())]
-            for line in figure.axes[0].lines}
+            for line in lines}
 
 
 # ------------------------------------------------------------------------------------------------------------
