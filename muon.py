@@ -70,6 +70,7 @@ COEFFICIENTS = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))),
 }
 FORMS = "auto", "standard", "gram"
+LARGE = 384  # rows from which a matrix is worth a method of its own on a CPU
 
 
 def is_triple(x) -> bool:
@@ -100,29 +101,38 @@ def has_bf16_units() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def iteration_dtype(device: torch.device, form: str = "auto") -> torch.dtype:
-    """Return the default dtype of the iteration. bf16 has too few digits for the Gram form; fp16 has them."""
-    if device.type == "cpu":
-        return torch.bfloat16 if has_bf16_units() and form != "gram" else torch.float32
-    return torch.float16 if form == "gram" else torch.bfloat16
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """Return the default dtype of the iteration."""
+    return torch.float32 if device.type == "cpu" and not has_bf16_units() else torch.bfloat16
 
 
-def gram_pays(m: int, n: int, form: str, dtype: torch.dtype) -> bool:
-    """Whether to iterate on the Gram matrix. On a CPU core in fp32 it is 1.55 times as fast at an aspect of
-    4, 1.1 times at 2, and even at 1.25; `auto` leaves out bf16, in which a I + b R + c R^2 would lose R."""
-    if form == "auto":
-        return max(m, n) >= 2 * min(m, n) and dtype != torch.bfloat16
-    return form == "gram"
+def gram_pays(m: int, n: int, form: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether to iterate on the Gram matrix. On a CPU core it is 1.55 times as fast in fp32 at an aspect of 4
+    and 1.1 times at 2, in bf16 1.3 and 1.1 times. In bf16 the result is then off by 1 to 4 % instead of 1 to
+    2 %, where the polynomial itself leaves singular values 3 to 30 % off 1, and by more for small matrices,
+    whose values start large; it is not measured on other devices. `auto` leaves out both."""
+    if form != "auto":
+        return form == "gram"
+    fine = dtype != torch.bfloat16 or device.type == "cpu" and min(m, n) >= LARGE
+    return fine and max(m, n) >= 2 * min(m, n)
 
 
-def newton_schulz_flops(m: int, n: int, steps: int, gram: bool) -> int:
+def gram_segments(triples: Sequence, dtype: torch.dtype) -> list[Sequence]:
+    """Cut the steps into those that share one Gram matrix. Computing it anew restores its small eigenvalues,
+    whose relative error the steep first steps would carry on: bf16 affords two steps, other dtypes three
+    after the first two."""
+    later = 2 if dtype == torch.bfloat16 else 3
+    return [triples[:2], *(triples[i:i + later] for i in range(2, len(triples), later))]
+
+
+def newton_schulz_flops(m: int, n: int, steps: int, gram: bool, dtype: torch.dtype) -> int:
     """Count the operations of the matrix products of one m x n matrix, 2 for a multiply-add."""
     s = min(m, n)
     l = max(m, n)
     if not gram:
         return steps * (4 * s * s * l + 2 * s**3)
-    restarts = -(-(steps - 2) // 3) if steps > 2 else 0
-    return 4 * s * s * l * (1 + restarts) + 2 * s**3 * (4 * steps - 3 * (1 + restarts))
+    lengths = map(len, gram_segments(range(steps), dtype))
+    return sum(4 * s * s * l + 2 * s**3 * (4 * length - 3) for length in lengths)
 
 
 # A CPU multiplies large matrices fastest one at a time. For fp32 torch calls MKL, which on an AMD processor
@@ -131,8 +141,8 @@ def newton_schulz_flops(m: int, n: int, steps: int, gram: bool) -> int:
 ONEDNN = None
 if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
     ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-LARGE = 384       # rows from which a symmetric product is cut into blocks,
-BLOCK_ROWS = 192  # of so many: fewer save more products, but call more often; see bench/muon/blocks.py
+BLOCK_ROWS = 256  # of a symmetric product of large matrices: fewer save more, but call more often; see
+                  # bench/muon/blocks.py
 
 
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -189,20 +199,23 @@ def standard_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
 
 
 def gram_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
-    """The same map through R = X X^T. One step multiplies X by P = a I + b R + c R^2 and R by P^2; all of
-    these are polynomials in R and commute. Restarting after the second step, and every three from there,
-    renews the small eigenvalues of R, whose relative error the steep first steps would carry on."""
-    segments = [triples[:2], *(triples[i:i + 3] for i in range(2, len(triples), 3))]
-    for segment in segments:
+    """The same map through R = X X^T. One step multiplies X by a I + P, where P = b R + c R^2, and R by its
+    square; all of these are polynomials in R and commute. The products of the steps are kept as q I + Q,
+    because in 16 bits the sum would lose the digits of Q."""
+    for segment in gram_segments(triples, X.dtype):
         R = symmetric(X, X.mT)
-        Q = None
-        for i, (a, b, c) in enumerate(segment, 1):
+        for i, (a, b, c) in enumerate(segment):
             P = symmetric(R, R, R, alpha=c, beta=b)
-            P.diagonal(dim1=-2, dim2=-1).add_(a)
-            Q = P if Q is None else symmetric(Q, P)
-            if i < len(segment):
-                R = symmetric(symmetric(R, P), P)
-        X = apply_to(X, Q)
+            if i == 0:
+                q = a
+                Q = P
+            else:
+                Q = symmetric(Q, P, Q, beta=a).add_(P, alpha=q)
+                q = q * a
+            if i + 1 < len(segment):
+                half_way = symmetric(R, P, R, beta=a)
+                R = symmetric(half_way, P, half_way, beta=a)
+        X = apply_to(X, Q, q)
     return X
 
 
@@ -260,14 +273,12 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     if not (is_schedule(ns_coefficients) and form in FORMS and steps > 0):
         raise refusal("known coefficients, one of auto, standard and gram, and a step or more",
                       f"{ns_coefficients}, {form} and {steps}", "see the docstring")
-    dtype = dtype or iteration_dtype(G.device, form)
-    if form == "gram" and dtype == torch.bfloat16:
-        raise refusal("fp16, fp32 or fp64 for the Gram form", dtype, "name one")
+    dtype = dtype or iteration_dtype(G.device)
     if G.size(-2) > G.size(-1):  # R = X X^T is smallest on the short side
         return orthogonalize(G.mT, steps, ns_coefficients, dtype, form, symmetric, eps).mT
     safety, triples = schedule(ns_coefficients, steps)
     X = normalize(G.reshape(-1, *G.shape[-2:]), dtype, safety, eps)
-    iterate = gram_steps if gram_pays(*X.shape[-2:], form, dtype) else standard_steps
+    iterate = gram_steps if gram_pays(*X.shape[-2:], form, dtype, X.device) else standard_steps
     if not one_by_one(X):
         return iterate(X, triples, symmetric).reshape(G.shape)
     results = [iterate(x, triples, symmetric)[0] for x in X.split(1)]
@@ -1062,8 +1073,6 @@ class Muon(torch.optim.Optimizer):
         """Return the name of every parameter."""
         names = {}
         for number, group in enumerate(groups):
-            if group["ns_form"] == "gram" and self.ns_dtype == torch.bfloat16:
-                raise refusal("fp16 or fp32 for the Gram form", self.ns_dtype, "leave out ns_dtype")
             known = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 name = known[i] if known else f"parameter {i} of group {number}"
@@ -1151,8 +1160,8 @@ class Muon(torch.optim.Optimizer):
         lanes = {}
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                lanes.setdefault((*self._lane(p, group), group["ns_form"] == "gram"), []).append((p, i))
-        for (_, process_group, _), members in lanes.items():
+                lanes.setdefault(self._lane(p, group), []).append((p, i))
+        for (_, process_group), members in lanes.items():
             expect_agreement(process_group, self._facts({p for p, _ in members}))
         self._make_whole()
         self.buckets = []
@@ -1170,8 +1179,8 @@ class Muon(torch.optim.Optimizer):
         """Return (kind of bucket, process group) for a parameter."""
         return Bucket, self.process_group
 
-    def _fill_buckets(self, kind: type[Bucket], process_group, gram: bool, members: list) -> None:
-        dtype = self._agreed_dtype(process_group, members[0][0], "gram" if gram else "auto")
+    def _fill_buckets(self, kind: type[Bucket], process_group, members: list) -> None:
+        dtype = self._agreed_dtype(process_group, members[0][0])
         world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
         units = [unit for p, i in members for unit in units_of(p, kind.part(p), i, self._groups[i])]
         sizes = [unit.m * unit.n for unit in units]
@@ -1182,11 +1191,11 @@ class Muon(torch.optim.Optimizer):
             mine = [[units[u] for u in ids] for ids in bucket]
             self.buckets.append(kind(self, process_group, rank, mine, dtype))
 
-    def _agreed_dtype(self, process_group, p: Tensor, form: str) -> torch.dtype:
+    def _agreed_dtype(self, process_group, p: Tensor) -> torch.dtype:
         """Return the dtype of the iteration: the default of all ranks, or fp32 where processors differ."""
         if self.ns_dtype is not None:
             return self.ns_dtype
-        mine = iteration_dtype(p.device, form)
+        mine = iteration_dtype(p.device)
         names = {str(mine)}
         for group in self._who_must_agree(process_group, p) if p.device.type == "cpu" else ():
             names = set().union(*of_all_ranks(names, group))
@@ -1197,8 +1206,8 @@ class Muon(torch.optim.Optimizer):
 
     def cost(self, unit: Unit, dtype: torch.dtype) -> int:
         group = self._groups[unit.group]
-        gram = gram_pays(unit.m, unit.n, group["ns_form"], dtype)
-        return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram)
+        gram = gram_pays(unit.m, unit.n, group["ns_form"], dtype, unit.param.device)
+        return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram, dtype)
 
     def rates(self, unit: Unit) -> tuple:
         """Return the last arguments of `decay_and_step`."""

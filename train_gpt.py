@@ -234,6 +234,9 @@ class Config:
         "auto",
         "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32",
         one_of("auto", "bfloat16", "float32"))
+    products: str = setting(
+        "auto", "products of fp32 weights on a CPU: auto (bfloat16 where it has units for that), bfloat16 or float32",
+        one_of("auto", "bfloat16", "float32"))
     fp8_head: str = setting(
         "auto", "head in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 means off", SWITCH)
     compile: str = setting("auto", "torch.compile the model: auto (on a GPU), on or off", SWITCH)
@@ -461,19 +464,6 @@ TABLES = ("head", "embed", "value_embeds", "bigram_embed")
 NETWORKS = ("gate_in", "gate_out", "mudd_in", "mudd_out")  # small ones, whose outputs are factors
 GATE_WIDTH = 12  # channels of the stream that a gate looks at
 NUM_SIGNS = 8192  # rows of random signs for the bigram embedding
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm without learned gain."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay.
-    x: (T, H, d)."""
-    r = cos.size(-1)
-    a, b, still = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, still], -1)
 
 
 def rotary_settings(cfg: Config, stage: int) -> tuple[Tensor, float]:
@@ -733,7 +723,7 @@ class GPT(nn.Module):
         if cfg.mudd:
             value = inputs.values[cfg.value_embed_layers[0]] if cfg.value_embed_layers else None
             x = x + weighted_sum(self.connections(1, x), [first, cached, before_last, value, early])
-        return norm(x)
+        return self.kernels.norm(x)
 
     def set_gates(self, i: int, x: Tensor, layers: list[LayerWeights]):
         """Set the gates of the layers from i to the next network's for each token (record 85). x: (T, D)."""
@@ -776,7 +766,7 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(seen, self.smear_gate.type_as(x)))
             mixed = now + self.smear_lambda.type_as(x) * gate * before
             x = torch.cat([x[:, :1], mixed], 1).flatten(0, 1)
-        return norm(x)
+        return self.kernels.norm(x)
 
     def bigram(self, tokens: Tensor, slices: int = 1) -> Tensor:
         """Return the (T, D) embedding of each token and the one before it, hashed to a row of one table.
@@ -816,7 +806,7 @@ class GPT(nn.Module):
             source = cached if i in cfg.late_attn_layers else x
             value_embed = inputs.values.get(i)
             factors = [weights.resid[0], weights.post[0]]
-            streams = [x, self.attention(norm(source), i, weights, value_embed, ctx)]
+            streams = [x, self.attention(self.kernels.norm(source), i, weights, value_embed, ctx)]
             # The first embeddings again (record 9): no layer has to carry them along.
             if weights.x0 is not None:
                 factors.append(weights.x0)
@@ -834,7 +824,7 @@ class GPT(nn.Module):
                 gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
             x = x + torch.sigmoid(self.skip_lambda.type_as(x)) * gate * early
 
-        mlp = self.kernels.mlp(norm(x), weights.mlp_in, weights.mlp_out)
+        mlp = self.kernels.mlp(self.kernels.norm(x), weights.mlp_in, weights.mlp_out)
         return self.kernels.residual([weights.resid[1], weights.post[1]], [x, mlp])
 
     def attention(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None,
@@ -846,13 +836,10 @@ class GPT(nn.Module):
         long, paired = i in cfg.long_layers, i in cfg.paired_layers
 
         # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
-        # layers.
-        q, k = norm(self.linear(h, weights.qk).view(T, 2, H, d)).unbind(1)
+        # layers. Half of each head rotates (record 17); the other half can match content at any distance.
+        qk = self.linear(h, weights.qk).view(T, 2, H, d)
+        q, k = self.kernels.norm_and_rotary(qk, *ctx.rope[paired]).unbind(1)
         v = self.values(h, i, weights, value_embed)
-
-        # Half of each head rotates (record 17); the other half can match content at any distance.
-        q = rotary(q, *ctx.rope[paired])
-        k = rotary(k, *ctx.rope[paired])
 
         # Partial key offset (record 49): half of each key comes from the token before, so that one layer can
         # find what followed the last time.
@@ -929,7 +916,8 @@ class GPT(nn.Module):
         return Context(masks, rope, scale, cfg.tied(step), mixing, prefixes, docs.slices)
 
     def rotary_tables(self, stage: int, docs: Docs) -> tuple[float, list]:
-        """Return the softmax scale and the (cos, sin) of plain and of paired heads, kept for the next call.
+        """Return the softmax scale and the (cos, sin) of plain and of paired heads, each (T, 1, 1 or H,
+        r), kept for the next call.
 
         A token of paired heads stands at two positions: even heads at 2t, odd ones at 2t + 1.
         """
@@ -940,7 +928,7 @@ class GPT(nn.Module):
             angle = torch.arange(T, dtype=torch.float64, device=device)[:, None, None] * omega  # (T, 1, r)
             heads = torch.arange(self.cfg.num_heads, dtype=torch.float64, device=device)
             paired = 2 * angle + heads[None, :, None] % 2 * omega
-            rope = [[f(a).to(dtype) for f in (torch.cos, torch.sin)] for a in (angle, paired)]
+            rope = [[f(a).to(dtype)[:, None] for f in (torch.cos, torch.sin)] for a in (angle, paired)]
             for other in [key for key in self.rope_tables if key[0] != stage]:
                 del self.rope_tables[other]
             self.rope_tables[stage, T] = scale, rope

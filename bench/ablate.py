@@ -35,7 +35,6 @@ from engine.ranks import Runtime
 from train_gpt import Config, Run, parse_config
 
 BASE, FEWER, MORE = "all on", "10 % fewer steps", "10 % more steps"
-BASE_SEEDS = 3  # times as many runs of the trainer as it is: every difference is one from it
 OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "Muon (AdamW for everything)": "--optimizer=adamw --cautious=off --warmup_steps=25",
     "Polar Express (Jordan's coefficients)": "--coefficients=jordan",
@@ -131,10 +130,9 @@ def train(job: tuple[str, list[str], int, int]) -> dict:
 def run_all(options) -> None:
     """Train seed by seed, so that what is there at any time is balanced."""
     done = {(row["variant"], row["seed"]) for row in read(options.out) if "loss" in row}
-    jobs = [(name, settings, options.steps, seed) for seed in range(options.seeds * BASE_SEEDS)
+    jobs = [(name, settings, options.steps, seed) for seed in range(options.seeds)
             for name, settings in variants(options.steps).items()
-            if (seed < options.seeds or name == BASE) and (name, seed) not in done
-            and (not options.only or name in options.only)]
+            if (name, seed) not in done and (not options.only or name in (BASE, *options.only))]
     print(f"{len(jobs)} runs to do, {len(done)} done", file=sys.stderr)
     os.environ["OMP_NUM_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
@@ -238,8 +236,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("verb", choices=("run", "time", "table"))
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run")
-    parser.add_argument("--seeds", type=int, default=4,
-                        help=f"runs of each variant; {BASE_SEEDS} times as many of all on")
+    parser.add_argument("--seeds", type=int, default=4, help="runs of each variant, with the same seeds")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rounds", type=int, default=12, help="time: rounds of six steps of every variant")
     parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")

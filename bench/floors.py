@@ -226,7 +226,7 @@ def optimizer_work(cfg: Config, dtype: torch.dtype, step: int, M: int, world: in
 
     # An iteration reads X, writes X X^T, reads it twice and the polynomial once, and writes the next X.
     # Momentum and lower halves are read and written, gradient and weight read, the weight written.
-    kind = choose_ns_dtype(device)
+    kind = choose_ns_dtype(cfg, device)
     state = 3 * dtype.itemsize + (12 if dtype == torch.bfloat16 else 8)
     moved = 0
     for m, n in muon_matrices(cfg):

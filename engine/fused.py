@@ -25,29 +25,104 @@ class SquaredReluMlp(torch.autograd.Function):
     """squared_relu_mlp in 2 passes over (T, M) beside its products instead of 8.
 
     oneDNN applies the relu where it writes the product, and a hidden unit at 0 has the gradient 0 because of
-    the square.
+    the square. dtype: of the factors of all products and of what is between them.
     """
 
     @staticmethod
-    def forward(ctx, x, w_in, w_out, onednn):
+    def forward(ctx, x, w_in, w_out, onednn, dtype):
+        ctx.multiply = product if onednn else F.linear
+        ctx.given = x.dtype
+        x, w_in, w_out = (factor.to(dtype) for factor in (x, w_in, w_out))
         if onednn:
             hidden = ONEDNN(x, w_in, None, "relu", [], "")
         else:
             hidden = F.linear(x, w_in).relu_()
         squared = hidden * hidden
         ctx.save_for_backward(x, w_in, w_out, hidden, squared)
-        ctx.multiply = product if onednn else F.linear
-        return ctx.multiply(squared, w_out)
+        return ctx.multiply(squared, w_out).to(ctx.given)
 
     @staticmethod
     def backward(ctx, g):
         x, w_in, w_out, hidden, squared = ctx.saved_tensors
         multiply = ctx.multiply
+        g = g.to(x.dtype)
         dhidden = multiply(g, (2 * w_out).t().contiguous()).mul_(hidden)
         # The narrower factor comes first, for that one is copied.
         dw_in = multiply(x.t(), dhidden.t()).t()
         dw_out = multiply(g.t(), squared.t())
-        return multiply(dhidden, w_in.t().contiguous()), dw_in, dw_out, None
+        dx = multiply(dhidden, w_in.t().contiguous())
+        return dx.to(ctx.given), dw_in.to(ctx.given), dw_out.to(ctx.given), None, None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Norm and rotary embedding
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm without learned gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay.
+    x: (..., d)."""
+    r = cos.size(-1)
+    a, b, still = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, still], -1)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary to x in place."""
+    r = cos.size(-1)
+    a, b = x[..., :r], x[..., r : 2 * r]
+    into_b = a * sin
+    a.mul_(cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).add_(into_b)
+    return x
+
+
+def normalized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return norm(x) and the factor (..., 1) that makes it of x."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    factor = size.square_().div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_()
+    return x * factor, factor
+
+
+def through_norm(g: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+    """Return the gradient of x from that of y = factor x: what is along y is lost, as y keeps its length."""
+    along = (g * y).sum(-1, keepdim=True).div_(y.size(-1))
+    return torch.addcmul(g, y, along, value=-1).mul_(factor)
+
+
+class RmsNorm(torch.autograd.Function):
+    """norm in a third of the time."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, factor = normalized(x)
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return through_norm(g, *ctx.saved_tensors)
+
+
+class NormAndRotary(torch.autograd.Function):
+    """rotary(norm(x)) in a third of the time. A rotation keeps lengths and angles, so that the gradient goes
+    through the norm as if the norm came last, and is rotated back then."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        y, factor = normalized(x)
+        rotate_(y, cos, sin)
+        ctx.save_for_backward(y, factor, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, factor, cos, sin = ctx.saved_tensors
+        return rotate_(through_norm(g, y, factor), cos, -sin), None, None
 
 
 # ------------------------------------------------------------------------------------------------------------

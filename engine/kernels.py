@@ -10,9 +10,10 @@ from torch import Tensor
 
 from data.files import ROOT
 from engine.attention import BACKENDS, choose_backend
-from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
+from engine.fused import (
+    NormAndRotary, RmsNorm, SquaredReluMlp, norm, residual, residual_sum, rotary, squared_relu_mlp)
 from engine.head_loss import choose_fp8
-from engine.products import OneDnnLinear, choose_onednn, choose_symmetric, onednn_batches
+from engine.products import CpuLinear, choose_bf16, choose_onednn, choose_symmetric, onednn_batches
 from engine.tables import Lookup
 from muon import symmetric_product
 
@@ -33,6 +34,8 @@ class Kernels:
     fp8_reason: str
     onednn: bool  # whether fp32 products on a CPU are oneDNN's
     onednn_reason: str
+    bf16: bool  # whether the factors of products are rounded, though weights and activations are fp32
+    bf16_reason: str
     ns_dtype: torch.dtype  # of Muon's Newton-Schulz iteration
     symmetric: Callable  # symmetric matrix product for Muon
     symmetric_reason: str
@@ -40,20 +43,22 @@ class Kernels:
 
     @staticmethod
     def choose(cfg, device: torch.device) -> "Kernels":
-        """Choose by the settings attention, dtype, compile and fp8_head; "auto" leaves the choice to the
-        device.
+        """Choose by the settings attention, dtype, products, compile and fp8_head; "auto" leaves the choice
+        to the device.
 
         Raises UsageError where a setting asks for what does not work here.
         """
         dtype = choose_dtype(cfg.dtype, device)
-        compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+        compiled = will_compile(cfg, device)
         if compiled:
             keep_compiled()
+        bf16, bf16_reason = choose_bf16(cfg.products, device, dtype, compiled)
         return Kernels(device, dtype, compiled,
                        *choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, device, dtype),
                        *choose_fp8(cfg.fp8_head, device),
                        *choose_onednn(device, dtype, compiled),
-                       choose_ns_dtype(device),
+                       bf16, bf16_reason,
+                       choose_ns_dtype(cfg, device),
                        *choose_symmetric(device),
                        device.type == "cpu" and dtype == torch.float32 and not compiled)
 
@@ -62,7 +67,7 @@ class Kernels:
         """Return kernels of plain PyTorch on a CPU: the reference."""
         why = "asked for"
         return Kernels(torch.device("cpu"), dtype, False, attention, why, False, why, False, why,
-                       torch.float32, symmetric_product, why)
+                       False, why, torch.float32, symmetric_product, why)
 
     def make_mask(self, docs, window: int):
         return BACKENDS[self.attention][0](docs, window)
@@ -72,12 +77,22 @@ class Kernels:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """(..., n) by (m, n) to (..., m)."""
-        return OneDnnLinear.apply(x, weight) if self.onednn else F.linear(x, weight)
+        if self.bf16:
+            return CpuLinear.apply(x, weight, torch.bfloat16)
+        return CpuLinear.apply(x, weight) if self.onednn else F.linear(x, weight)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return RmsNorm.apply(x) if self.fused else norm(x)
+
+    def norm_and_rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return rotary(norm(x)). x: (T, ..., d)."""
+        return NormAndRotary.apply(x, cos, sin) if self.fused else rotary(norm(x), cos, sin)
 
     def mlp(self, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         """Return relu(x w_in^T)^2 w_out^T, (T, D)."""
         if self.fused:
-            return SquaredReluMlp.apply(x, w_in, w_out, self.onednn)
+            dtype = torch.bfloat16 if self.bf16 else self.dtype
+            return SquaredReluMlp.apply(x, w_in, w_out, self.onednn, dtype)
         return squared_relu_mlp(x, w_in, w_out, self.linear)
 
     def residual(self, factors, streams) -> Tensor:
@@ -99,12 +114,16 @@ class Kernels:
 
     def facts(self) -> list[str]:
         """Return one line for each choice, as the log and the doctor show them."""
+        how = "compiled" if self.compiled else "eager"
+        if self.fused:
+            how += ", with fused operations on a CPU"
         return [
             f"head in FP8: {yes_no(self.fp8_head)} ({self.fp8_reason})",
             f"attention: {self.attention} ({self.attention_reason})",
             f"products by oneDNN: {yes_no(self.onednn)} ({self.onednn_reason})",
-            f"symmetric products for Muon: {self.symmetric_reason}",
-            f"weights: {name_of(self.dtype)}, {'compiled' if self.compiled else 'eager'}",
+            f"products in bfloat16: {yes_no(self.bf16)} ({self.bf16_reason})",
+            f"Newton-Schulz of Muon: {name_of(self.ns_dtype)}, symmetric products by {self.symmetric_reason}",
+            f"weights: {name_of(self.dtype)}, {how}",
         ]
 
     def fallbacks(self, cfg) -> list[str]:
@@ -119,17 +138,23 @@ class Kernels:
         return notes
 
 
+def will_compile(cfg, device: torch.device) -> bool:
+    return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+
+
+def choose_ns_dtype(cfg, device: torch.device) -> torch.dtype:
+    """Return the dtype of Muon's iteration, which is that of the layers' products."""
+    weights = choose_dtype(cfg.dtype, device)
+    bf16, _ = choose_bf16(cfg.products, device, weights, will_compile(cfg, device))
+    return torch.bfloat16 if bf16 else weights
+
+
 def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
     """Return the type of weights and activations:
     bfloat16 on a GPU and float32 elsewhere, unless one is named."""
     if wish != "auto":
         return getattr(torch, wish)
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def choose_ns_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of Muon's iteration: fp32 on every CPU, so that losses do not depend on its kind."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def keep_compiled() -> None:

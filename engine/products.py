@@ -1,5 +1,5 @@
-"""Matrix products that are faster than torch's choice:
-in fp32 on AMD processors, and the symmetric ones of Muon."""
+"""Matrix products that are faster than torch's choice: in bf16 or by oneDNN on a CPU whose weights are fp32, and
+the symmetric ones of Muon."""
 import contextlib
 import functools
 from pathlib import Path
@@ -7,28 +7,50 @@ from pathlib import Path
 import torch
 
 from engine.self_test import in_one_line, largest_error, relative_error
-from muon import ONEDNN, orthogonalize, product, symmetric_product
+from data.errors import UsageError
+from muon import ONEDNN, has_bf16_units, orthogonalize, product, symmetric_product
 
 # ------------------------------------------------------------------------------------------------------------
-# In fp32 on a CPU: MKL, which torch calls, reaches half the rate of oneDNN on an AMD processor
+# In fp32 on a CPU: MKL, which torch calls, reaches half the rate of oneDNN on an AMD processor. A processor with
+# units for bf16 multiplies it two to eight times as fast as fp32.
 
 
-class OneDnnLinear(torch.autograd.Function):
-    """F.linear of x (T, D) and w (N, D), both fp32 on a CPU, by oneDNN."""
+class CpuLinear(torch.autograd.Function):
+    """F.linear of x (T, D) and w (N, D), both fp32 on a CPU, by oneDNN. dtype: what the factors of the three
+    products are rounded to; in bf16 their results are, too, though sums are fp32."""
 
     @staticmethod
-    def forward(ctx, x, w):
+    def forward(ctx, x, w, dtype=torch.float32):
+        x = x.to(dtype)
+        w = w.to(dtype)
         ctx.save_for_backward(x, w)
-        return product(x, w)
+        return product(x, w).float()
 
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        return product(g, w.t().contiguous()), product(g.t(), x.t())
+        g = g.to(x.dtype)
+        return product(g, w.t().contiguous()).float(), product(g.t(), x.t()).float(), None
+
+
+def choose_bf16(wish: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:
+    """Return whether the factors of the layers' products, of attention and of Muon's are rounded to bf16, and
+    the reason. Raises UsageError where that is asked for in vain."""
+    possible = device.type == "cpu" and dtype == torch.float32 and not compiled
+    if wish == "bfloat16" and not possible:
+        raise UsageError("--products: expected bfloat16 with fp32 weights on a CPU, eager, found another device, "
+                         "dtype or --compile=on; leave it out")
+    if not possible:
+        return False, "only with fp32 weights on a CPU, eager"
+    if wish != "auto":
+        return wish == "bfloat16", "as asked for"
+    if has_bf16_units():
+        return True, "this processor multiplies it in hardware"
+    return False, "this processor has no units for it"
 
 
 def choose_onednn(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:
-    """Return whether OneDnnLinear takes the place of F.linear, and the reason.
+    """Return whether CpuLinear takes the place of F.linear, and the reason.
 
     The kind of machine decides, not a race: a run must compute the same when it is resumed.
     """

@@ -67,12 +67,12 @@ class FsdpMuon(Muon):
             raise refusal("a mesh with its ranks in order", mesh, "sort its ranks")
         return kind, ranks
 
-    def _fill_buckets(self, kind: type[Bucket], process_group, gram: bool, members: list) -> None:
+    def _fill_buckets(self, kind: type[Bucket], process_group, members: list) -> None:
         if kind is Gathered:
             first, _ = members[0]
             warnings.warn(f"Muon: {len(members)} parameters, the first placed as {first.placements}, are "
                           "gathered whole on every rank, which is slow; shard them along one mesh dimension")
-        super()._fill_buckets(kind, process_group, gram, members)
+        super()._fill_buckets(kind, process_group, members)
 
     def _who_must_agree(self, process_group, p: Tensor) -> list:
         """Return all groups of a mesh, so that replicas agree as well."""

@@ -166,8 +166,9 @@ def training_flops(cfg: Config) -> int:
 
 def muon_flops(cfg: Config, device: torch.device) -> int:
     """Return the FLOPs of one Muon step: Newton-Schulz of all matrices."""
-    kind = choose_ns_dtype(device)
-    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, "auto", kind)) for m, n in muon_matrices(cfg))
+    dtype = choose_ns_dtype(cfg, device)
+    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, "auto", dtype, device), dtype)
+               for m, n in muon_matrices(cfg))
 
 
 def muon_shares(cfg: Config, device: torch.device) -> str:

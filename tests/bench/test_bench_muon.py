@@ -102,14 +102,14 @@ def test_counted_flops_are_those_of_the_formula(form, gram):
     shapes = [(m // 16, n // 16) for m, n in GPT2_BLOCK]
     settings = dict(ns_form=form, ns_dtype=torch.float32)
     found = isolated(100, lambda: speed.costs(0, load("muon.py"), settings, shapes))
-    assert found["flops"] == sum(newton_schulz_flops(m, n, 5, gram) for m, n in shapes)
+    assert found["flops"] == sum(newton_schulz_flops(m, n, 5, gram, torch.float32) for m, n in shapes)
     assert found["sent"] == 0 and found["peak"] >= 0
 
 
 def test_traffic_and_balance_of_two_ranks_are_those_of_the_model():
     rows = speed.worlds({"muon.py": load("muon.py")}, blocks=2, scale=32, limit_s=100, world_sizes=(1, 2))
     assert [row["world"] for row in rows] == [1, 2] * 3
-    work = 2 * sum(newton_schulz_flops(m, n, 5, False) for m, n in GPT2_BLOCK)
+    work = 2 * sum(newton_schulz_flops(m, n, 5, False, torch.float32) for m, n in GPT2_BLOCK)
     for row in rows:
         assert abs(row["sent"] - row["model"]) <= 0.02 * row["model"] and row["balance"] == 1.0
         assert row["flops"] * row["world"] == work

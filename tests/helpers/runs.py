@@ -25,7 +25,7 @@ SETTINGS = dict(  # of track shakespeare: three narrow layers with its roles, a 
     bigram_rows=64, batch_tokens=(512,), slices=8, max_doc_len=(64,), split_docs=0, window_short=(8, 16),
     window_long=(16, 32), window_final=32, val_tokens=1024, val_slice=256, val_every=4, train_steps=12,
     extension_steps=2, adam_every=1, max_epochs=4, target_loss=1.6,
-    sample_tokens=0)
+    sample_tokens=0, products="float32")  # the same on every processor
 TINY = [f"--{name}={show_value(value)}" for name, value in SETTINGS.items()]
 STEP_LINE = re.compile(r"^step:(\d+)/(\d+)((?: [A-Za-z_]+:\S+)+)\s*$")  # of the public logs
 

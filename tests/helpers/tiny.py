@@ -18,7 +18,7 @@ SMALL = {**SETTINGS, **dict(  # the roles that the layers of track small have, i
     val_files="data/shakespeare/shakespeare_val_*.bin", slices=2, batch_tokens=(64, 96, 128),
     max_doc_len=(12, 24), window_short=(3, 4, 5, 6), window_long=(6, 9, 12, 13), window_final=20,
     val_tokens=64, val_slice=32, train_steps=14, adam_every=2, momentum_warmup=4, momentum_cooldown=4,
-    dtype="float32", compile="off", attention="blocked")}
+    dtype="float32", products="float32", compile="off", attention="blocked")}
 BARE = {**SMALL, **dict(  # every technique off
     num_layers=4, long_layers=(1, 3), no_attn_layers=(), paired_layers=(), late_attn_layers=(),
     cache_layer=1, backout=False, skip=(), key_offset=False, yarn=False, softcap=(), value_embed_layers=(),

@@ -80,7 +80,7 @@ def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
         exact, found = plain(left, right, R, 0.7, -1.3), symmetric_product(left, right, R, alpha=0.7, beta=-1.3)
         assert found.dtype == dtype and (found - exact).abs().max() < BOUNDS[dtype] * exact.abs().max()
         if muon.one_by_one(X) and B == 1 and s >= muon.LARGE:
-            assert torch.equal(found.tril(-192), found.triu(192).mT)  # mirrored, not computed
+            assert torch.equal(found.tril(-muon.BLOCK_ROWS), found.triu(muon.BLOCK_ROWS).mT)  # mirrored, not computed
 
 
 @pytest.mark.parametrize("form, dtype", [("standard", torch.float32), ("gram", torch.float32), ("standard", torch.bfloat16)])

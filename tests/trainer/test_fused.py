@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from engine import products
-from engine.fused import SquaredReluMlp, residual, residual_sum, squared_relu_mlp
+from engine.fused import (
+    NormAndRotary, RmsNorm, SquaredReluMlp, norm, residual, residual_sum, rotary, squared_relu_mlp)
 from engine.kernels import Kernels
 from muon import ONEDNN
 from tests.helpers.tiny import build, config, context, docs_of
@@ -26,13 +27,35 @@ def assert_same(fused, plain, arguments, tolerance):
 
 def test_the_mlp_equals_its_formula():
     arguments = leaves((11, 6), (13, 6), (6, 13))
-    assert_same(lambda *args: SquaredReluMlp.apply(*args, False), squared_relu_mlp, arguments, 1e-14)
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, False, torch.float64), squared_relu_mlp, arguments, 1e-14)
 
 
 @pytest.mark.skipif(ONEDNN is None, reason="needs oneDNN with AVX-512")
 def test_the_mlp_by_onednn_equals_its_formula():
     arguments = leaves((70, 32), (96, 32), (32, 96), dtype=torch.float32)
-    assert_same(lambda *args: SquaredReluMlp.apply(*args, True), squared_relu_mlp, arguments, 1e-5)
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, True, torch.float32), squared_relu_mlp, arguments, 1e-5)
+
+
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=pytest.mark.skipif(
+    ONEDNN is None, reason="needs oneDNN with AVX-512"))])
+def test_the_mlp_with_factors_in_bf16_is_near_its_formula_and_gives_fp32(onednn):
+    arguments = leaves((70, 32), (96, 32), (32, 96), dtype=torch.float32)
+    assert_same(lambda *args: SquaredReluMlp.apply(*args, onednn, torch.bfloat16), squared_relu_mlp, arguments,
+                1e-2)  # each factor is rounded by up to 2^-9
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (5, 2, 3, 8)])
+def test_the_norm_equals_its_formula(shape):
+    assert_same(RmsNorm.apply, norm, leaves(shape), 1e-12)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_norm_and_rotary_equal_their_formulas(heads):
+    """The tables of plain heads are alike for all heads, those of paired heads are not; channels may be left."""
+    x, = leaves((5, 2, 3, 8))
+    angle = torch.rand(5, 1, heads, 3, dtype=torch.float64)
+    assert_same(lambda x: NormAndRotary.apply(x, angle.cos(), angle.sin()),
+                lambda x: rotary(norm(x), angle.cos(), angle.sin()), [x], 1e-12)
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data.errors import UsageError
 from engine import products
 from engine.head_loss import HeadLoss, choose_fp8, multi_token_loss, softcap, to_fp8
-from engine.products import OneDnnLinear, choose_onednn
+from engine.products import CpuLinear, choose_bf16, choose_onednn
 from muon import ONEDNN
 
 CPU = torch.device("cpu")
@@ -95,16 +95,31 @@ def test_head_and_loss_are_the_same_by_onednn(cap):
     assert_near(*both(*example(), (1.0, 0.5), cap, 10, onednn=True), 1e-5)  # fp32
 
 
-@needs_onednn
+@pytest.mark.parametrize("dtype, tolerance", [
+    pytest.param(torch.float32, 1e-6, marks=needs_onednn), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("T, D, N", [(1, 1, 1), (37, 12, 50), (512, 128, 384), (200, 33, 7)])
-def test_a_product_by_onednn_equals_the_plain_one_in_value_and_gradients(T, D, N):
+def test_a_product_on_a_cpu_equals_the_plain_one_in_value_and_gradients(T, D, N, dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(3, N, D, generator=generator)
     x, w = torch.randn(T, D, generator=generator).requires_grad_(), bank[1].requires_grad_()
     g = torch.randn(N, T).t()
-    y, exact = OneDnnLinear.apply(x, w), F.linear(x.double(), w.double())
+    y, exact = CpuLinear.apply(x, w, dtype), F.linear(x.double(), w.double())
     found = y, *torch.autograd.grad(y, (x, w), g)
-    assert_near(found, (exact, *torch.autograd.grad(exact, (x, w), g.double())), 1e-6)
+    assert {part.dtype for part in found} == {torch.float32}
+    assert_near(found, (exact, *torch.autograd.grad(exact, (x, w), g.double())), tolerance)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_products_are_in_bf16_where_the_processor_has_units_for_it(monkeypatch, has):
+    monkeypatch.setattr(products, "has_bf16_units", lambda: has)
+    assert choose_bf16("auto", CPU, torch.float32, False)[0] == has
+    assert choose_bf16("bfloat16", CPU, torch.float32, False)[0]
+    assert not choose_bf16("float32", CPU, torch.float32, False)[0]
+    for elsewhere in ((torch.device("cuda"), torch.float32, False), (CPU, torch.bfloat16, False),
+                      (CPU, torch.float32, True)):
+        assert not choose_bf16("auto", *elsewhere)[0]
+        with pytest.raises(UsageError, match="--products: expected bfloat16 with fp32 weights on a CPU"):
+            choose_bf16("bfloat16", *elsewhere)
 
 
 def test_onednn_is_for_eager_fp32_on_a_cpu_of_the_kind_that_gains(monkeypatch):
