@@ -26,10 +26,10 @@ def accuracy(row: dict) -> float:
     return TARGET + 0.02 * math.log(row["epochs"] / HALF[row["optimizer"]]) + 0.001 * math.sin(row["seed"])
 
 
-def all_rows() -> list[dict]:
+def all_rows(law=accuracy) -> list[dict]:
     rows = []
     while labels := next_run(rows):
-        rows.append(labels | dict(accuracy=accuracy(labels), seconds=1.0))
+        rows.append(labels | dict(accuracy=law(labels), seconds=1.0))
     return rows
 
 
@@ -106,10 +106,9 @@ def test_the_page_says_what_was_found(written, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() in text
 
 
-def test_a_target_that_is_not_reached_is_said_and_compared_with_nothing(rows):
-    low = [row | dict(accuracy=0.89) if (row["stage"], row["optimizer"]) == ("final", "sgd") else row
-           for row in rows]
-    text = airbench.summary(low)
+def test_a_target_that_is_not_reached_is_said_and_compared_with_nothing():
+    text = airbench.summary(all_rows(lambda row: min(accuracy(row), 0.89) if row["optimizer"] == "sgd" else
+                                     accuracy(row)))
     assert "SGD does not reach 90% in" in text and "over SGD's" not in text and "over AdamW's" in text
 
 
