@@ -228,6 +228,11 @@ class Config:
     adamw_lr: float = setting(0.001, "--optimizer=adamw: learning rate of the hidden matrices", ZERO_OR_MORE)
     adamw_wd: float = setting(
         0.1, "--optimizer=adamw: decoupled weight decay of the hidden matrices", ZERO_OR_MORE)
+    adamw_out_lr_mul: float = setting(
+        1.0, "--optimizer=adamw: factor of the learning rate for the zero-initialized MLP outputs",
+        ZERO_OR_MORE)
+    adamw_betas: tuple[float, ...] = setting(
+        (0.9, 0.95), "--optimizer=adamw: memories of gradient and square of the hidden matrices", MOMENTUM)
     ema_frac: float = setting(
         0.0, "part of the schedule that the average of the weights remembers; 0: no average", FRACTION)
     ema_blend: float = setting(0.7, "part of that average in the final weights", FRACTION)
@@ -1085,8 +1090,9 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
         "mudd_bias": adam(0.25, 0, (0.9, 0.99)),
     }
     if cfg.optimizer == "adamw":
-        adamw = Row("adam", cfg.adamw_lr, cfg.adamw_wd, False, (0.9, 0.95))
+        adamw = Row("adam", cfg.adamw_lr, cfg.adamw_wd, False, cfg.adamw_betas)
         table.update({name: adamw for name in MATRICES})
+        table["mlp_out"] = adamw._replace(lr=cfg.adamw_lr * cfg.adamw_out_lr_mul)
     return table
 
 

@@ -15,12 +15,8 @@ the steps that its speed gains or loses are worth, by the slope between the runs
 % more steps".
 """
 import argparse
-import json
 import math
-import multiprocessing
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -29,10 +25,11 @@ from pathlib import Path
 import scipy.stats
 import torch
 
+from bench import trials
 from bench.page import write_page
-from data.errors import RunError, UsageError, run_program
+from data.errors import UsageError, run_program
 from engine.ranks import Runtime
-from train_gpt import Config, Run, parse_config
+from train_gpt import Run
 
 BASE, FEWER, MORE = "all on", "10 % fewer steps", "10 % more steps"
 OFF = {  # technique -> the settings that turn it off, on track shakespeare
@@ -89,65 +86,33 @@ def variants(steps: int) -> dict[str, list[str]]:
     return {name: settings.split() for name, settings in lines.items()}
 
 
-def config(steps: int, settings: list[str], seed: int) -> Config:
-    _, changes = parse_config([f"--train_steps={steps}", f"--val_every={10**9}", f"--seed={seed}", *settings])
-    return Config.for_track("shakespeare", **changes)
+def job(name: str, settings: list[str], steps: int, seed: int) -> trials.Job:
+    return trials.Job(dict(variant=name), [f"--train_steps={steps}", *settings], seed)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Runs
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row | dict(commit=commit())) + "\n")
-
-
-def train(job: tuple[str, list[str], int, int]) -> dict:
-    """Train once, in a process of its own. job: name of the variant, its settings, steps, seed."""
-    name, settings, steps, seed = job
-    run = Run(config(steps, settings, seed), Runtime())
-    start = time.perf_counter()
-    try:
-        while run.step < run.cfg.train_steps:
-            run.train_step()
-        loss = run.evaluate()
-    except RunError as error:  # a run that diverges is a result, too
-        loss = math.nan
-        print(f"{name}, seed {seed}: {error}", file=sys.stderr)
-    return dict(variant=name, settings=settings, seed=seed, steps=run.cfg.train_steps, loss=round(loss, 5),
-                seconds=round(time.perf_counter() - start, 1))
-
-
 def run_all(options) -> None:
     """Train seed by seed, so that what is there at any time is balanced."""
-    done = {(row["variant"], row["seed"]) for row in read(options.out) if "loss" in row}
-    jobs = [(name, settings, options.steps, seed) for seed in range(options.seeds)
+    done = {(row["variant"], row["seed"]) for row in trials.read(options.out) if "loss" in row}
+    jobs = [job(name, settings, options.steps, seed) for seed in range(options.seeds)
             for name, settings in variants(options.steps).items()
             if (name, seed) not in done and (not options.only or name in (BASE, *options.only))]
     print(f"{len(jobs)} runs to do, {len(done)} done", file=sys.stderr)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with multiprocessing.get_context("spawn").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
-        for row in pool.imap_unordered(train, jobs):
-            append(options.out, row)
-            print("{variant}, seed {seed}: {loss:.4f} in {seconds:.0f} s".format(**row), file=sys.stderr)
+    for _ in trials.run_all(jobs, trials.train, options.workers, options.out):
+        pass
 
 
 def time_all(options) -> None:
     """Hold the runs of all variants in memory; each takes six steps, two in each stage, in every round."""
     torch.set_num_threads(2)
-    runs = {name: Run(config(options.steps, settings, 0), Runtime())
-            for name, settings in variants(options.steps).items()
-            if name not in (FEWER, MORE) and (not options.only or name in (BASE, *options.only))}
+    runs = {}
+    for name, settings in variants(options.steps).items():
+        if name not in (FEWER, MORE) and (not options.only or name in (BASE, *options.only)):
+            first = job(name, settings, options.steps, 0)
+            runs[name] = Run(trials.config(first.settings, first.seed), Runtime())
     places = [options.steps * k // 6 for k in (1, 3, 5)]
     seconds = defaultdict(list)
     for turn in range(options.rounds + 1):  # the first does not count
@@ -164,8 +129,9 @@ def time_all(options) -> None:
                 seconds[name].append(spent / 6)
     for name, values in seconds.items():
         ratio = statistics.median(value / base for value, base in zip(values, seconds[BASE]))
-        append(options.out, dict(variant=name, ms=[round(1000 * v, 2) for v in values], rounds=options.rounds,
-                                 ratio=round(ratio, 4), threads=2))
+        row = dict(variant=name, ms=[round(1000 * v, 2) for v in values], rounds=options.rounds,
+                   ratio=round(ratio, 4), threads=2)
+        trials.append(options.out, row)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -192,7 +158,7 @@ def differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[flo
 def table(path: Path) -> str:
     """Return the table by the loss at equal time, the worst first: what helps most stands on top."""
     losses, steps, ratios = defaultdict(dict), {}, {}
-    for row in read(path):
+    for row in trials.read(path):
         if "loss" in row:
             losses[row["variant"]][row["seed"]] = row["loss"]
             steps[row["variant"]] = row["steps"]

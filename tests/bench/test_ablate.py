@@ -6,7 +6,7 @@ import multiprocessing.dummy
 import re
 from types import SimpleNamespace
 
-from bench import ablate
+from bench import ablate, trials
 from data.errors import run_program
 from data.files import ROOT
 from tests.helpers.runs import TINY, make_shards
@@ -49,7 +49,8 @@ def test_too_few_results_are_said(tmp_path, capsys):
 
 
 def test_every_variant_is_one_that_the_trainer_takes():
-    found = {name: ablate.config(240, settings, 0) for name, settings in ablate.variants(240).items()}
+    jobs = [ablate.job(name, settings, 240, 0) for name, settings in ablate.variants(240).items()]
+    found = {str(job): trials.config(job.settings, job.seed) for job in jobs}
     assert len(found) == 4 + len(ablate.OFF) + len(ablate.ON) and len(set(found.values())) == len(found)
 
 
@@ -65,7 +66,7 @@ def test_a_sweep_trains_what_is_missing_and_times_in_turns(tmp_path, monkeypatch
     variants = {ablate.BASE: TINY[1:], "smear": [*TINY[1:], "--smear=off"]}
     monkeypatch.setattr(ablate, "variants", lambda steps: variants)
     threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)  # which start at once
-    monkeypatch.setattr(ablate, "multiprocessing", threads)
+    monkeypatch.setattr(trials, "multiprocessing", threads)
     monkeypatch.setattr(ablate.torch, "set_num_threads", lambda n: None)  # two may be more than there are
     out = tmp_path / "out.jsonl"
     out.write_text(json.dumps(rows(ablate.BASE, [1.0])[0]) + "\n")

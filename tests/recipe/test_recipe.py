@@ -105,6 +105,7 @@ SETTINGS = {
         (1.0, 0.9, 0.95), "TrainingManager.param_table: x0_lambdas, bigram_lambdas; record 82: xsa_alphas"),
     "cautious": Row(True, "NorMuonAndAdam: mask"),
     "adamw_lr": Row(0.001, OURS_ALONE), "adamw_wd": Row(0.1, OURS_ALONE),
+    "adamw_out_lr_mul": Row(1.0, OURS_ALONE), "adamw_betas": Row((0.9, 0.95), OURS_ALONE),
     "ema_frac": Row(0.0, OURS_ALONE), "ema_blend": Row(0.7, OURS_ALONE), "ema_of": Row("all", OURS_ALONE),
 }
 RECORD_89 = {  # what --recipe=record89 changes; the places are those of record 89, commit f411b3d3

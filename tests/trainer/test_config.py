@@ -54,8 +54,8 @@ POSITIVE = [
 NOT_NEGATIVE = [
     "extension_steps", "warmup_steps", "momentum_warmup", "momentum_cooldown", "save_every", "keep", "seed",
     "bigram_rows", "ngram_rows", "split_docs", "adam_wd", "muon_wd", "adamw_wd", "lr_floor", "muon_lr",
-    "adam_lr", "adamw_lr", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std", "resid_init", "ema_frac",
-    "ema_blend", "prefix_weight", "mlp_out_std", "mix_window"]
+    "adam_lr", "adamw_lr", "adamw_out_lr_mul", "adam_eps", "mlp_out_lr_mul", "table_lr_mul", "head_std",
+    "resid_init", "ema_frac", "ema_blend", "prefix_weight", "mlp_out_std", "mix_window"]
 BY_STAGE = ["batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mul", "mtp_weights"]
 LAYERS = [
     "long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
@@ -87,6 +87,7 @@ REFUSED = [
     ("softcap", (23.0, 5.0, 0.0)),
     ("momentum", (0.9,)),
     ("momentum", (0.9, 1.0)),
+    ("adamw_betas", (0.9, 1.0)),
     ("cooldown_frac", 1.1),
     ("rope_fraction", -0.1),
     ("untie_stage", 3),

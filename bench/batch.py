@@ -1,0 +1,401 @@
+"""Steps to a loss against the batch, for Muon and AdamW: where does a larger batch stop to save steps?
+
+    python -m bench.batch run OUT.jsonl [--batches 512 2048 8192] [--seeds=3] [--workers=1]
+    python -m bench.batch table OUT.jsonl [--page=bench/BATCH.md]
+
+A miniature of the trainer (two layers, width 64, sequences of 512 bytes of Shakespeare, windows of 64, no
+decay) is trained at a constant rate until the average of its last weights is at the loss; nothing in its
+settings depends on the length of the run. All learning rates have one factor; for every optimizer, momentum
+and batch it is searched in steps of 2 until the best lies inside those tried, with one seed, then that and
+its two neighbours get all seeds. OUT.jsonl gets a line for every training, so what was interrupted goes on.
+A training that diverges, or is not at the loss in time, is a result; nothing is extrapolated from it.
+"""
+import argparse
+import math
+import sys
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bench import trials
+from bench.page import grid, write_page
+from bench.pictures import Theme
+from bench.plots import finish, two_plots, write_plots
+from data.errors import RunError, UsageError, run_program
+from engine.ranks import Runtime
+from train_gpt import Run
+
+SEQUENCE = 512  # tokens; a batch is a number of them
+CONSTANT = [
+    # the model
+    "--num_layers=2", "--model_dim=64", "--head_dim=32", "--long_layers=", "--paired_layers=",
+    "--cache_layer=0", "--backout=off", "--skip=", "--value_embed_layers=", "--attn_gate_layers=",
+    "--xsa_layers=", "--bigram_rows=0", "--smear=off", "--inject_x0=off",
+    # no schedule
+    "--stages=1", "--extension_steps=0", "--cooldown_frac=0", "--warmup_steps=10", "--mtp_weights=1",
+    "--untie_stage=0", "--window_short=64", "--window_long=64", "--window_final=64", "--ema_frac=0",
+    "--momentum_warmup=0", "--momentum_cooldown=0", "--yarn=off", "--max_epochs=1000",
+    "--ngram_rows=0", "--muon_wd=0", "--adamw_wd=0", "--adam_wd=0", "--cautious=off", "--val_tokens=16384"]
+BETA = 0.95  # Muon's momentum where it is not the question; AdamW has 0.9 and 0.95
+BETAS = 0.8, BETA, 0.98
+FIRST_FACTORS = 0.5, 1.0, 2.0  # of the track's rates, at BASE_BATCH; they grow as the root of the batch
+BASE_BATCH = 2048
+LARGEST_SEARCH = 8  # factors of one cell
+AVERAGE_POWER = 6  # the weights of step s enter the average as s^6: it looks back over a seventh of the run
+LOOK = 1.04  # factor between the steps of two looks at the validation loss
+NEAR = 0.4  # nats above the loss at which these begin, in training losses
+NAMES = {"muon": "Muon", "adamw": "AdamW"}
+
+
+class Cell(NamedTuple):
+    """What gets a rate of its own."""
+    optimizer: str
+    beta: float
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{NAMES[self.optimizer]}, {self.beta:g}"
+
+
+class Training(NamedTuple):
+    cell: Cell
+    factor: float
+    seed: int
+    loss: float  # to reach
+    cap: int  # steps after which it is given up
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One training
+
+
+class Average:
+    """The average of weights over the steps, in which those of step s count as s^AVERAGE_POWER."""
+
+    def __init__(self, weights: list[Tensor]):
+        self.weights = weights
+        self.values = [w.detach().clone() for w in weights]
+        self.steps = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        self.steps += 1
+        part = (AVERAGE_POWER + 1) / (AVERAGE_POWER + self.steps)
+        torch._foreach_lerp_(self.values, [w.detach() for w in self.weights], part)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and average."""
+        for weight, value in zip(self.weights, self.values):
+            kept = weight.clone()
+            weight.copy_(value)
+            value.copy_(kept)
+
+
+def settings_of(job: Training) -> list[str]:
+    cell = job.cell
+    rate = f"--lr_mul={job.factor * math.sqrt(cell.batch / BASE_BATCH):.5g}"
+    momentum = f"--momentum={cell.beta},{cell.beta}"
+    return [*CONSTANT, f"--optimizer={cell.optimizer}", momentum, rate, f"--batch_tokens={cell.batch}",
+            f"--slices={cell.batch // SEQUENCE}", f"--train_steps={job.cap}"]
+
+
+def train(job: Training) -> dict:
+    """Train until the averaged weights are at the loss. Returns the line of the result: its steps are None
+    where they never were."""
+    run = Run(trials.config(settings_of(job), job.seed), Runtime())
+    start = time.perf_counter()
+    try:
+        steps = steps_to(run, job.loss)
+        ending = "reached" if steps else "not reached"
+    except RunError:
+        steps, ending = None, "diverged"
+    loss = math.nan if run.val_loss is None else round(run.val_loss, 4)
+    seconds = round(time.perf_counter() - start, 1)
+    return dict(job.cell._asdict(), factor=job.factor, seed=job.seed, target=job.loss, cap=job.cap,
+                steps=steps, loss=loss, seconds=seconds, ending=ending)
+
+
+def steps_to(run: Run, target: float) -> float | None:
+    """Return after how many steps the averaged weights are at the loss, on a straight line in the logarithm
+    of the steps between two looks; None within the run's steps."""
+    average = Average([p for p in run.model.parameters()])
+    before = None  # (step, loss) of the look before
+    look = 1
+    while run.step < run.cfg.train_steps:
+        training_loss = run.train_step()
+        average.add()
+        if run.step < look or training_loss > target + NEAR:
+            continue
+        average.swap()
+        loss = run.evaluate()
+        average.swap()
+        if loss <= target:
+            return run.step if before is None else crossing(*before, run.step, loss, target)
+        before = run.step, loss
+        look = max(run.step + 1, round(run.step * LOOK))
+    return None
+
+
+def crossing(step: int, loss: float, next_step: int, next_loss: float, target: float) -> float:
+    part = (loss - target) / (loss - next_loss)
+    return round(step * (next_step / step) ** part, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which trainings
+
+
+def by_cell(rows: list[dict]) -> dict[Cell, dict[float, dict[int, float]]]:
+    """Return cell -> factor -> seed -> steps, infinite where the loss was not reached."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        cell = Cell(row["optimizer"], row["beta"], row["batch"])
+        found[cell][row["factor"]][row["seed"]] = row["steps"] or math.inf
+    return found
+
+
+def best_factor(factors: dict[float, dict[int, float]]) -> float:
+    """Return the factor with the fewest steps at seed 0, the smaller one of two alike."""
+    return min(sorted(factors), key=lambda factor: factors[factor].get(0, math.inf))
+
+
+def neighbours(factor: float) -> list[float]:
+    return [factor / 2, factor, factor * 2]
+
+
+def wanted(cell: Cell, factors: dict[float, dict[int, float]], seeds: int) -> list[tuple[float, int]]:
+    """Return the (factor, seed) that a cell lacks now; more may follow from what they find."""
+    missing = [(factor, 0) for factor in FIRST_FACTORS if 0 not in factors.get(factor, {})]
+    if missing:
+        return missing
+    best = best_factor(factors)
+    if all(math.isinf(steps[0]) for steps in factors.values() if 0 in steps):
+        return []
+    around = [(factor, 0) for factor in neighbours(best) if factor not in factors]
+    if around:
+        return around if len(factors) < LARGEST_SEARCH else []
+    return [(factor, seed) for seed in range(1, seeds) for factor in neighbours(best)
+            if seed not in factors[factor]]
+
+
+def cells(batches: list[int], betas: list[float]) -> list[Cell]:
+    both = [Cell(optimizer, beta, batch) for batch in batches
+            for optimizer, beta in (("muon", BETA), ("adamw", 0.9))]
+    return [*both, *(Cell("muon", beta, batch) for beta in betas if beta != BETA for batch in batches)]
+
+
+def run_all(options) -> None:
+    """Train what is missing, as long as the search asks for more."""
+    for batch in options.batches:
+        if batch < SEQUENCE or batch % SEQUENCE:
+            raise UsageError(f"--batches: expected multiples of a sequence, {SEQUENCE} tokens, found "
+                             f"{batch}; choose others")
+    others = {row["target"] for row in trials.read(options.out)} - {options.loss}
+    if others:
+        raise UsageError(f"--loss: expected the loss of {options.out}, {others.pop():g}, found "
+                         f"{options.loss:g}; choose another file for it")
+    while True:
+        found = by_cell(trials.read(options.out))
+        jobs = []
+        for cell in cells(options.batches, options.betas):
+            factors = found.get(cell, {})
+            steps = [n for of_factor in factors.values() for n in of_factor.values() if math.isfinite(n)]
+            cap = min(options.cap, round(2 * min(steps))) if steps else options.cap
+            jobs += [Training(cell, factor, seed, options.loss, cap)
+                     for factor, seed in wanted(cell, factors, options.seeds)]
+        if not jobs:
+            return
+        jobs.sort(key=lambda job: job.seed)  # searches first
+        for _ in trials.run_all(jobs, train, options.workers, options.out):
+            pass
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fits
+
+
+def mean_steps(factors: dict[float, dict[int, float]]) -> tuple[float, list[float]]:
+    """Return (factor, steps of its seeds) that needs the fewest, by the mean logarithm; inf: never."""
+    best = min(sorted(factors), key=lambda factor: log_mean([*factors[factor].values()]))
+    return best, [steps for _, steps in sorted(factors[best].items())]
+
+
+def log_mean(steps: list[float]) -> float:
+    return float(np.mean(np.log(steps)))
+
+
+def whole_seeds(factors: dict[float, dict[int, float]]) -> dict[float, dict[int, float]]:
+    """Return the best factor and its neighbours, each with the seeds that all of them have."""
+    kept = {factor: factors[factor] for factor in neighbours(best_factor(factors)) if factor in factors}
+    seeds = set.intersection(*map(set, kept.values()))
+    return {factor: {seed: steps[seed] for seed in seeds} for factor, steps in kept.items()}
+
+
+def fit_critical(batches, steps) -> tuple[float, float, float]:
+    """Fit S = S_min (1 + B_crit / B) in logarithms. Return (S_min, B_crit, root mean square misfit)."""
+    def misfit(x):
+        return x[0] + np.log1p(np.exp(x[1]) / np.array(batches)) - np.log(steps)
+
+    start = [math.log(min(steps)), math.log(np.median(batches))]
+    found = scipy.optimize.least_squares(misfit, start)
+    return math.exp(found.x[0]), math.exp(found.x[1]), float(np.sqrt(np.mean(found.fun**2)))
+
+
+def fit_power(batches, steps) -> tuple[float, float]:
+    """Fit S = c B^p. Return (p, root mean square misfit in logarithms)."""
+    line = np.polyfit(np.log(batches), np.log(steps), 1)
+    return float(line[0]), float(np.sqrt(np.mean((np.polyval(line, np.log(batches)) - np.log(steps)) ** 2)))
+
+
+def draw_steps(factors: dict[float, dict[int, float]], rng) -> float:
+    """Return the mean steps at the best factor of a draw of seeds, so that the search is drawn again too."""
+    known = sorted(next(iter(factors.values())))
+    seeds = rng.choice(known, len(known))
+    return math.exp(min(log_mean([steps[seed] for seed in seeds]) for steps in factors.values()))
+
+
+def interval(curve: dict[int, dict], draws: int = 500) -> list[tuple[float, float]]:
+    """Return intervals of 95 % of S_min and B_crit by a bootstrap over seeds and factors."""
+    rng = np.random.default_rng(0)
+    found = [fit_critical([*curve], [draw_steps(factors, rng) for factors in curve.values()])[:2]
+             for _ in range(draws)]
+    return [tuple(np.percentile(values, (2.5, 97.5))) for values in zip(*found)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def curves(rows: list[dict]) -> dict[tuple[str, float], dict[int, dict]]:
+    """Return (optimizer, beta) -> batch -> factors with whole seeds, of cells that reach the loss and whose
+    search has ended."""
+    found = defaultdict(dict)
+    for cell, factors in sorted(by_cell(rows).items(), key=lambda item: (item[0].batch, item[0])):
+        kept = whole_seeds(factors)
+        reached = math.isfinite(log_mean(mean_steps(kept)[1]))
+        if reached and len(kept) == len(neighbours(1)):
+            found[cell.optimizer, cell.beta][cell.batch] = kept
+    return found
+
+
+def cell_rows(rows: list[dict]) -> list[list]:
+    lines = []
+    for cell, factors in sorted(by_cell(rows).items(), key=lambda item: (item[0].batch, item[0])):
+        tried = " ".join(f"{factor:g}" for factor in sorted(factors))
+        best, steps = mean_steps(whole_seeds(factors))
+        line = [cell.batch, NAMES[cell.optimizer], f"{cell.beta:g}", tried, f"{best:g}", len(steps)]
+        if math.isinf(log_mean(steps)):
+            lines.append([*line, "not reached", "", ""])
+            continue
+        inside = len(whole_seeds(factors)) == len(neighbours(1))
+        lines.append([*line, f"{math.exp(log_mean(steps)):.0f}", f"{min(steps):.0f} to {max(steps):.0f}",
+                      "yes" if inside else "no"])
+    return lines
+
+
+def ratio_rows(found: dict) -> list[list]:
+    muon, adamw = found.get(("muon", BETA), {}), found.get(("adamw", 0.9), {})
+    lines = []
+    for batch in sorted({*muon} & {*adamw}):
+        steps = [math.exp(log_mean(mean_steps(curve[batch])[1])) for curve in (muon, adamw)]
+        lines.append([batch, f"{steps[0]:.0f}", f"{steps[1]:.0f}", f"{steps[1] / steps[0]:.2f}"])
+    return lines
+
+
+def fit_rows(found: dict) -> list[list]:
+    lines = []
+    for (optimizer, beta), curve in sorted(found.items()):
+        name = [NAMES[optimizer], f"{beta:g}", len(curve)]
+        if len(curve) < 3:
+            lines.append([*name, "no fit: fewer than three batches", "", "", "", ""])
+            continue
+        steps = [math.exp(log_mean(mean_steps(factors)[1])) for factors in curve.values()]
+        least, critical, misfit = fit_critical([*curve], steps)
+        power, power_misfit = fit_power([*curve], steps)
+        smallest, tokens = f"{least:.0f}", f"{critical:.0f}"
+        if min(len(next(iter(factors.values()))) for factors in curve.values()) > 1:
+            (low, high), (near, far) = interval(curve)
+            smallest += f" ({low:.0f} to {high:.0f})"
+            tokens += f" ({near:.0f} to {far:.0f})"
+        lines.append([*name, smallest, tokens, f"{misfit:.1%}", f"{power:.2f}", f"{power_misfit:.1%}"])
+    return lines
+
+
+def tables(rows: list[dict]) -> str:
+    if not rows:
+        raise UsageError("expected results, found none; see `python -m bench.batch run`")
+    found = curves(rows)
+    endings = [row["ending"] for row in rows]
+    fits = ["optimizer", "momentum", "batches", "S_min (95 %)", "B_crit, tokens (95 %)", "misfit",
+            "exponent of a power law", "its misfit"]
+    return "\n\n".join([
+        f"{len(rows)} trainings to the loss {rows[0]['target']:g}: {endings.count('not reached')} did not "
+        f"reach it in time, {endings.count('diverged')} diverged.",
+        grid(["tokens a batch", "optimizer", "momentum", "factors tried", "best", "n", "steps", "range",
+              "best inside"], cell_rows(rows)),
+        "Steps of AdamW in units of Muon's, where the best factor of both lies inside those tried:",
+        grid(["tokens a batch", "Muon", "AdamW", "ratio"], ratio_rows(found)),
+        "Fits of S = S_min (1 + B_crit / B), and of a power law; intervals where every cell has several "
+        "seeds:",
+        grid(fits, fit_rows(found))]) + "\n"
+
+
+def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
+    """Left, steps against the batch of both optimizers; right, of the momenta of Muon."""
+    found = curves(rows)
+    titles = f"steps to {rows[0]['target']:g}", "steps to it by Muon's momentum"
+    left, right = two_plots(figure, theme, titles, ("tokens a batch", "tokens a batch"))
+    colors = iter(theme.colors["ranks"])
+    batches = set()
+    for (optimizer, beta), curve in sorted(found.items()):
+        steps = [math.exp(log_mean(mean_steps(factors)[1])) for factors in curve.values()]
+        batches |= {*curve}
+        shown = dict(linewidth=3, marker="o")
+        if (optimizer, beta) in (("muon", BETA), ("adamw", 0.9)):
+            left.plot([*curve], steps, color=theme.colors[optimizer], label=NAMES[optimizer], **shown)
+        if optimizer == "muon":
+            right.plot([*curve], steps, color=next(colors), label=f"momentum {beta:g}", **shown)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        finish(axes, theme, sorted(batches))
+
+
+def show(options) -> None:
+    rows = trials.read(options.out)
+    text = tables(rows)
+    if not options.page:
+        print(text, end="")
+        return
+    write_page(options.page, options.out.as_posix(), text)
+    write_plots("batch", "Steps to a loss against the batch", partial(draw, rows))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.batch", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
+    parser.add_argument("--batches", type=int, nargs="+", default=[512, 2048, 8192], help="tokens a batch")
+    parser.add_argument("--betas", type=float, nargs="*", default=[*BETAS], help="momenta of Muon")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the best factor and its neighbours")
+    parser.add_argument("--loss", type=float, default=2.15, help="validation loss to reach")
+    parser.add_argument("--cap", type=int, default=1500, help="steps after which a training is given up")
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
+    options = parser.parse_args(argv)
+    {"run": run_all, "table": show}[options.verb](options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:], "bench.batch"))

@@ -1,0 +1,271 @@
+"""The convergence bound of Muon against Muon itself, on a noisy quadratic all of whose constants are known.
+
+    python -m bench.theory run OUT.json [--seed=0]             measure, in less than a minute of one core
+    python -m bench.theory table OUT.json [--page=bench/THEORY.md]
+
+f(W) = 1/2 <W - W*, H (W - W*)> for W of 16 x 24, H positive. With gradients in the nuclear norm |.|_* and
+steps in the spectral norm, f is smooth with L = tr H; the noise of a gradient of batch b is Gaussian and has
+the expected norm sigma / sqrt(b). For plain momentum (M starts at zero) and exact orthogonalization,
+
+    f(W_t+1) <= f(W_t) - lr |G_t|_* + 2 lr |M_t - G_t|_* + lr^2 L / 2,
+
+    M_t - G_t = -beta^(t+1) G_0 + sum_s beta^(t-s+1) (G_s-1 - G_s) + (1 - beta) sum_s beta^(t-s) noise_s,
+
+where |G_s-1 - G_s|_* <= lr L, and the last sum has the expected norm of the noise times
+sqrt((1 - beta) / (1 + beta)) at most. Summed up over T steps:
+
+    mean |G|_* <= f(W_0) / (lr T) + lr L / 2                            descent
+                  + 2 beta |G_0|_* / ((1 - beta) T) + 2 lr L beta / (1 - beta)    lag of the momentum
+                  + 2 sigma / sqrt(b) sqrt((1 - beta) / (1 + beta))     noise
+
+This is the bound X / T + Y / sqrt(b) + Z of arXiv 2507.01598, with this problem's constants. It assumes exact
+orthogonalization. With decay, |W| <= 1 / decay in the spectral norm as soon as it holds once and lr decay
+<= 1.
+"""
+import argparse
+import json
+import math
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bench.page import grid, write_page
+from bench.pictures import Theme
+from bench.plots import finish, two_plots, write_plots
+from data.errors import UsageError, run_program
+from data.files import written_whole
+from muon import Muon
+
+ROWS, COLUMNS = 16, 24
+EXACT = "exact"  # thirty steps of a slow iteration that converges
+ITERATIONS = {
+    EXACT: dict(ns_coefficients=((1.875, -1.25, 0.375),), ns_steps=30),
+    "polar": dict(ns_coefficients="polar"),
+    "quintic": dict(ns_coefficients="quintic"),
+    "jordan": dict(ns_coefficients="jordan"),
+}
+LR, BETA, STEPS = 0.02, 0.95, 1000  # where not said
+BATCHES = 1, 4, 16, 64, 256
+RATES = 0.005, 0.01, 0.02, 0.04, 0.08
+NEVER = math.inf  # batch without noise
+SLACK = 1e-4  # relative, of fp32 and of the iteration's end
+DECAY = 0.5
+
+
+class Case(NamedTuple):
+    """One run of Muon: its length, rate, momentum, batch (inf: no noise) and iteration."""
+    steps: int = STEPS
+    lr: float = LR
+    beta: float = BETA
+    batch: float = NEVER
+    iteration: str = EXACT
+
+
+CASES = [
+    *(Case(lr=lr, beta=0.0, iteration=name) for lr in (LR, 0.1) for name in ITERATIONS),
+    *(Case(beta=beta) for beta in (0.8, 0.95)),
+    *(Case(steps=steps) for steps in (100, 300)),
+    *(Case(batch=batch) for batch in BATCHES),
+    *(Case(lr=lr, batch=16) for lr in RATES if lr != LR),
+    *(Case(beta=beta, batch=16) for beta in (0.0, 0.8, 0.98)),
+]
+
+
+class Quadratic:
+    """The problem of a seed: H with eigenvalues from 0.05 to 1, the minimum W*, the noise."""
+
+    def __init__(self, seed: int):
+        self.random = torch.Generator().manual_seed(seed)
+        basis, _ = torch.linalg.qr(self.normal(ROWS, ROWS).double())
+        eigenvalues = torch.logspace(math.log10(0.05), 0, ROWS, dtype=torch.float64)
+        self.H = (basis * eigenvalues) @ basis.T
+        self.minimum = self.normal(ROWS, COLUMNS).double() * self.distance
+        self.L = self.H.trace().item()
+        self.sigma = statistics.mean(nuclear(self.normal(ROWS, COLUMNS)) for _ in range(1000)) * self.noise
+
+    noise = 0.05     # standard deviation of an entry of the gradient at batch 1
+    distance = 0.2   # and of W* from the start
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random)
+
+    def gradient(self, W: Tensor) -> Tensor:
+        return self.H @ (W.double() - self.minimum)
+
+    def value(self, W: Tensor) -> float:
+        return ((W.double() - self.minimum) * self.gradient(W)).sum().item() / 2
+
+
+def nuclear(X: Tensor) -> float:
+    return torch.linalg.matrix_norm(X.double(), "nuc").item()
+
+
+def spectral(X: Tensor) -> float:
+    return torch.linalg.matrix_norm(X.double(), 2).item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measured and bound
+
+
+def follow(problem: Quadratic, case: Case, decay: float = 0.0) -> tuple[list[float], float]:
+    """Run Muon from zero. Return (|G|_* before each step, largest |W| in the spectral norm)."""
+    W = torch.nn.Parameter(torch.zeros(ROWS, COLUMNS))
+    optimizer = Muon([W], lr=case.lr, momentum=case.beta, weight_decay=decay, nesterov=False,
+                     adjust_lr_fn="identity", ns_dtype=torch.float32, **ITERATIONS[case.iteration])
+    norms = []
+    largest = 0.0
+    for _ in range(case.steps):
+        G = problem.gradient(W.detach())
+        norms.append(nuclear(G))
+        if case.batch != NEVER:
+            G = G + problem.normal(ROWS, COLUMNS) * problem.noise / math.sqrt(case.batch)
+        W.grad = G.float()
+        optimizer.step()
+        if decay:
+            largest = max(largest, spectral(W.detach()))
+    return norms, largest
+
+
+def bound(problem: Quadratic, case: Case) -> float:
+    """Return the right-hand side of the inequality of this file's docstring."""
+    start = torch.zeros(ROWS, COLUMNS)
+    T, lr, beta = case.steps, case.lr, case.beta
+    descent = problem.value(start) / (lr * T) + lr * problem.L / 2
+    first = nuclear(problem.gradient(start)) * beta / ((1 - beta) * T)
+    lag = lr * problem.L * beta / (1 - beta)
+    noise = problem.sigma / math.sqrt(case.batch) * math.sqrt((1 - beta) / (1 + beta))
+    return descent + 2 * (first + lag + noise)
+
+
+def slope(xs, ys) -> float:
+    """Return the exponent of the power law through these points."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def measure(seed: int, lr: float, decay: float) -> dict:
+    """Return the results of a seed, as JSON keeps them."""
+    if not (0 < lr and 0 < decay and lr * decay <= 1):
+        raise UsageError(f"expected --lr and --decay above 0 with a product of at most 1, which the theorem "
+                         f"assumes, found {lr:g} and {decay:g}; lower one of them")
+    rows = []
+    for case in CASES:
+        problem = Quadratic(seed)
+        norms, _ = follow(problem, case)
+        rows.append(dict(case._asdict(), batch=0 if case.batch == NEVER else case.batch,
+                         measured=statistics.mean(norms), bound=bound(problem, case),
+                         stationary=statistics.mean(norms[len(norms) // 2:])))
+    ball = {}
+    for name in ITERATIONS:
+        problem = Quadratic(seed)
+        problem.minimum *= 100 / decay  # far outside, so that Muon pushes against the ball
+        ball[name] = follow(problem, Case(lr=lr, beta=0.0, iteration=name), decay)[1] * decay
+    return dict(seed=seed, lr=lr, decay=decay, L=problem.L, sigma=problem.sigma, rows=rows, ball=ball)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def chosen(found: dict, **wanted) -> list[dict]:
+    """Return the rows with these values, the others as in Case."""
+    values = dict(Case()._asdict(), batch=0) | wanted
+    return [row for row in found["rows"]
+            if all(value is None or row[name] == value for name, value in values.items())]
+
+
+def by_batch(found: dict) -> list[dict]:
+    return [row for row in chosen(found, batch=None) if row["batch"]]
+
+
+def by_rate(found: dict) -> list[dict]:
+    return sorted(chosen(found, batch=16, lr=None), key=lambda row: row["lr"])
+
+
+def tables(found: dict) -> str:
+    lines = []
+    for row in found["rows"]:
+        lines.append([
+            row["iteration"], row["steps"], f"{row['lr']:g}", f"{row['beta']:g}", row["batch"] or "no noise",
+            f"{row['measured']:.4f}", f"{row['bound']:.4f}", f"{row['measured'] / row['bound']:.4f}"])
+    slopes = [
+        ["b", "-0.5", f"{slope(*columns(by_batch(found), 'batch')):.2f}"],
+        ["lr", "1", f"{slope(*columns(by_rate(found), 'lr')):.2f}"],
+    ]
+    ball = [[name, f"{largest:.4f}"] for name, largest in found["ball"].items()]
+    return "\n\n".join([
+        f"Seed {found['seed']}, L = tr H = {found['L']:.4f}, sigma = {found['sigma']:.4f}.",
+        grid(["iteration", "T", "lr", "beta", "b", "measured", "bound", "measured / bound"], lines),
+        "Beyond the bound where it is tight, at beta 0 without noise:",
+        grid(["lr", *ITERATIONS], excess_rows(found)),
+        f"Largest |W| in units of 1 / decay, lr {found['lr']:g}, decay {found['decay']:g}, {STEPS} steps:",
+        grid(["iteration", "largest"], ball),
+        "Exponent of the mean gradient of the second half of the steps, and that of the bound's term:",
+        grid(["in", "bound", "measured"], slopes)]) + "\n"
+
+
+def excess_rows(found: dict) -> list[list[str]]:
+    tight = chosen(found, lr=None, beta=0.0, iteration=None)
+    rates = sorted({row["lr"] for row in tight})
+    return [[f"{lr:g}", *(f"{row['measured'] / row['bound'] - 1:+.2%}" for row in tight if row["lr"] == lr)]
+            for lr in rates]
+
+
+def columns(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
+    return [row[name] for row in rows], [row["stationary"] for row in rows]
+
+
+def draw(found: dict, theme: Theme, figure: Figure) -> None:
+    """Measured mean gradients below their bounds, against the batch and against the rate."""
+    titles = "mean |G| in the nuclear norm", "the same at b = 16"
+    axes = two_plots(figure, theme, titles, ("batch b", "learning rate"))
+    for axis, rows, name in zip(axes, (by_batch(found), by_rate(found)), ("batch", "lr")):
+        xs = [row[name] for row in rows]
+        for label, key, color in (("bound", "bound", "adamw"), ("measured", "measured", "muon"),
+                                  ("second half", "stationary", "nanogpt")):
+            axis.plot(xs, [row[key] for row in rows], color=theme.colors[color], linewidth=3, marker="o",
+                      label=f"{label} by {name}" if axis is axes[1] else label)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+    finish(axes[0], theme, BATCHES)
+    finish(axes[1], theme, RATES, legend=False)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.theory", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="file of results")
+    parser.add_argument("--seed", type=int, default=0, help="of problem and noise")
+    parser.add_argument("--lr", type=float, default=LR, help="learning rate of the runs with decay")
+    parser.add_argument("--decay", type=float, default=DECAY, help="their decay")
+    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
+    options = parser.parse_args(argv)
+    if options.verb == "run":
+        torch.set_num_threads(1)
+        with written_whole(options.out, "w") as file:
+            json.dump(measure(options.seed, options.lr, options.decay), file, indent=1)
+        return 0
+    try:
+        found = json.loads(options.out.read_text(encoding="utf-8"))
+        text = tables(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{options.out}: expected results of `python -m bench.theory run`, found none "
+                         f"({error}); run it") from None
+    if options.page:
+        write_page(options.page, options.out.as_posix(), text)
+        write_plots("theory", "The bound of Muon and Muon itself", partial(draw, found))
+    else:
+        print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:], "bench.theory"))

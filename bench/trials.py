@@ -1,0 +1,112 @@
+"""Trainings on track shakespeare, each of the trainer's own class in a process with one thread, and the JSONL
+file that gathers them.
+
+The file gets a line for every result as soon as it is there, so an interrupted sweep goes on where it
+stopped.
+"""
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.errors import RunError, UsageError
+from engine.ranks import Runtime
+from train_gpt import Config, Run, parse_config
+
+
+class Job(NamedTuple):
+    """One training: what its line in the file is known by, its settings as on the command line, its seed."""
+    labels: dict
+    settings: list[str]
+    seed: int
+    prepare: Callable[[Run], None] | None = None  # changes the run before its first step
+
+    def __str__(self) -> str:
+        return ", ".join([*map(str, self.labels.values()), f"seed {self.seed}"])
+
+
+def config(settings: list[str], seed: int) -> Config:
+    """Return the settings of a run that validates at its end alone."""
+    _, changes = parse_config([f"--val_every={10**9}", f"--seed={seed}", *settings])
+    return Config.for_track("shakespeare", **changes)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The file
+
+
+def read(path: Path) -> list[dict]:
+    """Return the lines of a file of results; none where there is no file. Raises UsageError."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}, line {number}: expected a result as JSON, found {line[:60]!r}; remove "
+                             "the line, and its run is done again")
+        rows.append(row)
+    return rows
+
+
+def append(path: Path, row: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row | dict(commit=commit())) + "\n")
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(job: Job) -> dict:
+    """Train once and return the line of the result. A run that diverges is a result too: its loss is nan."""
+    run = Run(config(job.settings, job.seed), Runtime())
+    if job.prepare:
+        job.prepare(run)
+    start = time.perf_counter()
+    try:
+        while run.step < run.cfg.train_steps:
+            run.train_step()
+        loss = run.evaluate()
+    except RunError as error:
+        loss = math.nan
+        print(f"{job}: {error}", file=sys.stderr)
+    return dict(job.labels, settings=job.settings, seed=job.seed, steps=run.cfg.train_steps,
+                loss=round(loss, 5), seconds=round(time.perf_counter() - start, 1))
+
+
+def run_all(jobs: list, function: Callable, workers: int, path: Path) -> Iterable[dict]:
+    """Call the function for each job in a pool of processes with one thread each; append what each returns
+    to the file, say how far it is, and yield it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        for number, row in enumerate(pool.imap_unordered(function, jobs), 1):
+            append(path, row)
+            left = (time.perf_counter() - start) / number * (len(jobs) - number)
+            print(f"{number} of {len(jobs)}: {said(row)}; about {left / 60:.0f} min to go", file=sys.stderr,
+                  flush=True)
+            yield row
+
+
+def said(row: dict) -> str:
+    """Say a result in a few words: its labels, loss and seconds."""
+    labels = [f"{name} {value}" for name, value in row.items()
+              if name not in ("settings", "search", "kind", "loss", "seconds")]
+    return f"{', '.join(labels)}: {row['loss']:.4f} in {row['seconds']:.0f} s"

@@ -1,0 +1,65 @@
+"""Muon against AdamW with equal tuning: the same random search for both on track shakespeare, then fresh
+seeds of both winners.
+
+    python -m bench.tune run OUT [--workers=1]             the search of bench/tune/search.json
+    python -m bench.tune final OUT [--seeds=5]             fresh seeds of the winners, by train_gpt.py
+    python -m bench.tune reuse OUT [--seeds=2]             Muon at AdamW's rate and decay
+    python -m bench.tune table OUT [--page=bench/TUNE.md]  the tables, or the page and its plot
+
+OUT is a folder. It gets trials.jsonl, with a line for every training, and the logs of the fresh seeds, one
+folder for each winner; whatever was interrupted goes on from there. A training that diverges is a result. The
+search must stay what it was when OUT was begun.
+"""
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from bench.page import write_page
+from bench.plots import write_plots
+from bench.tune import page, training
+from bench.tune.results import Results
+from bench.tune.search import OPTIMIZERS, read_search
+from data.errors import UsageError, run_program
+from data.files import ROOT
+
+SEARCH_FILE = ROOT / "bench/tune/search.json"
+
+
+def show(results: Results, options) -> None:
+    if not all(results.losses(optimizer, results.search.rungs[0]) for optimizer in OPTIMIZERS):
+        raise UsageError(f"{results.path}: expected trials of both optimizers, found too few; see "
+                         "`python -m bench.tune run`")
+    if not options.page:
+        print(page.tables(results), end="")
+        return
+    write_page(options.page, options.out.as_posix(), page.tables(results))
+    write_plots("tune", "Muon and AdamW with equal tuning", partial(page.draw, results))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.tune", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "final", "reuse", "table"))
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of results, read and added to")
+    parser.add_argument("--search", type=Path, default=SEARCH_FILE, metavar="FILE",
+                        help="what is searched (default: bench/tune/search.json)")
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--seeds", type=int, default=5, help="final, reuse: fresh seeds of each")
+    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
+    options = parser.parse_args(argv)
+    if options.verb != "table":
+        options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out, read_search(options.search))
+    verbs = {
+        "run": training.run_search,
+        "final": training.run_final,
+        "reuse": training.run_reuse,
+        "table": show,
+    }
+    verbs[options.verb](results, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:], "bench.tune"))

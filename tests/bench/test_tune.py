@@ -1,0 +1,316 @@
+"""bench.tune: both optimizers are searched alike, trials halve and go on, the arithmetic of its page, and its
+trainings."""
+import json
+import math
+import multiprocessing.dummy
+import re
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bench import trials
+from bench.tune import __main__ as tune
+from bench.tune import page, training
+from bench.tune.results import Results
+from bench.tune.search import OPTIMIZERS, QUANTITIES, read_search, value_at
+from data.errors import RunError, UsageError, run_program
+from data.files import ROOT
+from muon import ADJUST_LR
+from tests.helpers.runs import TINY, make_shards
+from train_gpt import Run, optimizer_table
+
+SMALL = dict(trials=8, rungs=[10, 20, 40], longer={"adamw": 80})
+
+
+@pytest.fixture
+def search_file(tmp_path):
+    """The committed search with few trials."""
+    found = json.loads(tune.SEARCH_FILE.read_text()) | SMALL
+    path = tmp_path / "search.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)  # which start at once
+    monkeypatch.setattr(trials, "multiprocessing", threads)
+    monkeypatch.setattr(trials.torch, "set_num_threads", lambda n: None)
+
+
+def made_up(job):
+    """A loss that falls with the steps; trials 3 and 6 diverge, and 0 is the best."""
+    steps = trials.config(job.settings, job.seed).train_steps
+    trial = job.labels.get("trial", 0)
+    loss = math.nan if trial in (3, 6) else 1.5 + 0.01 * trial + 10 / steps
+    return dict(job.labels, settings=job.settings, seed=job.seed, steps=steps, loss=loss, seconds=1.0)
+
+
+def change(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The search
+
+
+def test_both_optimizers_get_the_same_points_and_as_wide_ranges():
+    search = read_search(tune.SEARCH_FILE)
+    assert (search.trials, search.rungs, search.longer) == (32, (55, 110, 220, 440), {"adamw": 880})
+    for trial in range(search.trials):
+        muon, adamw = (search.point(optimizer, trial) for optimizer in OPTIMIZERS)
+        assert [*muon] == [*adamw] == [*QUANTITIES]
+        for name in QUANTITIES:
+            rules = [search.ranges[optimizer][name] for optimizer in OPTIMIZERS]
+            if "one_of" in rules[0]:
+                assert muon[name] == adamw[name]
+            elif muon[name]:
+                parts = [math.log(x / rule["log"][0]) / math.log(rule["log"][1] / rule["log"][0])
+                         for x, rule in zip((muon[name], adamw[name]), rules)]
+                assert parts[0] == pytest.approx(parts[1], abs=0.01)  # three digits
+            else:
+                assert adamw[name] == 0
+
+
+def test_the_trainer_takes_every_trial_and_its_steps_keep_their_part_of_the_schedule():
+    search = read_search(tune.SEARCH_FILE)
+    for optimizer in OPTIMIZERS:
+        found = {trials.config(search.settings(optimizer, trial, 440), 0) for trial in range(search.trials)}
+        assert len(found) == search.trials and {cfg.optimizer for cfg in found} == {optimizer}
+    warmed = next(trial for trial in range(32) if search.point("muon", trial)["warmup"] == 0.2)
+    track, short = (trials.config(search.settings("muon", warmed, steps), 0) for steps in (440, 55))
+    assert (track.extension_steps, track.momentum_warmup, track.momentum_cooldown) == (10, 50, 20)
+    assert (short.extension_steps, short.momentum_warmup) == (1, 6)
+    assert round(short.warmup_steps / 55, 2) == round(track.warmup_steps / 440, 2) == 0.2
+    assert short.muon_lr == track.muon_lr
+
+
+def test_the_settings_reach_the_optimizers():
+    search = read_search(tune.SEARCH_FILE)
+    point = search.point("adamw", 1)
+    table = optimizer_table(trials.config(search.settings("adamw", 1, 440), 0))
+    assert table["attn_qk"].lr == point["matrix_rate"] and table["attn_qk"].wd == point["matrix_decay"]
+    assert table["mlp_out"].lr == point["matrix_rate"] * point["out_factor"]
+    betas = 1 - point["forgets_gradient"], 1 - point["forgets_square"]
+    assert table["mlp_in"].betas == pytest.approx(betas, abs=0.001)
+    point = search.point("muon", 1)
+    table = optimizer_table(trials.config(search.settings("muon", 1, 440), 0))
+    assert table["mlp_out"].lr == pytest.approx(point["matrix_rate"] * point["out_factor"])
+
+
+def test_values_are_uniform_in_the_logarithm_with_a_share_of_zeros():
+    rule = {"log": [0.01, 1], "zero": 0.2}
+    assert value_at(rule, 0.1) == 0 and value_at(rule, 0.2) == 0.01
+    assert value_at(rule, 0.6) == pytest.approx(0.1) and value_at(rule, 0.9999) == pytest.approx(1, abs=0.01)
+    assert [value_at({"one_of": [1, 2, 4]}, u) for u in (0, 0.34, 0.99)] == [1, 2, 4]
+
+
+def test_a_baseline_with_less_search_is_refused(search_file):
+    ranges = read_search(search_file).ranges
+    cases = [
+        ("adamw", "matrix_rate", {"log": [0.001, 0.002]}, "searched alike"),
+        ("adamw", "cautious", {"one_of": ["on"]}, "searched alike"),
+        ("muon", "floor", {"log": [1, 0]}, "correct it"),
+        ("muon", "floor", {"one_of": []}, "correct it"),
+        ("muon", "warmup", 3, "correct it"),
+        ("muon", "speed", {"one_of": [1]}, "exactly the quantities"),
+    ]
+    for optimizer, name, rule, sentence in cases:
+        change(search_file, ranges={**ranges, optimizer: {**ranges[optimizer], name: rule}})
+        with pytest.raises(UsageError, match=sentence):
+            read_search(search_file)
+
+
+def test_a_search_file_that_is_none_is_refused(search_file):
+    for entries in (dict(trials=1), dict(rungs=[20, 10]), dict(longer={"adamw": 40}), dict(val_tokens=100),
+                    dict(seed=-1), dict(ranges=[]), dict(more=1)):
+        whole = search_file.read_text()
+        change(search_file, **entries)
+        with pytest.raises(UsageError, match="expected"):
+            read_search(search_file)
+        search_file.write_text(whole)
+    search_file.write_text("{")
+    with pytest.raises(UsageError, match="in JSON"):
+        read_search(search_file)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Halving and going on
+
+
+def test_trials_halve_diverged_ones_stay_behind_and_a_search_goes_on(tmp_path, search_file, monkeypatch,
+                                                                      in_this_process, capsys):
+    monkeypatch.setattr(trials, "train", made_up)
+    out = tmp_path / "out"
+    command = ["run", str(out), f"--search={search_file}"]
+    assert tune.main(command) == 0
+    results = Results(out, read_search(search_file))
+    assert [len(results.losses("adamw", steps)) for steps in (10, 20, 40, 80)] == [8, 4, 2, 2]
+    assert [*results.losses("muon", 20)] == [0, 1, 2, 4] and results.losses("muon", 80) == {}
+    assert (results.winner("muon", 40), results.winner("adamw", 80)) == (0, 0)
+    assert "rung 1: 16 trainings to do" in capsys.readouterr().err
+
+    lines = (out / "trials.jsonl").read_text().splitlines(keepends=True)
+    (out / "trials.jsonl").write_text("".join(lines[:20]))  # as after an interruption
+    assert tune.main(command) == 0
+    again = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    key = [(row["optimizer"], row["trial"], row["steps"]) for row in again]
+    assert len(again) == len(lines) and len(set(key)) == len(key)
+
+
+def test_another_search_file_or_a_broken_line_is_refused(tmp_path, search_file, monkeypatch, in_this_process,
+                                                         capsys):
+    monkeypatch.setattr(trials, "train", made_up)
+    command = ["run", str(tmp_path / "out"), f"--search={search_file}"]
+    assert run_program(tune.main, command) == 0
+    whole = search_file.read_text()
+    change(search_file, seed=1)
+    assert run_program(tune.main, command) == 2
+    assert "put that one back" in capsys.readouterr().err
+    search_file.write_text(whole)
+    with (tmp_path / "out/trials.jsonl").open("a") as file:
+        file.write('{"kind": "sea')
+    assert run_program(tune.main, command) == 2
+    assert "line 31: expected a result as JSON" in capsys.readouterr().err
+
+
+def test_fresh_seeds_wait_for_a_whole_search(tmp_path, search_file, capsys):
+    assert run_program(tune.main, ["final", str(tmp_path / "out"), f"--search={search_file}"]) == 2
+    assert "expected whole results of muon at 40 steps, found 0" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def test_the_expected_best_is_the_mean_over_all_draws():
+    losses = [3.0, 1.0, 2.5, 7.0, 1.5]
+    for k in range(1, 6):
+        assert page.expected_best(losses, k) == pytest.approx(np.mean([*map(min, combinations(losses, k))]))
+
+
+def test_the_ratio_is_read_off_a_line_in_logarithms_and_never_beyond_it():
+    assert page.steps_ratio(1.6, (440, 880), (1.7, 1.5)) == pytest.approx(2 ** 0.5)
+    assert page.steps_ratio(1.5, (440, 880), (1.7, 1.5)) == pytest.approx(2)
+    assert page.steps_ratio(1.7, (440, 880), (1.7, 1.5)) == pytest.approx(1)
+    assert page.steps_ratio(1.49, (440, 880), (1.7, 1.5)) == math.inf
+    assert page.steps_ratio(1.71, (440, 880), (1.7, 1.5)) == 0
+    assert page.shown_ratio(math.inf, 2) == "more than 2.00"
+
+
+def test_rank_correlation_counts_what_both_rungs_have():
+    before = {0: 1.0, 1: 2.0, 2: 3.0, 3: math.nan, 4: 4.0}
+    assert page.rank_correlation(before, {0: 5.0, 1: 6.0, 2: 7.0, 3: 1.0}) == pytest.approx(1)
+    assert page.rank_correlation(before, {0: 7.0, 1: 6.0, 2: 5.0}) == pytest.approx(-1)
+    assert math.isnan(page.rank_correlation(before, {0: 5.0, 1: 6.0}))
+
+
+def test_the_tables_of_a_whole_search(tmp_path, search_file, monkeypatch, in_this_process, capsys):
+    monkeypatch.setattr(trials, "train", made_up)
+    monkeypatch.setattr(training, "train_with_log", lambda settings, seed, steps, folder:
+                        (1.5 + 10 / steps - 0.2 * ("muon" in folder.name) + 0.001 * (seed % 3), 0.1 * steps))
+    monkeypatch.setattr(page, "compare", SimpleNamespace(examine=lambda args: SimpleNamespace(
+        summary=SimpleNamespace(titles=["group"], rows=[[path] for path in args.paths]), against=[])))
+    common = [str(tmp_path / "out"), f"--search={search_file}"]
+    for verb in ("run", "final", "reuse"):
+        assert tune.main([verb, *common, "--seeds=3"]) == 0
+        assert tune.main([verb, *common, "--seeds=3"]) == 0  # nothing is left to do
+    capsys.readouterr()
+    assert tune.main(["table", *common]) == 0
+    text = capsys.readouterr().out
+    assert "| Muon | 10 | 8 of 8 | 2 | 2.5000 | 2.5300 |  |" in text
+    assert "| AdamW | 80 | 2 of 2 | 0 | 1.6250 | 1.6300 | nan |" in text
+    # AdamW ends at 1.75, a fifth of the way from Muon's 1.8 at 20 steps to 1.55 at 40; 1.55 is beyond 1.625.
+    assert "loss at which AdamW's 40 steps end, AdamW needs 1.74 times as many" in text
+    assert "loss at which Muon's 40 steps end, AdamW needs more than 2.00 times as many" in text
+    assert "| 20 | 2.0000 | 20 | 1.00 |" in text and "| 40 | 1.7500 | 40 | 1.00 |" in text  # made up alike
+    assert "| 0.5 | 3 | 1.7500 1.7500 1.7500 | 1.7500 |" in text
+    assert "| learning rate of the hidden matrices | 0.005 to 0.32 | 0.0002 to 0.0128 |" in text
+
+
+def test_winners_of_half_and_twice_the_length_lie_around_the_other_optimizer(tmp_path, search_file,
+                                                                             monkeypatch, in_this_process):
+    monkeypatch.setattr(trials, "train", made_up)
+    out = tmp_path / "out"
+    tune.main(["run", str(out), f"--search={search_file}"])
+    results = Results(out, read_search(search_file))
+    assert [*results.winners()] == ["muon_40", "adamw_40", "muon_20", "adamw_80"]
+    for group, losses in {"muon_40": (1.60, 1.62), "muon_20": (1.80, 1.82), "adamw_40": (1.70, 1.72)}.items():
+        for seed, loss in enumerate(losses):
+            results.add(dict(kind="final", group=group, seed=seed, steps=40, loss=loss, seconds=4.0))
+    ratio, low, high, *lengths = page.ratio_interval(results, "adamw", "muon")
+    assert (ratio, lengths) == (pytest.approx(2**0.5), [20, 40]) and low < ratio < high
+    assert page.ratio_interval(results, "muon", "adamw") is None  # no seeds at 80 steps
+    assert "AdamW needs 1.41 times as many" in page.ratio_text(results)
+    results.rows = [row for row in results.rows if row["steps"] != 80]  # the longest are not there yet
+    assert [*results.winners()] == ["muon_40", "adamw_40", "muon_20"]
+
+
+def test_the_page_has_the_tables_of_its_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "bench/TUNE.md").read_text(encoding="utf-8")
+    marked = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->", text, re.S)
+    assert marked[2] == page.tables(Results(Path(marked[1]), read_search(tune.SEARCH_FILE)))
+
+
+def test_a_table_of_nothing_is_refused(tmp_path, search_file, capsys):
+    assert run_program(tune.main, ["table", str(tmp_path), f"--search={search_file}"]) == 2
+    assert "found too few" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Trainings
+
+
+def small_model(settings):
+    """The settings of a trial for the tiny model of the tests."""
+    return [*TINY[1:], *settings]
+
+
+def test_a_trial_trains_and_one_that_diverges_is_a_result(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
+    settings = small_model(read_search(tune.SEARCH_FILE).settings("adamw", 0, 10))
+    row = trials.train(trials.Job(dict(kind="search", trial=0), settings, 0))
+    assert row["trial"] == 0 and row["steps"] == 10 and 2 < row["loss"] < 6
+
+    def diverge(self):
+        raise RunError("expected a finite training loss, found nan")
+    monkeypatch.setattr(Run, "train_step", diverge)
+    assert math.isnan(trials.train(trials.Job(dict(trial=0), settings, 0))["loss"])
+
+
+def test_muon_gets_the_rate_of_adamw_and_updates_of_its_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
+    winner = small_model(read_search(tune.SEARCH_FILE).settings("adamw", 2, 10))
+    job = training.reuse_job(winner, 2.0, 1000, "")
+    cfg = trials.config(job.settings, 0)
+    before = trials.config(winner, 0)
+    assert cfg.optimizer == "muon" and cfg.adamw_lr == pytest.approx(2 * before.adamw_lr, rel=1e-3)
+    moved = []
+
+    def watch(run):
+        training.match_rms(run)
+        groups = {name: group for group in run.muon.param_groups for name, p in run.model.named_parameters()
+                  if p is group["params"][0]}
+        assert {group["adjust_lr_fn"] for group in groups.values()} == {"match_rms_adamw"} <= {*ADJUST_LR}
+        run.set_rates(5)
+        moved.append({name: (group["lr"], group["weight_decay"]) for name, group in groups.items()})
+        run.cfg = before  # the schedule of AdamW
+        factor = groups["attn_qk"]["lr"] / cfg.adamw_lr
+        assert groups["mlp_out"]["lr"] == pytest.approx(cfg.adamw_lr * cfg.adamw_out_lr_mul * factor)
+        assert {group["weight_decay"] for group in groups.values()} == {cfg.adamw_wd}
+        run.cfg = cfg
+
+    assert math.isfinite(trials.train(job._replace(prepare=watch))["loss"]) and len(moved) == 1
+
+
+def test_a_fresh_seed_leaves_its_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
+    loss, seconds = training.train_with_log(TINY[1:], 1000, 12, tmp_path / "muon_12")
+    log, = (tmp_path / "muon_12").glob("*.txt")
+    assert f"step:12/12 val_loss:{loss:.4f}" in log.read_text() and seconds > 0
+    with pytest.raises(RunError, match="a fresh seed of a winner ended with exit code 2"):
+        training.train_with_log(["--train_steps=0"], 1000, 12, tmp_path / "muon_0")
