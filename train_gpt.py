@@ -1181,6 +1181,7 @@ class Run:
             budget = [f"time budget: {cfg.time_budget:g} s, in which {steps}"]
         return [
             *budget,
+            *self.rt.facts(),
             *self.kernels.facts(),
             *self.muon_facts(),
             *self.host_table_facts(),

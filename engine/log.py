@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -81,12 +82,15 @@ class Log:
         elif show:
             say(line)
 
-    def header(self, cfg, rt: Runtime, facts: list[str]):
-        """Write sources, versions, hardware, settings, and the facts that only the run knows."""
+    def header(self, cfg, rt: Runtime, facts: list[str], sources: Sequence[str] = SOURCES):
+        """Write sources, versions, hardware, settings, and the facts that only the run knows.
+
+        A first source without a name above it is train_gpt.py, as in the public logs.
+        """
         if self.file is None:
             return
-        for number, name in enumerate(SOURCES):
-            if number > 0:
+        for name in sources:
+            if name != "train_gpt.py":
                 self.write(f"{'-' * 40}\n# {name}\n{'-' * 40}", show=False)
             self.write((ROOT / name).read_text(encoding="utf-8"), show=False)
         settings = [f"config: {json.dumps(dataclasses.asdict(cfg))}", f"seed: {cfg.seed}"]

@@ -8,7 +8,8 @@ import torch
 
 from engine.self_test import in_one_line, largest_error, relative_error
 from data.errors import UsageError
-from muon import ONEDNN, has_bf16_units, orthogonalize, product, symmetric_product
+from muon import (
+    ONEDNN, has_bf16_units, iteration_dtype, orthogonalize, product, symmetric_product)
 
 # ------------------------------------------------------------------------------------------------------------
 # In fp32 on a CPU: MKL, which torch calls, reaches half the rate of oneDNN on an AMD processor. A processor with
@@ -109,9 +110,14 @@ def exact_onednn_batches() -> bool:
 # Symmetric products: a kernel that computes one triangle and mirrors it saves up to half
 
 
-def choose_symmetric(device: torch.device) -> tuple[object, str]:
-    """Return a symmetric product for Muon, and the reason:
-    quack-kernels' on Hopper and Blackwell, if it is there."""
+def plainly(function):
+    """Return the function as it is, in place of torch.compile."""
+    return function
+
+
+def choose_symmetric(device: torch.device, compile=plainly) -> tuple[object, str]:
+    """Return a symmetric product for Muon, and the reason: quack-kernels' on Hopper and Blackwell, if it is
+    there. compile: what Muon's iteration goes through before it runs."""
     if device.type != "cuda":
         return symmetric_product, "torch, as always on a CPU"
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):
@@ -120,20 +126,22 @@ def choose_symmetric(device: torch.device) -> tuple[object, str]:
         from quack.gemm_interface import gemm_symmetric
     except Exception as e:  # not only ImportError: it compiles on import
         return symmetric_product, f"torch, as quack-kernels fails: {in_one_line(e)}"
-    return correct_symmetric(gemm_symmetric, device)
+    return correct_symmetric(gemm_symmetric, device, compile)
 
 
-def correct_symmetric(kernel, device: torch.device) -> tuple[object, str]:
-    """Return the kernel for matrices where it pays, if a whole iteration with it agrees with torch's here."""
+def correct_symmetric(kernel, device: torch.device, compile=plainly) -> tuple[object, str]:
+    """Return the kernel for matrices where it pays, if a whole iteration with it, compiled as the run's will
+    be, agrees with torch's here."""
     def product(A, B, C=None, alpha=1.0, beta=1.0):
         if A.size(-2) <= 256:  # its tiles would be mostly empty
             return symmetric_product(A, B, C, alpha, beta)
         return kernel(A, B, C=C, alpha=alpha, beta=beta)
 
+    dtype = iteration_dtype(device)
     X = torch.randn(2, 320, 640, generator=torch.Generator().manual_seed(0)).to(device)
     try:
-        ours = orthogonalize(X, form="standard", symmetric=product)
-        exact = orthogonalize(X, form="standard", symmetric=symmetric_product)
+        ours = compile(orthogonalize)(X, dtype=dtype, form="standard", symmetric=product)
+        exact = orthogonalize(X, dtype=dtype, form="standard", symmetric=symmetric_product)
         error = relative_error(ours, exact)
     except Exception as e:  # a kernel that imports is not yet one that works
         return symmetric_product, f"torch, as quack-kernels fails: {in_one_line(e)}"

@@ -3,12 +3,17 @@ import ctypes
 import os
 import platform
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import RunError, UsageError
+
+# That a rank waits for the others in a collective; NCCL's own 10 minutes would end a run of several machines
+# of which some have compiled graphs of an earlier run and others compile them during the warm-up.
+PATIENCE = timedelta(minutes=40)
 
 
 class Runtime:
@@ -29,9 +34,16 @@ class Runtime:
 
         if self.world > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
-                dist.init_process_group("nccl", device_id=self.device)
+                dist.init_process_group("nccl", timeout=PATIENCE, device_id=self.device)
             else:
-                dist.init_process_group("gloo")
+                dist.init_process_group("gloo", timeout=PATIENCE)
+
+    def facts(self) -> list[str]:
+        """Return what the log says of several ranks."""
+        if self.world == 1:
+            return []
+        minutes = PATIENCE.total_seconds() / 60
+        return [f"collectives: {dist.get_backend()}; a rank waits {minutes:g} minutes for the others"]
 
     def print0(self, *args, **kwargs):
         if self.rank == 0:

@@ -1,13 +1,15 @@
 """A transposed copy in tiles: what torch.compile makes of x.t().contiguous() beside other work may write one
 byte here and one a whole row further on."""
+import contextlib
+
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch for CPUs comes without it
-    triton = None
+triton = None
+if torch.cuda.is_available():  # elsewhere its import would only make each start longer
+    with contextlib.suppress(ImportError):
+        import triton
+        import triton.language as tl
 
 TILE = 128  # rows and columns of one byte each: whole lines of cache on both sides
 

@@ -303,17 +303,21 @@ def read_source(file, body: "Body", notes: Notes) -> bytes:
 def split_source(source: bytes, notes: Notes) -> dict[str, str]:
     """The files of an embedded source by name.
 
-    The first bears none in any format, and is train_gpt.py in all that do.
+    The first bears none in the public formats, and is train_gpt.py where it does not.
     """
     if not source:
         return {}
     text = source.decode("utf-8", "replace")
     first, *parts = DIVIDER.split(text)
-    names = ["train_gpt.py", *parts[0::2]]
+    names = parts[0::2]
+    texts = parts[1::2]
+    if first.strip() or not parts:
+        names = ["train_gpt.py", *names]
+        texts = [first, *texts]
     if len(set(names)) < len(names) or any(name.startswith("/") or ".." in name.split("/") for name in names):
         notes.add("the embedded source has file names that cannot be used, and is taken as one file")
         return {"train_gpt.py": text}
-    return {name: part.rstrip("\n") + "\n" for name, part in zip(names, [first, *parts[1::2]])}
+    return {name: part.rstrip("\n") + "\n" for name, part in zip(names, texts)}
 
 
 def quoted(line: str) -> str:

@@ -260,7 +260,7 @@ def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) ->
         commits=sorted({details.commit for log in s.logs if (details := s.details[log.path]).commit}),
         differences=changed_settings(first.config, before.config)
         if first and before and first.config and before.config else [],
-        command=command(first),
+        command=command(first, s.track.program),
     )
 
 
@@ -287,7 +287,7 @@ def shown_setting(value) -> str:
     return "" if value is None else str(value)[:200]
 
 
-def command(run: RunFacts | None) -> str:
+def command(run: RunFacts | None, program: str) -> str:
     """A command line that trains as the run did, made of its settings; "" where the log holds none.
 
     Only plain values: a reader may well paste it into a shell.
@@ -300,6 +300,6 @@ def command(run: RunFacts | None) -> str:
         return ""
     ranks = run.world_size or 1
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
-    return textwrap.fill(f"{start} train_gpt.py --seed={run.seed or 0} {' '.join(flags)}", 110,
+    return textwrap.fill(f"{start} {program} --seed={run.seed or 0} {' '.join(flags)}", 110,
                          subsequent_indent="    ",
                          break_long_words=False, break_on_hyphens=False).replace("\n", " \\\n")

@@ -69,10 +69,15 @@ def plan_loss(track, margin: float, sd: float, wanted: float) -> str:
     if sigma:  # of a rule by score
         alpha = float(scipy.stats.norm.sf(track.rule_options["needed"] / sigma))
     runs = fewest(1 if sigma else 2, lambda n: power(n, margin, sd, alpha, sigma), wanted)
-    return (f"Loss rule of track {track.name} ({track.rule.replace('_', '-')} at {alpha:.2g}), true mean "
+    text = (f"Loss rule of track {track.name} ({track.rule.replace('_', '-')} at {alpha:.2g}), true mean "
             f"{margin:g} below the target, standard deviation {sd:g} between runs:\n"
             f"tested once, after {runs}, the runs pass with probability "
             f"{power(runs, margin, sd, alpha, sigma):.2f}.")
+    if track.ranked_by == "steps":
+        text += (f"\nThe rule is ({track.target:g} - mean) sqrt(n) >= {track.rule_options['needed']:g}. The "
+                 f"track counts steps, not seconds: this margin is worth about "
+                 f"{margin / track.loss_per_step:.0f} of them.")
+    return text
 
 
 def plan_time(gap: float, sd: float, alpha: float, wanted: float) -> str:

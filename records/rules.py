@@ -133,13 +133,15 @@ def consistent_lines(s: Submission):
 
 
 def right_track(s: Submission):
-    """The settings in the logs are those of this track."""
+    """The settings in the logs are those of this track, with the values that it fixes."""
     if not any(run.config for run in s.runs):
         return NOT_APPLICABLE, "the logs hold no settings"
     wrong = [run for run in s.runs if run.config.get("track") != s.track.name]
     if wrong:
         return FAIL, f"expected {s.track.name}, found another in {names(wrong)}"
-    return PASS, s.track.name
+    changed = [f"{name} {run.config.get(name)} in {names([run])}, the track has {value}"
+               for name, value in s.track.fixed.items() for run in s.runs if run.config.get(name) != value]
+    return judged(changed, s.track.name)
 
 
 def same_source(s: Submission):

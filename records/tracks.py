@@ -1,6 +1,6 @@
 """The rules of each track as data. The tools ask a Track; none of them knows a track by name."""
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from records.errors import RecordError
@@ -35,6 +35,8 @@ class Track:
     banned_flags: tuple[str, ...]  # regular expressions, for code without comments
     loss_per_step: float | None  # what a step is worth in loss near the target; None where nobody measured it
     loss_sd: float  # usual standard deviation of the loss between runs, to plan with
+    program: str = "train_gpt.py"  # that trains by its rules here
+    fixed: dict = field(default_factory=dict)  # settings that it leaves nobody free to change
 
 
 T_TEST = dict(rule="t_test", rule_options={"alpha": 0.01}, alpha=0.01, waived_for=("systems",),
@@ -49,7 +51,9 @@ TRACKS = {track.name: track for track in (
     Track(name="optimization", folder="track_3_optimization", target=3.28, loss_sd=0.0013,
           rule="z_rule", rule_options={"sigma": 0.0013, "needed": 0.004}, alpha=0.001, waived_for=(),
           ranked_by="steps", claim_step="stated", loss_per_step=0.0045 / 100, banned_flags=(),
-          **FINEWEB),
+          program="examples/train_simple.py",
+          fixed=dict(batch_tokens=524_288, seq_len=1024, vocab_size=50_304, num_layers=12, model_dim=768,
+                     head_dim=128), **FINEWEB),
     Track(name="shakespeare", folder="track_0_laptop", target=1.6, loss_sd=0.01, val_tokens=262_144,
           val_sha256="4fbd617fd618716a7bb380482c458de91115192082115620b69c4d2b0364cc3a",
           banned_flags=(*COMPILE_FLAGS, COORDINATE_DESCENT), **T_TEST),

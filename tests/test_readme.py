@@ -64,6 +64,9 @@ def test_every_command_is_one_that_its_program_takes(words):
         check_options(source, settings)
     elif words[0] == "python" and words[1] != "train_gpt.py":
         check_options(ROOT / words[1], settings)
+    elif words[0] == "torchrun" and "train_gpt.py" not in words:
+        program = next(k for k, word in enumerate(words) if word.endswith(".py"))
+        check_options(ROOT / words[program], words[program + 1:])
     elif words[0] != "./test.sh":
         first = words.index("train_gpt.py") if "train_gpt.py" in words else 0
         check_settings(words[first + 1:])

@@ -17,13 +17,15 @@ need not. bench/CROSS.md says what was found, what is assumed, and what cannot b
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from bench.cross import device
@@ -31,7 +33,10 @@ from bench.page import grid
 from data.errors import UsageError, run_program
 from tools.gpus import find_gpu
 
-SHORT = dict(train_steps=22, extension_steps=4, val_every=11, max_epochs=1000)  # several steps of every stage
+# Several steps of every stage; checkpoints before and after embedding and head part.
+SHORT = dict(train_steps=22, extension_steps=4, val_every=11, save_every=10, max_epochs=1000)
+SHORT_DOCUMENT = 100  # tokens
+AROUND = "warm-up", "validation", "saving", "loading"  # the clock stands still
 ALLOWED = "synchronize", "read_stats"  # waits for a step that ended two steps ago
 
 
@@ -52,44 +57,84 @@ def parse(argv: list[str]):
 
 
 def seen(trace, cfg) -> dict:
-    """Return graphs, waits and memory of a trace. The clock stands still in warm-up and validation."""
+    """Return graphs, waits and memory of a trace, and the steps in which Adam moved and rested, by stage."""
     graphs = {"inside the clock": Counter()}
     for graph in trace.graphs:
-        phase = graph.phase if graph.phase in ("warm-up", "validation") else "inside the clock"
-        graphs.setdefault(phase, Counter())[str(graph)] += 1
+        timed = graph.phase.removeprefix("resumed: ") not in AROUND
+        graphs.setdefault("inside the clock" if timed else graph.phase, Counter())[str(graph)] += 1
     waits = {"in steps": Counter(), "elsewhere": Counter()}
     for (phase, what, place), times in trace.waits.items():
         if phase != "start" and (what, place.split()[-1]) != ALLOWED:
-            waits["in steps" if phase.startswith("step") else "elsewhere"][f"{what} at {place}"] += times
+            waits["in steps" if "step " in phase else "elsewhere"][f"{what} at {place}"] += times
     peaks = {}
     for phase, (size, where) in trace.peaks.items():
-        name = f"stage {cfg.stage(int(phase.split()[1]))}" if phase.startswith("step") else phase
+        name = re.sub(r"step (\d+)", lambda found: f"stage {cfg.stage(int(found[1]))}", phase)
         peaks[name] = max(peaks.get(name, (0, "")), (size / 2**30, where))
-    return dict(graphs=graphs, waits=waits, peak_gib=peaks)
+    with_adam = {phase for phase, number in trace.calls if trace.graphs[number].name == "adam_update_"}
+    steps = defaultdict(Counter)
+    for phase in {phase for phase, _ in trace.calls if "step " in phase}:
+        run, _, step = phase.rpartition("step ")
+        moves = "with Adam" if phase in with_adam else "without Adam"
+        steps[cfg.stage(int(step))][run + moves] += 1
+    return dict(graphs=graphs, waits=waits, peak_gib=peaks, steps=dict(sorted(steps.items())),
+                saved=trace.saved, crowded=trace.crowded)
+
+
+def warm_up_seconds(trace) -> dict[str, float]:
+    """Return CPU seconds of this machine in the warm-up: of inductor by kind of graph, and of all before
+    it."""
+    found = Counter()
+    for graph in trace.graphs:
+        if graph.phase == "warm-up":
+            found[f"inductor: {graph}"] += graph.seconds
+    found["tracing and autograd"] = trace.seconds["warm-up"] - found.total()
+    return dict(found.most_common())
+
+
+def memory_of_passes(trace) -> list[tuple[int, int]]:
+    """Return (bytes kept for the backward pass, bytes more at the worst moment of both passes) of each graph
+    of the model, in the order of Config.graph_starts."""
+    graphs = [graph for graph in trace.graphs if graph.name == "GPT" and graph.phase == "warm-up"]
+    found = []
+    for forward, backward in zip(graphs[::2], graphs[1::2]):
+        kept = forward.kept_bytes
+        found.append((kept, max(forward.extra_bytes - kept, backward.extra_bytes, 0)))
+    return found
 
 
 def page(result: dict) -> str:
     """Return the result in Markdown."""
+    seen = result["seen"]
     keys = "ranks", "attention", "fp8", "torch", "triton", "flags"
     about = ", ".join(f"{key} {result[key]}" for key in keys)
     out = [f"# A run on {result['gpu']}, as far as it can be known without one\n\n{about}"]
-    graphs = result["seen"]["graphs"].items()
+    graphs = seen["graphs"].items()
     rows = [
         [phase, sum(found.values()), ", ".join(f"{n} {name}" for name, n in found.items())]
         for phase, found in graphs
     ]
     out.append(grid(["graphs made", "number", "of"], rows))
-    rows = [[when, where, n] for when, found in result["seen"]["waits"].items() for where, n in found.items()]
+    kinds = [run + moves for run in ("", "resumed: ") for moves in ("with Adam", "without Adam")]
+    rows = [[stage, *(found[kind] for kind in kinds)] for stage, found in seen["steps"].items()]
+    out.append(grid(["steps of stage", *kinds], rows))
+    resumed = ", ".join(map(str, seen["saved"])) or "none"
+    out.append(f"Resumed from steps {resumed}. {seen['crowded']} sequences had more documents than entries "
+               "for them.")
+    rows = [[when, where, n] for when, found in seen["waits"].items() for where, n in found.items()]
     out.append(grid(["the host waits", "for", "times"], rows))
-    rows = [[phase, f"{size:.2f}", where] for phase, (size, where) in result["seen"]["peak_gib"].items()]
+    rows = [[phase, f"{size:.2f}", where] for phase, (size, where) in seen["peak_gib"].items()]
     out.append(grid(["fullest moment", "GiB", "at"], rows))
+    rows = [[start, *(f"{size / 2**30:.2f}" for size in sizes)] for start, sizes in result.get("passes", ())]
+    if rows:
+        seconds = [[what, f"{s:.1f}"] for what, s in result["warm_up_s"].items()]
+        out.append(grid(["warm-up, on one core of this machine", "CPU seconds"], seconds))
+        out.append(grid(["model from step", "GiB kept for backward", "GiB more at the worst moment"], rows))
     for stage, (parts, top) in enumerate(result.get("costs", ())):
-        keys = "ms", "gb", "launches"
+        keys = "floor_ms", "ms", "gb", "launches"
         sums = {key: sum(row[key] for row in parts.values()) for key in keys}
         rows = [[part, *(f"{row[key]:.2f}" for key in keys)] for part, row in [*parts.items(), ("all", sums)]]
-        out.append(
-            f"## Stage {stage}: the least time of a step\n\n" + grid(["part", "ms", "GB", "launches"], rows)
-        )
+        header = ["part", "floor ms, data sheet", "ms, achieved rates", "GB", "launches"]
+        out.append(f"## Stage {stage}: the least time of a step\n\n" + grid(header, rows))
         rows = [[f"{ms:.2f}", f"{times:g}", *names] for ms, times, *names in top]
         out.append(grid(["ms", "times", "part", "graph", "kernel of"], rows))
     if code := result.get("code"):
@@ -110,6 +155,20 @@ def page(result: dict) -> str:
     return "\n\n".join(out) + "\n"
 
 
+def write_shards(cfg, folder: Path) -> None:
+    """Write shards. All but the first, which alone the loader looks at before it begins, have so short
+    documents that a sequence has not entries for all of them."""
+    from bench.step import synthetic_shards  # imports torch
+    from data.shards import open_shard, write_shard
+
+    synthetic_shards(cfg, folder, 12 * max(cfg.batch_tokens))
+    first = folder / cfg.train_files.replace("*", "000000")
+    tokens = open_shard(first).copy()
+    tokens[::SHORT_DOCUMENT] = cfg.bos_id
+    for number in range(1, 4):
+        write_shard(folder / cfg.train_files.replace("*", f"{number:06}"), tokens)
+
+
 def measure(args, flags: list[str], chip: device.Chip) -> dict:
     """Trace a run and return all that was asked for."""
     gpu = find_gpu(chip.gpu)
@@ -121,7 +180,6 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
 
     from bench.cross import costs, kernels
     from bench.cross.trace import Trace, whole_schedule
-    from bench.step import synthetic_shards
     from train_gpt import Config, parse_config
 
     trace = Trace()
@@ -134,7 +192,7 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
     cfg = Config.for_track(changes.pop("track"), **dict(val_tokens=2 * val_slice) | changes)
     fp8 = args.fp8 == "on" if args.fp8 else gpu.fp8_tflops > gpu.tflops
     with tempfile.TemporaryDirectory() as folder:
-        synthetic_shards(cfg, Path(folder), 60 * max(cfg.batch_tokens))
+        write_shards(cfg, Path(folder))
         os.environ["DATA_PATH"] = folder
         whole_schedule(trace, cfg, args.backend, fp8, args.ranks)
     result = dict(
@@ -145,11 +203,16 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
         torch=torch.__version__,
         triton=triton.__version__,
         flags=" ".join(flags),
+        config=dataclasses.asdict(cfg),
         seen=seen(trace, cfg),
     )
     if "costs" in args.parts:
         stages = range(len(cfg.stage_starts))
-        result["costs"] = [costs.stage_costs(trace, cfg, stage, args.ranks, gpu) for stage in stages]
+        launches = [costs.stage_launches(trace, cfg, stage, args.ranks) for stage in stages]
+        result["launches"] = launches
+        result["warm_up_s"] = warm_up_seconds(trace)
+        result["passes"] = list(zip(cfg.graph_starts, memory_of_passes(trace)))
+        result["costs"] = [(costs.by_part(rows, gpu), costs.costliest(rows, gpu)) for rows in launches]
     if "code" in args.parts:
         rows, failed = kernels.all_machine_code(compiler)
         result["code"] = dict(kernels=len(compiler.sources), rows=rows, failed=failed)

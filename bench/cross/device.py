@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from data.errors import UsageError
-from data.files import ROOT
+from data.files import ROOT, written_whole
 
 
 class Chip(NamedTuple):
@@ -42,17 +42,15 @@ def library() -> Path:
     built = ROOT / f".cache/cross/device-{key}.so"
     if built.exists():
         return built
-    built.parent.mkdir(parents=True, exist_ok=True)
-    partial = built.with_suffix(".partial")
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", source, "-o", partial,
-               f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"]
+    folders = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib"]
+    command = ["g++", "-shared", "-fPIC", "-std=c++20", source, *folders, "-lc10", "-ltorch_cpu", "-o"]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        with written_whole(built) as file:
+            subprocess.run([*command, file.name], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", "") or str(error)).splitlines()[0]
         raise UsageError(f"expected to build {source.name} by g++ against this torch, found {said}; install "
                          "g++ and the torch of requirements.txt") from None
-    partial.replace(built)
     return built
 
 
@@ -78,7 +76,12 @@ def pretend(chip: Chip, gib: float, waited) -> None:
 
     Raises UsageError where torch was imported before, or does not offer what this needs.
     """
-    ctypes.CDLL(str(library()))
+    built = library()
+    try:
+        ctypes.CDLL(str(built))
+    except OSError as error:
+        raise UsageError(f"expected a libtorch with the symbols of device.cpp, found {error}; install the "
+                         "torch of requirements.txt for CPUs") from None
     import torch
 
     if torch._C._get_accelerator().type != "cuda":

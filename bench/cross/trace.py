@@ -5,8 +5,10 @@ Times and values are none of this: every number read from the device is zero.
 """
 import contextlib
 import functools
+import gc
 import os
 import sys
+import time
 from collections import Counter, defaultdict
 from unittest import mock
 
@@ -18,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 import train_gpt
+from data import loader
 from data.files import ROOT
 from engine import attention
 from engine.kernels import Kernels, keep_compiled
@@ -58,6 +61,10 @@ def eager_part() -> str:
     return next(filter(None, parts), "other")
 
 
+def storage_of(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
 class Graph:
     """A graph that inductor was given. gm: what it computes; inputs, options: more of what inductor takes."""
 
@@ -67,12 +74,26 @@ class Graph:
         self.outputs = [node.meta["val"] if isinstance(node, torch.fx.Node) else node
                         for node in gm.graph.output_node().args[0]]
         self.expected = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+        given = {storage_of(x): i for i, x in enumerate(self.expected) if isinstance(x, torch.Tensor)}
+        self.sources = [given.get(storage_of(x)) if isinstance(x, torch.Tensor) else None
+                        for x in self.outputs]  # which input an output is, or looks into
         self.kernels = []  # set by bench.cross.kernels
         # At its worst moment, beside what lives when it is called; set by bench.cross.kernels.
         self.extra_bytes = 0
+        self.seconds = 0.0  # CPU seconds that inductor took
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the outputs that are no inputs: of a forward graph, what it keeps for its backward
+        one."""
+        made = [x for x, source in zip(self.outputs, self.sources)
+                if isinstance(x, torch.Tensor) and source is None]
+        sizes = {storage_of(x): x.untyped_storage().nbytes() for x in made}
+        return sum(n.node.hint if isinstance(n, torch.SymInt) else n for n in sizes.values())
 
     def run(self, args: list) -> list:
         """Return tensors without contents. Symbols in their shapes get the values that the arguments have."""
+        made = {}  # storage of an output of the graph -> what stands for it
         values = {}
         for expected, arg in zip(self.expected, args):
             tensor = isinstance(arg, torch.Tensor)
@@ -82,13 +103,22 @@ class Graph:
         def number(n) -> int:
             return int(n.node.expr.subs(values)) if isinstance(n, torch.SymInt) else n
 
-        def made(x):
+        def make(x, source):
             if not isinstance(x, torch.Tensor):
                 return number(x)
             size, stride = ([number(n) for n in numbers] for numbers in (x.size(), x.stride()))
-            return torch.empty_strided(size, stride, dtype=x.dtype, device=x.device)
+            offset = number(x.storage_offset())
+            if source is not None:
+                arg = args[source]
+                offset += arg.storage_offset() - number(self.expected[source].storage_offset())
+                return arg.view(x.dtype).as_strided(size, stride, offset)
+            key = storage_of(x)  # what is kept twice lies in memory once
+            if key not in made:
+                made[key] = torch.empty(number(x.untyped_storage().nbytes()), dtype=torch.uint8,
+                                        device=x.device)
+            return made[key].view(x.dtype).as_strided(size, stride, offset)
 
-        return [made(x) for x in self.outputs]
+        return [make(x, source) for x, source in zip(self.outputs, self.sources)]
 
     def __str__(self) -> str:
         return f"{self.name}{' backward' if self.backward else ''}"
@@ -106,6 +136,9 @@ class Trace:
         self.eager = defaultdict(Counter)  # (phase, part, operation) -> n, bytes, flops
         self.peaks = {}  # phase -> (bytes in use, at which place)
         self.compiled = lambda graph: None  # called with each new graph
+        self.saved = []  # steps of checkpoints
+        self.seconds = Counter()  # phase -> CPU seconds of this process
+        self.crowded = 0  # sequences with more documents than entries for them
         self.storages = {}
         self.pinned = {}
 
@@ -137,7 +170,8 @@ class Trace:
     def saw(self, func, args, kwargs, result) -> None:
         if func.is_view:
             return
-        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_cuda]
+        changed = args[0] if result is None else result  # torch._foreach_copy_ returns nothing
+        outputs = [x for x in tree_leaves(changed) if isinstance(x, torch.Tensor) and x.is_cuda]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_cuda]
         if not outputs:
             return
@@ -334,8 +368,21 @@ def pretended_kernels(backend: str, fp8: bool) -> Kernels:
     """Return the kernels that a GPU which passes these self-tests would choose."""
     keep_compiled()
     why = "assumed"
-    return Kernels(torch.device("cuda", 0), torch.bfloat16, True, backend, why, fp8, why, False, why,
-                   torch.bfloat16, symmetric_product, why)
+    return Kernels(
+        device=torch.device("cuda", 0),
+        dtype=torch.bfloat16,
+        compiled=True,
+        attention=backend,
+        attention_reason=why,
+        fp8_head=fp8,
+        fp8_reason=why,
+        onednn=False,
+        onednn_reason=why,
+        bf16=False,
+        bf16_reason=why,
+        ns_dtype=torch.bfloat16,
+        symmetric=symmetric_product,
+        symmetric_reason=why)
 
 
 def make_run(cfg: Config, backend: str, fp8: bool) -> Run:
@@ -347,13 +394,15 @@ def make_run(cfg: Config, backend: str, fp8: bool) -> Run:
         return Run(cfg, Runtime())
 
 
-def follow(trace: Trace, run: Run) -> None:
-    """Let the trace know which phase the run is in: a step by its number, a validation, or what is
-    between."""
+def follow(trace: Trace, run: Run, before: str = "") -> None:
+    """Let the trace know which phase the run is in: a step by its number, a validation, a checkpoint, or what
+    is between. before: what the names of its phases begin with."""
     def phased(function, name):
         def call(*args):
-            trace.phase = name or f"step {run.step}"
+            phase = trace.phase = before + (name or f"step {run.step}")
+            began = time.process_time()
             result = function(*args)
+            trace.seconds[phase] += time.process_time() - began
             trace.phase = "between steps"
             return result
         return call
@@ -361,13 +410,46 @@ def follow(trace: Trace, run: Run) -> None:
     run.train_step = phased(run.train_step, None)
     run.evaluate = phased(run.evaluate, "validation")
     run.warm_up = phased(run.warm_up, "warm-up")
+    run.save = phased(run.save, "saving")
+    run.load = phased(run.load, "loading")
 
 
-def whole_schedule(trace: Trace, cfg: Config, backend: str, fp8: bool, ranks: int) -> Run:
-    """Trace a whole run of one of some ranks: start, warm-up, every step and validation."""
-    with one_of(ranks), pretending(trace):
+def on_host(state):
+    """Return a checkpoint as it would be read again: what lies on the device is copied to the host."""
+    return tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) and x.is_cuda else x, state)
+
+
+def whole_schedule(trace: Trace, cfg: Config, backend: str, fp8: bool, ranks: int) -> None:
+    """Trace a whole run of one of some ranks: start, warm-up, every step, validation and checkpoint. Then
+    trace another one that goes on from each of these checkpoints."""
+    saved = []
+
+    def keep(path, state) -> None:
+        saved.append(on_host(state))
+
+    def counted(*args):
+        trace.crowded += 1
+        return share_entries(*args)
+
+    share_entries = loader.share_entries
+    keeps = mock.patch.object(train_gpt, "write_checkpoint", keep)
+    counts = mock.patch.object(loader, "share_entries", counted)
+    with one_of(ranks), pretending(trace), keeps, counts:
         run = make_run(cfg, backend, fp8)
         follow(trace, run)
         run.warm_up()
         train_gpt.train(run, SilentLog())
-    return run
+        del run
+        gc.collect()
+
+        checkpoints = list(saved)
+        trace.saved = [state["step"] for state in checkpoints]
+        if not checkpoints:
+            return
+        trace.compiled = lambda graph: None  # its kernels are those of the first
+        run = make_run(cfg, backend, fp8)
+        follow(trace, run, "resumed: ")
+        run.warm_up()
+        for state in checkpoints:
+            run.load("checkpoint", state)
+            train_gpt.train(run, SilentLog())

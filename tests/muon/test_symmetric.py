@@ -66,6 +66,18 @@ def test_a_broken_kernel_is_left_out_and_named(kernel, reason):
     assert product is symmetric_product and why.startswith("torch, as quack-kernels") and reason in why
 
 
+def whole(function):
+    return torch.compile(function, backend="eager", dynamic=False, fullgraph=True)
+
+
+def test_a_kernel_that_no_graph_can_hold_is_left_out_before_the_run_compiles_it():
+    assert correct_symmetric(half, CPU, whole)[1].startswith("quack-kernels: self-test error")
+    alone = torch.compiler.disable(half)
+    assert correct_symmetric(alone, CPU)[1].startswith("quack-kernels: self-test error")
+    product, why = correct_symmetric(alone, CPU, whole)
+    assert product is symmetric_product and why.startswith("torch, as quack-kernels fails: ")
+
+
 @pytest.fixture(params=["oneDNN", "without"])
 def onednn(request, monkeypatch):
     if request.param == "without":

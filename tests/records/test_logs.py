@@ -301,6 +301,13 @@ def test_names_of_embedded_files_stay_in_their_folder(tmp_path, name):
     assert "cannot be used" in log.problems[0]
 
 
+def test_a_first_file_with_a_name_is_not_taken_for_the_trainer(tmp_path):
+    files = {"examples/simple.py": "a = 1\n", "muon.py": "b = 2\n"}
+    text = "".join(f"{'-' * 40}\n# {name}\n{'-' * 40}\n{content}" for name, content in files.items())
+    log = read(tmp_path, f"{text}\n{LINE}\n" + steps(FIRST))
+    assert log.sources == files and log.problems == ()
+
+
 def test_facts_cannot_steer_a_terminal(tmp_path):
     text = make("E1").text.replace("Running Triton version 3.4.0",
                                    "Running Triton version 3.4\x1b[31m" + "x" * 300)

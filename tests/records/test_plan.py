@@ -44,6 +44,13 @@ def test_track_decides_test_and_spread(runs):
         "--margin", 0.01, "--sd", 0.01)
 
 
+def test_a_track_that_counts_steps_says_its_rule_and_what_the_margin_is_worth(records):
+    code, out, _ = records("plan", "--track", "optimization", "--margin", 0.001)
+    assert code == 0 and "(3.28 - mean) sqrt(n) >= 0.004" in out
+    assert "counts steps, not seconds: this margin is worth about 22 of them" in out  # 0.0045 per 100
+    assert "steps" not in records("plan", "--margin", 0.001)[1]
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "--margin or --gap"), (["--margin=0"], "--margin"), (["--margin=nan"], "--margin"),
     (["--margin=-0.001"], "--margin"), (["--margin=1e-9"], "larger"),

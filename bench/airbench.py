@@ -1,0 +1,350 @@
+"""Epochs that Muon, SGD and AdamW need to 90 % on Fashion-MNIST: examples/airbench.py, each tuned alike.
+
+    python -m bench.airbench run OUT.jsonl [--minutes=8]              train what OUT.jsonl lacks
+    python -m bench.airbench table OUT.jsonl [--page=bench/AIRBENCH.md]    the tables, or page and pictures
+
+The search has as many trials for each optimizer, and no run of it counts later: half an epoch on the first
+50,000 training images, judged by the other 10,000. All rates of the filters are tried with all rates of the
+head; at the best pair, other momenta.
+
+Then fresh seeds train on all 60,000 images at growing lengths, each with its own fall of the rate to zero,
+until their mean accuracy on the test images has passed the target clearly. Epochs to the target lie on a
+straight line in their logarithm from the last length below it to the first one above; a target that is not
+reached is said so. Intervals come from drawing seeds anew, the same for both optimizers of a ratio.
+
+OUT.jsonl begins with this plan and is refused when the plan has changed. It gets a line for each run, so that
+an interrupted sweep goes on where it stopped. Nothing here depends on how fast the machine is.
+"""
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from bench.page import grid, write_page
+from bench.pictures import Theme
+from bench.plots import finish, two_plots, write_plots
+from data.errors import UsageError, run_program
+from examples.airbench import AirbenchSettings, normalized, run_once
+from examples.images import ImageSet, Labelled, load
+
+TARGET = 0.90
+HELD_OUT = 10_000  # of the training images, for the search
+SEARCH_EPOCHS = 0.5
+SEARCH_SEED = 1000
+CLEARLY = 0.003  # above the target, three standard errors of a mean: then no longer runs are needed
+LENGTHS = (0.5, 0.75, 1.1, 1.6, 2.4)  # epochs; each a whole number of steps
+SEEDS = 8
+GRID = {  # optimizer -> rates of the filters, rates of the head
+    "muon": ((0.02, 0.06, 0.18, 0.54), (0.18, 0.54)),
+    "sgd": ((0.0003, 0.001, 0.003, 0.01), (0.18, 0.54)),
+    "adamw": ((0.001, 0.003, 0.01, 0.03), (0.003, 0.01)),
+}
+MOMENTUM, MOMENTA = 0.85, (0.6, 0.95)
+TRIALS = 4 * 2 + len(MOMENTA)  # of each optimizer
+DRAWS = 10_000  # of seeds, for an interval
+NAMES = {"muon": "Muon", "sgd": "SGD", "adamw": "AdamW"}
+
+
+class Rates(NamedTuple):
+    """What the search looks for."""
+    lr: float
+    head_lr: float
+    momentum: float
+
+
+def plan() -> dict:
+    """Return all that decides which runs there are."""
+    return dict(target=TARGET, held_out=HELD_OUT, search_epochs=SEARCH_EPOCHS, search_seed=SEARCH_SEED,
+                clearly=CLEARLY, lengths=LENGTHS, seeds=SEEDS, grid=GRID, momentum=MOMENTUM,
+                momenta=MOMENTA, batch_size=AirbenchSettings.batch_size)
+
+
+def read_results(path: Path) -> list[dict]:
+    """Return the runs in a file; none where there is no file. Raises UsageError for another plan."""
+    if not path.exists():
+        return []
+    try:
+        first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        found = first["plan"]
+    except (ValueError, LookupError, TypeError):
+        raise UsageError(f"{path}: expected a plan in the first line and a run in each other, as JSON, found "
+                         "something else; name a file that `run` has begun") from None
+    expected = json.loads(json.dumps(plan()))
+    if found != expected:
+        changed = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise UsageError(f"{path}: expected runs of this plan, found those of one with other values of "
+                         f"{', '.join(changed)}; name a new file")
+    return rows
+
+
+def append(path: Path, row: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The search
+
+
+def trials(optimizer: str, rows: list[dict]) -> list[Rates]:
+    """Return the trials of the search that are known so far: other momenta once all rates have been tried."""
+    known = [Rates(lr, head_lr, MOMENTUM) for lr, head_lr in itertools.product(*GRID[optimizer])]
+    best = winner(optimizer, known, rows)
+    return known + [best._replace(momentum=momentum) for momentum in MOMENTA] if best else known
+
+
+def winner(optimizer: str, known: list[Rates], rows: list[dict]) -> Rates | None:
+    """Return the best of some trials; None while one of them has not been run."""
+    found = {Rates(row["lr"], row["head_lr"], row["momentum"]): row["accuracy"]
+             for row in rows if row["stage"] == "search" and row["optimizer"] == optimizer}
+    return max(known, key=found.get) if found.keys() >= set(known) else None
+
+
+def tuned(optimizer: str, rows: list[dict]) -> Rates | None:
+    """Return what the search found; None while it goes on."""
+    known = trials(optimizer, rows)
+    return winner(optimizer, known, rows) if len(known) == TRIALS else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def next_run(rows: list[dict], optimizers: Iterable[str] = tuple(GRID)) -> dict | None:
+    """Return the labels of the next run of these optimizers that is missing; None when all is done."""
+    def first_missing(stage: str, optimizer: str, rates: Rates, epochs: float, seeds) -> dict | None:
+        labels = dict(stage=stage, optimizer=optimizer, **rates._asdict(), epochs=epochs)
+        done = {row["seed"] for row in rows if labels.items() <= row.items()}
+        return next((labels | dict(seed=seed) for seed in seeds if seed not in done), None)
+
+    for optimizer in optimizers:
+        for rates in trials(optimizer, rows):
+            if missing := first_missing("search", optimizer, rates, SEARCH_EPOCHS, [SEARCH_SEED]):
+                return missing
+        best = tuned(optimizer, rows)
+        reached = 0.0
+        for epochs in LENGTHS:
+            if reached < TARGET + CLEARLY:
+                if missing := first_missing("final", optimizer, best, epochs, range(SEEDS)):
+                    return missing
+                reached = dict(curve(optimizer, rows))[epochs]
+    return None
+
+
+def search_split(images: ImageSet) -> ImageSet:
+    """Return the training images cut into those to train on and those to judge a trial by."""
+    (pixels, labels), _ = images
+    return ImageSet(Labelled(pixels[:-HELD_OUT], labels[:-HELD_OUT]),
+                    Labelled(pixels[-HELD_OUT:], labels[-HELD_OUT:]))
+
+
+def run_all(path: Path, minutes: float) -> Iterator[dict]:
+    """Do the missing runs, one after the other, until so many minutes have passed; yield and keep each."""
+    rows = read_results(path)
+    images = load("fashion")
+    data = dict(search=normalized(search_split(images)), final=normalized(images))
+    if not path.exists():
+        append(path, dict(plan=plan(), torch=torch.__version__))
+    until = time.monotonic() + 60 * minutes
+    while (labels := next_run(rows)) and time.monotonic() < until:
+        chosen = {key: value for key, value in labels.items() if key not in ("stage", "seed")}
+        row = labels | run_once(AirbenchSettings(**chosen), data[labels["stage"]], labels["seed"])
+        append(path, row)
+        rows.append(row)
+        yield row
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def finals(optimizer: str, rows: list[dict]) -> dict[float, list[float]]:
+    """Return epochs -> test accuracy of each seed in order, for the lengths that all seeds have run."""
+    found = {}
+    for epochs in LENGTHS:
+        labels = dict(stage="final", optimizer=optimizer, epochs=epochs)
+        of_seed = {row["seed"]: row["accuracy"] for row in rows if labels.items() <= row.items()}
+        if len(of_seed) >= SEEDS:
+            found[epochs] = [of_seed[seed] for seed in sorted(of_seed)]
+    return found
+
+
+def curve(optimizer: str, rows: list[dict]) -> list[tuple[float, float]]:
+    """Return (epochs, mean test accuracy), ascending."""
+    return [(epochs, statistics.mean(accuracies)) for epochs, accuracies in finals(optimizer, rows).items()]
+
+
+def epochs_to(points: list[tuple[float, float]], target: float = TARGET) -> float:
+    """Return the epochs at which the mean accuracy passes the target: infinite where it never does, the
+    shortest length where it does there already."""
+    before = None
+    for epochs, accuracy in points:
+        if accuracy >= target:
+            if before is None:
+                return epochs
+            part = (target - before[1]) / (accuracy - before[1])
+            return before[0] * (epochs / before[0]) ** part
+        before = epochs, accuracy
+    return math.inf
+
+
+def drawn_epochs(optimizer: str, rows: list[dict], draws: np.ndarray) -> np.ndarray:
+    """Return the epochs to the target for each draw of seeds. draws: (n, SEEDS) numbers of seeds."""
+    found = finals(optimizer, rows)
+    means = np.array([np.array(accuracies)[draws].mean(1) for accuracies in found.values()])
+    return np.array([epochs_to(list(zip(found, column))) for column in means.T])
+
+
+class Interval(NamedTuple):
+    """A figure and the middle 95 % of the draws."""
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} (95 %: {self.low:.2f} to {self.high:.2f})"
+
+
+def compared(first: str, second: str, rows: list[dict]) -> Interval:
+    """Return the epochs of the first optimizer as a part of those of the second."""
+    draws = np.random.default_rng(0).integers(0, SEEDS, (DRAWS, SEEDS))
+    ratios = drawn_epochs(first, rows, draws) / drawn_epochs(second, rows, draws)
+    value = epochs_to(curve(first, rows)) / epochs_to(curve(second, rows))
+    return Interval(value, *np.quantile(ratios, (0.025, 0.975)).tolist())
+
+
+def finished(rows: list[dict]) -> list[str]:
+    """Return the optimizers of which no run is missing."""
+    return [optimizer for optimizer in GRID if next_run(rows, [optimizer]) is None]
+
+
+def search_table(rows: list[dict]) -> str:
+    """Return what the search found, and how the two rates did around it."""
+    lines = []
+    for optimizer in finished(rows):
+        rates, head_rates = GRID[optimizer]
+        best = tuned(optimizer, rows)
+        found = sorted((row["accuracy"] for row in rows
+                        if row["stage"] == "search" and row["optimizer"] == optimizer), reverse=True)
+        chosen = ("filters", best.lr, rates), ("head", best.head_lr, head_rates)
+        edge = [name for name, value, tried in chosen if not min(tried) < value < max(tried)]
+        lines.append([NAMES[optimizer], TRIALS, f"{best.lr:g}", f"{best.head_lr:g}", f"{best.momentum:g}",
+                      f"{100 * found[0]:.2f} %", f"{100 * found[1]:.2f} %", " and ".join(edge) or "none"])
+    return grid(["optimizer", "trials", "rate of the filters", "of the head", "momentum",
+                 "best of the held-out images", "second best", "rates at an edge of the grid"], lines)
+
+
+def length_table(rows: list[dict]) -> str:
+    """Return the accuracy at each length."""
+    lines = []
+    for epochs in LENGTHS:
+        cells = []
+        for optimizer in finished(rows):
+            accuracies = [100 * accuracy for accuracy in finals(optimizer, rows).get(epochs, [])]
+            cells.append(f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}"
+                         if accuracies else "")
+        if any(cells):
+            lines.append([f"{epochs:g}", *cells])
+    return grid(["epochs", *map(NAMES.get, finished(rows))], lines)
+
+
+def summary(rows: list[dict]) -> str:
+    """Return a sentence for each optimizer, and Muon compared with the others."""
+    sentences = []
+    whole = finished(rows)
+    for optimizer, name in NAMES.items():
+        needed = epochs_to(curve(optimizer, rows))
+        if optimizer not in whole:
+            sentences.append(f"{name}'s runs are not complete.")
+        elif math.isinf(needed):
+            longest = max(finals(optimizer, rows))
+            sentences.append(f"{name} does not reach {TARGET:.0%} in {longest:g} epochs.")
+        else:
+            bound = ", the shortest length, or earlier" if needed == LENGTHS[0] else ""
+            sentences.append(f"{name} reaches {TARGET:.0%} after {needed:.2f} epochs{bound}.")
+    reached = [optimizer for optimizer in whole if math.isfinite(epochs_to(curve(optimizer, rows)))]
+    if "muon" in reached:
+        sentences += [f"Muon's epochs over {NAMES[other]}'s: {compared('muon', other, rows)}, n = {SEEDS}."
+                      for other in reached if other != "muon"]
+    return " ".join(sentences)
+
+
+def tables(path: Path) -> str:
+    """Return the figures of the optimizers whose runs are all there. Raises UsageError where none are."""
+    rows = read_results(path)
+    if not finished(rows):
+        raise UsageError(f"{path}: expected all runs of an optimizer or more, found {len(rows)} runs; go on "
+                         "with `run`")
+    return "\n\n".join([summary(rows), length_table(rows), "The search:", search_table(rows)]) + "\n"
+
+
+def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
+    """Plot the accuracy against the length, and that of the search against the rate of the filters."""
+    left, right = two_plots(figure, theme, ("test accuracy, %", "search: held-out accuracy, %"),
+                            ("epochs", "rate of the filters / the best one"))
+    for optimizer, color in zip(finished(rows), theme.colors["ranks"]):
+        found = finals(optimizer, rows)
+        style = dict(color=color, marker="o", markersize=4, linewidth=2, label=NAMES[optimizer])
+        percent = 100 * np.array(list(found.values()))
+        left.fill_between(list(found), percent.min(1), percent.max(1), color=color, alpha=0.2, linewidth=0)
+        left.plot(list(found), percent.mean(1), **style)
+
+        best_at = {}
+        for row in rows:
+            if row["stage"] == "search" and row["optimizer"] == optimizer:
+                best_at[row["lr"]] = max(best_at.get(row["lr"], 0), 100 * row["accuracy"])
+        relative = sorted((lr / tuned(optimizer, rows).lr, accuracy) for lr, accuracy in best_at.items())
+        right.plot(*zip(*relative), **style)
+    left.axhline(100 * TARGET, color=theme.colors["target"], linewidth=1.5, linestyle=(0, (5, 3)))
+    left.set_xscale("log")
+    right.set_xscale("log")
+    right.set_ylim(80, 92)
+    finish(left, theme, [epochs for epochs in LENGTHS if left.get_xlim()[0] < epochs < left.get_xlim()[1]])
+    finish(right, theme, (0.01, 0.1, 1, 10), legend=False)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def show(options) -> None:
+    text = tables(options.out)
+    if options.page:
+        write_page(options.page, options.out.as_posix(), text)
+        write_plots("airbench", "Accuracy on Fashion-MNIST", partial(draw, read_results(options.out)))
+    else:
+        print(text, end="")
+
+
+def run(options) -> None:
+    torch.set_num_threads(1)  # a second thread gains little on images so small
+    for row in run_all(options.out, options.minutes):
+        print("{stage} {optimizer} lr {lr:g} head_lr {head_lr:g} momentum {momentum:g}, {epochs:g} epochs, "
+              "seed {seed}: {accuracy:.2%} in {seconds:.0f} s".format(**row), file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="bench.airbench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="run: begin no run after so many")
+    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
+    options = parser.parse_args(argv)
+    {"run": run, "table": show}[options.verb](options)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:], "bench.airbench"))

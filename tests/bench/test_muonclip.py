@@ -1,0 +1,75 @@
+"""bench.muonclip: the claims of bench/MUONCLIP.md hold in the committed logs, and its figures are theirs."""
+import re
+import statistics
+import sys
+
+import pytest
+
+from bench import muonclip
+from bench.muonclip import COMPARED, TAU
+from data.errors import run_program
+from data.files import ROOT
+
+FOLDER = ROOT / "bench/results/2026-11-28_kimi"
+PAGE = ROOT / "bench/MUONCLIP.md"
+SANE, CLIPPED, HIGH, HELD, ADAMW = COMPARED
+
+
+@pytest.fixture(scope="module")
+def found():
+    return muonclip.journals(FOLDER)
+
+
+def test_the_page_shows_the_committed_logs(found):
+    page = PAGE.read_text(encoding="utf-8")
+    marked = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->", page, re.S)
+    assert ROOT / marked[1] == FOLDER and marked[2] == muonclip.tables(found)
+
+
+def test_logits_explode_without_the_clip_and_are_held_with_it(found):
+    assert all(run.settled_logit() > 100 for run in muonclip.group(found, HIGH))
+    assert all(run.settled_logit() < 1.5 * TAU for run in muonclip.group(found, HELD))
+    rounding = 0.05  # of the printed log-sum-exp, itself above the logit
+    assert all(run.settled_logit() <= 1.1 * TAU + rounding for run in muonclip.group(found, CLIPPED))
+
+
+def test_the_clip_costs_no_loss_and_saves_some_where_logits_explode(found):
+    assert statistics.mean(muonclip.difference(found, CLIPPED, SANE)) < 0.02
+    assert max(muonclip.difference(found, HELD, HIGH)) < 0
+
+
+def test_muon_is_ahead_of_adamw(found):
+    assert max(muonclip.difference(found, CLIPPED, ADAMW)) < 0
+
+
+def test_two_ranks_train_as_one(found):
+    assert muonclip.gap_of_ranks(found) <= 1e-4
+
+
+def test_each_log_is_of_the_settings_in_its_name(found):
+    for trial in [trial for trial in muonclip.TRIALS if trial.name in found]:
+        first, _ = (FOLDER / f"{trial.name}.txt").read_text(encoding="utf-8").split("\n", 1)
+        named = dict(word.split("=") for word in first.split())
+        clip = trial.clip if trial.clip == "off" else float(trial.clip)
+        expected = {"optimizer": trial.optimizer, "lr": trial.lr, "clip": clip, "seed": trial.seed}
+        assert {name: named[name] for name in expected} == {name: str(x) for name, x in expected.items()}
+
+
+def test_logs_that_are_missing_or_cut_short_are_refused(tmp_path, capsys):
+    assert run_program(muonclip.main, ["table", str(tmp_path)]) == 2
+    assert "expected a run or more of each kind that is compared, found none" in capsys.readouterr().err
+    (tmp_path / "muon_0.01_off_0.txt").write_text("step:10/300 loss:3.1 logit:4.0")
+    assert run_program(muonclip.main, ["table", str(tmp_path)]) == 2
+    assert "expected what examples/kimi.py prints, to its end, found less" in capsys.readouterr().err
+
+
+def test_run_trains_what_is_missing_and_nothing_else(tmp_path, capsys, monkeypatch):
+    fails = "import sys; sys.exit('no luck')"
+    commands = {"first": [sys.executable, "-c", "print(1)"], "second": [sys.executable, "-c", fails]}
+    monkeypatch.setattr(muonclip, "commands", lambda: commands)
+    assert run_program(muonclip.main, ["run", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith(
+        "second: expected the example to end well, but it ended with exit code 1: no luck\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["first.txt"]
+    assert run_program(muonclip.main, ["run", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "1/1 second\n"

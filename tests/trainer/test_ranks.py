@@ -1,0 +1,32 @@
+"""The process group that a run makes."""
+import os
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from engine.ranks import PATIENCE, Runtime
+from tests.helpers.dist import run_ranks
+
+
+def made_by_a_run(rank: int, world: int, folder: str) -> tuple:
+    """What gloo was told of time-outs, what the log says of it, and that the ranks have found each other."""
+    dist.destroy_process_group()  # that of the test
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="here", MASTER_PORT="0")
+    store = dist.FileStore(f"{folder}/store", world)  # in place of a port, which another program might take
+    init = partial(dist.init_process_group, store=store, rank=rank, world_size=world)
+    with mock.patch.object(dist, "init_process_group", init):
+        rt = Runtime()
+    told = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    return told, rt.facts(), rt.sum(torch.ones(())).item()
+
+
+def test_ranks_wait_for_one_that_compiles_longer_than_the_libraries_would(tmp_path):
+    said = ["collectives: gloo; a rank waits 40 minutes for the others"]
+    assert run_ranks(2, made_by_a_run, str(tmp_path)) == 2 * [(PATIENCE, said, 2.0)]
+    assert PATIENCE.total_seconds() == 2400
+
+
+def test_one_rank_waits_for_nobody():
+    assert Runtime().facts() == []
