@@ -129,9 +129,9 @@ def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint])
 
     muon, adamw, nanogpt = ends["muon"], ends["adamw"], ends["nanogpt"]
     said = {name: f"{end.loss:.2f} after {end.seconds:.0f} s" for name, end in ends.items()}
-    say(muon.seconds + 1.5, target - 0.065, f"this repository: {said['muon']}", "muon")
-    say(nanogpt.seconds + 1.5, nanogpt.loss + 0.045, f"nanoGPT's quickstart:\n{said['nanogpt']}", "nanogpt")
-    say(adamw.seconds, target + 0.165, f"the same with AdamW:\n{said['adamw']}", "adamw", "right")
+    say(muon.seconds + 1.5, target - 0.085, f"this repository: {said['muon']}", "muon")
+    say(nanogpt.seconds, nanogpt.loss + 0.13, f"nanoGPT's quickstart:\n{said['nanogpt']}", "nanogpt", "right")
+    say(adamw.seconds + 1.5, target + 0.08, f"the same with AdamW: {said['adamw']}", "adamw")
     say(0.8, target + 0.04, f"target {target:g}", "target")
 
 

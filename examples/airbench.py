@@ -38,7 +38,7 @@ from examples.images import CLASSES, ImageSet, Labelled, load
 from muon import Muon
 
 WIDTHS = {"small": (16, 48, 64), "full": (64, 256, 256)}  # channels of the three groups
-RATES = {  # optimizer -> the settings that `python -m bench.airbench` found for Fashion-MNIST, `small`
+RATES = {  # optimizer -> its settings for Fashion-MNIST, `small`: guesses until `bench.airbench` has searched
     "muon": dict(lr=0.12, head_lr=0.67, momentum=0.6),
     "sgd": dict(lr=0.01, head_lr=0.67, momentum=0.85),
     "adamw": dict(lr=0.006, head_lr=0.01, momentum=0.9),
@@ -56,9 +56,9 @@ class AirbenchSettings:
     width: str = setting("small", "of the network", one_of(*WIDTHS))
     epochs: float = setting(1.0, "passes over the training images; the rate ends at zero", POSITIVE)
     batch_size: int = setting(500, "images of a step", POSITIVE)
-    lr: float = setting(0.0, "of the filters; 0: as tuned", ZERO_OR_MORE)
-    head_lr: float = setting(0.0, "of the head; 0: as tuned", ZERO_OR_MORE)
-    momentum: float = setting(0.0, "of the filters' optimizer, AdamW's first beta; 0: as tuned",
+    lr: float = setting(0.0, "of the filters; 0: as in RATES", ZERO_OR_MORE)
+    head_lr: float = setting(0.0, "of the head; 0: as in RATES", ZERO_OR_MORE)
+    momentum: float = setting(0.0, "of the filters' optimizer, AdamW's first beta; 0: as in RATES",
                               between(0.0, 0.999))
     shift: int = setting(0, "pixels by which images move at random", between(0, 4))
     views: int = setting(1, "of a test image: 1; 2 with its mirror image; 6 moved by a pixel, too",

@@ -131,7 +131,7 @@ def test_the_output_it_shows_is_that_of_a_run():
 
 
 def test_the_verdict_it_shows_is_that_of_the_committed_experiment():
-    verdict = (ROOT / "bench/results/2026-11-28_untied/verdict.md").read_text(encoding="utf-8")
+    verdict = (ROOT / "bench/results/2026-11-28_mtp/verdict.md").read_text(encoding="utf-8")
     shown = re.findall(r"^ {4,}((?:Seconds|Loss): .*) \.\.\.$", README, re.M)
     assert len(shown) == 2
     for line in shown:
