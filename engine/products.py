@@ -1,5 +1,5 @@
-"""Matrix products that are faster than torch's choice: in bf16 or by oneDNN on a CPU whose weights are fp32, and
-the symmetric ones of Muon."""
+"""Matrix products that are faster than torch's choice: in bf16 or by oneDNN on a CPU whose weights are fp32,
+and the symmetric ones of Muon."""
 import contextlib
 import functools
 from pathlib import Path
@@ -12,8 +12,8 @@ from muon import (
     ONEDNN, has_bf16_units, iteration_dtype, orthogonalize, product, symmetric_product)
 
 # ------------------------------------------------------------------------------------------------------------
-# In fp32 on a CPU: MKL, which torch calls, reaches half the rate of oneDNN on an AMD processor. A processor with
-# units for bf16 multiplies it two to eight times as fast as fp32.
+# In fp32 on a CPU: MKL, which torch calls, reaches half the rate of oneDNN on an AMD processor. A processor
+# with units for bf16 multiplies it two to eight times as fast as fp32.
 
 
 class CpuLinear(torch.autograd.Function):
@@ -39,8 +39,8 @@ def choose_bf16(wish: str, device: torch.device, dtype: torch.dtype, compiled: b
     the reason. Raises UsageError where that is asked for in vain."""
     possible = device.type == "cpu" and dtype == torch.float32 and not compiled
     if wish == "bfloat16" and not possible:
-        raise UsageError("--products: expected bfloat16 with fp32 weights on a CPU, eager, found another device, "
-                         "dtype or --compile=on; leave it out")
+        raise UsageError("--products: expected bfloat16 with fp32 weights on a CPU, eager, found another "
+                         "device, dtype or --compile=on; leave it out")
     if not possible:
         return False, "only with fp32 weights on a CPU, eager"
     if wish != "auto":

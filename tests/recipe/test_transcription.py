@@ -14,7 +14,8 @@ SIZES = dict(  # six heads, so that the pairs of the record are (0, 3), (1, 4), 
     vocab_size=61, bos_id=60, model_dim=48, head_dim=8, bigram_rows=97, slices=2, batch_tokens=(64, 96, 128),
     max_doc_len=(12, 24), window_short=(3, 5, 6, 8), window_long=(6, 9, 12, 13), window_final=20,
     val_tokens=128, val_slice=64, train_steps=22, extension_steps=4,
-    momentum_warmup=6, momentum_cooldown=5, dtype="float32", products="float32", compile="off", attention="blocked")
+    momentum_warmup=6, momentum_cooldown=5, dtype="float32", products="float32", compile="off",
+    attention="blocked")
 PLAN = Plan(scheduled=18, extension=4, short=SIZES["window_short"], long=SIZES["window_long"], long_final=20,
             momentum_rise=6, momentum_fall=5)
 EXACT = 1e-5  # of the norm; fp32 in another order of summation

@@ -1,4 +1,6 @@
 """Fused functions against their plain formulas, in values and gradients."""
+import functools
+
 import pytest
 import torch
 
@@ -25,23 +27,29 @@ def assert_same(fused, plain, arguments, tolerance):
         assert (ours - exact).norm() <= tolerance * exact.norm()
 
 
+def mlp(x, w_in, w_out, onednn, dtype):
+    return SquaredReluMlp.apply(x, w_in, w_out, onednn, dtype)
+
+
 def test_the_mlp_equals_its_formula():
     arguments = leaves((11, 6), (13, 6), (6, 13))
-    assert_same(lambda *args: SquaredReluMlp.apply(*args, False, torch.float64), squared_relu_mlp, arguments, 1e-14)
+    fused = functools.partial(mlp, onednn=False, dtype=torch.float64)
+    assert_same(fused, squared_relu_mlp, arguments, 1e-14)
 
 
 @pytest.mark.skipif(ONEDNN is None, reason="needs oneDNN with AVX-512")
 def test_the_mlp_by_onednn_equals_its_formula():
     arguments = leaves((70, 32), (96, 32), (32, 96), dtype=torch.float32)
-    assert_same(lambda *args: SquaredReluMlp.apply(*args, True, torch.float32), squared_relu_mlp, arguments, 1e-5)
+    fused = functools.partial(mlp, onednn=True, dtype=torch.float32)
+    assert_same(fused, squared_relu_mlp, arguments, 1e-5)
 
 
 @pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=pytest.mark.skipif(
     ONEDNN is None, reason="needs oneDNN with AVX-512"))])
 def test_the_mlp_with_factors_in_bf16_is_near_its_formula_and_gives_fp32(onednn):
     arguments = leaves((70, 32), (96, 32), (32, 96), dtype=torch.float32)
-    assert_same(lambda *args: SquaredReluMlp.apply(*args, onednn, torch.bfloat16), squared_relu_mlp, arguments,
-                1e-2)  # each factor is rounded by up to 2^-9
+    fused = functools.partial(mlp, onednn=onednn, dtype=torch.bfloat16)
+    assert_same(fused, squared_relu_mlp, arguments, 1e-2)  # each factor is rounded by up to 2^-9
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (5, 2, 3, 8)])
@@ -51,7 +59,7 @@ def test_the_norm_equals_its_formula(shape):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_norm_and_rotary_equal_their_formulas(heads):
-    """The tables of plain heads are alike for all heads, those of paired heads are not; channels may be left."""
+    """The tables of plain heads are alike for all heads, those of paired heads are not; two channels are left."""
     x, = leaves((5, 2, 3, 8))
     angle = torch.rand(5, 1, heads, 3, dtype=torch.float64)
     assert_same(lambda x: NormAndRotary.apply(x, angle.cos(), angle.sin()),
