@@ -59,7 +59,7 @@ def test_the_norm_equals_its_formula(shape):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_norm_and_rotary_equal_their_formulas(heads):
-    """The tables of plain heads are alike for all heads, those of paired heads are not; two channels are left."""
+    """Tables of plain heads are alike for all heads, those of paired ones are not; two channels are left."""
     x, = leaves((5, 2, 3, 8))
     angle = torch.rand(5, 1, heads, 3, dtype=torch.float64)
     assert_same(lambda x: NormAndRotary.apply(x, angle.cos(), angle.sin()),
