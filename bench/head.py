@@ -11,8 +11,9 @@ import time
 import torch
 
 from data.errors import run_program
+from engine.fused import norm
 from engine.head_loss import HEAD_PIECE, HeadLoss
-from train_gpt import Config, configure, mtp_weights, norm
+from train_gpt import Config, configure, mtp_weights
 
 
 def milliseconds(call, device: torch.device, reps: int = 10) -> float:

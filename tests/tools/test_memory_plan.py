@@ -215,4 +215,4 @@ def test_an_unknown_gpu_needs_its_memory_and_an_unknown_setting_is_refused(capsy
 
 def test_without_a_gpu_it_plans_for_the_memory_of_this_machine(capsys):
     text = said(capsys, "--track=shakespeare")
-    assert text.startswith("plan: track shakespeare on CPU") and "901,120 in training" in text
+    assert text.startswith("plan: track shakespeare on CPU") and "393,216 in training" in text
