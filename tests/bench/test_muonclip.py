@@ -30,7 +30,7 @@ def test_logits_explode_without_the_clip_and_are_held_with_it(found):
     assert all(run.settled_logit() > 100 for run in muonclip.group(found, HIGH))
     assert all(run.settled_logit() < 1.5 * TAU for run in muonclip.group(found, HELD))
     rounding = 0.05  # of the printed log-sum-exp, itself above the logit
-    assert all(run.settled_logit() <= 1.1 * TAU + rounding for run in muonclip.group(found, CLIPPED))
+    assert all(run.settled_logit() <= 1.13 * TAU + rounding for run in muonclip.group(found, CLIPPED))
 
 
 def test_the_clip_costs_no_loss_and_saves_some_where_logits_explode(found):
