@@ -16,12 +16,7 @@ from tests.helpers.dist import run_ranks
 RESULTS = ROOT / "bench/results/2026-11-28_theory/theory.json"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ratio(case: Case, seed: int = 0) -> float:

@@ -13,12 +13,7 @@ from muon import Muon, orthogonalize
 from tests.examples.pictures import made_up, patterns, write_mnist
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
