@@ -8,7 +8,7 @@ from bisect import bisect_left
 
 import scipy
 
-from records.errors import RecordError
+from data.errors import UsageError
 from records.statistics import power, two_sample_power
 from records.tracks import TRACKS
 
@@ -23,7 +23,7 @@ def fewest(least: int, power_of, wanted: float) -> int:
     numbers = range(least, MOST_RUNS + 1)
     at = bisect_left(numbers, wanted, key=power_of)
     if at == len(numbers):
-        raise RecordError("expected a difference that some number of runs can show, found that "
+        raise UsageError("expected a difference that some number of runs can show, found that "
                           f"{MOST_RUNS:,} show it in {power_of(MOST_RUNS):.1%} of cases; plan for a larger "
                           "one")
     return numbers[at]
@@ -59,7 +59,7 @@ def add_arguments(parser):
 
 def refuse_other_units(name: str, difference: float, sd: float):
     if difference > SAFE_MARGIN * sd:
-        raise RecordError(f"--{name}: expected at most {SAFE_MARGIN} standard deviations of {sd:g}, found "
+        raise UsageError(f"--{name}: expected at most {SAFE_MARGIN} standard deviations of {sd:g}, found "
                           f"{difference:g}; check the units: nats per token, seconds")
 
 
@@ -91,10 +91,10 @@ def plan_time(gap: float, sd: float, alpha: float, wanted: float) -> str:
 def run(args) -> int:
     track = TRACKS[args.track]
     if args.margin is None and args.gap is None:
-        raise RecordError("expected --margin or --gap, found neither; say what the runs shall show, as "
+        raise UsageError("expected --margin or --gap, found neither; say what the runs shall show, as "
                           "--margin=0.001")
     if (args.gap is None) != (args.time_sd is None):
-        raise RecordError("expected --gap and --time-sd together, found one of them; add the other, as "
+        raise UsageError("expected --gap and --time-sd together, found one of them; add the other, as "
                           "--gap=0.3 --time-sd=0.07")
     if args.margin is not None:
         print(plan_loss(track, args.margin, args.sd or track.loss_sd, args.power))

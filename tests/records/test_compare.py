@@ -9,8 +9,8 @@ from tests.helpers.committed import ADAMW, MUON, TRACK
 from tests.helpers.synthetic import make, own
 from tests.records.conftest import plan_text
 
+from data.errors import UsageError
 from records import charts, groups, history
-from records.errors import RecordError
 from records.statistics import ratio_interval, t_test, welch
 
 LOSSES = [1.571, 1.582, 1.590, 1.5777, 1.5812]
@@ -166,7 +166,7 @@ def test_groups_are_files_or_the_logs_of_a_folder(tmp_path):
     name, _ = found(named, long)[1]
     assert name.startswith("…") and name.endswith("longlong/0") and len(name) == groups.NAME_LIMIT
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RecordError, match="found none"):
+    with pytest.raises(UsageError, match="found none"):
         found(tmp_path / "empty")
 
 
@@ -186,6 +186,8 @@ def test_differences_of_sources(tmp_path, compare):
     after = {"train_gpt.py": "a = 1\nb = 20\nc = 3\nd = 4\n", "muon.py": "m\n", "new.py": "z\ny\n"}
     folders = write(tmp_path, "a", curves, files=before), write(tmp_path, "b", curves, files=after)
     assert "source: new.py +2 -0, old.py +0 -2, train_gpt.py +2 -1\n" in compare(*folders)[1]
+    turned = write(tmp_path, "c", curves, files=before | {"old.py": "y\nx\n"})
+    assert "source: old.py, its order\n" in compare(folders[0], turned)[1]
     a, b = make("T5", 1).write(tmp_path / "a.txt"), make("E1", 2).write(tmp_path / "b.txt")
     out = compare(a, b)[1]
     assert "source: not in the logs of both" in out and "settings" not in out

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scipy.special import betainc, ndtr
 from scipy.stats import t as t_distribution
 
+from data.errors import UsageError
 from records import statistics
-from records.errors import RecordError
 from records.tracks import TRACKS, choose
 
 HERE = Path(__file__).parent
@@ -276,5 +276,5 @@ def test_track_is_named_or_seen():
     assert choose([log("logs/x.txt", "shakespeare")]).name == "shakespeare"
     assert choose([log("records/track_3_optimization/results/x.txt", None)]).name == "optimization"
     for logs in ([], [log("x.txt", None)], [log("x.txt", "small"), log("y.txt", "shakespeare")]):
-        with pytest.raises(RecordError, match="expected .*, found .*; "):
+        with pytest.raises(UsageError, match="expected .*, found .*; "):
             choose(logs)
