@@ -224,7 +224,8 @@ def test_the_recipe_of_record_89_changes_what_its_rows_say_and_nothing_else():
 
 
 def test_tokens_and_learning_rates_of_record_89_are_the_record_s():
-    """55.4, 111.1, 166.3 and 5.9 M tokens in stages of 423, 424, 423 and 15 steps; ours are 424, 422, 424, 15."""
+    """55.4, 111.1, 166.3 and 5.9 M tokens in stages of 423, 424, 423 and 15 steps; ours have 424, 422, 424
+    and 15."""
     cfg = Config.for_track("small", recipe="record89")
     theirs = 423 * 131_072 + 424 * 262_144 + 438 * 393_216
     assert theirs == 338_821_120 and abs(cfg.train_tokens / theirs - 1) < 1e-12
