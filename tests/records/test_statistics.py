@@ -37,36 +37,14 @@ def equal(values) -> bool:
     return min(values) == max(values)
 
 
-@given(groups, st.sampled_from([3.28, 2.92, 1.6]))
-@settings(max_examples=200, deadline=None)
-def test_t_test_is_the_textbook_formula(losses, target):
-    result = statistics.t_test(losses, target)
-    assert result.n == len(losses) and result.mean == pytest.approx(stdlib.mean(losses))
-    if equal(losses):
-        assert result.p is None and "equal" in result.why and not result.passes
-        return
-    t = (stdlib.mean(losses) - target) / (stdlib.stdev(losses) / math.sqrt(len(losses)))
-    assert result.sd == pytest.approx(stdlib.stdev(losses))
-    assert result.score == pytest.approx(t, rel=1e-6)
-    assert result.p == pytest.approx(t_cdf(t, len(losses) - 1), rel=1e-6, abs=1e-12)
-    assert result.passes == (result.p < 0.01)
-
-
-@given(groups)
-@settings(max_examples=100, deadline=None)
-def test_z_rule_is_the_published_condition(losses):
-    result = statistics.z_rule(losses, 3.28)
-    score = (3.28 - stdlib.mean(losses)) * len(losses) ** 0.5
-    assert result.score == pytest.approx(score, abs=1e-9)
-    assert result.passes == (score >= 0.004 - 1e-9)
-    assert result.p == pytest.approx(1 - ndtr(score / 0.0013), abs=1e-9)
-
-
 @pytest.mark.parametrize("losses, passes", [
     ([3.276], True), ([3.27601], False), ([3.278] * 4, True), ([3.27801] * 4, False),
     ([3.277, 3.279] * 2, True)])
-def test_z_rule_at_its_edge(losses, passes):
-    assert statistics.z_rule(losses, 3.28).passes is passes
+def test_z_rule_is_the_published_condition(losses, passes):
+    result = statistics.z_rule(losses, 3.28)
+    score = (3.28 - stdlib.mean(losses)) * len(losses) ** 0.5
+    assert result.passes is passes and result.score == pytest.approx(score)
+    assert result.p == pytest.approx(1 - ndtr(score / 0.0013))
 
 
 @pytest.mark.parametrize("losses, baseline, steps, passes", [
@@ -134,20 +112,6 @@ def test_ratio_interval_agrees_with_fieller_where_spreads_are_those_of_times():
             assert abs(ours.low - other[0]) < 0.05 * width and abs(ours.high - other[1]) < 0.05 * width
 
 
-def test_ratio_interval_covers_the_true_ratio():
-    """95 % within the noise of 2,000 intervals (standard error 0.5 %) and Satterthwaite's own error
-    at n = 3."""
-    rng = np.random.default_rng(2)
-    for n_a, n_b, spread_a, spread_b in ((3, 3, 0.02, 0.02), (3, 10, 0.05, 0.01), (10, 10, 0.001, 0.06),
-                                         (20, 5, 0.06, 0.06)):
-        hits = 0
-        for _ in range(2000):
-            interval = statistics.ratio_interval(1.8 * (1 + spread_a * rng.standard_normal(n_a)),
-                                                 1 + spread_b * rng.standard_normal(n_b))
-            hits += interval.low <= 1.8 <= interval.high
-        assert 0.93 < hits / 2000 < 0.975, (n_a, n_b, hits / 2000)
-
-
 def test_ratio_interval_of_the_swapped_groups_is_the_reciprocal():
     one, other = statistics.ratio_interval([10, 11, 12.5],
                                            [4, 5]), statistics.ratio_interval([4, 5], [10, 11, 12.5])
@@ -196,27 +160,6 @@ def test_whatever_goes_in_no_wrong_number_comes_out(a, b):
                                        for name in ("score", "low", "high")))), result
         assert 0 <= numbers.get("p", 0) <= 1, result
         assert str(result) and (result.why or "cannot be judged" not in str(result))
-
-
-# Power
-
-
-@pytest.mark.parametrize("n, margin, sigma", [(5, 0.002, None), (20, 0.001, None), (4, 0.002, 0.0013),
-                                              (1, 0.004, 0.0013)])
-def test_power_is_what_simulated_runs_do(n, margin, sigma):
-    rng, sets = np.random.default_rng(3), 2000
-    losses = 3.28 - margin + 0.0011 * rng.standard_normal((sets, n))
-    test = statistics.t_test if sigma is None else statistics.z_rule
-    passed = sum(test(row, 3.28).passes for row in losses) / sets
-    alpha = 0.01 if sigma is None else 1 - ndtr(0.004 / 0.0013)
-    expected = statistics.power(n, margin, 0.0011, alpha, sigma)
-    assert passed == pytest.approx(expected, abs=4 * (0.25 / sets) ** 0.5)  # 4 standard errors
-
-
-def test_power_without_a_margin_is_alpha():
-    for n in (2, 3, 10, 1000):
-        assert statistics.power(n, 0, 1, 0.01) == pytest.approx(0.01)
-        assert statistics.power(n, 0, 1, 0.01, 1) == pytest.approx(0.01)
 
 
 # Published figures
