@@ -300,14 +300,14 @@ def pair_with_equal_losses(out: Path, arm: str, number: int, new: RunFacts) -> i
 def conclude(out: Path, experiment: Experiment):
     """Write the verdict on all pairs, and print it."""
     a, b = ([find_run(out, arm, number) for number in range(1, len(experiment.pairs) + 1)] for arm in "ab")
-    verdict = judge(a, b)
+    verdict = paired_tests(a, b)
     lines = [*sentences(verdict), *notes(out, a, b)]
     with written_whole(out / "verdict.md", "w") as file:
         file.write(markdown(experiment, a, b, lines))
     print("\n".join((*lines, f"Written to {out}/verdict.md.")))
 
 
-def judge(a: list[RunFacts], b: list[RunFacts]) -> dict:
+def paired_tests(a: list[RunFacts], b: list[RunFacts]) -> dict:
     """The paired tests of A minus B; speed_up: mean of B's time over A's, by the logarithms."""
     # scipy takes a second, and has threads that must not be there while ab starts runs
     from records import statistics

@@ -82,7 +82,7 @@ def test_verdict_is_the_paired_test_of_the_logs(capsys):
     run(a=f"{FAKE} --ms=82000", runs=5)
     text = Path("out/verdict.md").read_text()
     arms = [[logs.read(path).runs[0] for path in files(f"out/{arm}/*")] for arm in "ab"]
-    verdict = ab.judge(*arms)
+    verdict = ab.paired_tests(*arms)
     seconds = [[run.final_time_ms / 1000 for run in arm] for arm in arms]
     losses = [[run.final_val_loss for run in arm] for arm in arms]
     assert verdict["seconds"].difference.p == pytest.approx(ttest_rel(*seconds, alternative="less").pvalue)
