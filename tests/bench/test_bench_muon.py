@@ -147,7 +147,8 @@ def test_blocks_of_all_sizes_take_turns_and_leave_the_settings_as_they_were():
     found = blocks.measure([1], 2, [(16, 8)])
     assert {len(seconds) for seconds in found.values()} == {2} and len(found) == 1 + len(blocks.ROWS)
     first, _, theirs, *_ = blocks.table(found).splitlines()
-    assert first.count("|") == 6 and theirs.startswith("| 1 | torch.optim.Muon |") and theirs.endswith("| 1.00 |")
+    assert first.count("|") == 6
+    assert theirs.startswith("| 1 | torch.optim.Muon |") and theirs.endswith("| 1.00 |")
     assert (torch.get_num_threads(), muon.BLOCK_ROWS) == (threads, rows)
 
 
