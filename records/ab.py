@@ -53,7 +53,7 @@ def run(args) -> int:
         raise UsageError(f"--runs: expected 2 to 999 pairs, found {args.runs}; ask plan how many this needs")
     if not args.limit > 0:
         raise UsageError(f"--limit: expected minutes above 0, found {args.limit}; give the longest that a "
-                          "run may take")
+                         "run may take")
     for command in (args.a, args.b):
         words(command, 0)
 
@@ -88,19 +88,19 @@ def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
     if not path.exists():
         if any(not file.name.startswith(".") for file in out.iterdir()):
             raise UsageError(f"{out}: expected an empty folder or one that ab began, found other files; "
-                              "choose another --out")
+                             "choose another --out")
         with written_whole(path, "w") as file:
             json.dump(asdict(make_experiment(a, b, runs)), file, indent=1)
     experiment = read_experiment(out)
     if experiment is None:
         raise UsageError(f"{path}: expected the plan of an A/B experiment, found something else; choose "
-                          "another --out")
+                         "another --out")
 
     found = (experiment.a, experiment.b, len(experiment.pairs))
     for name, old, new in zip(("--a", "--b", "--runs"), found, (a, b, runs)):
         if old != new:
             raise UsageError(f"{name}: expected {old!r}, with which {out} was begun, found {new!r}; choose "
-                              "another --out to begin another experiment")
+                             "another --out to begin another experiment")
     for name in (*ROLES, "output"):
         (out / name).mkdir(exist_ok=True)
     return experiment
@@ -118,13 +118,13 @@ def locked(out: Path):
         lock = open(out / ".lock", "w")
     except OSError as e:
         raise UsageError(f"--out: expected a folder to write to, found {e.strerror} at {out}; choose "
-                          "another one") from None
+                         "another one") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{out}: expected no run at work, found another ab, or a run that outlived its "
-                              f"ab; wait for it or end it (fuser {out}/.lock names it)") from None
+                             f"ab; wait for it or end it (fuser {out}/.lock names it)") from None
         except OSError as e:
             print(f"note: {out} cannot be locked ({e.strerror}): see to it that no other ab uses it",
                   file=sys.stderr)
@@ -194,7 +194,7 @@ def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: fl
         failure = f"it still at work after {limit / 60:g} minutes (--limit)"
     except OSError as e:
         raise UsageError(f"--{arm}: expected a command to start, found {argv[0]!r}: {e.strerror}; correct "
-                          "it") from None
+                         "it") from None
     if failure:
         tail = output.read_bytes()[-4096:].decode("utf-8", "replace").splitlines()[-TAIL:]
         raise UsageError("\n".join((
@@ -279,8 +279,8 @@ def find_run(out: Path, arm: str, number: int) -> RunFacts | None:
     runs = logs.read(path).runs
     if len(runs) != 1 or not runs[0].complete:
         raise UsageError(f"{path}: expected the log of a complete run, which ab put there, found "
-                          f"{len(runs)} runs or an incomplete one; remove the file and start the same ab "
-                          "again")
+                         f"{len(runs)} runs or an incomplete one; remove the file and start the same ab "
+                         "again")
     return runs[0]
 
 

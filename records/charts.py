@@ -89,14 +89,14 @@ def plot(groups: list[RunGroup], target: float, path: Path):
     import matplotlib
     if path.suffix not in SUFFIXES:
         raise UsageError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, found {path.name!r}; "
-                          "change it")
+                         "change it")
     if len(groups) > len(COLORS):
         raise UsageError(f"--plot: expected at most {len(COLORS)} groups, which have as many colours, found "
-                          f"{len(groups)}; name fewer")
+                         f"{len(groups)}; name fewer")
     about = {"Date": None} if path.suffix == ".svg" else None
     try:
         with matplotlib.rc_context(SETTINGS):
             figure(groups, target).savefig(path, dpi=150, metadata=about)
     except OSError as e:
         raise UsageError(f"--plot: expected to write {path}, found: {e.strerror}; choose another "
-                          "folder") from None
+                         "folder") from None

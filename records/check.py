@@ -90,7 +90,7 @@ def members(folder: Path) -> list[Path]:
     for path in found:
         if not re.fullmatch(schema.LOG_NAME, path.name) or not path.is_file():
             raise UsageError(f"{folder}: expected logs, with names of letters, digits and . _ -, found "
-                              f"{path.name!r}; rename it or take it away")
+                             f"{path.name!r}; rename it or take it away")
     return found
 
 
@@ -126,7 +126,7 @@ def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Pat
         matches = [path for path in found if path.name == Path(name).name or path.name.startswith(name)]
         if len(matches) != 1:
             raise UsageError(f"--exclude: expected the name of one log, found {len(matches)} called "
-                              f"{name!r}; say it in full")
+                             f"{name!r}; say it in full")
         excluded[matches[0]] = reason
     return [path for path in found if path not in excluded], excluded
 
@@ -136,7 +136,7 @@ def waivers(texts: list[str]) -> dict[str, str]:
     if wrong := sorted(found.keys() - WAIVABLE):
         advice = "this rule cannot be waived" if wrong[0] in RULES else "see check --help for the rules"
         raise UsageError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; "
-                          f"{advice}")
+                         f"{advice}")
     return found
 
 

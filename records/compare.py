@@ -202,11 +202,11 @@ def public_group(track: Track | None, number: int) -> RunGroup:
     known = history.numbers_with_curves(name)
     if not known:
         raise UsageError(f"--history: expected a log of a track with public records, found track {name}; "
-                          "leave it out")
+                         "leave it out")
     if number not in known:
         raise UsageError(f"--history: expected the number of a public record of track {name} whose curve is "
-                          f"kept, found {number}; choose one from {known[0]} to {known[-1]}, see "
-                          "records/README.md")
+                         f"kept, found {number}; choose one from {known[0]} to {known[-1]}, see "
+                         "records/README.md")
     return RunGroup(f"public record {number}", [], history.runs(name, number), [])
 
 

@@ -135,7 +135,7 @@ def count(group: RunGroup, track: Track | None, step: int | None = None) -> Coun
     if step is None and stated and len(steps) > 1:
         found = listed(map(str, sorted(steps)))
         raise UsageError(f"expected runs that end at the same step, found {found}; say which step counts: "
-                          "--step=N")
+                         "--step=N")
 
     points, notes = [], []
     for run in group.runs:

@@ -177,7 +177,7 @@ def find(paths) -> list[Path]:
                 found.setdefault(path.resolve(), path)
             else:
                 raise UsageError(f"{path}: expected a log or a folder of logs, found nothing there; check "
-                                  "the path")
+                                 "the path")
         except OSError as e:
             refuse(e, path)
     return sorted(found.values())
@@ -203,7 +203,7 @@ def files_below(root: Path) -> Iterator[Path]:
 
 def refuse(error: OSError, path: Path | None = None):
     raise UsageError(f"{path or error.filename}: expected something readable, found: {error.strerror}; "
-                      "check path and permissions") from None
+                     "check path and permissions") from None
 
 
 def read(path) -> LogFile:

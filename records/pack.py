@@ -82,7 +82,7 @@ def run(args) -> int:
     target = args.output / statement.folder
     if target.exists() and not args.dry_run:
         raise UsageError(f"{target}: expected no folder of that name, found one; choose another --name or "
-                          "--date")
+                         "--date")
 
     temporary = Path(tempfile.mkdtemp(prefix=".pack-", dir=None if args.dry_run else args.output))
     try:
@@ -91,7 +91,7 @@ def run(args) -> int:
         raise  # of the output, not of the folder
     except OSError as e:
         raise UsageError(f"{target}: expected to write it, found: {e.strerror}; check names, space and "
-                          "permissions") from None
+                         "permissions") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return 0
@@ -132,10 +132,10 @@ def read_note(path: str | None) -> str:
         raise UsageError(f"--note: expected a readable text file, found: {e}; check {path}") from None
     if len(note) > NOTE_LIMIT:
         raise UsageError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link "
-                          "to the rest")
+                         "to the rest")
     if NOTE_BEGIN in note or NOTE_END in note:
         raise UsageError(f"{path}: expected a note, found the marks of one in a README; pass the text "
-                          "between them")
+                         "between them")
     return note.strip()
 
 
@@ -164,7 +164,7 @@ def copy(submission: Submission, statement: Statement, target: Path):
                 raise UsageError(f"expected log names that end in .txt, found {name!r}; rename it")
             if name.lower() in seen:
                 raise UsageError(f"expected logs of different names in {folder}, found two called {name}; "
-                                  "rename one")
+                                 "rename one")
             seen.add(name.lower())
             (target / folder).mkdir(exist_ok=True)
             shutil.copyfile(log.path, target / folder / name)

@@ -24,8 +24,8 @@ def fewest(least: int, power_of, wanted: float) -> int:
     at = bisect_left(numbers, wanted, key=power_of)
     if at == len(numbers):
         raise UsageError("expected a difference that some number of runs can show, found that "
-                          f"{MOST_RUNS:,} show it in {power_of(MOST_RUNS):.1%} of cases; plan for a larger "
-                          "one")
+                         f"{MOST_RUNS:,} show it in {power_of(MOST_RUNS):.1%} of cases; plan for a larger "
+                         "one")
     return numbers[at]
 
 
@@ -60,7 +60,7 @@ def add_arguments(parser):
 def refuse_other_units(name: str, difference: float, sd: float):
     if difference > SAFE_MARGIN * sd:
         raise UsageError(f"--{name}: expected at most {SAFE_MARGIN} standard deviations of {sd:g}, found "
-                          f"{difference:g}; check the units: nats per token, seconds")
+                         f"{difference:g}; check the units: nats per token, seconds")
 
 
 def plan_loss(track, margin: float, sd: float, wanted: float) -> str:
@@ -92,10 +92,10 @@ def run(args) -> int:
     track = TRACKS[args.track]
     if args.margin is None and args.gap is None:
         raise UsageError("expected --margin or --gap, found neither; say what the runs shall show, as "
-                          "--margin=0.001")
+                         "--margin=0.001")
     if (args.gap is None) != (args.time_sd is None):
         raise UsageError("expected --gap and --time-sd together, found one of them; add the other, as "
-                          "--gap=0.3 --time-sd=0.07")
+                         "--gap=0.3 --time-sd=0.07")
     if args.margin is not None:
         print(plan_loss(track, args.margin, args.sd or track.loss_sd, args.power))
     if args.gap is not None:

@@ -152,7 +152,7 @@ def read(path) -> Record:
         raise UsageError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
     if len(text) > SIZE_LIMIT:
         raise UsageError(f"{path}: expected at most {SIZE_LIMIT:,} bytes, found more; it is not written by "
-                          "pack")
+                         "pack")
     return parse(text, path)
 
 
@@ -164,7 +164,7 @@ def parse(data: str | bytes | dict, what="record.json", kind=Record):
         first = e.errors(include_url=False, include_input=False)[0]
         where = f" at {ascii('.'.join(map(str, first['loc'])))[1:-1][:100]}" if first["loc"] else ""
         raise UsageError(f"{what}: expected what the schema of a record asks for{where}, found: "
-                          f"{first['msg']}; see python -m records.schema") from None
+                         f"{first['msg']}; see python -m records.schema") from None
 
 
 if __name__ == "__main__":

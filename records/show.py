@@ -43,7 +43,7 @@ def run(args) -> int:
     paths = logs.find(args.paths)
     if not paths:
         raise UsageError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; "
-                          "check the path")
+                         "check the path")
     found, errors = [], []
     for path in paths:
         try:
@@ -69,7 +69,7 @@ def run(args) -> int:
 def source_of(log: logs.LogFile, name: str) -> str:
     if name not in log.sources:
         raise UsageError(f"--source: expected a file that {log.path} embeds "
-                          f"({', '.join(log.sources) or 'it has none'}), found {name!r}; choose one of these")
+                         f"({', '.join(log.sources) or 'it has none'}), found {name!r}; choose one of these")
     return log.sources[name]
 
 

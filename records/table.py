@@ -48,7 +48,7 @@ def local_records(track: Track) -> list:
         record = schema.read(path)
         if path.parent != ROOT / record.folder:
             raise UsageError(f"{path}: expected the record of its folder, found that of {record.folder}; "
-                              "rename the folder")
+                             "rename the folder")
         found.append(record)
     return found
 
@@ -122,7 +122,7 @@ def page(text: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UsageError(f"{PAGE}: expected the lines {BEGIN} and {END}, found at most one; put both where "
-                          "the tables belong")
+                         "the tables belong")
     return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
 
 
@@ -139,7 +139,7 @@ def run(args) -> int:
             PAGE.write_text(new, encoding="utf-8")
     except OSError as e:
         raise UsageError(f"{PAGE}: expected a page to read and write, found: {e.strerror}; check its "
-                          "permissions") from None
+                         "permissions") from None
     if args.check and new != old:
         print("\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), str(PAGE), "as the data say",
                                              n=0, lineterm="")))

@@ -66,7 +66,7 @@ def choose(logs: Iterable) -> Track:
     if len(found) != 1:
         names = " and ".join(track.name for track in found)
         raise UsageError(f"expected logs of one track, found {names or 'no sign of any'}; say "
-                          f"--track={'|'.join(TRACKS)}")
+                         f"--track={'|'.join(TRACKS)}")
     return found[0]
 
 
