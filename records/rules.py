@@ -43,7 +43,7 @@ def changed_sources(before: dict[str, str], after: dict[str, str]) -> str:
             continue
         lines, others = Counter(old.splitlines()), Counter(new.splitlines())
         added, removed = (others - lines).total(), (lines - others).total()
-        changes.append(f"{name} +{added:,} -{removed:,}" if added or removed else f"{name}, its order")
+        changes.append(f"{name} +{added:,} -{removed:,}" if added or removed else f"{name} in another order")
     return ", ".join(changes)
 
 
