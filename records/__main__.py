@@ -8,7 +8,7 @@ import textwrap
 from data.errors import UsageError, run_program
 
 VERBS = {  # in the order of the manual
-    "read": ("show", "compare"),
+    "read": ("show", "compare", "report"),
     "run and judge": ("plan", "ab", "check"),
     "submit and review": ("pack", "verify", "table"),
 }

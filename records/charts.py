@@ -1,4 +1,4 @@
-"""Curves of groups of runs, for compare --plot."""
+"""Curves of groups of runs, for compare --plot and for the page of report."""
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -7,7 +7,7 @@ from data.errors import UsageError
 from records.groups import RunGroup
 
 # No two groups share a colour. The first four are Okabe and Ito's, which the colour-blind tell apart; all
-# have a contrast of 3 or more to white and to dark paper. The second four are dashed.
+# have a contrast of 3 or more to white and to the dark paper of the report. The second four are dashed.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a63d2", "#7a8b1e", "#d7263d", "#8c6d46")
 GREY = "#7a7a7a"
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -84,19 +84,27 @@ def set_height(ax, bands: list[list[tuple]], target: float):
     ax.set_ylim(bottom - margin, top + margin)
 
 
-def plot(groups: list[RunGroup], target: float, path: Path):
-    """Draw the curves into a file whose name says the format."""
+def save(groups: list[RunGroup], target: float, file, kind: str, clear: bool = False):
+    """Draw the curves into a file, as png, svg or pdf; clear: for any paper."""
     import matplotlib
+    with matplotlib.rc_context(SETTINGS):
+        drawing = figure(groups, target)
+        if clear:
+            drawing.patch.set_alpha(0)
+            for ax in drawing.axes:
+                ax.patch.set_alpha(0)
+        drawing.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+
+
+def plot(groups: list[RunGroup], target: float, path: Path):
     if path.suffix not in SUFFIXES:
         raise UsageError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, found {path.name!r}; "
-                         "change it")
+                          "change it")
     if len(groups) > len(COLORS):
         raise UsageError(f"--plot: expected at most {len(COLORS)} groups, which have as many colours, found "
-                         f"{len(groups)}; name fewer")
-    about = {"Date": None} if path.suffix == ".svg" else None
+                          f"{len(groups)}; name fewer")
     try:
-        with matplotlib.rc_context(SETTINGS):
-            figure(groups, target).savefig(path, dpi=150, metadata=about)
+        save(groups, target, path, path.suffix[1:])
     except OSError as e:
         raise UsageError(f"--plot: expected to write {path}, found: {e.strerror}; choose another "
-                         "folder") from None
+                          "folder") from None

@@ -9,15 +9,17 @@ validations a curve is a straight line.
 """
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import UsageError
 from records import charts, history, show, statistics
+from records.difference import differences, summed
 from records.groups import FACTS, Counted, RunGroup, count, find_groups
 from records.logs import RunFacts
-from records.rules import changed_settings, changed_sources
+from records.rules import changed_settings
 from records.text import Grid, printable, shown, terminal
 from records.tracks import TRACKS, Track, only
 
@@ -27,7 +29,21 @@ EXAMPLE = ("python -m records compare records/track_0_laptop/2026-11-22_AdamW "
 ROWS = 12  # most rows of a table of losses
 
 
-def add_arguments(parser):
+@dataclass
+class Comparison:
+    """What is said of groups of runs, as text."""
+    groups: list[RunGroup]
+    track: Track | None
+    target: float
+    summary: Grid
+    warnings: list[str]
+    rules: list[str]  # the loss rule of each group
+    by_step: Grid
+    against: list[tuple[RunGroup, list[str]]]  # sentences on each other group against the first
+
+
+def add_group_arguments(parser):
+    """The same for compare and report."""
     parser.add_argument("paths", nargs="+", metavar="PATH",
                         help="a log, or a folder of logs or of such folders")
     parser.add_argument("--track", choices=TRACKS, help="default: that of the first log")
@@ -38,39 +54,53 @@ def add_arguments(parser):
     parser.add_argument("--history", type=int, metavar="N",
                         help="is my loss normal? Compare with public record N of the track, or of track "
                              "small")
+
+
+def add_arguments(parser):
+    add_group_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE",
                         help=f"draw the curves; ends in {', '.join(charts.SUFFIXES)}")
 
 
 def run(args) -> int:
+    found = examine(args)
+    if args.plot:
+        charts.plot(found.groups, found.target, args.plot)
+    console = terminal()
+    found.summary.print(console)
+    for warning in found.warnings:
+        console.print(printable(f"warning: {warning}"), style="yellow")
+    for rule in found.rules:
+        console.print(printable(f"loss rule of track {found.track.name}, {rule}"))
+    console.print("\nloss by step", style="bold")
+    found.by_step.print(console)
+    for group, sentences in found.against:
+        console.print(f"\n{group.name} against {found.groups[0].name}", style="bold")
+        for sentence in sentences:
+            console.print(printable(f"  {sentence}"))
+    return 0
+
+
+def examine(args) -> Comparison:
     groups, left_out = find_groups(args.paths)
     track = TRACKS[args.track] if args.track else only(groups[0].logs[:1])
     target = args.target or (track or TRACKS["small"]).target
     if args.history is not None:
         groups.insert(0, public_group(track, args.history))
     counted = [count(group, track, args.step) for group in groups]
-    if args.plot:
-        charts.plot(groups, target, args.plot)
-
-    console = terminal()
-    summary(groups, target).print(console)
-    for warning in (*warnings(groups, counted), *left_out):
-        console.print(printable(f"warning: {warning}"), style="yellow")
-    for group, its in zip(groups, counted):
-        if track and group.logs:  # not a public record
-            rule = statistics.loss_rule(track, its.losses)
-            console.print(printable(f"loss rule of track {track.name}, {group.name}: {rule}"))
-    console.print("\nloss by step", style="bold")
-    losses_by_step(groups).print(console)
-
+    judged = [(group, its) for group, its in zip(groups, counted) if group.logs]  # not a public record
+    against = []
     for group, its in zip(groups[1:], counted[1:]):
-        console.print(f"\n{group.name} against {groups[0].name}", style="bold")
         sentences = [*gains(groups[0], counted[0], group, its, track, target)]
         if args.history is not None:
             sentences.append(beside(groups[0], group))
-        for sentence in sentences:
-            console.print(printable(f"  {sentence}"))
-    return 0
+        against.append((group, sentences))
+    doubts = [*warnings(groups, counted), *left_out]
+    rules = []
+    if track:
+        rules = [f"{group.name}: {statistics.loss_rule(track, its.losses)}" for group, its in judged]
+    return Comparison(groups, track, target, summary(groups, target), doubts, rules, losses_by_step(groups),
+                      against)
 
 
 def spread(values: list, form: str, factor: float = 1) -> str:
@@ -162,7 +192,7 @@ def gains(first: RunGroup, its_first: Counted, group: RunGroup, its: Counted, tr
         yield f"speed-up in time of the whole run: {whole:.3f}"
     else:
         yield "times are not compared: they are of different hardware"
-    yield sources_against(first, group)
+    yield changed_sources(first, group)
     yield from settings_against(first, group)
 
 
@@ -179,10 +209,10 @@ def speed_up(name: str, first: RunGroup, group: RunGroup, fact) -> str:
     return f"speed-up in {name}: {statistics.ratio_interval(before, after):.3f}"
 
 
-def sources_against(first: RunGroup, group: RunGroup) -> str:
+def changed_sources(first: RunGroup, group: RunGroup) -> str:
     if not (first.sources and group.sources):
         return "source: not in the logs of both"
-    return f"source: {changed_sources(first.sources, group.sources) or 'the same'}"
+    return f"source: {summed(differences(first.sources, group.sources)) or 'the same'}"
 
 
 def settings_against(first: RunGroup, group: RunGroup):

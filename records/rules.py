@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from records import statistics
+from records.difference import differences, summed
 from records.lines import Details, details_of
 from records.logs import LogFile, RunFacts, ValPoint, losses_of, times_of
 from records.text import listed, printable, short_name
@@ -29,22 +30,6 @@ def changed_settings(before: dict, after: dict) -> list[tuple]:
     """(name, before, after) of the settings that change what is trained."""
     return [(name, before.get(name), after.get(name)) for name in {**before, **after}
             if name not in NOT_TRAINING and before.get(name) != after.get(name)]
-
-
-def changed_sources(before: dict[str, str], after: dict[str, str]) -> str:
-    """How many lines of which source files were added and removed; "" where all files are the same.
-
-    Lines are counted wherever they stand, so that this takes linear time whatever the files hold.
-    """
-    changes = []
-    for name in sorted(before | after):
-        old, new = before.get(name, ""), after.get(name, "")
-        if old == new:
-            continue
-        lines, others = Counter(old.splitlines()), Counter(new.splitlines())
-        added, removed = (others - lines).total(), (lines - others).total()
-        changes.append(f"{name} +{added:,} -{removed:,}" if added or removed else f"{name} in another order")
-    return ", ".join(changes)
 
 
 @dataclass(frozen=True)
@@ -168,7 +153,7 @@ def same_source(s: Submission):
         code = {name: SEED_VALUE.sub(r"\1", text) for name, text in log.sources.items()}
         groups.setdefault(repr(code), []).append(log)
     (first, *_), *others = sorted(groups.values(), key=len, reverse=True)
-    return judged((f"{names(group)}: {changed_sources(first.sources, group[0].sources)}"
+    return judged((f"{names(group)}: {summed(differences(first.sources, group[0].sources))}"
                    for group in others),
                   f"{', '.join(first.sources)} in all {len(s.logs)} logs")
 
