@@ -484,23 +484,10 @@ def test_initial_weights_depend_on_the_seed_alone_and_bf16_ones_are_the_rounded_
     assert {name for name in a if not torch.equal(a[name], other[name])} == random
 
 
-def test_initial_values_are_those_of_the_study():
-    """TECHNIQUES 2.1, 2.5-2.8, 2.14, 2.21."""
-    cfg = config(model_dim=128, vocab_size=512, head_dim=16)
-    model = build(cfg, perturb=False)
-    bound = math.sqrt(3) * 0.5 / math.sqrt(128)
+def test_random_mlp_outputs_are_as_large_as_asked():
     out = build(config(model_dim=128, head_dim=16, mlp_out_std=0.5), perturb=False).mlp_out
-    for w in (model.attn_qk, model.attn_vo, model.mlp_in, out):
-        assert w.abs().max() <= bound and abs(w.std() / (0.5 / math.sqrt(128)) - 1) < 0.01
-    assert abs(model.head.std() / 0.005 - 1) < 0.01 and torch.equal(model.head, model.embed)
-    assert abs(model.value_embeds.std() / 0.01 - 1) < 0.01
-    assert torch.allclose(model.resid_lambdas, torch.tensor(math.sqrt(1.1)))
-    assert (model.post_lambdas == 1).all()
-    assert (model.attn_lambdas == torch.tensor([0.5, 1.0])).all()
-    assert model.skip_lambda.item() == -1.5 and model.backout_lambda.item() == 0.5
-    for name in ("mlp_out", "bigram_embed", "x0_lambdas", "smear_lambda", "smear_gate", "value_gates",
-                 "attn_gates", "skip_gate", "xsa_alphas"):
-        assert (getattr(model, name) == 0).all(), name
+    bound = math.sqrt(3) * 0.5 / math.sqrt(128)
+    assert out.abs().max() <= bound and abs(out.std() / (0.5 / math.sqrt(128)) - 1) < 0.01
 
 
 SWITCHES = {
