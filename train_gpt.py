@@ -864,7 +864,7 @@ class GPT(nn.Module):
         # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
         # layers. Half of each head rotates (record 17); the other half can match content at any distance.
         qk = self.linear(h, weights.qk).view(T, 2, H, d)
-        q, k = self.kernels.norm_and_rotary(qk, *ctx.rope[paired]).unbind(1)
+        q, k = self.kernels.queries_and_keys(qk, *ctx.rope[paired])
         v = self.values(h, i, weights, value_embed)
 
         # Partial key offset (record 49): half of each key comes from the token before, so that one layer can

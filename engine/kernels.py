@@ -11,7 +11,8 @@ from torch import Tensor
 from data.files import ROOT
 from engine.attention import BACKENDS, choose_backend
 from engine.fused import (
-    NormAndRotary, RmsNorm, SquaredReluMlp, norm, residual, residual_sum, rotary, squared_relu_mlp)
+    NormAndRotary, RmsNorm, RotaryOfNorm, SquaredReluMlp, norm, residual, residual_sum, rotary,
+    squared_relu_mlp)
 from engine.head_loss import choose_fp8
 from engine.mlp import GpuMlp, choose_fused_mlp, choose_mlp_fp8
 from engine.products import (
@@ -98,9 +99,13 @@ class Kernels:
     def norm(self, x: Tensor) -> Tensor:
         return RmsNorm.apply(x) if self.fused else norm(x)
 
-    def norm_and_rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return rotary(norm(x)). x: (T, ..., d)."""
-        return NormAndRotary.apply(x, cos, sin) if self.fused else rotary(norm(x), cos, sin)
+    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rotary(norm(x)) of queries and of keys, each (T, H, d). x: (T, 2, H, d)."""
+        if self.own_kernels:  # apart, so that one kernel a pass makes each of them
+            q, k = (RotaryOfNorm.apply(part, cos[:, 0], sin[:, 0]) for part in x.unbind(1))
+            return q, k
+        y = NormAndRotary.apply(x, cos, sin) if self.fused else rotary(norm(x), cos, sin)
+        return y.unbind(1)
 
     def mlp(self, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         """Return relu(x w_in^T)^2 w_out^T, (T, D). x: normalized."""
