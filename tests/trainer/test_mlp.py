@@ -13,11 +13,13 @@ import torch.nn.functional as F
 
 from data.errors import UsageError
 from data.files import ROOT
+from engine import mlp
 from engine.fused import norm, squared_relu_mlp
 from engine.kernels import Kernels
 from engine.mlp import E4M3, GpuMlp, choose_fused_mlp, choose_mlp_fp8, squared_relu_in_fp8
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 T, D, M = 48, 32, 80
 
 
@@ -54,9 +56,9 @@ def errors(found, exact):
 )
 def test_value_and_gradients_are_those_of_the_formula(wrap):
     leaves, g = example()
-    mlp = wrap(lambda *leaves: GpuMlp.apply(*leaves, False, False))
+    function = wrap(lambda *leaves: GpuMlp.apply(*leaves, False, False))
     exact = results(squared_relu_mlp(*leaves), leaves, g)
-    assert max(errors(results(mlp(*leaves), leaves, g), exact)) < 1e-14
+    assert max(errors(results(function(*leaves), leaves, g), exact)) < 1e-14
 
 
 def test_one_hidden_tensor_is_kept_for_the_backward_pass():
@@ -137,12 +139,44 @@ def test_asking_for_fp8_where_it_is_wrong_is_refused_with_the_reason(monkeypatch
     monkeypatch.delenv("DISABLE_FP8", raising=False)
     right = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.3 * right(*args, **kwargs))
-    with pytest.raises(UsageError, match="--mlp_fp8: expected .*self-test error.*leave it out"):
+    with pytest.raises(UsageError, match="--mlp_fp8: expected .*self-test error.*use --mlp_fp8=off"):
         choose_mlp_fp8("on", CPU, D, M)
+
+
+@pytest.mark.parametrize("wish", ["auto", "on"])
+def test_no_race_decides_whether_a_gpu_computes_in_fp8(wish, monkeypatch):
+    """Ranks, and a run and its resumed rest, would compute differently by chance."""
+    monkeypatch.delenv("DISABLE_FP8", raising=False)
+    monkeypatch.setattr(mlp, "self_test_error", lambda *args: 0.05)
+    monkeypatch.setattr(mlp, "race", lambda *args: (1.1, 1.0))
+    assert choose_mlp_fp8(wish, GPU, D, M) == (True, "self-test error 5.0e-02")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Triton
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("wrong", [None, "bf16", "fp8", "raises", "slow"])
+def test_kernels_are_used_where_those_of_training_and_validation_are_right_and_fast(wrong, fp8, monkeypatch):
+    def error(fp8, fused, *sizes):
+        if wrong == "raises":
+            raise RuntimeError("no such kernel\non this GPU")
+        bad = wrong == ("fp8" if fp8 else "bf16")
+        return math.nan if bad else 0.01
+
+    monkeypatch.setattr(mlp, "mlp_kernels", mlp)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(mlp, "self_test_error", error)
+    monkeypatch.setattr(mlp, "race", lambda *args: (2.0 if wrong == "slow" else 0.5, 1.0))
+    good, reason = choose_fused_mlp(fp8, GPU, torch.bfloat16, D, M)
+    assert good == (wrong is None or (wrong == "fp8" and not fp8))
+    words = {"raises": "RuntimeError: no such kernel", "slow": "2.00 ms instead of 1.00"}
+    assert words.get(wrong, "self-test error") in reason
+    assert not choose_fused_mlp(fp8, GPU, torch.float32, D, M)[0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert not choose_fused_mlp(fp8, GPU, torch.bfloat16, D, M)[0]
+
 
 # The interpreter has no products in bf16, and cuts bits off where a GPU rounds to e4m3.
 KERNELS = """
