@@ -110,7 +110,7 @@ class Kernels:
     def mlp(self, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         """Return relu(x w_in^T)^2 w_out^T, (T, D). x: normalized."""
         fp8 = self.mlp_fp8 and torch.is_grad_enabled()  # validation is not
-        if fp8 or self.own_kernels:
+        if fp8 or self.fused_mlp or self.own_kernels:
             return GpuMlp.apply(x, w_in, w_out, fp8, self.fused_mlp)
         if self.fused:
             dtype = torch.bfloat16 if self.bf16 else self.dtype

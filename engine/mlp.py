@@ -112,8 +112,8 @@ def choose_mlp_fp8(wish: str, device: torch.device, D: int, M: int) -> tuple[boo
 
 
 def choose_fused_mlp(fp8: bool, device: torch.device, dtype: torch.dtype, D: int, M: int) -> tuple[bool, str]:
-    """Return whether the kernels of engine.mlp_kernels are used, and the reason. They must run here, come near
-    the exact products, and take less time than those that they replace."""
+    """Return whether the kernels of engine.mlp_kernels are used, and the reason. They must run here, come
+    near the exact products, and take less time than those that they replace."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False, "only in bf16 on a GPU"
     if mlp_kernels is None:

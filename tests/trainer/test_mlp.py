@@ -6,6 +6,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -154,6 +155,17 @@ def test_no_race_decides_whether_a_gpu_computes_in_fp8(wish, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------
 # Triton
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_kernels_that_the_log_names_are_used_with_and_without_torch_compile(training, monkeypatch):
+    (x, w_in, w_out), _ = example(torch.float32)
+    kernel = mock.Mock(side_effect=lambda x, w: F.relu(F.linear(x, w)).square())
+    monkeypatch.setattr(mlp, "mlp_kernels", mock.Mock(squared_relu_mm=kernel))
+    fused = dataclasses.replace(Kernels.plain(), fused_mlp=True)
+    with torch.set_grad_enabled(training):
+        assert torch.equal(fused.mlp(x, w_in, w_out), Kernels.plain().mlp(x, w_in, w_out))
+    assert kernel.call_count == 1
 
 
 @pytest.mark.parametrize("fp8", [False, True])
