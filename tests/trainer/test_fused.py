@@ -10,7 +10,7 @@ from engine.fused import (
     squared_relu_mlp)
 from engine.kernels import Kernels
 from muon import ONEDNN
-from tests.helpers.tiny import build, config, context, docs_of
+from tests.helpers.tiny import THREE_LAYERS, build, config, context, docs_of
 
 
 def leaves(*shapes, dtype=torch.float64):
@@ -99,6 +99,21 @@ def test_only_an_eager_cpu_fuses_and_the_model_stays_the_same():
     whole = sum(g.square().sum() for g in expected.values()).sqrt()
     for name, g in expected.items():
         assert (found[name] - g).norm() < 2e-5 * g.norm() + 1e-6 * whole, name
+
+
+def test_operations_of_a_gpu_leave_the_model_the_same_recomputed_too(monkeypatch):
+    plain = Kernels.plain()
+    found = []
+    for ours in (False, True):
+        monkeypatch.setattr(Kernels, "own_kernels", ours)
+        model = build(config(THREE_LAYERS, recompute=ours), kernels=plain)
+        tokens = torch.arange(18) * 7 % 256
+        loss = model(tokens[:-1], tokens[1:], context(model, docs_of([5, 1, 7, 4])), torch.ones(1))
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append((loss.detach(), *gradients))
+    for exact, ours in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 1e-5 * exact.norm()
 
 
 def test_recomputing_the_layers_changes_no_gradient():
