@@ -280,7 +280,7 @@ def test_another_world_size_resumes_with_the_same_losses(folder, whole):
 
 
 def test_a_checkpoint_holds_the_rows_that_have_moved_and_no_others(folder):
-    one = alone(folder, HostTable, dict(adam_every=1, ngram_rows=100_000))["table"]
+    one = alone(folder, HostTable, adam_every=1, ngram_rows=100_000)["table"]
     assert 100 < len(one["rows"]) == len(one["state"]) == len(one["moved"].unique()) < 5000
     table = HostTable(config(NGRAMS, ngram_rows=100_000), torch.device("cpu"), torch.float32)
     table.load_full_state(one)
