@@ -182,7 +182,7 @@ def training_flops(cfg: Config) -> int:
 def muon_flops(cfg: Config, device: torch.device) -> int:
     """Return the FLOPs of one Muon step: Newton-Schulz of all matrices."""
     dtype = choose_ns_dtype(cfg, device)
-    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, "auto", dtype, device), dtype)
+    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, dtype, device), dtype)
                for m, n in muon_matrices(cfg))
 
 
