@@ -1,7 +1,7 @@
 """Track small at its full size takes a few real steps on a CPU: 640 M parameters in bfloat16, every technique
 and both optimizers, on Shakespeare's plays as GPT-2 tokens.
 
-    python -m bench.full_size [--steps=3] [--out=FOLDER] [--field=value ...]
+    python -m bench.full_size [--steps=5] [--out=FOLDER] [--field=value ...]
 
 Batches are short and there is one stage, so that a step takes a minute or so. Needs about 15 GB of memory,
 and GPT-2's vocabulary (data/encoding.py). Writes full_size.md with the trainer's log, from its settings on.
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m bench.full_size", description=__doc__, allow_abbrev=False, formatter_class=raw)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder of full_size.md")
     args, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
