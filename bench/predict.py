@@ -11,10 +11,10 @@ from pathlib import Path
 from bench.cross.costs import ACHIEVED, SHEET, Rates, by_part, costliest, step_ms
 from bench.cross.page import launches
 from bench.page import grid
-from data.errors import run_program
+from data.errors import UsageError, run_program
 from data.files import written_whole
 from tools.gpus import GPUS
-from tools.traced import traced_run
+from tools.traced import FOLDER, traced_run
 from train_gpt import Config
 
 RANKS, H100 = 8, GPUS["H100"]
@@ -47,14 +47,14 @@ class Recipe:
         self.cfg = Config.for_track("small", recipe=name)
         ends = (*self.cfg.stage_starts[1:], self.cfg.train_steps)
         self.steps = [end - first for first, end in zip(self.cfg.stage_starts, ends)]
-        self.launches = launches(traced_run(self.cfg, RANKS, fp8=True))
+        run = traced_run(self.cfg, RANKS, fp8=True)
+        if run is None:
+            raise UsageError(f"{FOLDER}: expected a run of {RANKS} ranks with the settings of {name}, "
+                             "found none; make one by python -m bench.cross --parts costs --out=PATH")
+        self.launches = launches(run)
 
     def seconds(self, rates: Rates) -> float:
-        return self.total(lambda found: step_ms(found, H100, rates)) / 1000
-
-    def total(self, of_step):
-        """Return the sum over all steps of what a function returns for the launches of one."""
-        return sum(n * of_step(found) for n, found in zip(self.steps, self.launches))
+        return sum(n * step_ms(found, H100, rates) / 1000 for n, found in zip(self.steps, self.launches))
 
     def gains(self) -> list[tuple]:
         """Return (names, seconds) of the ten kernels whose end would gain most."""
@@ -77,7 +77,7 @@ is the floor, each kernel at the whole rate of the data sheet and no gap between
 runs achieve they take {achieved:.1f} s. The rest is an assumption, and so is that {steps} steps suffice, as
 they did for record 80, whose schedule and techniques ours follows. The goal is under {goal:.0f} s.
 
-    seconds = sum over steps and kernels of (larger of bytes / rate and operations / rate, and a gap) x the rest
+    seconds = sum over steps and kernels of (larger of bytes / rate and operations / rate, + gap) x the rest
 
 {rates}
 

@@ -155,15 +155,19 @@ def validation_bytes(cfg: Config, dtype: torch.dtype) -> int:
 
 
 def needs(cfg: Config, dtype: torch.dtype, compiled: bool, world: int) -> dict[str, int]:
-    """Return the bytes of a run on the fullest rank by kind, and those of its two fullest moments."""
+    """Return the bytes of a run on the fullest rank by kind, and those of its two fullest moments: a pass of
+    the longest stage in the warm-up, and a validation."""
     found = static_bytes(cfg, dtype, world)
-    found["copy of the weights in warm-up"] = found["weights"]
     if cfg.ngram_rows:
         found["rows and gradients of n-grams"] = ngram_bytes(cfg, dtype, world)
-    still = sum(found.values())
+    travelling = found["gathers and reductions"]  # there between two passes only
+    still = sum(found.values()) - travelling
+    copied = found["copy of the weights in warm-up"] = found["weights"]
     tokens = max(cfg.batch_tokens) // max(cfg.slices, world)
-    found["kept for backward"], found["more at the worst moment"] = step_bytes(cfg, dtype, compiled, tokens)
-    found["needed: training"] = sum(found.values())
+    kept, more = step_bytes(cfg, dtype, compiled, tokens)
+    found["kept for backward"] = kept
+    found["more at the worst moment"] = more
+    found["needed: training"] = still + copied + max(kept + more, travelling)
     found["needed: validation"] = still + validation_bytes(cfg, dtype)
     return found
 
