@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from bench.page import grid
+from bench.predict import UPSTREAM
 from bench.step import ensure_shards
 from data.errors import run_program
 from data.files import ROOT
@@ -39,7 +40,6 @@ LIMITS_S = {  # below ten minutes together
     "tests": 50,
     "muon": 35,
 }
-UPSTREAM = 609e3  # tokens per second of upstream's code on one H100, see bench/PREDICTION.md
 SHORT = ["--train_steps=24", "--extension_steps=6"]  # a run with every stage, for the sake of its start
 
 

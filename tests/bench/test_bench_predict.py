@@ -5,11 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import predict
 from bench.cross.__main__ import SHORT
-from bench.cross.costs import ACHIEVED, SHEET, Launch, Rates, by_part, milliseconds
+from bench.cross.costs import ACHIEVED, SHEET, Launch, Rates, by_part, milliseconds, step_ms
+from bench.cross.launches import alike, as_listed, together
 from bench.cross.page import launches, page
+from bench.cross.trace import sent_bytes
 from tools.gpus import GPUS
 from tools.plan import shapes_of
 from tools.traced import FOLDER, traced_runs
@@ -81,3 +84,25 @@ def test_ten_kernels_gain_no_more_than_the_run_has():
     seconds = [gain for _, gain in recipe.gains()]
     assert len(seconds) == 10 and seconds == sorted(seconds, reverse=True)
     assert 0.3 * recipe.seconds(ACHIEVED) < sum(seconds) < recipe.seconds(ACHIEVED)
+
+
+def test_kernels_listed_together_take_as_long_as_one_by_one():
+    one_by_one = [
+        Launch("MLP", "GPT", "mm", 2, 1e6, 1e12, "bf16"),
+        Launch("MLP", "GPT", "mm", 1, 1e9, 1e9, "bf16"),  # of another size: bounded by another rate
+        Launch("elementwise", "GPT", "add", 1, 2e9, 0, "bf16"),
+        Launch("elementwise", "GPT", "add", 3, 1e9, 0, "bf16"),
+        Launch("elementwise", "GPT", "mul", 4, 1e3, 0, "bf16"),
+        Launch("elementwise", "GPT", "exp", 1, 3e3, 0, "bf16"),
+    ]
+    listed = together(map(as_listed, together(one_by_one, alike)), alike)
+    assert [launch.operations for launch in listed] == ["mm", "mm", "add", "others"]
+    for rates in (SHEET, ACHIEVED):
+        assert step_ms(listed, H100, rates) == pytest.approx(step_ms(one_by_one, H100, rates))
+
+
+def test_bytes_that_a_rank_of_a_ring_sends():
+    whole, mine = torch.empty(8, 10), torch.empty(10)
+    for name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
+        assert sent_bytes(name, [whole, mine], 8) == 7 * mine.nbytes
+    assert sent_bytes("c10d::allreduce_", [whole], 8) == 2 * 7 * mine.nbytes
