@@ -5,6 +5,7 @@ public or assumed.
 """
 import argparse
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def page() -> str:
         recipe_row("--recipe=record89, and record 89 (merged)", more, MERGED),
         ["pull request 360 (not merged)", "-", "-", "-", "-", f"{UNMERGED:.1f}"],
     ]
-    return PAGE.lstrip("\n").format(
+    text = PAGE.lstrip("\n").format(
         steps=base.cfg.train_steps,
         goal=GOAL,
         floor=base.seconds(SHEET),
@@ -173,6 +174,11 @@ def page() -> str:
         needed=grid(["recipe", "steps", "ms per step needed", "predicted", "less by"],
                     [needed_row("base", base), needed_row("record89", more)]),
     )
+    paragraphs = text.split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if paragraph[0] not in "#| ":
+            paragraphs[i] = textwrap.fill(paragraph, 118, break_on_hyphens=False)
+    return "\n\n".join(paragraphs).rstrip("\n") + "\n"
 
 
 def main(argv: list[str]) -> int:

@@ -97,6 +97,12 @@ def checkpoint_bytes(cfg: Config, dtype: torch.dtype) -> int:
 # What a step needs besides
 
 
+def mixing_streams(cfg: Config) -> int:
+    """Return activations of width D of the mixing of heads: blocks of queries, keys and values; four times
+    softmaxes of twice the window, by head."""
+    return 8 + 8 * cfg.mix_window // cfg.head_dim if cfg.mix_window else 0
+
+
 def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
     """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence of a
     model that is not compiled.
@@ -107,10 +113,7 @@ def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int,
     layers = cfg.num_layers - len(set(cfg.no_attn_layers))
     extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
     streams = 13 * layers + (5 + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + 12
-    streams += 13 * cfg.mudd + bool(cfg.ngram_rows)
-    # Blocks of queries, keys and values; four times softmaxes of twice the window, by head.
-    if cfg.mix_window:
-        streams += 8 + 8 * cfg.mix_window // cfg.head_dim
+    streams += 13 * cfg.mudd + bool(cfg.ngram_rows) + mixing_streams(cfg)
     worst = 24 * min(tokens, HEAD_PIECE) * cfg.padded_vocab
     stream = tokens * cfg.model_dim * dtype.itemsize
     if cfg.recompute:  # the input of each layer stays, and of one layer at a time everything
@@ -151,20 +154,22 @@ def validation_bytes(cfg: Config, dtype: torch.dtype) -> int:
     """Return the bytes of a validation sequence at its worst moment: it is run eagerly, and keeps nothing."""
     stream = cfg.val_slice * cfg.model_dim * dtype.itemsize
     logits = 12 * min(cfg.val_slice, HEAD_PIECE) * cfg.padded_vocab
-    return 10 * stream + max((len(cfg.value_embed_layers) + 2 * cfg.mlp_ratio) * stream, logits)
+    widest = (len(cfg.value_embed_layers) + 2 * cfg.mlp_ratio) * stream
+    return (10 + mixing_streams(cfg)) * stream + max(widest, logits)
 
 
 def needs(cfg: Config, dtype: torch.dtype, compiled: bool, world: int) -> dict[str, int]:
     """Return the bytes of a run on the fullest rank by kind, and those of its two fullest moments: a pass of
-    the longest stage in the warm-up, and a validation."""
+    the fullest stage in the warm-up, and a validation."""
     found = static_bytes(cfg, dtype, world)
     if cfg.ngram_rows:
         found["rows and gradients of n-grams"] = ngram_bytes(cfg, dtype, world)
     travelling = found["gathers and reductions"]  # there between two passes only
     still = sum(found.values()) - travelling
     copied = found["copy of the weights in warm-up"] = found["weights"]
-    tokens = max(cfg.batch_tokens) // max(cfg.slices, world)
-    kept, more = step_bytes(cfg, dtype, compiled, tokens)
+    sequences = max(cfg.slices, world)
+    passes = [step_bytes(cfg, dtype, compiled, tokens // sequences) for tokens in cfg.batch_tokens]
+    kept, more = max(passes, key=sum)
     found["kept for backward"] = kept
     found["more at the worst moment"] = more
     found["needed: training"] = still + copied + max(kept + more, travelling)
@@ -266,7 +271,11 @@ def show(cfg: Config, name: str, gib: float, tflops: float | None) -> None:
           f"{'torch.compile' if compiled else 'eager'}; not yet checked against a GPU\n")
     for key in columns[0]:
         print(f"{key:36}" + "".join(f"{cells.get(key, ''):>10}" for cells in columns))
+    source = "is counted by a formula"
+    if compiled:
+        source = "was traced for track small (bench/CROSS.md) and is scaled to other settings"
     print(f"""
+What a step needs besides {source}.
 tokens: {cfg.train_tokens:,} in training, {cfg.val_tokens:,} in each validation; data: {data_size(cfg)}
 a checkpoint: {checkpoint_bytes(cfg, dtype) / 1e9:.2f} GB
 Muon's share of the FLOPs of a step: {muon_shares(cfg, device)}
