@@ -104,9 +104,8 @@ What the run would gain if each were gone, at achieved rates. Kernels of the sam
 
 Record 80 trains on the same batches, documents and windows in as many steps, with kernels of its own. On one
 H100 upstream's code takes {upstream:,.0f} tokens a second (public logs of record 88); ours would take
-{alone:,.0f} at achieved rates, and {slower:,.0f} with the rest. The public record 89 has FP8 in the products
-of its MLP too. The proposal has changed the training loss, the tables and the optimizer:
-[docs/frontier.md](../docs/frontier.md).
+{alone:,.0f} at achieved rates, and {slower:,.0f} with the rest. The proposal has changed the training loss,
+the tables and the optimizer: [docs/frontier.md](../docs/frontier.md).
 
 ## What would have to be true for {goal:.0f} s
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from data.errors import UsageError
 from records import charts, compare, show
 from records.difference import differences
-from data.errors import UsageError
-from records.text import Grid
 from records.groups import RunGroup
-from records.text import printable, short_name
+from records.text import Grid, printable, short_name
 
 HELP = "what compare says as one page, with charts, all runs and the changes of their sources"
 EXAMPLE = ("python -m records report records/track_0_laptop/2026-11-22_AdamW "

@@ -52,7 +52,7 @@ def for_json(value):
 
 @dataclass(frozen=True)
 class Grid:
-    """A table for a terminal."""
+    """A table, the same for a terminal and for the page of report."""
     titles: list[str]
     rows: list[list[str]]
 

@@ -65,7 +65,7 @@ def test_the_example_of_a_verb(verb, folder, records, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments,sentence", [
-    (["shwo"], "expected a verb (show, compare, plan, ab, check, pack, verify, table), found 'shwo'; "
+    (["shwo"], "expected a verb (show, compare, report, plan, ab, check, pack, verify, table), found 'shwo'; "
                "did you mean show?"),
     (["xyz"], "found 'xyz'; see python -m records --help"),
     (["show"],
