@@ -31,8 +31,6 @@ from bench.cross.page import page, write
 from data.errors import UsageError, run_program
 from tools.gpus import find_gpu
 
-# Several steps of every stage; checkpoints before and after embedding and head part.
-SHORT = dict(train_steps=22, extension_steps=4, val_every=11, save_every=10, max_epochs=1000)
 SHORT_DOCUMENT = 100  # tokens
 AROUND = "warm-up", "validation", "saving", "loading"  # the clock stands still
 ALLOWED = "synchronize", "read_stats"  # waits for a step that ended two steps ago
@@ -136,17 +134,15 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
     import triton
 
     from bench.cross import kernels, launches
+    from bench.cross.short import short_run
     from bench.cross.trace import Trace, whole_schedule
-    from train_gpt import Config, parse_config
 
     trace = Trace()
     waits.append(trace.wait)
     compiler = kernels.Compiler(chip, gpu)
     if args.parts != ["trace"]:
         trace.compiled = compiler
-    changes = SHORT | dict(track="small") | parse_config(flags)[1]
-    val_slice = Config.for_track(changes["track"]).val_slice
-    cfg = Config.for_track(changes.pop("track"), **dict(val_tokens=2 * val_slice) | changes)
+    cfg = short_run(flags)
     fp8 = args.fp8 == "on" if args.fp8 else gpu.fp8_tflops > gpu.tflops
     with tempfile.TemporaryDirectory() as folder:
         write_shards(cfg, Path(folder))
