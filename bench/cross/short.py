@@ -11,7 +11,7 @@ def short_run(flags: list[str]) -> Config:
     """Return the settings of a run through all stages of these flags' settings, in few steps."""
     asked = parse_config(flags)[1]
     track = asked.pop("track", "small")
-    whole = Config.for_track(track, **asked)
+    whole = Config.for_track(track, **SHORT | asked)
     steps = STEPS_OF_A_STAGE * whole.stages + SHORT["extension_steps"]
     short = SHORT | dict(train_steps=steps, val_tokens=2 * whole.val_slice)
     cfg = Config.for_track(track, **short | asked)
