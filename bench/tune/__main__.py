@@ -15,8 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench.page import write_page
-from bench.plots import write_plots
+from bench.plots import publish
 from bench.tune import page, training
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS, read_search
@@ -30,11 +29,8 @@ def show(results: Results, options) -> None:
     if not all(results.losses(optimizer, results.search.rungs[0]) for optimizer in OPTIMIZERS):
         raise UsageError(f"{results.path}: expected trials of both optimizers, found too few; see "
                          "`python -m bench.tune run`")
-    if not options.page:
-        print(page.tables(results), end="")
-        return
-    write_page(options.page, options.out.as_posix(), page.tables(results))
-    write_plots("tune", "Muon and AdamW with equal tuning", partial(page.draw, results))
+    title = "Muon and AdamW with equal tuning"
+    publish(options.page, options.out, page.tables(results), "tune", title, partial(page.draw, results))
 
 
 def main(argv: list[str]) -> int:
