@@ -36,9 +36,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.page import grid, write_page
+from bench.page import grid
 from bench.pictures import Theme
-from bench.plots import finish, two_plots, write_plots
+from bench.plots import finish, publish, two_plots
 from data.errors import UsageError, run_program
 from data.files import written_whole
 from muon import Muon
@@ -259,11 +259,8 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{options.out}: expected results of `python -m bench.theory run`, found none "
                          f"({error}); run it") from None
-    if options.page:
-        write_page(options.page, options.out.as_posix(), text)
-        write_plots("theory", "The bound of Muon and Muon itself", partial(draw, found))
-    else:
-        print(text, end="")
+    title = "The bound of Muon and Muon itself"
+    publish(options.page, options.out, text, "theory", title, partial(draw, found))
     return 0
 
 
