@@ -234,6 +234,7 @@ def draw(found: dict, theme: Theme, figure: Figure) -> None:
                       label=f"{label} by {name}" if axis is axes[1] else label)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_yticks((0.3, 1, 3, 10), ("0.3", "1", "3", "10"))
     finish(axes[0], theme, BATCHES)
     finish(axes[1], theme, RATES, legend=False)
 
