@@ -15,7 +15,6 @@ reached is said so. Intervals come from drawing seeds anew, the same for both op
 OUT.jsonl begins with this plan and is refused when the plan has changed. It gets a line for each run, so that
 an interrupted sweep goes on where it stopped. Nothing here depends on how fast the machine is.
 """
-import argparse
 import itertools
 import json
 import math
@@ -33,7 +32,7 @@ from matplotlib.figure import Figure
 
 from bench import trials
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import grid, spread
+from bench.page import grid, page_parser, spread
 from bench.pictures import Theme
 from bench.plots import finish, publish, two_plots
 from data.errors import UsageError, run_program
@@ -325,12 +324,8 @@ def run(options) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench.airbench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
+    parser = page_parser("bench.airbench", __doc__, "OUT.jsonl")
     parser.add_argument("--minutes", type=float, default=math.inf, help="run: begin no run after so many")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     options = parser.parse_args(argv)
     {"run": run, "table": show}[options.verb](options)
 

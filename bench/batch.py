@@ -10,13 +10,11 @@ and batch it is searched in steps of 2 until the best lies inside those tried, w
 its two neighbours get all seeds. OUT.jsonl gets a line for every training, so what was interrupted goes on.
 A training that diverges, or is not at the loss in time, is a result; nothing is extrapolated from it.
 """
-import argparse
 import math
 import sys
 import time
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from bench import trials
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import grid
+from bench.page import grid, page_parser
 from bench.pictures import Theme
 from bench.plots import finish, publish, two_plots
 from data.errors import RunError, UsageError, run_program
@@ -371,17 +369,13 @@ def show(options) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.batch", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
+    parser = page_parser("bench.batch", __doc__, "OUT.jsonl")
     parser.add_argument("--batches", type=int, nargs="+", default=[512, 2048, 8192], help="tokens a batch")
     parser.add_argument("--betas", type=float, nargs="*", default=[*BETAS], help="momenta of Muon")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the best factor and its neighbours")
     parser.add_argument("--loss", type=float, default=2.15, help="validation loss to reach")
     parser.add_argument("--cap", type=int, default=1500, help="steps after which a training is given up")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     options = parser.parse_args(argv)
     {"run": run_all, "table": show}[options.verb](options)
     return 0

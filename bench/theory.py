@@ -22,13 +22,11 @@ This is the bound X / T + Y / sqrt(b) + Z of arXiv 2507.01598, with this problem
 orthogonalization. With decay, |W| <= 1 / decay in the spectral norm as soon as it holds once and lr decay
 <= 1.
 """
-import argparse
 import json
 import math
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +34,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.page import grid
+from bench.page import grid, page_parser
 from bench.pictures import Theme
 from bench.plots import finish, publish, two_plots
 from data.errors import UsageError, run_program
@@ -240,14 +238,10 @@ def draw(found: dict, theme: Theme, figure: Figure) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.theory", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("out", type=Path, metavar="OUT.json", help="file of results")
+    parser = page_parser("bench.theory", __doc__, "OUT.json")
     parser.add_argument("--seed", type=int, default=0, help="of problem and noise")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate of the runs with decay")
     parser.add_argument("--decay", type=float, default=DECAY, help="their decay")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     options = parser.parse_args(argv)
     if options.verb == "run":
         torch.set_num_threads(1)
