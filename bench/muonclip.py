@@ -199,6 +199,7 @@ def draw(found: dict[str, Journal], theme: Theme, figure: Figure) -> None:
                   color=theme.colors[color], linewidth=3, label=title(settings))
     left.set_yscale("log")
     left.set_yticks((5, 15, 50, 150), ("5", "15", "50", "150"))
+    left.set_ylim(4, 1500)  # room for the names of the curves
     for optimizer, rates in RATES.items():
         names = {lr: Trial(optimizer, lr, "off").name for lr in rates}
         losses = {lr: found[name].val_loss for lr, name in names.items() if name in found}
