@@ -41,7 +41,8 @@ OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "larger rate for MLP outputs": "--mlp_out_lr_mul=1",
     "momentum schedule": "--momentum=0.95,0.95",
     "larger rate for tables": "--table_lr_mul=1",
-    "average of the weights": "--ema_frac=0 --lr_floor=0.15",
+    "average of the weights": "--ema_frac=0",
+    "average of the weights (floor 0.15)": "--ema_frac=0 --lr_floor=0.15",
     "learning rate floor": "--lr_floor=0",
     "extension steps": "--extension_steps=0",
     "window schedule": "--window_short=64 --window_long=128",
@@ -75,7 +76,8 @@ ON = {  # technique of public records, off on this track -> the settings that tu
 }
 ALL = "all of them (with AdamW)"
 ONE_OF_TWO = {  # what the others leave nothing of, or turn off otherwise
-    "Polar Express (Jordan's coefficients)", "Muon's decay", "bigram signs", "YaRN"}
+    "Polar Express (Jordan's coefficients)", "Muon's decay", "bigram signs", "YaRN",
+    "average of the weights (floor 0.15)"}
 
 
 def variants(steps: int) -> dict[str, list[str]]:

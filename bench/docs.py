@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import pictures
+from bench.page import with_tables
 from data.errors import UsageError, run_program
 from data.files import written_whole
 from records import logs
@@ -30,7 +31,6 @@ RESULTS = Path("docs/results.md")
 README = Path("README.md")
 ABLATION = Path("bench/ABLATION.md")
 PICTURES = Path("docs/pictures")
-MARK, END = "<!-- figures of python -m bench.docs -->", "<!-- end of figures -->"
 SHORT_STEPS = 44
 MUON, ADAMW, NANOGPT = "Muon", "AdamW for everything", "nanoGPT's quickstart"
 SHORT = f"Muon, {SHORT_STEPS} steps"
@@ -176,21 +176,11 @@ def wanted() -> dict[Path, str]:
     """What every file should hold."""
     target = Config.for_track("shakespeare").target_loss
     files = {TECHNIQUES: techniques(TECHNIQUES.read_text(encoding="utf-8")),
-             RESULTS: page_with(RESULTS.read_text(encoding="utf-8"), MARK, runs_table())}
+             RESULTS: with_tables(RESULTS, "python -m bench.docs", runs_table())}
     for theme in pictures.THEMES:
         files[PICTURES / f"loss_{theme.name}.svg"] = pictures.loss_picture(theme, target)
         files[PICTURES / f"muon_{theme.name}.svg"] = pictures.muon_picture(theme)
     return files
-
-
-def page_with(page: str, mark: str, table: str) -> str:
-    """The page with the table between its marks."""
-    before, found, rest = page.partition(mark)
-    _, end, after = rest.partition(END)
-    if not (found and end):
-        raise UsageError(f"{RESULTS}: expected the lines {mark!r} and {END!r}, found no such pair; write "
-                         "them where the table shall stand")
-    return f"{before}{mark}\n\n{table}\n{END}{after}"
 
 
 def main(argv: list[str]) -> int:

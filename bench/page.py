@@ -33,13 +33,17 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{around}"
 
 
-def write_page(page: Path, source: str, tables: str) -> None:
-    """Put tables between the two marks of a page of which the first names this source. Raises UsageError
-    without them."""
+def with_tables(page: Path, source: str, tables: str) -> str:
+    """Return the text of a page with tables between its two marks, of which the first names this source.
+    Raises UsageError without them."""
     mark = f"{MARKS[0]}{source} -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(mark)
     if not found:
         raise UsageError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall "
                          f"stand, and below it {MARKS[1]!r}")
     after = rest.partition(MARKS[1])[2]
-    page.write_text(f"{before}{mark}\n\n{tables}\n{MARKS[1]}{after}", encoding="utf-8")
+    return f"{before}{mark}\n\n{tables}\n{MARKS[1]}{after}"
+
+
+def write_page(page: Path, source: str, tables: str) -> None:
+    page.write_text(with_tables(page, source, tables), encoding="utf-8")

@@ -86,8 +86,13 @@ def curve(group: str) -> list[CurvePoint]:
         if len(set(steps)) > 1:
             raise UsageError(f"{RUNS / group}: expected runs with validations at the same steps, found "
                              f"{sorted(set(steps))}; leave out the odd one")
-        points.append(CurvePoint(steps[0], statistics.mean(seconds), statistics.mean(losses), min(losses),
-                                 max(losses)))
+        points.append(CurvePoint(
+            step=steps[0],
+            seconds=statistics.mean(seconds),
+            loss=statistics.mean(losses),
+            low=min(losses),
+            high=max(losses),
+        ))
     return points
 
 
@@ -97,17 +102,21 @@ def figure_of_loss(theme: Theme, target: float) -> Figure:
     axes = fig.add_axes((0.08, 0.14, 0.905, 0.79), facecolor="none")
     ends = {}
     for group in ("nanogpt", "adamw", "muon"):
-        points, color = curve(group), theme.colors[group]
+        points = curve(group)
+        color = theme.colors[group]
         seconds = [point.seconds for point in points]
-        axes.fill_between(seconds, [point.low for point in points], [point.high for point in points],
-                          color=color, alpha=0.22, linewidth=0)
-        axes.plot(seconds, [point.loss for point in points], color=color, linewidth=3, marker="o",
-                  markersize=5, solid_joinstyle="round", label=group)
+        losses = [point.loss for point in points]
+        low = [point.low for point in points]
+        high = [point.high for point in points]
+        axes.fill_between(seconds, low, high, color=color, alpha=0.22, linewidth=0)
+        axes.plot(seconds, losses, color=color, linewidth=3, marker="o", markersize=5,
+                  solid_joinstyle="round", label=group)
         ends[group] = points[-1]
 
     axes.axhline(target, color=theme.colors["target"], linewidth=2, linestyle=(0, (5, 3)),
                  label="target")
-    axes.set_xlim(0, 5 * (max(end.seconds for end in ends.values()) // 5 + 1))
+    longest = max(end.seconds for end in ends.values())
+    axes.set_xlim(0, 5 * (longest // 5 + 1))
     axes.set_ylim(target - 0.13, 2.53)
     label_curves(axes, theme, target, ends)
 
@@ -127,7 +136,9 @@ def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint])
         axes.text(x, y, text, color=theme.colors[name], fontsize=18, fontweight="bold", ha=across,
                   va="center", linespacing=1.25)
 
-    muon, adamw, nanogpt = ends["muon"], ends["adamw"], ends["nanogpt"]
+    muon = ends["muon"]
+    adamw = ends["adamw"]
+    nanogpt = ends["nanogpt"]
     said = {name: f"{end.loss:.2f} after {end.seconds:.0f} s" for name, end in ends.items()}
     say(muon.seconds + 1.5, target - 0.085, f"this repository: {said['muon']}", "muon")
     say(nanogpt.seconds, nanogpt.loss + 0.13, f"nanoGPT's quickstart:\n{said['nanogpt']}", "nanogpt", "right")
@@ -153,9 +164,12 @@ def svg_text(figure: Figure, title: str, salt: str) -> str:
 
 def drawn_data(figure: Figure) -> dict[str, list[tuple[float, float]]]:
     """What a figure shows: the points of each line by its label."""
-    lines = [line for axes in figure.axes for line in axes.lines]
-    return {line.get_label(): [(round(float(x), 3), round(float(y), 4)) for x, y in zip(*line.get_data())]
-            for line in lines}
+    drawn = {}
+    for axes in figure.axes:
+        for line in axes.lines:
+            points = zip(*line.get_data())
+            drawn[line.get_label()] = [(round(float(x), 3), round(float(y), 4)) for x, y in points]
+    return drawn
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,6 +222,11 @@ def square_x(rank: int, matrix: int) -> float:
     return COLUMN_X + rank * COLUMN_STEP + matrix * SQUARE_STEP
 
 
+def middle_of(rank: int) -> float:
+    """Middle of a rank's column."""
+    return COLUMN_X + rank * COLUMN_STEP + COLUMN_WIDTH / 2
+
+
 def muon_picture(theme: Theme) -> str:
     """The SVG text: above, what happens to four matrices on four ranks; below, three buckets that overlap."""
     drawing = Drawing(760, 566, "One Muon step over four ranks",
@@ -224,19 +243,19 @@ def muon_picture(theme: Theme) -> str:
 def draw_ranks(drawing: Drawing, theme: Theme):
     """Four columns of ranks, from gradients at the top to new weights at the bottom."""
     for rank in range(RANKS):
-        middle = COLUMN_X + rank * COLUMN_STEP + COLUMN_WIDTH / 2
-        drawing.text(middle, 26, f"rank {rank}", theme.text, anchor="middle", weight=600)
+        drawing.text(middle_of(rank), 26, f"rank {rank}", theme.text, anchor="middle", weight=600)
         for matrix, color in enumerate(theme.colors["ranks"]):
             x = square_x(rank, matrix) + SQUARE / 2
-            owner = COLUMN_X + matrix * COLUMN_STEP + COLUMN_WIDTH / 2
-            drawing.ribbon((x, GRADIENTS_Y + SQUARE), (owner + (rank - 1.5) * 14, OWNERS_Y), color)
-            drawing.ribbon((owner + (rank - 1.5) * 14, OWNERS_Y + OWNER_HEIGHT), (x, WEIGHTS_Y), color)
+            owner = middle_of(matrix) + (rank - 1.5) * 14
+            drawing.ribbon((x, GRADIENTS_Y + SQUARE), (owner, OWNERS_Y), color)
+            drawing.ribbon((owner, OWNERS_Y + OWNER_HEIGHT), (x, WEIGHTS_Y), color)
+
     for rank, color in enumerate(theme.colors["ranks"]):
-        left, middle = square_x(rank, 0), COLUMN_X + rank * COLUMN_STEP + COLUMN_WIDTH / 2
-        drawing.box(left, OWNERS_Y, COLUMN_WIDTH, OWNER_HEIGHT, color)
-        drawing.text(middle, OWNERS_Y + 20, f"{MATRICES[rank]}: mean,", theme.page, 15, "middle")
-        drawing.text(middle, OWNERS_Y + 39, "momentum,", theme.page, 15, "middle")
-        drawing.text(middle, OWNERS_Y + 58, "Newton-Schulz", theme.page, 15, "middle")
+        drawing.box(square_x(rank, 0), OWNERS_Y, COLUMN_WIDTH, OWNER_HEIGHT, color)
+        work = f"{MATRICES[rank]}: mean,", "momentum,", "Newton-Schulz"
+        for line, words in enumerate(work):
+            y = OWNERS_Y + 20 + 19 * line
+            drawing.text(middle_of(rank), y, words, theme.page, 15, "middle")
         for matrix, own in enumerate(theme.colors["ranks"]):
             x = square_x(rank, matrix)
             drawing.box(x, GRADIENTS_Y, SQUARE, SQUARE, own, 0.18)
@@ -256,14 +275,16 @@ def draw_buckets(drawing: Drawing, theme: Theme):
     """Three buckets of matrices against time: each is computed while its neighbours travel."""
     drawing.text(8, BUCKETS_Y - 26, "In large models, bucket by bucket (time runs to the right):", theme.text)
     for lane, name in enumerate(("gradients travel", "Newton-Schulz", "updates travel")):
-        y, computing = BUCKETS_Y + lane * LANE_STEP, name == "Newton-Schulz"
+        y = BUCKETS_Y + lane * LANE_STEP
+        computing = name == "Newton-Schulz"
         drawing.text(8, y + 24, name, theme.text)
         for bucket in range(3):
             x = COLUMN_X + (lane + bucket) * 117
+            middle = x + 54.5
             label = f"bucket {bucket + 1}"
             if computing:
                 drawing.box(x, y, 109, LANE_HEIGHT, theme.text)
-                drawing.text(x + 54.5, y + 24, label, theme.page, 16, "middle", 600)
+                drawing.text(middle, y + 24, label, theme.page, 16, "middle", 600)
             else:
                 drawing.box(x, y, 109, LANE_HEIGHT, theme.faint, 0.18)
-                drawing.text(x + 54.5, y + 24, label, theme.text, 16, "middle")
+                drawing.text(middle, y + 24, label, theme.text, 16, "middle")

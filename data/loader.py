@@ -94,9 +94,9 @@ def join(batches: list[Batch]) -> Batch:
         return batches[0]
     inputs, targets, docs = zip(*batches)
     T, entries = len(inputs[0]), len(docs[0].starts)
-    starts = torch.cat([one.starts + T * i for i, one in enumerate(docs)])
-    ids = torch.cat([one.ids + entries * i for i, one in enumerate(docs)])  # a slice has fewer than entries
-    joined = Docs(starts, ids, docs[0].max_len, len(batches))
+    starts = [one.starts + T * i for i, one in enumerate(docs)]
+    ids = [one.ids + entries * i for i, one in enumerate(docs)]  # a slice has fewer than entries
+    joined = Docs(torch.cat(starts), torch.cat(ids), docs[0].max_len, len(batches))
     return Batch(torch.cat(inputs), torch.cat(targets), joined)
 
 
@@ -161,7 +161,9 @@ class Loader:
         self.fingerprint = fingerprint(self.paths)
         self.opened = {}  # shard number -> future of (tokens, document starts, document lengths)
         self.order = (None, None)  # (epoch, shard) and the order of its documents
-        self.slices_of_rank = range(rank * self.slices // world, (rank + 1) * self.slices // world)
+        first = rank * self.slices // world
+        behind = (rank + 1) * self.slices // world
+        self.slices_of_rank = range(first, behind)
         self.shard_opener = ThreadPoolExecutor(1)
         self.preparer = ThreadPoolExecutor(1)
         self.tried = self.try_stages()
@@ -226,11 +228,13 @@ class Loader:
     def documents(self, epoch: int, shard: int, first: int, count: int) -> np.ndarray:
         """Return up to `count` document numbers of a shard, in this epoch's order, from `first` on."""
         total = len(self.open(shard)[2])
-        docs = np.arange(first, min(first + count, total))
+        last = min(first + count, total)
+        docs = np.arange(first, last)
         if not self.cfg.split_docs:
             return docs
         if self.order[0] != (epoch, shard):
-            self.order = (epoch, shard), np.random.default_rng((epoch, shard)).permutation(total)
+            rng = np.random.default_rng((epoch, shard))
+            self.order = (epoch, shard), rng.permutation(total)
         return self.order[1][docs]
 
     def walk(self, position: dict[str, int]) -> tuple[dict[str, int], np.ndarray, list[int]]:
@@ -247,7 +251,8 @@ class Loader:
                 before = ends[used[-1] - 1] if used[-1] else 0
                 used.append(int(np.searchsorted(ends, before + T + 1)) + 1)
             if used[-1] <= len(docs):
-                return dict(step=step, epoch=epoch, shard=shard, doc=doc), docs, used
+                here = dict(step=step, epoch=epoch, shard=shard, doc=doc)
+                return here, docs, used
 
             shard, doc = shard + 1, 0
             if shard == len(self.paths):
@@ -260,20 +265,27 @@ class Loader:
     def prepare(self, position: dict[str, int]) -> tuple[list[Batch], dict[str, int]]:
         """Return this rank's micro-batches of the step at a position, and the position after it."""
         here, docs, used = self.walk(position)
+        step = here["step"]
         tokens, starts, lengths = self.open(here["shard"])
-        max_len = self.cfg.at("max_doc_len", here["step"])
-        T = self.cfg.at("batch_tokens", here["step"]) // self.slices
+        max_len = self.cfg.at("max_doc_len", step)
+        T = self.cfg.at("batch_tokens", step) // self.slices
+        entries = self.entries(step)
+
         batches = []
         for s in self.slices_of_rank:
             mine = docs[used[s]:used[s + 1]]
             kept = np.minimum(lengths[mine], max_len)
             begins = np.cumsum(kept) - kept
-            buffer = np.concatenate([tokens[start:start + n] for start, n in zip(starts[mine], kept)])
-            entries = self.entries(here["step"])
-            batches.append(make_batch(buffer[:T + 1], begins[begins < T], max_len, self.pin, entries))
-        n = self.joined(here["step"])
+            begins = begins[begins < T]
+            parts = [tokens[start:start + n] for start, n in zip(starts[mine], kept)]
+            buffer = np.concatenate(parts)
+            batch = make_batch(buffer[:T + 1], begins, max_len, self.pin, entries)
+            batches.append(batch)
+
+        n = self.joined(step)
         batches = [join(batches[i:i + n]) for i in range(0, len(batches), n)]
-        return batches, {**here, "step": here["step"] + 1, "doc": here["doc"] + used[-1]}
+        after = {**here, "step": step + 1, "doc": here["doc"] + used[-1]}
+        return batches, after
 
     def check_supply(self):
         """Refuse a schedule that the shards cannot feed, judged by the first steps of each stage."""
@@ -291,7 +303,8 @@ class Loader:
         """Return what try_steps() says of the first steps of each stage."""
         cfg = self.cfg
         ends = (*cfg.stage_starts[1:], cfg.train_steps)
-        return [self.try_steps(first, min(20, end - first)) for first, end in zip(cfg.stage_starts, ends)]
+        stages = zip(cfg.stage_starts, ends)
+        return [self.try_steps(first, min(20, end - first)) for first, end in stages]
 
     def try_steps(self, first: int, count: int) -> tuple[float, int]:
         """Pack `count` steps from the first shard's beginning. Return the tokens that a step uses up and the
@@ -303,7 +316,9 @@ class Loader:
                 here, docs, used = self.walk({**position, "step": step})
             except OutOfData as error:  # not even these few
                 raise shards.ShardError(str(error)) from None
-            raw += int(self.open(here["shard"])[2][docs[:used[-1]]].sum())
+            lengths = self.open(here["shard"])[2]
+            taken = docs[:used[-1]]
+            raw += int(lengths[taken].sum())
             most = max(most, *np.diff(used).tolist())
             position = {**here, "doc": here["doc"] + used[-1]}
         return raw / max(count, 1), most

@@ -26,7 +26,7 @@ def check_names(files) -> None:
     for file in map(Path, files):
         if file.suffix not in SUFFIXES:
             raise UsageError(f"{file}: expected a name ending in .txt, .jsonl or .parquet, found another; "
-                            "convert or rename it")
+                             "convert or rename it")
         if not file.is_file():
             raise UsageError(f"{file}: expected a text file, found none of that name; correct it")
 
@@ -47,7 +47,7 @@ def read_texts(paths, field: str = "text") -> Iterator[tuple[bool, str]]:
                 if not isinstance(text, str):
                     found = "nothing" if text is None else type(text).__name__
                     raise UsageError(f"{path}, {where}: expected text in \"{field}\", found {found}; correct "
-                                    "or remove it, or name another field with --field")
+                                     "or remove it, or name another field with --field")
                 yield from parts_of([HALF.sub("\ufffd", text)])
         except OSError as error:
             raise UsageError(f"{path}: expected a readable file, found \"{error.strerror or error}\"; "
@@ -86,8 +86,8 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UsageError(f"{path}, line {number}: expected UTF-8 text, found byte "
-                                f"0x{line[error.start]:02x}; convert the file to UTF-8 (iconv) or remove the "
-                                "line") from None
+                                 f"0x{line[error.start]:02x}; convert the file to UTF-8 (iconv) or remove "
+                                 "the line") from None
 
 
 def json_values(path: Path, field: str) -> Iterator[tuple[str, object]]:
@@ -101,7 +101,7 @@ def json_values(path: Path, field: str) -> Iterator[tuple[str, object]]:
         except (ValueError, RecursionError) as error:
             found = getattr(error, "msg", error)  # of JSONDecodeError, without its position in the line
             raise UsageError(f"{path}, {where}: expected a JSON object, found \"{found}\"; correct or remove "
-                            "the line") from None
+                             "the line") from None
         yield where, row.get(field) if isinstance(row, dict) else None
 
 
@@ -114,7 +114,7 @@ def parquet_values(path: Path, field: str) -> Iterator[tuple[str, object]]:
             names = file.schema_arrow.names
             if field not in names:
                 raise UsageError(f"{path}: expected a column \"{field}\", found columns {', '.join(names)}; "
-                                "name the one that holds the text with --field")
+                                 "name the one that holds the text with --field")
             row = 0
             for batch in file.iter_batches(batch_size=64, columns=[field]):
                 for value in batch.column(0).to_pylist():
@@ -122,5 +122,5 @@ def parquet_values(path: Path, field: str) -> Iterator[tuple[str, object]]:
                     yield f"row {row}", value
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: expected a parquet file with UTF-8 text, found "
-                        f"\"{str(error).splitlines()[0]}\"; it is damaged or of another format, make or "
-                        "fetch it again") from error
+                         f"\"{str(error).splitlines()[0]}\"; it is damaged or of another format, make or "
+                         "fetch it again") from error

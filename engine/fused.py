@@ -125,6 +125,25 @@ class NormAndRotary(torch.autograd.Function):
         return rotate_(through_norm(g, y, factor), cos, -sin), None, None
 
 
+class RotaryOfNorm(torch.autograd.Function):
+    """The same for torch.compile on a GPU, which makes one kernel of each pass. x: (T, H, d)."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        square = x.float().square().mean(-1, keepdim=True)
+        factor = torch.rsqrt(square + torch.finfo(torch.float32).eps)
+        y = rotary((x * factor).type_as(x), cos, sin)
+        ctx.save_for_backward(y, factor, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, factor, cos, sin = ctx.saved_tensors
+        along = (g.float() * y).mean(-1, keepdim=True)
+        across = (g - along * y) * factor
+        return rotary(across.type_as(g), cos, -sin), None, None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Residual stream
 

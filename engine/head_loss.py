@@ -5,13 +5,13 @@ Shapes: T tokens of one packed sequence, D model width, V vocabulary (padded), K
 predicts.
 """
 import math
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UsageError
+from engine.fp8 import fp8_disabled, fp8_product, to_fp8
 from engine.self_test import in_one_line, largest_error
 from engine.transpose import transposed
 from muon import product
@@ -189,26 +189,6 @@ class Fp8Products:
         return dx, fp8_product(transposed(g), g_scale, transposed(self.x), self.x_scale)
 
 
-def to_fp8(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return x in a float8 dtype and the fp32 scale that brings it back.
-
-    The largest entry, or the given bound of it, becomes the largest number of the dtype.
-    """
-    largest = x.abs().amax() if largest is None else largest
-    scale = largest.float().clamp(min=1e-30) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
-
-
-def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """Multiply (m, k) and (n, k) in float8 to a @ b.T (m, n) in bfloat16.
-
-    Sums are fp32, but for products of two e4m3, which are as fast as the hardware can. The second factor of a
-    scaled product must lie in memory by columns, which b.T does.
-    """
-    fast = a.dtype == b.dtype == torch.float8_e4m3fn
-    return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The choice
 
@@ -216,7 +196,7 @@ def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tenso
 def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
     """Return whether HeadLoss uses FP8, and the reason.
     It must run here and come near the exact gradients."""
-    if os.environ.get("DISABLE_FP8", "0") not in ("", "0", "false", "False"):
+    if fp8_disabled():
         return False, "DISABLE_FP8 is set"
     if wish == "off":
         return False, "asked for"

@@ -29,9 +29,10 @@ def mixing_mask(docs: Docs, window: int) -> Tensor:
     query = torch.arange(window, 2 * window, device=padded.device)
     key = torch.arange(2 * window, device=padded.device)
     distance = query[:, None] - key
-    near = (distance >= 0) & (distance < window)
+    not_later = distance >= 0
+    near = distance < window
     same_document = query_ids[:, :, None] == key_ids[:, None, :]
-    return (near & same_document)[:, None]
+    return (not_later & near & same_document)[:, None]
 
 
 def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor,
@@ -43,18 +44,21 @@ def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor,
     """
     T, H, d = q.shape
     N, _, W, _ = mask.shape
+    behind = N * W - T  # what the last block lacks
 
     def blocks(x: Tensor, before: int) -> Tensor:
         """(T, H, width) to (N, H, before + W, width): each block with `before` tokens of the one before
         it."""
-        padded = F.pad(x, (0, 0, 0, 0, before, N * W - T))
-        return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
+        padded = F.pad(x, (0, 0, 0, 0, before, behind))
+        overlapping = padded.unfold(0, before + W, W)
+        return overlapping.permute(0, 1, 3, 2)
 
     # The softmax of every head. Padding behind the last token reads nothing at all, so what is hidden has the
     # lowest number and not infinity.
     queries = blocks(q, 0)
     keys = blocks(k, W)
-    scores = scale * queries @ keys.transpose(2, 3)
+    scaled = scale * queries
+    scores = scaled @ keys.transpose(2, 3)
     lowest = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, lowest)
     p = torch.softmax(scores, -1, dtype=torch.float32).type_as(q)

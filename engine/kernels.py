@@ -11,8 +11,10 @@ from torch import Tensor
 from data.files import ROOT
 from engine.attention import BACKENDS, choose_backend
 from engine.fused import (
-    NormAndRotary, RmsNorm, SquaredReluMlp, norm, residual, residual_sum, rotary, squared_relu_mlp)
+    NormAndRotary, RmsNorm, RotaryOfNorm, SquaredReluMlp, norm, residual, residual_sum, rotary,
+    squared_relu_mlp)
 from engine.head_loss import choose_fp8
+from engine.mlp import GpuMlp, choose_fused_mlp, choose_mlp_fp8
 from engine.products import (
     CpuLinear, choose_bf16, choose_onednn, choose_symmetric, onednn_batches, plainly)
 from engine.tables import Lookup
@@ -41,11 +43,15 @@ class Kernels:
     symmetric: Callable  # symmetric matrix product for Muon
     symmetric_reason: str
     fused: bool = False  # whether engine.fused takes the place of plain formulas
+    mlp_fp8: bool = False  # whether the MLP's forward products are in FP8 while training
+    mlp_fp8_reason: str = "not asked for"
+    fused_mlp: bool = False  # whether squared ReLU is computed within the products around it
+    fused_mlp_reason: str = "not asked for"
 
     @staticmethod
     def choose(cfg, device: torch.device) -> "Kernels":
-        """Choose by the settings attention, dtype, products, compile and fp8_head; "auto" leaves the choice
-        to the device.
+        """Choose by the settings attention, dtype, products, compile, fp8_head and mlp_fp8; "auto" leaves
+        the choice to the device.
 
         Raises UsageError where a setting asks for what does not work here.
         """
@@ -54,6 +60,8 @@ class Kernels:
         if compiled:
             keep_compiled()
         bf16, bf16_reason = choose_bf16(cfg.products, device, dtype, compiled)
+        width, hidden = cfg.model_dim, cfg.mlp_ratio * cfg.model_dim
+        mlp_fp8, mlp_fp8_reason = choose_mlp_fp8(cfg.mlp_fp8, device, width, hidden)
         return Kernels(device, dtype, compiled,
                        *choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, device, dtype),
                        *choose_fp8(cfg.fp8_head, device),
@@ -61,7 +69,9 @@ class Kernels:
                        bf16, bf16_reason,
                        choose_ns_dtype(cfg, device),
                        *choose_symmetric(device, whole_graph if compiled else plainly),
-                       device.type == "cpu" and dtype == torch.float32 and not compiled)
+                       device.type == "cpu" and dtype == torch.float32 and not compiled,
+                       mlp_fp8, mlp_fp8_reason,
+                       *choose_fused_mlp(mlp_fp8, device, dtype, width, hidden))
 
     @staticmethod
     def plain(dtype: torch.dtype = torch.float32, attention: str = "masked") -> "Kernels":
@@ -69,6 +79,10 @@ class Kernels:
         why = "asked for"
         return Kernels(torch.device("cpu"), dtype, False, attention, why, False, why, False, why,
                        False, why, torch.float32, symmetric_product, why)
+
+    @property
+    def own_kernels(self) -> bool:
+        return self.compiled and self.device.type == "cuda"
 
     def make_mask(self, docs, window: int):
         return BACKENDS[self.attention][0](docs, window)
@@ -85,12 +99,19 @@ class Kernels:
     def norm(self, x: Tensor) -> Tensor:
         return RmsNorm.apply(x) if self.fused else norm(x)
 
-    def norm_and_rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return rotary(norm(x)). x: (T, ..., d)."""
-        return NormAndRotary.apply(x, cos, sin) if self.fused else rotary(norm(x), cos, sin)
+    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rotary(norm(x)) of queries and of keys, each (T, H, d). x: (T, 2, H, d)."""
+        if self.own_kernels:  # apart, so that one kernel a pass makes each of them
+            q, k = (RotaryOfNorm.apply(part, cos[:, 0], sin[:, 0]) for part in x.unbind(1))
+            return q, k
+        y = NormAndRotary.apply(x, cos, sin) if self.fused else rotary(norm(x), cos, sin)
+        return y.unbind(1)
 
     def mlp(self, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-        """Return relu(x w_in^T)^2 w_out^T, (T, D)."""
+        """Return relu(x w_in^T)^2 w_out^T, (T, D). x: normalized."""
+        fp8 = self.mlp_fp8 and torch.is_grad_enabled()  # validation is not
+        if fp8 or self.own_kernels:
+            return GpuMlp.apply(x, w_in, w_out, fp8, self.fused_mlp)
         if self.fused:
             dtype = torch.bfloat16 if self.bf16 else self.dtype
             return SquaredReluMlp.apply(x, w_in, w_out, self.onednn, dtype)
@@ -107,8 +128,7 @@ class Kernels:
 
     def lookup(self, index: Tensor, table: Tensor) -> Tensor:
         """(...) row numbers of a table (rows, D) to (..., D)."""
-        own_kernel = self.compiled and self.device.type == "cuda"
-        return Lookup.apply(index, table) if own_kernel else F.embedding(index, table)
+        return Lookup.apply(index, table) if self.own_kernels else F.embedding(index, table)
 
     def compile(self, function: Callable) -> Callable:
         return whole_graph(function) if self.compiled else function
@@ -120,6 +140,8 @@ class Kernels:
             how += ", with fused operations on a CPU"
         return [
             f"head in FP8: {yes_no(self.fp8_head)} ({self.fp8_reason})",
+            f"MLP in FP8: {yes_no(self.mlp_fp8)} ({self.mlp_fp8_reason})",
+            f"squared ReLU within products: {yes_no(self.fused_mlp)} ({self.fused_mlp_reason})",
             f"attention: {self.attention} ({self.attention_reason})",
             f"products by oneDNN: {yes_no(self.onednn)} ({self.onednn_reason})",
             f"products in bfloat16: {yes_no(self.bf16)} ({self.bf16_reason})",
@@ -136,6 +158,8 @@ class Kernels:
             notes.append(f"attention by {self.attention}, not by FlashAttention: {self.attention_reason}")
         if cfg.fp8_head == "auto" and not self.fp8_head:
             notes.append(f"head in {name_of(self.dtype)}, not in FP8: {self.fp8_reason}")
+        if cfg.mlp_fp8 == "auto" and not self.mlp_fp8:
+            notes.append(f"MLP in {name_of(self.dtype)}, not in FP8: {self.mlp_fp8_reason}")
         return notes
 
 

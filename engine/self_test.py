@@ -20,3 +20,19 @@ def in_one_line(e: Exception) -> str:
     """Return the kind of an exception and the first line of what it says."""
     text = str(e).splitlines() or [""]
     return f"{type(e).__name__}: {text[0]}"
+
+
+def milliseconds(call, device: torch.device, times: int = 20) -> float:
+    """Return the time of a call on a GPU, the least of three means over some calls after the first ones."""
+    for _ in range(3):
+        call()
+    found = []
+    for _ in range(3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(times):
+            call()
+        end.record()
+        torch.cuda.synchronize(device)
+        found.append(begin.elapsed_time(end) / times)
+    return min(found)

@@ -5,8 +5,7 @@ import importlib
 import sys
 import textwrap
 
-from data.errors import run_program
-from records.errors import RecordError
+from data.errors import UsageError, run_program
 
 VERBS = {  # in the order of the manual
     "read": ("show", "compare", "report"),
@@ -30,9 +29,9 @@ exit codes:
 """
 
 
-class Parser(argparse.ArgumentParser):
+class VerbParser(argparse.ArgumentParser):
     def error(self, message):
-        raise RecordError(f"expected the arguments of {self.prog}, found: {message}; see {self.prog} --help")
+        raise UsageError(f"expected the arguments of {self.prog}, found: {message}; see {self.prog} --help")
 
 
 def manual() -> str:
@@ -56,9 +55,9 @@ def main(argv: list[str]) -> int:
     if verb not in known:
         near = difflib.get_close_matches(verb, known, n=1)
         advice = f"did you mean {near[0]}?" if near else "see python -m records --help"
-        raise RecordError(f"expected a verb ({', '.join(known)}), found {verb!r}; {advice}")
+        raise UsageError(f"expected a verb ({', '.join(known)}), found {verb!r}; {advice}")
     module = importlib.import_module(f"records.{verb}")
-    parser = Parser(prog=f"python -m records {verb}", description=module.__doc__,
+    parser = VerbParser(prog=f"python -m records {verb}", description=module.__doc__,
                     epilog=f"example: {module.EXAMPLE}",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     module.add_arguments(parser)

@@ -22,9 +22,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from data.errors import UsageError
 from data.files import written_whole
 from records import logs
-from records.errors import RecordError
 from records.experiment import PLAN, ROLES, Experiment, Pair, read_experiment
 from records.groups import FACTS, LENGTH
 from records.logs import RunFacts
@@ -50,10 +50,10 @@ def add_arguments(parser):
 
 def run(args) -> int:
     if args.runs < 2 or args.runs > 999:
-        raise RecordError(f"--runs: expected 2 to 999 pairs, found {args.runs}; ask plan how many this needs")
+        raise UsageError(f"--runs: expected 2 to 999 pairs, found {args.runs}; ask plan how many this needs")
     if not args.limit > 0:
-        raise RecordError(f"--limit: expected minutes above 0, found {args.limit}; give the longest that a "
-                          "run may take")
+        raise UsageError(f"--limit: expected minutes above 0, found {args.limit}; give the longest that a "
+                         "run may take")
     for command in (args.a, args.b):
         words(command, 0)
 
@@ -87,20 +87,20 @@ def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
     path = out / PLAN
     if not path.exists():
         if any(not file.name.startswith(".") for file in out.iterdir()):
-            raise RecordError(f"{out}: expected an empty folder or one that ab began, found other files; "
-                              "choose another --out")
+            raise UsageError(f"{out}: expected an empty folder or one that ab began, found other files; "
+                             "choose another --out")
         with written_whole(path, "w") as file:
             json.dump(asdict(make_experiment(a, b, runs)), file, indent=1)
     experiment = read_experiment(out)
     if experiment is None:
-        raise RecordError(f"{path}: expected the plan of an A/B experiment, found something else; choose "
-                          "another --out")
+        raise UsageError(f"{path}: expected the plan of an A/B experiment, found something else; choose "
+                         "another --out")
 
     found = (experiment.a, experiment.b, len(experiment.pairs))
     for name, old, new in zip(("--a", "--b", "--runs"), found, (a, b, runs)):
         if old != new:
-            raise RecordError(f"{name}: expected {old!r}, with which {out} was begun, found {new!r}; choose "
-                              "another --out to begin another experiment")
+            raise UsageError(f"{name}: expected {old!r}, with which {out} was begun, found {new!r}; choose "
+                             "another --out to begin another experiment")
     for name in (*ROLES, "output"):
         (out / name).mkdir(exist_ok=True)
     return experiment
@@ -117,14 +117,14 @@ def locked(out: Path):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
     except OSError as e:
-        raise RecordError(f"--out: expected a folder to write to, found {e.strerror} at {out}; choose "
-                          "another one") from None
+        raise UsageError(f"--out: expected a folder to write to, found {e.strerror} at {out}; choose "
+                         "another one") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RecordError(f"{out}: expected no run at work, found another ab, or a run that outlived its "
-                              f"ab; wait for it or end it (fuser {out}/.lock names it)") from None
+            raise UsageError(f"{out}: expected no run at work, found another ab, or a run that outlived its "
+                             f"ab; wait for it or end it (fuser {out}/.lock names it)") from None
         except OSError as e:
             print(f"note: {out} cannot be locked ({e.strerror}): see to it that no other ab uses it",
                   file=sys.stderr)
@@ -171,16 +171,16 @@ def words(command: str, seed: int) -> list[str]:
     try:
         parts = shlex.split(command)
     except ValueError as e:
-        raise RecordError(f"expected a command, found {command!r}: {e}; correct its quotes") from None
+        raise UsageError(f"expected a command, found {command!r}: {e}; correct its quotes") from None
     if not parts:
-        raise RecordError("expected a command, found none; say what to run, as --a=./run.sh")
+        raise UsageError("expected a command, found none; say what to run, as --a=./run.sh")
     replaced = [part.replace("{seed}", str(seed)) for part in parts]
     return replaced if replaced != parts else [*parts, f"--seed={seed}"]
 
 
 def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: float, lock,
             stop: StopSignals):
-    """Run one command and put its log in place. RecordError if it fails, with nothing left but its output."""
+    """Run one command and put its log in place. UsageError if it fails, with nothing left but its output."""
     argv = words(command, seed)
     before = len(list((out / "output").glob(f"{number:03d}_{arm}_*")))
     output = out / "output" / f"{number:03d}_{arm}_{before + 1}.txt"
@@ -193,11 +193,11 @@ def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: fl
     except subprocess.TimeoutExpired:
         failure = f"it still at work after {limit / 60:g} minutes (--limit)"
     except OSError as e:
-        raise RecordError(f"--{arm}: expected a command to start, found {argv[0]!r}: {e.strerror}; correct "
-                          "it") from None
+        raise UsageError(f"--{arm}: expected a command to start, found {argv[0]!r}: {e.strerror}; correct "
+                         "it") from None
     if failure:
         tail = output.read_bytes()[-4096:].decode("utf-8", "replace").splitlines()[-TAIL:]
-        raise RecordError("\n".join((
+        raise UsageError("\n".join((
             f"pair {number}, {arm}: expected exit code 0 and the log of a complete run, found {failure}; "
             f"correct what is wrong and start the same ab again. {output} ends with:",
             *("  " + line for line in tail))))
@@ -278,9 +278,9 @@ def find_run(out: Path, arm: str, number: int) -> RunFacts | None:
         return None
     runs = logs.read(path).runs
     if len(runs) != 1 or not runs[0].complete:
-        raise RecordError(f"{path}: expected the log of a complete run, which ab put there, found "
-                          f"{len(runs)} runs or an incomplete one; remove the file and start the same ab "
-                          "again")
+        raise UsageError(f"{path}: expected the log of a complete run, which ab put there, found "
+                         f"{len(runs)} runs or an incomplete one; remove the file and start the same ab "
+                         "again")
     return runs[0]
 
 
@@ -300,14 +300,14 @@ def pair_with_equal_losses(out: Path, arm: str, number: int, new: RunFacts) -> i
 def conclude(out: Path, experiment: Experiment):
     """Write the verdict on all pairs, and print it."""
     a, b = ([find_run(out, arm, number) for number in range(1, len(experiment.pairs) + 1)] for arm in "ab")
-    verdict = judge(a, b)
+    verdict = paired_tests(a, b)
     lines = [*sentences(verdict), *notes(out, a, b)]
     with written_whole(out / "verdict.md", "w") as file:
         file.write(markdown(experiment, a, b, lines))
     print("\n".join((*lines, f"Written to {out}/verdict.md.")))
 
 
-def judge(a: list[RunFacts], b: list[RunFacts]) -> dict:
+def paired_tests(a: list[RunFacts], b: list[RunFacts]) -> dict:
     """The paired tests of A minus B; speed_up: mean of B's time over A's, by the logarithms."""
     # scipy takes a second, and has threads that must not be there while ab starts runs
     from records import statistics

@@ -3,7 +3,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from records.errors import RecordError
+from data.errors import UsageError
 from records.groups import RunGroup
 
 # No two groups share a colour. The first four are Okabe and Ito's, which the colour-blind tell apart; all
@@ -98,13 +98,13 @@ def save(groups: list[RunGroup], target: float, file, kind: str, clear: bool = F
 
 def plot(groups: list[RunGroup], target: float, path: Path):
     if path.suffix not in SUFFIXES:
-        raise RecordError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, found {path.name!r}; "
+        raise UsageError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, found {path.name!r}; "
                           "change it")
     if len(groups) > len(COLORS):
-        raise RecordError(f"--plot: expected at most {len(COLORS)} groups, which have as many colours, found "
+        raise UsageError(f"--plot: expected at most {len(COLORS)} groups, which have as many colours, found "
                           f"{len(groups)}; name fewer")
     try:
         save(groups, target, path, path.suffix[1:])
     except OSError as e:
-        raise RecordError(f"--plot: expected to write {path}, found: {e.strerror}; choose another "
+        raise UsageError(f"--plot: expected to write {path}, found: {e.strerror}; choose another "
                           "folder") from None

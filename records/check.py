@@ -13,11 +13,11 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from data.errors import UsageError
 from records import logs, schema
-from records.errors import RecordError
 from records.experiment import read_experiment
-from records.grids import Grid, terminal
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
+from records.text import Grid, terminal
 from records.tracks import TRACKS, choose
 
 HELP = "every rule of a track on a submission, with the evidence"
@@ -89,8 +89,8 @@ def members(folder: Path) -> list[Path]:
                    and not path.is_symlink())
     for path in found:
         if not re.fullmatch(schema.LOG_NAME, path.name) or not path.is_file():
-            raise RecordError(f"{folder}: expected logs, with names of letters, digits and . _ -, found "
-                              f"{path.name!r}; rename it or take it away")
+            raise UsageError(f"{folder}: expected logs, with names of letters, digits and . _ -, found "
+                             f"{path.name!r}; rename it or take it away")
     return found
 
 
@@ -105,7 +105,7 @@ def from_arguments(args) -> Submission:
     counted, excluded = leave_out(logs.find(paths), args.exclude)
     submitted = [logs.read(path) for path in counted]
     if not any(log.runs for log in submitted):
-        raise RecordError(f"{args.paths[0]}: expected logs of runs, found none that counts; check the path")
+        raise UsageError(f"{args.paths[0]}: expected logs of runs, found none that counts; check the path")
 
     track = TRACKS[args.track] if args.track else choose(submitted)
     step = args.step
@@ -125,8 +125,8 @@ def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Pat
     for name, reason in pairs(texts, "--exclude").items():
         matches = [path for path in found if path.name == Path(name).name or path.name.startswith(name)]
         if len(matches) != 1:
-            raise RecordError(f"--exclude: expected the name of one log, found {len(matches)} called "
-                              f"{name!r}; say it in full")
+            raise UsageError(f"--exclude: expected the name of one log, found {len(matches)} called "
+                             f"{name!r}; say it in full")
         excluded[matches[0]] = reason
     return [path for path in found if path not in excluded], excluded
 
@@ -135,8 +135,8 @@ def waivers(texts: list[str]) -> dict[str, str]:
     found = pairs(texts, "--waive")
     if wrong := sorted(found.keys() - WAIVABLE):
         advice = "this rule cannot be waived" if wrong[0] in RULES else "see check --help for the rules"
-        raise RecordError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; "
-                          f"{advice}")
+        raise UsageError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; "
+                         f"{advice}")
     return found
 
 
@@ -145,7 +145,7 @@ def pairs(texts: list[str], option: str) -> dict[str, str]:
     found = dict(text.partition("=")[::2] for text in texts)
     for key, reason in found.items():
         if not key or not reason.strip():
-            raise RecordError(f"{option}: expected NAME=REASON, found {key!r} without a reason; say why")
+            raise UsageError(f"{option}: expected NAME=REASON, found {key!r} without a reason; say why")
     return found
 
 

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data.errors import UsageError
 from records import charts, history, show, statistics
 from records.difference import differences, summed
-from records.errors import RecordError
-from records.grids import Grid, terminal
 from records.groups import FACTS, Counted, RunGroup, count, find_groups
 from records.logs import RunFacts
 from records.rules import changed_settings
-from records.text import printable, shown
+from records.text import Grid, printable, shown, terminal
 from records.tracks import TRACKS, Track, only
 
 HELP = "groups of runs side by side: loss rule, speed-up, loss by step, changes of settings and source"
@@ -232,12 +231,12 @@ def public_group(track: Track | None, number: int) -> RunGroup:
     name = track.name if track else "small"
     known = history.numbers_with_curves(name)
     if not known:
-        raise RecordError(f"--history: expected a log of a track with public records, found track {name}; "
-                          "leave it out")
+        raise UsageError(f"--history: expected a log of a track with public records, found track {name}; "
+                         "leave it out")
     if number not in known:
-        raise RecordError(f"--history: expected the number of a public record of track {name} whose curve is "
-                          f"kept, found {number}; choose one from {known[0]} to {known[-1]}, see "
-                          "records/README.md")
+        raise UsageError(f"--history: expected the number of a public record of track {name} whose curve is "
+                         f"kept, found {number}; choose one from {known[0]} to {known[-1]}, see "
+                         "records/README.md")
     return RunGroup(f"public record {number}", [], history.runs(name, number), [])
 
 

@@ -1,4 +1,4 @@
-"""Groups of runs, as compare and report see them, and which validation counts of each run.
+"""Groups of runs, as compare sees them, and which validation counts of each run.
 
 A PATH that is a log is a group of its own; the logs in a folder are a group of seeds, those of each subfolder
 another one. In the folder of an A/B experiment the baseline comes first, as its plan says which arm that is.
@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.errors import UsageError
 from records import logs
-from records.errors import RecordError
 from records.experiment import ROLES, role_of
 from records.logs import LogFile, RunFacts, ValPoint, losses_of, times_of
 from records.text import listed, short_name
@@ -52,7 +52,7 @@ class Counted:
 def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[str]]:
     """Groups in the order of the paths, and for each file without a run why it is left out.
 
-    RecordError where there is no group.
+    UsageError where there is no group.
     """
     members, left_out = {}, []
     for path in map(Path, paths):
@@ -63,7 +63,7 @@ def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[str]]:
                 continue
             try:
                 files[os.path.abspath(file)] = log = logs.read(file)
-            except RecordError as e:  # one file that cannot be opened does not hide the others
+            except UsageError as e:  # one file that cannot be opened does not hide the others
                 left_out.append(f"{file} is left out: {e}")
                 continue
             if not any(run.val_points for run in log.runs):
@@ -72,7 +72,7 @@ def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[str]]:
     groups = {place: make_group([*files.values()]) for place, files in members.items()}
     groups = {place: group for place, group in groups.items() if group.runs}
     if not groups:
-        raise RecordError(f"{paths[0]}: expected logs with validations, found none; check the path")
+        raise UsageError(f"{paths[0]}: expected logs with validations, found none; check the path")
     common = os.path.commonpath([os.path.dirname(place) for place in groups])
     for place, group in groups.items():
         group.name = name_of(place, common)
@@ -128,14 +128,14 @@ def make_group(members: list[LogFile], name: str = "") -> RunGroup:
 def count(group: RunGroup, track: Track | None, step: int | None = None) -> Counted:
     """What counts of each run: the validation at a step, or the last one of a run that came to its end.
 
-    RecordError where the track wants the same step in all runs and none is named.
+    UsageError where the track wants the same step in all runs and none is named.
     """
     steps = {run.final_step for run in group.runs}
     stated = track is not None and track.claim_step == "stated"
     if step is None and stated and len(steps) > 1:
         found = listed(map(str, sorted(steps)))
-        raise RecordError(f"expected runs that end at the same step, found {found}; say which step counts: "
-                          "--step=N")
+        raise UsageError(f"expected runs that end at the same step, found {found}; say which step counts: "
+                         "--step=N")
 
     points, notes = [], []
     for run in group.runs:

@@ -36,7 +36,7 @@ class Details:
     contradictions: tuple[str, ...] = ()  # what does not fit among the step lines, by run
 
 
-def examine(log: LogFile) -> Details:
+def details_of(log: LogFile) -> Details:
     """The details of a log; its file is read again."""
     if log.size > SIZE_LIMIT:
         return Details(contradictions=(f"expected at most {SIZE_LIMIT:,} bytes, found {log.size:,}: its "

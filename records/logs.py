@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records.errors import RecordError
+from data.errors import UsageError
 from records.experiment import ROLES, read_experiment
 from records.text import printable
 
@@ -176,8 +176,8 @@ def find(paths) -> list[Path]:
             elif path.exists():
                 found.setdefault(path.resolve(), path)
             else:
-                raise RecordError(f"{path}: expected a log or a folder of logs, found nothing there; check "
-                                  "the path")
+                raise UsageError(f"{path}: expected a log or a folder of logs, found nothing there; check "
+                                 "the path")
         except OSError as e:
             refuse(e, path)
     return sorted(found.values())
@@ -202,12 +202,12 @@ def files_below(root: Path) -> Iterator[Path]:
 
 
 def refuse(error: OSError, path: Path | None = None):
-    raise RecordError(f"{path or error.filename}: expected something readable, found: {error.strerror}; "
-                      "check path and permissions") from None
+    raise UsageError(f"{path or error.filename}: expected something readable, found: {error.strerror}; "
+                     "check path and permissions") from None
 
 
 def read(path) -> LogFile:
-    """The log at a path. Raises RecordError where there is no readable file, and never for what is in it."""
+    """The log at a path. Raises UsageError where there is no readable file, and never for what is in it."""
     path = Path(path)
     notes = Notes()
     digest = hashlib.sha256()
@@ -241,7 +241,7 @@ def opened(path: Path):
     if path.is_file():
         return open(path, "rb")
     kind = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() else "nothing there"
-    raise RecordError(f"{path}: expected a log, found {kind}; name a file")
+    raise UsageError(f"{path}: expected a log, found {kind}; name a file")
 
 
 class Notes:

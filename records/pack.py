@@ -21,9 +21,8 @@ from pathlib import Path
 
 import jinja2
 
-from data.errors import RunError
+from data.errors import RunError, UsageError
 from records import check, logs, schema
-from records.errors import RecordError
 from records.logs import LogFile, RunFacts, losses_of, times_of
 from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
 from records.rules import Submission, Verdict, changed_settings, judge, last_point, plain
@@ -62,7 +61,7 @@ def add_arguments(parser):
 
 def run(args) -> int:
     if not args.output.is_dir():
-        raise RecordError(f"-o: expected a folder, found none at {args.output}; make it first")
+        raise UsageError(f"-o: expected a folder, found none at {args.output}; make it first")
     note = read_note(args.note)
     submission = check.from_arguments(args)
     statement = schema.parse({
@@ -82,8 +81,8 @@ def run(args) -> int:
     }, "the arguments of pack", Statement)
     target = args.output / statement.folder
     if target.exists() and not args.dry_run:
-        raise RecordError(f"{target}: expected no folder of that name, found one; choose another --name or "
-                          "--date")
+        raise UsageError(f"{target}: expected no folder of that name, found one; choose another --name or "
+                         "--date")
 
     temporary = Path(tempfile.mkdtemp(prefix=".pack-", dir=None if args.dry_run else args.output))
     try:
@@ -91,8 +90,8 @@ def run(args) -> int:
     except BrokenPipeError:
         raise  # of the output, not of the folder
     except OSError as e:
-        raise RecordError(f"{target}: expected to write it, found: {e.strerror}; check names, space and "
-                          "permissions") from None
+        raise UsageError(f"{target}: expected to write it, found: {e.strerror}; check names, space and "
+                         "permissions") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return 0
@@ -130,13 +129,13 @@ def read_note(path: str | None) -> str:
         with open(path, encoding="utf-8") as file:
             note = file.read(NOTE_LIMIT + 1)
     except (OSError, UnicodeDecodeError) as e:
-        raise RecordError(f"--note: expected a readable text file, found: {e}; check {path}") from None
+        raise UsageError(f"--note: expected a readable text file, found: {e}; check {path}") from None
     if len(note) > NOTE_LIMIT:
-        raise RecordError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link "
-                          "to the rest")
+        raise UsageError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link "
+                         "to the rest")
     if NOTE_BEGIN in note or NOTE_END in note:
-        raise RecordError(f"{path}: expected a note, found the marks of one in a README; pass the text "
-                          "between them")
+        raise UsageError(f"{path}: expected a note, found the marks of one in a README; pass the text "
+                         "between them")
     return note.strip()
 
 
@@ -162,10 +161,10 @@ def copy(submission: Submission, statement: Statement, target: Path):
         for log in members:
             name = log.path.name
             if log.path.suffix not in logs.SUFFIXES:
-                raise RecordError(f"expected log names that end in .txt, found {name!r}; rename it")
+                raise UsageError(f"expected log names that end in .txt, found {name!r}; rename it")
             if name.lower() in seen:
-                raise RecordError(f"expected logs of different names in {folder}, found two called {name}; "
-                                  "rename one")
+                raise UsageError(f"expected logs of different names in {folder}, found two called {name}; "
+                                 "rename one")
             seen.add(name.lower())
             (target / folder).mkdir(exist_ok=True)
             shutil.copyfile(log.path, target / folder / name)

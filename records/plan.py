@@ -8,7 +8,7 @@ from bisect import bisect_left
 
 import scipy
 
-from records.errors import RecordError
+from data.errors import UsageError
 from records.statistics import power, two_sample_power
 from records.tracks import TRACKS
 
@@ -23,9 +23,9 @@ def fewest(least: int, power_of, wanted: float) -> int:
     numbers = range(least, MOST_RUNS + 1)
     at = bisect_left(numbers, wanted, key=power_of)
     if at == len(numbers):
-        raise RecordError("expected a difference that some number of runs can show, found that "
-                          f"{MOST_RUNS:,} show it in {power_of(MOST_RUNS):.1%} of cases; plan for a larger "
-                          "one")
+        raise UsageError("expected a difference that some number of runs can show, found that "
+                         f"{MOST_RUNS:,} show it in {power_of(MOST_RUNS):.1%} of cases; plan for a larger "
+                         "one")
     return numbers[at]
 
 
@@ -59,8 +59,8 @@ def add_arguments(parser):
 
 def refuse_other_units(name: str, difference: float, sd: float):
     if difference > SAFE_MARGIN * sd:
-        raise RecordError(f"--{name}: expected at most {SAFE_MARGIN} standard deviations of {sd:g}, found "
-                          f"{difference:g}; check the units: nats per token, seconds")
+        raise UsageError(f"--{name}: expected at most {SAFE_MARGIN} standard deviations of {sd:g}, found "
+                         f"{difference:g}; check the units: nats per token, seconds")
 
 
 def plan_loss(track, margin: float, sd: float, wanted: float) -> str:
@@ -91,11 +91,11 @@ def plan_time(gap: float, sd: float, alpha: float, wanted: float) -> str:
 def run(args) -> int:
     track = TRACKS[args.track]
     if args.margin is None and args.gap is None:
-        raise RecordError("expected --margin or --gap, found neither; say what the runs shall show, as "
-                          "--margin=0.001")
+        raise UsageError("expected --margin or --gap, found neither; say what the runs shall show, as "
+                         "--margin=0.001")
     if (args.gap is None) != (args.time_sd is None):
-        raise RecordError("expected --gap and --time-sd together, found one of them; add the other, as "
-                          "--gap=0.3 --time-sd=0.07")
+        raise UsageError("expected --gap and --time-sd together, found one of them; add the other, as "
+                         "--gap=0.3 --time-sd=0.07")
     if args.margin is not None:
         print(plan_loss(track, args.margin, args.sd or track.loss_sd, args.power))
     if args.gap is not None:

@@ -11,12 +11,11 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from data.errors import UsageError
 from records import charts, compare, show
 from records.difference import differences
-from records.errors import RecordError
-from records.grids import Grid
 from records.groups import RunGroup
-from records.text import printable, short_name
+from records.text import Grid, printable, short_name
 
 HELP = "what compare says as one page, with charts, all runs and the changes of their sources"
 EXAMPLE = ("python -m records report records/track_0_laptop/2026-11-22_AdamW "
@@ -35,14 +34,14 @@ def add_arguments(parser):
 def run(args) -> int:
     output = args.output
     if output.suffix != ".html":  # so that a log that was meant to be read is not written over
-        raise RecordError(f"-o: expected a name that ends in .html, found {output}; add it")
+        raise UsageError(f"-o: expected a name that ends in .html, found {output}; add it")
     found = compare.examine(args)
     text = page(found)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise RecordError(f"-o: expected to write {output}, found: {e.strerror}; choose another "
+        raise UsageError(f"-o: expected to write {output}, found: {e.strerror}; choose another "
                           "place") from None
     print(printable(f"{output}: {sum(len(group.runs) for group in found.groups)} runs in {len(found.groups)} "
                     f"groups, {output.stat().st_size / 1e6:.1f} MB"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from records import statistics
 from records.difference import differences, summed
-from records.lines import Details, examine
+from records.lines import Details, details_of
 from records.logs import LogFile, RunFacts, ValPoint, losses_of, times_of
 from records.text import listed, printable, short_name
 from records.tracks import Track
@@ -61,7 +61,7 @@ class Submission:
 
     @cached_property
     def details(self) -> dict[Path, Details]:
-        return {log.path: examine(log) for log in self.all_logs}
+        return {log.path: details_of(log) for log in self.all_logs}
 
     def point(self, run: RunFacts) -> ValPoint | None:
         """The validation that counts."""
@@ -199,12 +199,12 @@ def same_hardware(s: Submission):
 
 def same_torch(s: Submission):
     """* All runs have the same build of torch; so have all of the baseline."""
-    verdict = same(s.runs, build)
-    baseline = same(s.baseline_runs, build)
+    verdict = same(s.runs, torch_build)
+    baseline = same(s.baseline_runs, torch_build)
     return baseline if baseline[0] == FAIL != verdict[0] else verdict
 
 
-def build(run: RunFacts) -> str | None:
+def torch_build(run: RunFacts) -> str | None:
     triton = f", Triton {run.triton}" if run.triton else ""
     return run.torch and f"torch {run.torch}, CUDA {run.cuda}{triton}"
 

@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from pydantic import ValidationError, model_validator
 
+from data.errors import UsageError
 from records import logs
-from records.errors import RecordError
 from records.tracks import TRACKS
 
 FILE = logs.RECORD_FILE
@@ -143,28 +143,28 @@ class Record(Statement):
 
 
 def read(path) -> Record:
-    """The record.json at a path. RecordError, naming what is wrong first, where it is not one."""
+    """The record.json at a path. UsageError, naming what is wrong first, where it is not one."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
             text = file.read(SIZE_LIMIT + 1)
     except OSError as e:
-        raise RecordError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
+        raise UsageError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
     if len(text) > SIZE_LIMIT:
-        raise RecordError(f"{path}: expected at most {SIZE_LIMIT:,} bytes, found more; it is not written by "
-                          "pack")
+        raise UsageError(f"{path}: expected at most {SIZE_LIMIT:,} bytes, found more; it is not written by "
+                         "pack")
     return parse(text, path)
 
 
 def parse(data: str | bytes | dict, what="record.json", kind=Record):
-    """A Record, or a Statement, from its JSON or from values. RecordError with the first problem."""
+    """A Record, or a Statement, from its JSON or from values. UsageError with the first problem."""
     try:
         return kind.model_validate(data) if isinstance(data, dict) else kind.model_validate_json(data)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         where = f" at {ascii('.'.join(map(str, first['loc'])))[1:-1][:100]}" if first["loc"] else ""
-        raise RecordError(f"{what}: expected what the schema of a record asks for{where}, found: "
-                          f"{first['msg']}; see python -m records.schema") from None
+        raise UsageError(f"{what}: expected what the schema of a record asks for{where}, found: "
+                         f"{first['msg']}; see python -m records.schema") from None
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from data.errors import UsageError
 from records import logs, tracks
-from records.errors import RecordError
-from records.grids import Grid, terminal
-from records.text import for_json, nats, printable, seconds, short_name, shown
+from records.text import Grid, for_json, nats, printable, seconds, short_name, shown, terminal
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
 EXAMPLE = "python -m records show records/track_0_laptop/2026-11-24_TailAverage"
@@ -43,13 +42,13 @@ def add_arguments(parser):
 def run(args) -> int:
     paths = logs.find(args.paths)
     if not paths:
-        raise RecordError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; "
-                          "check the path")
+        raise UsageError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; "
+                         "check the path")
     found, errors = [], []
     for path in paths:
         try:
             found.append(logs.read(path))
-        except RecordError as e:  # one file that cannot be opened does not hide the others
+        except UsageError as e:  # one file that cannot be opened does not hide the others
             errors.append(e)
     if not found:
         raise errors[0]
@@ -69,8 +68,8 @@ def run(args) -> int:
 
 def source_of(log: logs.LogFile, name: str) -> str:
     if name not in log.sources:
-        raise RecordError(f"--source: expected a file that {log.path} embeds "
-                          f"({', '.join(log.sources) or 'it has none'}), found {name!r}; choose one of these")
+        raise UsageError(f"--source: expected a file that {log.path} embeds "
+                         f"({', '.join(log.sources) or 'it has none'}), found {name!r}; choose one of these")
     return log.sources[name]
 
 

@@ -10,8 +10,8 @@ import re
 from decimal import Decimal
 from pathlib import Path
 
+from data.errors import UsageError
 from records import history
-from records.errors import RecordError
 from records.tracks import TRACKS, Track
 
 HELP = "the tables of records in records/README.md, from data"
@@ -47,8 +47,8 @@ def local_records(track: Track) -> list:
     for path in sorted((ROOT / track.folder).glob(f"*/{schema.FILE}")):  # names begin with the date
         record = schema.read(path)
         if path.parent != ROOT / record.folder:
-            raise RecordError(f"{path}: expected the record of its folder, found that of {record.folder}; "
-                              "rename the folder")
+            raise UsageError(f"{path}: expected the record of its folder, found that of {record.folder}; "
+                             "rename the folder")
         found.append(record)
     return found
 
@@ -121,8 +121,8 @@ def page(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise RecordError(f"{PAGE}: expected the lines {BEGIN} and {END}, found at most one; put both where "
-                          "the tables belong")
+        raise UsageError(f"{PAGE}: expected the lines {BEGIN} and {END}, found at most one; put both where "
+                         "the tables belong")
     return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
 
 
@@ -138,8 +138,8 @@ def run(args) -> int:
         if new != old and not args.check:
             PAGE.write_text(new, encoding="utf-8")
     except OSError as e:
-        raise RecordError(f"{PAGE}: expected a page to read and write, found: {e.strerror}; check its "
-                          "permissions") from None
+        raise UsageError(f"{PAGE}: expected a page to read and write, found: {e.strerror}; check its "
+                         "permissions") from None
     if args.check and new != old:
         print("\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), str(PAGE), "as the data say",
                                              n=0, lineterm="")))

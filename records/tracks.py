@@ -3,7 +3,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records.errors import RecordError
+from data.errors import UsageError
 
 # Regular expressions, to be searched in code without its comments. Inductor's settings and the options of
 # torch.compile can buy a few seconds of run time with half an hour of compilation, which the clock does not
@@ -61,12 +61,12 @@ TRACKS = {track.name: track for track in (
 
 
 def choose(logs: Iterable) -> Track:
-    """The track that logs (records.logs.LogFile) are of. RecordError if they are of none or of several."""
+    """The track that logs (records.logs.LogFile) are of. UsageError if they are of none or of several."""
     found = seen(logs)
     if len(found) != 1:
         names = " and ".join(track.name for track in found)
-        raise RecordError(f"expected logs of one track, found {names or 'no sign of any'}; say "
-                          f"--track={'|'.join(TRACKS)}")
+        raise UsageError(f"expected logs of one track, found {names or 'no sign of any'}; say "
+                         f"--track={'|'.join(TRACKS)}")
     return found[0]
 
 

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from data.errors import UsageError
 from records import check, logs, pack, schema
-from records.errors import RecordError
 from records.logs import LogFile
 from records.rules import FAIL, RULES, Submission, curve, plain
 from records.tracks import TRACKS, only
@@ -68,7 +68,7 @@ def add_arguments(parser):
 def run(args) -> int:
     if not args.path.is_dir():
         found = "a file" if args.path.exists() else "nothing there"
-        raise RecordError(f"{args.path}: expected a folder, found {found}; name one that holds logs")
+        raise UsageError(f"{args.path}: expected a folder, found {found}; name one that holds logs")
     folders = records_in(args.path)
     jobs = [(args.path, folder, files) for folder, files in folders.items()]
     if sum(map(len, folders.values())) > 100:
@@ -79,7 +79,7 @@ def run(args) -> int:
     runs = [run for _, found in results for run in found]
     findings = sorted({*(finding for found, _ in results for finding in found), *runs_twice(runs)})
     if not runs and not findings:
-        raise RecordError(f"{args.path}: expected logs or a record.json, found none below it; check the path")
+        raise UsageError(f"{args.path}: expected logs or a record.json, found none below it; check the path")
     if args.json:
         print(json.dumps({"runs": len(runs), "findings": [asdict(f) for f in findings]}, indent=1))
     else:
@@ -170,7 +170,7 @@ def rebuild(folder: Path, files: list[Path], find: Find):
         text = content_of(folder / "README.md", 2 * pack.NOTE_LIMIT).decode("utf-8", "replace")
         note = text.partition(pack.NOTE_BEGIN)[2].partition(pack.NOTE_END)[0]
         _, verdicts, expected = pack.compose(folder, record, note.strip())
-    except RecordError as e:
+    except UsageError as e:
         return find(folder / schema.FILE, "record-file", str(e))
 
     if Path(record.folder).parts != folder.resolve().parts[-2:]:

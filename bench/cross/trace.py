@@ -364,7 +364,7 @@ class SilentLog:
         return lambda *args, **kwargs: None
 
 
-def pretended_kernels(backend: str, fp8: bool) -> Kernels:
+def pretended_kernels(cfg: Config, backend: str, fp8: bool) -> Kernels:
     """Return the kernels that a GPU which passes these self-tests would choose."""
     keep_compiled()
     why = "assumed"
@@ -382,13 +382,17 @@ def pretended_kernels(backend: str, fp8: bool) -> Kernels:
         bf16_reason=why,
         ns_dtype=torch.bfloat16,
         symmetric=symmetric_product,
-        symmetric_reason=why)
+        symmetric_reason=why,
+        mlp_fp8=cfg.mlp_fp8 != "off" and fp8,
+        mlp_fp8_reason=why,
+        fused_mlp=torch.cuda.get_device_capability()[0] in (9, 10),
+        fused_mlp_reason=why)
 
 
 def make_run(cfg: Config, backend: str, fp8: bool) -> Run:
     """Return a run on the pretended GPU with these kernels instead of those that self-tests would choose, and
     without a vocabulary, which only a table filled at the start needs."""
-    chosen = pretended_kernels(backend, fp8)
+    chosen = pretended_kernels(cfg, backend, fp8)
     choose = mock.patch.object(Kernels, "choose", staticmethod(lambda cfg, device: chosen))
     with choose, mock.patch.object(train_gpt, "encoding_for", lambda *args, **kwargs: None):
         return Run(cfg, Runtime())

@@ -1,5 +1,6 @@
 """bench.gpu, tried without a GPU at a tiny size: its files, its table, and what becomes of a part that
 fails or hangs."""
+import importlib
 import json
 
 import pytest
@@ -10,7 +11,24 @@ TINY = """--num_layers=2 --long_layers=1 --skip= --cache_layer=0 --value_embed_l
     --batch_tokens=512 --val_slice=512 --val_tokens=1024 --bigram_rows=64""".split()
 
 
-def test_parts_run_and_both_files_tell_what_came_of_them(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def modules_in_this_process(monkeypatch, capsys):
+    """Parts that are modules run here instead of in a child, which would import torch again."""
+    call = gpu.Parts.call
+
+    def call_here(self, limit_s, *command, codes=(0,)):
+        if command[0] != "-m":
+            return call(self, limit_s, *command, codes=codes)
+        capsys.readouterr()
+        code = importlib.import_module(command[1]).main([*command[2:]])
+        assert (code or 0) in codes
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(gpu.Parts, "call", call_here)
+
+
+def test_parts_run_and_both_files_tell_what_came_of_them(
+        tmp_path, monkeypatch, capsys, modules_in_this_process):
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setitem(gpu.LIMITS_S, "memory", 60)
     monkeypatch.setattr(gpu.Parts, "tests", lambda self, limit_s: self.call(limit_s, "-c", "input()"))

@@ -20,6 +20,7 @@ from data.loader import Loader
 from engine.attention import CANDIDATES, choose_backend, self_test
 from engine.head_loss import choose_fp8
 from engine.host_table import HostTable
+from engine.mlp import choose_fused_mlp, self_test_error
 from muon import Muon
 from engine.log import ROOT
 from engine.ranks import Runtime
@@ -54,6 +55,16 @@ def test_head_and_loss_are_those_of_fp32_up_to_the_precision_of_their_dtype():
     found = measure_head(cfg, DEVICE) if choose_fp8("auto", DEVICE)[0] else pytest.skip("needs FP8")
     assert max(found["bf16"][key] for key in ("loss", "dx", "dw")) < 0.02
     assert 0.001 < max(found["fp8"][key] for key in ("dx", "dw")) < 0.15 and found["fp8"]["loss"] < 0.01
+
+
+@pytest.mark.parametrize("fp8, fused", [(False, False), (False, True), (True, False), (True, True)])
+def test_the_mlp_is_that_of_fp32_up_to_the_precision_of_its_factors(fp8, fused):
+    sizes = DEVICE, 768, 3072
+    if fused and "Hopper" in choose_fused_mlp(fp8, DEVICE, torch.bfloat16, 768, 3072)[1]:
+        pytest.skip("needs Hopper or Blackwell")
+    if fp8 and not choose_fp8("auto", DEVICE)[0]:
+        pytest.skip("needs FP8")
+    assert self_test_error(fp8, fused, *sizes) < (0.1 if fp8 else 0.02)
 
 
 @pytest.mark.parametrize("shape", [(320, 640), (640, 320), (4, 256, 768)], ids=str)

@@ -3,14 +3,20 @@
 steps (n = 21).
 
 Each row is a setting or a parameter's optimizer: our value, the record's where it differs, the place in the
-record's train_gpt.py, and what a difference does. A value that moves without its row fails here, and so does
-a new setting. RECORD_89 holds the rows of the preset --recipe=record89."""
+record's train_gpt.py, and what a difference does; where ours sets it, the name says. STARTS has the first
+values of all parameters, DIFFERENCES what no setting holds. A value that moves without its row fails here,
+and so does a new setting. RECORD_89 holds the rows of the preset --recipe=record89. That the clock pays for
+the first batch is tested in tests/trainer/test_train.py."""
 import dataclasses
 import math
+import pkgutil
 from typing import NamedTuple
 
 import pytest
+import torch
+from tests.helpers.tiny import build, config, docs_of
 
+from data.files import ROOT
 from train_gpt import Config, learning_rate, optimizer_table
 
 
@@ -82,6 +88,7 @@ SETTINGS = {
     "xsa_layers": Row((1, 3, 4, 7, 8, 10), "record 82, GPT.forward: xsa_layers_set"),
     "inject_x0": Row(True, "GPT.x0_lambdas"),
     "mudd": Row(False, OURS_ALONE), "gate_networks": Row((), OURS_ALONE), "mix_window": Row(0, OURS_ALONE),
+    "mlp_fp8": Row("off", OURS_ALONE),
     "resid_init": Row(1.1, "GPT.resid_lambdas"),
     "head_std": Row(0.005, "GPT.lm_head"),
     "mlp_out_std": Row(0.0, "GPT.mlp_bank: c_proj"),
@@ -114,10 +121,11 @@ RECORD_89 = {  # what --recipe=record89 changes; the places are those of record 
     "prefix_weight": Row(0.25, "TRAINING_STAGES: prefix_weight_start and _end"),
     "mudd": Row(True, "GPT.init_mudd"),
     "backout": Row(False, "GPT.init_mudd: the second block begins with it"),
-    "gate_networks": Row((0, 4), "GPT.init_mudd_gate, GPT.forward: the second one is evaluated before layer 4"),
+    "gate_networks": Row((0, 4), "GPT.init_mudd_gate, GPT.forward: the second is evaluated before layer 4"),
     "mix_window": Row(112, "CausalSelfAttention.forward: DC correction, GPT.dc_layers"),
     "attn_gate_layers": Row((3, 10), "GPT.attn_gate_layers"),
     "xsa_layers": Row((1, 3, 4, 7), "GPT.init_mudd_gate: layout of the gates"),
+    "mlp_fp8": Row("auto", "GPT.forward: MLP, records 84 and 89"),
 }
 NO_MATHEMATICS = {"track", "recipe", "seed", "train_files", "val_files"}
 FIRST_OF_THE_MACHINE = "attention"  # from this field of Config on, settings are of hardware and run
@@ -157,36 +165,94 @@ OPTIMIZERS = {  # parameter: Adam (factors of lr and of decay, betas), or Muon (
     "mudd_bias": Row(("adam", 0.25, 0, (0.9, 0.99)), TABLE + "mudd_b2"),
 }
 
-DIFFERENCES = {  # that no setting holds: (ours, the record's, what it does to the loss)
-    "hash of a sequence's second token": (
-        "its own predecessor", "the reserved row number as predecessor", "one token in 16,384 or more"),
-    "value gate in paired layers 2 and 9": (
-        "six channels of the input, six of the row, as in record 85", "twelve of the input", "none known"),
-    "tables and head in bf16": (
-        "16 more bits kept", "rounded in every step", "a little better; 2 bytes a weight"),
-    "gates and factors": ("fp32, cast for use", "gates bf16", "none known"),
-    "Muon's update after NorMuon": ("fp32 until the master weights", "bf16 times bf16 factor", "none known"),
-    "normalization before Newton-Schulz": (
-        "by the largest entry, then the norm", "by 1.02 norm + 1e-6", "none: gradients are sums"),
-    "Adam's epsilon": ("counts after the bias correction", "counts before", "none: gradients are sums"),
-    "FP8 head, scales": ("largest entry of each tensor; a bound for gradients", "fixed", "less underflow"),
-    "FP8 head, gradient": (
-        "bf16 per piece of 8192 tokens, summed", "fp32, then bf16", "a little more rounding"),
-    "training logits": ("bf16 product, fp32 from there", "capped in bf16", "less rounding"),
-    "validation": ("eager trunk, capped in fp32", "compiled, capped in bf16", "below 1e-4, estimated"),
-    "windows of a validation in the middle": (
-        "of the step just done", "of the step to come", "at a boundary only"),
-    "rotary angles": ("fp64", "fp32", "none"),
-    "entries for documents of a sequence": ("64, 128, 192", "64, 96, 128", "time only"),
-    "warm-up": ("one made-up step a stage", "14 real steps, restored", "none"),
-    "seeds": ("--seed, 0 by default", "none", "repeated runs need different seeds"),
-    "torch": ("2.13", "2.10", "up to 5e-4 between builds in the record's own notes"),
+STARTS = {  # parameter: its first values, normal or uniform with so much standard deviation, or all the same
+    "attn_qk": Row(("uniform", 0.5 / math.sqrt(768)), "GPT.qk_bank"),
+    "attn_vo": Row(("uniform", 0.5 / math.sqrt(768)), "GPT.vo_bank"),
+    "mlp_in": Row(("uniform", 0.5 / math.sqrt(768)), "GPT.mlp_bank: c_fc"),
+    "mlp_out": Row(("all", 0.0), "GPT.mlp_bank: c_proj"),
+    "head": Row(("normal", 0.005), "GPT.lm_head"),
+    "embed": Row(("normal", 0.005), "GPT.embed: lm_head's until they part"),
+    "value_embeds": Row(("normal", 0.01), "GPT.value_embeds"),
+    "bigram_embed": Row(("all", 0.0), "GPT.bigram_embed"),
+    "resid_lambdas": Row(("all", math.sqrt(1.1)), "GPT.resid_lambdas"),
+    "post_lambdas": Row(("all", 1.0), "GPT.post_lambdas"),
+    "attn_lambdas": Row(("all", (0.5, 1.0)), "GPT.scalars: sa_lambdas"),
+    "x0_lambdas": Row(("all", 0.0), "GPT.x0_lambdas"),
+    "bigram_lambdas": Row(("all", 0.05), "GPT.bigram_lambdas"),
+    "xsa_alphas": Row(("all", 0.0), "record 82, GPT.xsa_alphas"),
+    "smear_lambda": Row(("all", 0.0), "GPT.scalars: smear_lambda"),
+    "skip_lambda": Row(("all", -1.5), "GPT.scalars: skip_lambda"),
+    "backout_lambda": Row(("all", 0.5), "GPT.scalars: backout_lambda"),
+    "smear_gate": Row(("all", 0.0), "GPT.smear_gate"),
+    "skip_gate": Row(("all", 0.0), "GPT.skip_gate"),
+    "value_gates": Row(("all", 0.0), "GPT.ve_gate_bank"),
+    "attn_gates": Row(("all", 0.0), "GPT.attn_gate_bank"),
+}
+
+
+class Difference(NamedTuple):
+    """What no setting holds."""
+    place: str  # of ours: a file, or a name in a module
+    ours: str
+    theirs: str
+    effect: str  # on the loss
+
+
+DIFFERENCES = {
+    "hash of a sequence's second token, sign of its first": Difference(
+        "train_gpt.GPT.bigram", "its own predecessor; row (BOS xor 0) mod 8192",
+        "the reserved row number as predecessor; row 0", "one token in 16,384 or more"),
+    "value gate in paired layers 2 and 9": Difference(
+        "train_gpt.GPT.values", "six channels of the input, six of the row, as in record 85",
+        "twelve of the input", "none known"),
+    "tables and head in bf16": Difference(
+        "engine.adam.Adam", "16 more bits kept", "rounded in every step",
+        "a little better; 2 bytes a weight"),
+    "gates and factors": Difference(
+        "train_gpt.GPT.init_weights", "fp32, cast for use", "gates bf16", "none known"),
+    "Muon's update after NorMuon": Difference(
+        "muon.Muon", "fp32 until the master weights", "bf16 times bf16 factor", "none known"),
+    "normalization before Newton-Schulz": Difference(
+        "muon.orthogonalize", "by the largest entry, then the norm", "by 1.02 norm + 1e-6",
+        "none: gradients are sums"),
+    "Adam's epsilon": Difference(
+        "engine.adam.Adam", "counts after the bias correction", "counts before",
+        "none: gradients are sums"),
+    "FP8 head, scales": Difference(
+        "engine.head_loss.HeadLoss", "largest entry of each tensor; a bound for gradients", "fixed",
+        "less underflow"),
+    "FP8 head, gradient": Difference(
+        "engine.head_loss.HeadLoss", "bf16 per piece of 8192 tokens, summed", "fp32, then bf16",
+        "a little more rounding"),
+    "training logits": Difference(
+        "engine.head_loss.softcap", "bf16 product, fp32 from there", "capped in bf16", "less rounding"),
+    "validation": Difference(
+        "train_gpt.GPT.evaluate", "eager trunk, capped in fp32", "compiled, capped in bf16",
+        "below 1e-4, estimated"),
+    "windows of a validation in the middle": Difference(
+        "train_gpt.Run.evaluate", "of the step just done", "of the step to come", "at a boundary only"),
+    "rotary angles": Difference("train_gpt.GPT.rotary_tables", "fp64", "fp32", "none"),
+    "entries for documents of a sequence": Difference(
+        "data.loader.Loader.entries", "64, 128, 192; more documents share the last one and see each other",
+        "64, 96, 128; more end the run", "none on FineWeb, where no sequence has that many"),
+    "warm-up": Difference(
+        "train_gpt.Run.warm_up", "one made-up step a stage", "14 real steps, restored", "none"),
+    "seeds": Difference(
+        "train_gpt.Config.seed", "--seed, 0 by default", "none", "repeated runs need different seeds"),
+    "torch": Difference(
+        "requirements.txt", "2.13", "2.10", "up to 5e-4 between builds in the record's own notes"),
 }
 DIFFERENCES_89 = {  # further ones, of --recipe=record89
-    "products of the MLP": ("in bf16", "forward in FP8", "+0.0009 in the record's logs; they cost time"),
-    "first steps of stages 2 and 3": (
-        "424 and 846, where Adam's sums are empty", "423 and 847", "a step of another batch size"),
-    "mixing of heads": ("softmax in fp32, products in bf16", "one kernel in fp32", "a little more rounding"),
+    "FP8 MLP, scales": Difference(
+        "engine.mlp.squared_relu_in_fp8", "bounds by lengths of rows",
+        "largest entries, for the second product those of the step before with a margin",
+        "none known: e4m3 has the range"),
+    "first steps of stages 2 and 3": Difference(
+        "train_gpt.Config.stage_starts", "424 and 846, where Adam's sums are empty", "423 and 847",
+        "a step of another batch size"),
+    "mixing of heads": Difference(
+        "engine.head_mixing.mix_heads", "softmax in fp32, products in bf16", "one kernel in fp32",
+        "a little more rounding"),
 }
 
 
@@ -216,7 +282,8 @@ def test_every_parameter_has_its_row_and_its_optimizer():
 
 
 def test_the_recipe_of_record_89_changes_what_its_rows_say_and_nothing_else():
-    base, other = (dataclasses.asdict(Config.for_track("small", recipe=name)) for name in ("base", "record89"))
+    base, other = (dataclasses.asdict(Config.for_track("small", recipe=name))
+                   for name in ("base", "record89"))
     different = {name for name in base if base[name] != other[name]} - {"recipe"}
     assert different == set(RECORD_89)
     for name, row in RECORD_89.items():
@@ -224,7 +291,8 @@ def test_the_recipe_of_record_89_changes_what_its_rows_say_and_nothing_else():
 
 
 def test_tokens_and_learning_rates_of_record_89_are_the_record_s():
-    """55.4, 111.1, 166.3 and 5.9 M tokens in stages of 423, 424, 423 and 15 steps; ours are 424, 422, 424, 15."""
+    """55.4, 111.1, 166.3 and 5.9 M tokens in stages of 423, 424, 423 and 15 steps; ours have 424, 422, 424
+    and 15."""
     cfg = Config.for_track("small", recipe="record89")
     theirs = 423 * 131_072 + 424 * 262_144 + 438 * 393_216
     assert theirs == 338_821_120 and abs(cfg.train_tokens / theirs - 1) < 1e-12
@@ -240,7 +308,42 @@ def test_the_rows_differ_from_the_record_only_where_they_say_what_that_does():
     assert differing == {"bigram_rows", "bigram_signs"}
     assert all(row.theirs == "the same" for row in OPTIMIZERS.values())
     assert all(row.theirs == "the same" for row in RECORD_89.values())
-    assert all(len(parts) == 3 and all(parts) for parts in (*DIFFERENCES.values(), *DIFFERENCES_89.values()))
+    assert all(all(difference) for difference in (DIFFERENCES | DIFFERENCES_89).values())
+
+
+def test_the_places_of_the_differences_exist():
+    for what, difference in (DIFFERENCES | DIFFERENCES_89).items():
+        if not (ROOT / difference.place).is_file():
+            assert pkgutil.resolve_name(difference.place) is not None, what
+
+
+def test_every_parameter_has_its_row_and_starts_as_it_says():
+    """The rows give standard deviations at a width of 768, which those of the matrices follow."""
+    width = 128
+    model = build(config(model_dim=width, vocab_size=512, head_dim=16), perturb=False)
+    assert set(STARTS) == {name for name, _ in model.named_parameters()}
+    for name, row in STARTS.items():
+        weights, (kind, value) = getattr(model, name), row.ours
+        if kind == "all":
+            assert torch.allclose(weights, torch.tensor(value)), changed(name, weights, row)
+            continue
+        std = value * math.sqrt(768 / width) if kind == "uniform" else value
+        bound = math.sqrt(3) * std if kind == "uniform" else 6 * std
+        found = weights.abs().max().item(), weights.std().item()
+        assert found[0] <= bound and abs(found[1] / std - 1) < 0.01, changed(name, found, row)
+    assert torch.equal(model.head, model.embed)
+
+
+def test_a_slice_s_loss_is_the_sum_over_its_tokens():
+    """As in the record. The same document twice costs twice as much, but for what its first token sees."""
+    model = build(config())
+    tokens = torch.randint(0, model.cfg.bos_id, (17,), generator=torch.Generator().manual_seed(0))
+
+    def loss(times: int) -> float:
+        ctx = model.context(docs_of([16] * times), 0)
+        return model(tokens[:-1].repeat(times), tokens[1:].repeat(times), ctx, torch.ones(1)).item()
+
+    assert loss(2) == pytest.approx(2 * loss(1), rel=0.05)
 
 
 def test_tokens_and_learning_rates_of_the_whole_run_are_the_record_s():

@@ -69,7 +69,8 @@ def test_record_89_has_two_networks_of_each_kind_and_no_static_factors():
 
 
 def test_medium_has_the_size_and_schedule_of_public_record_18_of_its_track():
-    """252.8 M weights in products; 2,176,974,848 tokens in 4740 steps, here in stages that begin otherwise."""
+    """252.8 M weights in products; 2,176,974,848 tokens in 4740 steps, here in stages that begin
+    otherwise."""
     model, D, L = model_of("medium"), 1024, 16
     cfg = model.cfg
     assert (cfg.target_loss, cfg.train_steps, cfg.extension_steps) == (2.92, 4740, 40)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from data.errors import UsageError
 from records import ab, logs
-from records.errors import RecordError
 
 ROOT = Path(__file__).parents[2]
 FAKE = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests/helpers/fake_trainer.py'))}"
@@ -82,7 +82,7 @@ def test_verdict_is_the_paired_test_of_the_logs(capsys):
     run(a=f"{FAKE} --ms=82000", runs=5)
     text = Path("out/verdict.md").read_text()
     arms = [[logs.read(path).runs[0] for path in files(f"out/{arm}/*")] for arm in "ab"]
-    verdict = ab.judge(*arms)
+    verdict = ab.paired_tests(*arms)
     seconds = [[run.final_time_ms / 1000 for run in arm] for arm in arms]
     losses = [[run.final_val_loss for run in arm] for arm in arms]
     assert verdict["seconds"].difference.p == pytest.approx(ttest_rel(*seconds, alternative="less").pvalue)
@@ -122,7 +122,7 @@ def test_killed_in_mid_run_it_loses_that_run_only(kill):
     # nobody could end the trainer: no second one beside it, for both would be slow
     if kill == signal.SIGKILL:
         assert not nobody_is_at_work()
-        with pytest.raises(RecordError, match="expected no run at work, found .*; wait for it or end it"):
+        with pytest.raises(UsageError, match="expected no run at work, found .*; wait for it or end it"):
             run(a, runs=3)
         Path("hold").unlink()
         wait_until(nobody_is_at_work)
@@ -190,12 +190,12 @@ def test_a_file_system_without_locks_gets_a_note(monkeypatch, capsys):
 
 
 def test_a_command_that_does_not_use_its_seed_is_told_before_ten_equal_runs_are_made():
-    with pytest.raises(RecordError, match="seed 7 in .* instead of"):  # the log names its seed
+    with pytest.raises(UsageError, match="seed 7 in .* instead of"):  # the log names its seed
         run(b=f"sh -c '{FAKE} --seed=7'", out="named")
     silent = (f"{FAKE} --seed=7 > printed && sed -i -e /^seed:/d -e /^config:/d $(tail -n 1 printed) && cat "
               "printed")
     Path("silent.sh").write_text(f"{silent}\n")
-    with pytest.raises(RecordError, match="the very losses of pair 1, as if the command did not"):
+    with pytest.raises(UsageError, match="the very losses of pair 1, as if the command did not"):
         run(b="sh silent.sh", out="unnamed")
     assert len(files("unnamed/b/*")) == 1
 
@@ -221,7 +221,7 @@ def test_killed_while_it_copies_a_log():
 def test_failure_says_what_happened_and_can_be_made_good(options, message, capsys):
     Path("hold").touch()
     for _ in range(2):  # again and again the same run, with the same seed
-        with pytest.raises(RecordError, match="expected .*, found .*; ") as error:
+        with pytest.raises(UsageError, match="expected .*, found .*; ") as error:
             run(b=f"{FAKE} {options}", limit=0.01 if "wait" in options else 1)
         text = str(error.value)
         assert message in text
@@ -237,9 +237,9 @@ def test_stale_log_is_not_taken_for_a_new_one():
     run()
     old = files("logs/*.txt")[0]
     os.utime(old, (1, 1))
-    with pytest.raises(RecordError, match="no line with the path"):
+    with pytest.raises(UsageError, match="no line with the path"):
         run(a=f"sh -c 'echo {old}'", out="other")
-    with pytest.raises(RecordError, match="no line with the path"):
+    with pytest.raises(UsageError, match="no line with the path"):
         run(a="sh -c 'head -c 1000000 /dev/urandom'", out="noise")
 
 
@@ -247,7 +247,7 @@ def test_seed_goes_where_it_is_wanted():
     assert ab.words("./run.sh --x='a b'", 7) == ["./run.sh", "--x=a b", "--seed=7"]
     assert ab.words("env SEED={seed} python t.py {seed}", 7) == ["env", "SEED=7", "python", "t.py", "7"]
     for command in ("", "  ", "'open"):
-        with pytest.raises(RecordError, match="expected a command, found"):
+        with pytest.raises(UsageError, match="expected a command, found"):
             ab.words(command, 7)
 
 
@@ -264,26 +264,26 @@ def test_log_beside_a_script_in_another_folder():
 def test_damaged_log_in_place_is_named():
     run()
     Path(*files("out/a/001*")).write_text("")
-    with pytest.raises(RecordError, match="expected the log of a complete run, .*, found 0 runs .*; remove"):
+    with pytest.raises(UsageError, match="expected the log of a complete run, .*, found 0 runs .*; remove"):
         run()
 
 
 def test_another_experiment_wants_another_folder():
     run()
     for changes in (dict(a=f"{FAKE} --ms=1"), dict(b=f"{FAKE} --ms=1"), dict(runs=3)):
-        with pytest.raises(RecordError, match="expected .*, found .*; choose another --out"):
+        with pytest.raises(UsageError, match="expected .*, found .*; choose another --out"):
             run(**changes)
     Path("full").mkdir()
     Path("full/thesis.txt").touch()
     for damage in ("", "{}", "[1]", '{"a": 1, "b": 2, "pairs": [3]}',
                    '{"a": "", "b": "", "pairs": [{"seed": "x"}]}'):
         Path("out/plan.json").write_text(damage)
-        with pytest.raises(RecordError, match="expected the plan .*, found something else; "):
+        with pytest.raises(UsageError, match="expected the plan .*, found something else; "):
             run()
-    with pytest.raises(RecordError, match="expected an empty folder"):
+    with pytest.raises(UsageError, match="expected an empty folder"):
         run(out="full")
     Path("file").touch()
-    with pytest.raises(RecordError, match="--out: expected a folder"):
+    with pytest.raises(UsageError, match="--out: expected a folder"):
         run(out="file")
 
 
@@ -293,7 +293,7 @@ def test_another_experiment_wants_another_folder():
     (dict(limit=0.0), "--limit"), (dict(limit=float("nan")), "--limit"),
     (dict(a="no-such-program"), "--a: expected a command"), (dict(a="''"), "--a: expected a command")])
 def test_impossible_experiments_are_refused(changes, message):
-    with pytest.raises(RecordError, match=message):
+    with pytest.raises(UsageError, match=message):
         run(**changes)
 
 

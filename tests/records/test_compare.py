@@ -9,8 +9,8 @@ from tests.helpers.committed import ADAMW, MUON, TRACK
 from tests.helpers.synthetic import make, own
 from tests.records.conftest import plan_text
 
+from data.errors import UsageError
 from records import charts, groups, history
-from records.errors import RecordError
 from records.statistics import ratio_interval, t_test, welch
 
 LOSSES = [1.571, 1.582, 1.590, 1.5777, 1.5812]
@@ -166,7 +166,7 @@ def test_groups_are_files_or_the_logs_of_a_folder(tmp_path):
     name, _ = found(named, long)[1]
     assert name.startswith("…") and name.endswith("longlong/0") and len(name) == groups.NAME_LIMIT
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RecordError, match="found none"):
+    with pytest.raises(UsageError, match="found none"):
         found(tmp_path / "empty")
 
 

@@ -7,7 +7,7 @@ from tests.helpers.claims import log, replaced
 from tests.helpers.synthetic import LINE, VALIDATION_DATA
 
 from records import logs
-from records.lines import examine
+from records.lines import details_of
 
 TOTAL, EVERY = 60, 15
 
@@ -39,7 +39,7 @@ def contradictions(tmp_path, text: str) -> tuple[str, ...]:
     path = tmp_path / "log.txt"
     header = f"{LINE}\nRunning PyTorch 2.8.0 compiled for CUDA 12.6\n{LINE}\n"
     path.write_text(f"# source\n{header}{text}")
-    return examine(logs.read(path)).contradictions
+    return details_of(logs.read(path)).contradictions
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -88,12 +88,12 @@ def test_validation_far_after_its_training_line(tmp_path):
 def test_details_of_a_log(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text(replaced(log(3), "^attention:", "resumed: from x\nattention:"))
-    details = examine(logs.read(path))
+    details = details_of(logs.read(path))
     assert details.resumed and (details.commit, details.num_training) == ("0" * 40, 20)
     assert (details.training_data, details.validation_data) == ("0" * 16, VALIDATION_DATA)
     source = f"resumed: in a docstring\nvalidation data: first 9 tokens, sha256 {'1' * 64}"
     path.write_text(replaced(log(3), "^# the trainer", source))
-    details = examine(logs.read(path))
+    details = details_of(logs.read(path))
     assert not details.resumed and details.validation_data == VALIDATION_DATA
 
 

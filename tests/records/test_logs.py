@@ -11,8 +11,8 @@ from tests.helpers.committed import ADAMW, MUON, ROOT, YARDSTICK
 from tests.helpers.synthetic import LINE, VARIANTS, embedded, make, own
 from tests.records.conftest import plan_text
 
+from data.errors import UsageError
 from records import logs
-from records.errors import RecordError
 
 UNKNOWN = ("torch", "cuda", "triton", "python", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib",
            "val_tokens")
@@ -377,7 +377,7 @@ def test_find(tmp_path):
         tmp_path / "notes.md"]  # a file that is named counts, whatever it is called; none twice
     for path, found in (("missing", "nothing there; check the path"),
                         ("x" * 5000, "File name too long; check path")):
-        with pytest.raises(RecordError, match=found):
+        with pytest.raises(UsageError, match=found):
             logs.find([tmp_path / path])
 
 
@@ -385,7 +385,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     for path, found in ((tmp_path, "a folder"), (tmp_path / "no", "nothing there"), ("/dev/zero", "a device"),
                         ("/dev/null", "a device"), ("a\0b", "nothing there"),
                         ("x" * 5000, "File name too long")):
-        with pytest.raises(RecordError, match=found):
+        with pytest.raises(UsageError, match=found):
             logs.read(path)
 
 

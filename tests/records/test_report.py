@@ -177,8 +177,6 @@ def test_without_a_track_there_is_no_rule(make, tmp_path):
     assert "No track is named" in page.text and "Loss rule," not in page.text
 
 
-
-
 # The page in a browser
 
 @pytest.fixture
@@ -205,7 +203,8 @@ def test_columns_sort_up_and_down(make, browse, title, clicks):
     header, *rows = browse(page, click * clicks).tables[-1]
     cells = [row[header.index(title)] for row in rows]
     known = [float(cell.replace(",", "")) for cell in cells if cell != "-"]
-    assert known == sorted(known)[::1 if clicks == 1 else -1] and cells[len(known):] == ["-"] * (17 - len(known))
+    missing = 17 - len(known)
+    assert known == sorted(known)[::1 if clicks == 1 else -1] and cells[len(known):] == ["-"] * missing
 
 
 def test_nothing_hostile_runs(make, browse, hostile):

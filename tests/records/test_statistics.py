@@ -1,8 +1,9 @@
 """records.statistics against formulas written out here from other pieces (the standard library, incomplete
-beta functions, simulation), and against p-values computed from the public logs by others."""
+beta functions), and against p-values computed from the public logs by others."""
 import csv
 import dataclasses
 import math
+import random
 import statistics as stdlib
 import warnings
 from collections import defaultdict
@@ -11,20 +12,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.special import betainc, ndtr
 from scipy.stats import t as t_distribution
 
+from data.errors import UsageError
 from records import statistics
-from records.errors import RecordError
 from records.tracks import TRACKS, choose
 
 HERE = Path(__file__).parent
 HISTORY = HERE.parents[1] / "records" / "history" / "finals.csv"
 
-groups = st.lists(st.integers(32_000, 33_500), min_size=2,
-                  max_size=40).map(lambda losses: [loss / 1e4 for loss in losses])
+
+def random_losses(rng: random.Random) -> list[float]:
+    """Two to forty losses as logs print them."""
+    return [rng.randint(32_000, 33_500) / 1e4 for _ in range(rng.randint(2, 40))]
 
 
 def t_cdf(t: float, df: float) -> float:
@@ -33,40 +34,14 @@ def t_cdf(t: float, df: float) -> float:
     return tail if t < 0 else 1 - tail
 
 
-def equal(values) -> bool:
-    return min(values) == max(values)
-
-
-@given(groups, st.sampled_from([3.28, 2.92, 1.6]))
-@settings(max_examples=200, deadline=None)
-def test_t_test_is_the_textbook_formula(losses, target):
-    result = statistics.t_test(losses, target)
-    assert result.n == len(losses) and result.mean == pytest.approx(stdlib.mean(losses))
-    if equal(losses):
-        assert result.p is None and "equal" in result.why and not result.passes
-        return
-    t = (stdlib.mean(losses) - target) / (stdlib.stdev(losses) / math.sqrt(len(losses)))
-    assert result.sd == pytest.approx(stdlib.stdev(losses))
-    assert result.score == pytest.approx(t, rel=1e-6)
-    assert result.p == pytest.approx(t_cdf(t, len(losses) - 1), rel=1e-6, abs=1e-12)
-    assert result.passes == (result.p < 0.01)
-
-
-@given(groups)
-@settings(max_examples=100, deadline=None)
-def test_z_rule_is_the_published_condition(losses):
-    result = statistics.z_rule(losses, 3.28)
-    score = (3.28 - stdlib.mean(losses)) * len(losses) ** 0.5
-    assert result.score == pytest.approx(score, abs=1e-9)
-    assert result.passes == (score >= 0.004 - 1e-9)
-    assert result.p == pytest.approx(1 - ndtr(score / 0.0013), abs=1e-9)
-
-
 @pytest.mark.parametrize("losses, passes", [
     ([3.276], True), ([3.27601], False), ([3.278] * 4, True), ([3.27801] * 4, False),
     ([3.277, 3.279] * 2, True)])
-def test_z_rule_at_its_edge(losses, passes):
-    assert statistics.z_rule(losses, 3.28).passes is passes
+def test_z_rule_is_the_published_condition(losses, passes):
+    result = statistics.z_rule(losses, 3.28)
+    score = (3.28 - stdlib.mean(losses)) * len(losses) ** 0.5
+    assert result.passes is passes and result.score == pytest.approx(score)
+    assert result.p == pytest.approx(1 - ndtr(score / 0.0013))
 
 
 @pytest.mark.parametrize("losses, baseline, steps, passes", [
@@ -78,13 +53,11 @@ def test_pairwise_rule(losses, baseline, steps, passes):
     assert statistics.pairwise_rule(losses, baseline, steps).passes is passes
 
 
-@given(groups, groups)
-@settings(max_examples=100, deadline=None)
-def test_welch_is_the_textbook_formula(a, b):
+@pytest.mark.parametrize("seed", range(20))
+def test_welch_is_the_textbook_formula(seed):
+    rng = random.Random(seed)
+    a, b = random_losses(rng), random_losses(rng)
     result = statistics.welch(a, b)
-    if equal(a) or equal(b):
-        assert result.p is None and "equal" in result.why and result.low is None
-        return
     u, v = stdlib.variance(a) / len(a), stdlib.variance(b) / len(b)
     gap, df = stdlib.mean(a) - stdlib.mean(b), (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1))
     half = t_distribution.ppf(0.975, df) * math.sqrt(u + v)
@@ -92,21 +65,18 @@ def test_welch_is_the_textbook_formula(a, b):
     assert [result.low, result.high] == pytest.approx([gap - half, gap + half], rel=1e-6, abs=1e-9)
 
 
-@given(st.lists(st.tuples(st.integers(70_000, 90_000), st.integers(70_000, 90_000)), min_size=2, max_size=30))
-@settings(max_examples=50, deadline=None)
-def test_paired_is_the_t_test_of_the_differences(pairs):
-    a, b = zip(*pairs)
-    result, gaps = statistics.paired(a, b), [x - y for x, y in pairs]
-    if equal(gaps):
-        assert result.difference.p is None and result.floor is None and "equal" in result.difference.why
-        return
-    mean, error = stdlib.mean(gaps), stdlib.stdev(gaps) / math.sqrt(len(gaps))
-    half, t = t_distribution.ppf(0.975, len(gaps) - 1) * error, mean / error
+@pytest.mark.parametrize("n", [2, 3, 7, 30])
+def test_paired_is_the_t_test_of_the_differences(n):
+    rng = random.Random(n)
+    a, b = ([rng.randint(70_000, 90_000) for _ in range(n)] for _ in range(2))
+    result, gaps = statistics.paired(a, b), [x - y for x, y in zip(a, b)]
+    mean, error = stdlib.mean(gaps), stdlib.stdev(gaps) / math.sqrt(n)
+    half, t = t_distribution.ppf(0.975, n - 1) * error, mean / error
     found = result.difference
     assert (found.value, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
-    assert result.difference.p == pytest.approx(t_cdf(t, len(gaps) - 1), rel=1e-6, abs=1e-12)
-    assert result.difference.p + result.p_above == pytest.approx(1)
-    assert statistics.power(len(gaps), result.floor, result.sd, 0.01) == pytest.approx(0.8)
+    assert found.p == pytest.approx(t_cdf(t, n - 1), rel=1e-6, abs=1e-12)
+    assert found.p + result.p_above == pytest.approx(1)
+    assert statistics.power(n, result.floor, result.sd, 0.01) == pytest.approx(0.8)
 
 
 # Ratio of means
@@ -132,20 +102,6 @@ def test_ratio_interval_agrees_with_fieller_where_spreads_are_those_of_times():
             ours, other = statistics.ratio_interval(a, b), fieller(a, b, 0.95)
             width = ours.high - ours.low
             assert abs(ours.low - other[0]) < 0.05 * width and abs(ours.high - other[1]) < 0.05 * width
-
-
-def test_ratio_interval_covers_the_true_ratio():
-    """95 % within the noise of 2,000 intervals (standard error 0.5 %) and Satterthwaite's own error
-    at n = 3."""
-    rng = np.random.default_rng(2)
-    for n_a, n_b, spread_a, spread_b in ((3, 3, 0.02, 0.02), (3, 10, 0.05, 0.01), (10, 10, 0.001, 0.06),
-                                         (20, 5, 0.06, 0.06)):
-        hits = 0
-        for _ in range(2000):
-            interval = statistics.ratio_interval(1.8 * (1 + spread_a * rng.standard_normal(n_a)),
-                                                 1 + spread_b * rng.standard_normal(n_b))
-            hits += interval.low <= 1.8 <= interval.high
-        assert 0.93 < hits / 2000 < 0.975, (n_a, n_b, hits / 2000)
 
 
 def test_ratio_interval_of_the_swapped_groups_is_the_reciprocal():
@@ -177,13 +133,14 @@ def test_no_number_where_there_is_none(values, why):
         assert not getattr(result, "passes", False)
 
 
-anything = st.lists(st.floats() | st.floats(3.27, 3.29) | st.sampled_from([0.0, 1e99, 5e-324, 1e15, 3.28]),
-                    max_size=6)
+ODD = 0.0, -0.0, 3.28, 1e15, -1e15, 1e99, -1e300, 5e-324, math.nan, math.inf, -math.inf
 
 
-@given(anything, anything)
-@settings(max_examples=300, deadline=None)
-def test_whatever_goes_in_no_wrong_number_comes_out(a, b):
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_goes_in_no_wrong_number_comes_out(seed):
+    rng = random.Random(seed)
+    a, b = ([rng.choice([*ODD, rng.uniform(3.27, 3.29), 10 ** rng.uniform(-300, 300)])
+             for _ in range(rng.randint(0, 6))] for _ in range(2))
     n = min(len(a), len(b))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -196,27 +153,6 @@ def test_whatever_goes_in_no_wrong_number_comes_out(a, b):
                                        for name in ("score", "low", "high")))), result
         assert 0 <= numbers.get("p", 0) <= 1, result
         assert str(result) and (result.why or "cannot be judged" not in str(result))
-
-
-# Power
-
-
-@pytest.mark.parametrize("n, margin, sigma", [(5, 0.002, None), (20, 0.001, None), (4, 0.002, 0.0013),
-                                              (1, 0.004, 0.0013)])
-def test_power_is_what_simulated_runs_do(n, margin, sigma):
-    rng, sets = np.random.default_rng(3), 2000
-    losses = 3.28 - margin + 0.0011 * rng.standard_normal((sets, n))
-    test = statistics.t_test if sigma is None else statistics.z_rule
-    passed = sum(test(row, 3.28).passes for row in losses) / sets
-    alpha = 0.01 if sigma is None else 1 - ndtr(0.004 / 0.0013)
-    expected = statistics.power(n, margin, 0.0011, alpha, sigma)
-    assert passed == pytest.approx(expected, abs=4 * (0.25 / sets) ** 0.5)  # 4 standard errors
-
-
-def test_power_without_a_margin_is_alpha():
-    for n in (2, 3, 10, 1000):
-        assert statistics.power(n, 0, 1, 0.01) == pytest.approx(0.01)
-        assert statistics.power(n, 0, 1, 0.01, 1) == pytest.approx(0.01)
 
 
 # Published figures
@@ -276,5 +212,5 @@ def test_track_is_named_or_seen():
     assert choose([log("logs/x.txt", "shakespeare")]).name == "shakespeare"
     assert choose([log("records/track_3_optimization/results/x.txt", None)]).name == "optimization"
     for logs in ([], [log("x.txt", None)], [log("x.txt", "small"), log("y.txt", "shakespeare")]):
-        with pytest.raises(RecordError, match="expected .*, found .*; "):
+        with pytest.raises(UsageError, match="expected .*, found .*; "):
             choose(logs)

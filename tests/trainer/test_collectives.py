@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,7 +12,8 @@ import train_gpt
 from tests.helpers.dist import run_ranks
 from tests.helpers.tiny import make_run
 
-RANKS = 8
+RANKS = 4
+STOPPED_AT = 12  # late enough for a save, and for embedding and head to part
 CHANGES = dict(slices=RANKS, batch_tokens=(256, 384, 512), val_tokens=256, val_slice=32, val_every=5,
                save_every=4)
 
@@ -41,8 +41,8 @@ class Collectives(TorchDispatchMode):
         setattr(owner, name, call)
 
 
-def whole_run(rank: int, world: int, folder: str, stopped_at: int) -> list:
-    """What one rank issues from its start to its end; rank 5 gets a signal to stop in one of the steps."""
+def stopped_run(rank: int, world: int, folder: str) -> list:
+    """What one rank issues from its start to its end; rank 3 gets a signal to stop in one of the steps."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="here", MASTER_PORT="0")
     def nothing(*args, **kwargs):
         pass
@@ -56,7 +56,7 @@ def whole_run(rank: int, world: int, folder: str, stopped_at: int) -> list:
         count = run.update
 
         def update(step):
-            if step == stopped_at and rank == 5:
+            if step == STOPPED_AT and rank == 3:
                 run.stop.number = 15
             count(step)
 
@@ -68,14 +68,11 @@ def whole_run(rank: int, world: int, folder: str, stopped_at: int) -> list:
     return collectives.seen
 
 
-@pytest.mark.parametrize("stopped_at", [-1, 6], ids=["whole", "stopped"])
-def test_ranks_issue_the_same_collectives_in_the_same_order(tmp_path, stopped_at):
+def test_ranks_issue_the_same_collectives_in_the_same_order(tmp_path):
     make_run(tmp_path, **CHANGES)  # writes the shards
-    first, *others = run_ranks(RANKS, whole_run, str(tmp_path), stopped_at)
+    first, *others = run_ranks(RANKS, stopped_run, str(tmp_path))
     names = [name for name, _ in first]
-    assert all(name in names for name in ("warm_up", "evaluate", "save"))
-    assert ("untie" in names, "stopped" in names) == (stopped_at < 0, stopped_at >= 0)
-    assert names.count("train_step") == (14 if stopped_at < 0 else names.count("train_step"))
+    assert {"warm_up", "train_step", "untie", "evaluate", "save", "stopped"} <= {*names}
     assert sum(name.startswith("c10d") for name in names) > 100
     for rank, seen in enumerate(others, 1):
         differing = [pair for pair in zip(first, seen) if pair[0] != pair[1]]

@@ -6,7 +6,8 @@ import torch
 
 from engine import products
 from engine.fused import (
-    NormAndRotary, RmsNorm, SquaredReluMlp, norm, residual, residual_sum, rotary, squared_relu_mlp)
+    NormAndRotary, RmsNorm, RotaryOfNorm, SquaredReluMlp, norm, residual, residual_sum, rotary,
+    squared_relu_mlp)
 from engine.kernels import Kernels
 from muon import ONEDNN
 from tests.helpers.tiny import build, config, context, docs_of
@@ -64,6 +65,14 @@ def test_norm_and_rotary_equal_their_formulas(heads):
     angle = torch.rand(5, 1, heads, 3, dtype=torch.float64)
     assert_same(lambda x: NormAndRotary.apply(x, angle.cos(), angle.sin()),
                 lambda x: rotary(norm(x), angle.cos(), angle.sin()), [x], 1e-12)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_norm_and_rotary_for_a_gpu_equal_their_formulas(heads):
+    x, = leaves((5, 3, 8), dtype=torch.float32)
+    angle = torch.rand(5, heads, 3)
+    assert_same(lambda x: RotaryOfNorm.apply(x, angle.cos(), angle.sin()),
+                lambda x: rotary(norm(x), angle.cos(), angle.sin()), [x], 1e-6)
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from data.errors import UsageError
 from engine import products
-from engine.head_loss import HeadLoss, choose_fp8, multi_token_loss, softcap, to_fp8
+from engine.fp8 import to_fp8
+from engine.head_loss import HeadLoss, choose_fp8, multi_token_loss, softcap
 from engine.products import CpuLinear, choose_bf16, choose_onednn
 from muon import ONEDNN
 

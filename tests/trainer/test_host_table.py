@@ -1,5 +1,6 @@
 """engine/host_table.py against the same table as an ordinary parameter on the device, through whole runs of
 the trainer, on one rank and on several; its hash and its rule against slow formulas."""
+import functools
 import os
 
 import numpy as np
@@ -16,12 +17,13 @@ from engine.host_table import HostTable, hash_ngrams, update_rows_
 from engine.sampling import next_log_probs
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import BOS, make_shards, on_rank, run
-from tests.helpers.tiny import SMALL, build, config, docs_of, make_run
+from tests.helpers.tiny import THREE_LAYERS, build, config, docs_of, make_run
 from tools import sample
 
 ROWS, ORDERS = 50, (2, 4)
-NGRAMS = dict(SMALL, ngram_rows=ROWS, ngram_orders=ORDERS, slices=6, batch_tokens=(96, 192), train_steps=10,
-              val_every=4)
+NGRAMS = dict(
+    THREE_LAYERS, ngram_rows=ROWS, ngram_orders=ORDERS, slices=6, batch_tokens=(96, 192), pack_tokens=64,
+    train_steps=8, val_every=4)
 FLAGS = [f"--ngram_rows={ROWS}", "--ngram_orders=2,4"]
 
 
@@ -169,11 +171,12 @@ def trained(rank, world, folder, kind, changes, warm=False) -> dict:
     return found
 
 
-def alone(folder, kind, changes, **options) -> dict:
+@functools.cache
+def alone(folder, kind, warm=False, **changes) -> dict:
     before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR",
                                                      "MASTER_PORT")}
     try:
-        return trained(0, 1, folder, kind, changes, **options)
+        return trained(0, 1, folder, kind, changes, warm)
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -195,13 +198,13 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("changes, warm", [
     (dict(adam_every=1), True),
     (dict(adam_every=2), False),
-    (dict(adam_every=3, pack_tokens=64), False),
+    (dict(adam_every=3, pack_tokens=0), False),
     (dict(adam_every=1, pack_tokens=192, ngram_rows=5000), False),
-    (dict(adam_every=2, gate_networks=(0, 3), mudd=True, backout=False), False),
+    (dict(adam_every=2, gate_networks=(0, 2), mudd=True, backout=False), False),
     (dict(adam_every=2, recompute=True), False),
 ], ids=str)
 def test_a_run_is_that_with_the_table_on_the_device_to_the_last_bit(folder, changes, warm):
-    host, device = (alone(folder, kind, changes, warm=warm) for kind in (HostTable, DeviceTable))
+    host, device = (alone(folder, kind, warm, **changes) for kind in (HostTable, DeviceTable))
     assert host["table"]["rows"].abs().sum() > 1 and equal(host, device)
 
 
@@ -214,57 +217,11 @@ def test_several_ranks_are_those_with_the_table_on_the_device_and_one_rank(folde
     assert [one["train"] for one in host] == [host[0]["train"]] * world
     assert host[1]["table"] == {"rows": None, "state": None}
 
-    one = alone(folder, HostTable, changes)
+    one = alone(folder, HostTable, **changes)
     assert host[0]["train"] == pytest.approx(one["train"], abs=2e-5)
     assert host[0]["val"] == pytest.approx(one["val"], abs=2e-5)
     error = host[0]["table"]["rows"] - one["table"]["rows"]
     assert error.norm() < 1e-4 * one["table"]["rows"].norm()
-
-
-class LateTable(HostTable):
-    """Reads the next rows before the update that moves them."""
-
-    def step(self, lr):
-        super().step(None)
-        if lr is not None:
-            self.submit(self.move, lr)
-
-
-class OneSidedTable(HostTable):
-    """Keeps the gradients of this rank to itself."""
-
-    def collect(self, request, grad, event, lr):
-        super().collect(request, grad, event, None)
-        rank, gradients = self.hosts.rank, self.pending[-1][1]
-        gradients[: sum(request.received[:rank])] = 0
-        gradients[sum(request.received[: rank + 1]):] = 0
-        if lr is not None:
-            self.move(lr)
-
-
-def test_rows_that_come_too_early_are_noticed(folder):
-    late, device = (alone(folder, kind, dict(adam_every=1)) for kind in (LateTable, DeviceTable))
-    assert late["train"][0] == device["train"][0] and late["train"] != device["train"]
-
-
-def test_gradients_that_stay_at_home_are_noticed(folder):
-    found, device = (run_ranks(2, trained, folder, kind, dict(adam_every=1))[0]
-                     for kind in (OneSidedTable, DeviceTable))
-    assert found["train"][:1] == device["train"][:1] and found["train"] != device["train"]
-
-
-HASHES = {
-    "another constant": lambda tokens, ids, orders, rows: hash_ngrams(tokens + 1, ids, orders, rows),
-    "across documents": lambda tokens, ids, orders, rows: hash_ngrams(tokens, 0 * ids, orders, rows),
-    "other orders": lambda tokens, ids, orders, rows: hash_ngrams(tokens, ids, (2, 3), rows),
-}
-
-
-@pytest.mark.parametrize("name", HASHES)
-def test_another_hash_is_noticed(folder, monkeypatch, name):
-    monkeypatch.setattr(host_table, "hash_ngrams", HASHES[name])
-    host, device = (alone(folder, kind, dict(adam_every=1)) for kind in (HostTable, DeviceTable))
-    assert host["train"][0] == device["train"][0] and host["train"] != device["train"]  # zeros at first
 
 
 def test_batches_that_were_not_expected_get_their_own_rows(folder):
@@ -339,7 +296,7 @@ def break_one(rank):
     HostTable.move = broken
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_an_error_of_the_thread_ends_the_run_on_all_ranks(folder, world):
     slices = "--slices=6", "--batch_tokens=384"
     ranks = run_ranks(world, on_rank, folder, [*FLAGS, *slices], break_one)
@@ -386,11 +343,10 @@ def test_rows_are_added_to_the_first_channels_of_the_bigrams():
     assert torch.equal(found, plain.log_probs(tokens, plain.context(docs, 0)))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_check_passes_and_fails_where_an_ngram_sees_the_next_token(folder, world):
+def test_check_passes_and_fails_where_an_ngram_sees_the_next_token(folder):
     for hook, code in ((None, 0), (look_ahead, 1)):
-        results = run_ranks(world, on_rank, folder, [*FLAGS, "--check"], hook)
-        assert [result.code for result in results] == [code] * world
+        results = run_ranks(2, on_rank, folder, [*FLAGS, "--check"], hook)
+        assert [result.code for result in results] == [code] * 2
 
 
 def look_ahead(rank):

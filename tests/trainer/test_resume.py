@@ -180,7 +180,7 @@ def test_a_signal_saves_at_the_next_step_that_can_be_resumed(
         folder, whole, monkeypatch, hangup, number, saving):
     hangup(signal.SIG_DFL)
     stop_at(monkeypatch, 5, number)
-    before = signal.signal(number, signal.SIG_DFL)  # the tests may have been started by nohup, which ignores it
+    before = signal.signal(number, signal.SIG_DFL)  # nohup, under which the tests may run, ignores it
     try:
         stopped = run(folder, *OPTIONS, saving)
     finally:
