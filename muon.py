@@ -30,10 +30,9 @@ https://github.com/Dao-AILab/gram-newton-schulz.
 import functools
 import math
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
+from itertools import groupby, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -70,19 +69,7 @@ COEFFICIENTS = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))),
 }
-FORMS = "auto", "standard", "gram"
 LARGE = 384  # rows from which a matrix is worth a method of its own on a CPU
-
-
-def is_triple(x) -> bool:
-    return len(x) == 3 and all(isinstance(number, (int, float)) and math.isfinite(number) for number in x)
-
-
-def is_schedule(x) -> bool:
-    """Whether x is a name, one (a, b, c) for all steps, or a sequence of them."""
-    if isinstance(x, str):
-        return x in COEFFICIENTS
-    return len(x) > 0 and (all(map(is_triple, x)) if isinstance(x[0], Sequence) else is_triple(x))
 
 
 def schedule(ns_coefficients: str | Sequence, steps: int) -> tuple[float, list[Sequence[float]]]:
@@ -96,6 +83,14 @@ def schedule(ns_coefficients: str | Sequence, steps: int) -> tuple[float, list[S
     return safety, [triples[min(i, len(triples) - 1)] for i in range(steps)]
 
 
+def is_schedule(x) -> bool:
+    """Whether x is a name, one (a, b, c) for all steps, or a sequence of them."""
+    if isinstance(x, str):
+        return x in COEFFICIENTS
+    _, triples = schedule(x, len(x))
+    return all(len(triple) == 3 and all(map(math.isfinite, triple)) for triple in triples)
+
+
 def has_bf16_units() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware: Intel AMX, AVX-512 BF16."""
     names = "_is_amx_tile_supported", "_is_avx512_bf16_supported"  # private in torch, and younger than 2.0
@@ -107,14 +102,12 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and not has_bf16_units() else torch.bfloat16
 
 
-def gram_pays(m: int, n: int, form: str, dtype: torch.dtype, device: torch.device) -> bool:
+def gram_pays(m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether to iterate on the Gram matrix. On a CPU core it is 1.55 times as fast in fp32 at an aspect of 4
     and 1.1 times at 2, in bf16 1.3 and 1.1 times. In bf16 the result is then off by 1 to 4 % instead of 1 to
     2 %, where the polynomial itself leaves singular values 3 to 30 % off 1, and by more where values start
-    large, in small matrices and in those of rank 1 (20 %); it is not measured on other devices. `auto` leaves
-    out both small matrices and other devices."""
-    if form != "auto":
-        return form == "gram"
+    large, in small matrices and in those of rank 1 (20 %): small ones are left out, and other devices, where
+    it is not measured."""
     fine = dtype != torch.bfloat16 or device.type == "cpu" and min(m, n) >= LARGE
     return fine and max(m, n) >= 2 * min(m, n)
 
@@ -186,11 +179,11 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: floa
     return out
 
 
-def apply_to(X: Tensor, P: Tensor, a: float = 0.0) -> Tensor:
+def apply_to(X: Tensor, P: Tensor, a: float) -> Tensor:
     """Return P X + a X of stacks."""
     if len(X) == 1 and one_by_one(X):
-        return product(P[0], X[0].mT, X[0] if a else None, 1.0, a)[None]
-    return torch.baddbmm(X, P, X, beta=a) if a else P @ X
+        return product(P[0], X[0].mT, X[0], beta=a)[None]
+    return torch.baddbmm(X, P, X, beta=a)
 
 
 def standard_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
@@ -261,26 +254,27 @@ def normalize(G: Tensor, dtype: torch.dtype, safety: float, eps: float) -> Tenso
 
 
 def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "polar",
-                  dtype: torch.dtype | None = None, form: str = "auto",
+                  dtype: torch.dtype | None = None, gram: bool | None = None,
                   symmetric: Callable = symmetric_product, eps: float = 0.0) -> Tensor:
     """Approximate U V^T of the SVD U S V^T of every (m, n) matrix of G: (..., m, n), which is not modified.
     ns_coefficients: a name in COEFFICIENTS, one (a, b, c), or a sequence of them. dtype: of the iteration and
-    the result, default `iteration_dtype`. form: see `gram_pays`. symmetric: see `symmetric_product`. Only the
-    direction of G counts, unless its norm is below eps. Zero in, zero out. In bf16 a matrix of low rank keeps
-    two digits: its null space comes out with singular values up to 0.5 instead of 0; ask for torch.float32
-    where that matters (LoRA)."""
+    the result, default `iteration_dtype`. gram: whether to iterate on the Gram matrix, default `gram_pays`.
+    symmetric: see `symmetric_product`. Only the direction of G counts, unless its norm is below eps. Zero in,
+    zero out. In bf16 a matrix of low rank keeps two digits: its null space comes out with singular values up
+    to 0.5 instead of 0; ask for torch.float32 where that matters (LoRA)."""
     if G.ndim < 2 or G.numel() == 0 or not G.is_floating_point():
         raise refusal("real matrices of some size", f"{tuple(G.shape)} in {G.dtype}",
                       "leave it to another optimizer")
-    if not (is_schedule(ns_coefficients) and form in FORMS and steps > 0):
-        raise refusal("known coefficients, one of auto, standard and gram, and a step or more",
-                      f"{ns_coefficients}, {form} and {steps}", "see the docstring")
+    if not (is_schedule(ns_coefficients) and steps > 0):
+        raise refusal("known coefficients and a step or more", f"{ns_coefficients} and {steps}",
+                      "see COEFFICIENTS")
     dtype = dtype or iteration_dtype(G.device)
     if G.size(-2) > G.size(-1):  # R = X X^T is smallest on the short side
-        return orthogonalize(G.mT, steps, ns_coefficients, dtype, form, symmetric, eps).mT
+        return orthogonalize(G.mT, steps, ns_coefficients, dtype, gram, symmetric, eps).mT
     safety, triples = schedule(ns_coefficients, steps)
     X = normalize(G.reshape(-1, *G.shape[-2:]), dtype, safety, eps)
-    iterate = gram_steps if gram_pays(*X.shape[-2:], form, dtype, X.device) else standard_steps
+    gram = gram_pays(*X.shape[-2:], dtype, X.device) if gram is None else gram
+    iterate = gram_steps if gram else standard_steps
     if not one_by_one(X):
         return iterate(X, triples, symmetric).reshape(G.shape)
     results = [iterate(x, triples, symmetric)[0] for x in X.split(1)]
@@ -377,36 +371,81 @@ def upper_half(master: Tensor, low: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # Who owns what: every matrix, or block of rows of a matrix, is a unit that belongs to one rank
 
-class Unit(NamedTuple):
-    param: Tensor
-    group: int   # index into param_groups
-    matrix: int  # of the bank
-    row: int     # first row in it
-    mark: int    # first of its numbers in a row of second_moment
-    m: int
-    n: int
-
-
 def as_bank(x: Tensor, flatten: bool | None) -> Tensor:
     """Return (matrices, rows, columns ...) of a tensor that is shaped like a parameter."""
     return x if x.ndim == 3 and not flatten else x[None]
 
 
-def units_of(p: Tensor, held: Tensor, number: int, group: dict) -> list[Unit]:
-    """Return the units of a parameter p of group `number`, or of the part `held` of it that a rank has."""
-    matrices, rows, *columns = as_bank(held, group["flatten"]).shape
-    n = math.prod(columns)
-    blocks = group["split"] or (rows,)
+def cut(bank: Tensor, blocks: Sequence[int], n: int = 0) -> Sequence[Tensor]:
+    """Return the stacks (B, rows, ...) of a bank (matrices, all rows, ...) whose matrices consist of blocks
+    of so many rows: a stack of each block over all matrices, but of equal blocks of a single matrix one in
+    all. n: of variances, where a block has as many numbers as its long side."""
+    if len(bank) == 1 and len(set(blocks)) == 1:
+        return [bank[0].unflatten(0, (len(blocks), -1))]
+    return bank.split([max(m, n) for m in blocks], 1)
+
+
+@dataclass(eq=False)
+class Stack:
+    """Matrices (B, m, n) of one parameter and owner that are computed together; a unit is a stack of one.
+    All is as it was laid out: state that is there must still be found when the parameter has changed."""
+    param: Tensor
+    group: dict             # its settings
+    whole: Sequence[int]    # shape of the parameter
+    flatten: bool | None
+    blocks: Sequence[int]   # rows of the blocks of a matrix
+    number: int             # of the stack in what `cut` returns
+    indices: range          # into it
+    m: int
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.indices), self.m, self.n
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bank(self) -> tuple[int, ...]:
+        """The shape of the parameter as (matrices, all rows, columns ...)."""
+        return tuple(self.whole) if len(self.whole) == 3 and not self.flatten else (1, *self.whole)
+
+    def state_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape if name != "second_moment" else (len(self.indices), max(self.m, self.n))
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the parameter's whole state: its own or (matrices, numbers) for
+        second_moment."""
+        if name != "second_moment":
+            return tuple(self.whole)
+        return self.bank[0], sum(max(m, self.n) for m in self.blocks)
+
+    def within(self, stacks: Sequence[Tensor]) -> Tensor:
+        where = self.indices
+        return stacks[self.number][where.start:where.stop:where.step]
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the view (B, m, ...) of these matrices in a tensor that is shaped like the parameter."""
+        return self.within(cut(as_bank(x, self.flatten), self.blocks))
+
+    def of_state(self, name: str, x: Tensor) -> Tensor:
+        """Return the view (B, m, n), or (B, numbers) for second_moment, in the whole state of a parameter."""
+        found = self.of(x) if name != "second_moment" else self.within(cut(x, self.blocks, self.n))
+        return found.view(self.state_shape(name))
+
+
+def units_of(p: Tensor, shape: Sequence[int], group: dict) -> list[Stack]:
+    """Return the units of a parameter, or of the part of this shape that a rank has."""
+    flatten = group["flatten"]
+    bank = as_bank(torch.empty(shape, device="meta"), flatten)
+    blocks = group["split"] or (bank.size(1),)
     if isinstance(blocks, int):
-        blocks = (rows // blocks,) * blocks
-    units = []
-    for k in range(matrices):
-        row = mark = 0
-        for m in blocks:
-            units.append(Unit(p, number, k, row, mark, m, n))
-            row += m
-            mark += max(m, n)
-    return units
+        blocks = (bank.size(1) // blocks,) * blocks
+    return [Stack(p, group, shape, flatten, blocks, number, range(k, k + 1), stack.size(1),
+                  stack[0, 0].numel())
+            for number, stack in enumerate(cut(bank, blocks)) for k in range(len(stack))]
 
 
 def state_kinds(group: dict) -> dict[str, torch.dtype]:
@@ -419,16 +458,7 @@ def state_kinds(group: dict) -> dict[str, torch.dtype]:
     return kinds
 
 
-def state_shapes(p: Tensor, group: dict) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a parameter's whole state: that of the parameter, but (matrices, numbers) for
-    second_moment."""
-    last = units_of(p, p, 0, group)[-1]
-    variances = last.matrix + 1, last.mark + max(last.m, last.n)
-    return dict(momentum_buffer=tuple(p.shape), second_moment=variances, mantissa=tuple(p.shape))
-
-
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     buckets: list[list[list[int]]]  # bucket -> rank -> units it owns
     loads: list[int]                # Newton-Schulz FLOPs per rank and step
 
@@ -446,107 +476,47 @@ def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap
     def dearest_first(u: int) -> tuple[int, int]:
         return -costs[u], u
 
-    mine = [[] for _ in range(world_size)]
+    def filled(units: set[int]) -> list[list[int]]:
+        buckets = []
+        fill = cap
+        for u in sorted(units, key=dearest_first):
+            if fill >= cap:
+                buckets.append([])
+                fill = 0
+            buckets[-1].append(u)
+            fill += sizes[u]
+        return [sorted(bucket) for bucket in buckets]
+
+    mine = [set() for _ in range(world_size)]
     loads = [0] * world_size
     held = [0] * world_size
     for u in sorted(range(len(costs)), key=dearest_first):
         rank = min(range(world_size), key=lambda r: (loads[r], held[r]))
-        mine[rank].append(u)
+        mine[rank].add(u)
         loads[rank] += costs[u]
         held[rank] += sizes[u]
     while swap_one(costs, mine, loads):
         pass
-    buckets = []
-    for rank, units in enumerate(mine):
-        number = -1
-        fill = cap
-        for u in sorted(units, key=dearest_first):
-            if fill >= cap:
-                number = number + 1
-                fill = 0
-            if number == len(buckets):
-                buckets.append([[] for _ in mine])
-            buckets[number][rank].append(u)
-            fill += sizes[u]
-    return Placement([[sorted(units) for units in bucket] for bucket in buckets], loads)
+    return Placement(list(zip_longest(*map(filled, mine), fillvalue=[])), loads)
 
 
-def swap_one(costs: Sequence[int], mine: list[list[int]], loads: list[int]) -> bool:
+def swap_one(costs: Sequence[int], mine: list[set[int]], loads: list[int]) -> bool:
     """Let the busiest rank hand a unit over, or swap it for another's, as lowers the larger of both loads
     most. Returns whether that lowered the load of the busiest rank; else nothing has changed."""
-    busiest = max(range(len(mine)), key=lambda r: (loads[r], -r))
-    kinds = [{costs[u]: u for u in units} for units in mine]  # units of one cost are alike here
+    busiest = loads.index(max(loads))
+    kinds = [{0: None} | {costs[u]: u for u in sorted(units)} for units in mine]  # of one cost all are alike
     swaps = [(max(loads[busiest] - a + b, loads[rank] + a - b), rank, a, b)
              for rank in range(len(mine)) if loads[rank] < loads[busiest]
-             for a in kinds[busiest] for b in (0, *kinds[rank])]
+             for a in kinds[busiest] for b in kinds[rank]]
     top, rank, a, b = min(swaps, default=(loads[busiest], busiest, 0, 0))
     if top >= loads[busiest]:
         return False
-    moves = [(kinds[busiest][a], busiest, rank)] + ([(kinds[rank][b], rank, busiest)] if b else [])
-    for u, source, target in moves:
-        mine[source].remove(u)
-        mine[target].append(u)
-        loads[source] -= costs[u]
-        loads[target] += costs[u]
+    moving = {kinds[busiest][a], kinds[rank][b]} - {None}
+    mine[busiest] ^= moving
+    mine[rank] ^= moving
+    loads[busiest] += b - a
+    loads[rank] += a - b
     return True
-
-
-@dataclass(eq=False)
-class Stack:
-    """`count` units of one owner and parameter at equal distances, (B, m, n): matrices of a bank `step`
-    apart, or (step 0) blocks of rows of one matrix that follow each other."""
-    unit: Unit
-    flatten: bool | None
-    count: int = 1
-    step: int = 1
-
-    def takes(self, unit: Unit) -> bool:
-        """Add the unit if it continues this stack."""
-        first = self.unit
-        step = unit.matrix - first.matrix if self.count == 1 else self.step
-        if step:
-            following = first._replace(matrix=first.matrix + self.count * step)
-        else:
-            following = first._replace(row=first.row + self.count * first.m, mark=unit.mark)
-        if unit.param is not first.param or unit[1:] != following[1:]:
-            return False
-        self.count = self.count + 1
-        self.step = step
-        return True
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.count, self.unit.m, self.unit.n
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def view(self, bank: Tensor, row: int, rows: int) -> Tensor:
-        """Return (B, rows, ...) of (matrices, all rows, ...), from this row on in each unit."""
-        k = self.unit.matrix
-        if self.step == 0:
-            return bank[k, row:row + self.count * rows].unflatten(0, (self.count, rows))
-        return bank[k:k + (self.count - 1) * self.step + 1:self.step, row:row + rows]
-
-    def of(self, x: Tensor) -> Tensor:
-        """Return the view (B, m, ...) of these matrices in a tensor that is shaped like the parameter."""
-        return self.view(as_bank(x, self.flatten), self.unit.row, self.unit.m)
-
-    def state_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape if name != "second_moment" else (self.count, max(self.shape[1:]))
-
-    def state_of(self, name: str, x: Tensor) -> Tensor:
-        """Return the view (B, m, n), or (B, numbers) for second_moment, in the whole state of a parameter."""
-        numbers = max(self.shape[1:])
-        found = self.of(x) if name != "second_moment" else self.view(x, self.unit.mark, numbers)
-        return found.view(self.state_shape(name))
-
-
-def views(flat: Tensor, stacks: list[Stack]) -> list[Tensor]:
-    """Return the views (B, m, n) of stacks whose values follow each other at the start of a flat buffer."""
-    sizes = [stack.numel for stack in stacks]
-    return [x.view(stack.shape) for stack, x in zip(stacks, flat[:sum(sizes)].split(sizes))]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -583,6 +553,12 @@ def share_with_all(mine: Tensor, world_size: int, group) -> Flight:
     return Flight(all_gather_flat(gathered.view(-1), mine, group=group, async_op=True), gathered, mine)
 
 
+def unpacked(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return views of what lies one after the other at the start of a flat buffer."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return [x.view(shape) for shape, x in zip(shapes, flat[:sum(sizes)].split(sizes))]
+
+
 def world_and_rank(group) -> tuple[int, int]:
     """Return the number of ranks of a process group and the place of this one; a process by itself is the
     only rank."""
@@ -599,9 +575,8 @@ def of_all_ranks(fact, group) -> list:
     return found
 
 
-def expect_agreement(group, facts: list[str]) -> None:
+def expect_agreement(found: list[list[str]]) -> None:
     """Ranks that disagree would hang or mix up their matrices: raise on all, naming the first difference."""
-    found = of_all_ranks(facts, group)
     for rank, theirs in enumerate(found):
         for a, b in zip_longest(found[0], theirs, fillvalue="nothing"):
             if a != b:
@@ -622,33 +597,40 @@ class Bucket:
     A rank computes the updates of its own units. Momentum, and what else is kept, moves on the owner alone,
     which then sends what is final; with replicate_state it moves on all ranks, from the same numbers."""
     alone = False  # True: every rank computes by itself what it holds
-    part = staticmethod(lambda p: p)  # the tensor whose matrices are the units of p
 
-    def __init__(self, optimizer: "Muon", group, rank: int, units: list[list[Unit]], dtype: torch.dtype):
+    def __init__(self, optimizer: "Muon", group, rank: int, units: list[list[Stack]], dtype: torch.dtype):
         self.optimizer = optimizer
         self.group = group
         self.rank = rank
         self.world_size = len(units)
         self.dtype = dtype  # of the iteration
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
-        self.pending = self.received = self.sent = None
+        self.pending = self.sent = None
         self.stacks = [self.stack_up(mine) for mine in units]
         self.num_units = sum(map(len, units))
-        self.num_elements = max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
-        groups = {unit.param: optimizer._groups[unit.group] for mine in units for unit in mine}
-        # Of the whole state now: data of other rows may come, and what there is must still be found then.
-        self.shapes = {p: state_shapes(p, group) for p, group in groups.items()}
-        self.device = next(iter(groups)).device
-        self.grad_dtype = torch.bfloat16 if {p.dtype for p in groups} == {torch.bfloat16} else torch.float32
+        params = {unit.param for mine in units for unit in mine}
+        self.device = next(iter(params)).device
+        self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
 
-    def stack_up(self, units: list[Unit]) -> list[Stack]:
+    @staticmethod
+    def held_shape(p: Tensor) -> torch.Size:
+        """Return the shape of what has the units of p."""
+        return p.shape
+
+    def stack_up(self, units: list[Stack]) -> list[Stack]:
+        """Return stacks of those units of a parameter that lie at equal distances."""
         stacks = []
-        for unit in units:
-            if not (stacks and self.merges(unit) and stacks[-1].takes(unit)):
-                stacks.append(Stack(unit, self.optimizer._groups[unit.group]["flatten"]))
+        for _, run in groupby(units, key=lambda unit: (id(unit.param), unit.number)):
+            run = list(run)
+            places = [unit.indices[0] for unit in run]
+            step = max(1, (places[-1] - places[0]) // max(1, len(run) - 1))
+            even = range(places[0], places[-1] + 1, step)
+            if self.merges(run[0]) and places == list(even):
+                run = [replace(run[0], indices=even)]
+            stacks += run
         return stacks
 
-    def merges(self, unit: Unit) -> bool:
+    def merges(self, unit: Stack) -> bool:
         """Whether the unit may be computed in one stack with others."""
         return not self.optimizer.deterministic
 
@@ -657,99 +639,76 @@ class Bucket:
         """Whether owners alone keep the state."""
         return self.world_size > 1 and not self.optimizer.replicate_state
 
-    def settings(self, stack: Stack) -> dict:
-        return self.optimizer._groups[stack.unit.group]
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.wire, device=self.device)
-
     def state_key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
         """Return where optimizer.state[p] holds this state: the whole under its name, the share of an owner
-        of some units under (name, matrix, row)."""
-        if not self.divided or stack.numel == math.prod(self.shapes[stack.unit.param]["momentum_buffer"]):
+        of some units under (name, number of the stack, index)."""
+        if not self.divided or stack.numel == math.prod(stack.whole):
             return name
-        return name, stack.unit.matrix, stack.unit.row
+        return name, stack.number, stack.indices[0]
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
         """Return (B, m, n), or (B, numbers) for second_moment, of the kinds of state that the group of a
         stack asks for, each zero at first use."""
-        p = stack.unit.param
+        p = stack.param
         state = self.optimizer.state[p]
         found = {}
-        for name, dtype in state_kinds(self.settings(stack)).items():
+        for name, dtype in state_kinds(stack.group).items():
             key = self.state_key(stack, name)
             if key not in state:
-                shape = self.shapes[p][name] if key == name else stack.state_shape(name)
+                shape = stack.whole_shape(name) if key == name else stack.state_shape(name)
                 state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
-            found[name] = stack.state_of(name, state[key]) if key == name else state[key]
+            found[name] = stack.of_state(name, state[key]) if key == name else state[key]
         return found
 
     def gradient(self, stack: Stack) -> Tensor | None:
         """Return (B, m, n), often p.grad itself, or None."""
-        p = stack.unit.param
-        grad = p.grad
-        if grad is None:
-            if p.is_meta:
-                raise refusal("a parameter with values", "one on the meta device",
-                              "put the model's own into param_groups: to_empty() has made others",
-                              self.optimizer._names[p], RuntimeError)
-            return None
-        if grad.layout != torch.strided:
-            raise refusal("a dense gradient", grad.layout, "make the layer with sparse=False",
-                          self.optimizer._names[p], RuntimeError)
-        return stack.of(grad).reshape(stack.shape)
+        p = stack.param
+        where = self.optimizer._names[p]
+        if p.grad is None and p.is_meta:
+            raise refusal("a parameter with values", "one on the meta device", "put the model's own into "
+                          "param_groups: to_empty() has made others", where, RuntimeError)
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise refusal("a dense gradient", p.grad.layout, "make the layer with sparse=False", where,
+                          RuntimeError)
+        return None if p.grad is None else stack.of(p.grad).reshape(stack.shape)
 
     def weights(self, stack: Stack) -> Tensor:
-        return stack.of(local(stack.unit.param))
+        return stack.of(stack.param)
 
     def start(self) -> None:
         """With sync_grads: launch the sum of the gradients over ranks; each owner receives its own part."""
         if self.world_size == 1 or not self.optimizer.sync_grads or self.pending is not None:
             return
-        packed = self.new(self.world_size, self.num_elements, dtype=self.grad_dtype)
+        length = max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
+        packed = torch.empty(self.world_size, length, dtype=self.grad_dtype, device=self.device)
         for part, stacks in zip(packed, self.stacks):
-            for stack, slot in zip(stacks, views(part, stacks)):
+            for stack, slot in zip(stacks, unpacked(part, [stack.shape for stack in stacks])):
                 grad = self.gradient(stack)  # where one is missing, the mean is NaN and the owner skips it
                 slot.fill_(math.nan) if grad is None else slot.copy_(grad)
         self.pending = sum_to_owners(packed, self.optimizer.replicate_state, self.group)
 
-    def receive(self) -> None:
-        """Wait for what `start` launched, if it did, and let go of what it sent."""
-        if self.pending is not None:
-            flight = self.pending
-            self.pending = None
-            self.received = flight.wait()
+    def receive(self) -> dict[Stack, Tensor | None]:
+        """Return the gradients (B, m, n) of all whose state moves here, averaged over ranks with
+        sync_grads."""
+        kept = [self.stacks[self.rank]] if self.divided else self.stacks
+        if self.pending is None:
+            return {stack: self.gradient(stack) for stacks in kept for stack in stacks}
+        mean = self.pending.wait().float().div_(self.world_size)
+        self.pending = None
+        return {stack: G for stacks, part in zip(kept, mean.view(len(kept), -1))
+                for stack, G in zip(stacks, unpacked(part, [stack.shape for stack in stacks]))}
 
-    def gradients(self, owner: int) -> list[Tensor | None]:
-        """Return (B, m, n) of each stack of a rank, averaged over ranks with sync_grads."""
-        stacks = self.stacks[owner]
-        if self.received is None:
-            return [self.gradient(stack) for stack in stacks]
-        total = self.received if self.divided else self.received[owner]
-        return views(total.float().div_(self.world_size), stacks)
-
-    def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
-        """Return {stack: (what travels (B, m, n), ok (B,))} for all I own."""
+    def update(self, gradients: dict[Stack, Tensor | None]) -> dict[Stack, tuple[Tensor, Tensor]]:
+        """Return {stack: (what travels (B, m, n), ok (B,))} for what I own and has a gradient."""
         entries = []
-        results = {}
-        for owner in [self.rank] if self.divided else range(self.world_size):
-            for stack, G in zip(self.stacks[owner], self.gradients(owner)):
-                moved = None if G is None else self.move_momentum(stack, G)
-                if owner != self.rank:
-                    continue
-                if moved:
-                    entries.append((stack, *moved))
-                else:
-                    ok = torch.zeros(stack.count, dtype=torch.bool, device=self.device)
-                    results[stack] = torch.zeros(stack.shape, dtype=self.wire, device=self.device), ok
-        self.received = None
-        results |= self.orthogonalize(entries)
+        for stack, G in gradients.items():
+            if G is not None:
+                M = self.state(stack)["momentum_buffer"]
+                how = stack.group["momentum"], stack.group["nesterov"]
+                entries.append((stack, *self.optimizer.call(momentum_update, M, G, *how)))
+        mine = set(self.stacks[self.rank])
+        results = self.orthogonalize([entry for entry in entries if entry[0] in mine])
         return self.settled(results) if self.divided else results
-
-    def move_momentum(self, stack: Stack, G: Tensor) -> tuple[Tensor, Tensor]:
-        group = self.settings(stack)
-        M = self.state(stack)["momentum_buffer"]
-        return self.optimizer.call(momentum_update, M, G, group["momentum"], group["nesterov"])
 
     def orthogonalize(self, entries: list[tuple]) -> dict[Stack, tuple[Tensor, Tensor]]:
         """Return {stack: (O (B, m, n), rounded as it travels; ok)} from (stack, U, ok): one iteration for all
@@ -757,17 +716,17 @@ class Bucket:
         kinds = {}
         results = {}
         for stack, U, ok in entries:
-            group = self.settings(stack)
+            group = stack.group
             U = U if U.size(1) <= U.size(2) else U.mT
             apart = self.optimizer.deterministic or one_by_one(U, self.dtype)
-            how = group["ns_steps"], group["ns_coefficients"], self.dtype, group["ns_form"]
-            kind = how, group["eps"], U.shape[1:], stack if apart else None
-            kinds.setdefault(kind, []).append((stack, U, ok))
-        for (how, eps, *_), members in kinds.items():
+            how = group["ns_steps"], group["ns_coefficients"], group["eps"]
+            kinds.setdefault((how, U.shape[1:], stack if apart else None), []).append((stack, U, ok))
+        for ((steps, coefficients, eps), _, _), members in kinds.items():
             stacks, Us, oks = zip(*members)
             U = Us[0] if len(Us) == 1 else torch.cat(Us)
-            found = self.optimizer.call(orthogonalize, U, *how, self.optimizer.symmetric, eps)
-            for stack, O, ok in zip(stacks, found.split([stack.count for stack in stacks]), oks):
+            O = self.optimizer.call(orthogonalize, U, steps, coefficients, self.dtype, None,
+                                    self.optimizer.symmetric, eps)
+            for stack, O, ok in zip(stacks, O.split([len(U) for U in Us]), oks):
                 O, ok = self.optimizer.call(finite_only, O, ok)
                 O = O if O.shape == stack.shape else O.mT.contiguous()
                 results[stack] = O.to(self.wire), ok
@@ -779,15 +738,15 @@ class Bucket:
         found = {}
         for stack, (O, ok) in results.items():
             O = self.normalized(stack, O, ok.bool())
-            if self.settings(stack)["split_mantissa"]:
+            if stack.group["split_mantissa"]:
                 W = self.weights(stack).reshape(stack.shape)
                 low = self.state(stack)["mantissa"]
-                O = self.optimizer.call(step_master, W, low, O, ok, *self.optimizer.rates(stack.unit))
+                O = self.optimizer.call(step_master, W, low, O, ok, *self.optimizer.rates(stack))
             found[stack] = O, ok
         return found
 
     def normalized(self, stack: Stack, O: Tensor, ok: Tensor) -> Tensor:
-        beta2 = self.settings(stack)["normuon_beta2"]
+        beta2 = stack.group["normuon_beta2"]
         if beta2 is None:
             return O
         V = self.state(stack)["second_moment"]
@@ -798,19 +757,18 @@ class Bucket:
         if self.world_size == 1:
             self.sent = results
             return
-        stacks = self.stacks[self.rank]
-        flags = max(sum(stack.count for stack in stacks) for stacks in self.stacks)
-        mine = self.new(self.num_elements + flags)
-        for stack, slot in zip(stacks, views(mine, stacks)):
-            slot.copy_(results[stack][0])
-        for stack, slot in zip(stacks, self.flags(mine, stacks)):
-            slot.copy_(results[stack][1])
+        length = max(sum(stack.numel + len(stack.indices) for stack in stacks) for stacks in self.stacks)
+        mine = torch.zeros(length, dtype=self.wire, device=self.device)  # where nothing follows, 0 is not ok
+        for stack, *slots in self.contents(mine, self.rank):
+            for slot, x in zip(slots, results.get(stack, ())):
+                slot.copy_(x)
         self.sent = share_with_all(mine, self.world_size, self.group)
 
-    def flags(self, part: Tensor, stacks: list[Stack]) -> list[Tensor]:
-        """Return ok (B,) of each stack, which follow all values."""
-        counts = [stack.count for stack in stacks]
-        return list(part[self.num_elements:self.num_elements + sum(counts)].split(counts))
+    def contents(self, part: Tensor, owner: int) -> Iterable[tuple[Stack, Tensor, Tensor]]:
+        """Return (stack, what travels (B, m, n), ok (B,)) in the order in which an owner sends them."""
+        stacks = self.stacks[owner]
+        slots = unpacked(part, [stack.shape for stack in stacks] + [stack.shape[:1] for stack in stacks])
+        return zip(stacks, slots, slots[len(stacks):])
 
     def arrived(self) -> dict[Stack, tuple[Tensor, Tensor]]:
         """Wait for the results of all ranks."""
@@ -818,10 +776,8 @@ class Bucket:
         self.sent = None
         if self.world_size == 1:
             return sent
-        results = {}
-        for part, stacks in zip(sent.wait(), self.stacks):
-            results |= zip(stacks, zip(views(part, stacks), self.flags(part, stacks)))
-        return results
+        return {stack: result for owner, part in enumerate(sent.wait())
+                for stack, *result in self.contents(part, owner)}
 
     def apply(self) -> Tensor:
         """Change the weights, on every rank with the same numbers. Returns how many units were skipped."""
@@ -829,40 +785,16 @@ class Bucket:
         for stack, (value, ok) in results.items():
             W = self.weights(stack)
             value = value.reshape(W.shape)
-            if self.settings(stack)["split_mantissa"]:
-                W.copy_(value)
+            if stack.group["split_mantissa"]:
+                W.copy_(torch.where(ok.bool().view(-1, *[1] * (W.ndim - 1)), value, W))
             else:
-                rates = self.optimizer.rates(stack.unit)
-                self.optimizer.call(decay_and_step, W, value, ok, *rates)
-        return self.num_units - torch.cat([ok for _, ok in results.values()]).sum(dtype=torch.int64)
-
-    def fetch_state(self, stack: Stack, owner: int) -> dict[str, Tensor]:
-        """Return the owner's state of a stack; a collective."""
-        found = {}
-        for name, dtype in state_kinds(self.settings(stack)).items():
-            part = self.new(*stack.state_shape(name), dtype=dtype)
-            if owner == self.rank:
-                part.copy_(self.state(stack)[name])
-            # As bytes: no backend sends int16.
-            dist.broadcast(part.view(torch.uint8), group_src=owner, group=self.group)
-            found[name] = part
-        return found
+                self.optimizer.call(decay_and_step, W, value, ok, *self.optimizer.rates(stack))
+        moved = [ok.sum(dtype=torch.int64) for _, ok in results.values()]
+        return self.num_units - sum(moved)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The optimizer
-
-def local(x: Tensor) -> Tensor:
-    """Return what this rank holds of a DTensor; anything else as it is."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def whole(x: Tensor) -> Tensor:
-    """Return the full tensor of a DTensor, a collective; anything else as it is. No backend sends int16."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    return x.int().full_tensor().short() if x.dtype == torch.int16 else x.full_tensor()
-
+# Settings and parameters, checked when they are set or changed
 
 def plain(x):
     """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors
@@ -874,38 +806,35 @@ def plain(x):
     return plain(x.tolist()) if hasattr(x, "tolist") and not isinstance(x, Tensor) else x
 
 
-def is_split(x) -> bool:
-    rows = x if isinstance(x, tuple) and len(x) else (x,)
-    return x is None or all(type(m) is int and m > 0 for m in rows)
-
-
 def is_rate(x) -> bool:
     if isinstance(x, Tensor):  # on a GPU its value stays there: reading it would make the host wait
         return x.numel() == 1 and (not x.is_cpu or 0 <= float(x) < math.inf)
     return isinstance(x, (int, float)) and 0 <= x < math.inf
 
 
-def is_switch(x) -> bool:
-    return isinstance(x, bool)
+def is_split(x) -> bool:
+    rows = x if isinstance(x, tuple) and x else (x,)
+    return x is None or all(type(m) is int and m > 0 for m in rows)
 
 
+RATE = "one number, 0 or more", is_rate
+SWITCH = "True or False", lambda x: isinstance(x, bool)
 RULES = {  # setting of a group -> (what is expected, test)
-    "lr": ("one number, 0 or more", is_rate),
+    "lr": RATE,
     "momentum": ("0 <= momentum < 1", lambda x: 0 <= x < 1),
-    "weight_decay": ("0 or more", is_rate),
-    "nesterov": ("True or False", is_switch),
+    "weight_decay": RATE,
+    "nesterov": SWITCH,
     "ns_coefficients": (f"one of {list(COEFFICIENTS)}, (a, b, c), or a sequence of them", is_schedule),
-    "eps": ("0 or more", is_rate),
+    "eps": RATE,
     "ns_steps": ("a whole number above 0", lambda x: type(x) is int and x > 0),
     "adjust_lr_fn": (f"one of {list(ADJUST_LR)}", lambda x: x in ADJUST_LR),
-    "cautious": ("True or False", is_switch),
+    "cautious": SWITCH,
     "normuon_beta2": ("None or 0 <= beta2 < 1", lambda x: x is None or 0 <= x < 1),
-    "split_mantissa": ("True or False", is_switch),
+    "split_mantissa": SWITCH,
     "split": ("None, a number of equal blocks, or the rows of each block", is_split),
-    "flatten": ("None, True or False", lambda x: x is None or is_switch(x)),
-    "ns_form": (f"one of {FORMS}", lambda x: x in FORMS),
+    "flatten": ("None, True or False", lambda x: x is None or isinstance(x, bool)),
 }
-SHAPING = "split", "flatten", "ns_form"  # settings that say what the matrices are, or what they cost
+SHAPING = "split", "flatten"  # settings that say what the matrices are
 
 
 def checked(key: str, value, number: int):
@@ -914,7 +843,7 @@ def checked(key: str, value, number: int):
     value = plain(value)
     try:
         holds = rule(value)
-    except (TypeError, ValueError):  # of another kind altogether
+    except (TypeError, ValueError, IndexError):  # of another kind altogether
         holds = False
     if not holds:
         raise refusal(expected, repr(value), "change it", f"{key} of group {number}")
@@ -930,8 +859,6 @@ def names_in(group: dict, number: int) -> list[str]:
 
 def check_parameter(name: str, p: Tensor, group: dict) -> None:
     """Say what Muon cannot take, and why."""
-    if not isinstance(p, Tensor):
-        raise refusal("tensors", type(p).__name__, "pass model.parameters()", name, TypeError)
     if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
         raise refusal("a parameter with a shape", "a lazy one", "run one batch through the model first", name)
     shape = f"shape {tuple(p.shape)}"
@@ -951,6 +878,9 @@ def check_parameter(name: str, p: Tensor, group: dict) -> None:
     if split is not None and (rows % split if isinstance(split, int) else sum(split) != rows):
         raise refusal(f"a split of its {rows} rows", split, "change it for this group", name)
 
+
+# ----------------------------------------------------------------------------------------------------------
+# The optimizer
 
 @functools.cache
 def fuse(function: Callable) -> Callable:
@@ -980,7 +910,6 @@ class Muon(torch.optim.Optimizer):
         split             a matrix is that many blocks of rows, or blocks of these rows: query, key and
                           value, or heads, each orthogonalized and scaled by itself
         flatten           a 3-D parameter is one matrix (o, i k), as a 1-D convolution; False: a bank
-        ns_form           see `gram_pays`
     Of the optimizer:
         ns_dtype          of the iteration; None: bf16 where there are units for it, else fp32 (some CPUs);
                           alike on all ranks. Gradients of low rank (LoRA) lose their digits in bf16: ask for
@@ -1003,18 +932,18 @@ class Muon(torch.optim.Optimizer):
             eps: float = 0.0, ns_steps: int = 5, adjust_lr_fn: str | None = None, *, cautious: bool = False,
             normuon_beta2: float | None = None, split_mantissa: bool = False,
             split: int | Sequence[int] | None = None, flatten: bool | None = None,
-            ns_form: str = "auto", ns_dtype: torch.dtype | None = None,
-            process_group: "dist.ProcessGroup | None" = None, sync_grads: bool = False,
-            replicate_state: bool = False, bucket_mb: float = 16, deterministic: bool = False,
-            compile: bool = False, symmetric: Callable = symmetric_product):
+            ns_dtype: torch.dtype | None = None, process_group: "dist.ProcessGroup | None" = None,
+            sync_grads: bool = False, replicate_state: bool = False, bucket_mb: float = 16,
+            deterministic: bool = False, compile: bool = False, symmetric: Callable = symmetric_product):
         if isinstance(params, torch.nn.Module):
             raise refusal("parameters", "a module",
                           "pass model.parameters(), or what split_params(model) proposes", error=TypeError)
         bucket_mb = plain(bucket_mb)
-        known = ns_dtype in (None, torch.bfloat16, torch.float16, torch.float32)
-        if not (known and isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
-            raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32 and bucket_mb "
-                          "above 0", f"{ns_dtype} and {bucket_mb}", "leave both out for the defaults")
+        if ns_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+            raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32", ns_dtype,
+                          "leave it out for the default")
+        if not (isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
+            raise refusal("bucket_mb above 0", bucket_mb, "leave it out for the default")
         self.ns_dtype = ns_dtype
         self.process_group = process_group
         self.sync_grads = sync_grads
@@ -1023,8 +952,7 @@ class Muon(torch.optim.Optimizer):
         self.deterministic = deterministic
         self.compile = compile
         self.symmetric = symmetric
-        self.world_size, self.rank = world_and_rank(process_group)
-        if self.rank < 0:
+        if world_and_rank(process_group)[1] < 0:
             raise refusal("a process_group that this rank belongs to", "another",
                           "build the optimizer on the ranks of the group only")
         self._skipped = 0
@@ -1034,16 +962,15 @@ class Muon(torch.optim.Optimizer):
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
             ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
             cautious=cautious, normuon_beta2=normuon_beta2, split_mantissa=split_mantissa, split=split,
-            flatten=flatten, ns_form=ns_form))
+            flatten=flatten))
         self._lay_out()
 
     def _reset(self) -> None:
         """Set up what a copy does not take along."""
         self.buckets = []
         self.placements = []
-        self._groups = []  # param_groups as the units number them
-        self._names = {}
-        self._checked = []  # per group, its settings when they were checked
+        self._names = {}    # of parameters
+        self._checked = {}  # number of a group -> its settings when they were checked
         self._layout_of = None
 
     def __getstate__(self) -> dict:
@@ -1057,14 +984,8 @@ class Muon(torch.optim.Optimizer):
         super().__setstate__(state)
         if "process_group" not in state:  # a load, not a copy
             return
-        name = self.process_group
-        if name is not None:
-            try:
-                self.process_group = dist.distributed_c10d._resolve_process_group(name)
-            except (RuntimeError, AttributeError, KeyError):
-                raise refusal("the process group of the copied optimizer", f"none of its name, {name}",
-                              "make the group first, or copy an optimizer without one",
-                              error=RuntimeError) from None
+        if self.process_group is not None:
+            self.process_group = dist.distributed_c10d._resolve_process_group(self.process_group)
         self._reset()
 
     @property
@@ -1073,56 +994,48 @@ class Muon(torch.optim.Optimizer):
         this rank's own units of banks that are sharded by matrices). Reading it waits."""
         return int(self._skipped)
 
-    # --- settings and parameters, and changes of them ---
-
     def add_param_group(self, group: dict) -> None:
-        """Check and add a group. After construction all ranks call it together, as every unit is placed
-        anew."""
-        if isinstance(group["params"], set):
-            raise refusal("parameters in an order", "a set", "pass a list", error=TypeError)
-        unknown = sorted(key for key in group if key in ("coefficients", "adjust_lr"))
-        if unknown:
-            raise refusal("ns_coefficients and adjust_lr_fn", unknown, "use torch's names", error=TypeError)
-        self._check_settings()  # of groups that were added by hand
-        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        number = len(self.param_groups)
-        group = {**self.defaults, **group, "params": given}
-        group |= {key: checked(key, group[key], number) for key in RULES}
-        self._check_parameters([*self.param_groups, group])
+        """Add a group. After construction all ranks call it together, as every unit is placed anew."""
         super().add_param_group(group)
-        try:
-            if self.buckets:
+        if self.buckets:
+            try:
                 self._lay_out()
-        except Exception:
-            self.param_groups.pop()
-            raise
+            except Exception:
+                self.param_groups.pop()
+                raise
 
-    def _check_parameters(self, groups: list[dict]) -> dict[Tensor, str]:
-        """Return the name of every parameter."""
+    def _named_parameters(self) -> dict[Tensor, str]:
+        """Return the name of every parameter, all of which are checked."""
         names = {}
-        for number, group in enumerate(groups):
+        for number, group in enumerate(self.param_groups):
             for name, p in zip(names_in(group, number), group["params"]):
-                name, p = p if isinstance(p, tuple) else (name, p)
-                check_parameter(name, p, group)
-                self._check_kind(name, p)
                 if p in names:
                     raise refusal("each parameter once", "it again", "remove it here or there", name)
                 names[p] = name
+                self._check_parameter(name, p, group)
         return names
 
-    def _check_kind(self, name: str, p: Tensor) -> None:
+    def _check_parameter(self, name: str, p: Tensor, group: dict) -> None:
         if hasattr(p, "device_mesh"):
             raise refusal("a plain tensor", "a DTensor", "use FsdpMuon of muon_extras/fsdp.py", name,
                           TypeError)
+        check_parameter(name, p, group)
 
     def _check_settings(self) -> None:
         """Check what was set since the last step; to see that nothing was takes microseconds."""
-        self._checked += [{} for _ in self.param_groups[len(self._checked):]]
         for number, group in enumerate(self.param_groups):
-            known = self._checked[number]
+            known = self._checked.setdefault(number, {})
             for key in RULES:
                 if key not in group or group[key] is not known.get(key, known):
                     group[key] = known[key] = checked(key, group.get(key, self.defaults[key]), number)
+
+    # --- the layout ---
+
+    def _what_shapes_it(self) -> list:
+        """Return what the layout depends on, to be compared at every step."""
+        facts = [(id(group), [(id(p), p.shape, p.dtype, p.device) for p in group["params"]],
+                  [group[key] for key in SHAPING]) for group in self.param_groups]
+        return [world_and_rank(self.process_group), *facts]
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
         """Return what ranks that share the work on these parameters must have alike."""
@@ -1134,145 +1047,127 @@ class Muon(torch.optim.Optimizer):
             lines += [*(f"{key} {group[key]} of group {i}" for key in RULES), *mine] if mine else []
         return lines
 
-    def _check_world(self) -> None:
-        found, _ = world_and_rank(self.process_group)
-        if found != self.world_size and any(type(bucket) is Bucket for bucket in self.buckets):
-            raise refusal(f"a world of {self.world_size} as at construction", found, "call torch.distributed."
-                          "init_process_group first and build the optimizer after it")
-
-    # --- the layout ---
-
-    def _what_shapes_it(self) -> list:
-        """Return what the layout depends on, to be compared at every step."""
-        return [([(id(p), p.shape, p.dtype, p.device) for p in group["params"]],
-                 [group[key] for key in SHAPING]) for group in self.param_groups]
-
     def _follow(self, changed: bool) -> None:
-        """Lay out anew if parameters or what shapes their matrices has changed since the last step."""
-        self._check_world()
-        for group, device in {b.group: b.device for b in self.buckets if b.world_size > 1}.items():
-            self._agree_on_change(changed, group, device)
+        """Lay out anew if parameters, or what they are made of, have changed since the last step. Where they
+        have on some ranks only, raise: these would wait for the others. A rank on which all is as before
+        does not wait for a GPU's answer."""
+        params = {p: p.device for group in self.param_groups for p in group["params"]}
+        shared = [b for b in self.buckets if 1 < b.world_size == world_and_rank(b.group)[0]]
+        for group, known in {bucket.group: bucket.device for bucket in shared}.items():
+            device = next(iter(params.values()), known)  # the known one may be meta, before to_empty()
+            changes = torch.full((1,), int(changed), device=device)
+            dist.all_reduce(changes, group=group)
+            if (changed or device.type == "cpu") and 0 < changes < dist.get_world_size(group):
+                if device.type == "cpu":
+                    expect_agreement(of_all_ranks(self._facts(params), group))
+                raise refusal("parameters that change on all ranks or on none", "a change on some only",
+                              "change param_groups alike on every rank", error=RuntimeError)
         if changed:
             self._lay_out()
-
-    def _agree_on_change(self, changed: bool, group, device: torch.device) -> None:
-        """Raise where some ranks lay out anew and others do not: they would wait for each other. A rank whose
-        own parameters are as before does not wait for a GPU's answer."""
-        any_or_none = torch.zeros(2, dtype=torch.int32, device=device)
-        any_or_none[0 if changed else 1].fill_(1)  # on the device: a copy would make the host wait
-        dist.all_reduce(any_or_none, op=dist.ReduceOp.MAX, group=group)
-        if (changed or device.type == "cpu") and bool(any_or_none.all()):
-            if device.type == "cpu":
-                expect_agreement(group, self._facts({p for g in self.param_groups for p in g["params"]}))
-            raise refusal("parameters that change on all ranks or on none", "a change on some only",
-                          "change param_groups alike on every rank", error=RuntimeError)
 
     def _lay_out(self) -> None:
         """Place the units and cut them into buckets. What state there is stays with its parameter."""
         self._check_settings()
-        names = self._check_parameters(self.param_groups)
-        devices = sorted({p.device for p in names}, key=str)
-        if not devices:
-            raise refusal("parameters", "none", "pass the hidden matrices")
-        if len(devices) > 1:
-            raise refusal("all parameters on one device", devices, "build one optimizer per device")
+        names = self._named_parameters()
+        devices = sorted({str(p.device) for p in names})
+        if len(devices) != 1:
+            raise refusal("parameters, all on one device", ", ".join(devices) or "none",
+                          "pass the hidden matrices, and build one optimizer per device")
         lanes = {}
-        for i, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             for p in group["params"]:
-                lanes.setdefault(self._lane(p, group), []).append((p, i))
-        for (_, process_group), members in lanes.items():
-            expect_agreement(process_group, self._facts({p for p, _ in members}))
-        self._make_whole()
+                lanes.setdefault(self._lane(p, group), {})[p] = group
+        dtypes = {lane: self._agreed_dtype(lane[2], members) for lane, members in lanes.items()}
+        self.consolidate_state_dict()
         self.buckets = []
         self.placements = []
-        self._groups = list(self.param_groups)
         self._names = names
         for lane, members in lanes.items():
-            self._fill_buckets(*lane, members)
+            self._fill_buckets(lane[0], lane[1], members, dtypes[lane])
         self.buckets.sort(key=lambda bucket: bucket.alone)  # of these, ranks may have unlike numbers
         self._forget()
         self._layout_of = self._what_shapes_it()
 
-    def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
-        """Return (kind of bucket, process group) for a parameter."""
-        return Bucket, self.process_group
+    def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object, tuple]:
+        """Return (kind of bucket, its process group, all process groups whose ranks compute alike)."""
+        return Bucket, self.process_group, (self.process_group,)
 
-    def _fill_buckets(self, kind: type[Bucket], process_group, members: list) -> None:
-        dtype = self._agreed_dtype(process_group, members[0][0])
+    def _agreed_dtype(self, process_groups: tuple, params: dict[Tensor, dict]) -> torch.dtype:
+        """Return the dtype of the iteration: fp32 where processors differ. Raises where facts differ."""
+        dtypes = {self.ns_dtype or iteration_dtype(next(iter(params)).device)}
+        for group in process_groups:
+            found = of_all_ranks((dtypes, self._facts(params)), group)
+            expect_agreement([facts for _, facts in found])
+            dtypes = set().union(*(theirs for theirs, _ in found))
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    def _fill_buckets(self, kind: type[Bucket], process_group, members: dict[Tensor, dict],
+                      dtype: torch.dtype) -> None:
         world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
-        units = [unit for p, i in members for unit in units_of(p, kind.part(p), i, self._groups[i])]
-        sizes = [unit.m * unit.n for unit in units]
-        costs = [self.cost(unit, dtype) for unit in units]
-        placement = place_units(costs, sizes, world_size, cap=max(1, int(self.bucket_mb * 1e6 / 4)))
-        self.placements.append(placement)
-        for bucket in placement.buckets:
+        units = [unit for p, group in members.items() for unit in units_of(p, kind.held_shape(p), group)]
+        costs = []
+        for unit in units:
+            gram = gram_pays(unit.m, unit.n, dtype, unit.param.device)
+            costs.append(newton_schulz_flops(unit.m, unit.n, unit.group["ns_steps"], gram, dtype))
+        cap = max(1, int(self.bucket_mb * 1e6 / 4))
+        self.placements.append(place_units(costs, [unit.numel for unit in units], world_size, cap))
+        for bucket in self.placements[-1].buckets:
             mine = [[units[u] for u in ids] for ids in bucket]
             self.buckets.append(kind(self, process_group, rank, mine, dtype))
-
-    def _agreed_dtype(self, process_group, p: Tensor) -> torch.dtype:
-        """Return the dtype of the iteration: the default of all ranks, or fp32 where processors differ."""
-        if self.ns_dtype is not None:
-            return self.ns_dtype
-        mine = iteration_dtype(p.device)
-        names = {str(mine)}
-        for group in self._who_must_agree(process_group, p) if p.device.type == "cpu" else ():
-            names = set().union(*of_all_ranks(names, group))
-        return mine if len(names) == 1 else torch.float32
-
-    def _who_must_agree(self, process_group, p: Tensor) -> list:
-        return [process_group]
-
-    def cost(self, unit: Unit, dtype: torch.dtype) -> int:
-        group = self._groups[unit.group]
-        gram = gram_pays(unit.m, unit.n, group["ns_form"], dtype, unit.param.device)
-        return newton_schulz_flops(unit.m, unit.n, group["ns_steps"], gram, dtype)
 
     def call(self, function: Callable, *args):
         """Call a function of tensors, fused if compile says so."""
         return (fuse(function) if self.compile else function)(*args)
 
-    def rates(self, unit: Unit) -> tuple:
+    def rates(self, stack: Stack) -> tuple:
         """Return the last arguments of `decay_and_step`."""
-        group = self._groups[unit.group]
-        scale = ADJUST_LR[group["adjust_lr_fn"]](unit.m, unit.n)
+        group = stack.group
+        scale = ADJUST_LR[group["adjust_lr_fn"]](stack.m, stack.n)
         return group["lr"] * scale, group["lr"] * group["weight_decay"], group["cautious"]
 
     # --- state: self.state holds it, whole or this rank's share ---
 
-    def _shared_stacks(self) -> list[tuple[Bucket, int, Stack]]:
-        """Return (bucket, owner, stack) of all whose owner alone keeps the state."""
-        return [(bucket, owner, stack) for bucket in self.buckets if bucket.divided
+    def _shared_stacks(self) -> list[tuple[Bucket, Stack, bool]]:
+        """Return (bucket, stack, whether it is mine) of all whose owner alone keeps the state."""
+        return [(bucket, stack, owner == bucket.rank) for bucket in self.buckets if bucket.divided
                 for owner, stacks in enumerate(bucket.stacks) for stack in stacks]
 
     def _keep_my_share(self) -> None:
         """Let go of the state of units that others own, which a load or a consolidation has left here."""
-        mine = {}
-        for bucket, owner, stack in self._shared_stacks() if self._whole else ():
-            share = mine.setdefault(stack.unit.param, {})  # on every rank, or it would seem a fresh optimizer
-            state = self.state[stack.unit.param]
-            known = state.keys() & state_kinds(bucket.settings(stack)).keys()
-            for name in known if owner == bucket.rank else ():
+        shares = {}
+        for bucket, stack, mine in self._shared_stacks() if self._whole else ():
+            share = shares.setdefault(stack.param, {})  # on every rank, or it would seem a fresh optimizer
+            state = self.state[stack.param]
+            for name in (state.keys() & state_kinds(stack.group).keys()) if mine else ():
                 key = bucket.state_key(stack, name)
-                share[key] = state[name] if key == name else stack.state_of(name, state[name]).clone()
-        self.state.update(mine)
-        self._whole = self._whole and not mine
+                share[key] = state[name] if key == name else stack.of_state(name, state[name]).clone()
+        self.state.update(shares)
+        self._whole = self._whole and not shares
 
-    @torch.no_grad()
-    def _make_whole(self, to: int | None = None) -> None:
-        """Gather the state of all owners in full shape per parameter, on rank `to` or (None) on all."""
-        self._keep_my_share()
-        wanted = to in (None, self.rank)
+    def consolidate_state_dict(self) -> None:
+        """Bring the state of all owners to all ranks, in full shape, until the next step. All ranks call
+        it."""
+        if self._whole:
+            return
+        world_size, _ = world_and_rank(self.process_group)
         found = {}
-        for bucket, owner, stack in self._shared_stacks():
-            p = stack.unit.param
-            parts = bucket.fetch_state(stack, owner)
-            for name, part in parts.items() if wanted else ():
-                whole = found.setdefault(p, {})
-                if name not in whole:
-                    whole[name] = part.new_empty(bucket.shapes[p][name])
-                stack.state_of(name, whole[name]).copy_(part)
-        self.state.update(found)
-        self._whole = self._whole or wanted
+        for bucket, stack, mine in self._shared_stacks():
+            if bucket.world_size != world_size:
+                raise refusal(f"the {bucket.world_size} ranks that have shared the state", world_size,
+                              "call consolidate_state_dict() before ranks leave", error=RuntimeError)
+            for name, dtype in state_kinds(stack.group).items():
+                if (stack.param, name) not in found:
+                    shape = stack.whole_shape(name)
+                    found[stack.param, name] = torch.zeros(shape, dtype=dtype, device=bucket.device)
+                if mine:
+                    part = stack.of_state(name, found[stack.param, name])
+                    part.copy_(bucket.state(stack)[name])
+        self.state.update({p: {} for p, _ in found})
+        for (p, name), x in found.items():
+            # As bytes, to which all but the owner add 0: no backend sends int16.
+            dist.all_reduce(x.view(torch.uint8), group=self.process_group)
+            self.state[p][name] = x
+        self._whole = True
 
     def _forget(self) -> None:
         """Drop the state of parameters that have left, and what no longer fits one."""
@@ -1280,10 +1175,10 @@ class Muon(torch.optim.Optimizer):
         for p in [p for p in self.state if p not in groups]:
             del self.state[p]
         for p, state in self.state.items() if self._whole else ():
-            shapes = state_shapes(p, groups[p])
+            unit = units_of(p, p.shape, groups[p])[0]
             for name in state.keys() & state_kinds(groups[p]).keys():
                 found = tuple(state[name].shape)
-                if found != shapes[name]:
+                if found != unit.whole_shape(name):
                     warnings.warn(f"Muon: {self._names.get(p)}: its {name} of shape {found} no longer fits "
                                   f"shape {tuple(p.shape)}; it starts at zero")
                     del state[name]
@@ -1296,12 +1191,6 @@ class Muon(torch.optim.Optimizer):
                           "call consolidate_state_dict() on every rank after the last step, and then "
                           "state_dict()", error=RuntimeError)
 
-    def consolidate_state_dict(self, to: int | None = None) -> None:
-        """Bring the state of all owners to all ranks, or to rank `to`, until the next step. All ranks call
-        it."""
-        self._check_world()
-        self._make_whole(to)
-
     def state_dict(self) -> dict:
         """Return torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full
         shape}}. The state of DTensor parameters is DTensors."""
@@ -1311,72 +1200,72 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon.
-        Hooks run as torch runs them; torch itself would round fp32 state to the dtype of its parameter, so it
-        loads no state."""
-        loaded = {}
+        Hooks run as torch runs them. From torch itself state is hidden in functions: it would round fp32 to
+        the dtype of the parameter."""
+        self._check_settings()
+        known = self.param_groups
+        state = self.state
 
-        def take_state(_, hooked: dict) -> dict:
-            groups = self._merged_groups(hooked["param_groups"])
-            loaded.update(self._checked_state(hooked["state"], hooked["param_groups"], groups))
-            return {**hooked, "state": {}, "param_groups": groups}
+        def hide(_, given: dict) -> dict:
+            hidden = {i: {key: functools.partial(plain, x) for key, x in values.items()}
+                      for i, values in given["state"].items()}
+            return {**given, "state": hidden}
 
-        def put_state(_) -> None:
-            self.state.update(loaded)
+        def take(_) -> None:
+            self._take_settings(known)
+            kinds = set().union(*self.state.values())
+            for p, group in [(p, group) for group in self.param_groups for p in group["params"]]:
+                given = {key: value() for key, value in self.state.pop(p, {}).items()}
+                if kept := self._checked_state(p, given, kinds, group):
+                    self.state[p] = kept
+            for ours, loaded in zip(known, self.param_groups):
+                ours.clear()
+                ours.update(loaded)
+            self.param_groups = known  # stacks look into these groups
             self._whole = True
-            self._groups = list(self.param_groups)
-        handles = [self.register_load_state_dict_pre_hook(take_state),
-                   self.register_load_state_dict_post_hook(put_state, prepend=True)]
+        handles = [self.register_load_state_dict_pre_hook(hide),
+                   self.register_load_state_dict_post_hook(take, prepend=True)]
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self.param_groups = known
+            self.state = state
+            raise
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _merged_groups(self, saved: list[dict]) -> list[dict]:
-        """Return saved groups with what they lack, and with what shapes the state, from ours."""
-        expected = [len(group["params"]) for group in self.param_groups]
-        found = [len(group["params"]) for group in saved]
-        if found != expected:
-            raise refusal(f"groups of {expected} parameters", found, "load a checkpoint of this model")
-        groups = []
-        for number, (theirs, ours) in enumerate(zip(saved, self.param_groups)):
-            known = {key: ours.get(key, default) for key, default in self.defaults.items()}
-            groups.append(known | theirs | {key: known[key] for key in SHAPING})
-            groups[-1] |= {key: checked(key, groups[-1][key], number) for key in RULES}
+    def _take_settings(self, known: list[dict]) -> None:
+        """Give loaded groups what they lack, and what shapes the state, from those before, and check them."""
+        for number, (ours, group) in enumerate(zip(known, self.param_groups)):
+            group |= {key: ours[key] for key in RULES if key in SHAPING or key not in group}
             names = ours.get("param_names") or ()
-            for name, other in zip(names, theirs.get("param_names") or ()):
+            for name, other in zip(names, group.get("param_names") or ()):
                 if other != name and other in names:  # other names may be the same model, wrapped
                     raise refusal(name, f"{other} in its place",
                                   "build the optimizer with its parameters in the order of the checkpoint",
                                   f"group {number}")
-        return groups
+        self._check_settings()
 
-    def _checked_state(self, state: dict, saved: list[dict], groups: list[dict]) -> dict[Tensor, dict]:
-        """Return the state of each parameter as it is kept."""
-        found = {}
-        kinds = set().union(*state.values())
-        for theirs, ours, group in zip(saved, self.param_groups, groups):
-            for i, p in zip(theirs["params"], ours["params"]):
-                given = dict(state.get(i, {}))
-                for name, dtype in state_kinds(group).items():
-                    if name in kinds and name not in given:
-                        raise refusal(f"a {name}", "none, though others have one",
-                                      "save the state of all ranks, see consolidate_state_dict()",
-                                      self._names[p])
-                    if name in given:
-                        found_shape = tuple(getattr(given[name], "shape", ()))
-                        expected = state_shapes(p, group)[name]
-                        if found_shape != expected:
-                            raise refusal(f"a {name} of shape {expected}", found_shape,
-                                          "load a checkpoint of this model", self._names[p])
-                        given[name] = self._adopt(name, given[name], dtype, p, group)
-                if given:
-                    found[p] = given
-        return found
+    def _checked_state(self, p: Tensor, given: dict, kinds: set[str], group: dict) -> dict:
+        """Return the saved state of a parameter as it is kept. kinds: what any parameter has in it."""
+        kept = dict(given)
+        for name, dtype in state_kinds(group).items():
+            if name in given:
+                expected = units_of(p, p.shape, group)[0].whole_shape(name)
+                found = tuple(getattr(given[name], "shape", ()))
+                if found != expected:
+                    raise refusal(f"a {name} of shape {expected}", found, "load a checkpoint of this model",
+                                  self._names[p])
+                kept[name] = self._adopt(name, given[name], dtype, p, group)
+            elif name in kinds:
+                raise refusal(f"a {name}", "none, though others have one",
+                              "save the state of all ranks, see consolidate_state_dict()", self._names[p])
+        return kept
 
     def _adopt(self, name: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
         """Return a copy of saved state as a parameter keeps it."""
-        return whole(value).to(p.device, dtype, copy=True).contiguous()
+        return value.to(p.device, dtype, copy=True).contiguous()
 
     # --- the step ---
 
@@ -1386,12 +1275,11 @@ class Muon(torch.optim.Optimizer):
         calls it too. All ranks call it alike."""
         self._check_settings()
         changed = self._what_shapes_it() != self._layout_of
-        if not self._flying():
+        if all(bucket.pending is None for bucket in self.buckets):
             self._follow(changed)
         elif changed:
             raise refusal("the parameters that start() found", "others",
                           "change them before start() or after step()", error=RuntimeError)
-        self._groups = list(self.param_groups)
         self._keep_my_share()
         for bucket in self.buckets[:2] if self.sync_grads else ():
             bucket.start()
@@ -1403,27 +1291,25 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sent = deque()
         try:
             self.start()
-            for i, bucket in enumerate(self.buckets):
+            sent = None  # the bucket whose results are on their way: two exchanges fly at most
+            for bucket, following in zip_longest(self.buckets, self.buckets[1:]):
                 bucket.start()
-                bucket.receive()                             # 1: receive my gradients,
-                for following in self.buckets[i + 1:i + 2]:
-                    following.start()                        # 2: start the next bucket,
-                results = bucket.update()                    # 3: update what I own,
-                while sent and self._flying() + len(sent) >= 2:
-                    self._skipped += sent.popleft().apply()  # 4: apply what has arrived,
-                bucket.send(results)                         # 5: send mine; two exchanges fly at most
-                sent.append(bucket)
-                while len(sent) >= min(2, bucket.world_size):
-                    self._skipped += sent.popleft().apply()
-            while sent:
-                self._skipped += sent.popleft().apply()
+                gradients = bucket.receive()        # 1: receive my gradients,
+                if following:
+                    following.start()               # 2: start the next bucket,
+                results = bucket.update(gradients)  # 3: update what I own,
+                if sent:
+                    self._skipped += sent.apply()   # 4: apply what has arrived,
+                bucket.send(results)                # 5: send mine
+                sent = bucket
+                if bucket.world_size == 1:          # nothing to wait for, or to hold
+                    self._skipped += bucket.apply()
+                    sent = None
+            if sent:
+                self._skipped += sent.apply()
         finally:
             for bucket in self.buckets:  # after an error nothing of this step may enter the next
-                bucket.pending = bucket.received = bucket.sent = None
+                bucket.pending = bucket.sent = None
         return loss
-
-    def _flying(self) -> int:
-        return sum(bucket.pending is not None for bucket in self.buckets)

@@ -1201,8 +1201,14 @@ class Run:
             return []
         placement, = self.muon.placements
         matrices = sum(len(units) for bucket in placement.buckets for units in bucket)
+        flops = sum(placement.loads)
+        shares = []
+        for stage, step in enumerate(self.cfg.stage_starts):
+            whole = flops + self.cfg.at("batch_tokens", step) * self.model.flops_per_token(stage)
+            shares.append(f"{flops / whole:.1%}")
         return [f"Muon: {matrices} matrices in {len(placement.buckets)} buckets over {self.rt.world} ranks, "
-                f"planned balance {placement.efficiency:.3f}"]
+                f"planned balance {placement.efficiency:.3f}",
+                f"Muon's share of the FLOPs of a step, by stage, as planned: {', '.join(shares)}"]
 
     def host_table_facts(self) -> list[str]:
         if self.ngrams is None:

@@ -15,7 +15,6 @@ reached is said so. Intervals come from drawing seeds anew, the same for both op
 OUT.jsonl begins with this plan and is refused when the plan has changed. It gets a line for each run, so that
 an interrupted sweep goes on where it stopped. Nothing here depends on how fast the machine is.
 """
-import argparse
 import itertools
 import json
 import math
@@ -31,9 +30,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from bench.page import grid, write_page
+from bench import trials
+from bench.page import OPTIMIZER_NAMES as NAMES
+from bench.page import grid, page_parser, spread
 from bench.pictures import Theme
-from bench.plots import finish, two_plots, write_plots
+from bench.plots import finish, publish, two_plots
 from data.errors import UsageError, run_program
 from examples.airbench import AirbenchSettings, normalized, run_once
 from examples.images import ImageSet, Labelled, load
@@ -53,7 +54,6 @@ GRID = {  # optimizer -> rates of the filters, rates of the head
 MOMENTUM, MOMENTA = 0.85, (0.6, 0.95)
 TRIALS = 4 * 2 + len(MOMENTA)  # of each optimizer
 DRAWS = 10_000  # of seeds, for an interval
-NAMES = {"muon": "Muon", "sgd": "SGD", "adamw": "AdamW"}
 
 
 class Rates(NamedTuple):
@@ -74,12 +74,11 @@ def read_results(path: Path) -> list[dict]:
     """Return the runs in a file; none where there is no file. Raises UsageError for another plan."""
     if not path.exists():
         return []
-    try:
-        first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        found = first["plan"]
-    except (ValueError, LookupError, TypeError):
-        raise UsageError(f"{path}: expected a plan in the first line and a run in each other, as JSON, found "
-                         "something else; name a file that `run` has begun") from None
+    first, *rows = trials.read(path) or [{}]
+    found = first.get("plan")
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: expected a plan in the first line, found none; name a file that `run` has "
+                         "begun")
     expected = json.loads(json.dumps(plan()))
     if found != expected:
         changed = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
@@ -88,17 +87,11 @@ def read_results(path: Path) -> list[dict]:
     return rows
 
 
-def append(path: Path, row: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The search
 
 
-def trials(optimizer: str, rows: list[dict]) -> list[Rates]:
+def known_trials(optimizer: str, rows: list[dict]) -> list[Rates]:
     """Return the trials of the search that are known so far: other momenta once all rates have been tried."""
     known = [Rates(lr, head_lr, MOMENTUM) for lr, head_lr in itertools.product(*GRID[optimizer])]
     best = winner(optimizer, known, rows)
@@ -114,7 +107,7 @@ def winner(optimizer: str, known: list[Rates], rows: list[dict]) -> Rates | None
 
 def tuned(optimizer: str, rows: list[dict]) -> Rates | None:
     """Return what the search found; None while it goes on."""
-    known = trials(optimizer, rows)
+    known = known_trials(optimizer, rows)
     return winner(optimizer, known, rows) if len(known) == TRIALS else None
 
 
@@ -130,7 +123,7 @@ def next_run(rows: list[dict], optimizers: Iterable[str] = tuple(GRID)) -> dict 
         return next((labels | dict(seed=seed) for seed in seeds if seed not in done), None)
 
     for optimizer in optimizers:
-        for rates in trials(optimizer, rows):
+        for rates in known_trials(optimizer, rows):
             if missing := first_missing("search", optimizer, rates, SEARCH_EPOCHS, [SEARCH_SEED]):
                 return missing
         best = tuned(optimizer, rows)
@@ -156,14 +149,14 @@ def run_all(path: Path, minutes: float) -> Iterator[dict]:
     images = load("fashion")
     data = dict(search=normalized(search_split(images)), final=normalized(images))
     if not path.exists():
-        append(path, dict(plan=plan(), torch=torch.__version__))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trials.append(path, dict(plan=plan(), torch=torch.__version__))
     until = time.monotonic() + 60 * minutes
     while (labels := next_run(rows)) and time.monotonic() < until:
         chosen = {key: value for key, value in labels.items() if key not in ("stage", "seed")}
-        row = labels | run_once(AirbenchSettings(**chosen), data[labels["stage"]], labels["seed"])
-        append(path, row)
-        rows.append(row)
-        yield row
+        found = run_once(AirbenchSettings(**chosen), data[labels["stage"]], labels["seed"])
+        rows.append(trials.append(path, labels | found))
+        yield rows[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,8 +187,7 @@ def epochs_to(points: list[tuple[float, float]], target: float = TARGET) -> floa
         if accuracy >= target:
             if before is None:
                 return epochs
-            part = (target - before[1]) / (accuracy - before[1])
-            return before[0] * (epochs / before[0]) ** part
+            return trials.crossing(*before, epochs, accuracy, target)
         before = epochs, accuracy
     return math.inf
 
@@ -253,8 +245,7 @@ def length_table(rows: list[dict]) -> str:
         cells = []
         for optimizer in finished(rows):
             accuracies = [100 * accuracy for accuracy in finals(optimizer, rows).get(epochs, [])]
-            cells.append(f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}"
-                         if accuracies else "")
+            cells.append(spread(accuracies, 2) if accuracies else "")
         if any(cells):
             lines.append([f"{epochs:g}", *cells])
     return grid(["epochs", *map(NAMES.get, finished(rows))], lines)
@@ -320,12 +311,9 @@ def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
 
 
 def show(options) -> None:
-    text = tables(options.out)
-    if options.page:
-        write_page(options.page, options.out.as_posix(), text)
-        write_plots("airbench", "Accuracy on Fashion-MNIST", partial(draw, read_results(options.out)))
-    else:
-        print(text, end="")
+    rows = read_results(options.out)
+    publish(options.page, options.out, tables(options.out), "airbench", "Accuracy on Fashion-MNIST",
+            partial(draw, rows))
 
 
 def run(options) -> None:
@@ -336,12 +324,8 @@ def run(options) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench.airbench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
+    parser = page_parser("bench.airbench", __doc__, "OUT.jsonl")
     parser.add_argument("--minutes", type=float, default=math.inf, help="run: begin no run after so many")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     options = parser.parse_args(argv)
     {"run": run, "table": show}[options.verb](options)
 

@@ -10,13 +10,11 @@ and batch it is searched in steps of 2 until the best lies inside those tried, w
 its two neighbours get all seeds. OUT.jsonl gets a line for every training, so what was interrupted goes on.
 A training that diverges, or is not at the loss in time, is a result; nothing is extrapolated from it.
 """
-import argparse
 import math
 import sys
 import time
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +24,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench import trials
-from bench.page import grid, write_page
+from bench.page import OPTIMIZER_NAMES as NAMES
+from bench.page import grid, page_parser
 from bench.pictures import Theme
-from bench.plots import finish, two_plots, write_plots
+from bench.plots import finish, publish, two_plots
 from data.errors import RunError, UsageError, run_program
 from engine.ranks import Runtime
 from train_gpt import Run
@@ -52,7 +51,6 @@ LARGEST_SEARCH = 8  # factors of one cell
 AVERAGE_POWER = 6  # the weights of step s enter the average as s^6: it looks back over a seventh of the run
 LOOK = 1.04  # factor between the steps of two looks at the validation loss
 NEAR = 0.4  # nats above the loss at which these begin, in training losses
-NAMES = {"muon": "Muon", "adamw": "AdamW"}
 
 
 class Cell(NamedTuple):
@@ -63,14 +61,6 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"{NAMES[self.optimizer]}, {self.beta:g}"
-
-
-class Training(NamedTuple):
-    cell: Cell
-    factor: float
-    seed: int
-    loss: float  # to reach
-    cap: int  # steps after which it is given up
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,28 +90,28 @@ class Average:
             value.copy_(kept)
 
 
-def settings_of(job: Training) -> list[str]:
-    cell = job.cell
-    rate = f"--lr_mul={job.factor * math.sqrt(cell.batch / BASE_BATCH):.5g}"
+def job_of(cell: Cell, factor: float, seed: int, loss: float, cap: int) -> trials.Job:
+    """Return the training of a cell at a factor until the loss, given up after `cap` steps."""
+    rate = f"--lr_mul={factor * math.sqrt(cell.batch / BASE_BATCH):.5g}"
     momentum = f"--momentum={cell.beta},{cell.beta}"
-    return [*CONSTANT, f"--optimizer={cell.optimizer}", momentum, rate, f"--batch_tokens={cell.batch}",
-            f"--slices={cell.batch // SEQUENCE}", f"--train_steps={job.cap}"]
+    settings = [*CONSTANT, f"--optimizer={cell.optimizer}", momentum, rate, f"--batch_tokens={cell.batch}",
+                f"--slices={cell.batch // SEQUENCE}", f"--train_steps={cap}"]
+    return trials.Job(dict(cell._asdict(), factor=factor, target=loss, cap=cap), settings, seed)
 
 
-def train(job: Training) -> dict:
+def train(job: trials.Job) -> dict:
     """Train until the averaged weights are at the loss. Returns the line of the result: its steps are None
     where they never were."""
-    run = Run(trials.config(settings_of(job), job.seed), Runtime())
+    run = Run(trials.config(job.settings, job.seed), Runtime())
     start = time.perf_counter()
     try:
-        steps = steps_to(run, job.loss)
+        steps = steps_to(run, job.labels["target"])
         ending = "reached" if steps else "not reached"
     except RunError:
         steps, ending = None, "diverged"
     loss = math.nan if run.val_loss is None else round(run.val_loss, 4)
     seconds = round(time.perf_counter() - start, 1)
-    return dict(job.cell._asdict(), factor=job.factor, seed=job.seed, target=job.loss, cap=job.cap,
-                steps=steps, loss=loss, seconds=seconds, ending=ending)
+    return dict(job.labels, seed=job.seed, steps=steps, loss=loss, seconds=seconds, ending=ending)
 
 
 def steps_to(run: Run, target: float) -> float | None:
@@ -139,15 +129,10 @@ def steps_to(run: Run, target: float) -> float | None:
         loss = run.evaluate()
         average.swap()
         if loss <= target:
-            return run.step if before is None else crossing(*before, run.step, loss, target)
+            return round(trials.crossing(*before, run.step, loss, target), 2) if before else run.step
         before = run.step, loss
         look = max(run.step + 1, round(run.step * LOOK))
     return None
-
-
-def crossing(step: int, loss: float, next_step: int, next_loss: float, target: float) -> float:
-    part = (loss - target) / (loss - next_loss)
-    return round(step * (next_step / step) ** part, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -210,7 +195,7 @@ def run_all(options) -> None:
             factors = found.get(cell, {})
             steps = [n for of_factor in factors.values() for n in of_factor.values() if math.isfinite(n)]
             cap = min(options.cap, round(2 * min(steps))) if steps else options.cap
-            jobs += [Training(cell, factor, seed, options.loss, cap)
+            jobs += [job_of(cell, factor, seed, options.loss, cap)
                      for factor, seed in wanted(cell, factors, options.seeds)]
         if not jobs:
             return
@@ -223,14 +208,20 @@ def run_all(options) -> None:
 # Fits
 
 
-def mean_steps(factors: dict[float, dict[int, float]]) -> tuple[float, list[float]]:
+def best_steps(factors: dict[float, dict[int, float]]) -> tuple[float, list[float]]:
     """Return (factor, steps of its seeds) that needs the fewest, by the mean logarithm; inf: never."""
-    best = min(sorted(factors), key=lambda factor: log_mean([*factors[factor].values()]))
+    best = min(sorted(factors), key=lambda factor: mean_steps([*factors[factor].values()]))
     return best, [steps for _, steps in sorted(factors[best].items())]
 
 
-def log_mean(steps: list[float]) -> float:
-    return float(np.mean(np.log(steps)))
+def mean_steps(steps: list[float]) -> float:
+    """Return the geometric mean."""
+    return math.exp(np.mean(np.log(steps)))
+
+
+def steps_of(curve: dict[int, dict]) -> list[float]:
+    """Return the mean steps of each batch of a curve."""
+    return [mean_steps(best_steps(factors)[1]) for factors in curve.values()]
 
 
 def whole_seeds(factors: dict[float, dict[int, float]]) -> dict[float, dict[int, float]]:
@@ -260,7 +251,7 @@ def draw_steps(factors: dict[float, dict[int, float]], rng) -> float:
     """Return the mean steps at the best factor of a draw of seeds, so that the search is drawn again too."""
     known = sorted(next(iter(factors.values())))
     seeds = rng.choice(known, len(known))
-    return math.exp(min(log_mean([steps[seed] for seed in seeds]) for steps in factors.values()))
+    return min(mean_steps([steps[seed] for seed in seeds]) for steps in factors.values())
 
 
 def interval(curve: dict[int, dict], draws: int = 500) -> list[tuple[float, float]]:
@@ -281,7 +272,7 @@ def curves(rows: list[dict]) -> dict[tuple[str, float], dict[int, dict]]:
     found = defaultdict(dict)
     for cell, factors in sorted(by_cell(rows).items(), key=lambda item: (item[0].batch, item[0])):
         kept = whole_seeds(factors)
-        reached = math.isfinite(log_mean(mean_steps(kept)[1]))
+        reached = math.isfinite(mean_steps(best_steps(kept)[1]))
         if reached and len(kept) == len(neighbours(1)):
             found[cell.optimizer, cell.beta][cell.batch] = kept
     return found
@@ -291,13 +282,13 @@ def cell_rows(rows: list[dict]) -> list[list]:
     lines = []
     for cell, factors in sorted(by_cell(rows).items(), key=lambda item: (item[0].batch, item[0])):
         tried = " ".join(f"{factor:g}" for factor in sorted(factors))
-        best, steps = mean_steps(whole_seeds(factors))
+        best, steps = best_steps(whole_seeds(factors))
         line = [cell.batch, NAMES[cell.optimizer], f"{cell.beta:g}", tried, f"{best:g}", len(steps)]
-        if math.isinf(log_mean(steps)):
+        if math.isinf(mean_steps(steps)):
             lines.append([*line, "not reached", "", ""])
             continue
         inside = len(whole_seeds(factors)) == len(neighbours(1))
-        lines.append([*line, f"{math.exp(log_mean(steps)):.0f}", f"{min(steps):.0f} to {max(steps):.0f}",
+        lines.append([*line, f"{mean_steps(steps):.0f}", f"{min(steps):.0f} to {max(steps):.0f}",
                       "yes" if inside else "no"])
     return lines
 
@@ -306,8 +297,8 @@ def ratio_rows(found: dict) -> list[list]:
     muon, adamw = found.get(("muon", BETA), {}), found.get(("adamw", 0.9), {})
     lines = []
     for batch in sorted({*muon} & {*adamw}):
-        steps = [math.exp(log_mean(mean_steps(curve[batch])[1])) for curve in (muon, adamw)]
-        lines.append([batch, f"{steps[0]:.0f}", f"{steps[1]:.0f}", f"{steps[1] / steps[0]:.2f}"])
+        few, many = steps_of({"muon": muon[batch], "adamw": adamw[batch]})
+        lines.append([batch, f"{few:.0f}", f"{many:.0f}", f"{many / few:.2f}"])
     return lines
 
 
@@ -318,7 +309,7 @@ def fit_rows(found: dict) -> list[list]:
         if len(curve) < 3:
             lines.append([*name, "no fit: fewer than three batches", "", "", "", ""])
             continue
-        steps = [math.exp(log_mean(mean_steps(factors)[1])) for factors in curve.values()]
+        steps = steps_of(curve)
         least, critical, misfit = fit_critical([*curve], steps)
         power, power_misfit = fit_power([*curve], steps)
         smallest, tokens = f"{least:.0f}", f"{critical:.0f}"
@@ -352,46 +343,39 @@ def tables(rows: list[dict]) -> str:
 def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
     """Left, steps against the batch of both optimizers; right, of the momenta of Muon."""
     found = curves(rows)
-    titles = f"steps to {rows[0]['target']:g}", "steps to it by Muon's momentum"
+    titles = f"steps to {rows[0]['target']:g}", "Muon's, by its momentum"
     left, right = two_plots(figure, theme, titles, ("tokens a batch", "tokens a batch"))
-    colors = iter(theme.colors["ranks"])
-    batches = set()
+    dashes = iter(((1, 1.5), (), (5, 2)))
+    batches = sorted({batch for curve in found.values() for batch in curve})
     for (optimizer, beta), curve in sorted(found.items()):
-        steps = [math.exp(log_mean(mean_steps(factors)[1])) for factors in curve.values()]
-        batches |= {*curve}
-        shown = dict(linewidth=3, marker="o")
+        steps = steps_of(curve)
+        shown = dict(color=theme.colors[optimizer], linewidth=3, marker="o")
         if (optimizer, beta) in (("muon", BETA), ("adamw", 0.9)):
-            left.plot([*curve], steps, color=theme.colors[optimizer], label=NAMES[optimizer], **shown)
+            left.plot([*curve], steps, label=NAMES[optimizer], **shown)
         if optimizer == "muon":
-            right.plot([*curve], steps, color=next(colors), label=f"momentum {beta:g}", **shown)
+            right.plot([*curve], steps, dashes=next(dashes, ()), label=f"{beta:g}", **shown)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        finish(axes, theme, sorted(batches))
+        axes.set_yscale("log", base=2)
+        axes.set_yticks((50, 100, 200, 400), ("50", "100", "200", "400"))
+        axes.set_ylim(45, 400)
+        finish(axes, theme, batches)
 
 
 def show(options) -> None:
     rows = trials.read(options.out)
-    text = tables(rows)
-    if not options.page:
-        print(text, end="")
-        return
-    write_page(options.page, options.out.as_posix(), text)
-    write_plots("batch", "Steps to a loss against the batch", partial(draw, rows))
+    title = "Steps to a loss against the batch"
+    publish(options.page, options.out, tables(rows), "batch", title, partial(draw, rows))
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.batch", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
+    parser = page_parser("bench.batch", __doc__, "OUT.jsonl")
     parser.add_argument("--batches", type=int, nargs="+", default=[512, 2048, 8192], help="tokens a batch")
     parser.add_argument("--betas", type=float, nargs="*", default=[*BETAS], help="momenta of Muon")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the best factor and its neighbours")
     parser.add_argument("--loss", type=float, default=2.15, help="validation loss to reach")
     parser.add_argument("--cap", type=int, default=1500, help="steps after which a training is given up")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     options = parser.parse_args(argv)
     {"run": run_all, "table": show}[options.verb](options)
     return 0

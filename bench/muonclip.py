@@ -1,13 +1,12 @@
 """MuonClip at work: what examples/kimi.py shows about logits, loss, experts and ranks.
 
-    python -m bench.muonclip run FOLDER                                 train what FOLDER lacks: 10 minutes
-    python -m bench.muonclip table FOLDER [--page=bench/MUONCLIP.md]    the tables, or page and pictures
+    python -m bench.muonclip run OUT                                 train what OUT lacks: 10 minutes
+    python -m bench.muonclip table OUT [--page=bench/MUONCLIP.md]    the tables, or page and pictures
 
-A run is the example by itself, on one core; FOLDER gets what it prints, under a name made of its settings, so
+A run is the example by itself, on one core; OUT gets what it prints, under a name made of its settings, so
 that an interrupted sweep goes on where it stopped, and tables show what is there. Rates are tried at seed 0;
 what is compared has three seeds, the same ones on both sides.
 """
-import argparse
 import re
 import statistics
 import sys
@@ -17,9 +16,10 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from bench.page import grid, write_page
+from bench.page import OPTIMIZER_NAMES as NAMES
+from bench.page import grid, page_parser, spread
 from bench.pictures import Theme
-from bench.plots import finish, two_plots, write_plots
+from bench.plots import finish, publish, two_plots
 from data.errors import RunError, UsageError, run_program
 from data.files import ROOT, written_whole
 from tools.children import ending, run_limited
@@ -30,9 +30,7 @@ RATES = {"muon": (0.005, SANE, 0.02, HIGH), "adamw": (0.002, 0.004, 0.008, 0.016
 ADAMW = 0.004  # the best of its rates
 SEEDS = 0, 1, 2
 SETTLED = 50   # steps after which the logits are judged
-EXACT_STEPS = 40
 LIMIT_S = 1200
-NAMES = {"muon": "Muon", "adamw": "AdamW"}
 LINE = re.compile(r"^step:(\d+)/\d+ loss:(\S+) logit:(\S+) clipped:(\d+)/\d+ "
                   r"busiest:(\S+) idlest:(\S+)", re.M)
 END = re.compile(r"^val_loss:(\S+) spikes:(\d+) cpu_seconds:(\d+)$", re.M)
@@ -42,20 +40,22 @@ class Trial(NamedTuple):
     """The settings of a run of the example."""
     optimizer: str
     lr: float
-    clip: int | str  # tau, or "off"
+    clip: int  # tau; 0: no clip
     seed: int = 0
 
     @property
     def name(self) -> str:
-        return "_".join(map(str, self))
+        return f"{self.optimizer}_{self.lr}_{self.clip or 'off'}_{self.seed}"
 
     def options(self) -> list[str]:
         return [f"--{name}={value}" for name, value in self._asdict().items()]
 
 
-COMPARED = (("muon", SANE, "off"), ("muon", SANE, TAU), ("muon", HIGH, "off"), ("muon", HIGH, TAU),
-            ("adamw", ADAMW, "off"))
-SCAN = [Trial(optimizer, lr, "off") for optimizer, rates in RATES.items() for lr in rates]
+COMPARED = (("muon", SANE, 0), ("muon", SANE, TAU), ("muon", HIGH, 0), ("muon", HIGH, TAU),
+            ("adamw", ADAMW, 0))
+SCAN = [Trial(optimizer, lr, 0) for optimizer, rates in RATES.items() for lr in rates]
+ON_RANKS = Trial("muon", SANE, TAU)  # a run that two ranks repeat
+TWO_RANKS = f"{ON_RANKS.name}_on_2_ranks"
 TRIALS = list(dict.fromkeys([Trial(*settings, seed) for settings in COMPARED for seed in SEEDS] + SCAN))
 
 
@@ -93,11 +93,10 @@ class Journal(NamedTuple):
 
 def commands() -> dict[str, list[str]]:
     """Return {name: command} of all runs."""
-    program = [sys.executable, "examples/kimi.py"]
+    program = "examples/kimi.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    exact = ["--exact", f"--steps={EXACT_STEPS}"]
-    found = {trial.name: [*program, *trial.options()] for trial in TRIALS}
-    return found | {"exact_1": [*program, *exact], "exact_2": [*torchrun, program[1], *exact]}
+    found = {trial.name: [sys.executable, program, *trial.options()] for trial in TRIALS}
+    return found | {TWO_RANKS: [*torchrun, program, *ON_RANKS.options()]}
 
 
 def run(folder: Path) -> None:
@@ -132,12 +131,7 @@ def group(found: dict[str, Journal], settings: tuple) -> list[Journal]:
 
 def title(settings: tuple) -> str:
     optimizer, lr, clip = settings
-    return f"{NAMES[optimizer]} {lr}, " + ("no clip" if clip == "off" else f"tau {clip}")
-
-
-def spread(values: list[float], digits: int) -> str:
-    around = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{around}"
+    return f"{NAMES[optimizer]} {lr}, " + (f"tau {clip}" if clip else "no clip")
 
 
 def extremes(values: list[float], digits: int = 1) -> str:
@@ -153,7 +147,7 @@ def difference(found: dict[str, Journal], a: tuple, b: tuple) -> list[float]:
 
 def gap_of_ranks(found: dict[str, Journal]) -> float:
     """Return the largest difference between 1 and 2 ranks of any loss that they print."""
-    one, two = (found[name].losses + [found[name].val_loss] for name in ("exact_1", "exact_2"))
+    one, two = (found[name].losses + [found[name].val_loss] for name in (ON_RANKS.name, TWO_RANKS))
     return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
@@ -186,10 +180,9 @@ def tables(found: dict[str, Journal]) -> str:
         grid(["", "n", "mean", "lowest to highest"], pairs),
         "All rates that were tried, without the clip, at seed 0:",
         grid(["", "rate", "validation loss", "largest logit"], rates)]
-    if {"exact_1", "exact_2"} <= {*found}:
-        page.append("Largest difference between 1 and 2 ranks of any printed loss "
-                    f"(`--exact --steps={EXACT_STEPS}`): {gap_of_ranks(found):g}, of losses with four "
-                    "decimals.")
+    if TWO_RANKS in found:
+        page.append(f"Largest difference of any printed loss, on 2 ranks for 1 ({title(ON_RANKS[:3])}): "
+                    f"{gap_of_ranks(found):g}.")
     return "\n\n".join(page) + "\n"
 
 
@@ -206,6 +199,7 @@ def draw(found: dict[str, Journal], theme: Theme, figure: Figure) -> None:
                   color=theme.colors[color], linewidth=3, label=title(settings))
     left.set_yscale("log")
     left.set_yticks((5, 15, 50, 150), ("5", "15", "50", "150"))
+    left.set_ylim(4, 1500)  # room for the names of the curves
     for optimizer, rates in RATES.items():
         names = {lr: Trial(optimizer, lr, "off").name for lr in rates}
         losses = {lr: found[name].val_loss for lr, name in names.items() if name in found}
@@ -221,20 +215,13 @@ def draw(found: dict[str, Journal], theme: Theme, figure: Figure) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench.muonclip", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the logs")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
+    parser = page_parser("bench.muonclip", __doc__, "OUT")
     options = parser.parse_args(argv)
     if options.verb == "run":
-        return run(options.folder)
-    found = journals(options.folder)
-    if not options.page:
-        print(tables(found), end="")
-        return
-    write_page(options.page, options.folder.as_posix(), tables(found))
-    write_plots("muonclip", "Attention logits and loss with MuonClip", partial(draw, found))
+        return run(options.out)
+    found = journals(options.out)
+    title = "Attention logits and loss with MuonClip"
+    publish(options.page, options.out, tables(found), "muonclip", title, partial(draw, found))
 
 
 if __name__ == "__main__":

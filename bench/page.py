@@ -1,15 +1,36 @@
 """Pages whose figures are put in by a program."""
+import argparse
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import UsageError
 
 MARKS = "<!-- figures of ", "<!-- end of figures -->"
+OPTIMIZER_NAMES = {"muon": "Muon", "sgd": "SGD", "adamw": "AdamW"}
+
+
+def page_parser(program: str, about: str, out: str,
+                verbs: Sequence[str] = ("run", "table")) -> argparse.ArgumentParser:
+    """Return the parser of a program that gathers results in a place, `out`, and puts them on a page."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=program, description=about, formatter_class=as_written)
+    parser.add_argument("verb", choices=verbs)
+    parser.add_argument("out", type=Path, metavar=out, help="results, read and added to")
+    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
+    return parser
 
 
 def grid(header: list[str], rows: list[list]) -> str:
     """Return a Markdown table; a bar inside a cell becomes a slash."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Say mean and standard deviation; of one value there is no deviation."""
+    around = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{around}"
 
 
 def with_tables(page: Path, source: str, tables: str) -> str:

@@ -1,15 +1,27 @@
 """Plots of the pages of this room: two side by side, in the style of README's pictures, each for a light and
 a dark page."""
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.page import write_page
 from bench.pictures import THEMES, Theme, svg_text
 from data.files import ROOT, written_whole
 
 PICTURES = ROOT / "docs/pictures"
 SIZE = 760 / 72, 400 / 72  # inches, of 72 units of SVG
+
+
+def publish(page: Path | None, source: Path, tables: str, name: str, title: str,
+            draw: Callable[[Theme, Figure], None]) -> None:
+    """Print the tables of a source; or put them into a page and write its plots."""
+    if page is None:
+        print(tables, end="")
+        return
+    write_page(page, source.as_posix(), tables)
+    write_plots(name, title, draw)
 
 
 def write_plots(name: str, title: str, draw: Callable[[Theme, Figure], None]) -> None:

@@ -1,190 +1,183 @@
-"""Predicted seconds to 3.28 on eight H100, from counted work and from rates that are public or assumed.
+"""Predicted seconds to 3.28 on eight H100: the kernels of a step that bench.cross found, at rates that are
+public or assumed.
 
     python -m bench.predict [--page bench/PREDICTION.md]
 """
 import argparse
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from bench import floors
+from bench.cross.costs import ACHIEVED, SHEET, Rates, by_part, costliest, step_ms
+from bench.cross.page import launches
 from bench.page import grid
-from data.errors import run_program
+from data.errors import UsageError, run_program
+from data.files import written_whole
 from tools.gpus import GPUS
+from tools.traced import FOLDER, traced_run
 from train_gpt import Config
 
-RANKS, H100 = 8, GPUS["H100"]
-PEAK = RANKS * H100.tflops * 1e12
-KERNELS = 0.075  # of a step's time: what upstream's kernels save that we have not; estimated 6 to 9 %
+H100 = GPUS["H100"]
 GOAL = 60.0  # seconds
 RECORD = 1.406 * 60  # record 80: 1480 steps of the same batches, documents and windows
 MERGED = 1.23 * 60  # record 89, the newest that is merged: 1285 steps
 UNMERGED = 39.914  # a proposal of 2026-08-31 (pull request 360), by its author; record 89 took 73.889 s there
+UPSTREAM = 609e3  # tokens per second of its code on one H100, public logs of record 88
+REST = 1.08  # what no roofline knows, times; assumed
 
-
-class Input(NamedTuple):
-    name: str
-    fast: float
-    central: float
-    slow: float
-    kind: str
-    source: str
-
-
-INPUTS = [
-    Input("steps", 1440, 1480, 1650, "assumed",
-          "1480 is public for record 80, whose schedule and techniques ours follows; that they suffice here, "
-          "and both ends, are assumed"),
-    Input("utilization of one GPU", 0.55, 0.44 / (1 + KERNELS), 0.33, "public, reduced",
-          f"upstream's 44 % (logs of record 88), less {KERNELS:.1%} for kernels that we lack (assumed); "
-          "fast: our goal; slow: three quarters of upstream's (assumed)"),
-    Input("parallel efficiency", 0.97, 0.946, 0.90, "public",
-          "upstream on eight against one: 94.6 %, good to 3 % (logs of record 88); slow: assumed"),
-    Input("slowness of the host", 1.0, 1.0, 1.1, "public",
-          "record 80 took 10 % longer in its log than in the table"),
+RATES = [  # what, its central value, where it comes from
+    ["memory, of 3.35 TB/s", f"{ACHIEVED.memory:.0%}",
+     "public: copies and triads on an H100 SXM reach 3.0 to 3.1 TB/s"],
+    ["products in bf16, of 989 TFLOP/s", f"{ACHIEVED.bf16:.0%}",
+     "public: about 790 TFLOP/s by cuBLAS on large products; small ones and a hot GPU reach less"],
+    ["products in FP8, of 1979 TFLOP/s", f"{ACHIEVED.fp8:.0%}",
+     "public: about 1,300 TFLOP/s on large products"],
+    ["attention, of 989 TFLOP/s", f"{ACHIEVED.attention:.0%}",
+     "public: FlashAttention-2 reaches 35 % (arXiv 2407.08608), less backward and with short documents"],
+    ["links, of 450 GB/s", f"{ACHIEVED.link:.0%}", "assumed; nothing of it is taken to be hidden"],
+    ["between two kernels", f"{ACHIEVED.gap_us:g} us", "assumed"],
+    ["the rest", f"x {REST:g}",
+     "assumed: rows read more than once, clocks that fall, ranks that wait, a host that launches too late"],
 ]
 
 
-def seconds(work: float, steps, utilization, efficiency, host, planned: int = 1480):
-    """Return the seconds of `steps` steps. work: FLOPs of `planned` of them; they spread evenly over the
-    stages."""
-    return work * steps / planned / (PEAK * utilization * efficiency) * host
+class Recipe:
+    """A recipe of track small, and what the mean step of each of its stages launches on one of some ranks."""
 
+    def __init__(self, name: str, ranks: int = 8):
+        self.cfg = Config.for_track("small", recipe=name)
+        ends = (*self.cfg.stage_starts[1:], self.cfg.train_steps)
+        self.steps = [end - first for first, end in zip(self.cfg.stage_starts, ends)]
+        run = traced_run(self.cfg, ranks, fp8=True)
+        if run is None:
+            raise UsageError(f"{FOLDER}: expected a run of {ranks} ranks with the settings of {name}, "
+                             "found none; make one by python -m bench.cross --parts costs --out=PATH")
+        self.launches = launches(run)
 
-def count(recipe: str = "base") -> dict:
-    """Count FLOPs of the schedule, the head's part of them, and the floor of each part on one of 8 ranks,
-    in ms."""
-    cfg = Config.for_track("small", recipe=recipe)
-    work = head = 0.0
-    floor, stages = dict.fromkeys(floors.PARTS, 0.0), []
-    for first, end in zip(cfg.stage_starts, (*cfg.stage_starts[1:], cfg.train_steps)):
-        tokens, docs = cfg.at("batch_tokens", first), floors.synthetic(cfg, first, RANKS)
-        whole = floors.count(cfg, torch.bfloat16, docs, first)
-        flops = [whole[part].flops for part in ("attention", "projections", "MLP", "head and loss")]
-        stages.append((first, end, tokens, sum(flops) / tokens / 1e6))
-        work += (end - first) * sum(flops)
-        head += (end - first) * flops[-1]
-        for part, w in floors.count(cfg, torch.bfloat16, docs[:1], first, RANKS, fp8=True).items():
-            floor[part] += (end - first) * w.floor_ms(H100) / cfg.train_steps
-    return dict(work=work, head=head / work, floors=floor, stages=stages, steps=cfg.train_steps,
-                tokens=cfg.train_tokens)
+    def seconds(self, rates: Rates) -> float:
+        return sum(n * step_ms(found, H100, rates) / 1000 for n, found in zip(self.steps, self.launches))
 
-
-def spread(work: float) -> tuple[float, float, float]:
-    """Return the 5th, 50th and 95th percentile of 100,000 draws of all inputs from triangles."""
-    rng, draws = np.random.default_rng(0), []
-    for x in INPUTS:
-        low, high = sorted((x.fast, x.slow))
-        draws.append(rng.triangular(low, x.central, high, 100_000))
-    return tuple(np.percentile(seconds(work, *draws), (5, 50, 95)))
+    def gains(self) -> list[tuple]:
+        """Return (names, seconds) of the ten kernels whose end would gain most."""
+        seconds = Counter()
+        for n, found in zip(self.steps, self.launches):
+            for names, ms in costliest(found, H100).items():
+                seconds[names] += n * ms / 1000
+        return seconds.most_common(10)
 
 
 PAGE = """
 # Time to 3.28 on 8xH100: a prediction, not a measurement
 
-Nobody has run track `small` yet. Made by `python -m bench.predict --page bench/PREDICTION.md`; a test keeps
-both alike.
+Nobody has run track `small` on a GPU yet. `python -m bench.predict --page bench/PREDICTION.md` makes this
+page of the kernels that `python -m bench.cross` found in a step of one of 8 ranks ([CROSS.md](CROSS.md)); a
+test keeps both alike.
 
-**Predicted: {central:.0f} s; 90 % of draws between {low:.0f} and {high:.0f} s (median {median:.0f}); all
-inputs at their best {fast:.0f} s, at their worst {slow:.0f} s.** So the goal, under {goal:.0f} s, is not
-predicted; the last section says what it would take.
+**Predicted: {central:.0f} s for {steps} steps. With these kernels it cannot be under {floor:.0f} s**: that
+is the floor, each kernel at the whole rate of the data sheet and no gap between two. At rates that public
+runs achieve they take {achieved:.1f} s. The rest is an assumption, and so is that {steps} steps suffice, as
+they did for record 80, whose schedule and techniques ours follows. The goal is under {goal:.0f} s.
 
-    seconds = FLOPs of all steps / (8 x {peak} TFLOP/s x utilization of one GPU x parallel efficiency)
-              x slowness of the host
+    seconds = sum over steps and kernels of (larger of bytes / rate and operations / rate, + gap) x the rest
 
-## Inputs
+{rates}
 
-{inputs}
+Measured by us: nothing yet; `python -m bench.gpu` compares. Attention counts the keys of documents of
+FineWeb's lengths (log-normal, median 403, mean 690 tokens; assumed).
 
-Measured by us: nothing yet; `python -m bench.gpu` will replace the utilization of one GPU. Counted from the
-code (`bench/floors.py`): {tokens:.1f} M tokens in {steps} steps, {work:.2f}e17 FLOPs of the model,
-{head:.1%} of them in the head; the optimizer's are not in it. Documents are drawn with FineWeb's lengths
-(log-normal, median 403, mean 690; assumed), so attention counts the keys that are there. A draw takes each
-input from a triangle over its range with the top at its central value.
+## The step of one rank
 
 {stages}
 
-## Checks of the formula
+{parts}
 
-Record 80 took {record:.1f} s on 8xH100 for {steps} steps of the same size (public). In our count of FLOPs
-that is {record_share:.1%} of the peak, against {our_share:.1%} in the central prediction: the difference is
-what the kernels that we lack are assumed to cost.
+## The ten costliest kernels
 
-The utilization is in units of bf16's peak and includes a head in FP8 at twice the rate. Without FP8 it
-would take up to {longer:.0%} longer: {without:.0f} s.
+What the run would gain if each were gone, at achieved rates. Kernels of the same operations are one row.
 
-The floors of all parts on one of 8 ranks add up to {floor_ms:.1f} ms per step, {floor_s:.0f} s in all, if
-nothing overlaps; the central prediction is {step_ms:.1f} ms per step. Elementwise is an estimate, of
-kernels that do not melt into products. The utilization and the efficiency include the optimizer and the
-communication already, as upstream's do.
+{gains}
 
-{floors}
-
-## Recipes and public times
+## Public times
 
 {recipes}
 
-The prediction of `--recipe=record89` takes the same rates, and 1285 steps for granted. The public record 89
-also has FP8 in the products of its MLP, 1.8 s of its time by its own records, which ours has not. The
-unmerged proposal has changed the training loss, the tables and the optimizer too:
-[docs/frontier.md](../docs/frontier.md).
+Record 80 trains on the same batches, documents and windows in as many steps, with kernels of its own. On one
+H100 upstream's code takes {upstream:,.0f} tokens a second (public logs of record 88); ours would take
+{alone:,.0f} at achieved rates, and {slower:,.0f} with the rest. The proposal has changed the training loss,
+the tables and the optimizer: [docs/frontier.md](../docs/frontier.md).
 
 ## What would have to be true for {goal:.0f} s
 
 {needed}
-
-Upstream's best merged code reaches 41.7 % on eight GPUs (public) and needs 1285 steps. At {steps} steps the
-floors leave hardly any room for {goal:.0f} s unless elementwise passes melt into the products around them.
-One GPU at our goal of 55 % and 1285 steps together would take {best:.0f} s; either alone is not enough.
 """
 
 
-def row_of(name: str, counted: dict, predicted: float, public: float) -> list:
-    """Return a row of the table of recipes. counted: see count()."""
-    tokens = f"{counted['tokens'] / 1e6:.1f}"
-    work = f"{counted['work'] / 1e17:.2f}"
-    return [name, counted["steps"], tokens, work, f"{predicted:.0f}", f"{public:.1f}"]
+def predicted(recipe: Recipe) -> float:
+    return REST * recipe.seconds(ACHIEVED)
+
+
+def stage_rows(recipe: Recipe) -> list[list]:
+    rows, first = [], 0
+    for n, found in zip(recipe.steps, recipe.launches):
+        times = [f"{step_ms(found, H100, rates):.1f}" for rates in (SHEET, ACHIEVED)]
+        rows.append([f"{first} to {first + n}", f"{recipe.cfg.at('batch_tokens', first):,}", *times])
+        first += n
+    return rows
+
+
+def part_rows(recipe: Recipe) -> list[list]:
+    """Return the parts of a step of the last stage but the extension, the costliest first."""
+    parts = by_part(recipe.launches[-2], H100)
+    rows = sorted(parts.items(), key=lambda row: -row[1]["ms"])
+    keys = "floor_ms", "ms", "gb", "launches"
+    return [[part, *(f"{row[key]:.1f}" for key in keys)] for part, row in rows if row["ms"] >= 0.05]
+
+
+def recipe_row(what: str, recipe: Recipe, public: float) -> list:
+    cfg = recipe.cfg
+    times = f"{recipe.seconds(SHEET):.1f}", f"{predicted(recipe):.0f}", f"{public:.1f}"
+    return [what, cfg.train_steps, f"{cfg.train_tokens / 1e6:.1f}", *times]
+
+
+def needed_row(name: str, recipe: Recipe) -> list:
+    n = recipe.cfg.train_steps
+    now = predicted(recipe)
+    return [name, n, f"{1000 * GOAL / n:.1f}", f"{1000 * now / n:.1f}", f"{1 - GOAL / now:.0%}"]
 
 
 def page() -> str:
-    c = count()
-    work, steps, efficiency = c["work"], c["steps"], INPUTS[2].central
-    fast = seconds(work, *(x.fast for x in INPUTS))
-    central = seconds(work, *(x.central for x in INPUTS))
-    slow = seconds(work, *(x.slow for x in INPUTS))
-    low, median, high = spread(work)
-    floor = {part: ms for part, ms in c["floors"].items() if ms > 0.05}
-    more = count("record89")
-    recipe = seconds(more["work"], 1285, INPUTS[1].central, efficiency, 1, planned=1285)
-    needed = {n: work * n / steps / PEAK / GOAL for n in (1480, 1400, 1285)}
+    base, more = Recipe("base"), Recipe("record89")
+    alone = Recipe("base", ranks=1).seconds(ACHIEVED)
+    step = ["floor, ms", "achieved rates, ms"]
+    recipes = [
+        recipe_row("track small, and record 80", base, RECORD),
+        recipe_row("--recipe=record89, and record 89 (merged)", more, MERGED),
+        ["pull request 360 (not merged)", "-", "-", "-", "-", f"{UNMERGED:.1f}"],
+    ]
     text = PAGE.lstrip("\n").format(
-        central=central, low=low, median=median, high=high, fast=fast, slow=slow, goal=GOAL, peak=H100.tflops,
-        tokens=c["tokens"] / 1e6, steps=steps, work=work / 1e17, head=c["head"], record=RECORD,
-        record_share=work / PEAK / RECORD, our_share=INPUTS[1].central * efficiency,
-        
-        longer=1 / (1 - c["head"] / 2) - 1, without=central / (1 - c["head"] / 2),
-        floor_ms=sum(floor.values()), floor_s=steps * sum(floor.values()) / 1000,
-        step_ms=1000 * central / steps, best=seconds(work, 1285, 0.55, efficiency, 1),
-        inputs=grid(Input._fields, [
-            [x.name, f"{x.fast:g}", f"{x.central:.4g}", f"{x.slow:g}", x.kind, x.source] for x in INPUTS]),
-        recipes=grid(["what", "steps", "tokens, M", "FLOPs, e17", "predicted, s", "public, s"], [
-            row_of("track small, and record 80", c, central, RECORD),
-            row_of("--recipe=record89, and record 89 (merged)", more, recipe, MERGED),
-            ["pull request 360 (not merged)", "-", "-", "-", "-", f"{UNMERGED:.1f}"]]),
-        stages=grid(["steps", "tokens per step", "MFLOP per token"], [
-            [f"{first} to {end}", f"{n:,}", f"{mflop:.1f}"] for first, end, n, mflop in c["stages"]]),
-        floors=grid(["part", "floor, ms per step and rank", "of the central step"], [
-            [part, f"{ms:.1f}", f"{ms * steps / central / 1000:.0%}"] for part, ms in floor.items()]),
-        needed=grid(["steps", "utilization of eight GPUs", "of one, at 94.6 % efficiency", "ms per step"], [
-            [n, f"{u:.1%}", f"{u / efficiency:.1%}", f"{1000 * GOAL / n:.1f}"] for n, u in needed.items()]))
+        steps=base.cfg.train_steps,
+        goal=GOAL,
+        floor=base.seconds(SHEET),
+        achieved=base.seconds(ACHIEVED),
+        central=predicted(base),
+        upstream=UPSTREAM,
+        alone=base.cfg.train_tokens / alone,
+        slower=base.cfg.train_tokens / alone / REST,
+        rates=grid(["rate", "taken", "source"], RATES),
+        stages=grid(["steps", "tokens per step", *step], stage_rows(base)),
+        parts=grid(["part, from step 960", *step, "GB", "launches"], part_rows(base)),
+        gains=grid(["s of the run", "part", "graph", "operations"],
+                   [[f"{s:.2f}", *names] for names, s in base.gains()]),
+        recipes=grid(["what", "steps", "tokens, M", "floor, s", "predicted, s", "public, s"], recipes),
+        needed=grid(["recipe", "steps", "ms per step needed", "predicted", "less by"],
+                    [needed_row("base", base), needed_row("record89", more)]),
+    )
     paragraphs = text.split("\n\n")
-    prose = [p for p in paragraphs if p[0] not in "#| "]
-    wrapped = {p: textwrap.fill(p, 118, break_on_hyphens=False) for p in prose}
-    return "\n\n".join(wrapped.get(p, p) for p in paragraphs).rstrip("\n") + "\n"
+    for i, paragraph in enumerate(paragraphs):
+        if paragraph[0] not in "#| ":
+            paragraphs[i] = textwrap.fill(paragraph, 118, break_on_hyphens=False)
+    return "\n\n".join(paragraphs).rstrip("\n") + "\n"
 
 
 def main(argv: list[str]) -> int:
@@ -193,7 +186,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     text = page()
     if args.page:
-        args.page.write_text(text, encoding="utf-8")
+        with written_whole(args.page, "w") as file:
+            file.write(text)
     print(text)
     return 0
 

@@ -1,5 +1,5 @@
-"""How fast a training step is, by stage and by part, beside the least it could take; and how much faster
-the loader is.
+"""How fast a training step is, by stage and by part, beside what bench.cross says that it could take; and how
+much faster the loader is.
 
     python -m bench.step [--track=small] [--field=value ...]          one process
     torchrun --standalone --nproc_per_node=8 -m bench.step            as many as the run would have
@@ -9,8 +9,9 @@ tables; with OUT=<folder> in the environment it also writes bench_step.json ther
 
 Parts are told apart by torch.profiler: ranges around their functions, and for a backward pass the ranges of
 the operations that it belongs to. A compiled model has no such ranges inside, so it is profiled twice:
-eagerly, and as it is, where its kernels go by their names (on a CPU all of it counts as elementwise).
-Floors are those of bench.floors.
+eagerly, and as it is, where its kernels go by their names (on a CPU all of it counts as elementwise). What
+each part could take is known where bench.cross has traced the same settings with as many ranks; for a GPU
+other than the traced one it is the time of the same kernels at the rates of its data sheet.
 """
 import contextlib
 import json
@@ -31,7 +32,9 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, record_function
 
 import train_gpt
-from bench import floors
+from bench.cross.costs import by_part
+from bench.cross.page import launches
+from bench.documents import document_lengths
 from bench.page import grid
 from data.errors import run_program
 from data.loader import Loader, find_shards
@@ -39,10 +42,13 @@ from data.shards import ShardError, write_shard
 from engine.kernels import Kernels
 from engine.ranks import Runtime
 from tools import plan
-from tools.gpus import Gpu
+from tools.gpus import Gpu, find_gpu
+from tools.traced import traced_run
 from train_gpt import Config, Run, parse_config
 
 STEPS = 10  # timed per stage, after two that are not
+PARTS = ("attention", "projections", "MLP", "head and loss", "tables", "elementwise", "gradient sums", "Muon",
+         "Adam", "masks", "data", "communication", "other", "idle")
 MARK = "part: "
 WALL = "all, wall clock"
 PRODUCTS = "all products"  # of a compiled model: projections, MLP and head, whose kernels look alike
@@ -63,7 +69,7 @@ def synthetic_shards(cfg: Config, folder: Path, tokens: int, ids_used: int = 2**
     for pattern, count in ((cfg.train_files, tokens), (cfg.val_files, cfg.val_tokens + 1)):
         ids = rng.integers(0, min(ids_used, cfg.vocab_size), count)
         ids[ids == cfg.bos_id] = 0
-        lengths = floors.document_lengths(rng, count // 100)
+        lengths = document_lengths(rng, count // 100)
         starts = np.cumsum(lengths) - lengths
         ids[starts[starts < count]] = cfg.bos_id
         path = folder / pattern.replace("*", "000000")
@@ -274,18 +280,19 @@ def profile(run: Run, step: int, eager: bool) -> dict[str, float]:
 # The tables
 
 
-def parts_of(run: Run, step: int, device: Gpu) -> list[dict]:
-    """Return a row for each part: what it takes at least, and what it took in an eager and in a compiled
+def expected(cfg: Config, kernels: Kernels, world: int, gpu: Gpu | None) -> list[dict[str, Counter]]:
+    """Return for each stage the costs by part that bench.cross found of such a run, if there is one."""
+    run = traced_run(cfg, world, kernels.fp8_head) if gpu and kernels.compiled else None
+    stages = [by_part(rows, gpu) for rows in launches(run)] if run else [{} for _ in cfg.stage_starts]
+    for parts in filter(None, stages):
+        products = [parts[name] for name in ("projections", "MLP", "head and loss")]
+        parts |= {PRODUCTS: sum(products, Counter()), WALL: sum(parts.values(), Counter())}
+    return stages
+
+
+def parts_of(run: Run, step: int, costs: dict[str, Counter]) -> list[dict]:
+    """Return a row for each part: what it could take, and what it took in an eager and in a compiled
     profile."""
-    docs = []
-    for batch in run.loader.next():
-        starts, T = batch.docs.starts.numpy(), len(batch.inputs)
-        docs.append(np.diff(starts[starts < T], append=T))
-    kernels = run.kernels
-    work = floors.count(run.cfg, kernels.dtype, docs, step, run.rt.world, kernels.fp8_head, run.rt.device)
-    floor = {part: w.floor_ms(device) for part, w in work.items() if any(w)}
-    products = sum(floor[part] for part in ("projections", "MLP", "head and loss"))
-    floor |= {WALL: sum(floor.values()), PRODUCTS: products}
     measured = {}
     for mode in ("eager", "compiled") if run.kernels.compiled else ("eager",):
         try:
@@ -293,13 +300,10 @@ def parts_of(run: Run, step: int, device: Gpu) -> list[dict]:
         except torch.OutOfMemoryError:  # it may fit compiled
             torch.cuda.empty_cache()
     rows = []
-    for part in (*floors.PARTS, "idle", *([PRODUCTS] if run.kernels.compiled else []), WALL):
-        w = work.get(part, floors.Work())
+    for part in (*PARTS, *([PRODUCTS] if run.kernels.compiled else []), WALL):
         ms = {mode: found.get(part, 0.0) for mode, found in measured.items()}
-        if part in floor or any(x > 0.005 for x in ms.values()):
-            gflop = (w.flops + w.fp8) / 1e9
-            mb = (w.bytes + w.link + w.host) / 1e6
-            rows.append(dict(part=part, gflop=gflop, mb=mb, floor_ms=floor.get(part), **ms))
+        if part in costs or any(x > 0.005 for x in ms.values()):
+            rows.append(dict(part=part, costs=costs.get(part), **ms))
     return rows
 
 
@@ -311,7 +315,8 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
     ready = time.perf_counter() - begin
     cuda = rt.device.type == "cuda"
     seconds = [time_stage(run, step) for step in cfg.stage_starts]
-    device, source = floors.find_device(rt.device, run.kernels.dtype, run.kernels.linear)
+    gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
+    costs = expected(cfg, run.kernels, rt.world, gpu)
     rows = []
     for stage, step in enumerate(cfg.stage_starts):
         tokens, median = cfg.at("batch_tokens", step), statistics.median(seconds[stage])
@@ -321,26 +326,26 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
             ms_max=1000 * max(seconds[stage]), tokens_per_s=tokens / median, tflops=flops / median / 1e12,
             loader_ratio=time_loader(cfg, step, rt) * median / tokens))
     peak_mib = torch.cuda.max_memory_allocated() // 2**20 if cuda else None
-    for row, step in zip(rows, cfg.stage_starts):
-        row["parts"] = parts_of(run, step, device)
+    for row, step, parts in zip(rows, cfg.stage_starts, costs):
+        row["parts"] = parts_of(run, step, parts)
     return dict(
         device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads a rank",
         world=rt.world, torch=torch.__version__, date=time.strftime("%Y-%m-%d"), track=cfg.track,
         attention=run.kernels.attention, fp8=run.kernels.fp8_head, compiled=run.kernels.compiled, data=data,
-        warm_up_s=ready, steps=STEPS, peak=device._asdict() | dict(source=source), rows=rows,
-        peak_mib=peak_mib, muon_flops=plan.muon_shares(cfg, rt.device))
+        warm_up_s=ready, steps=STEPS, tflops=gpu and gpu.tflops, rows=rows, peak_mib=peak_mib,
+        muon_flops=plan.muon_shares(cfg, rt.device))
 
 
 def report(result: dict) -> str:
     """Return what is printed: the stages, the parts, and Muon's share of both kinds of cost."""
-    peak, rows, mib = result["peak"], result["rows"], result["peak_mib"]
+    rows, mib = result["rows"], result["peak_mib"]
     memory = f", peak memory {mib:,} MiB" if mib else ""
     stages = []
     for r in rows:
-        share = r["tflops"] / peak["tflops"] / result["world"]
+        share = f"{r['tflops'] / result['tflops'] / result['world']:.0%}" if result["tflops"] else "-"
         ms = f"{r['ms']:.1f} ({r['ms_min']:.1f}-{r['ms_max']:.1f})"
         stages.append([r["stage"], f"{r['tokens']:,}", ms, f"{r['tokens_per_s']:,.0f}", f"{r['tflops']:.3g}",
-                       f"{share:.0%}", f"{r['loader_ratio']:.0f}x"])
+                       share, f"{r['loader_ratio']:.0f}x"])
     times = f"ms/step, median of {result['steps']} (min-max)"
     header = ["stage", "tokens/step", times, "tokens/s", "TFLOP/s", "of peak", "loader/trainer"]
     return "\n\n".join([
@@ -350,9 +355,8 @@ def report(result: dict) -> str:
         grid(header, stages),
         f"Muon's share of the FLOPs of a step: {result['muon_flops']}; of its time, by stage: "
         f"{muon_time(rows)}.",
-        f"Peak {peak['tflops']:.3g} TFLOP/s, memory {peak['tb_s']:.3g} TB/s ({peak['source']}). Parts: time "
-        "of rank 0's GPU, or of its CPU where there is none, under the profiler, which slows a step down; "
-        "Adam's is divided by adam_every. The floor of elementwise is an estimate, see bench/floors.py.",
+        "Parts: time of rank 0's GPU, or of its CPU where there is none, under the profiler, which slows a "
+        "step down; Adam's is divided by adam_every. Floor and achieved rates: bench/CROSS.md.",
         parts_table(result)]) + "\n"
 
 
@@ -372,14 +376,16 @@ def parts_table(result: dict) -> str:
         return f"{x:,.{digits}f}" if x else "-"
 
     modes = ["eager", "compiled"] if result["compiled"] else ["eager"]
-    header = ["stage", "part", "GFLOP", "MB", "floor ms"]
+    header = ["stage", "part", "GFLOP", "GB", "floor ms", "at achieved rates"]
     for mode in modes:
         header += [f"{mode}, ms", "share"]
     rows = []
     for r in result["rows"]:
         wall = r["parts"][-1]
         for p in r["parts"]:
-            cells = [r["stage"], p["part"], show(p["gflop"]), show(p["mb"], 1), show(p["floor_ms"])]
+            costs = p["costs"] or {}
+            cells = [r["stage"], p["part"], show(costs.get("gflop"), 0), show(costs.get("gb"), 1)]
+            cells += [show(costs.get("floor_ms")), show(costs.get("ms"))]
             for mode in modes:
                 cells += [show(p.get(mode)), f"{p[mode] / wall[mode]:.0%}" if p.get(mode) else "-"]
             rows.append(cells)

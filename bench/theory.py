@@ -22,13 +22,11 @@ This is the bound X / T + Y / sqrt(b) + Z of arXiv 2507.01598, with this problem
 orthogonalization. With decay, |W| <= 1 / decay in the spectral norm as soon as it holds once and lr decay
 <= 1.
 """
-import argparse
 import json
 import math
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,9 +34,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.page import grid, write_page
+from bench.page import grid, page_parser
 from bench.pictures import Theme
-from bench.plots import finish, two_plots, write_plots
+from bench.plots import finish, publish, two_plots
 from data.errors import UsageError, run_program
 from data.files import written_whole
 from muon import Muon
@@ -234,19 +232,16 @@ def draw(found: dict, theme: Theme, figure: Figure) -> None:
                       label=f"{label} by {name}" if axis is axes[1] else label)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_yticks((0.3, 1, 3, 10), ("0.3", "1", "3", "10"))
     finish(axes[0], theme, BATCHES)
     finish(axes[1], theme, RATES, legend=False)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.theory", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
-    parser.add_argument("out", type=Path, metavar="OUT.json", help="file of results")
+    parser = page_parser("bench.theory", __doc__, "OUT.json")
     parser.add_argument("--seed", type=int, default=0, help="of problem and noise")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate of the runs with decay")
     parser.add_argument("--decay", type=float, default=DECAY, help="their decay")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     options = parser.parse_args(argv)
     if options.verb == "run":
         torch.set_num_threads(1)
@@ -259,11 +254,8 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{options.out}: expected results of `python -m bench.theory run`, found none "
                          f"({error}); run it") from None
-    if options.page:
-        write_page(options.page, options.out.as_posix(), text)
-        write_plots("theory", "The bound of Muon and Muon itself", partial(draw, found))
-    else:
-        print(text, end="")
+    title = "The bound of Muon and Muon itself"
+    publish(options.page, options.out, text, "theory", title, partial(draw, found))
     return 0
 
 

@@ -60,14 +60,22 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def append(path: Path, row: dict) -> None:
+def append(path: Path, row: dict) -> dict:
+    """Add a line to a file of results. Return it: the row and the commit that made it."""
+    row = row | dict(commit=commit())
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row | dict(commit=commit())) + "\n")
+        file.write(json.dumps(row) + "\n")
+    return row
 
 
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def crossing(x: float, y: float, next_x: float, next_y: float, target: float) -> float:
+    """Return the x at which a line through two points, straight in the logarithm of x, is at the target."""
+    return x * (next_x / x) ** ((target - y) / (next_y - y))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -140,8 +140,8 @@ def correct_symmetric(kernel, device: torch.device, compile=plainly) -> tuple[ob
     dtype = iteration_dtype(device)
     X = torch.randn(2, 320, 640, generator=torch.Generator().manual_seed(0)).to(device)
     try:
-        ours = compile(orthogonalize)(X, dtype=dtype, form="standard", symmetric=product)
-        exact = orthogonalize(X, dtype=dtype, form="standard", symmetric=symmetric_product)
+        ours = compile(orthogonalize)(X, dtype=dtype, gram=False, symmetric=product)
+        exact = orthogonalize(X, dtype=dtype, gram=False, symmetric=symmetric_product)
         error = relative_error(ours, exact)
     except Exception as e:  # a kernel that imports is not yet one that works
         return symmetric_product, f"torch, as quack-kernels fails: {in_one_line(e)}"

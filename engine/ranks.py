@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import RunError, UsageError
+from engine import shared_memory
 
 # That a rank waits for the others in a collective; NCCL's own 10 minutes would end a run of several machines
 # of which some have compiled graphs of an earlier run and others compile them during the warm-up.
@@ -36,7 +37,8 @@ class Runtime:
             if self.device.type == "cuda":
                 dist.init_process_group("nccl", timeout=PATIENCE, device_id=self.device)
             else:
-                dist.init_process_group("gloo", timeout=PATIENCE)
+                backend = shared_memory.BACKEND if shared_memory.available() else "gloo"
+                dist.init_process_group(backend, timeout=PATIENCE)
 
     def facts(self) -> list[str]:
         """Return what the log says of several ranks."""
@@ -78,12 +80,15 @@ class Runtime:
 
 
 class Hosts:
-    """What ranks tell each other from host memory to host memory, over a gloo group of its own, so that a
-    thread beside the training can use it. All ranks do the same in the same order."""
+    """What ranks tell each other from host memory to host memory, over a group of its own, so that a thread
+    beside the training can use it. All ranks do the same in the same order."""
 
     def __init__(self, rank: int, world: int):
         self.rank, self.world = rank, world
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = None
+        if world > 1:
+            shared = dist.get_backend() == shared_memory.BACKEND
+            self.group = dist.new_group(backend=shared_memory.BACKEND if shared else "gloo")
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send the first sent[0] rows of x (n, width) to rank 0, the next ones to rank 1, and so on.

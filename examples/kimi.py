@@ -1,45 +1,44 @@
 """Kimi K2 in small: latent attention, a mixture of experts and MuonClip, on the bytes of Shakespeare.
 
-    python examples/kimi.py                               25 seconds on one CPU core
-    python examples/kimi.py --lr=0.04 --clip=off          attention logits explode
-    python examples/kimi.py --optimizer=adamw --lr=0.004
+    python examples/kimi.py                               half a minute on one CPU core
+    python examples/kimi.py --lr=0.04 --clip=0            without the clip attention logits explode
+    python examples/kimi.py --optimizer=adamw --lr=0.004 --clip=0
     torchrun --nproc_per_node=2 examples/kimi.py          FSDP2; each expert lies whole on one rank
 
 The model has the parts of arXiv 2507.20534: multi-head latent attention without QK-norm, one dense layer and
 two sparse ones, each with 8 experts, of which a token takes 2, and one more for all tokens. A bias of the
 choice keeps experts busy (arXiv 2408.15664), not a loss. Muon moves the hidden matrices, with decay and with
 updates of AdamW's size (arXiv 2502.16982), so that one learning rate serves it and AdamW, which moves the
-rest. After each step, heads whose logits went above --clip are scaled back.
+rest. Heads whose logits are above --clip are scaled back. One rank and two train to the same bits.
 
-A line tells, of the steps since the last one: mean loss, largest logit, heads that were clipped, busiest and
-idlest expert (1: a fair share of the tokens), and how often the loss has jumped so far. The logit is the
-log-sum-exp that attention computes anyway, at most ln T above the largest logit. bench/MUONCLIP.md has
-figures.
+A line tells the mean loss and the largest logit since the last line, the heads clipped, busiest and idlest
+expert (1: a fair share of the tokens), and how often the loss has jumped. A logit is the log-sum-exp that
+attention computes anyway, at most ln T above the largest. bench/MUONCLIP.md has figures.
 
 Legend: B sequences, T tokens of each, C width, H heads, E experts, L layers.
 """
-import argparse
 import math
-import os
 import statistics
 import sys
 import time
-from collections import deque
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # as a script, Python looks for modules in examples/ only
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-if __name__ == "__main__":  # as a script, Python looks for modules in examples/ only
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from data import shakespeare
-from data.errors import RunError, UsageError, run_program
+from data.errors import RunError
 from data.shards import open_shard
+from engine.endings import StopSignal, leave, report
+from engine.ranks import Runtime
+from engine.settings import POSITIVE, ZERO_OR_MORE, check_rules, one_of, parse_settings, require, setting
 from muon_extras.fsdp import FsdpMuon
 from muon_extras.qk_clip import LogitMeter, mla_qk_clip_
 from muon_extras.split_params import split_params
@@ -51,11 +50,25 @@ NOPE, ROPE, VALUE = 16, 8, 16   # channels of a head: content, position, value
 E, TOP = 8, 2
 DENSE_HIDDEN, EXPERT_HIDDEN = 256, 64
 BALANCE_RATE = 0.03             # a step of an expert's bias towards its fair share
+SEQUENCES = 16                  # of a micro-batch
 VAL_SEQUENCES = 1024
 PRINT_EVERY = 10
 
 
-# ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class KimiSettings:
+    optimizer: str = setting("muon", "of the hidden matrices", one_of("muon", "adamw"))
+    lr: float = setting(0.01, "the highest rate, of both optimizers", POSITIVE)
+    clip: float = setting(15.0, "tau, the largest logit; 0: no clip", ZERO_OR_MORE)
+    steps: int = setting(200, "optimizer steps", POSITIVE)
+    micro_batches: int = setting(2, f"of {SEQUENCES} x {T} tokens, in a step of all ranks", POSITIVE)
+    seed: int = setting(0, "of the first weights and of the batches", ZERO_OR_MORE)
+
+    def __post_init__(self):
+        check_rules(self)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -67,8 +80,10 @@ def rotary(x: Tensor) -> Tensor:
     """Turn pairs of channels of x (..., T, d) by angles that grow with the position."""
     half = x.size(-1) // 2
     angles = torch.arange(x.size(-2))[:, None] * 100 ** -(torch.arange(half) / half)
+    cos = angles.cos()
+    sin = angles.sin()
     a, b = x.chunk(2, -1)
-    return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Attention(nn.Module):
@@ -110,7 +125,8 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.zeros(number, C, hidden))
 
     def forward(self, x: Tensor, e: int = 0) -> Tensor:
-        return (F.silu(x @ self.gate[e].T) * (x @ self.up[e].T)) @ self.down[e].T
+        gate = F.silu(x @ self.gate[e].T)
+        return (gate * (x @ self.up[e].T)) @ self.down[e].T
 
 
 class Mixture(nn.Module):
@@ -122,7 +138,7 @@ class Mixture(nn.Module):
         self.shared = Experts(1, EXPERT_HIDDEN)
         self.routed = Experts(E, EXPERT_HIDDEN)
         self.register_buffer("bias", torch.zeros(E))  # moves the choice, not the weights of the mixture
-        self.register_buffer("load", torch.zeros(E))  # tokens since the last step
+        self.register_buffer("load", torch.zeros(E))  # tokens of the step
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(0, 1)
@@ -135,8 +151,16 @@ class Mixture(nn.Module):
         for e in range(E):
             token, place = (chosen == e).nonzero(as_tuple=True)
             y = y.index_add(0, token, weights[token, place, None] * self.routed(x[token], e))
-        self.load += chosen.flatten().bincount(minlength=E)
+        if torch.is_grad_enabled():
+            self.load += chosen.flatten().bincount(minlength=E)
         return y
+
+    def balance(self, rt: Runtime) -> Tensor:
+        """Make experts with less than a fair share of the tokens easier to choose. Return the shares (E,)."""
+        share = rt.sum(self.load) / self.load.mean()
+        self.bias += BALANCE_RATE * (1 - share).sign()
+        self.load.zero_()
+        return share
 
 
 class Block(nn.Module):
@@ -158,198 +182,124 @@ class Kimi(nn.Module):
         self.blocks = nn.ModuleList([Block(dense=layer == 0) for layer in range(L)])
         self.head = nn.Linear(C, VOCABULARY, bias=False)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """tokens: (B, T + 1). Return the mean loss, and the log-sum-exps of each layer (B, H, T)."""
+    def forward(self, tokens: Tensor, meter: LogitMeter) -> Tensor:
+        """Return the mean loss of tokens (B, T + 1), and let the meter see the logits."""
         x = norm(self.embedding(tokens[:, :-1]))
-        lses = []
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
             x, lse = block(x)
-            lses.append(lse.detach())
+            meter.add_lse(layer, lse)
         logits = self.head(norm(x))
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), lses
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The optimizer, and what follows each of its steps
+# ------------------------------------------------------------------------------------------------------------
+# Training
 
 
-def optimizers_of(model: Kimi, s: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Kimi, s: KimiSettings) -> list[torch.optim.Optimizer]:
     adamw = dict(lr=s.lr, betas=(0.9, 0.95), weight_decay=0.1)
     if s.optimizer == "adamw":
         return [torch.optim.AdamW(model.parameters(), **adamw)]
     hidden, rest = split_params(model, verbose=False)
     muon = FsdpMuon(hidden, lr=s.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw",
-                    ns_dtype=torch.float32, deterministic=s.exact)
+                    ns_dtype=torch.float32, deterministic=True)
     return [muon, torch.optim.AdamW(rest, **adamw)]
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: up over 10 steps, down to 0 over the last 30 %."""
-    return min(1, step / 10, (steps - step + 1) / (0.3 * steps))
-
-
-def clip(model: Kimi, s_max: Tensor, tau: float | None) -> Tensor:
-    """Scale heads with logits above tau. s_max: (L, H). Return which heads were scaled (L, H)."""
-    if tau is None:
-        return torch.zeros_like(s_max, dtype=torch.bool)
-    gammas = []
+def clip(model: Kimi, s_max: Tensor, tau: float) -> int:
+    """Scale heads with logits above tau, s_max (L, H), back. Return how many there were."""
+    clipped = 0
     for block, s in zip(model.blocks, s_max):
         attention = block.attention
-        gammas.append(mla_qk_clip_(attention.q_up.weight, attention.kv_up.weight, s, NOPE, ROPE, tau))
-    return torch.stack(gammas) < 1
+        gamma = mla_qk_clip_(attention.q_up.weight, attention.kv_up.weight, s, NOPE, ROPE, tau)
+        clipped += (gamma < 1).sum().item()
+    return clipped
 
 
-def balance(model: Kimi) -> Tensor:
-    """Make experts with less than a fair share of the tokens easier to choose. Return loads (L - 1, E)."""
-    mixtures = [block.mlp for block in model.blocks if isinstance(block.mlp, Mixture)]
-    load = torch.stack([mixture.load for mixture in mixtures])
-    if dist.is_initialized():
-        dist.all_reduce(load)
-    for mixture, tokens in zip(mixtures, load):
-        mixture.bias += BALANCE_RATE * (tokens.mean() - tokens).sign()
-        mixture.load.zero_()
-    return load
+def micro_batches(tokens: Tensor, starts: Tensor, rt: Runtime) -> list[Tensor]:
+    """Cut windows of T + 1 tokens at some positions. Return this rank's share, in micro-batches."""
+    windows = tokens[starts[:, None] + torch.arange(T + 1)].long()
+    return windows.split(SEQUENCES)[rt.rank::rt.world]
 
 
-class Watch:
-    """What has happened since the last line, and how often the loss has jumped so far: to 6 deviations above
-    the mean of the 32 steps before."""
-
-    def __init__(self):
-        self.recent = deque(maxlen=32)
-        self.spikes = 0
-        self.steps = []
-
-    def note(self, loss: float, s_max: Tensor, clipped: Tensor, load: Tensor) -> None:
-        if len(self.recent) == self.recent.maxlen:
-            limit = statistics.mean(self.recent) + 6 * statistics.stdev(self.recent)
-            self.spikes += loss > limit
-        self.recent.append(loss)
-        self.steps.append((loss, s_max.max().item(), clipped, load))
-
-    def line(self) -> str:
-        losses, logits, clipped, loads = zip(*self.steps)
-        self.steps = []
-        heads = torch.stack(clipped).any(0)
-        load = torch.stack(loads).sum(0)
-        share = load / load.mean(1, keepdim=True)
-        return (f"loss:{statistics.mean(losses):.4f} logit:{max(logits):.1f} "
-                f"clipped:{heads.sum()}/{heads.numel()} "
-                f"busiest:{share.max():.2f} idlest:{share.min():.2f} spikes:{self.spikes}")
+def mean_loss(model: Kimi, parts: list[Tensor], meter: LogitMeter, rt: Runtime) -> float:
+    """Return the mean loss of all ranks' micro-batches, and add to the gradients unless they are off."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        loss = model(part, meter) / len(parts)
+        if torch.is_grad_enabled():
+            loss.backward()
+        total += loss.detach()
+    return rt.sum(total).item() / rt.world
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Training
+def jumped(losses: list[float]) -> bool:
+    """Tell whether the last loss is 6 deviations above the mean of the 32 before it."""
+    *before, last = losses[-33:]
+    return len(before) == 32 and last > statistics.mean(before) + 6 * statistics.stdev(before)
 
 
-def windows(tokens: Tensor, starts: Tensor) -> Tensor:
-    """Return this rank's share of the windows of T + 1 tokens that begin at some positions."""
-    if dist.is_initialized():
-        starts = starts.view(dist.get_world_size(), -1)[dist.get_rank()]
-    return tokens[starts[:, None] + torch.arange(T + 1)].long()
-
-
-def mean_over_ranks(x: Tensor) -> float:
-    x = x.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x.item()
-
-
-def build(s: argparse.Namespace) -> Kimi:
+def train(s: KimiSettings, rt: Runtime, text: Tensor, val: Tensor) -> None:
     torch.manual_seed(s.seed)
-    model = Kimi().to(torch.float64 if s.exact else torch.float32)
-    if dist.is_initialized():
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    draws = torch.Generator().manual_seed(s.seed)
+    model = Kimi()
+    if rt.world > 1:
+        mesh = init_device_mesh("cpu", (rt.world,))
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh)
-    return model
-
-
-def train(s: argparse.Namespace) -> None:
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    speaks = not dist.is_initialized() or dist.get_rank() == 0
-    folder = shakespeare.ensure()
-    text, val = (torch.from_numpy(open_shard(folder / name).astype("int16"))
-                 for name in (shakespeare.TRAIN, shakespeare.VAL))
-    draws = torch.Generator().manual_seed(s.seed)
-    model = build(s)
-    optimizers = optimizers_of(model, s)
+    optimizers = make_optimizers(model, s)
     meter = LogitMeter(L, H)
-    watch = Watch()
-    if speaks:
-        named = {**vars(s), "clip": s.clip or "off", "ranks": ranks}
-        print(*(f"{name}={value}" for name, value in named.items()))
+    losses = []
+    logits = []
+    spikes = 0
 
     for step in range(1, s.steps + 1):
-        starts = torch.randint(len(text) - T, (s.sequences,), generator=draws)
-        loss, lses = model(windows(text, starts))
-        loss.backward()
-        for layer, lse in enumerate(lses):
-            meter.add_lse(layer, lse)
+        # The rate rises over 10 steps and falls to 0 over the last 30 %.
+        lr = s.lr * min(1, step / 10, (s.steps - step + 1) / (0.3 * s.steps))
+        starts = torch.randint(len(text) - T, (s.micro_batches * SEQUENCES,), generator=draws)
+        parts = micro_batches(text, starts, rt)
+        clipped = 0
+        if s.clip:
+            # Kimi K2 clips after a step, by the logits before it. At our high rate a step moves them by as
+            # much as a half, so we look at the batch that comes next: one more forward pass.
+            with torch.no_grad():
+                mean_loss(model, parts, meter, rt)
+            clipped = clip(model, meter.take(), s.clip)
+
+        losses.append(mean_loss(model, parts, meter, rt))
+        logits.append(meter.take().max().item())
+        if not math.isfinite(losses[-1]):
+            raise RunError(f"step {step}: expected a finite loss, found {losses[-1]}; lower --lr")
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = s.lr * rate_at(step, s.steps)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-        s_max = meter.take()
-        clipped = clip(model, s_max, s.clip)
+        share = torch.stack([block.mlp.balance(rt) for block in model.blocks[1:]])
 
-        mean_loss = mean_over_ranks(loss)
-        if not math.isfinite(mean_loss):
-            raise RunError(f"step {step}: expected a finite loss, found {mean_loss}; lower --lr")
-        watch.note(mean_loss, s_max, clipped, balance(model))
-        if speaks and (step % PRINT_EVERY == 0 or step == s.steps):
-            print(f"step:{step}/{s.steps} {watch.line()}", flush=True)
+        spikes += jumped(losses)
+        if step % PRINT_EVERY == 0 or step == s.steps:
+            rt.print0(f"step:{step}/{s.steps} loss:{statistics.mean(losses[-PRINT_EVERY:]):.4f} "
+                      f"logit:{max(logits[-PRINT_EVERY:]):.1f} clipped:{clipped}/{L * H} "
+                      f"busiest:{share.max():.2f} idlest:{share.min():.2f} spikes:{spikes}")
 
+    parts = micro_batches(val, torch.arange(VAL_SEQUENCES) * T, rt)
     with torch.no_grad():
-        starts = torch.arange(VAL_SEQUENCES // ranks * ranks) * T
-        val_loss = mean_over_ranks(model(windows(val, starts))[0])
-    if speaks:
-        print(f"val_loss:{val_loss:.5f} spikes:{watch.spikes} cpu_seconds:{time.process_time():.0f}")
+        val_loss = mean_loss(model, parts, meter, rt)
+    rt.print0(f"val_loss:{val_loss:.5f} spikes:{spikes} cpu_seconds:{time.process_time():.0f}")
 
 
-def threshold(text: str) -> float | None:
-    try:
-        return None if text == "off" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or off, found {text}") from None
-
-
-def parse(argv: list[str], ranks: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kimi.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--lr", type=float, default=0.01, help="the highest rate, of both optimizers")
-    parser.add_argument("--clip", type=threshold, default=15.0, metavar="TAU",
-                        help="the largest logit, or off")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--sequences", type=int, default=32, help=f"of {T} tokens, in a step of all ranks")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
-    parser.add_argument("--exact", action="store_true", help="so many digits that any number of ranks agrees")
-    s = parser.parse_args(argv)
-    for what, holds, found in (
-            ("--lr above 0", 0 < s.lr < math.inf, s.lr),
-            ("--clip above 0, or off", s.clip is None or 0 < s.clip < math.inf, s.clip),
-            ("--steps of 1 or more", s.steps >= 1, s.steps),
-            (f"--sequences to be shared by {ranks} ranks", s.sequences >= 1 and s.sequences % ranks == 0,
-             s.sequences)):
-        if not holds:
-            raise UsageError(f"expected {what}, found {found}; change the command")
-    return s
-
-
-def main(argv: list[str]) -> None:
-    settings = parse(argv, int(os.environ.get("WORLD_SIZE", 1)))
-    if not dist.is_torchelastic_launched():
-        return train(settings)
-    dist.init_process_group("gloo")
-    try:
-        train(settings)
-    finally:
-        dist.destroy_process_group()
+def main(argv: list[str], stop: StopSignal | None = None) -> None:
+    _, changes = parse_settings(KimiSettings, argv, __doc__, {})
+    s = KimiSettings(**changes)
+    rt = Runtime()
+    require(s, "micro_batches", f"a multiple of the {rt.world} ranks", s.micro_batches % rt.world == 0)
+    folder = rt.together(shakespeare.ensure)
+    text, val = (torch.from_numpy(open_shard(folder / name).astype("int16"))
+                 for name in (shakespeare.TRAIN, shakespeare.VAL))
+    rt.print0(*(f"{name}={value}" for name, value in asdict(s).items()), f"ranks={rt.world}")
+    train(s, rt, text, val)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:], "kimi.py"))
+    leave(report(main, sys.argv[1:], "kimi.py"))

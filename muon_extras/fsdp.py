@@ -30,12 +30,12 @@ from muon import (
     Muon,
     Stack,
     as_bank,
+    check_parameter,
     decay_and_step,
     largest,
-    local,
     refusal,
     state_kinds,
-    state_shapes,
+    units_of,
     step_master,
 )
 
@@ -46,41 +46,40 @@ class FsdpMuon(Muon):
     """Muon, with the same arguments, for parameters of which some or all are DTensors. Their state is
     DTensors too."""
 
-    def _check_kind(self, name: str, p: Tensor) -> None:
+    def _check_parameter(self, name: str, p: Tensor, group: dict) -> None:
         if self.replicate_state and isinstance(p, DTensor):
             remedy = "leave it out: its state is a DTensor"
             raise refusal("plain tensors for replicate_state", "a DTensor", remedy, name)
+        check_parameter(name, p, group)
 
-    def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object]:
+    def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object, tuple]:
         if not isinstance(p, DTensor):
             return super()._lane(p, group)
         mesh = p.device_mesh
+        everyone = tuple(mesh.get_all_groups())  # replicas compute alike as well
         kind = kind_of(p, group["flatten"])
         if kind is Gathered:
             if group["split_mantissa"]:
                 expected = "a parameter sharded along one mesh dimension for split_mantissa"
                 raise refusal(expected, p.placements, "turn that off for this group")
-            return Gathered, mesh.get_group(0)
+            return Gathered, mesh.get_group(0), everyone
         dim, = sharded_dims(p)
         ranks = mesh.get_group(dim)
         if mesh.get_coordinate()[dim] != dist.get_rank(ranks):
             raise refusal("a mesh with its ranks in order", mesh, "sort its ranks")
-        return kind, ranks
+        return kind, ranks, everyone
 
-    def _fill_buckets(self, kind: type[Bucket], process_group, members: list) -> None:
+    def _fill_buckets(self, kind: type[Bucket], process_group, members: dict[Tensor, dict],
+                      dtype: torch.dtype) -> None:
         if kind is Gathered:
-            first, _ = members[0]
+            first = next(iter(members))
             warnings.warn(f"Muon: {len(members)} parameters, the first placed as {first.placements}, are "
                           "gathered whole on every rank, which is slow; shard them along one mesh dimension")
-        super()._fill_buckets(kind, process_group, members)
-
-    def _who_must_agree(self, process_group, p: Tensor) -> list:
-        """Return all groups of a mesh, so that replicas agree as well."""
-        return p.device_mesh.get_all_groups() if isinstance(p, DTensor) else [process_group]
+        super()._fill_buckets(kind, process_group, members, dtype)
 
     def _adopt(self, name: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
         if not isinstance(p, DTensor):
-            return super()._adopt(name, value, dtype, p, group)
+            return super()._adopt(name, whole(value), dtype, p, group)
         mine = new_state(name, dtype, p, group)
         value = value.int() if dtype == torch.int16 else value  # no backend sends int16
         if not isinstance(value, DTensor):
@@ -95,6 +94,18 @@ class FsdpMuon(Muon):
             for p in group["params"]:
                 if isinstance(p, DTensor):
                     state_of(self, p, group)
+
+
+def local(x: Tensor) -> Tensor:
+    """Return what this rank holds of a DTensor; anything else as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return the full tensor of a DTensor, a collective; anything else as it is. No backend sends int16."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.int().full_tensor().short() if x.dtype == torch.int16 else x.full_tensor()
 
 
 def sharded_dims(p: DTensor) -> list[int]:
@@ -123,7 +134,7 @@ def new_state(name: str, dtype: torch.dtype, p: DTensor, group: dict) -> DTensor
     if name != "second_moment":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
     by_matrices = kind_of(p, group["flatten"]) is Whole
-    rows, numbers = state_shapes(p, group)[name]
+    rows, numbers = units_of(p, p.shape, group)[0].whole_shape(name)
     placements = p.placements if by_matrices else [Replicate()] * p.device_mesh.ndim
     mine = torch.zeros(p.to_local().size(0) if by_matrices else rows, numbers, device=p.device)
     shape = torch.Size((rows, numbers))
@@ -183,15 +194,21 @@ def chunk(size: int, parts: int, i: int) -> tuple[int, int]:
 class Whole(Bucket):
     """Every rank holds whole matrices or none: ordinary units of a world of one."""
     alone = True
-    part = staticmethod(local)
+
+    @staticmethod
+    def held_shape(p: DTensor) -> torch.Size:
+        return p.to_local().shape
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
-        found = state_of(self.optimizer, stack.unit.param, self.settings(stack))
-        return {name: stack.state_of(name, x.to_local()) for name, x in found.items()}
+        found = state_of(self.optimizer, stack.param, stack.group)
+        return {name: stack.of_state(name, x.to_local()) for name, x in found.items()}
 
     def gradient(self, stack: Stack) -> Tensor | None:
-        grad = local_gradient(stack.unit.param)
+        grad = local_gradient(stack.param)
         return None if grad is None else stack.of(grad).reshape(stack.shape)
+
+    def weights(self, stack: Stack) -> Tensor:
+        return stack.of(stack.param.to_local())
 
 
 class Exchanged(Bucket):
@@ -204,47 +221,49 @@ class Exchanged(Bucket):
         self.numels = {(stack, rank): self.numel(stack, rank)
                        for stacks in self.stacks for stack in stacks for rank in range(self.world_size)}
 
-    def merges(self, unit) -> bool:
-        blocks = self.optimizer._groups[unit.group]["split"] is not None  # shards cut them unlike
-        return super().merges(unit) and not blocks
+    def merges(self, unit: Stack) -> bool:
+        return super().merges(unit) and len(unit.blocks) == 1  # shards cut blocks unlike
 
     def axis(self, stack: Stack) -> int:
-        return shard_axis(stack.unit.param, stack.flatten)
+        return shard_axis(stack.param, stack.flatten)
 
     def cut(self, stack: Stack, rank: int) -> tuple[int, int]:
         """Return the rows or columns of a unit that lie on a rank: from, to."""
-        _, rows, columns, *inner = as_bank(stack.unit.param, stack.flatten).shape
+        _, rows, columns, *inner = stack.bank
         if self.axis(stack) == 1:
             begin, end = chunk(columns, self.world_size, rank)
             width = math.prod(inner)
             return begin * width, end * width
-        first = stack.unit.row
-        m = stack.unit.m
+        first = self.first_row(stack)
         begin, end = chunk(rows, self.world_size, rank)
-        return min(max(begin - first, 0), m), min(max(end - first, 0), m)
+        return min(max(begin - first, 0), stack.m), min(max(end - first, 0), stack.m)
+
+    def first_row(self, stack: Stack) -> int:
+        """Return the first row of a block; `cut` may have numbered those of a single matrix through."""
+        return sum(stack.blocks[:stack.number + (stack.indices[0] if stack.bank[0] == 1 else 0)])
 
     def numel(self, stack: Stack, rank: int) -> int:
         begin, end = self.cut(stack, rank)
-        other_side = stack.unit.m if self.axis(stack) else stack.unit.n
-        return stack.count * (end - begin) * other_side
+        other_side = stack.m if self.axis(stack) else stack.n
+        return len(stack.indices) * (end - begin) * other_side
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
         """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the
         parameter."""
-        row = stack.unit.row
-        count = stack.unit.m
-        if self.axis(stack) == 0:
-            begin, end = self.cut(stack, self.rank)
-            rows = as_bank(stack.unit.param, stack.flatten).size(1)
-            row += begin - chunk(rows, self.world_size, self.rank)[0]
-            count = end - begin
-        return stack.view(as_bank(x, stack.flatten), max(row, 0), count)
+        if self.axis(stack) == 1:
+            return stack.of(x)
+        matrices, rows, *_ = stack.bank
+        begin, end = self.cut(stack, self.rank)
+        first, _ = chunk(rows, self.world_size, self.rank)
+        row = max(self.first_row(stack) + begin - first, 0)
+        where = stack.indices if matrices > 1 else range(1)
+        return as_bank(x, stack.flatten)[where.start:where.stop:where.step, row:row + end - begin]
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
         views = {}
-        for name, x in state_of(self.optimizer, stack.unit.param, self.settings(stack)).items():
+        for name, x in state_of(self.optimizer, stack.param, stack.group).items():
             mine = x.to_local()
-            views[name] = stack.state_of(name, mine) if name == "second_moment" else self.piece(stack, mine)
+            views[name] = stack.of_state(name, mine) if name == "second_moment" else self.piece(stack, mine)
         return views
 
     def packet(self, owner: int, rank: int, back: bool) -> list[int]:
@@ -252,10 +271,10 @@ class Exchanged(Bucket):
         matrices, their flags and, on the way back, the bits of their V."""
         stacks = self.stacks[owner]
         sizes = [self.numels[stack, rank] for stack in stacks]
-        sizes += [stack.count for stack in stacks]
+        sizes += [len(stack.indices) for stack in stacks]
         for stack in stacks if back else ():
-            bits = stack.count * max(stack.shape[1:]) * 4 // self.wire.itemsize
-            sizes.append(bits if self.settings(stack)["normuon_beta2"] is not None else 0)
+            bits = len(stack.indices) * max(stack.shape[1:]) * 4 // self.wire.itemsize
+            sizes.append(bits if stack.group["normuon_beta2"] is not None else 0)
         return sizes
 
     def exchange(self, parts: list[Tensor], back: bool) -> Flight:
@@ -265,7 +284,7 @@ class Exchanged(Bucket):
         taken = [sum(self.packet(owner, self.rank, back)) for owner in ranks]
         if not back:
             given, taken = taken, given
-        nothing = self.new(0)  # a rank may own no unit of a bucket
+        nothing = torch.empty(0, dtype=self.wire, device=self.device)  # a rank may own no unit of a bucket
         send = torch.cat([nothing, *(part.reshape(-1).to(nothing.dtype) for part in parts)])
         received = send.new_empty(sum(taken))
         handle = _all_to_all(received, send, taken, given, group=self.group, async_op=True)
@@ -286,8 +305,8 @@ class Exchanged(Bucket):
 
     def as_piece(self, stack: Stack, x: Tensor) -> Tensor:
         if self.axis(stack):
-            return x.view(stack.count, stack.unit.m, -1)
-        return x.view(stack.count, -1, stack.unit.n)
+            return x.view(len(stack.indices), stack.m, -1)
+        return x.view(len(stack.indices), -1, stack.n)
 
     def start(self) -> None:
         if self.pending is not None:
@@ -297,22 +316,26 @@ class Exchanged(Bucket):
             alive = []
             for stack in stacks:
                 M = self.state(stack)["momentum_buffer"]
-                G = local_gradient(stack.unit.param)
+                G = local_gradient(stack.param)
                 if G is not None:
                     G = self.piece(stack, G).float()
-                parts.append(look_ahead(M, G, self.settings(stack)))
-                alive.append(signs_of_life(G, stack.count, self.device))
+                parts.append(look_ahead(M, G, stack.group))
+                alive.append(signs_of_life(G, len(stack.indices), self.device))
             parts += alive
         self.pending = self.exchange(parts, back=False)
 
-    def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
+    def receive(self) -> Tensor:
+        received = self.pending.wait()
+        self.pending = None
+        return received
+
+    def update(self, received: Tensor) -> dict[Stack, tuple[Tensor, Tensor]]:
         entries = []
-        for from_ranks in zip(*self.unpacked(self.received, back=False)):
+        for from_ranks in zip(*self.unpacked(received, back=False)):
             stacks, pieces, flags, _ = zip(*from_ranks)
             U = torch.cat(pieces, 1 + self.axis(stacks[0]))
             alive = sum(flag.float() for flag in flags)
             entries.append((stacks[0], *finite(U, alive)))
-        self.received = None
         results = self.orthogonalize(entries)
         return {stack: (self.normalized(stack, O, ok), ok) for stack, (O, ok) in results.items()}
 
@@ -320,7 +343,7 @@ class Exchanged(Bucket):
         stacks = self.stacks[self.rank]
         tail = [results[stack][1] for stack in stacks]
         for stack in stacks:
-            if self.settings(stack)["normuon_beta2"] is not None:
+            if stack.group["normuon_beta2"] is not None:
                 tail.append(self.state(stack)["second_moment"].reshape(-1).view(self.wire))
         parts = []
         for rank in range(self.world_size):
@@ -343,18 +366,18 @@ class Exchanged(Bucket):
 
     def apply_piece(self, stack: Stack, O: Tensor, ok: Tensor, V: Tensor) -> None:
         """Move my piece of the momentum and of the weights."""
-        p = stack.unit.param
+        p = stack.param
         state = self.state(stack)
-        rates = self.optimizer.rates(stack.unit)
+        rates = self.optimizer.rates(stack)
         W = self.piece(stack, local(p))
         M = state["momentum_buffer"]
         G = local_gradient(p)
         if G is not None:
             moves = ok.bool().view(-1, *[1] * (M.ndim - 1))
             G = torch.where(moves, self.piece(stack, G).float(), M)
-            M.lerp_(G, 1 - self.settings(stack)["momentum"])
+            M.lerp_(G, 1 - stack.group["momentum"])
         if "second_moment" in state:
-            state["second_moment"].copy_(V.clone().view(torch.float32).view(stack.count, -1))
+            state["second_moment"].copy_(V.clone().view(torch.float32).view(len(stack.indices), -1))
         O = O.reshape(W.shape)
         if "mantissa" in state:
             W.copy_(step_master(W, state["mantissa"], O, ok, *rates))
@@ -367,28 +390,28 @@ class Gathered(Bucket):
     parameter, computes everything, and keeps its part."""
     alone = True
 
-    def update(self) -> dict[Stack, tuple[Tensor, Tensor]]:
+    def receive(self) -> dict[Stack, Tensor]:
         self.whole = {}
         for stack in self.stacks[0]:
-            p = stack.unit.param
+            p = stack.param
             if p not in self.whole:
                 G = local_gradient(p)
                 if G is None:  # here: the matrix is skipped everywhere
                     G = torch.full_like(local(p), math.nan)
-                state = state_of(self.optimizer, p, self.settings(stack))
+                state = state_of(self.optimizer, p, stack.group)
                 kept = {"weights": p.full_tensor(), "gradient": like(p, G).full_tensor()}
                 self.whole[p] = kept | {name: x.full_tensor() for name, x in state.items()}
-        return super().update()
+        return super().receive()
 
     def gradient(self, stack: Stack) -> Tensor:
-        return stack.of(self.whole[stack.unit.param]["gradient"]).reshape(stack.shape)
+        return stack.of(self.whole[stack.param]["gradient"]).reshape(stack.shape)
 
     def weights(self, stack: Stack) -> Tensor:
-        return stack.of(self.whole[stack.unit.param]["weights"])
+        return stack.of(self.whole[stack.param]["weights"])
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
-        kept = self.whole[stack.unit.param]
-        return {name: stack.state_of(name, kept[name]) for name in state_kinds(self.settings(stack))}
+        kept = self.whole[stack.param]
+        return {name: stack.of_state(name, kept[name]) for name in state_kinds(stack.group)}
 
     def apply(self) -> Tensor:
         skipped = super().apply()

@@ -1,4 +1,4 @@
-"""What vendors say of their GPUs: the one table that memory plans, floors and predictions stand on."""
+"""What vendors say of their GPUs: the one table that memory plans and predictions stand on."""
 from typing import NamedTuple
 
 

@@ -3,7 +3,8 @@
     python -m tools.plan [--track=small] [--gpu="RTX 4090"] [--gpu_gib=24] [--field=value ...]
 
 Nothing runs on a GPU, and there need not be one. What stays in memory is counted from the shapes of the
-parameters; what a step needs besides is the formula in `step_bytes`. No GPU has confirmed either yet.
+parameters. What a compiled step needs besides was found by bench.cross in the graphs of track small, and is
+scaled to other settings by a formula. No GPU has confirmed either yet.
 """
 import functools
 import os
@@ -19,6 +20,7 @@ from engine.host_table import row_bytes
 from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of
 from muon import gram_pays, newton_schulz_flops
 from tools.gpus import GPUS, find_gpu
+from tools.traced import traced_runs
 from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, parse_config
 
 GIB = 2**30
@@ -95,28 +97,50 @@ def checkpoint_bytes(cfg: Config, dtype: torch.dtype) -> int:
 # What a step needs besides
 
 
-def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> tuple[int, int]:
-    """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence.
+def mixing_streams(cfg: Config) -> int:
+    """Return activations of width D of the mixing of heads: blocks of queries, keys and values; four times
+    softmaxes of twice the window, by head."""
+    return 8 + 8 * cfg.mix_window // cfg.head_dim if cfg.mix_window else 0
 
-    Kept are activations of width D: so many of each attention, of each MLP and of the model's ends, one or
-    two of each technique. It lies 4 to 12 % above what torch keeps. The worst moment is the head's, whose
-    logits exist in several formats at once: track small's compiled graph takes 4.16 GiB there, the formula
-    4.61.
+
+def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
+    """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence of a
+    model that is not compiled.
+
+    Kept are activations of width D: so many of each attention, of each MLP and of the model's ends, two of
+    each technique. The worst moment is the head's, whose logits exist in several formats at once.
     """
-    attention, mlp, ends, logit_bytes = (9, 3, 8, 12) if compiled else (13, 5, 12, 24)
     layers = cfg.num_layers - len(set(cfg.no_attn_layers))
     extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
-    streams = attention * layers + (mlp + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + ends
-    streams += 13 * cfg.mudd + bool(cfg.ngram_rows)
-    # Blocks of queries, keys and values; four times softmaxes of twice the window, by head.
-    if cfg.mix_window:
-        streams += 8 + 8 * cfg.mix_window // cfg.head_dim
-    worst = logit_bytes * min(tokens, HEAD_PIECE) * cfg.padded_vocab
+    streams = 13 * layers + (5 + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + 12
+    streams += 13 * cfg.mudd + bool(cfg.ngram_rows) + mixing_streams(cfg)
+    worst = 24 * min(tokens, HEAD_PIECE) * cfg.padded_vocab
     stream = tokens * cfg.model_dim * dtype.itemsize
     if cfg.recompute:  # the input of each layer stays, and of one layer at a time everything
         worst = max(worst, 2 * streams // cfg.num_layers * stream)
         streams = cfg.num_layers + len(cfg.value_embed_layers) + 12
     return streams * stream, worst
+
+
+def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> tuple[int, int]:
+    """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence.
+
+    Of a compiled model it is what bench.cross found in the graph that is most alike, scaled as the bytes of
+    eager models are.
+    """
+    mine = eager_step_bytes(cfg, dtype, tokens)
+    if not compiled:
+        return mine
+    like, run = min(traced_runs().values(), key=lambda traced: unlike(traced[0], cfg))
+    _, length, *found = min(run["passes"], key=lambda row: (abs(row[1] - tokens), -row[2]))
+    theirs = eager_step_bytes(like, torch.bfloat16, length)
+    kept, more = (size * n // m for size, n, m in zip(found, mine, theirs))
+    return kept, more
+
+
+def unlike(settings: Config, cfg: Config) -> tuple[bool, bool]:
+    """Return what weighs most in how alike two models are in memory; the smallest is the most alike."""
+    return settings.recompute != cfg.recompute, settings.mudd != cfg.mudd
 
 
 def ngram_bytes(cfg: Config, dtype: torch.dtype, world: int) -> int:
@@ -130,19 +154,25 @@ def validation_bytes(cfg: Config, dtype: torch.dtype) -> int:
     """Return the bytes of a validation sequence at its worst moment: it is run eagerly, and keeps nothing."""
     stream = cfg.val_slice * cfg.model_dim * dtype.itemsize
     logits = 12 * min(cfg.val_slice, HEAD_PIECE) * cfg.padded_vocab
-    return 10 * stream + max((len(cfg.value_embed_layers) + 2 * cfg.mlp_ratio) * stream, logits)
+    widest = (len(cfg.value_embed_layers) + 2 * cfg.mlp_ratio) * stream
+    return (10 + mixing_streams(cfg)) * stream + max(widest, logits)
 
 
 def needs(cfg: Config, dtype: torch.dtype, compiled: bool, world: int) -> dict[str, int]:
-    """Return the bytes of a run on the fullest rank by kind, and those of its two fullest moments."""
+    """Return the bytes of a run on the fullest rank by kind, and those of its two fullest moments: a pass of
+    the fullest stage in the warm-up, and a validation."""
     found = static_bytes(cfg, dtype, world)
-    found["copy of the weights in warm-up"] = found["weights"]
     if cfg.ngram_rows:
         found["rows and gradients of n-grams"] = ngram_bytes(cfg, dtype, world)
-    still = sum(found.values())
-    tokens = max(cfg.batch_tokens) // max(cfg.slices, world)
-    found["kept for backward"], found["more at the worst moment"] = step_bytes(cfg, dtype, compiled, tokens)
-    found["needed: training"] = sum(found.values())
+    travelling = found["gathers and reductions"]  # there between two passes only
+    still = sum(found.values()) - travelling
+    copied = found["copy of the weights in warm-up"] = found["weights"]
+    sequences = max(cfg.slices, world)
+    passes = [step_bytes(cfg, dtype, compiled, tokens // sequences) for tokens in cfg.batch_tokens]
+    kept, more = max(passes, key=sum)
+    found["kept for backward"] = kept
+    found["more at the worst moment"] = more
+    found["needed: training"] = still + copied + max(kept + more, travelling)
     found["needed: validation"] = still + validation_bytes(cfg, dtype)
     return found
 
@@ -182,7 +212,7 @@ def training_flops(cfg: Config) -> int:
 def muon_flops(cfg: Config, device: torch.device) -> int:
     """Return the FLOPs of one Muon step: Newton-Schulz of all matrices."""
     dtype = choose_ns_dtype(cfg, device)
-    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, "auto", dtype, device), dtype)
+    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, dtype, device), dtype)
                for m, n in muon_matrices(cfg))
 
 
@@ -241,7 +271,11 @@ def show(cfg: Config, name: str, gib: float, tflops: float | None) -> None:
           f"{'torch.compile' if compiled else 'eager'}; not yet checked against a GPU\n")
     for key in columns[0]:
         print(f"{key:36}" + "".join(f"{cells.get(key, ''):>10}" for cells in columns))
+    source = "is counted by a formula"
+    if compiled:
+        source = "was traced for track small (bench/CROSS.md) and is scaled to other settings"
     print(f"""
+What a step needs besides {source}.
 tokens: {cfg.train_tokens:,} in training, {cfg.val_tokens:,} in each validation; data: {data_size(cfg)}
 a checkpoint: {checkpoint_bytes(cfg, dtype) / 1e9:.2f} GB
 Muon's share of the FLOPs of a step: {muon_shares(cfg, device)}

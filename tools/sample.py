@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 import sys
 
+from train_gpt import GPT, Config  # first: it sets what OpenMP must know before torch is imported
+
 import torch
 
 from data.encoding import encoding_for
@@ -17,7 +19,6 @@ from engine.checkpoint import read_checkpoint
 from engine.host_table import HostTable
 from engine.kernels import Kernels
 from engine.sampling import next_log_probs, sample_text
-from train_gpt import GPT, Config
 
 
 def load(path: str, device: torch.device) -> tuple[GPT, int]:

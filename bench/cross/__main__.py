@@ -1,15 +1,13 @@
 """The GPU path without a GPU: a whole schedule of the trainer at full size, traced, compiled and costed for a
 GPU that is not there.
 
-    python -m bench.cross [--gpu=H100] [--ranks=8] [--parts trace costs code] [--out=DIR] [--field=value ...]
+    python -m bench.cross [--gpu=H100] [--ranks=8] [--parts trace costs code] [--out=PATH] [--field=value ...]
 
 trace  a short run through every stage on tensors without memory: the graphs that it makes, and when; the
-lines at
-       which the host would wait for the device; memory in use, by stage
+       lines at which the host would wait for the device; memory in use, by stage
 costs  what inductor makes of the graphs: the least time of a step by part, from the bytes and operations of
-its
-       kernels; memory with what the graphs need inside
-code   the machine code of those kernels: registers, shared memory, spills
+       its kernels; memory with what the graphs need inside
+code   the machine code of the last stage's kernels and the optimizers': registers, shared memory, spills
 
 One rank is traced; others are pretended too. Needs Triton (bench/cross/requirements.txt) and g++, and touches
 no driver. Exit code 1 if something is compiled while the clock runs, or a step waits for the device where it
@@ -29,12 +27,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from bench.cross import device
-from bench.page import grid
+from bench.cross.page import page, write
 from data.errors import UsageError, run_program
 from tools.gpus import find_gpu
 
-# Several steps of every stage; checkpoints before and after embedding and head part.
-SHORT = dict(train_steps=22, extension_steps=4, val_every=11, save_every=10, max_epochs=1000)
 SHORT_DOCUMENT = 100  # tokens
 AROUND = "warm-up", "validation", "saving", "loading"  # the clock stands still
 ALLOWED = "synchronize", "read_stats"  # waits for a step that ended two steps ago
@@ -52,7 +48,7 @@ def parse(argv: list[str]):
     parser.add_argument("--parts", nargs="+", choices=("trace", "costs", "code"), default=["trace"])
     parser.add_argument("--backend", default="varlen", help="attention that a self-test is assumed to choose")
     parser.add_argument("--fp8", choices=("on", "off"), help="head in FP8; on where the GPU has it")
-    parser.add_argument("--out", type=Path, help="folder for cross.json and cross.md")
+    parser.add_argument("--out", type=Path, help="writes PATH.json, the figures, and PATH.md, their page")
     return parser.parse_known_args(argv)
 
 
@@ -91,68 +87,27 @@ def warm_up_seconds(trace) -> dict[str, float]:
     return dict(found.most_common())
 
 
-def memory_of_passes(trace) -> list[tuple[int, int]]:
-    """Return (bytes kept for the backward pass, bytes more at the worst moment of both passes) of each graph
-    of the model, in the order of Config.graph_starts."""
+def memory_of_passes(trace, cfg) -> list[tuple[int, ...]]:
+    """Return (first step, tokens of a sequence, bytes kept for the backward pass, bytes more at the worst
+    moment of both passes) of each graph of the model."""
     graphs = [graph for graph in trace.graphs if graph.name == "GPT" and graph.phase == "warm-up"]
     found = []
-    for forward, backward in zip(graphs[::2], graphs[1::2]):
+    for step, forward, backward in zip(cfg.graph_starts, graphs[::2], graphs[1::2]):
         kept = forward.kept_bytes
-        found.append((kept, max(forward.extra_bytes - kept, backward.extra_bytes, 0)))
+        more = max(forward.extra_bytes - kept, backward.extra_bytes, 0)
+        found.append((step, cfg.at("batch_tokens", step) // cfg.slices, kept, more))
     return found
 
 
-def page(result: dict) -> str:
-    """Return the result in Markdown."""
-    seen = result["seen"]
-    keys = "ranks", "attention", "fp8", "torch", "triton", "flags"
-    about = ", ".join(f"{key} {result[key]}" for key in keys)
-    out = [f"# A run on {result['gpu']}, as far as it can be known without one\n\n{about}"]
-    graphs = seen["graphs"].items()
-    rows = [
-        [phase, sum(found.values()), ", ".join(f"{n} {name}" for name, n in found.items())]
-        for phase, found in graphs
-    ]
-    out.append(grid(["graphs made", "number", "of"], rows))
-    kinds = [run + moves for run in ("", "resumed: ") for moves in ("with Adam", "without Adam")]
-    rows = [[stage, *(found[kind] for kind in kinds)] for stage, found in seen["steps"].items()]
-    out.append(grid(["steps of stage", *kinds], rows))
-    resumed = ", ".join(map(str, seen["saved"])) or "none"
-    out.append(f"Resumed from steps {resumed}. {seen['crowded']} sequences had more documents than entries "
-               "for them.")
-    rows = [[when, where, n] for when, found in seen["waits"].items() for where, n in found.items()]
-    out.append(grid(["the host waits", "for", "times"], rows))
-    rows = [[phase, f"{size:.2f}", where] for phase, (size, where) in seen["peak_gib"].items()]
-    out.append(grid(["fullest moment", "GiB", "at"], rows))
-    rows = [[start, *(f"{size / 2**30:.2f}" for size in sizes)] for start, sizes in result.get("passes", ())]
-    if rows:
-        seconds = [[what, f"{s:.1f}"] for what, s in result["warm_up_s"].items()]
-        out.append(grid(["warm-up, on one core of this machine", "CPU seconds"], seconds))
-        out.append(grid(["model from step", "GiB kept for backward", "GiB more at the worst moment"], rows))
-    for stage, (parts, top) in enumerate(result.get("costs", ())):
-        keys = "floor_ms", "ms", "gb", "launches"
-        sums = {key: sum(row[key] for row in parts.values()) for key in keys}
-        rows = [[part, *(f"{row[key]:.2f}" for key in keys)] for part, row in [*parts.items(), ("all", sums)]]
-        header = ["part", "floor ms, data sheet", "ms, achieved rates", "GB", "launches"]
-        out.append(f"## Stage {stage}: the least time of a step\n\n" + grid(header, rows))
-        rows = [[f"{ms:.2f}", f"{times:g}", *names] for ms, times, *names in top]
-        out.append(grid(["ms", "times", "part", "graph", "kernel of"], rows))
-    if code := result.get("code"):
-        rows, failed = code["rows"], code["failed"]
-        spilling = [row for row in rows if row["stack"]]
-        most = {key: max(row[key] for row in rows) for key in ("registers", "shared")}
-        out.append(
-            f"## Machine code\n\n{code['kernels']} kernels in {len(rows)} forms, of which inductor "
-            f"takes the fastest; {len(failed)} kernels fail, {len(spilling)} forms spill; at most "
-            f"{most['registers']} registers a thread and {most['shared']} bytes of shared memory a "
-            "block"
-        )
-        bad = Counter((row["name"].rstrip("0123456789_"), row["why"]) for row in failed)
-        for row in spilling:
-            bad[row["name"].rstrip("0123456789_"), f"{row['stack']} bytes of stack: {row['choice']}"] += 1
-        rows = [[name[:60], what, times] for (name, what), times in bad.items()]
-        out.append(grid(["kernel", "what", "times"], rows))
-    return "\n\n".join(out) + "\n"
+def summary(rows: list[dict], failed: list[dict], kernels: int) -> dict:
+    """Return what the page says of the machine code. rows: a form each."""
+    spilling = [row for row in rows if row["stack"]]
+    bad = Counter((row["name"].rstrip("0123456789_")[:60], row["why"]) for row in failed)
+    for row in spilling:
+        bad[row["name"].rstrip("0123456789_")[:60], f"{row['stack']} bytes of stack: {row['choice']}"] += 1
+    most = {key: max(row[key] for row in rows) for key in ("registers", "shared", "stack")}
+    return dict(kernels=kernels, forms=len(rows), failed=len(failed), spilling=len(spilling), **most,
+                bad=[[*names, times] for names, times in bad.items()])
 
 
 def write_shards(cfg, folder: Path) -> None:
@@ -178,18 +133,16 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
     import torch
     import triton
 
-    from bench.cross import costs, kernels
+    from bench.cross import kernels, launches
+    from bench.cross.short import short_run
     from bench.cross.trace import Trace, whole_schedule
-    from train_gpt import Config, parse_config
 
     trace = Trace()
     waits.append(trace.wait)
     compiler = kernels.Compiler(chip, gpu)
     if args.parts != ["trace"]:
         trace.compiled = compiler
-    changes = SHORT | dict(track="small") | parse_config(flags)[1]
-    val_slice = Config.for_track(changes["track"]).val_slice
-    cfg = Config.for_track(changes.pop("track"), **dict(val_tokens=2 * val_slice) | changes)
+    cfg = short_run(flags)
     fp8 = args.fp8 == "on" if args.fp8 else gpu.fp8_tflops > gpu.tflops
     with tempfile.TemporaryDirectory() as folder:
         write_shards(cfg, Path(folder))
@@ -204,19 +157,19 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
         triton=triton.__version__,
         flags=" ".join(flags),
         config=dataclasses.asdict(cfg),
-        seen=seen(trace, cfg),
+        **seen(trace, cfg),
     )
     if "costs" in args.parts:
         stages = range(len(cfg.stage_starts))
-        launches = [costs.stage_launches(trace, cfg, stage, args.ranks) for stage in stages]
-        result["launches"] = launches
         result["warm_up_s"] = warm_up_seconds(trace)
-        result["passes"] = list(zip(cfg.graph_starts, memory_of_passes(trace)))
-        result["costs"] = [(costs.by_part(rows, gpu), costs.costliest(rows, gpu)) for rows in launches]
+        result["passes"] = memory_of_passes(trace, cfg)
+        result["launches"] = [launches.stage_launches(trace, cfg, stage, args.ranks) for stage in stages]
     if "code" in args.parts:
-        rows, failed = kernels.all_machine_code(compiler)
-        result["code"] = dict(kernels=len(compiler.sources), rows=rows, failed=failed)
-    return result
+        last = [graph for graph in trace.graphs if graph.name == "GPT" and graph.phase == "warm-up"][-2:]
+        sources = compiler.sources_of(lambda graph: graph.name != "GPT" or graph in last)
+        rows, failed = kernels.all_machine_code(compiler, sources)
+        result["code"] = summary(rows, failed, len(sources))
+    return json.loads(json.dumps(result))  # as it will be read: plain lists and names
 
 
 def main(argv: list[str]) -> int:
@@ -230,10 +183,8 @@ def main(argv: list[str]) -> int:
     print(page(result))
     print(f"after {time.monotonic() - began:.0f} s")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "cross.json").write_text(json.dumps(result) + "\n")
-        (args.out / "cross.md").write_text(page(result), encoding="utf-8")
-    return 1 if result["seen"]["graphs"]["inside the clock"] or result["seen"]["waits"]["in steps"] else 0
+        write(result, args.out)
+    return 1 if result["graphs"]["inside the clock"] or result["waits"]["in steps"] else 0
 
 
 if __name__ == "__main__":

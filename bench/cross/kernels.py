@@ -84,11 +84,13 @@ class Compiler:
 
     def __init__(self, chip: Chip, gpu: Gpu):
         self.chip, self.gpu = chip, gpu
-        self.sources = {}  # digest -> (name, source)
+        self.sources = {}  # digest -> (name, source, the last graph that it is of)
+        self.graph = None
         driver.set_active(Driver(chip))
 
     def __call__(self, graph: Graph) -> None:
         """Give the graph its kernels and its extra_bytes."""
+        self.graph = graph
         copied = torch.fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
         copied.meta = graph.gm.meta
         generate = GraphLowering.codegen
@@ -109,8 +111,12 @@ class Compiler:
 
     def keep(self, name: str, source: str, device_str: str = "cuda"):
         digest = hashlib.sha256(source.encode()).hexdigest()
-        self.sources.setdefault(digest, (name, source))
+        self.sources[digest] = name, source, self.graph
         return SimpleNamespace(run=None, name=name)
+
+    def sources_of(self, chosen) -> list[tuple[str, str]]:
+        """Return (name, source) of the kernels of graphs that are chosen."""
+        return [(name, source) for name, source, graph in self.sources.values() if chosen(graph)]
 
 
 @contextlib.contextmanager
@@ -154,8 +160,8 @@ def kernel_of(node) -> Kernel | None:
         flops = node.estimate_flops() or 0
     except Exception:  # it knows no formula for some operations
         flops = 0
-    names = sorted({origin.name for origin in origins if origin.op == "call_function"})
-    return Kernel(kind, part, " ".join(names)[:100], moved, flops, "scaled_mm" in kind)
+    names = {re.sub(r"_\d+$", "", origin.name) for origin in origins if origin.op == "call_function"}
+    return Kernel(kind, part, " ".join(sorted(names))[:80], moved, flops, "scaled_mm" in kind)
 
 
 def size_of(buffer) -> int:
@@ -235,10 +241,10 @@ def machine_code(source: str, name: str) -> list[dict]:
     return rows
 
 
-def all_machine_code(compiler: Compiler) -> tuple[list[dict], list[dict]]:
-    """Return the rows of all kernels, and those that cannot be compiled, each with the reason."""
+def all_machine_code(compiler: Compiler, sources: list[tuple]) -> tuple[list[dict], list[dict]]:
+    """Return the rows of these kernels, and those that cannot be compiled, each with the reason."""
     rows, failed = [], []
-    for name, source in compiler.sources.values():
+    for name, source in sources:
         try:
             with without_device(compiler.gpu):
                 rows += machine_code(source, name)

@@ -61,6 +61,13 @@ def eager_part() -> str:
     return next(filter(None, parts), "other")
 
 
+def sent_bytes(name: str, tensors: list[torch.Tensor], ranks: int) -> float:
+    """Return the bytes that each rank of a ring sends in a collective. tensors: all that it takes, of which
+    the largest is the whole."""
+    rounds = 2 if "allreduce" in name else 1  # a sum to the owners, and its way back
+    return rounds * max(x.nbytes for x in tensors) * (ranks - 1) / ranks
+
+
 def storage_of(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
@@ -133,7 +140,7 @@ class Trace:
         self.graphs = []
         self.calls = Counter()  # (phase, number of the graph) -> calls
         self.waits = Counter()  # (phase, what, place) -> times
-        self.eager = defaultdict(Counter)  # (phase, part, operation) -> n, bytes, flops
+        self.eager = defaultdict(Counter)  # (phase, part, operation) -> n, bytes, flops, sent
         self.peaks = {}  # phase -> (bytes in use, at which place)
         self.compiled = lambda graph: None  # called with each new graph
         self.saved = []  # steps of checkpoints
@@ -187,6 +194,8 @@ class Trace:
             return
         row = self.eager[self.phase, eager_part(), func.name()]
         row["n"] += 1
+        if func.namespace == "c10d":
+            row["sent"] += sent_bytes(func.name(), inputs, dist.get_world_size())
         row["bytes"] += sum(x.numel() * x.itemsize for x in {id(x): x for x in (*inputs, *outputs)}.values())
         if func.overloadpacket in flop_registry:
             row["flops"] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)

@@ -10,13 +10,12 @@ OUT is a folder. It gets trials.jsonl, with a line for every training, and the l
 folder for each winner; whatever was interrupted goes on from there. A training that diverges is a result. The
 search must stay what it was when OUT was begun.
 """
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
 
-from bench.page import write_page
-from bench.plots import write_plots
+from bench.page import page_parser
+from bench.plots import publish
 from bench.tune import page, training
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS, read_search
@@ -30,23 +29,16 @@ def show(results: Results, options) -> None:
     if not all(results.losses(optimizer, results.search.rungs[0]) for optimizer in OPTIMIZERS):
         raise UsageError(f"{results.path}: expected trials of both optimizers, found too few; see "
                          "`python -m bench.tune run`")
-    if not options.page:
-        print(page.tables(results), end="")
-        return
-    write_page(options.page, options.out.as_posix(), page.tables(results))
-    write_plots("tune", "Muon and AdamW with equal tuning", partial(page.draw, results))
+    title = "Muon and AdamW with equal tuning"
+    publish(options.page, options.out, page.tables(results), "tune", title, partial(page.draw, results))
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.tune", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "final", "reuse", "table"))
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of results, read and added to")
+    parser = page_parser("bench.tune", __doc__, "OUT", ("run", "final", "reuse", "table"))
     parser.add_argument("--search", type=Path, default=SEARCH_FILE, metavar="FILE",
                         help="what is searched (default: bench/tune/search.json)")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
     parser.add_argument("--seeds", type=int, default=5, help="final, reuse: fresh seeds of each")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     options = parser.parse_args(argv)
     if options.verb != "table":
         options.out.mkdir(parents=True, exist_ok=True)

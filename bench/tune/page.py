@@ -9,6 +9,8 @@ import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench import trials
+from bench.page import OPTIMIZER_NAMES as NAMES
 from bench.page import grid
 from bench.pictures import Theme
 from bench.plots import finish, two_plots
@@ -20,7 +22,6 @@ from records import compare
 
 WORST = math.log(TRACK.vocab_size)  # loss of a guess, which stands for that of a diverged trial in means
 DRAWS = 2000  # of a bootstrap
-NAMES = {"muon": "Muon", "adamw": "AdamW"}
 
 # ------------------------------------------------------------------------------------------------------------
 # Arithmetic
@@ -69,8 +70,9 @@ def steps_ratio(target: float, steps: tuple[int, int], losses: tuple[float, floa
         return 0.0
     if target < long:
         return math.inf
-    part = (short - target) / (short - long) if short > long else 1.0
-    return (steps[1] / steps[0]) ** part
+    if short <= long:
+        return steps[1] / steps[0]
+    return trials.crossing(1, short, steps[1] / steps[0], long, target)
 
 
 def ratio_interval(results: Results, fixed: str, moving: str,

@@ -9,7 +9,7 @@ from bench import pictures, trials
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS
 from data.errors import RunError
-from data.files import ROOT
+from data.files import ROOT, data_root
 from tools.children import ending, run_limited
 from train_gpt import Run
 
@@ -72,12 +72,13 @@ def run_final(results: Results, options) -> None:
 
 def train_with_log(settings: list[str], seed: int, steps: int, folder: Path) -> tuple[float, float]:
     """Run train_gpt.py alone, move its log into the folder, return final loss and training seconds."""
-    with tempfile.TemporaryDirectory() as logs:
-        command = [sys.executable, "train_gpt.py", "--track=shakespeare", *settings, f"--seed={seed}",
-                   f"--val_every={steps}", "--sample_tokens=0", f"--log_dir={logs}"]
+    with tempfile.TemporaryDirectory() as place:  # there, so that the log's settings name no folder of ours
+        command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=shakespeare", *settings,
+                   f"--seed={seed}", f"--val_every={steps}", "--sample_tokens=0"]
         limit = 600 + STEP_SECONDS * steps
-        child = run_limited(command, limit, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        written = list(Path(logs).glob("*.txt"))
+        env = os.environ | {"OMP_NUM_THREADS": "1", "DATA_PATH": str(data_root().resolve())}
+        child = run_limited(command, limit, cwd=place, env=env)
+        written = list(Path(place).glob("logs/*.txt"))
         if child.returncode or not written:
             raise RunError(f"a fresh seed of a winner {ending(child, limit)}; run the same command again")
         facts = pictures.own_run(written[0])

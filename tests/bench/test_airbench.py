@@ -129,7 +129,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, message", [
     (lambda text: text.replace('"target": 0.9', '"target": 0.91'), "other values of target"),
     (lambda text: text.partition("\n")[2], "expected a plan in the first line"),
-    (lambda text: text + "{half", "expected a plan"), (lambda text: "", "expected a plan")])
+    (lambda text: text + "{half", "expected a result as JSON"), (lambda text: "", "expected a plan")])
 def test_a_file_of_another_plan_or_none_is_refused(written, change, message):
     written.write_text(change(written.read_text()))
     with pytest.raises(UsageError, match="expected .*found .*; ") as error:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import batch, trials
-from bench.batch import BETA, Average, Cell, Training
+from bench.batch import BETA, Average, Cell, job_of
 from data.errors import RunError, run_program
 from data.files import ROOT
 from engine.ranks import Runtime
@@ -61,10 +61,9 @@ def test_a_run_goes_on_and_gives_up_what_is_twice_as_slow(tmp_path, monkeypatch,
     caps = []
 
     def made_up(job):
-        caps.append(job.cap)
-        steps = 100.0 if job.factor == 1 else 150.0
-        row = dict(job.cell._asdict(), factor=job.factor, seed=job.seed, target=job.loss, cap=job.cap)
-        return dict(row, steps=steps, loss=2.1, seconds=1.0, ending="reached")
+        caps.append(job.labels["cap"])
+        steps = 100.0 if job.labels["factor"] == 1 else 150.0
+        return dict(job.labels, seed=job.seed, steps=steps, loss=2.1, seconds=1.0, ending="reached")
 
     monkeypatch.setattr(batch, "train", made_up)
     out = tmp_path / "out.jsonl"
@@ -142,7 +141,7 @@ def test_the_average_counts_late_weights_by_a_power_of_their_step():
 
 
 def test_between_two_looks_the_loss_is_straight_in_the_logarithm_of_the_steps():
-    assert batch.crossing(100, 2.2, 400, 2.0, 2.1) == 200
+    assert trials.crossing(100, 2.2, 400, 2.0, 2.1) == pytest.approx(200)
 
 
 def test_a_training_does_not_know_how_long_it_may_take(tmp_path, monkeypatch):
@@ -151,8 +150,8 @@ def test_a_training_does_not_know_how_long_it_may_take(tmp_path, monkeypatch):
     losses = []
     for optimizer in ("muon", "adamw"):
         for cap in (15, 40):
-            job = Training(Cell(optimizer, 0.9, 1024), 1.0, 0, 2.15, cap)
-            run = Run(trials.config(batch.settings_of(job), 0), Runtime())
+            job = job_of(Cell(optimizer, 0.9, 1024), 1.0, 0, 2.15, cap)
+            run = Run(trials.config(job.settings, job.seed), Runtime())
             losses.append([run.train_step() for _ in range(15)])
     assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
 
@@ -160,10 +159,11 @@ def test_a_training_does_not_know_how_long_it_may_take(tmp_path, monkeypatch):
 def test_a_training_ends_at_its_loss_or_says_how_it_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
     monkeypatch.setattr(batch, "CONSTANT", [*batch.CONSTANT, "--val_tokens=1024", "--val_slice=256"])
-    job = Training(Cell("muon", BETA, 512), 1.0, 0, 4.5, 60)
+    cell = Cell("muon", BETA, 512)
+    job = job_of(cell, 1.0, 0, 4.5, 60)
     row = batch.train(job)
     assert row["ending"] == "reached" and 1 < row["steps"] < 60 and row["loss"] <= 4.5
-    assert batch.train(job._replace(loss=0.1, cap=3))["ending"] == "not reached"
+    assert batch.train(job_of(cell, 1.0, 0, 0.1, 3))["ending"] == "not reached"
 
     def diverge(self):
         raise RunError("expected a finite training loss, found nan")

@@ -62,9 +62,10 @@ def result_of(**parts) -> dict:
 
 
 def step_of(ms: list[float], device="NVIDIA H100 80GB HBM3") -> dict:
-    rows = [dict(stage=s, tokens=n, ms=t, parts=[dict(part="MLP", gflop=90e3), dict(part="Muon", gflop=5e6)])
+    whole = dict(part="all, wall clock", costs=dict(gflop=90e3, ms=190.0))
+    rows = [dict(stage=s, tokens=n, ms=t, parts=[dict(whole)])
             for s, (n, t) in enumerate(zip((131_072, 262_144, 393_216, 393_216), ms))]
-    return dict(device=device, rows=[{**row} for row in rows], peak=dict(tflops=989.4), peak_mib=33_000)
+    return dict(device=device, rows=rows, tflops=989.4, peak_mib=33_000)
 
 
 def test_figures_are_judged_as_required():
@@ -73,8 +74,9 @@ def test_figures_are_judged_as_required():
         cold_start=dict(seconds=120.0), warm_start=dict(why="gave no answer in 35 s"))
     met = {what: (measured, ok) for what, _, measured, ok in gpu.figures(result)}
     assert met["tokens/s of one process"] == ("655,360", True)
-    # 90 TFLOP, without Muon's, in 0.2 to 0.6 s.
+    # 90 TFLOP in 0.2 to 0.6 s.
     assert met["part of the peak, mean over the schedule"][1] is False
+    assert met["a step of stage 0"] == ("200.0 ms", True) and met["a step of stage 1"] == ("400.0 ms", False)
     assert met["peak memory against tools.plan"] == ("+10.0%", False)
     assert met["cold start: launch to first timed step"][1] is True
     assert met["warm start"] == ("not measured: gave no answer in 35 s", None)
@@ -87,6 +89,10 @@ def test_speed_weighs_the_stages_by_their_steps():
     tokens, share = gpu.speed(cfg, step_of([100, 100, 100, 100]))
     assert tokens == pytest.approx(cfg.train_tokens / cfg.train_steps * 10)
     assert share == pytest.approx(90 / 0.1 / 989.4)
+    unknown = step_of([100, 100, 100, 100])
+    for row in unknown["rows"]:
+        row["parts"][-1]["costs"] = None
+    assert gpu.speed(cfg, unknown) == (tokens, None)
 
 
 def test_the_page_judges_and_holds_what_the_parts_printed():

@@ -1,105 +1,21 @@
-"""bench.floors counts what the model does, and bench.step puts every operation of a step into the part it
-belongs to."""
+"""bench.step puts every operation of a step into the part it belongs to, beside what bench.cross found."""
 import dataclasses
 import json
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench import floors, step
+from bench import step
 from engine import kernels, products
-from engine.attention import masked_mask, paired_docs
-from engine.kernels import Kernels
+from tests.helpers.tiny import BARE, config, make_run
 from tools.gpus import GPUS
-from tools.plan import shapes_of
-from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from train_gpt import Config
 
 torch.set_num_threads(1)  # tiny tensors
-CPU, FP32 = torch.device("cpu"), torch.float32
 PRODUCTS = "attention", "projections", "MLP", "head and loss", "elementwise"
-
-
-@pytest.mark.parametrize("window", [1, 4, 20, 500])
-def test_visible_keys_are_those_of_the_mask(window):
-    lengths = [1, 3, 40, 21, 2]
-    docs = docs_of(lengths)
-    assert floors.visible(np.array(lengths), window) == masked_mask(docs, window).sum()
-    assert floors.visible(2 * np.array(lengths), window) == masked_mask(paired_docs(docs), window).sum()
-
-
-RECORD_89 = dict(SMALL, mudd=True, backout=False, gate_networks=(0, 3))
-
-
-@pytest.mark.parametrize("base", [SMALL, BARE, RECORD_89], ids=["all", "bare", "networks"])
-@pytest.mark.parametrize("stage", [0, 2])
-def test_counted_flops_are_those_of_a_real_forward_and_backward(monkeypatch, base, stage):
-    """Attention is written out, so that it computes, and the counter counts, every pair of a query and a
-    key."""
-    def attend(q, k, v, mask, scale):
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        scores = torch.bmm(q, k.mT) * scale + torch.log(mask.float())
-        return torch.bmm(torch.softmax(scores, -1), v).transpose(0, 1)
-
-    cfg, lengths = config(base), [11, 3, 18]
-    model, T, tied = build(cfg), sum(lengths), cfg.tied(cfg.stage_starts[stage])
-    monkeypatch.setattr(Kernels, "attend", lambda self, *args: attend(*args))
-    ctx = context(model, docs_of(lengths), stage, tied)
-    tokens = torch.randint(0, 60, (T + 1,), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter:
-        model.train()(tokens[:-1], tokens[1:], ctx, torch.ones(1)).backward()
-    work = floors.count(cfg, FP32, [np.array(lengths)], cfg.stage_starts[stage], device=CPU)
-    seen = floors.keys_seen(cfg, [np.array(lengths)], stage)
-    full = sum(T * T * (2 if i in cfg.paired_layers else 1) for i in model.attn_layers)
-    assert work["attention"].flops == 12 * cfg.model_dim * seen
-    hidden = 12 * cfg.model_dim * (full - seen)
-    assert counter.get_total_flops() == sum(work[part].flops for part in PRODUCTS) + hidden
-
-
-@pytest.mark.parametrize("track", ["small", "shakespeare"])
-def test_with_endless_documents_the_model_says_the_same(track):
-    """Only at the start of a document queries see fewer keys than a window has."""
-    cfg, T = Config.for_track(track), 10**7
-    for stage, first in enumerate(cfg.stage_starts):
-        work = floors.count(cfg, torch.bfloat16, [np.array([T])], first, fp8=track == "small")
-        total = sum(work[part].flops + work[part].fp8 for part in PRODUCTS[:-1])
-        assert total / T == pytest.approx(shapes_of(cfg).flops_per_token(stage), rel=1e-4)
-        assert 0 < work["elementwise"].flops < 0.01 * total  # gates
-        assert bool(work["head and loss"].fp8) == (track == "small")
-
-
-def test_ranks_share_the_work_and_pay_for_their_talk():
-    cfg = Config.for_track("small")
-    docs = floors.packed(floors.document_lengths(np.random.default_rng(0), 5000), 2048, 49152, 8)
-    assert [d.sum() for d in docs] == [49152] * 8
-    one = floors.count(cfg, torch.bfloat16, docs, 900)
-    eight = [floors.count(cfg, torch.bfloat16, [d], 900, world=8) for d in docs]
-    for part in ("attention", "MLP"):
-        assert sum(w[part].flops for w in eight) == pytest.approx(one[part].flops)
-    assert one["communication"].link == 0 < eight[0]["communication"].link
-    assert one["Muon"].flops / 8 <= eight[0]["Muon"].flops < 1.1 * one["Muon"].flops / 8
-    assert eight[0]["Adam"].bytes == pytest.approx(one["Adam"].bytes / 8, rel=0.01)
-    h100 = GPUS["H100"]
-    assert floors.Work(flops=989.4e9).floor_ms(h100) == pytest.approx(1)
-    assert floors.Work(fp8=1978.9e9).floor_ms(h100) == pytest.approx(1)
-    assert floors.Work(flops=1e9, bytes=3.35e9).floor_ms(h100) == pytest.approx(1)
-
-
-def test_packing_is_the_loaders(tmp_path):
-    run = make_run(tmp_path)
-    lengths = run.loader.open(0)[2]
-    cfg, T = run.cfg, run.cfg.batch_tokens[0] // run.cfg.slices
-    batches = run.loader.next()
-    expected = [np.diff(b.docs.starts[b.docs.starts < T].numpy(), append=T) for b in batches]
-    found = floors.packed(lengths, cfg.max_doc_len[0], T + 1, cfg.slices)
-    for mine, theirs in zip(found, expected, strict=True):  # the token after the last is a target only
-        mine[-1] -= 1
-        assert mine[mine > 0].tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize("onednn", [False, True])
@@ -161,7 +77,7 @@ def test_kernels_go_to_the_part_that_launched_them_or_by_their_names():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_report_prints_floor_beside_measurement_and_muons_share(tmp_path, monkeypatch, compiled):
+def test_report_prints_parts_and_muons_share(tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(step, "STEPS", 2)
     run = make_run(tmp_path, BARE, slices=1)
     run.warm_up()
@@ -170,19 +86,17 @@ def test_report_prints_floor_beside_measurement_and_muons_share(tmp_path, monkey
     run.warm_up = lambda: None
     monkeypatch.setattr(step, "Run", lambda cfg, rt: run)
     result = json.loads(json.dumps(step.measure(run.cfg, run.rt, "tiny")))
-    assert len(result["rows"]) == 4 and result["peak"]["tflops"] > 0
+    assert len(result["rows"]) == 4
     for row in result["rows"]:
         parts = {p["part"]: p for p in row["parts"]}
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["parts"][-1]["part"] == step.WALL
-        summed = sum(p["floor_ms"] or 0 for name, p in parts.items() if not name.startswith("all"))
-        assert parts[step.WALL]["floor_ms"] == pytest.approx(summed)
         assert parts["MLP"]["eager"] > 0
-        assert ("compiled" in parts["MLP"]) == compiled == (step.PRODUCTS in parts)
+        assert ("compiled" in parts["MLP"]) == compiled
     text = step.report(result)
     lines = text.splitlines()
     assert sum(line.startswith("| 2 | MLP |") for line in lines) == 1
     assert ("| compiled, ms |" in text) == compiled
-    assert {line.count("|") for line in lines if line.startswith("| 2 | ")} == {8, 8 + 2 * compiled}
+    assert {line.count("|") for line in lines if line.startswith("| 2 | ")} == {8, 9 + 2 * compiled}
     said = re.search(r"Muon's share of the FLOPs of a step: (.*); of its time, by stage: (.*)\.", text)
     planned, measured = said.groups()
     assert " at 64 tokens " in planned and len(measured.split(", ")) == 4
@@ -197,11 +111,19 @@ def test_without_shards_a_run_reads_synthetic_ones(tmp_path, monkeypatch):
     assert step.ensure_shards(cfg, tmp_path, 20_000) == "the track's shards"
 
 
-def test_floors_of_a_named_gpu_are_printed_by_part_and_stage(capsys):
-    assert floors.main(["--gpu=4090", "--ranks=2", "--fp8=off"]) == 0
-    out = capsys.readouterr().out
-    row = next(line for line in out.splitlines() if line.startswith("| MLP |")).split("|")
-    assert "2 x 4090, head in bf16" in out and len(row) == 7
-    gflop, mb, ms = (float(x.replace(",", "")) for x in row[2].split(", "))  # 6 FLOPs per weight and token
-    assert gflop == pytest.approx(6 * 51.9e6 * 65_536 / 1e9, rel=1e-3)
-    assert ms == pytest.approx(gflop / 165.2, rel=1e-3)
+def test_costs_by_part_are_those_of_the_traced_run_with_the_same_settings():
+    """And of none where a setting of the model or another number of ranks differs."""
+    cfg = Config.for_track("small")
+    chosen = SimpleNamespace(compiled=True, fp8_head=True)
+    h100 = GPUS["H100"]
+    stages = step.expected(cfg, chosen, 1, h100)
+    assert len(stages) == 4
+    for parts in stages:
+        whole = sum(row["ms"] for part, row in parts.items() if not part.startswith("all"))
+        assert parts[step.WALL]["ms"] == pytest.approx(whole)
+        assert {"MLP", "attention", "Muon", "Adam"} < set(parts) <= {*step.PARTS, step.PRODUCTS, step.WALL}
+    slower = step.expected(cfg, chosen, 1, GPUS["L4"])[2]
+    assert slower["MLP"]["floor_ms"] > 5 * stages[2]["MLP"]["floor_ms"]
+    for other in (dict(cfg=dataclasses.replace(cfg, mlp_ratio=3)), dict(world=3), dict(gpu=None)):
+        args = dict(cfg=cfg, kernels=chosen, world=1, gpu=h100) | other
+        assert step.expected(**args) == [{}] * 4

@@ -1,13 +1,20 @@
 """bench.cross finds what it is made to find: graphs made too late, and lines at which the host waits."""
 import importlib.metadata
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from bench.cross.costs import by_part
+from bench.cross.page import launches, page
 from data.files import ROOT
+from tools import plan
+from tools.gpus import GPUS
+from tools.traced import settings_of
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None,
@@ -23,7 +30,7 @@ FEW = """
 """.split()
 
 
-def cross(before: str = "", *more: str) -> subprocess.CompletedProcess:
+def cross(before: str, *more: str) -> subprocess.CompletedProcess:
     """What bench.cross says of a run of a few layers; `before` is executed once the device is pretended."""
     code = f"""
 import sys
@@ -32,43 +39,45 @@ pretend = device.pretend
 def then(*args):
     pretend(*args)
     import torch, train_gpt
-    {before or "pass"}
+    {before}
 device.pretend = then
 sys.exit(cross.main({[*FEW, *more]!r}))
 """
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    torch = importlib.metadata.version("torch")
-    if "libtorch" in child.stderr and not torch.endswith("+cpu"):
-        pytest.skip(f"torch {torch} has another libtorch than the one for CPUs: {child.stderr[:200]}")
+    version = importlib.metadata.version("torch")
+    if "libtorch" in child.stderr and not version.endswith("+cpu"):
+        pytest.skip(f"torch {version} has another libtorch than the one for CPUs: {child.stderr[:200]}")
     return child
 
 
-def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step():
-    child = cross("", "--parts", "costs")
+def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_path):
+    child = cross("pass", "--parts", "costs", f"--out={tmp_path}/few")
     assert child.returncode == 0, child.stdout + child.stderr
     assert "| inside the clock | 0 |" in child.stdout and "| in steps |" not in child.stdout
     assert "| 0 | 3 | 3 | 0 | 0 |\n| 1 | 1 | 1 | 1 | 1 |" in child.stdout  # steps with and without Adam
     assert "Resumed from steps 6." in child.stdout
-    assert "Stage 1: the least time of a step" in child.stdout
+
+    found = json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "few.md").read_text(encoding="utf-8") == page(found)
+    cfg = settings_of(found["flags"])
+    for _, tokens, kept, _ in found["passes"]:  # as planned by what a larger model keeps
+        assert plan.step_bytes(cfg, torch.bfloat16, True, tokens)[0] == pytest.approx(kept, rel=0.25)
+    for rows in launches(found):  # 6 FLOPs a weight and token
+        parts = by_part(rows, GPUS["H100"])
+        products = sum(parts[name]["gflop"] for name in ("projections", "MLP", "head and loss"))
+        assert products == pytest.approx(6e-9 * 32_768 * plan.shapes_of(cfg).matmul_params(), rel=0.01)
 
 
-def test_a_number_that_a_step_reads_is_found_with_its_line():
-    child = cross("train_gpt.Run.set_rates = lambda run, step: torch.ones((), device='cuda').item()",
-                  "--save_every=0")
+def test_a_number_that_a_step_reads_and_graphs_that_are_made_too_late_are_found():
+    """One graph in the second stage, which the warm-up left out, and one in a resumed run, by a number of
+    Adam's that is compiled in."""
+    child = cross("""
+    train_gpt.Run.set_rates = lambda run, step: torch.ones((), device='cuda').item()
+    train_gpt.Config.graph_starts = property(lambda cfg: [0])
+    load = train_gpt.Run.load_state
+    train_gpt.Run.load_state = lambda run, state: (load(run, state), setattr(run.adam, 'eps', 1e-8))
+    """)
     assert child.returncode == 1, child.stderr
     assert "| in steps | a number read at train_gpt.py:" in child.stdout
-
-
-def test_a_graph_made_in_a_step_is_found():
-    child = cross("train_gpt.Config.graph_starts = property(lambda cfg: [0])", "--save_every=0")
-    assert child.returncode == 1, child.stderr
-    assert "| inside the clock | 2 | 1 GPT, 1 GPT backward |" in child.stdout
-
-
-def test_a_graph_that_only_a_resumed_run_makes_is_found():
-    """A number of Adam's that is compiled in, and another one after the checkpoint was read."""
-    child = cross("load = train_gpt.Run.load_state; train_gpt.Run.load_state = lambda run, state: "
-                  "(load(run, state), setattr(run.adam, 'eps', 1e-8))")
-    assert child.returncode == 1, child.stderr
     row = child.stdout.partition("| inside the clock | ")[2].partition("\n")[0]
-    assert "adam_update_" in row and "GPT" not in row
+    assert "1 GPT, 1 GPT backward" in row and "adam_update_" in row

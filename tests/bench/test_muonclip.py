@@ -28,9 +28,8 @@ def test_the_page_shows_the_committed_logs(found):
 
 def test_logits_explode_without_the_clip_and_are_held_with_it(found):
     assert all(run.settled_logit() > 100 for run in muonclip.group(found, HIGH))
-    assert all(run.settled_logit() < 1.5 * TAU for run in muonclip.group(found, HELD))
-    rounding = 0.05  # of the printed log-sum-exp, itself above the logit
-    assert all(run.settled_logit() <= 1.13 * TAU + rounding for run in muonclip.group(found, CLIPPED))
+    for settings in (CLIPPED, HELD):
+        assert all(run.settled_logit() < 1.1 * TAU for run in muonclip.group(found, settings))
 
 
 def test_the_clip_costs_no_loss_and_saves_some_where_logits_explode(found):
@@ -50,8 +49,8 @@ def test_each_log_is_of_the_settings_in_its_name(found):
     for trial in [trial for trial in muonclip.TRIALS if trial.name in found]:
         first, _ = (FOLDER / f"{trial.name}.txt").read_text(encoding="utf-8").split("\n", 1)
         named = dict(word.split("=") for word in first.split())
-        clip = trial.clip if trial.clip == "off" else float(trial.clip)
-        expected = {"optimizer": trial.optimizer, "lr": trial.lr, "clip": clip, "seed": trial.seed}
+        named["clip"] = named["clip"].replace("off", "0.0")  # as it was written once
+        expected = dict(trial._asdict(), clip=float(trial.clip))
         assert {name: named[name] for name in expected} == {name: str(x) for name, x in expected.items()}
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import muon
+from data.blocks import Blocks
 from data.errors import RunError, UsageError
 from data.shards import ShardError, write_shard
 from engine.ranks import Runtime
 from examples import train_simple
-from examples.train_simple import Blocks, PlainGPT, SimpleRun, SimpleSettings, init_weights, rate_at
+from examples.train_simple import PlainGPT, SimpleRun, SimpleSettings, init_weights, rate_at
 from records import logs
 from records.__main__ import guarded
 from records.tracks import TRACKS
@@ -23,7 +24,7 @@ from tests.helpers.dist import ROOT, run_ranks
 
 TINY = dict(track="miniature", train_steps=8, train_files="data/tiny/tiny_train_*.bin",
             val_files="data/tiny/tiny_val_*.bin", batch_tokens=128, seq_len=16, val_tokens=64, val_every=4,
-            val_every_late=1, micro_blocks=3, vocab_size=40, num_layers=2, model_dim=32, head_dim=8)
+            micro_blocks=3, vocab_size=40, num_layers=2, model_dim=32, head_dim=8)
 FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 ALONE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), sum=lambda tensor: tensor)
 
@@ -183,7 +184,8 @@ def trained(rank: int, world: int, optimizer: str, data_path: str) -> tuple[list
         blocks = iter(Blocks(cfg.train_files, cfg.batch_tokens, cfg, rt))
         losses = [run.train_step(next(blocks), step) for step in range(4)]
         judge = Blocks(cfg.val_files, cfg.val_tokens, cfg, rt)
-        losses.append(run.evaluate(next(iter(judge))))
+        with torch.no_grad():
+            losses.append(run.mean_loss(next(iter(judge))))
         return losses, [p.detach() for p in run.model.parameters()]
 
 

@@ -1,6 +1,7 @@
 """muon.py in other people's programs: groups that change, state that loggers and resets touch, hooks, copies,
 odd inputs."""
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -15,6 +16,30 @@ from tests.helpers.dist import run_ranks
 from tests.muon.test_muon import Muon, close, feed, make, mapped, same, save_and_load, with_spectrum
 
 SHAPES = [(12, 8), (8, 12), (10, 10)]
+REPLICATED = [
+    dict(), dict(sync_grads=True), dict(normuon_beta2=0.9, split_mantissa=True, weight_decay=0.1),
+    dict(normuon_beta2=0.9, split_mantissa=True, ns_dtype=torch.bfloat16)]
+
+
+def on_a_rank(rank, W):
+    """What the tests below look at, of 1 and of 2 ranks; each world is started once."""
+    muon.has_bf16_units = lambda: False
+    found = {"changes": changes(rank), "reshaped": [reshaped(steps_before) for steps_before in (0, 2)],
+             "replicated": [replicated(settings) for settings in REPLICATED],
+             "loaded": loaded_after_start()}
+    if W > 1:
+        found["alone"] = changes(rank, alike=False)
+        found["removed"] = removed_after_start()
+        found["copies"] = copies()
+        found["meta"] = meta_on_ranks()
+        muon.has_bf16_units = lambda: rank == 0
+        found["unlike"] = unlike_processors()
+    return found
+
+
+@functools.cache
+def ranks(W):
+    return run_ranks(W, on_a_rank)
 
 
 def after(optimizer, params, gradients):
@@ -150,10 +175,9 @@ def test_nothing_changed_costs_no_layout(monkeypatch):
     after(optimizer, params, gradients)
 
 
-def changes_on_ranks(rank, W, alike=True):
+def changes(rank, alike=True):
     """Weights and momenta after each change in the middle of four steps, or what is said if rank 1 alone
     changes."""
-    muon.has_bf16_units = lambda: False
     found = []
     for change in CHANGES:
         params, gradients = make([*SHAPES, (3, 8, 6)], steps=4)
@@ -173,15 +197,14 @@ def changes_on_ranks(rank, W, alike=True):
 
 
 def test_ranks_follow_a_change_together():
-    (expected,), ranks = run_ranks(1, changes_on_ranks), run_ranks(2, changes_on_ranks)
-    for found in ranks:
-        for theirs, ours, change in zip(found, expected, CHANGES):
+    for found in ranks(2):
+        for theirs, ours, change in zip(found["changes"], ranks(1)[0]["changes"], CHANGES):
             assert not isinstance(theirs, str), theirs
             assert len(theirs) == len(ours) and all(map(same, theirs, ours)), change
 
 
 def test_a_change_on_one_rank_is_refused_by_all_and_named():
-    for said in zip(*run_ranks(2, changes_on_ranks, False)):
+    for said in zip(*(found["alone"] for found in ranks(2))):
         assert (
             said[0] == said[1] and "expected the same parameters and settings on all ranks, found " in said[0]
         ), said
@@ -203,9 +226,8 @@ def other_matrices(optimizer, params):
 RESHAPES = [other_rows, other_blocks, other_matrices]
 
 
-def reshaped_on_ranks(rank, W, steps_before):
+def reshaped(steps_before):
     """Weights and state after parameters stand for other matrices."""
-    muon.has_bf16_units = lambda: False
     found = []
     for change in RESHAPES:
         params, gradients = make([(12, 8), (8, 12), (4, 8, 6)], steps=2)
@@ -224,15 +246,14 @@ def reshaped_on_ranks(rank, W, steps_before):
 
 
 @pytest.mark.filterwarnings("ignore:Muon. parameter")
-@pytest.mark.parametrize("steps_before", [0, 2])
-def test_parameters_may_come_to_stand_for_other_matrices_at_any_number_of_ranks(steps_before):
-    (expected,) = run_ranks(1, reshaped_on_ranks, steps_before)
-    for found in run_ranks(2, reshaped_on_ranks, steps_before):
-        for theirs, ours, change in zip(found, expected, RESHAPES):
-            assert len(theirs) == len(ours) and all(map(same, theirs, ours)), change
+def test_parameters_may_come_to_stand_for_other_matrices_at_any_number_of_ranks():
+    for found in ranks(2):
+        for after_steps, expected in zip(found["reshaped"], ranks(1)[0]["reshaped"]):
+            for theirs, ours, change in zip(after_steps, expected, RESHAPES):
+                assert len(theirs) == len(ours) and all(map(same, theirs, ours)), change
 
 
-def removed_after_start(rank, W):
+def removed_after_start():
     """What is said where gradients are on their way, and whether the step after that is well."""
     params, gradients = make(SHAPES, steps=1)
     optimizer = Muon(params, sync_grads=True)
@@ -248,14 +269,13 @@ def removed_after_start(rank, W):
 
 
 def test_groups_may_not_change_while_gradients_are_on_their_way():
-    for said in run_ranks(2, removed_after_start):
-        assert said == ("Muon: expected the parameters that start() found, found others; "
+    for found in ranks(2):
+        assert found["removed"] == ("Muon: expected the parameters that start() found, found others; "
                         "change them before start() or after step()")
 
 
-def loaded_after_start(rank, W):
+def loaded_after_start():
     """Weights after a step whose state was loaded while its gradients were on their way."""
-    muon.has_bf16_units = lambda: False
     params, gradients = make(SHAPES, steps=2)
     optimizer = Muon(params, sync_grads=True, deterministic=True)
     after(optimizer, params, gradients[:1])
@@ -271,9 +291,8 @@ def loaded_after_start(rank, W):
 
 
 def test_a_state_loaded_after_start_counts_in_the_same_step():
-    (expected,) = run_ranks(1, loaded_after_start)
-    for found in run_ranks(2, loaded_after_start):
-        assert all(map(same, found, expected))
+    for found in ranks(2):
+        assert all(map(same, found["loaded"], ranks(1)[0]["loaded"]))
 
 
 # --- state ---
@@ -322,9 +341,8 @@ def test_hooks_see_what_torch_shows_them():
     )
 
 
-def replicated(rank, W, folder, settings):
+def replicated(settings):
     """Steps 0, 1 with a save of every rank by itself, and 2, 3 after a load of that."""
-    muon.has_bf16_units = lambda: False
     settings = dict(settings, replicate_state=True, deterministic=True, bucket_mb=1e-9)
     dtype = torch.bfloat16 if settings.get("split_mantissa") else torch.float32
     params, gradients = make([(12, 8), (3, 8, 12), (10, 10)], dtype=dtype, steps=4)
@@ -337,14 +355,12 @@ def replicated(rank, W, folder, settings):
     return saved["state"], after(optimizer, params, gradients[2:]), after(resumed, other, gradients[2:])
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(sync_grads=True), dict(normuon_beta2=0.9, split_mantissa=True, weight_decay=0.1),
-    dict(normuon_beta2=0.9, split_mantissa=True, ns_dtype=torch.bfloat16)], ids=str)
-def test_replicated_state_is_whole_on_every_rank_and_resumes_bit_for_bit(settings, tmp_path):
-    ranks = run_ranks(2, replicated, str(tmp_path), settings)
-    (state, _, _), = run_ranks(1, replicated, str(tmp_path), settings)
-    for saved, straight, resumed in ranks:
-        assert all(map(same, straight, resumed)) and all(map(same, straight, ranks[0][1]))
+@pytest.mark.parametrize("i", range(len(REPLICATED)))
+def test_replicated_state_is_whole_on_every_rank_and_resumes_bit_for_bit(i):
+    found = [found["replicated"][i] for found in ranks(2)]
+    state, _, _ = ranks(1)[0]["replicated"][i]
+    for saved, straight, resumed in found:
+        assert all(map(same, straight, resumed)) and all(map(same, straight, found[0][1]))
         for i, theirs in saved.items():
             assert theirs.keys() == state[i].keys()
             assert all(same(x, state[i][key]) for key, x in theirs.items())
@@ -383,20 +399,20 @@ def test_an_iteration_that_overflows_is_skipped_and_counted(monkeypatch, reads):
 # --- orthogonalize ---
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-50, 1.0, 1e300])
-@pytest.mark.parametrize("form", ["standard", "gram"])
-def test_float64_is_exact_throughout(scale, form):
+@pytest.mark.parametrize("gram", [False, True])
+def test_float64_is_exact_throughout(scale, gram):
     G = with_spectrum(torch.logspace(-6, 0, 8, dtype=torch.float64), 8, 20)[0]
     close(
-        orthogonalize(G * scale, 5, "polar", torch.float64, form), mapped(G, "polar", 5), rtol=0, atol=1e-11
+        orthogonalize(G * scale, 5, "polar", torch.float64, gram), mapped(G, "polar", 5), rtol=0, atol=1e-11
     )
     close(orthogonalize(G * scale, 5, "polar", torch.float32), mapped(G, "polar", 5), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (8, 5), (2, 4, 6)])
-@pytest.mark.parametrize("form", ["standard", "gram"])
-def test_gradients_flow_back_through_orthogonalize(shape, form):
+@pytest.mark.parametrize("gram", [False, True])
+def test_gradients_flow_back_through_orthogonalize(shape, gram):
     G = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda G: orthogonalize(G, 3, "quintic", torch.float64, form), G)
+    assert torch.autograd.gradcheck(lambda G: orthogonalize(G, 3, "quintic", torch.float64, gram), G)
 
 
 def test_eps_shrinks_what_is_smaller_as_in_torch():
@@ -422,8 +438,7 @@ class Named(muon.Muon):
         self.model_name = type(model).__name__
 
 
-def copies(rank, W):
-    muon.has_bf16_units = lambda: False
+def copies():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False))
     named, group = Named(model, 0.1), dist.new_group([0, 1])
@@ -439,24 +454,17 @@ def copies(rank, W):
             p.grad = torch.ones_like(p)
         other.step()
         again.step()
-        found.append(
-            (
-                type(other),
-                other.model_name,
-                other.param_groups[0]["lr"],
-                again.process_group is group,
-                [p.detach() for p in params],
-            )
-        )
+        settings = type(other), other.model_name, other.param_groups[0]["lr"], again.process_group is group
+        found.append((settings, [p.detach() for p in params]))
     named.step()
     grouped.step()
     return found, [p.detach() for p in model.parameters()]
 
 
 def test_subclasses_and_process_groups_are_copied():
-    for found, weights in run_ranks(2, copies):
-        for kind, name, lr, same_group, copied in found:
-            assert (kind, name, lr, same_group) == (Named, "Sequential", 0.1, True)
+    for found, weights in (found["copies"] for found in ranks(2)):
+        for settings, copied in found:
+            assert settings == (Named, "Sequential", 0.1, True)
             assert all(map(same, copied, weights))
 
 
@@ -486,6 +494,29 @@ def test_a_model_may_be_built_on_meta_and_filled_later(swap):
         optimizer.param_groups[0]["params"] = list(model.parameters())  # to_empty has made another one
     optimizer.step()
     assert (model.weight != 1).all() and optimizer.state[model.weight]["momentum_buffer"].device.type == "cpu"
+
+
+def meta_on_ranks():
+    """Weights of a model that was built on meta, with and without gradients to be summed."""
+    found = []
+    for sync_grads in (False, True):
+        with torch.device("meta"):
+            model = nn.Linear(6, 4, bias=False)
+        optimizer = Muon(model.parameters(), sync_grads=sync_grads)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        model.to_empty(device="cpu")
+        torch.__future__.set_swap_module_params_on_conversion(False)
+        nn.init.ones_(model.weight)
+        feed([model.weight], [torch.eye(4, 6)])
+        optimizer.step()
+        found.append(model.weight.detach())
+    return found
+
+
+def test_ranks_may_leave_meta_together():
+    for found in ranks(2):
+        for weights in found["meta"]:
+            assert weights.isfinite().all() and not same(weights, torch.ones(4, 6))
 
 
 def test_parameters_left_on_meta_are_named_when_the_step_finds_no_gradient():
@@ -547,58 +578,25 @@ def sparse():
     optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "run, error, sentence",
-    [
-        (
-            lambda: Muon(nn.Linear(3, 4)),
-            TypeError,
-            "expected parameters, found a module; pass model.parameters(), or what split",
-        ),
-        (lambda: Muon(nn.Sequential(nn.Linear(3, 4))), TypeError, "expected parameters, found a module"),
-        (
-            lambda: Muon([nn.Linear(3, 4)]),
-            TypeError,
-            "parameter 0 of group 0: expected tensors, found Linear; pass model.par",
-        ),
-        (
-            lambda: Muon([WEIGHT, WEIGHT]),
-            ValueError,
-            "parameter 1 of group 0: expected each parameter once, found it again",
-        ),
-        (
-            lambda: Muon([dict(params=[WEIGHT]), dict(params=WEIGHT)]),
-            ValueError,
-            "parameter 0 of group 1: expected each parameter",
-        ),
-        (
-            lambda: Muon([("w", WEIGHT)], split_mantissa=True),
-            ValueError,
-            "w: expected torch.bfloat16 for split_mantissa, found torch.float32",
-        ),
-        (
-            lazy,
-            ValueError,
-            "parameter 0 of group 0: expected a parameter with a shape, found a lazy one; run one batch",
-        ),
-        (
-            sparse,
-            RuntimeError,
-            "table: expected a dense gradient, found torch.sparse_coo; make the layer with sparse=False",
-        ),
-        (
-            lambda: muon.Muon([("w", nn.Parameter(torch.ones(4, 3, 5)))]),
-            ValueError,
-            "w: expected flatten=False for a bank of matrices or flatten=True for a 1-D convolution, "
-            "found shape (4, 3, 5) without",
-        ),
-        (
-            lambda: Muon([dict(params=[nn.Parameter(torch.ones(4, 3))], adjust_lr="spectral")]),
-            TypeError,
-            "expected ns_coefficients and adjust_lr_fn, found ['adjust_lr']",
-        ),
-    ],
-)
+def bank():
+    return muon.Muon([("w", nn.Parameter(torch.ones(4, 3, 5)))])
+
+
+@pytest.mark.parametrize("run, error, sentence", [
+    (lambda: Muon(nn.Linear(3, 4)), TypeError,
+     "expected parameters, found a module; pass model.parameters(), or what split"),
+    (lambda: Muon(nn.Sequential(nn.Linear(3, 4))), TypeError, "expected parameters, found a module"),
+    (lambda: Muon([WEIGHT, WEIGHT]), ValueError,
+     "parameter 1 of group 0: expected each parameter once, found it again"),
+    (lambda: Muon([("w", WEIGHT)], split_mantissa=True), ValueError,
+     "w: expected torch.bfloat16 for split_mantissa, found torch.float32"),
+    (lazy, ValueError,
+     "parameter 0 of group 0: expected a parameter with a shape, found a lazy one; run one batch"),
+    (sparse, RuntimeError,
+     "table: expected a dense gradient, found torch.sparse_coo; make the layer with sparse=False"),
+    (bank, ValueError, "w: expected flatten=False for a bank of matrices or flatten=True for a 1-D "
+     "convolution, found shape (4, 3, 5) without")])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_odd_inputs_get_a_sentence(run, error, sentence):
     with pytest.raises(error) as found:
         run()
@@ -656,8 +654,7 @@ def test_bf16_where_the_processor_has_units_for_it(monkeypatch, amx, avx, expect
     assert muon.iteration_dtype(torch.device("cpu")) == torch.float32  # an older torch
 
 
-def unlike_processors(rank, W):
-    muon.has_bf16_units = lambda: rank == 0
+def unlike_processors():
     params, gradients = make([(24, 40)] * 3)
     optimizer = Muon(params)
     after(optimizer, params, gradients)
@@ -665,5 +662,5 @@ def unlike_processors(rank, W):
 
 
 def test_ranks_on_unlike_processors_agree():
-    (dtypes, weights), (others, theirs) = run_ranks(2, unlike_processors)
+    (dtypes, weights), (others, theirs) = (found["unlike"] for found in ranks(2))
     assert dtypes == others == {torch.float32} and all(map(same, weights, theirs))

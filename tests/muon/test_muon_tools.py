@@ -152,9 +152,9 @@ def direct(q, k, scale):
                              for i in range(q.size(2)) for j in range(i + 1)) for h in range(q.size(1))])
 
 
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("block", [1, 3, 7, 8, 1024])
+@pytest.mark.parametrize("block", [1, 3, 1024])
 def test_max_logits_equal_the_direct_formula(batch, heads, kv_heads, block):
     generator = torch.Generator().manual_seed(heads)
     q, k = (torch.randn(*batch, h, 7, 5, generator=generator) for h in (heads, kv_heads))

@@ -22,10 +22,6 @@ DIFFERENT = {  # an error input -> (the error of ours, its sentence), each with 
     # Every refusal is a sentence of one form: expected ..., found ...; what to do.
     "Tensor lr must be 1-element": (ValueError, "lr of group 0: expected one number, 0 or more"),
     "only support `original` and `match_rms_adamw`": (ValueError, "adjust_lr_fn of group 0: expected one of"),
-    # torch warns, steps such a parameter twice and means to make it an error; here it is one.
-    "a param group cannot have duplicate parameters": (ValueError, "expected each parameter once"),
-    "duplicate parameters should not occur across param groups either": (
-        ValueError, "expected each parameter once"),
     # A bank of matrices or a 1-D convolution: ours takes both, and asks which it is.
     "only support 2D parameters": (ValueError, "expected flatten=False for a bank of matrices"),
     # torch notices at the first step; ours when it is built, before a training has begun.

@@ -98,7 +98,7 @@ BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize(
     "B, s, l",
-    [(1, 384, 400), (1, 385, 401), (1, 200, 333), (3, 390, 400), (1, 64, 65), (1, 1, 400), (1, 128, 512)],
+    [(1, 385, 401), (1, 200, 333), (3, 390, 400), (1, 1, 400)],
 )
 def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
     if dtype == torch.float16 and s > 200:
@@ -121,20 +121,20 @@ def test_half_of_a_product_is_the_whole(onednn, dtype, B, s, l):
 
 
 @pytest.mark.parametrize(
-    "form, dtype", [("standard", torch.float32), ("gram", torch.float32), ("standard", torch.bfloat16)]
+    "gram, dtype", [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
 )
-@pytest.mark.parametrize("shape", [(390, 500), (500, 390), (2, 390, 390), (2, 130, 520), (385, 800)])
-def test_one_by_one_is_as_exact_as_a_stack(onednn, monkeypatch, shape, form, dtype):
+@pytest.mark.parametrize("shape", [(500, 390), (2, 390, 390), (2, 130, 520)])
+def test_one_by_one_is_as_exact_as_a_stack(onednn, monkeypatch, shape, gram, dtype):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    kept, found = G.clone(), orthogonalize(G, 5, "jordan", dtype, form)
-    one = orthogonalize(G.view(-1, *shape[-2:])[-1].clone(), 5, "jordan", dtype, form)
+    kept, found = G.clone(), orthogonalize(G, 5, "jordan", dtype, gram)
+    one = orthogonalize(G.view(-1, *shape[-2:])[-1].clone(), 5, "jordan", dtype, gram)
     if muon.one_by_one(torch.empty(1, *sorted(shape[-2:]), dtype=dtype)):
         assert torch.equal(found.view(-1, *shape[-2:])[-1], one)
     assert torch.equal(G, kept) and found.dtype == dtype and found.shape == G.shape
     monkeypatch.setattr(muon, "one_by_one", lambda *args: False)
     exact, before = (
-        orthogonalize(G.double(), 5, "jordan", torch.float64, "standard"),
-        orthogonalize(G, 5, "jordan", dtype, form),
+        orthogonalize(G.double(), 5, "jordan", torch.float64, False),
+        orthogonalize(G, 5, "jordan", dtype, gram),
     )
     error, usual = ((x - exact).norm() / exact.norm() for x in (found, before))
     assert error < 2 * usual

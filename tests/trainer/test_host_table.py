@@ -147,7 +147,8 @@ class DeviceTable:
         self.clear()
 
     def full_state(self):
-        return {"rows": self.rows.detach(), "state": self.state}
+        moved = (self.state[:, 1] > 0).nonzero()[:, 0]
+        return {"moved": moved, "rows": self.rows.detach()[moved], "state": self.state[moved]}
 
 
 def trained(rank, world, folder, kind, changes, warm=False) -> dict:
@@ -215,11 +216,12 @@ def test_several_ranks_are_those_with_the_table_on_the_device_and_one_rank(folde
     host, device = (run_ranks(world, trained, folder, kind, changes) for kind in (HostTable, DeviceTable))
     assert equal(host[0], device[0])
     assert [one["train"] for one in host] == [host[0]["train"]] * world
-    assert host[1]["table"] == {"rows": None, "state": None}
+    assert host[1]["table"] == {"moved": None, "rows": None, "state": None}
 
     one = alone(folder, HostTable, **changes)
     assert host[0]["train"] == pytest.approx(one["train"], abs=2e-5)
     assert host[0]["val"] == pytest.approx(one["val"], abs=2e-5)
+    assert torch.equal(host[0]["table"]["moved"], one["table"]["moved"])
     error = host[0]["table"]["rows"] - one["table"]["rows"]
     assert error.norm() < 1e-4 * one["table"]["rows"].norm()
 
@@ -262,7 +264,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(folder, whole):
     assert resumed.train == {step: loss for step, loss in whole.train.items() if step > 6}
     assert resumed.val == {step: loss for step, loss in whole.val.items() if step > 6}
     found, expected = (load(one.checkpoints[-1])["ngrams"] for one in (resumed, whole))
-    assert all(torch.equal(found[name], expected[name]) for name in ("rows", "state"))
+    assert all(torch.equal(found[name], expected[name]) for name in ("moved", "rows", "state"))
     assert "n-grams: 50 rows of 16 numbers, 0.00 GiB of host memory over 1 ranks" in whole.log
 
 
@@ -272,9 +274,20 @@ def test_another_world_size_resumes_with_the_same_losses(folder, whole):
         assert (result.code, result.err) == (0, "")
         assert result.train == pytest.approx(train, abs=2e-5)
     by_four = run_ranks(4, on_rank, folder, SAVING)[0]  # four shards, the last one not full
-    assert len(load(by_four.checkpoints[2])["ngrams"]["rows"]) == ROWS
+    assert load(by_four.checkpoints[2])["ngrams"]["moved"].max() == ROWS - 1
     resumed = run(folder, f"--resume={by_four.checkpoints[2]}")
     assert (resumed.code, resumed.err) == (0, "") and resumed.train == pytest.approx(train, abs=2e-5)
+
+
+def test_a_checkpoint_holds_the_rows_that_have_moved_and_no_others(folder):
+    one = alone(folder, HostTable, adam_every=1, ngram_rows=100_000)["table"]
+    assert 100 < len(one["rows"]) == len(one["state"]) == len(one["moved"].unique()) < 5000
+    table = HostTable(config(NGRAMS, ngram_rows=100_000), torch.device("cpu"), torch.float32)
+    table.load_full_state(one)
+    assert torch.equal(table.rows[one["moved"]], one["rows"])
+    assert torch.equal(table.state[one["moved"]], one["state"])
+    table.rows[one["moved"]] = table.state[one["moved"]] = 0
+    assert not table.rows.any() and not table.state.any()
 
 
 def test_a_table_of_another_size_is_refused(folder, whole):

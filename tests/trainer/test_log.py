@@ -112,6 +112,7 @@ def test_the_header_tells_what_ran(folder, result):
         r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$",
         r"^seed: 3$",
         r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000$",
+        r"^Muon's share of the FLOPs of a step, by stage, as planned: \d+\.\d%",
         r"^Newton-Schulz of Muon: float32, symmetric products by torch, as always on a CPU$",
         r"^attention: blocked \(fastest on a CPU\)",
         r"^training data: 6,144 tokens from 2 shards, fingerprint [0-9a-f]{16}$",

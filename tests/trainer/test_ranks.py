@@ -3,6 +3,7 @@ import os
 from functools import partial
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -10,10 +11,12 @@ from engine.ranks import PATIENCE, Runtime
 from tests.helpers.dist import run_ranks
 
 
-def made_by_a_run(rank: int, world: int, folder: str) -> tuple:
+def made_by_a_run(rank: int, world: int, folder: str, on_this_machine: int) -> tuple:
     """What gloo was told of time-outs, what the log says of it, and that the ranks have found each other."""
+    dist.barrier()
     dist.destroy_process_group()  # that of the test
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="here", MASTER_PORT="0")
+    os.environ["LOCAL_WORLD_SIZE"] = str(on_this_machine)
     store = dist.FileStore(f"{folder}/store", world)  # in place of a port, which another program might take
     init = partial(dist.init_process_group, store=store, rank=rank, world_size=world)
     with mock.patch.object(dist, "init_process_group", init):
@@ -22,9 +25,11 @@ def made_by_a_run(rank: int, world: int, folder: str) -> tuple:
     return told, rt.facts(), rt.sum(torch.ones(())).item()
 
 
-def test_ranks_wait_for_one_that_compiles_longer_than_the_libraries_would(tmp_path):
-    said = ["collectives: gloo; a rank waits 40 minutes for the others"]
-    assert run_ranks(2, made_by_a_run, str(tmp_path)) == 2 * [(PATIENCE, said, 2.0)]
+@pytest.mark.parametrize("on_this_machine, backend", [(1, "gloo"), (2, "shared_memory")])
+def test_ranks_wait_for_one_that_compiles_longer_than_the_libraries_would(tmp_path, on_this_machine, backend):
+    said = [f"collectives: {backend}; a rank waits 40 minutes for the others"]
+    found = run_ranks(2, made_by_a_run, str(tmp_path), on_this_machine)
+    assert found == 2 * [(PATIENCE, said, 2.0)]
     assert PATIENCE.total_seconds() == 2400
 
 

@@ -197,6 +197,22 @@ def test_a_signal_saves_at_the_next_step_that_can_be_resumed(
     assert equal(state, expected)
 
 
+def test_a_signal_in_a_validation_ends_it_before_the_next_batch_and_saves(folder, whole, monkeypatch):
+    evaluate, batches = train_gpt.GPT.evaluate, []
+
+    def stopped(self, *args):
+        batches.append(len(batches))
+        if len(batches) == 10:  # the second of four, after step 6
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(train_gpt.GPT, "evaluate", stopped)
+    result = run(folder, *OPTIONS, "--save_final=1")
+    assert (result.code, result.err, len(batches)) == (128 + signal.SIGTERM, "", 10)
+    assert [path.name for path in result.checkpoints] == ["state_step000006.pt"]
+    assert (list(result.train), list(result.val)) == ([1, 2, 3, 4, 5, 6], [0, 3])
+
+
 def test_under_nohup_a_run_outlives_its_terminal(folder, whole, monkeypatch, hangup):
     hangup(signal.SIG_IGN)
     stop_at(monkeypatch, 5, signal.SIGHUP)
