@@ -1,6 +1,6 @@
 """Steps to a loss against the batch, for Muon and AdamW: where does a larger batch stop to save steps?
 
-    python -m bench.batch run OUT.jsonl [--batches 512 2048 8192] [--seeds=3] [--workers=1]
+    python -m bench.batch run OUT.jsonl [--batches 512 1024 2048 4096 8192] [--seeds=3] [--workers=1]
     python -m bench.batch table OUT.jsonl [--page=bench/BATCH.md]
 
 A miniature of the trainer (two layers, width 64, sequences of 512 bytes of Shakespeare, windows of 64, no
@@ -370,7 +370,7 @@ def show(options) -> None:
 
 def main(argv: list[str]) -> int:
     parser = page_parser("bench.batch", __doc__, "OUT.jsonl")
-    parser.add_argument("--batches", type=int, nargs="+", default=[512, 2048, 8192], help="tokens a batch")
+    parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="tokens a batch")
     parser.add_argument("--betas", type=float, nargs="*", default=[*BETAS], help="momenta of Muon")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the best factor and its neighbours")
     parser.add_argument("--loss", type=float, default=2.15, help="validation loss to reach")
