@@ -32,7 +32,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -539,6 +539,12 @@ class Flight(NamedTuple):
         return self.result
 
 
+def copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first: on a GPU, many by one kernel."""
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs)))
+
+
 def sum_to_owners(packed: Tensor, everywhere: bool, group) -> Flight:
     """Sum (ranks, elements) over ranks; each receives its own row or, with `everywhere`, all of them."""
     if everywhere:
@@ -618,16 +624,17 @@ class Bucket:
         return p.shape
 
     def stack_up(self, units: list[Stack]) -> list[Stack]:
-        """Return stacks of those units of a parameter that lie at equal distances."""
+        """Return stacks of those units of a parameter that follow each other at equal distances."""
         stacks = []
-        for _, run in groupby(units, key=lambda unit: (id(unit.param), unit.number)):
-            run = list(run)
-            places = [unit.indices[0] for unit in run]
-            step = max(1, (places[-1] - places[0]) // max(1, len(run) - 1))
-            even = range(places[0], places[-1] + 1, step)
-            if self.merges(run[0]) and places == list(even):
-                run = [replace(run[0], indices=even)]
-            stacks += run
+        for unit in units:
+            last = stacks[-1] if stacks else unit
+            places = [*last.indices, *unit.indices]
+            even = range(places[0], unit.indices.stop, max(1, places[1] - places[0]))
+            alike = last.param is unit.param and last.number == unit.number
+            if alike and self.merges(unit) and places == list(even):
+                stacks[-1] = replace(last, indices=even)
+            else:
+                stacks.append(unit)
         return stacks
 
     def merges(self, unit: Stack) -> bool:
@@ -681,10 +688,15 @@ class Bucket:
             return
         length = max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
         packed = torch.empty(self.world_size, length, dtype=self.grad_dtype, device=self.device)
+        copies = []
         for part, stacks in zip(packed, self.stacks):
             for stack, slot in zip(stacks, unpacked(part, [stack.shape for stack in stacks])):
-                grad = self.gradient(stack)  # where one is missing, the mean is NaN and the owner skips it
-                slot.fill_(math.nan) if grad is None else slot.copy_(grad)
+                grad = self.gradient(stack)
+                if grad is None:
+                    slot.fill_(math.nan)  # so is the mean, and the owner skips it
+                else:
+                    copies.append((slot, grad))
+        copy_all(copies)
         self.pending = sum_to_owners(packed, self.optimizer.replicate_state, self.group)
 
     def receive(self) -> dict[Stack, Tensor | None]:
@@ -759,9 +771,8 @@ class Bucket:
             return
         length = max(sum(stack.numel + len(stack.indices) for stack in stacks) for stacks in self.stacks)
         mine = torch.zeros(length, dtype=self.wire, device=self.device)  # where nothing follows, 0 is not ok
-        for stack, *slots in self.contents(mine, self.rank):
-            for slot, x in zip(slots, results.get(stack, ())):
-                slot.copy_(x)
+        copy_all([pair for stack, *slots in self.contents(mine, self.rank)
+                  for pair in zip(slots, results.get(stack, ()))])
         self.sent = share_with_all(mine, self.world_size, self.group)
 
     def contents(self, part: Tensor, owner: int) -> Iterable[tuple[Stack, Tensor, Tensor]]:

@@ -193,8 +193,8 @@ class Config:
         0, "tokens over which heads of the last layer read what others attend to, by gate_networks; 0: none",
         ZERO_OR_MORE)
     mlp_fp8: str = setting(
-        "off", "forward products of the MLP in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 "
-               "means off", SWITCH)
+        "off", "forward products of the MLP in FP8: auto (where a self-test passes), on or off; "
+               "DISABLE_FP8=1 means off", SWITCH)
     resid_init: float = setting(1.1, "initial factor of the residual stream per layer", ZERO_OR_MORE)
     head_std: float = setting(0.005, "standard deviation of the initial head and embedding", ZERO_OR_MORE)
     mlp_out_std: float = setting(

@@ -370,7 +370,8 @@ def show(options) -> None:
 
 def main(argv: list[str]) -> int:
     parser = page_parser("bench.batch", __doc__, "OUT.jsonl")
-    parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="tokens a batch")
+    parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192],
+                        help="tokens a batch")
     parser.add_argument("--betas", type=float, nargs="*", default=[*BETAS], help="momenta of Muon")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the best factor and its neighbours")
     parser.add_argument("--loss", type=float, default=2.15, help="validation loss to reach")

@@ -11,8 +11,8 @@ scaled back. Source: Kimi K2, arXiv 2507.20534.
 
 tau is no hard bound: it holds for the batches that the meter has seen, before the weights' next step. Where a
 step moves logits by much, let it see the batch that comes next, as examples/kimi.py does. In bf16 weights a
-factor within 0.4 % of 1 may round away, so that logits stay up to as much above tau. Attention that normalizes
-q and k needs no clip, and would undo it.
+factor within 0.4 % of 1 may round away, so that logits stay up to as much above tau. Attention that
+normalizes q and k needs no clip, and would undo it.
 
 Weights may be DTensors: each rank scales what it holds, without traffic. s_max must be equal on all ranks.
 """
