@@ -38,6 +38,9 @@ def library() -> Path:
     """Return the compiled device.cpp, built where it is missing: a few seconds."""
     source = Path(__file__).with_name("device.cpp")
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+    if [*(torch_folder / "lib").glob("libtorch_cuda.*")]:
+        raise UsageError("expected a libtorch for CPUs, whose place for CUDA is free, found libtorch_cuda "
+                         "beside it; install torch's build for CPUs into an environment of its own")
     key = hashlib.sha256(source.read_bytes() + (torch_folder / "version.py").read_bytes()).hexdigest()[:16]
     built = ROOT / f".cache/cross/device-{key}.so"
     if built.exists():
