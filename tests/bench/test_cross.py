@@ -46,7 +46,8 @@ sys.exit(cross.main({[*FEW, *more]!r}))
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     version = importlib.metadata.version("torch")
     if "libtorch" in child.stderr and not version.endswith("+cpu"):
-        pytest.skip(f"torch {version} has another libtorch than the one for CPUs: {child.stderr[:200]}")
+        said = child.stderr.splitlines()[-1]
+        pytest.skip(f"torch {version} has another libtorch than the one for CPUs: {said}")
     return child
 
 
