@@ -800,8 +800,8 @@ class Bucket:
                 W.copy_(torch.where(ok.bool().view(-1, *[1] * (W.ndim - 1)), value, W))
             else:
                 self.optimizer.call(decay_and_step, W, value, ok, *self.optimizer.rates(stack))
-        moved = [ok.sum(dtype=torch.int64) for _, ok in results.values()]
-        return self.num_units - sum(moved)
+        moved = [ok for _, ok in results.values()]
+        return self.num_units - (torch.cat(moved).sum(dtype=torch.int64) if moved else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
