@@ -240,6 +240,18 @@ def test_batches_that_were_not_expected_get_their_own_rows(folder):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("adam_every", [1, 2])
+def test_rows_are_looked_for_while_the_step_before_trains(folder, monkeypatch, adam_every):
+    """Only the first step has to ask for its own."""
+    waited = []
+    fetch = HostTable.fetch
+    monkeypatch.setattr(HostTable, "fetch", lambda self, batches: waited.append(1) or fetch(self, batches))
+    one = make_run(folder, **{**NGRAMS, "adam_every": adam_every})
+    for _ in range(6):
+        one.train_step()
+    assert len(waited) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints, errors
 
