@@ -35,8 +35,8 @@ SHORT_STEPS = 44
 MUON, ADAMW, NANOGPT = "Muon", "AdamW for everything", "nanoGPT's quickstart"
 SHORT = f"Muon, {SHORT_STEPS} steps"
 GROUPS = {
-    "the record": Path("records/track_0_laptop/2026-11-28_NGrams/runs"),
-    "the record before": Path("records/track_0_laptop/2026-11-28_NGrams/baseline"),
+    "the record": Path("records/track_0_laptop/2026-11-28_SharedMemory/runs"),
+    "the record before": Path("records/track_0_laptop/2026-11-28_SharedMemory/baseline"),
     MUON: pictures.RUNS / "muon",
     ADAMW: pictures.RUNS / "adamw",
     NANOGPT: pictures.RUNS / "nanogpt",
@@ -82,7 +82,7 @@ def worth_line(line: str, rows: dict[str, re.Match]) -> str:
         found = rows[name]
         at_time = f", {found['at_time'].strip()} at equal time" if found["at_time"].strip() else ""
         entries.append(f'"{name}" {found["loss"]} (n = {found["n"]}){at_time}')
-    return f"- Worth here, without it: {'; '.join(entries)}" if entries else line
+    return f"{line.partition(':')[0]}: {'; '.join(entries)}" if entries else line
 
 
 def techniques(page: str) -> str:
@@ -92,7 +92,7 @@ def techniques(page: str) -> str:
     for line in page.splitlines():
         if line.startswith("- Settings:"):
             line = settings_line(line)
-        elif line.startswith("- Worth here, without it:"):
+        elif line.startswith(("- Worth here, without it:", "- Worth here, with it:")):
             line = worth_line(line, rows)
         lines.append(line)
     return "\n".join(lines) + "\n"

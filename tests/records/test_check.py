@@ -203,6 +203,14 @@ def submission(folder, track: str, **statement) -> rules.Submission:
     return rules.Submission(TRACKS[track], read, **statement)
 
 
+def test_a_change_that_leaves_the_losses_alone(failures):
+    """Times and seeds tell a pair of runs from a copy."""
+    slower = [log(k, pace=121.0) for k in range(1, 1 + len(runs()))]
+    assert failures(runs(), slower) == {}
+    assert failures(runs(), [other_seed(text) for text in slower]).keys() == {"distinct-curves"}
+    assert "distinct-curves" in failures(runs(), runs())
+
+
 @pytest.mark.parametrize("second_ms, verdict", [(2001, rules.PASS), (2000, rules.FAIL)])
 def test_equal_losses_of_single_validations(tmp_path, second_ms, verdict):
     """One loss can be the same by chance; one loss and its time are not."""
