@@ -233,8 +233,10 @@ def validation_tokens(s: Submission):
 
 
 def distinct_curves(s: Submission):
-    """No two runs share their losses or times: a copy with another header or last line still has the rest. A
-    run and one of the baseline with its seed may share losses, as a change that only saves time leaves them."""
+    """No two runs share their losses or times: a copy with another header or last line still has the rest.
+
+    A run and one of the baseline with its seed may share losses: a change that only saves time leaves them.
+    """
     runs = [run for log in s.all_logs for run in log.runs if run.val_points]
     candidates = {id(run) for log in s.logs for run in log.runs}
 

@@ -20,6 +20,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.fx_utils import count_flops_fx
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
@@ -135,6 +136,15 @@ def without_device(gpu: Gpu):
         yield
 
 
+def product_of(inner, kind: str, origins: list):
+    """Return the graph's node of a product that a kernel of this kind computes; None if it is none."""
+    if "mm" not in kind:
+        return None
+    # Of an operation with several outputs inductor knows no node.
+    named = [one for one in origins if "mm" in one.name and re.sub(r"_\d+$", "", one.name) in kind]
+    return inner.get_origin_node() or next(iter(named), None)
+
+
 def kernel_of(node) -> Kernel | None:
     """Return the kernel of a scheduler's node; None for what launches none or runs on the host."""
     device = node.get_device()
@@ -148,8 +158,9 @@ def kernel_of(node) -> Kernel | None:
     else:
         kind = getattr(inner, "python_kernel_name", None) or type(inner).__name__
     origins = [origin for one in node.get_nodes() for origin in one.node.get_origins()]
-    if "mm" in kind and inner.get_origin_node() is not None:
-        origins = [inner.get_origin_node()]  # the others belong to the kernels that made its inputs
+    own = product_of(inner, kind, origins)
+    if own is not None:
+        origins = [own]  # the others belong to the kernels that made its inputs
     part = most_telling({part_of(origin, kind) for origin in origins})
     moved = node.get_read_write_buffers_sizes()
     if kind == "UserDefinedTritonKernel":  # inductor counts what is only written as read too
@@ -157,7 +168,7 @@ def kernel_of(node) -> Kernel | None:
     elif moved == 0:
         return None  # memory without contents
     try:
-        flops = node.estimate_flops() or 0
+        flops = node.estimate_flops() or (count_flops_fx(own) if own is not None else 0) or 0
     except Exception:  # it knows no formula for some operations
         flops = 0
     names = {re.sub(r"_\d+$", "", origin.name) for origin in origins if origin.op == "call_function"}
