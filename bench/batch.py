@@ -287,7 +287,7 @@ def cell_rows(rows: list[dict]) -> list[list]:
         if math.isinf(mean_steps(steps)):
             lines.append([*line, "not reached", "", ""])
             continue
-        inside = len(whole_seeds(factors)) == len(neighbours(1))
+        inside = min(factors) < best < max(factors)
         lines.append([*line, f"{mean_steps(steps):.0f}", f"{min(steps):.0f} to {max(steps):.0f}",
                       "yes" if inside else "no"])
     return lines

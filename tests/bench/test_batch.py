@@ -118,6 +118,16 @@ def test_what_does_not_reach_the_loss_is_said_and_not_fitted(tmp_path, capsys):
     assert run_program(batch.main, ["table", str(tmp_path / "none.jsonl")]) == 2
 
 
+def test_a_best_factor_that_is_the_largest_tried_is_not_called_inside():
+    """By seed 0 it is factor 1, by all seeds 2."""
+    rows = rows_of(CELL, 100.0)
+    for row in rows:
+        if row["factor"] == 2 and row["seed"]:
+            row["steps"] = 60.0
+    line, = batch.cell_rows(rows)
+    assert (line[4], line[-1]) == ("2", "no")
+
+
 def test_the_page_has_the_tables_of_its_results():
     text = (ROOT / "bench/BATCH.md").read_text(encoding="utf-8")
     marked = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->", text, re.S)
