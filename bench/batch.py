@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bench import trials
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import grid, page_parser
+from bench.page import count, grid, page_parser
 from bench.pictures import Theme
 from bench.plots import finish, publish, two_plots
 from data.errors import RunError, UsageError, run_program
@@ -51,6 +51,7 @@ LARGEST_SEARCH = 8  # factors of one cell
 AVERAGE_POWER = 6  # the weights of step s enter the average as s^6: it looks back over a seventh of the run
 LOOK = 1.04  # factor between the steps of two looks at the validation loss
 NEAR = 0.4  # nats above the loss at which these begin, in training losses
+ENTRIES = "optimizer", "beta", "batch", "factor", "seed", "target", "steps", "ending"  # of a line of results
 
 
 class Cell(NamedTuple):
@@ -184,12 +185,14 @@ def run_all(options) -> None:
         if batch < SEQUENCE or batch % SEQUENCE:
             raise UsageError(f"--batches: expected multiples of a sequence, {SEQUENCE} tokens, found "
                              f"{batch}; choose others")
-    others = {row["target"] for row in trials.read(options.out)} - {options.loss}
+    if not 0 < options.loss < math.inf:
+        raise UsageError(f"--loss: expected a positive number, found {options.loss:g}; choose another")
+    others = {row["target"] for row in trials.read(options.out, *ENTRIES)} - {options.loss}
     if others:
         raise UsageError(f"--loss: expected the loss of {options.out}, {others.pop():g}, found "
                          f"{options.loss:g}; choose another file for it")
     while True:
-        found = by_cell(trials.read(options.out))
+        found = by_cell(trials.read(options.out, *ENTRIES))
         jobs = []
         for cell in cells(options.batches, options.betas):
             factors = found.get(cell, {})
@@ -363,7 +366,7 @@ def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
 
 
 def show(options) -> None:
-    rows = trials.read(options.out)
+    rows = trials.read(options.out, *ENTRIES)
     title = "Steps to a loss against the batch"
     publish(options.page, options.out, tables(rows), "batch", title, partial(draw, rows))
 
@@ -373,10 +376,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192],
                         help="tokens a batch")
     parser.add_argument("--betas", type=float, nargs="*", default=[*BETAS], help="momenta of Muon")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of the best factor and its neighbours")
+    parser.add_argument("--seeds", type=count, default=3, help="seeds of the best factor and its neighbours")
     parser.add_argument("--loss", type=float, default=2.15, help="validation loss to reach")
-    parser.add_argument("--cap", type=int, default=1500, help="steps after which a training is given up")
-    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--cap", type=count, default=1500, help="steps after which a training is given up")
+    parser.add_argument("--workers", type=count, default=1, help="trainings at a time, one thread each")
     options = parser.parse_args(argv)
     {"run": run_all, "table": show}[options.verb](options)
     return 0

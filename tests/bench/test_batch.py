@@ -128,6 +128,25 @@ def test_a_best_factor_that_is_the_largest_tried_is_not_called_inside():
     assert (line[4], line[-1]) == ("2", "no")
 
 
+def test_bad_options_and_files_are_sentences(tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    out.write_text("\n".join(map(json.dumps, rows_of(CELL, 100.0))))
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"plan": {}}\n')
+    for words, sentence in (
+            (["table", str(other)], "line 1: expected a result as JSON with optimizer, beta"),
+            (["table", str(tmp_path)], "expected a file of results, found"),
+            (["table", str(out), f"--page={tmp_path}/none.md"], "--page: expected a page to put tables into"),
+            (["run", str(out), "--loss=nan"], "--loss: expected a positive number, found nan")):
+        assert run_program(batch.main, words) == 2
+        assert sentence in capsys.readouterr().err
+    for option in ("--workers=0", "--seeds=-1", "--cap=1.5"):
+        with pytest.raises(SystemExit) as ending:
+            batch.main(["run", str(out), option])
+        assert ending.value.code == 2
+        assert "expected a whole number from 1 on, found" in capsys.readouterr().err
+
+
 def test_the_page_has_the_tables_of_its_results():
     text = (ROOT / "bench/BATCH.md").read_text(encoding="utf-8")
     marked = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->", text, re.S)
