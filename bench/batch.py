@@ -7,8 +7,9 @@ A miniature of the trainer (two layers, width 64, sequences of 512 bytes of Shak
 decay) is trained at a constant rate until the average of its last weights is at the loss; nothing in its
 settings depends on the length of the run. All learning rates have one factor; for every optimizer, momentum
 and batch it is searched in steps of 2 until the best lies inside those tried, with one seed, then that and
-its two neighbours get all seeds. OUT.jsonl gets a line for every training, so what was interrupted goes on.
-A training that diverges, or is not at the loss in time, is a result; nothing is extrapolated from it.
+its two neighbours get all seeds, and so do the neighbours of what is best then. OUT.jsonl gets a line for
+every training, so what was interrupted goes on. A training that diverges, or is not at the loss in time, is a
+result; nothing is extrapolated from it.
 """
 import math
 import sys
@@ -150,8 +151,14 @@ def by_cell(rows: list[dict]) -> dict[Cell, dict[float, dict[int, float]]]:
 
 
 def best_factor(factors: dict[float, dict[int, float]]) -> float:
-    """Return the factor with the fewest steps at seed 0, the smaller one of two alike."""
-    return min(sorted(factors), key=lambda factor: factors[factor].get(0, math.inf))
+    """Return the factor with the fewest steps at seed 0 or, of it and its neighbours, the one that has the
+    fewest by all seeds that they share; the smaller one of two alike."""
+    first = min(sorted(factors), key=lambda factor: factors[factor].get(0, math.inf))
+    around = [factor for factor in neighbours(first) if factor in factors]
+    seeds = set.intersection(*(set(factors[factor]) for factor in around))
+    if not seeds:
+        return first
+    return min(around, key=lambda factor: mean_steps([factors[factor][seed] for seed in seeds]))
 
 
 def neighbours(factor: float) -> list[float]:

@@ -48,6 +48,16 @@ def test_the_search_goes_on_until_the_best_factor_lies_inside():
     assert {factor for factor, seed in asked if seed} == {4.0, 8.0, 16.0}
 
 
+def test_a_factor_that_other_seeds_prefer_gets_neighbours_too():
+    found = {}
+    while jobs := batch.wanted(CELL, found, seeds=3):
+        for factor, seed in jobs:
+            by_others = {1.0: 90, 2.0: 70}.get(factor, 200)
+            found.setdefault(factor, {})[seed] = by_others if seed else 100 + 10 * abs(math.log2(factor))
+    assert {factor: len(seeds) for factor, seeds in found.items()} == {0.5: 3, 1.0: 3, 2.0: 3, 4.0: 3}
+    assert batch.best_factor(found) == 2
+
+
 def test_a_search_without_an_end_or_without_a_result_stops():
     endless = {2.0**k: {0: 100 - k} for k in range(-1, batch.LARGEST_SEARCH - 1)}
     assert batch.wanted(CELL, endless, seeds=3) == []
