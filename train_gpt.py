@@ -60,7 +60,7 @@ from engine.log import Log
 from engine.ranks import Runtime
 from engine.sampling import next_log_probs, sample_text
 from engine.settings import (
-    ALL_POSITIVE, POSITIVE, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
+    ALL_POSITIVE, POSITIVE, SEED, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
     setting, show_value)
 from engine.token_factors import (
     CONNECTIONS, HIDDEN, SCALE, connection_starts, gate_outputs, gate_slots, gate_starts, small_network,
@@ -73,7 +73,6 @@ from muon import Muon
 FRACTION = between(0, 1)
 BELOW_ONE = Rule("0 or more and below 1", lambda x: 0 <= x < 1)
 SWITCH = one_of("auto", "on", "off")
-SEED = Rule("zero or more and less than 2^63", lambda x: 0 <= x < 2**63)
 MOMENTUM = Rule("two numbers in [0, 1)", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs))
 SOFTCAP = Rule("A,B,C with C above 0, or nothing", lambda xs: xs == () or (len(xs) == 3 and xs[2] > 0))
 FACTOR_ADAM = Rule("a factor and two betas in [0, 1)",

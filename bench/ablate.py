@@ -26,7 +26,7 @@ import scipy.stats
 import torch
 
 from bench import trials
-from bench.page import write_page
+from bench.page import count, write_page
 from data.errors import UsageError, run_program
 from engine.ranks import Runtime
 from train_gpt import Run
@@ -98,7 +98,7 @@ def job(name: str, settings: list[str], steps: int, seed: int) -> trials.Job:
 
 def run_all(options) -> None:
     """Train seed by seed, so that what is there at any time is balanced."""
-    done = {(row["variant"], row["seed"]) for row in trials.read(options.out) if "loss" in row}
+    done = {(row["variant"], row["seed"]) for row in trials.read(options.out, "variant") if "loss" in row}
     jobs = [job(name, settings, options.steps, seed) for seed in range(options.seeds)
             for name, settings in variants(options.steps).items()
             if (name, seed) not in done and (not options.only or name in (BASE, *options.only))]
@@ -160,7 +160,7 @@ def differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[flo
 def table(path: Path) -> str:
     """Return the table by the loss at equal time, the worst first: what helps most stands on top."""
     losses, steps, ratios = defaultdict(dict), {}, {}
-    for row in trials.read(path):
+    for row in trials.read(path, "variant"):
         if "loss" in row:
             losses[row["variant"]][row["seed"]] = row["loss"]
             steps[row["variant"]] = row["steps"]
@@ -204,10 +204,10 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "time", "table"))
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run")
-    parser.add_argument("--seeds", type=int, default=4, help="runs of each variant, with the same seeds")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--rounds", type=int, default=12, help="time: rounds of six steps of every variant")
+    parser.add_argument("--steps", type=count, default=240, help="optimizer steps of a run")
+    parser.add_argument("--seeds", type=count, default=4, help="runs of each variant, with the same seeds")
+    parser.add_argument("--workers", type=count, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--rounds", type=count, default=12, help="time: rounds of six steps of every variant")
     parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
     options = parser.parse_args(argv)

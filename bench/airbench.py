@@ -317,6 +317,8 @@ def show(options) -> None:
 
 
 def run(options) -> None:
+    if not options.minutes > 0:
+        raise UsageError(f"--minutes: expected a positive number, found {options.minutes:g}; choose another")
     torch.set_num_threads(1)  # a second thread gains little on images so small
     for row in run_all(options.out, options.minutes):
         print("{stage} {optimizer} lr {lr:g} head_lr {head_lr:g} momentum {momentum:g}, {epochs:g} epochs, "

@@ -7,8 +7,9 @@ A miniature of the trainer (two layers, width 64, sequences of 512 bytes of Shak
 decay) is trained at a constant rate until the average of its last weights is at the loss; nothing in its
 settings depends on the length of the run. All learning rates have one factor; for every optimizer, momentum
 and batch it is searched in steps of 2 until the best lies inside those tried, with one seed, then that and
-its two neighbours get all seeds. OUT.jsonl gets a line for every training, so what was interrupted goes on.
-A training that diverges, or is not at the loss in time, is a result; nothing is extrapolated from it.
+its two neighbours get all seeds, and so do the neighbours of what is best then. OUT.jsonl gets a line for
+every training, so what was interrupted goes on. A training that diverges, or is not at the loss in time, is a
+result; nothing is extrapolated from it.
 """
 import math
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from bench import trials
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import grid, page_parser
+from bench.page import count, grid, page_parser
 from bench.pictures import Theme
 from bench.plots import finish, publish, two_plots
 from data.errors import RunError, UsageError, run_program
@@ -51,6 +52,7 @@ LARGEST_SEARCH = 8  # factors of one cell
 AVERAGE_POWER = 6  # the weights of step s enter the average as s^6: it looks back over a seventh of the run
 LOOK = 1.04  # factor between the steps of two looks at the validation loss
 NEAR = 0.4  # nats above the loss at which these begin, in training losses
+ENTRIES = "optimizer", "beta", "batch", "factor", "seed", "target", "steps", "ending"  # of a line of results
 
 
 class Cell(NamedTuple):
@@ -149,8 +151,14 @@ def by_cell(rows: list[dict]) -> dict[Cell, dict[float, dict[int, float]]]:
 
 
 def best_factor(factors: dict[float, dict[int, float]]) -> float:
-    """Return the factor with the fewest steps at seed 0, the smaller one of two alike."""
-    return min(sorted(factors), key=lambda factor: factors[factor].get(0, math.inf))
+    """Return the factor with the fewest steps at seed 0 or, of it and its neighbours, the one that has the
+    fewest by all seeds that they share; the smaller one of two alike."""
+    first = min(sorted(factors), key=lambda factor: factors[factor].get(0, math.inf))
+    around = [factor for factor in neighbours(first) if factor in factors]
+    seeds = set.intersection(*(set(factors[factor]) for factor in around))
+    if not seeds:
+        return first
+    return min(around, key=lambda factor: mean_steps([factors[factor][seed] for seed in seeds]))
 
 
 def neighbours(factor: float) -> list[float]:
@@ -184,12 +192,14 @@ def run_all(options) -> None:
         if batch < SEQUENCE or batch % SEQUENCE:
             raise UsageError(f"--batches: expected multiples of a sequence, {SEQUENCE} tokens, found "
                              f"{batch}; choose others")
-    others = {row["target"] for row in trials.read(options.out)} - {options.loss}
+    if not 0 < options.loss < math.inf:
+        raise UsageError(f"--loss: expected a positive number, found {options.loss:g}; choose another")
+    others = {row["target"] for row in trials.read(options.out, *ENTRIES)} - {options.loss}
     if others:
         raise UsageError(f"--loss: expected the loss of {options.out}, {others.pop():g}, found "
                          f"{options.loss:g}; choose another file for it")
     while True:
-        found = by_cell(trials.read(options.out))
+        found = by_cell(trials.read(options.out, *ENTRIES))
         jobs = []
         for cell in cells(options.batches, options.betas):
             factors = found.get(cell, {})
@@ -287,7 +297,7 @@ def cell_rows(rows: list[dict]) -> list[list]:
         if math.isinf(mean_steps(steps)):
             lines.append([*line, "not reached", "", ""])
             continue
-        inside = len(whole_seeds(factors)) == len(neighbours(1))
+        inside = min(factors) < best < max(factors)
         lines.append([*line, f"{mean_steps(steps):.0f}", f"{min(steps):.0f} to {max(steps):.0f}",
                       "yes" if inside else "no"])
     return lines
@@ -363,7 +373,7 @@ def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
 
 
 def show(options) -> None:
-    rows = trials.read(options.out)
+    rows = trials.read(options.out, *ENTRIES)
     title = "Steps to a loss against the batch"
     publish(options.page, options.out, tables(rows), "batch", title, partial(draw, rows))
 
@@ -373,10 +383,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192],
                         help="tokens a batch")
     parser.add_argument("--betas", type=float, nargs="*", default=[*BETAS], help="momenta of Muon")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of the best factor and its neighbours")
+    parser.add_argument("--seeds", type=count, default=3, help="seeds of the best factor and its neighbours")
     parser.add_argument("--loss", type=float, default=2.15, help="validation loss to reach")
-    parser.add_argument("--cap", type=int, default=1500, help="steps after which a training is given up")
-    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--cap", type=count, default=1500, help="steps after which a training is given up")
+    parser.add_argument("--workers", type=count, default=1, help="trainings at a time, one thread each")
     options = parser.parse_args(argv)
     {"run": run_all, "table": show}[options.verb](options)
     return 0

@@ -73,7 +73,7 @@ class Journal(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> "Journal":
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
         end = END.search(text)
         lines = LINE.findall(text)
         if not (lines and end):

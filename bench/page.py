@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import UsageError
+from data.files import written_whole
 
 MARKS = "<!-- figures of ", "<!-- end of figures -->"
 OPTIMIZER_NAMES = {"muon": "Muon", "sgd": "SGD", "adamw": "AdamW"}
@@ -19,6 +20,13 @@ def page_parser(program: str, about: str, out: str,
     parser.add_argument("out", type=Path, metavar=out, help="results, read and added to")
     parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     return parser
+
+
+def count(text: str) -> int:
+    """Parse a number of an option that is 1 or more; a type of argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return int(text)
 
 
 def grid(header: list[str], rows: list[list]) -> str:
@@ -37,7 +45,11 @@ def with_tables(page: Path, source: str, tables: str) -> str:
     """Return the text of a page with tables between its two marks, of which the first names this source.
     Raises UsageError without them."""
     mark = f"{MARKS[0]}{source} -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(mark)
+    try:
+        before, found, rest = page.read_text(encoding="utf-8").partition(mark)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--page: expected a page to put tables into, found none ({error}); name one that "
+                         "is there") from None
     if not found:
         raise UsageError(f"{page}: expected a line {mark!r}, found none; write it where the tables shall "
                          f"stand, and below it {MARKS[1]!r}")
@@ -46,4 +58,6 @@ def with_tables(page: Path, source: str, tables: str) -> str:
 
 
 def write_page(page: Path, source: str, tables: str) -> None:
-    page.write_text(with_tables(page, source, tables), encoding="utf-8")
+    text = with_tables(page, source, tables)
+    with written_whole(page, "w") as file:
+        file.write(text)

@@ -43,19 +43,25 @@ def config(settings: list[str], seed: int) -> Config:
 # The file
 
 
-def read(path: Path) -> list[dict]:
-    """Return the lines of a file of results; none where there is no file. Raises UsageError."""
+def read(path: Path, *entries: str) -> list[dict]:
+    """Return the lines of a file of results, each with these entries; none where there is no file. Raises
+    UsageError."""
     if not path.exists():
         return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: expected a file of results, found {error}; name another") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number}: expected a result as JSON, found {line[:60]!r}; remove "
-                             "the line, and its run is done again")
+        if not isinstance(row, dict) or not {*entries} <= row.keys():
+            parts = f" with {', '.join(entries)}" if entries else ""
+            raise UsageError(f"{path}, line {number}: expected a result as JSON{parts}, found {line[:60]!r}; "
+                             "remove the line, and its run is done again")
         rows.append(row)
     return rows
 

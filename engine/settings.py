@@ -17,6 +17,7 @@ class Rule(NamedTuple):
 
 POSITIVE = Rule("a positive number", lambda x: x > 0)
 ZERO_OR_MORE = Rule("zero or more", lambda x: x >= 0)
+SEED = Rule("zero or more and less than 2^63", lambda x: 0 <= x < 2**63)
 ALL_POSITIVE = Rule("one or more positive numbers", lambda xs: len(xs) > 0 and min(xs) > 0)
 
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UsageError, run_program
-from engine.settings import POSITIVE, ZERO_OR_MORE, Rule, between, one_of, setting
+from engine.settings import POSITIVE, SEED, ZERO_OR_MORE, Rule, between, one_of, setting
 from engine.settings import check_rules, parse_settings
 from examples.images import CLASSES, ImageSet, Labelled, load
 from muon import Muon
@@ -63,7 +63,7 @@ class AirbenchSettings:
     shift: int = setting(0, "pixels by which images move at random", between(0, 4))
     views: int = setting(1, "of a test image: 1; 2 with its mirror image; 6 moved by a pixel, too",
                          Rule("1, 2 or 6", lambda x: x in (1, 2, 6)))
-    seed: int = setting(0, "of the first run", ZERO_OR_MORE)
+    seed: int = setting(0, "of the first run", SEED)
     seeds: int = setting(3, "runs, each with a seed of its own", POSITIVE)
     device: str = setting("", "such as cuda or cpu; nothing: a GPU where there is one")
 

@@ -38,7 +38,8 @@ from data.errors import RunError
 from data.shards import open_shard
 from engine.endings import StopSignal, leave, report
 from engine.ranks import Runtime
-from engine.settings import POSITIVE, ZERO_OR_MORE, check_rules, one_of, parse_settings, require, setting
+from engine.settings import POSITIVE, SEED, ZERO_OR_MORE, one_of, setting
+from engine.settings import check_rules, parse_settings, require
 from muon_extras.fsdp import FsdpMuon
 from muon_extras.qk_clip import LogitMeter, mla_qk_clip_
 from muon_extras.split_params import split_params
@@ -62,7 +63,7 @@ class KimiSettings:
     clip: float = setting(15.0, "tau, the largest logit; 0: no clip", ZERO_OR_MORE)
     steps: int = setting(200, "optimizer steps", POSITIVE)
     micro_batches: int = setting(2, f"of {SEQUENCES} x {T} tokens, in a step of all ranks", POSITIVE)
-    seed: int = setting(0, "of the first weights and of the batches", ZERO_OR_MORE)
+    seed: int = setting(0, "of the first weights and of the batches", SEED)
 
     def __post_init__(self):
         check_rules(self)

@@ -35,7 +35,7 @@ from engine.clock import Clock
 from engine.endings import StopSignal, leave, report
 from engine.log import Log
 from engine.ranks import Runtime
-from engine.settings import POSITIVE, ZERO_OR_MORE, check_rules, one_of, parse_settings, require, setting
+from engine.settings import POSITIVE, SEED, check_rules, one_of, parse_settings, require, setting
 from muon import Muon
 
 SOURCES = ("examples/train_simple.py", "muon.py", "data/blocks.py", "data/shards.py")  # what the log embeds
@@ -48,7 +48,7 @@ class SimpleSettings:
                          one_of("optimization", "miniature"))
     optimizer: str = setting("muon", "of the matrices inside the blocks", one_of("muon", "adamw"))
     train_steps: int = setting(3250, "optimizer steps", POSITIVE)
-    seed: int = setting(0, "of the first weights", ZERO_OR_MORE)
+    seed: int = setting(0, "of the first weights", SEED)
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "shards below DATA_PATH, read in order")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "likewise")
     batch_tokens: int = setting(524_288, "tokens of a step, over all ranks", POSITIVE)

@@ -14,7 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench.page import page_parser
+from bench.page import count, page_parser
 from bench.plots import publish
 from bench.tune import page, training
 from bench.tune.results import Results
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
     parser = page_parser("bench.tune", __doc__, "OUT", ("run", "final", "reuse", "table"))
     parser.add_argument("--search", type=Path, default=SEARCH_FILE, metavar="FILE",
                         help="what is searched (default: bench/tune/search.json)")
-    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
-    parser.add_argument("--seeds", type=int, default=5, help="final, reuse: fresh seeds of each")
+    parser.add_argument("--workers", type=count, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--seeds", type=count, default=5, help="final, reuse: fresh seeds of each")
     options = parser.parse_args(argv)
     if options.verb != "table":
         options.out.mkdir(parents=True, exist_ok=True)

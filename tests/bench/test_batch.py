@@ -48,6 +48,16 @@ def test_the_search_goes_on_until_the_best_factor_lies_inside():
     assert {factor for factor, seed in asked if seed} == {4.0, 8.0, 16.0}
 
 
+def test_a_factor_that_other_seeds_prefer_gets_neighbours_too():
+    found = {}
+    while jobs := batch.wanted(CELL, found, seeds=3):
+        for factor, seed in jobs:
+            by_others = {1.0: 90, 2.0: 70}.get(factor, 200)
+            found.setdefault(factor, {})[seed] = by_others if seed else 100 + 10 * abs(math.log2(factor))
+    assert {factor: len(seeds) for factor, seeds in found.items()} == {0.5: 3, 1.0: 3, 2.0: 3, 4.0: 3}
+    assert batch.best_factor(found) == 2
+
+
 def test_a_search_without_an_end_or_without_a_result_stops():
     endless = {2.0**k: {0: 100 - k} for k in range(-1, batch.LARGEST_SEARCH - 1)}
     assert batch.wanted(CELL, endless, seeds=3) == []
@@ -116,6 +126,35 @@ def test_what_does_not_reach_the_loss_is_said_and_not_fitted(tmp_path, capsys):
     assert "| 512 | Muon | 0.8 | 1 2 | 1 | 3 | 101 | 100 to 102 | no |" in text
     assert "\n| Muon | 0.8 |" not in text  # no fit with it
     assert run_program(batch.main, ["table", str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_a_best_factor_that_is_the_largest_tried_is_not_called_inside():
+    """By seed 0 it is factor 1, by all seeds 2."""
+    rows = rows_of(CELL, 100.0)
+    for row in rows:
+        if row["factor"] == 2 and row["seed"]:
+            row["steps"] = 60.0
+    line, = batch.cell_rows(rows)
+    assert (line[4], line[-1]) == ("2", "no")
+
+
+def test_bad_options_and_files_are_sentences(tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    out.write_text("\n".join(map(json.dumps, rows_of(CELL, 100.0))))
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"plan": {}}\n')
+    for words, sentence in (
+            (["table", str(other)], "line 1: expected a result as JSON with optimizer, beta"),
+            (["table", str(tmp_path)], "expected a file of results, found"),
+            (["table", str(out), f"--page={tmp_path}/none.md"], "--page: expected a page to put tables into"),
+            (["run", str(out), "--loss=nan"], "--loss: expected a positive number, found nan")):
+        assert run_program(batch.main, words) == 2
+        assert sentence in capsys.readouterr().err
+    for option in ("--workers=0", "--seeds=-1", "--cap=1.5"):
+        with pytest.raises(SystemExit) as ending:
+            batch.main(["run", str(out), option])
+        assert ending.value.code == 2
+        assert "expected a whole number from 1 on, found" in capsys.readouterr().err
 
 
 def test_the_page_has_the_tables_of_its_results():

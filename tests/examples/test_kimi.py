@@ -130,6 +130,8 @@ def test_a_jump_of_the_loss_is_counted():
     ("--lr=nan", "--lr: expected finite numbers, found nan; see --help"),
     ("--clip=-3", "--clip: expected zero or more, found -3.0; see --help"),
     ("--clip=none", "--clip: expected a value like '15.0', found 'none'; see --help"),
+    ("--seed=9223372036854775808",
+     "--seed: expected zero or more and less than 2^63, found 9223372036854775808; see --help"),
     ("--steps=0", "--steps: expected a positive number, found 0; see --help"),
     ("--micro_batches=0", "--micro_batches: expected a positive number, found 0; see --help")])
 def test_bad_settings_end_in_a_sentence(option, sentence, capsys):
