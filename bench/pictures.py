@@ -143,7 +143,7 @@ def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint])
     say(muon.seconds + 1.5, target - 0.085, f"this repository: {said['muon']}", "muon")
     say(nanogpt.seconds, nanogpt.loss + 0.13, f"nanoGPT's quickstart:\n{said['nanogpt']}", "nanogpt", "right")
     say(adamw.seconds + 1.5, target + 0.08, f"the same with AdamW: {said['adamw']}", "adamw")
-    say(0.8, target + 0.04, f"target {target:g}", "target")
+    say(nanogpt.seconds, target - 0.045, f"target {target:g}", "target", "right")
 
 
 def loss_picture(theme: Theme, target: float) -> str:
