@@ -22,6 +22,7 @@ def _rank(rank: int, world: int, folder: Path, function, args) -> None:
     store = dist.FileStore(str(folder / "store"), world)  # unlike a port, nobody else can take it meanwhile
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        dist.barrier()  # or one could end, and close connections that another has yet to make
         result = function(rank, world, *args)
         torch.save(result, folder / f"{rank}.partial")
         if dist.is_initialized():
