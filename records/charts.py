@@ -99,12 +99,12 @@ def save(groups: list[RunGroup], target: float, file, kind: str, clear: bool = F
 def plot(groups: list[RunGroup], target: float, path: Path):
     if path.suffix not in SUFFIXES:
         raise UsageError(f"--plot: expected a name that ends in {', '.join(SUFFIXES)}, found {path.name!r}; "
-                          "change it")
+                         "change it")
     if len(groups) > len(COLORS):
         raise UsageError(f"--plot: expected at most {len(COLORS)} groups, which have as many colours, found "
-                          f"{len(groups)}; name fewer")
+                         f"{len(groups)}; name fewer")
     try:
         save(groups, target, path, path.suffix[1:])
     except OSError as e:
         raise UsageError(f"--plot: expected to write {path}, found: {e.strerror}; choose another "
-                          "folder") from None
+                         "folder") from None

@@ -42,7 +42,7 @@ def run(args) -> int:
         output.write_text(text, encoding="utf-8")
     except OSError as e:
         raise UsageError(f"-o: expected to write {output}, found: {e.strerror}; choose another "
-                          "place") from None
+                         "place") from None
     print(printable(f"{output}: {sum(len(group.runs) for group in found.groups)} runs in {len(found.groups)} "
                     f"groups, {output.stat().st_size / 1e6:.1f} MB"))
     return 0

@@ -168,7 +168,7 @@ def kernel_of(node) -> Kernel | None:
     elif moved == 0:
         return None  # memory without contents
     try:
-        flops = node.estimate_flops() or (count_flops_fx(own) if own is not None else 0) or 0
+        flops = node.estimate_flops() or (own is not None and count_flops_fx(own)) or 0
     except Exception:  # it knows no formula for some operations
         flops = 0
     names = {re.sub(r"_\d+$", "", origin.name) for origin in origins if origin.op == "call_function"}
