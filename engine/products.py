@@ -46,8 +46,8 @@ def choose_bf16(wish: str, device: torch.device, dtype: torch.dtype, compiled: b
     if wish != "auto":
         return wish == "bfloat16", "as asked for"
     if has_bf16_units():
-        return True, "this processor multiplies it in hardware"
-    return False, "this processor has no units for it"
+        return True, "multiplied in hardware here"
+    return False, "no units for it here"
 
 
 def choose_onednn(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:

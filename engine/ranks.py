@@ -2,6 +2,7 @@
 import ctypes
 import os
 import platform
+import socket
 import sys
 from datetime import timedelta
 
@@ -34,6 +35,8 @@ class Runtime:
             keep_freed_memory()
 
         if self.world > 1 and not dist.is_initialized():
+            if shared_memory.on_one_machine():
+                keep_gloo_at_home()
             if self.device.type == "cuda":
                 dist.init_process_group("nccl", timeout=PATIENCE, device_id=self.device)
             else:
@@ -134,6 +137,17 @@ def check_environment() -> None:
     if missing and not alone:
         raise UsageError(f"expected torchrun's variables {', '.join(needed)}, found no {missing[0]}; start "
                          "by torchrun --standalone --nproc_per_node=8 train_gpt.py, or unset WORLD_SIZE")
+
+
+def keep_gloo_at_home() -> None:
+    """Let gloo listen on the loopback interface alone.
+
+    By itself it looks up the machine's own name, which may take long or fail, and takes an interface that
+    other machines can reach, for which macOS asks the user.
+    """
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def check_gpus(ranks: int) -> None:

@@ -28,11 +28,14 @@ NOTICE = struct.Struct("qqq")  # number of a buffer, first byte in it, what Neig
 SMALLEST = 2**16  # bytes of a buffer
 
 
+def on_one_machine() -> bool:
+    """Return whether all ranks are processes of one machine, as torchrun says."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
 def available() -> bool:
-    """Return whether all ranks are processes of one machine, as torchrun says, and system and torch can do
-    this."""
-    together = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return together and hasattr(os, "memfd_create") and hasattr(dist, "all_gather_single")
+    """Return whether all ranks are on one machine, and system and torch can do this."""
+    return on_one_machine() and hasattr(os, "memfd_create") and hasattr(dist, "all_gather_single")
 
 
 class Neighbour:

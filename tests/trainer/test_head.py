@@ -11,7 +11,7 @@ from engine import products
 from engine.fp8 import to_fp8
 from engine.head_loss import HeadLoss, choose_fp8, multi_token_loss, softcap
 from engine.products import CpuLinear, choose_bf16, choose_onednn
-from muon import ONEDNN
+from muon import ONEDNN, has_bf16_units
 
 CPU = torch.device("cpu")
 CAP = 23.0, 5.0, 7.5
@@ -121,6 +121,19 @@ def test_products_are_in_bf16_where_the_processor_has_units_for_it(monkeypatch, 
         assert not choose_bf16("auto", *elsewhere)[0]
         with pytest.raises(UsageError, match="--products: expected bfloat16 with fp32 weights on a CPU"):
             choose_bf16("bfloat16", *elsewhere)
+
+
+@pytest.mark.parametrize("limit, has", [
+    ("", True), ("DEFAULT", True), ("AVX512_CORE_BF16", True), ("AVX512_CORE_AMX", True),
+    ("AVX512_CORE", False), ("avx512_core_vnni", False), ("AVX2", False)])
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_units_that_onednn_may_not_use_do_not_count(monkeypatch, name, limit, has):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setenv(name, limit)
+    assert has_bf16_units() == has
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # as in torch for macOS
+    assert not has_bf16_units()
 
 
 def test_onednn_is_for_eager_fp32_on_a_cpu_of_the_kind_that_gains(monkeypatch):

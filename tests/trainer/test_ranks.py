@@ -1,5 +1,6 @@
 """The process group that a run makes."""
 import os
+import socket
 from functools import partial
 from unittest import mock
 
@@ -12,24 +13,28 @@ from tests.helpers.dist import run_ranks
 
 
 def made_by_a_run(rank: int, world: int, folder: str, on_this_machine: int) -> tuple:
-    """What gloo was told of time-outs, what the log says of it, and that the ranks have found each other."""
+    """What gloo was told of time-outs, what the log says of it, that the ranks have found each other, and the
+    interface that gloo was told to take."""
     dist.barrier()
     dist.destroy_process_group()  # that of the test
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="here", MASTER_PORT="0")
     os.environ["LOCAL_WORLD_SIZE"] = str(on_this_machine)
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
     store = dist.FileStore(f"{folder}/store", world)  # in place of a port, which another program might take
     init = partial(dist.init_process_group, store=store, rank=rank, world_size=world)
     with mock.patch.object(dist, "init_process_group", init):
         rt = Runtime()
     told = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    return told, rt.facts(), rt.sum(torch.ones(())).item()
+    return told, rt.facts(), rt.sum(torch.ones(())).item(), os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 @pytest.mark.parametrize("on_this_machine, backend", [(1, "gloo"), (2, "shared_memory")])
 def test_ranks_wait_for_one_that_compiles_longer_than_the_libraries_would(tmp_path, on_this_machine, backend):
     said = [f"collectives: {backend}; a rank waits 40 minutes for the others"]
     found = run_ranks(2, made_by_a_run, str(tmp_path), on_this_machine)
-    assert found == 2 * [(PATIENCE, said, 2.0)]
+    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    interface = loopback.pop() if on_this_machine == 2 else None
+    assert found == 2 * [(PATIENCE, said, 2.0, interface)]
     assert PATIENCE.total_seconds() == 2400
 
 
