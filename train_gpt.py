@@ -88,7 +88,9 @@ SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 
 class Config:
     """All settings of a run. Tuples indexed by stage repeat their last entry for later stages."""
 
-    track: str = setting("small", "preset that the other settings start from: small, medium or shakespeare")
+    track: str = setting(
+        "small", "preset that the other settings start from, here shown of small: small, medium or "
+                 "shakespeare, which it is without a GPU")
     recipe: str = setting(
         "base", "track small: base, or record89 (1285 steps, with what the public record learned since 80)")
     target_loss: float = setting(3.28, "validation loss in nats per token that the run tries to reach")

@@ -85,7 +85,8 @@ def main(argv: list[str]) -> int:
         folder = Path(scratch)
         write_shards(folder, gpt2_encoding())
         log, seconds = run(args.steps, folder, flags)
-    peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
     text = page(log, seconds, peak_gb)
     print(text, end="")
     if args.out:

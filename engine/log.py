@@ -162,8 +162,13 @@ def machine_facts(rt: Runtime) -> list[str]:
         f"Running Python {sys.version}",
         f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {device} "
         f"with world_size {rt.world}",
-        output("nvidia-smi") if cuda else f"no GPU: {output('lscpu') or platform.platform()}",
+        output("nvidia-smi") if cuda else f"no GPU: {output('lscpu') or macos_processor()}",
     ]
+
+
+def macos_processor() -> str:
+    """Return system and processor where there is no lscpu, as on macOS."""
+    return f"{platform.platform()} {output('sysctl', '-n', 'machdep.cpu.brand_string')}".strip()
 
 
 def commit_fact() -> str:

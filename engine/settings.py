@@ -68,7 +68,9 @@ def parse_settings(settings: type, argv: list[str], about: str,
     """
     fields = dataclasses.fields(settings)
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = Parser(allow_abbrev=False, description=about, formatter_class=as_written)
+    # Without it usage would be all flags in a row.
+    parser = Parser(usage="%(prog)s [--name=value ...]", allow_abbrev=False, description=about,
+                    formatter_class=as_written)
     group = parser.add_argument_group("actions")
     for name, options in actions.items():
         group.add_argument(f"--{name}", **options)

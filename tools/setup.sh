@@ -105,7 +105,8 @@ install_venv() {
     fi
     rm -f .venv/installed.txt
     "$python" -m pip install "${options[@]}" >&2 || die 1 "expected pip to install $files, found the error above;" \
-        "check network and free disk space and start again, or from another Python: PYTHON=python3.12 ./${0##*/}"
+        "check network and free disk space and start again, or from another Python: PYTHON=python3.12 ./${0##*/}" \
+        "(on a Mac, torch needs Apple silicon and macOS 14)"
     state=$(probe "$python" "$@")
     [[ $state == ready ]] ||
         die 1 "after pip installed $files into .venv: $state; check the pins, remove .venv and start again."

@@ -54,6 +54,12 @@ def test_each_log_is_of_the_settings_in_its_name(found):
         assert {name: named[name] for name in expected} == {name: str(x) for name, x in expected.items()}
 
 
+def test_the_page_names_the_runs_that_are_not_there(found):
+    some = {name: run for name, run in found.items() if name != muonclip.SCAN[-1].name}
+    assert muonclip.tables(some).endswith(f"Not there, or not ended well: {muonclip.SCAN[-1].name}.\n")
+    assert "Not there" not in muonclip.tables(found)
+
+
 def test_logs_that_are_missing_or_cut_short_are_refused(tmp_path, capsys):
     assert run_program(muonclip.main, ["table", str(tmp_path)]) == 2
     assert "expected a run or more of each kind that is compared, found none" in capsys.readouterr().err
@@ -62,13 +68,15 @@ def test_logs_that_are_missing_or_cut_short_are_refused(tmp_path, capsys):
     assert "expected what examples/kimi.py prints, to its end, found less" in capsys.readouterr().err
 
 
-def test_run_trains_what_is_missing_and_nothing_else(tmp_path, capsys, monkeypatch):
+def test_run_trains_what_is_missing_and_nothing_else_and_goes_on_past_a_failure(tmp_path, capsys, monkeypatch):
     fails = "import sys; sys.exit('no luck')"
-    commands = {"first": [sys.executable, "-c", "print(1)"], "second": [sys.executable, "-c", fails]}
+    programs = {"second": fails, "first": "print(1)"}
+    commands = {name: [sys.executable, "-c", program] for name, program in programs.items()}
     monkeypatch.setattr(muonclip, "commands", lambda: commands)
     assert run_program(muonclip.main, ["run", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith(
         "second: expected the example to end well, but it ended with exit code 1: no luck\n")
     assert [path.name for path in tmp_path.iterdir()] == ["first.txt"]
+    capsys.readouterr()
     assert run_program(muonclip.main, ["run", str(tmp_path)]) == 1
     assert capsys.readouterr().out == "1/1 second\n"

@@ -4,6 +4,7 @@ Nothing here has a time limit: pytest's own ends a test that hangs, and the rank
 """
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from multiprocessing import forkserver
@@ -40,7 +41,8 @@ class Ranks:
     def __init__(self, world: int, function, *args):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server inherits it
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        if sys.platform != "darwin":  # whose libraries, once loaded, may abort a forked process
+            context.set_forkserver_preload(PRELOADED)
         with pytest.MonkeyPatch.context() as patch:  # before Python 3.14 the server's imports ignore sys.path
             patch.setenv("PYTHONPATH", str(ROOT))
             forkserver.ensure_running()

@@ -35,7 +35,7 @@ def test_a_run_of_two_ranks_and_its_text(tmp_path):
     own_data = "--train_files=data/shakespeare/shakespeare_train_*.bin"  # nothing is to be prepared
     settings = [*TINY, own_data, "--products=auto", "--save_final=on", f"--log_dir={tmp_path}/logs"]
     done = on_a_mac(make_shards(tmp_path), "-m", "tools.launch", *settings)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "MacOs" not in done.stderr, done.stderr
     log = next(tmp_path.glob("logs/*.txt")).read_text().rpartition("config: ")[2]
     for fact in ("collectives: gloo;", "products by oneDNN: no", "products in bfloat16: no (no units",
                  "weights: float32"):

@@ -39,6 +39,7 @@ def test_help_lists_every_field_with_its_meaning_and_default(capsys):
         parse_config(["--help"])
     out, err = capsys.readouterr()
     assert err == ""
+    assert re.match(r"usage: .+ \[--name=value \.\.\.\]\n\n", out)  # not a hundred flags in a row
     text = "".join(out.split())  # lines break at hyphens too
     for f in FIELDS:
         line = f"--{f.name} VALUE {f.metadata['help']} [{show_value(f.default)}]"
