@@ -68,7 +68,7 @@ def test_logs_that_are_missing_or_cut_short_are_refused(tmp_path, capsys):
     assert "expected what examples/kimi.py prints, to its end, found less" in capsys.readouterr().err
 
 
-def test_run_trains_what_is_missing_and_nothing_else_and_goes_on_past_a_failure(tmp_path, capsys, monkeypatch):
+def test_run_trains_what_is_missing_alone_and_goes_on_past_a_failure(tmp_path, capsys, monkeypatch):
     fails = "import sys; sys.exit('no luck')"
     programs = {"second": fails, "first": "print(1)"}
     commands = {name: [sys.executable, "-c", program] for name, program in programs.items()}
