@@ -105,11 +105,13 @@ def try_ranks(cfg: Config, device: torch.device) -> tuple[str, str]:
 def try_memory(cfg: Config, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
+        there = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     else:
         free = total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there = f"{total / GIB:.1f} GiB in all"
     need = sum(static_bytes(cfg, choose_dtype(cfg.dtype, device), 1).values())
-    text = (f"{free / GIB:.1f} of {total / GIB:.1f} GiB free; weights, gradients and optimizer take "
-            f"{need / GIB:.2f}, for the rest see python -m tools.plan")
+    text = (f"{there}; weights, gradients and optimizer take {need / GIB:.2f}, for the rest see python -m "
+            "tools.plan")
     if need > free:
         raise RunError(text)
     if free < 0.9 * total:
