@@ -1449,9 +1449,8 @@ class Run:
             rng=torch.get_rng_state())
         self.rt.together(write_checkpoint, path, state if self.rt.rank == 0 else None)
 
-    def load(self, path: str, state: dict, force_data: bool = False):
-        """Go on from a checkpoint. Raises UsageError where it is one of another model,
-        schedule or data set."""
+    def check_checkpoint(self, path: str, state: dict, force_data: bool = False):
+        """Raise UsageError where a checkpoint is one of another model, schedule or data set."""
         cfg = self.cfg
         for name in MODEL_SETTINGS:
             found, expected = state["config"][name], getattr(cfg, name)
@@ -1465,6 +1464,9 @@ class Run:
             raise UsageError(f"{path}: expected the training data of its run, fingerprint {state['data']}, "
                              f"found {self.loader.fingerprint}; set --train_files, or go on with other data: "
                              "--force_data")
+
+    def load(self, path: str, state: dict):
+        """Go on from a checkpoint. Raises UsageError where its weights and states are others."""
         try:
             self.load_state(state)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
@@ -1517,18 +1519,18 @@ def train(run: Run, log: Log):
     cfg, clock = run.cfg, run.clock
     folder = Path(cfg.log_dir) / log.run_id
     tokens = sum(cfg.at("batch_tokens", step) for step in range(run.step))
-    saved_at = run.step
+    tried_at, path = run.step, None  # the newest checkpoint; None: it could not be written
 
     clock.start()
     run.fill_prefixes()
     while True:
         done = run.step == cfg.train_steps
         whole = run.step % cfg.adam_every == 0  # no gradient is half summed up
-        due = cfg.save_every and whole and run.step - saved_at >= cfg.save_every
+        due = cfg.save_every and whole and run.step - tried_at >= cfg.save_every
         if due or run.stopping or (done and cfg.save_final):
             with clock.paused():
-                path = save(run, log, folder, must=run.stopping or (done and cfg.save_final))
-            saved_at = run.step
+                path = save(run, log, folder, must=run.stopping)
+            tried_at = run.step
         if run.stopping:
             raise Stopped(run.stop.number or signal.SIGINT, f"; go on with --resume={path}")
 
@@ -1546,7 +1548,7 @@ def train(run: Run, log: Log):
         tokens += cfg.at("batch_tokens", run.step - 1)
         log.train(run.step, cfg.train_steps, ms, loss, 1000 * tokens / ms)
 
-    if cfg.save_final and saved_at != run.step:  # it ended early, at its target
+    if cfg.save_final and (path is None or tried_at != run.step):  # it failed, or the target came first
         save(run, log, folder, must=True)
     if run.rt.device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated(run.rt.device) // 2**20
@@ -1568,9 +1570,9 @@ def validate(run: Run, log: Log):
                        "rates")
 
 
-def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
-    """Write a checkpoint and remove those that are too many.
-    One of several may fail: must says whether this may not."""
+def save(run: Run, log: Log, folder: Path, must: bool) -> Path | None:
+    """Write a checkpoint and remove those that are too many. Return its path, or None, with a warning, if it
+    cannot be written; RunError where it must be."""
     if run.stopping:
         run.stop.agreed()
     path = folder / f"state_step{run.step:06d}.pt"
@@ -1580,7 +1582,7 @@ def save(run: Run, log: Log, folder: Path, must: bool) -> Path:
         if must:
             raise
         log.write(f"warning: {e}")
-        return path
+        return None
     log.write(f"checkpoint: {path}")
     if run.cfg.keep and run.rt.rank == 0:
         for old in sorted(folder.glob("state_step*.pt"))[: -run.cfg.keep]:
@@ -1689,6 +1691,8 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
     if options.dry_run:
         settings = [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
         return rt.print0("\n".join([*settings, *run.facts()]))
+    if state:  # before a warm-up that may take minutes
+        run.check_checkpoint(options.resume, state, options.force_data)
     with rt.together(Log, cfg, rt) as log:
         facts = run.facts()
         if state:
@@ -1699,7 +1703,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
             rt.print0(f"note: {note}", file=sys.stderr)
         run.warm_up()
         if state:
-            run.load(options.resume, state, options.force_data)
+            run.load(options.resume, state)
             if cfg.seed != state["config"]["seed"]:
                 rt.print0("note: --seed has no effect on a resumed run; its weights come from the checkpoint",
                           file=sys.stderr)

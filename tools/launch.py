@@ -129,7 +129,7 @@ def main(args: list[str]) -> int:
     ranks = choose_ranks(num_gpus, cores, os.environ.get("NPROC", ""))
 
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    print(f"{num_gpus or 'no'} GPU, {cores} CPU cores: track {cfg.track}, ranks: {ranks}, "
+    print(f"{num_gpus or 'no'} GPU, {cores} CPU core{'s' * (cores > 1)}: track {cfg.track}, ranks: {ranks}, "
           f"threads of each: {threads}", file=sys.stderr)
     own_data = options.resume or "train_files" in parse_config(args)[1]  # they lie somewhere already
     code = 0 if own_data else prepare_data(cfg)
