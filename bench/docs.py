@@ -22,9 +22,9 @@ from data.files import written_whole
 from records import logs
 from train_gpt import RECIPES, TRACKS, Config
 
-PRESETS = {  # tracks, and recipes of track small
+PRESETS = {  # tracks and their recipes
     **{name: Config.for_track(name) for name in TRACKS},
-    **{name: Config.for_track("small", recipe=name) for name in RECIPES if name != "base"},
+    **{name: Config.for_track(track, recipe=name) for track in RECIPES for name in RECIPES[track]},
 }
 TECHNIQUES = Path("docs/techniques.md")
 RESULTS = Path("docs/results.md")
