@@ -17,7 +17,7 @@ from tests.records.test_ab import FAKE
 
 SCRIPTS = ("run.sh", "test.sh", "tools/setup.sh")
 NOT_ON_MACOS = re.compile(
-    r"\b(mapfile|readarray|coproc|flock|nproc|setsid|taskset|timeout|realpath|stdbuf|tac|shuf|numfmt)\b(?![(.])"
+    r"\b(mapfile|readarray|coproc|flock|nproc|setsid|taskset|timeout|realpath|stdbuf|tac|shuf)\b(?![(.])"
     r"|declare -[Ag]|local -[nA]|wait -n|\|&|&>>|\$\{\w+(\^|,)|\$\{\w+@|\[\[ -v |printf '%\("
     r"|readlink -f|sed -i|date -d|grep -P|cp --|stat -c|mktemp --|sort -V|xargs -r|head -n -|ls --|cat -A")
 
