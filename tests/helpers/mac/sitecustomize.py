@@ -7,7 +7,6 @@ import builtins
 import io
 import os
 import resource
-import select
 import signal
 import socket
 import sys
@@ -17,7 +16,6 @@ import time
 LINUX_ONLY = {
     os: ("sched_getaffinity", "sched_setaffinity", "memfd_create", "posix_fadvise", "posix_fallocate",
          "pidfd_open", "eventfd", "pipe2", "copy_file_range", "splice", "getrandom", "unshare", "setns"),
-    select: ("epoll",),
     signal: ("sigtimedwait", "sigwaitinfo", "pidfd_send_signal"),
     socket: ("SOCK_SEQPACKET", "SOCK_CLOEXEC", "SOCK_NONBLOCK"),
     time: ("CLOCK_BOOTTIME",),
