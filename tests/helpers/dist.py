@@ -44,7 +44,7 @@ class Ranks:
         if sys.platform != "darwin":  # whose libraries, once loaded, may abort a forked process
             context.set_forkserver_preload(PRELOADED)
         with pytest.MonkeyPatch.context() as patch:  # before Python 3.14 the server's imports ignore sys.path
-            patch.setenv("PYTHONPATH", str(ROOT))
+            patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
             forkserver.ensure_running()
         self.files = tempfile.TemporaryDirectory()
         self.folder = Path(self.files.name)
