@@ -23,15 +23,11 @@ def test_every_field_is_a_flag_that_reads_back_what_is_shown(track):
     assert options.resume is None and options.check is False
 
 
-def test_a_flag_and_its_value_may_be_two_words_and_nothing_else_changes():
-    assert parse_config(["--train_steps", "12"])[1] == {"train_steps": 12}
-    assert parse_config([])[1] == {}
-
-
-def test_switches_read_common_words_and_an_empty_value_is_an_empty_tuple():
-    for text, value in dict(true=True, on=True, False_=False, off=False).items():
-        assert parse_config([f"--smear={text.strip('_')}"])[1] == {"smear": value}
-    assert parse_config(["--smear=1", "--paired_layers="])[1] == {"smear": True, "paired_layers": ()}
+@pytest.mark.parametrize("flags, changes", [
+    ("", {}), ("--train_steps 12", {"train_steps": 12}), ("--paired_layers=", {"paired_layers": ()}),
+    ("--smear=on", {"smear": True}), ("--smear=1", {"smear": True}), ("--smear=False", {"smear": False})])
+def test_flags_read_common_words_and_change_nothing_else(flags, changes):
+    assert parse_config(flags.split())[1] == changes
 
 
 def test_help_lists_every_field_with_its_meaning_and_default(capsys):
@@ -116,18 +112,15 @@ def test_an_impossible_setting_is_refused_by_name_with_what_was_found(name, valu
         assert told[2] == repr(value)
 
 
-def test_paired_layers_need_an_even_number_of_heads():
-    with pytest.raises(UsageError, match="--paired_layers: expected none, .* number of heads, 3, is odd"):
-        config(model_dim=24, paired_layers=(1,))
-
-
 @pytest.mark.parametrize("changes, refused", [
     (dict(mudd=True), "backout"),
     (dict(mudd=True, backout=False, no_attn_layers=(5,)), "mudd"),
     (dict(mudd=True, backout=False, cache_layer=5, late_attn_layers=()), "mudd"),
     (dict(gate_networks=(0,), mix_window=4, paired_layers=(5,)), "mix_window"),
+    (dict(model_dim=24, paired_layers=(1,)), "paired_layers"),  # an odd number of heads
+    (dict(ngram_rows=50, bigram_rows=0), "ngram_rows"),
 ], ids=str)
-def test_networks_need_the_last_layer_as_it_is(changes, refused):
+def test_settings_that_do_not_go_together_are_refused(changes, refused):
     with pytest.raises(UsageError, match=f"--{refused}: expected "):
         config(**changes)
 

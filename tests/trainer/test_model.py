@@ -9,7 +9,7 @@ import torch
 
 from engine.kernels import Kernels
 from engine.token_factors import gate_slots
-from tests.helpers.tiny import BARE, SMALL, THREE_LAYERS, build, config, context, docs_of, make_run
+from tests.helpers.tiny import BARE, THREE_LAYERS, build, config, context, docs_of, make_run
 from train_gpt import GPT, MATRICES, TABLES, Config
 
 LENGTHS = [5, 1, 7, 4]  # documents of the sequence that all models below read
@@ -490,29 +490,19 @@ def test_random_mlp_outputs_are_as_large_as_asked():
     assert out.abs().max() <= bound and abs(out.std() / (0.5 / math.sqrt(128)) - 1) < 0.01
 
 
+OFF = (  # techniques whose settings in BARE turn them off
+    "paired_layers", "late_attn_layers", "backout", "skip", "key_offset", "yarn", "softcap",
+    "value_embed_layers", "bigram_rows", "smear", "attn_gate_layers", "xsa_layers", "inject_x0",
+    "mtp_weights", "untie_stage")
 SWITCHES = {
     "everything on": {},
     "everything off": BARE,
+    **{f"without {name}": {name: BARE[name]} for name in OFF},
     "no layer is long": dict(long_layers=()),
-    "attention everywhere": dict(no_attn_layers=()),
-    "no pairs": dict(paired_layers=()),
-    "no late attention": dict(late_attn_layers=()),
-    "no backout": dict(backout=False),
-    "no skip": dict(skip=()),
-    "no key offset": dict(key_offset=False),
+    "no attention in a layer": dict(no_attn_layers=(1,), value_embed_layers=(0,), attn_gate_layers=(0,),
+                                    xsa_layers=(0,)),
     "no rotation": dict(rope_fraction=0.0),
-    "no YaRN": dict(yarn=False),
-    "no softcap": dict(softcap=()),
-    "no value embeddings": dict(value_embed_layers=()),
-    "no bigrams": dict(bigram_rows=0),
-    "no signs": dict(bigram_signs=False),
     "n-grams": dict(ngram_rows=60),
-    "no smear": dict(smear=False),
-    "no attention gates": dict(attn_gate_layers=()),
-    "no XSA": dict(xsa_layers=()),
-    "no x0": dict(inject_x0=False),
-    "next token only": dict(mtp_weights=(1.0,)),
-    "never tied": dict(untie_stage=0),
     "always tied": dict(untie_stage=-1),
     "plain Muon": dict(normuon_beta2=0.0),
     "AdamW": dict(optimizer="adamw"),
@@ -524,8 +514,6 @@ SWITCHES = {
     "one stage": dict(stages=1, untie_stage=0),
     "no momentum ramps": dict(momentum_warmup=0, momentum_cooldown=0),
     "other coefficients": dict(coefficients="quintic"),
-    "connections": dict(mudd=True, backout=False),
-    "gates of networks": dict(gate_networks=(0, 3)),
     "all of record 89": dict(RECORD_89, prefix_weight=0.25),
     "MLP outputs at random": dict(mlp_out_std=0.5),
 }
@@ -538,7 +526,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_ablation_builds_trains_and_evaluates(switch, folder):
-    run = make_run(folder, **{**SMALL, "train_steps": 8, **SWITCHES[switch]})
+    run = make_run(folder, **{**THREE_LAYERS, "train_steps": 8, **SWITCHES[switch]})
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for _ in range(4):
         run.train_step()
