@@ -152,23 +152,19 @@ def test_a_run_can_end_at_its_target(folder):
     assert re.search(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
 
 
-def test_check_passes(folder):
+def test_check_fails_where_a_token_sees_the_next_one_or_probabilities_do_not_sum_to_one(folder, monkeypatch):
     result = run(folder, "--check")
     assert (result.code, result.err, result.log) == (0, "", None)
     assert result.out.splitlines()[-1] == "check: passed"
 
-
-def test_check_fails_where_a_token_sees_the_next_one(folder, monkeypatch):
     def leaky_mask(docs, window):
         t = torch.arange(len(docs.ids))
         return attention.masked_mask(docs, window) | (t[None, :] - t[:, None] == 1)
 
-    monkeypatch.setitem(attention.BACKENDS, "masked", (leaky_mask, attention.masked_attention))
-    result = run(folder, "--check", "--attention=masked")
-    assert result.code == 1 and result.out.splitlines()[-1] == "check: failed"
-
-
-def test_check_fails_where_probabilities_do_not_sum_to_one(folder, monkeypatch):
     log_probs = train_gpt.GPT.log_probs
+    with monkeypatch.context() as patch:
+        patch.setitem(attention.BACKENDS, "masked", (leaky_mask, attention.masked_attention))
+        result = run(folder, "--check", "--attention=masked")
+        assert result.code == 1 and result.out.splitlines()[-1] == "check: failed"
     monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: log_probs(*args) + 0.001)
     assert run(folder, "--check").code == 1
