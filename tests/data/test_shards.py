@@ -111,7 +111,7 @@ def test_importing_needs_numpy_and_the_standard_library_only():
     code = """
 import sys, numpy
 before = set(sys.modules)
-import data.shards
+import data.shakespeare, data.shards
 print({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
