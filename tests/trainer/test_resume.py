@@ -12,7 +12,7 @@ import train_gpt
 from engine import clock as clock_module
 from engine.endings import StopSignal
 from tests.helpers.dist import Ranks, run_ranks
-from tests.helpers.runs import config, launch, make_shards, on_rank, run, step_lines
+from tests.helpers.runs import config, make_shards, on_rank, run, step_lines
 
 # Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are
 # split. The average of the weights begins after step 4.
@@ -274,12 +274,3 @@ def test_a_rank_that_waits_for_another_one_leaves_soon_after_a_signal(folder, tm
         assert waiting.exitcode == 143
     else:  # the signal came in the moment before it waited, and the handler ran
         assert result.code == 143
-
-
-def test_ctrl_c_at_the_launcher_saves_and_ends_all_ranks(folder):
-    with launch(folder, "--save_final=1") as process:
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-    assert process.returncode == 130 and len(err.splitlines()) == 1, err  # the line with ranks and threads
-    path = out.splitlines()[-1].partition("; go on with --resume=")[2]
-    assert load(path)["step"] >= 3
