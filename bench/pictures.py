@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.errors import UsageError
@@ -123,11 +124,16 @@ def figure_of_loss(theme: Theme, target: float) -> Figure:
     axes.set_xlabel("training seconds", fontsize=18, color=theme.text, labelpad=6)
     axes.set_title("validation loss, nats per byte", fontsize=18, color=theme.text, loc="left", pad=10)
     axes.tick_params(colors=theme.faint, labelsize=17, length=0, pad=6)
+    plain_axes(axes, theme)
+    return fig
+
+
+def plain_axes(axes: Axes, theme: Theme) -> None:
+    """Leave of the frame its lower side, and faint lines across."""
     axes.grid(axis="y", color=theme.faint, alpha=0.25, linewidth=1)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(theme.faint)
-    return fig
 
 
 def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint]):

@@ -244,7 +244,11 @@ def reuse_table(results: Results) -> str:
 
 
 def tables(results: Results) -> str:
+    """Return the tables. Raises UsageError where an optimizer has no trials."""
     rungs = results.search.rungs
+    if not all(results.losses(optimizer, rungs[0]) for optimizer in OPTIMIZERS):
+        raise UsageError(f"{results.path}: expected trials of both optimizers, found too few; see "
+                         "`python -m bench.tune run`")
     return "\n\n".join([
         "### The search", rung_table(results),
         "By the best of each whole rung, one seed, before any fresh one:", rung_ratios(results),

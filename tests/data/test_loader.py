@@ -234,7 +234,7 @@ BAD_SHARDS = {  # name -> the second shard, what is said
     "a bad token": (
         numbers((11_000, 300)),
         "_000001.bin: expected token ids below the vocabulary size 257, found 300 at position 11,000"),
-    "no documents": (np.full(5000, 97), "expected documents that start with token 256, found none; make"),
+    "no documents": (np.full(12_000, 97), "expected documents that start with token 256, found none; make"),
 }
 
 
