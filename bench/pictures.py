@@ -12,6 +12,7 @@ import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -47,10 +48,8 @@ THEMES = LIGHT, DARK
 # Validation loss against training seconds
 
 
-@dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(NamedTuple):
     """One validation of several runs of the same settings."""
-    step: int
     seconds: float  # mean over the runs
     loss: float     # mean over the runs
     low: float
@@ -87,13 +86,7 @@ def curve(group: str) -> list[CurvePoint]:
         if len(set(steps)) > 1:
             raise UsageError(f"{RUNS / group}: expected runs with validations at the same steps, found "
                              f"{sorted(set(steps))}; leave out the odd one")
-        points.append(CurvePoint(
-            step=steps[0],
-            seconds=statistics.mean(seconds),
-            loss=statistics.mean(losses),
-            low=min(losses),
-            high=max(losses),
-        ))
+        points.append(CurvePoint(statistics.mean(seconds), statistics.mean(losses), min(losses), max(losses)))
     return points
 
 
@@ -105,10 +98,7 @@ def figure_of_loss(theme: Theme, target: float) -> Figure:
     for group in ("nanogpt", "adamw", "muon"):
         points = curve(group)
         color = theme.colors[group]
-        seconds = [point.seconds for point in points]
-        losses = [point.loss for point in points]
-        low = [point.low for point in points]
-        high = [point.high for point in points]
+        seconds, losses, low, high = zip(*points)
         axes.fill_between(seconds, low, high, color=color, alpha=0.22, linewidth=0)
         axes.plot(seconds, losses, color=color, linewidth=3, marker="o", markersize=5,
                   solid_joinstyle="round", label=group)

@@ -1,5 +1,4 @@
-"""How fast a training step is, by stage and by part, beside what bench.cross says that it could take; and how
-much faster the loader is.
+"""How fast a training step is, by stage and by part, beside what bench.cross says that it could take.
 
     python -m bench.step [--track=small] [--field=value ...]          one process
     torchrun --standalone --nproc_per_node=8 -m bench.step            as many as the run would have
@@ -37,7 +36,7 @@ from bench.cross.page import launches
 from bench.documents import document_lengths
 from bench.page import grid
 from data.errors import run_program
-from data.loader import Loader, find_shards
+from data.loader import find_shards
 from data.shards import ShardError, write_shard
 from engine.kernels import Kernels
 from engine.ranks import Runtime
@@ -88,26 +87,10 @@ def ensure_shards(cfg: Config, folder: Path, tokens: int) -> str:
         return "synthetic documents"
 
 
-def move_loader(loader: Loader, step: int) -> None:
-    loader.load_state_dict({**loader.state_dict(), "step": step})
-
-
-def time_loader(cfg: Config, step: int, rt: Runtime) -> float:
-    """Return tokens per second of the batches that this rank's loader prepares, all of them for one rank."""
-    loader = Loader(cfg, rt.rank, rt.world, rt.device.type == "cuda")
-    move_loader(loader, step)
-    loader.next()
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        move_loader(loader, step)
-        loader.next()  # waits for this step and for the one that the last call began and nobody took
-    return (2 * STEPS - 1) * cfg.at("batch_tokens", step) / (time.perf_counter() - start)
-
-
 def steps_of(run: Run, stage_start: int):
     """Take one training step of a stage at every next()."""
     first = stage_start + run.cfg.adam_every  # the very first step of a stage may part embedding and head
-    move_loader(run.loader, first)
+    run.loader.load_state_dict({**run.loader.state_dict(), "step": first})
     n = 0
     while True:
         # Stay in the stage, whatever its length; Adam moves as often as in a run.
@@ -323,8 +306,7 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
         flops = tokens * run.model.flops_per_token(stage)
         rows.append(dict(
             stage=stage, tokens=tokens, ms=1000 * median, ms_min=1000 * min(seconds[stage]),
-            ms_max=1000 * max(seconds[stage]), tokens_per_s=tokens / median, tflops=flops / median / 1e12,
-            loader_ratio=time_loader(cfg, step, rt) * median / tokens))
+            ms_max=1000 * max(seconds[stage]), tokens_per_s=tokens / median, tflops=flops / median / 1e12))
     peak_mib = torch.cuda.max_memory_allocated() // 2**20 if cuda else None
     for row, step, parts in zip(rows, cfg.stage_starts, costs):
         row["parts"] = parts_of(run, step, parts)
@@ -344,10 +326,10 @@ def report(result: dict) -> str:
     for r in rows:
         share = f"{r['tflops'] / result['tflops'] / result['world']:.0%}" if result["tflops"] else "-"
         ms = f"{r['ms']:.1f} ({r['ms_min']:.1f}-{r['ms_max']:.1f})"
-        stages.append([r["stage"], f"{r['tokens']:,}", ms, f"{r['tokens_per_s']:,.0f}", f"{r['tflops']:.3g}",
-                       share, f"{r['loader_ratio']:.0f}x"])
+        rate = f"{r['tokens_per_s']:,.0f}"
+        stages.append([r["stage"], f"{r['tokens']:,}", ms, rate, f"{r['tflops']:.3g}", share])
     times = f"ms/step, median of {result['steps']} (min-max)"
-    header = ["stage", "tokens/step", times, "tokens/s", "TFLOP/s", "of peak", "loader/trainer"]
+    header = ["stage", "tokens/step", times, "tokens/s", "TFLOP/s", "of peak"]
     return "\n\n".join([
         f"{result['device']}, {result['world']} rank(s), torch {result['torch']}, track {result['track']}, "
         f"attention {result['attention']}, {result['data']}; warm-up {result['warm_up_s']:.0f} s{memory}",

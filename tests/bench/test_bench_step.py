@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from bench import step
+from data.loader import Loader
 from engine import kernels, products
 from tests.helpers.tiny import BARE, config, make_run
 from tools.gpus import GPUS
@@ -76,30 +77,29 @@ def test_kernels_go_to_the_part_that_launched_them_or_by_their_names():
     assert step.busy_us([(5, 6), (1, 3), (2, 4)]) == 4
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_report_prints_parts_and_muons_share(tmp_path, monkeypatch, compiled):
+def test_report_prints_parts_and_muons_share(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "STEPS", 2)
-    run = make_run(tmp_path, BARE, slices=1)
+    run = make_run(tmp_path, BARE, slices=1, stages=1, mtp_weights=(1.0,))
     run.warm_up()
     # Two profiles; there is no compiler behind it.
-    run.kernels = dataclasses.replace(run.kernels, compiled=compiled)
+    run.kernels = dataclasses.replace(run.kernels, compiled=True)
     run.warm_up = lambda: None
     monkeypatch.setattr(step, "Run", lambda cfg, rt: run)
     result = json.loads(json.dumps(step.measure(run.cfg, run.rt, "tiny")))
-    assert len(result["rows"]) == 4
+    assert len(result["rows"]) == 2  # a stage and the extension
     for row in result["rows"]:
         parts = {p["part"]: p for p in row["parts"]}
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["parts"][-1]["part"] == step.WALL
-        assert parts["MLP"]["eager"] > 0
-        assert ("compiled" in parts["MLP"]) == compiled
-    text = step.report(result)
-    lines = text.splitlines()
-    assert sum(line.startswith("| 2 | MLP |") for line in lines) == 1
-    assert ("| compiled, ms |" in text) == compiled
-    assert {line.count("|") for line in lines if line.startswith("| 2 | ")} == {8, 9 + 2 * compiled}
+        assert parts["MLP"]["eager"] > 0 and "compiled" in parts["MLP"]
+    for compiled in (True, False):
+        text = step.report(result | dict(compiled=compiled))
+        lines = text.splitlines()
+        assert sum(line.startswith("| 1 | MLP |") for line in lines) == 1
+        assert ("| compiled, ms |" in text) == compiled
+        assert {line.count("|") for line in lines if line.startswith("| 1 | ")} == {7, 9 + 2 * compiled}
     said = re.search(r"Muon's share of the FLOPs of a step: (.*); of its time, by stage: (.*)\.", text)
     planned, measured = said.groups()
-    assert " at 64 tokens " in planned and len(measured.split(", ")) == 4
+    assert " at 64 tokens " in planned and len(measured.split(", ")) == 2
     assert all(0 < float(share.rstrip("%")) < 100 for share in measured.split(", "))
 
 
@@ -107,7 +107,7 @@ def test_without_shards_a_run_reads_synthetic_ones(tmp_path, monkeypatch):
     cfg = config(train_files="none/train_*.bin", val_files="none/val_*.bin", max_epochs=1000)
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "empty"))
     assert step.ensure_shards(cfg, tmp_path, 20_000) == "synthetic documents"
-    assert len(step.Loader(cfg, 0, 1, False).next()) == cfg.slices
+    assert len(Loader(cfg, 0, 1, False).next()) == cfg.slices
     assert step.ensure_shards(cfg, tmp_path, 20_000) == "the track's shards"
 
 

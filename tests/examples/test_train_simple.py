@@ -163,6 +163,8 @@ def test_batches_are_consecutive_blocks_at_every_world_size(folder):
     for k, (batch, offset) in enumerate(zip(alone, [*range(0, 768, 128), 0, 128])):
         stream = np.arange(offset, offset + 129) % (40 if k < 6 else 39)
         assert (batch[:8].ravel() == stream[:-1]).all() and (batch[8:].ravel() == stream[1:]).all()
+    with pytest.raises(UsageError, match="world size: expected a divisor of 8"):
+        batches(0, 3)
     halves = [batches(rank, 2)[1] for rank in range(2)]
     for batch, first, second in zip(alone, *halves):
         joined = np.concatenate((first[:4], second[:4], first[4:], second[4:]))
@@ -296,12 +298,6 @@ def test_bad_input_is_a_sentence(folder, flags, message):
     with pytest.raises((UsageError, ShardError), match="(?s)expected .*found .*") as error:
         train_simple.main([*FLAGS, f"--log_dir={folder / 'logs'}", *flags], None)
     assert re.search(message, str(error.value)), error.value
-
-
-def test_ranks_that_do_not_divide_the_batch_are_refused(folder):
-    rt = SimpleNamespace(rank=0, world=3, device=torch.device("cpu"))
-    with pytest.raises(UsageError, match="world size: expected a divisor of 8"):
-        Blocks(TINY["train_files"], 128, settings(), rt)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_its_log_says_so(folder, monkeypatch):
