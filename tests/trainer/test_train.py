@@ -126,10 +126,14 @@ def test_the_clock_pays_for_the_first_shard_the_first_batch_and_the_prefixes(fol
     note(train_gpt.Loader, "read")
     note(train_gpt.Loader, "prepare")
     note(train_gpt.Run, "fill_prefixes")  # the table of prefixes: the public record pays for it as well
-    assert run(folder, "--train_steps=2", "--extension_steps=0").code == 0
-    clock = events.index("start")
-    assert not {"prepare", "fill_prefixes"} & set(events[:clock])
-    assert {"read", "fill_prefixes"} <= set(events[clock:])
+    first = run(folder, "--train_steps=2", "--extension_steps=0", "--save_final=1")
+    told = [events.copy()]
+    events.clear()
+    assert run(folder, f"--resume={first.checkpoints[0]}", "--train_steps=4").code == 0
+    for events in (*told, events):  # a run and one that goes on
+        clock = events.index("start")
+        assert not {"prepare", "fill_prefixes"} & set(events[:clock])
+        assert {"read", "fill_prefixes"} <= set(events[clock:])
 
 
 def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
