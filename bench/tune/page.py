@@ -121,29 +121,6 @@ def rung_table(results: Results) -> str:
                  "rank correlation with the rung before"], lines)
 
 
-def best_losses(results: Results, optimizer: str) -> dict[int, float]:
-    """Return steps -> best loss of every rung that is whole."""
-    found = {}
-    for steps in results.rungs(optimizer):
-        with contextlib.suppress(UsageError):
-            found[steps] = results.losses(optimizer, steps)[results.winner(optimizer, steps)]
-    return found
-
-
-def rung_ratios(results: Results) -> str:
-    """Return how many times as many steps AdamW takes to the best loss of each of its rungs, by the search
-    alone: Muon's steps lie on straight lines in the logarithm between its own rungs."""
-    muon = best_losses(results, "muon")
-    lines = []
-    for steps, loss in best_losses(results, "adamw").items():
-        for short, long in zip(muon, [*muon][1:]):
-            part = steps_ratio(loss, (short, long), (muon[short], muon[long]))
-            if 0 < part < math.inf:
-                lines.append([steps, f"{loss:.4f}", f"{part * short:.0f}", f"{steps / (part * short):.2f}"])
-                break
-    return grid(["steps of AdamW", "its best loss", "steps of Muon to it", "ratio"], lines)
-
-
 def winners_table(results: Results) -> str:
     """Return the searched quantities of the winners beside their ranges, as far as there are winners."""
     found = {}
@@ -251,7 +228,6 @@ def tables(results: Results) -> str:
                          "`python -m bench.tune run`")
     return "\n\n".join([
         "### The search", rung_table(results),
-        "By the best of each whole rung, one seed, before any fresh one:", rung_ratios(results),
         f"### Expected best of k trials after {rungs[0]} steps", best_table(results),
         "### The winners", winners_table(results),
         "### Fresh seeds of the winners", final_text(results),
@@ -274,7 +250,7 @@ def draw(results: Results, theme: Theme, figure: Figure) -> None:
         axes.set_xscale("log", base=2)
     right.set_ylim(1.5, 3.6)
     finish(left, theme, [2**i for i in range(int(math.log2(results.search.trials)) + 1)])
-    finish(right, theme, list(best_losses(results, "adamw")), legend=False)
+    finish(right, theme, results.rungs("adamw"), legend=False)
 
 
 def draw_best(axes: Axes, color: str, name: str, losses: list[float]) -> None:

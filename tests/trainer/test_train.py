@@ -130,10 +130,10 @@ def test_the_clock_pays_for_the_first_shard_the_first_batch_and_the_prefixes(fol
     told = [events.copy()]
     events.clear()
     assert run(folder, f"--resume={first.checkpoints[0]}", "--train_steps=4").code == 0
-    for events in (*told, events):  # a run and one that goes on
-        clock = events.index("start")
-        assert not {"prepare", "fill_prefixes"} & set(events[:clock])
-        assert {"read", "fill_prefixes"} <= set(events[clock:])
+    for seen in (*told, events):  # a run and one that goes on
+        clock = seen.index("start")
+        assert not {"prepare", "fill_prefixes"} & set(seen[:clock])
+        assert {"read", "fill_prefixes"} <= set(seen[clock:])
 
 
 def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
