@@ -1,5 +1,4 @@
 """Tables and plot of a search and of the fresh seeds of its winners."""
-import contextlib
 import math
 import statistics
 from types import SimpleNamespace
