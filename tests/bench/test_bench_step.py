@@ -27,7 +27,7 @@ def test_every_product_of_a_step_belongs_to_its_part(tmp_path, monkeypatch, oned
     monkeypatch.setattr(kernels, "choose_onednn", lambda *a: (onednn, "as the test says"))
     run, product = make_run(tmp_path), "mkldnn::_linear_pointwise" if onednn else "aten::mm"
     run.warm_up()
-    with step.ranges(run, eager=True), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as p:
+    with step.ranges(run), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as p:
         run.train_step()
     found = {}
     for event, part in step.owners(p.events()):
@@ -46,7 +46,7 @@ def test_every_product_of_a_step_belongs_to_its_part(tmp_path, monkeypatch, oned
 def test_parts_add_up_to_the_step(tmp_path):
     run = make_run(tmp_path)
     run.warm_up()
-    ms = step.profile(run, 0, eager=True)
+    ms = step.profile(run, 0)
     assert {*PRODUCTS, "tables", "Muon", "Adam", "masks"} <= set(ms)
     wall = ms.pop(step.WALL)
     assert sum(ms.values()) == pytest.approx(wall, rel=0.2)  # the clock starts a little earlier
@@ -72,7 +72,7 @@ def test_kernels_go_to_the_part_that_launched_them_or_by_their_names():
                      kernels=[("triton_poi", 1), ("ncclDevKernel", 4)])
     grads = event(8, node + "torch::autograd::AccumulateGrad", 91, 92, kernels=[("add", 8)])
     events = [step_, model, attend, forward, backward, inner, graph, compiled, grads]
-    assert step.attribute(events, cuda=True, eager=False) == {
+    assert step.attribute(events, cuda=True, compiled=True) == {
         "attention": 13, step.PRODUCTS: 3, "elementwise": 2, "communication": 4, "gradient sums": 8}
     assert step.busy_us([(5, 6), (1, 3), (2, 4)]) == 4
 
@@ -80,23 +80,17 @@ def test_kernels_go_to_the_part_that_launched_them_or_by_their_names():
 def test_report_prints_parts_and_muons_share(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "STEPS", 2)
     run = make_run(tmp_path, BARE, slices=1, stages=1, mtp_weights=(1.0,))
-    run.warm_up()
-    # Two profiles; there is no compiler behind it.
-    run.kernels = dataclasses.replace(run.kernels, compiled=True)
-    run.warm_up = lambda: None
     monkeypatch.setattr(step, "Run", lambda cfg, rt: run)
     result = json.loads(json.dumps(step.measure(run.cfg, run.rt, "tiny")))
     assert len(result["rows"]) == 2  # a stage and the extension
     for row in result["rows"]:
         parts = {p["part"]: p for p in row["parts"]}
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["parts"][-1]["part"] == step.WALL
-        assert parts["MLP"]["eager"] > 0 and "compiled" in parts["MLP"]
-    for compiled in (True, False):
-        text = step.report(result | dict(compiled=compiled))
-        lines = text.splitlines()
-        assert sum(line.startswith("| 1 | MLP |") for line in lines) == 1
-        assert ("| compiled, ms |" in text) == compiled
-        assert {line.count("|") for line in lines if line.startswith("| 1 | ")} == {7, 9 + 2 * compiled}
+        assert 0 < parts["MLP"]["ms"] < parts[step.WALL]["ms"]
+    text = step.report(result)
+    lines = text.splitlines()
+    assert sum(line.startswith("| 1 | MLP |") for line in lines) == 1
+    assert {line.count("|") for line in lines if line.startswith("| 1 | ")} == {7, 9}
     said = re.search(r"Muon's share of the FLOPs of a step: (.*); of its time, by stage: (.*)\.", text)
     planned, measured = said.groups()
     assert " at 64 tokens " in planned and len(measured.split(", ")) == 2
