@@ -10,7 +10,7 @@ from bench.airbench import GRID, LENGTHS, SEEDS, TARGET, TRIALS
 from bench.airbench import compared, epochs_to, finished, next_run, read_results, tuned
 from data.errors import UsageError
 from examples.airbench import RATES
-from tests.examples.pictures import made_up
+from tests.helpers.pictures import made_up
 from tests.helpers.committed import ROOT
 
 COMMITTED = ROOT / "bench/results/2026-11-28_airbench/airbench.jsonl"

@@ -10,7 +10,7 @@ from examples.airbench import AirbenchRun, AirbenchSettings
 from examples.airbench import fix_norms, normalized, run_once, whitening_filters
 from examples.images import DEBIAN, ImageSet, Labelled, load
 from muon import Muon, orthogonalize
-from tests.examples.pictures import made_up, patterns, write_mnist
+from tests.helpers.pictures import made_up, patterns, write_mnist
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

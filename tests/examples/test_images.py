@@ -11,7 +11,7 @@ from data.errors import UsageError
 from data.fetch import FetchError, fetch_url
 from examples import images
 from examples.images import DEBIAN, FASHION, load, read_cifar
-from tests.examples.pictures import cifar_archive, cifar_records, idx, patterns, write_mnist
+from tests.helpers.pictures import cifar_archive, cifar_records, idx, patterns, write_mnist
 
 IMAGES, LABELS, *_ = FASHION
 

@@ -10,14 +10,11 @@ import torch.nn.functional as F
 
 import train_gpt
 from data.errors import RunError, UsageError
-from data.loader import Batch
 from engine import host_table
 from engine.host_table import HostTable, hash_ngrams, update_rows_
-from engine.sampling import next_log_probs
 from tests.helpers.dist import run_ranks
-from tests.helpers.runs import BOS, make_shards, on_rank, run
-from tests.helpers.tiny import THREE_LAYERS, config, docs_of, make_run
-from tools import sample
+from tests.helpers.runs import make_shards, on_rank, run
+from tests.helpers.tiny import THREE_LAYERS, config, make_run
 
 ROWS, ORDERS = 50, (2, 4)
 NGRAMS = dict(
@@ -334,24 +331,6 @@ def test_check_passes_and_fails_where_an_ngram_sees_the_next_token(folder):
 
 def look_ahead(rank):
     host_table.hash_ngrams = lambda tokens, *rest: hash_ngrams(tokens.roll(-1), *rest)
-
-
-def test_sampling_reads_the_rows_of_the_checkpoint(folder, whole):
-    """The mean of the log probabilities that sampling sees is the loss that evaluation computes there."""
-    model, step = sample.load(str(whole.checkpoints[-1]), torch.device("cpu"))
-    tokens = [BOS, *(97 + (3 * i * i + i) % 26 for i in range(30))]
-    log_probs = next_log_probs(model, step)
-    loss = -sum(log_probs(tokens[:n])[tokens[n]].item() for n in range(1, len(tokens)))
-
-    docs, inputs = docs_of([30]), torch.tensor(tokens[:-1])
-    found = []
-    for rows in (model.ngrams.rows.clone(), torch.zeros_like(model.ngrams.rows)):
-        model.ngrams.rows.copy_(rows)
-        ngrams = model.ngrams.read(Batch(inputs, inputs, docs))
-        with torch.no_grad():
-            context = model.context(docs, step - 1, True, ngrams)
-            found.append(model.evaluate(inputs, torch.tensor(tokens[1:]), context).item())
-    assert abs(loss - found[0]) < 3e-5 < 1e-3 < abs(loss - found[1])  # a sum of 30 losses in another order
 
 
 def test_several_ranks_end_with_the_text_of_one(folder):
