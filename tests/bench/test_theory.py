@@ -87,7 +87,10 @@ def test_two_ranks_follow_the_same_path():
 
 def test_the_committed_results_keep_the_claims_of_the_page():
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    problem = Quadratic(found["seed"])
     for row in found["rows"]:
+        case = Case(**{name: row[name] for name in Case._fields})
+        assert row["bound"] == pytest.approx(bound(problem, case._replace(batch=case.batch or NEVER)))
         part = row["measured"] / row["bound"]
         tight = row["beta"] == 0 and not row["batch"]
         if row["iteration"] == EXACT:
