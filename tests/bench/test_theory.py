@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import theory
-from bench.theory import BATCHES, EXACT, Case, Quadratic, bound, follow
+from bench.theory import BATCHES, EXACT, NEVER, Case, Quadratic, bound, follow
 from data.files import ROOT
 from tests.helpers.dist import run_ranks
 
