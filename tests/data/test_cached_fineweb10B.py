@@ -3,21 +3,18 @@
 import contextlib
 import io
 import json
-import os
 import struct
-import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers.commands import python
 from tests.helpers.fake_hub import serve
 
 from data import cached_fineweb10B
 from data.errors import run_program
-from data.files import ROOT
 from data.loader import shards_needed
 from train_gpt import Config
 
@@ -46,11 +43,9 @@ def folder(tmp_path) -> Path:
 
 def run(tmp_path, endpoint, *args) -> tuple[int, str, str]:
     """The command; the hub library reads HF_ENDPOINT when it is imported, so each has its own process."""
-    env = os.environ | {"HF_ENDPOINT": endpoint, "DATA_PATH": str(tmp_path), "HF_HOME": str(tmp_path)}
-    env["TQDM_POSITION"] = "-1"  # makes the hub library show its bar without a terminal
-    env.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, str(ROOT / "data" / "cached_fineweb10B.py"), *map(str, args)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    env = dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE=0, HF_HOME=tmp_path, DATA_PATH=tmp_path)
+    env["TQDM_POSITION"] = -1  # makes the hub library show its bar without a terminal
+    done = python("data/cached_fineweb10B.py", *args, **env)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout, done.stderr
 

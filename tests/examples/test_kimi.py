@@ -3,8 +3,6 @@ import contextlib
 import io
 import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +11,10 @@ import torch
 
 from data import shakespeare
 from data.errors import RunError, UsageError
-from data.files import ROOT
 from data.shards import write_shard
 from engine.endings import report
 from examples import kimi
+from tests.helpers.commands import python
 from tests.helpers.dist import run_ranks
 
 TINY = ["--steps=12", "--lr=0.06"]
@@ -128,8 +126,7 @@ def test_bad_settings_end_in_a_sentence(option, sentence, capsys):
 
 
 def test_as_a_script_it_finds_its_modules():
-    command = [sys.executable, "examples/kimi.py", "--optimizer=sgd"]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    child = python("examples/kimi.py", "--optimizer=sgd")
     assert child.returncode == 2
     assert child.stderr == "kimi.py: --optimizer: expected one of muon, adamw, found 'sgd'; see --help\n"
 

@@ -1,16 +1,15 @@
 """tools.doctor: its pieces on machines that lack something, made up by patches; children that die; and the
 command itself. Also errors of such machines that the trainer turns into sentences."""
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from data.errors import RunError
-from data.files import ROOT
 from engine import endings
 from engine.endings import explain
+from tests.helpers.commands import python
 from tests.helpers.runs import config, make_shards, run
 from tools import doctor
 from train_gpt import Run
@@ -127,9 +126,8 @@ def test_behind_a_piece_that_ends_its_child_or_hangs_the_next_is_tried(capsys, t
 
 
 def test_the_command_itself_reports_and_exits_with_the_finding(tmp_path):
-    command = [sys.executable, "-m", "tools.doctor", "--track=shakespeare", f"--log_dir={tmp_path / 'logs'}"]
-    env = {**doctor.os.environ, "DATA_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=110, env=env)
+    command = "-m", "tools.doctor", "--track=shakespeare", f"--log_dir={tmp_path / 'logs'}"
+    result = python(*command, DATA_PATH=tmp_path, CUDA_VISIBLE_DEVICES="")
     marks = [line[:4].strip() for line in result.stdout.splitlines() if line[4:6] == "  "]
     assert result.returncode == 1 and marks.count("FAIL") == 1 and marks.count("ok") == 6, result.stdout
     assert result.stderr == ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.helpers.commands import python
 from tests.helpers.runs import launch as launch_tiny
 from tests.helpers.runs import make_shards
 
@@ -268,9 +269,7 @@ time.sleep(600)
 def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
     (tmp_path / "torch.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(600)\n")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "tools.launch"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90)
+    done = python("-m", "tools.launch", PYTHONPATH=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -1,17 +1,14 @@
 """Text from a checkpoint: the model of the run, reproducible draws, and refusals."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.helpers.commands import python
 from tests.helpers.runs import BOS, make_shards, run
 from tests.helpers.tiny import docs_of
 
 from data import encoding
 from data.errors import UsageError, run_program
-from data.files import ROOT
 from data.loader import Batch
 from engine.sampling import generate, next_log_probs
 from tools import sample
@@ -88,11 +85,9 @@ def test_the_smallest_temperatures_take_the_likeliest_token():
 
 def test_characters_of_several_bytes_survive_or_become_question_marks(finished, capsys):
     assert text(capsys, finished.checkpoints[-1], "--prompt", "é€", "--tokens", "0") == "é€\n"
-    command = [sys.executable, "-m", "tools.sample", finished.checkpoints[-1]]
-    command += ["--prompt", "é€a", "--tokens", "0"]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}  # a screen without such characters
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=110)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"??a\n", b"")
+    command = "-m", "tools.sample", finished.checkpoints[-1], "--prompt", "é€a", "--tokens", "0"
+    done = python(*command, PYTHONIOENCODING="ascii")  # a screen without such characters
+    assert (done.returncode, done.stdout, done.stderr) == (0, "??a\n", "")
 
 
 def test_the_vocabulary_follows_from_the_token_that_starts_a_document(monkeypatch):
