@@ -50,7 +50,7 @@ ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<n>\d+) \| [\d.]+ \| (?P<loss>[^|]+
 
 
 def shown(value) -> str:
-    """A setting's value as --help writes it."""
+    """A setting's value in as few words as a page needs."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
