@@ -3,13 +3,11 @@ import functools
 import inspect
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen
 
 from data.errors import UsageError
-from data.loader import make_batch
 from engine import attention
 from engine.attention import BACKENDS, choose_backend, pair, paired_docs, unpair
 from tests.helpers.tiny import docs_of
@@ -129,15 +127,6 @@ def test_a_backend_equals_plain_loops_in_values_and_gradients(name, case, paired
 
 def test_varlen_takes_the_arguments_that_this_torch_has():
     inspect.signature(VARLEN).bind(0, 0, 0, 0, 0, 0, 0, scale=0.1, window_size=(4, 0))
-
-
-@pytest.mark.parametrize("starts, T, max_len", [
-    ([0], 40, 40), ([0, 1, 2, 30], 40, 28), (list(range(40)), 40, 1), ([0, 39], 40, 64)])
-def test_starts_and_ids_of_a_batch_agree(starts, T, max_len):
-    docs = make_batch(np.arange(T + 1), np.array(starts), max_len, False).docs
-    assert docs.starts.dtype == torch.int32 and docs.starts[: len(starts)].tolist() == starts
-    assert (docs.starts[len(starts):] == T).all() and len(docs.starts) > len(starts)  # it ends with T, always
-    assert docs.ids.tolist() == [sum(s <= t for s in starts) - 1 for t in range(T)]
 
 
 # ------------------------------------------------------------------------------------------------------------
