@@ -179,11 +179,10 @@ def ratio_text(results: Results) -> str:
         found = ratio_interval(results, fixed, moving)
         if found is None:
             continue
-        steps = [part * found[3] for part in found[:3]]
-        ratios = [n / last if moving == "adamw" else last / n if n else math.inf for n in steps]
-        largest = found[4] / found[3]
-        middle, low, high = (shown_ratio(x, largest) for x in (ratios[0], *sorted(ratios[1:])))
-        lengths = f"{NAMES[moving]}'s schedules of {found[3]} and {found[4]} steps"
+        *parts, short, long = found
+        middle, *ends = (adamw_over_muon(moving, part * short, last) for part in parts)
+        middle, low, high = (shown_ratio(ratio, long / short) for ratio in (middle, *sorted(ends)))
+        lengths = f"{NAMES[moving]}'s schedules of {short} and {long} steps"
         lines.append(
             f"- **To the loss at which {NAMES[fixed]}'s {last} steps end, AdamW needs {middle} times as many "
             f"steps as Muon** (95 %: {low} to {high}), by {lengths} and a straight line in the logarithm of "
@@ -192,6 +191,14 @@ def ratio_text(results: Results) -> str:
         return "The ratio of steps needs two fresh seeds or more of each winner."
     speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
     return "\n".join([*lines, f"- A step of AdamW took {speed:.3f} of the time of one of Muon."])
+
+
+def adamw_over_muon(moving: str, steps: float, last: int) -> float:
+    """Return AdamW's steps in units of Muon's, where the moving one takes these and the other one the last
+    rung's."""
+    if moving == "adamw":
+        return steps / last
+    return last / steps if steps else math.inf
 
 
 def shown_ratio(ratio: float, largest: float) -> str:
