@@ -254,23 +254,16 @@ def verdicts(capsys, place: Path, *options: str) -> dict[str, tuple[str, str]]:
     return {v["rule"]: (v["verdict"], v["evidence"]) for v in json.loads(capsys.readouterr().out)}
 
 
-def test_check_applies_the_tracks_rule_and_counts_steps(submission, capsys):
+def test_check_counts_steps_and_refuses_what_the_track_fixes(submission, capsys):
     found = verdicts(capsys, submission)
     assert {rule for rule, (verdict, _) in found.items() if verdict == "fail"} == set(), found
     assert found["faster-than-baseline"] == ("n/a", "the track counts steps")
     assert found["right-track"][1] == "optimization" and found["loss-rule"][0] == "pass"
 
-    worse = submission / "0.txt"
-    worse.write_text(worse.read_text().replace("val_loss:3.2775", "val_loss:3.2776"))
-    assert verdicts(capsys, submission)["loss-rule"][0] == "fail"
-
-
-@pytest.mark.parametrize("name, value", [("batch_tokens", 262144), ("num_layers", 11), ("seq_len", 2048)])
-def test_check_refuses_what_the_track_fixes(submission, capsys, name, value):
     for path in submission.iterdir():
-        path.write_text(re.sub(rf'"{name}": \d+', f'"{name}": {value}', path.read_text()))
+        path.write_text(path.read_text().replace('"num_layers": 12', '"num_layers": 11'))
     verdict, evidence = verdicts(capsys, submission)["right-track"]
-    assert verdict == "fail" and f"{name} {value}" in evidence
+    assert verdict == "fail" and "num_layers 11" in evidence
 
 
 def test_pack_builds_a_record_that_verify_finds_whole(submission, folder, capsys):
