@@ -4,9 +4,11 @@ import ctypes
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from data.loader import join, make_batch
 from engine.kernels import Kernels
 from engine.token_factors import gate_slots
 from tests.helpers.tiny import BARE, THREE_LAYERS, build, config, context, docs_of, make_run
@@ -400,6 +402,42 @@ def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(techniques):
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) and all(map(torch.equal, *gradients))
     assert kept[1] < kept[0] / 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Slices that go through the model together
+
+
+@pytest.mark.parametrize("techniques", [{}, dict(untie_stage=0), RECORD_89], ids=str)
+@pytest.mark.parametrize("lengths", [([5, 1, 7, 4], [17], [1, 16]), ([9], [9], [9])], ids=str)
+def test_joined_slices_give_the_losses_and_gradients_of_each_by_itself(lengths, techniques):
+    model = build(config(**techniques), backend="blocked")
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    slices = []
+    for i, each in enumerate(lengths):
+        tokens = tokens_of(model.cfg, sum(each) + 1, seed=i).numpy()
+        slices.append(make_batch(tokens, np.cumsum([0, *each[:-1]]), sum(each), False))
+
+    def outcome(batches, **changes):
+        model.zero_grad()
+        loss = 0.0
+        for inputs, targets, docs in batches:
+            ctx = context(model, docs, tied=model.cfg.tied(0))._replace(**changes)
+            one = model(inputs, targets, ctx, weights)
+            one.backward()
+            loss += one.item()
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, apart = outcome(slices)
+    found, together = outcome([join(slices)])
+    assert found == pytest.approx(expected, rel=1e-6)
+    whole = math.sqrt(sum(g.square().sum() for g in apart.values()))
+    assert together.keys() == apart.keys()
+    for name, g in apart.items():
+        assert (together[name] - g).norm() < GRADIENTS * g.norm() + 1e-6 * whole, name
+
+    blind, _ = outcome([join(slices)], slices=1)  # tokens before, and targets, across the starts of slices
+    assert abs(blind - expected) > 1e-4 * expected
 
 
 # ------------------------------------------------------------------------------------------------------------
