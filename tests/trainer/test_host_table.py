@@ -13,7 +13,7 @@ from data.errors import RunError, UsageError
 from engine import host_table
 from engine.host_table import HostTable, hash_ngrams, update_rows_
 from tests.helpers.dist import run_ranks
-from tests.helpers.runs import make_shards, on_rank, run
+from tests.helpers.runs import make_shards, on_rank
 from tests.helpers.tiny import THREE_LAYERS, config, make_run
 
 ROWS, ORDERS = 50, (2, 4)
@@ -234,41 +234,6 @@ def test_rows_are_looked_for_while_the_step_before_trains(folder, monkeypatch, a
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints, errors
-
-
-SAVING = [*FLAGS, "--adam_every=2", "--save_every=1", "--save_final=1", "--val_every=3"]
-
-
-@pytest.fixture(scope="module")
-def whole(folder):
-    result = run(folder, *SAVING)
-    assert (result.code, result.err) == (0, "")
-    return result
-
-
-def load(path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def test_a_resumed_run_equals_one_that_was_not_interrupted(folder, whole):
-    resumed = run(folder, f"--resume={whole.checkpoints[2]}")
-    assert (resumed.code, resumed.err) == (0, "")
-    assert resumed.train == {step: loss for step, loss in whole.train.items() if step > 6}
-    assert resumed.val == {step: loss for step, loss in whole.val.items() if step > 6}
-    found, expected = (load(one.checkpoints[-1])["ngrams"] for one in (resumed, whole))
-    assert all(torch.equal(found[name], expected[name]) for name in ("moved", "rows", "state"))
-    assert "n-grams: 50 rows of 16 numbers, 0.00 GiB of host memory over 1 ranks" in whole.log
-
-
-def test_another_world_size_resumes_with_the_same_losses(folder, whole):
-    train = {step: loss for step, loss in whole.train.items() if step > 6}
-    for result in run_ranks(2, on_rank, folder, [f"--resume={whole.checkpoints[2]}"]):
-        assert (result.code, result.err) == (0, "")
-        assert result.train == pytest.approx(train, abs=2e-5)
-    by_four = run_ranks(4, on_rank, folder, SAVING)[0]  # four shards, the last one not full
-    assert load(by_four.checkpoints[2])["ngrams"]["moved"].max() == ROWS - 1
-    resumed = run(folder, f"--resume={by_four.checkpoints[2]}")
-    assert (resumed.code, resumed.err) == (0, "") and resumed.train == pytest.approx(train, abs=2e-5)
 
 
 def test_a_checkpoint_holds_the_rows_that_have_moved_and_no_others(folder):

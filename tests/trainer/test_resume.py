@@ -15,8 +15,8 @@ from tests.helpers.dist import Ranks, run_ranks
 from tests.helpers.runs import config, make_shards, on_rank, run, step_lines
 
 # Stages begin at steps 0, 4, 6 (embedding and head part) and 10; Adam moves every second step; documents are
-# split. The average of the weights begins after step 4.
-OPTIONS = ("--adam_every=2", "--split_docs=40", "--val_every=3", "--ema_frac=0.4")
+# split. The average of the weights begins after step 4. Of two shards of the n-grams' table one is not full.
+OPTIONS = ("--adam_every=2", "--split_docs=40", "--val_every=3", "--ema_frac=0.4", "--ngram_rows=51")
 SAVING = (*OPTIONS, "--save_every=1", "--save_final=1")
 
 
@@ -53,6 +53,8 @@ def whole(folder, clock):
     assert config(*SAVING).stage_starts == (0, 4, 6, 10)
     positions = [load(path)["loader"] for path in result.checkpoints]
     assert {p["shard"] for p in positions} == {0, 1} and {p["epoch"] for p in positions} == {0, 1}
+    assert load(result.checkpoints[2])["ngrams"]["moved"].max() == 50
+    assert "n-grams: 51 rows of 16 numbers, 0.00 GiB of host memory over 1 ranks" in result.log
     return result
 
 
