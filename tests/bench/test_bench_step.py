@@ -71,9 +71,11 @@ def test_kernels_go_to_the_part_that_launched_them_or_by_their_names():
     compiled = event(7, node + "CompiledFunctionBackward", 80, 90, None, seq=8, scope=1,
                      kernels=[("triton_poi", 1), ("ncclDevKernel", 4)])
     grads = event(8, node + "torch::autograd::AccumulateGrad", 91, 92, kernels=[("add", 8)])
-    events = [step_, model, attend, forward, backward, inner, graph, compiled, grads]
+    muon = event(9, "part: Muon", 93, 96, kernels=[("gemm", 7), ("ncclDevKernel", 2)])
+    events = [step_, model, attend, forward, backward, inner, graph, compiled, grads, muon]
     assert step.attribute(events, cuda=True, compiled=True) == {
-        "attention": 13, step.PRODUCTS: 3, "elementwise": 2, "communication": 4, "gradient sums": 8}
+        "attention": 13, step.PRODUCTS: 3, "elementwise": 2, "communication": 6, "gradient sums": 8,
+        "Muon": 7}
     assert step.busy_us([(5, 6), (1, 3), (2, 4)]) == 4
 
 
