@@ -201,7 +201,7 @@ def test_every_choice_is_one_that_a_run_takes_and_trains_on_the_same_tokens():
 
 
 def test_a_machine_without_a_gpu_and_an_unknown_gpu(capsys):
-    text = said(capsys, "--track=shakespeare")
+    text = said(capsys, "--track=shakespeare", "--recipe=miniature")
     assert text.startswith("plan: track shakespeare on CPU") and "393,216 in training" in text
     text = plan.muon_shares(Config.for_track("small"), torch.device("cuda"))
     assert text.startswith("1.3% at 131,072 tokens (bound 2.9%)")
