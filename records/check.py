@@ -65,15 +65,11 @@ def run(args) -> int:
 
 # A folder built by pack
 
-def from_folder(folder: Path, statement: schema.Statement, siblings: Path | None = None) -> Submission:
-    """The submission in a folder built by pack: all logs that lie there now.
-
-    siblings: the folder of the track, where another record may hold the baseline (default: the one that
-    `folder` is in).
-    """
+def from_folder(folder: Path, statement: schema.Statement) -> Submission:
+    """The submission in a folder built by pack: all logs that lie there now."""
     runs, baseline, excluded = ([logs.read(path) for path in members(folder / name)] for name in FOLDERS)
     if statement.baseline_record:
-        elsewhere = (siblings or folder.resolve().parent) / statement.baseline_record / "runs"
+        elsewhere = folder.resolve().parent / statement.baseline_record / "runs"
         baseline += [logs.read(path) for path in members(elsewhere)]
     return Submission(TRACKS[statement.track], runs, baseline,
                       [(log, statement.excluded.get(log.path.name, "")) for log in excluded],

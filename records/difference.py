@@ -11,15 +11,14 @@ class Difference:
     file: str
     added: int  # lines
     removed: int
-    # of a unified diff: (place, same, added or removed; text); [] where it would take too long
-    lines: list[tuple[str, str]]
+    lines: list[str]  # of a unified diff; [] where it would take too long
 
 
 class TooLong(Exception):
     pass
 
 
-class Matcher(difflib.SequenceMatcher):
+class BoundedMatcher(difflib.SequenceMatcher):
     """difflib's time grows with the cube of the lines where somebody wants it to; this one gives up."""
     work = 0
 
@@ -42,19 +41,19 @@ def summed(changes: list[Difference]) -> str:
 
 def difference(file: str, before: str, after: str) -> Difference:
     old, new = before.splitlines(), after.splitlines()
-    matcher, lines = Matcher(None, old, new), []
+    lines = []
     try:
-        for block in matcher.get_grouped_opcodes(3):
+        for block in BoundedMatcher(None, old, new).get_grouped_opcodes(3):
             (_, a0, _, b0, _), (_, _, a1, _, b1) = block[0], block[-1]
-            lines.append(("place", f"@@ -{a0 + 1},{a1 - a0} +{b0 + 1},{b1 - b0} @@"))
+            lines.append(f"@@ -{a0 + 1},{a1 - a0} +{b0 + 1},{b1 - b0} @@")
             for kind, i0, i1, j0, j1 in block:
                 if kind == "equal":
-                    lines += [("same", " " + line) for line in old[i0:i1]]
+                    lines += [" " + line for line in old[i0:i1]]
                 else:
-                    lines += [("removed", "-" + line) for line in old[i0:i1]]
-                    lines += [("added", "+" + line) for line in new[j0:j1]]
+                    lines += ["-" + line for line in old[i0:i1]]
+                    lines += ["+" + line for line in new[j0:j1]]
     except TooLong:
-        a, b = Counter(old), Counter(new)
-        return Difference(file, (b - a).total(), (a - b).total(), [])
-    counts = Counter(kind for kind, _ in lines)
-    return Difference(file, counts["added"], counts["removed"], lines)
+        gone, come = Counter(old), Counter(new)
+        return Difference(file, (come - gone).total(), (gone - come).total(), [])
+    signs = Counter(line[0] for line in lines)
+    return Difference(file, signs["+"], signs["-"], lines)

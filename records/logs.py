@@ -7,7 +7,7 @@ step lines:
     step:125/1480 val_loss:4.0123 train_time:6021ms step_avg:48.17ms      validation
     step:125/1480 train_time:6021ms step_avg:48.17ms                      training
 
-Whatever part is missing, the rest is read. A log is hostile text: it is searched block by block for lines
+Whatever part is missing, the rest is read. A log is hostile text: it is searched line by line for those
 that matter, in bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what
 is odd about it is said in `LogFile.problems`. The source can hold anything, so whatever looks like output
 before the last header counts as source.
@@ -27,11 +27,9 @@ from records.text import printable
 
 RECORD_FILE = "record.json"  # what the folder of a record claims; its logs are in runs/
 SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs
-BLOCK = 1 << 20  # bytes read at a time
-LINE_LIMIT = 1 << 16  # bytes; no longer line is read (the longest that matters in the public logs has 587)
+LINE_LIMIT = 1 << 16  # bytes; no line as long is read (the longest that matters in the public logs has 587)
 SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the public logs has 187,761)
 POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
-EXTRA_LIMIT = 8  # further numbers kept of a validation (the most in the public logs are 3)
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,6 @@ class ValPoint:
     step: int
     val_loss: float  # nats per token, as printed; may be nan or inf
     train_time_ms: float | None
-    extra: dict[str, float]  # further numbers of the line, such as val_ema_loss; not the average step time
-
-
-def losses_of(points: list[ValPoint | None]) -> list[float]:
-    """The losses of validations, nan where there is none."""
-    return [math.nan if point is None else point.val_loss for point in points]
-
-
-def times_of(points: list[ValPoint | None]) -> list[float]:
-    """Their milliseconds, nan where there are none."""
-    return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms
-            for point in points]
 
 
 @dataclass(frozen=True)
@@ -75,6 +61,10 @@ class RunFacts:
     step_avg_ms: float | None = None
     # of the embedded source, all files of it; of a single file it is the file's own
     source_sha256: str | None = None
+    commit: str | None = None
+    training_data: str | None = None  # fingerprint of the shards
+    validation_data: str | None = None  # SHA-256 of the tokens that are validated
+    resumed: bool = False  # went on from a checkpoint
 
     @property
     def hardware(self) -> str | None:
@@ -95,6 +85,11 @@ class RunFacts:
     @property
     def final_step(self) -> int | None:
         return self.val_points[-1].step if self.val_points else None
+
+    @property
+    def end(self) -> ValPoint | None:
+        """The last validation of a run that came to its end; llm.c does not say where that is."""
+        return self.val_points[-1] if self.val_points and (self.complete or self.total_steps is None) else None
 
     def at(self, step: int) -> ValPoint | None:
         """The validation at a step."""
@@ -134,17 +129,16 @@ class LogFile:
 
 
 SEPARATOR = "=" * 100
-DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n",
-                     re.M)  # before the second, third, ... source file
+# before the second, third, ... source file
+DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n", re.M)
 NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", re.A)
 TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)", re.A)
 STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)", re.A)
 LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?", re.A)
 SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})", re.A)
 TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)", re.A)
-GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?",
-                     re.A)  # of nvidia-smi, or of a table without bars
-GPU_ITEM = re.compile(r"GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*", re.A)  # of nvidia-smi -L
+GPU = re.compile(r"(?:\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?"  # of nvidia-smi, or of a table without bars
+                 r"|GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*)", re.A)  # of nvidia-smi -L
 FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names the fact
     r"Running [pP]ython (?P<python>\S+)",
     r"Running (?:PyTorch|pytorch) (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)"
@@ -152,12 +146,16 @@ FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names
     r"Running Triton version (?P<triton>\S+)",
     r"Running on device_name=(?P<device>\S+(?: \S+)*) +with world_size=(?P<world_size>\d{1,9})$",
     r"Model name: +(?P<cpu>\S+(?: \S+)*)$",
+    r"commit: (?P<commit>[0-9a-f]{40}(?: with changes)?)$",
+    r"training data: .{1,200}, fingerprint (?P<training_data>[0-9a-f]{8,64})$",
+    r"validation data: first \d{1,15} tokens, sha256 (?P<validation_data>[0-9a-f]{64})$",
+    r"(?P<resumed>resumed): ",
     r"peak memory (?:consumption|allocated): (?P<peak_mib>\d{1,12}) MiB",
 )]
-# beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
-LINES = re.compile(
-    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed "
-    rb"|config: \{|Model name: |peak memory |ended after step )[^\n]*)")
+PLAIN_FACTS = ("torch", "cuda", "triton", "python", "commit", "training_data", "validation_data")
+MATTERS = re.compile(  # the beginning of a line that matters
+    rb"step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed "
+    rb"|config: \{|Model name: |commit: |training data: |validation data: |resumed: |peak memory |ended after step ")
 
 
 def find(paths) -> list[Path]:
@@ -230,12 +228,6 @@ def read(path) -> LogFile:
     return LogFile(path, runs, digest.hexdigest(), size, notes.sentences(), sources)
 
 
-def read_curve(path) -> list[tuple[int, float | None, float]]:
-    """(step, training milliseconds, validation loss) of each validation of the first run in a log."""
-    runs = read(path).runs
-    return [(point.step, point.train_time_ms, point.val_loss) for point in runs[0].val_points] if runs else []
-
-
 def opened(path: Path):
     """A file for reading. A pipe is refused, for it might never end."""
     if path.is_file():
@@ -250,41 +242,34 @@ class Notes:
     def __init__(self):
         self.kinds: dict[str, list] = {}
 
-    def add(self, kind: str, example: str = "", once: bool = False):
+    def add(self, kind: str, example: str = ""):
         entry = self.kinds.setdefault(kind, [0, example])
-        entry[0] = 1 if once else entry[0] + 1
+        entry[0] += 1
 
     def sentences(self) -> tuple[str, ...]:
         return tuple(kind + (f" ({count} times)" if count > 1 else "") + (f": {example}" if example else "")
                      for kind, (count, example) in self.kinds.items())
 
 
-def lines(file, digest, notes: Notes):
-    """(offset, line) of each line that matters.
-
-    Never more than a block and the beginning of a line is in memory.
-    """
-    carry = b"\n"
-    end = 0
-    while block := file.read(BLOCK):
-        digest.update(block)
-        if b"\0" in block:
-            notes.add("the file is binary: it holds NUL bytes", once=True)
-        end += len(block)
-        data = carry + block
-        last = data.rindex(b"\n")
-        for match in LINES.finditer(data, 0, last):
-            if len(match[1]) > LINE_LIMIT:
-                notes.add(f"a line of more than {LINE_LIMIT:,} bytes is not read")
+def lines(file, digest, notes: Notes) -> Iterator[tuple[int, str]]:
+    """(offset, line) of each line that matters. Of a longer line only its beginning is ever in memory."""
+    offset = 0
+    begins = True  # whether what is read next begins a line
+    while text := file.readline(LINE_LIMIT):
+        digest.update(text)
+        if b"\0" in text:
+            notes.add("the file is binary: it holds NUL bytes")
+        ends = text.endswith(b"\n")
+        if begins and MATTERS.match(text):
+            line = text.decode("utf-8", "replace").rstrip()
+            if ends or len(text) < LINE_LIMIT and line.endswith(("ms", " MiB")):
+                yield offset, line
+            elif len(text) < LINE_LIMIT:  # the last line has no end; a number at its end may be cut
+                notes.add("the last line is cut and not read", quoted(line))
             else:
-                yield end - len(data) + match.start(1), match[1].decode("utf-8", "replace").rstrip()
-        carry = data[last:last + LINE_LIMIT + 2]  # a longer line is known to be too long
-    if carry != b"\n":  # the last line has no end; a number at its end may be cut
-        line = carry[1:].decode("utf-8", "replace")
-        if LINES.match(carry) and len(carry) <= LINE_LIMIT + 1 and line.endswith(("ms", " MiB")):
-            yield end - len(carry) + 1, line
-        else:
-            notes.add("the last line is cut and not read", quoted(line))
+                notes.add(f"a line of {LINE_LIMIT:,} bytes and more is not read")
+        offset += len(text)
+        begins = ends
 
 
 def read_source(file, body: "Body", notes: Notes) -> bytes:
@@ -331,6 +316,7 @@ class Part:
     points: list[ValPoint] = field(default_factory=list)
     total: int | None = None
     step: int = -1  # of the last line, training lines included
+    ms: float = 0.0  # of the last line whose time counts
 
 
 def read_config(text: str) -> dict:
@@ -339,8 +325,9 @@ def read_config(text: str) -> dict:
     Raises ValueError.
     """
     def plain(value) -> bool:
-        return value is None or isinstance(value, (bool, int,
-                                                   float)) or isinstance(value, str) and value.isprintable()
+        number = isinstance(value, (bool, int, float))
+        return value is None or number or isinstance(value, str) and value.isprintable()
+
     try:
         config = json.loads(text)
     except RecursionError:
@@ -375,7 +362,7 @@ class Body:
         """Learn from a line. Returns the body to which the next line belongs."""
         if line.startswith(("step:", "s:")):
             if self.num_points >= POINT_LIMIT:
-                self.notes.add(f"more than {POINT_LIMIT:,} validations: the rest is not read", once=True)
+                self.notes.add(f"more than {POINT_LIMIT:,} validations: the rest is not read")
             elif line.startswith("step:"):
                 self.take_step(line)
             else:
@@ -416,11 +403,11 @@ class Body:
         elif match := TRIAL.fullmatch(line):
             self.start_part()
             self.parts[-1].seed = int(match[1] or match[2])
-        elif match := GPU_ROW.fullmatch(line) or GPU_ITEM.fullmatch(line):
-            self.gpus[int(match[1])] = printable(match[2][:100])
+        elif match := GPU.fullmatch(line):
+            self.gpus[int(match[1] or match[3])] = printable((match[2] or match[4])[:100])
         elif line.startswith("ended after"):
             self.notes.add("the run ended early", quoted(line))
-        else:
+        elif not self.has_steps or line.startswith("peak memory"):
             for pattern in FACTS:
                 if match := pattern.match(line):
                     found = {name: printable(text[:100]) for name, text in match.groupdict().items()
@@ -429,30 +416,42 @@ class Body:
 
     def take_step(self, line: str):
         match = STEP.fullmatch(line)
-        if not match:
+        values = dict(pair.split(":", 1) for pair in match[3].split(" ")[1:]) if match else {}
+        loss = NUMBER.fullmatch(values.get("val_loss", "0"))
+        time = TIME.fullmatch(values.get("train_time", "0ms"))
+        if not loss or not time or len(values) < line.count(" "):
             return self.notes.add("a step line cannot be read", quoted(line))
+
         step, total = int(match[1]), int(match[2])
-        if " val_loss:" not in line:
+        ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
+        if "val_loss" in values:
+            self.take_point(ValPoint(step, float(loss[0]), ms if "train_time" in values else None), total)
+        else:
             self.has_steps = True
             self.part_at(step, total)
-            return
-        pairs = [word.split(":", 1) for word in match[3].split(" ")[1:]]
-        values = dict(pairs)
-        loss, time = NUMBER.fullmatch(values["val_loss"]), TIME.fullmatch(values.get("train_time", "0ms"))
-        if not loss or not time or len(values) < len(pairs):
-            return self.notes.add("a step line cannot be read", quoted(line))
-        ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
-        extra = {name: float(text) for name, text in values.items() if name != "val_loss"
-                 and NUMBER.fullmatch(text)}
-        self.take_point(ValPoint(step, float(loss[0]), ms if "train_time" in values else None,
-                                 dict([*extra.items()][:EXTRA_LIMIT])), total)
+        if "train_time" in values and (self.config or "val_loss" in values):
+            self.hold_to_clock(line, step, ms, values.get("step_avg", "").removesuffix("ms"))
+
+    def hold_to_clock(self, line: str, step: int, ms: float, average: str):
+        """A time that was typed in, or moved here from another log, rarely fits its neighbours.
+
+        Early public trainers began their clock anew after 10 steps, and some print averages since the last
+        validation: of their logs only the times of validations are looked at.
+        """
+        part = self.parts[-1]
+        if ms < part.ms:
+            self.notes.add("the training time falls", quoted(line))
+        part.ms = ms
+        # Times are printed to 1 ms, averages to 0.01 ms.
+        if self.config and NUMBER.fullmatch(average) and abs(step * float(average) - ms) > 1 + 0.006 * step:
+            self.notes.add("a time is not its steps times their average", quoted(line))
 
     def take_llmc(self, line: str):
         match = LLMC.fullmatch(line)
         if not match or not NUMBER.fullmatch(match[3]):
             return self.notes.add("a step line cannot be read", quoted(line))
         if match[2] == "tel":
-            self.take_point(ValPoint(int(match[1]), float(match[3]), None, {}), None)
+            self.take_point(ValPoint(int(match[1]), float(match[3]), None), None)
 
     def take_point(self, point: ValPoint, total: int | None):
         self.has_steps = True
@@ -486,18 +485,10 @@ class Body:
     def runs(self, stem: str, source_sha256: str | None) -> tuple[RunFacts, ...]:
         if len(self.parts) > 1:
             self.end_part()
-        parts, seen = [], set()
-        for part in self.parts:
-            points = {str(point) for point in part.points}
-            if points - seen or len(self.parts) == 1:
-                parts.append(part)
-            else:
-                self.notes.add("validations seen before are repeated as a summary, and count once")
-            seen |= points
         if not (self.has_steps or self.has_header or self.config):
             return ()
-        return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k:02}", source_sha256)
-                     for k, part in enumerate(parts, start=1))
+        return tuple(self.run(part, stem if len(self.parts) == 1 else f"{stem}#{k:02}", source_sha256)
+                     for k, part in enumerate(self.parts, start=1))
 
     def run(self, part: Part, run_id: str, source_sha256: str | None) -> RunFacts:
         points, facts, config = part.points, self.facts, self.config
@@ -512,10 +503,6 @@ class Body:
             val_points=tuple(points),
             total_steps=part.total,
             complete=bool(points) and points[-1].step == part.total,
-            torch=facts.get("torch"),
-            cuda=facts.get("cuda"),
-            triton=facts.get("triton"),
-            python=facts.get("python"),
             gpu_name=device or next(iter(self.gpus.values()), None),
             num_gpus=len(self.gpus) or (0 if on_cpu else world_size),
             world_size=world_size,
@@ -526,15 +513,14 @@ class Body:
             step_avg_ms=points[-1].train_time_ms / points[-1].step
             if points and points[-1].step and points[-1].train_time_ms is not None else None,
             source_sha256=source_sha256,
+            resumed="resumed" in facts,
+            **{name: facts.get(name) for name in PLAIN_FACTS},
         )
 
     def note_oddities(self, part: Part):
         points = part.points
-        times = [point.train_time_ms for point in points if point.train_time_ms is not None]
         if any(not math.isfinite(point.val_loss) for point in points):
             self.notes.add("a validation loss is not a finite number")
-        if any(later < earlier for earlier, later in zip(times, times[1:])):
-            self.notes.add("the training time falls from one validation to the next")
         if points and part.total is not None and points[-1].step != part.total:
             self.notes.add("the run is incomplete",
                            f"last validation at step {points[-1].step} of {part.total}")

@@ -9,7 +9,7 @@ from bisect import bisect_left
 import scipy
 
 from data.errors import UsageError
-from records.statistics import power, two_sample_power
+from records.statistics import power, t_power
 from records.tracks import TRACKS
 
 HELP = "runs that a margin in loss or a gap in time needs"
@@ -65,27 +65,32 @@ def refuse_other_units(name: str, difference: float, sd: float):
 
 def plan_loss(track, margin: float, sd: float, wanted: float) -> str:
     refuse_other_units("margin", margin, sd)
-    alpha, sigma = track.alpha, track.rule_options.get("sigma")
-    if sigma:  # of a rule by score
-        alpha = float(scipy.stats.norm.sf(track.rule_options["needed"] / sigma))
-    runs = fewest(1 if sigma else 2, lambda n: power(n, margin, sd, alpha, sigma), wanted)
-    text = (f"Loss rule of track {track.name} ({track.rule.replace('_', '-')} at {alpha:.2g}), true mean "
-            f"{margin:g} below the target, standard deviation {sd:g} between runs:\n"
-            f"tested once, after {runs}, the runs pass with probability "
-            f"{power(runs, margin, sd, alpha, sigma):.2f}.")
-    if track.ranked_by == "steps":
-        text += (f"\nThe rule is ({track.target:g} - mean) sqrt(n) >= {track.rule_options['needed']:g}. The "
-                 f"track counts steps, not seconds: this margin is worth about "
-                 f"{margin / track.loss_per_step:.0f} of them.")
-    return text
+    if track.rule == "z_rule":
+        needed = track.rule_options["needed"]
+        rule = f"({track.target:g} - mean) sqrt(n) >= {needed:g}"
+
+        def chance(n):
+            return float(scipy.stats.norm.cdf((margin * n ** 0.5 - needed) / sd))
+    else:
+        rule = f"t-test at {track.alpha:g}"
+
+        def chance(n):
+            return power(n, margin, sd, track.alpha)
+    runs = fewest(1 if track.rule == "z_rule" else 2, chance, wanted)
+    return (f"Loss rule of track {track.name} ({rule}), true mean {margin:g} below the target, standard\n"
+            f"deviation {sd:g} between runs: tested once, after {runs}, the runs pass with probability "
+            f"{chance(runs):.2f}.")
 
 
 def plan_time(gap: float, sd: float, alpha: float, wanted: float) -> str:
     refuse_other_units("gap", gap, sd)
-    runs = fewest(2, lambda n: two_sample_power(n, gap, sd, alpha), wanted)
+
+    def chance(n):
+        return t_power(2 * n - 2, gap / sd * (n / 2) ** 0.5, alpha)
+    runs = fewest(2, chance, wanted)
     return (f"Time: {runs} runs of the candidate and {runs} of the baseline on one host show a gap of "
-            f"{gap:g} s, at a standard deviation\nof {sd:g} s, with probability "
-            f"{two_sample_power(runs, gap, sd, alpha):.2f} (one-sided t-test at {alpha:g}).")
+            f"{gap:g} s, at a standard deviation\nof {sd:g} s, with probability {chance(runs):.2f} (one-sided "
+            f"t-test at {alpha:g}).")
 
 
 def run(args) -> int:

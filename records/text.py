@@ -9,9 +9,9 @@ UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 CELL_OF_NUMBERS = re.compile(r"[-+]?[\d,.]+( ± [\d,.]+| of [\d,]+)?|-|\.\.\.|nan|inf")
 
 
-def printable(text: str) -> str:
-    """Text of a file, or its name, without what could steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+def printable(text: str, limit: int = 1000) -> str:
+    """Text of a file, or its name, as a line of bounded length without what could steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
 def short_name(name: str) -> str:

@@ -33,14 +33,13 @@ class Track:
     # of these tokens, as our logs print it; None where no log of ours has shown it yet
     val_sha256: str | None
     banned_flags: tuple[str, ...]  # regular expressions, for code without comments
-    loss_per_step: float | None  # what a step is worth in loss near the target; None where nobody measured it
     loss_sd: float  # usual standard deviation of the loss between runs, to plan with
     program: str = "train_gpt.py"  # that trains by its rules here
     fixed: dict = field(default_factory=dict)  # settings that it leaves nobody free to change
 
 
 T_TEST = dict(rule="t_test", rule_options={"alpha": 0.01}, alpha=0.01, waived_for=("systems",),
-              ranked_by="time", claim_step="last", loss_per_step=None)
+              ranked_by="time", claim_step="last")
 FINEWEB = dict(val_tokens=10_485_760, val_sha256=None)
 
 TRACKS = {track.name: track for track in (
@@ -50,7 +49,7 @@ TRACKS = {track.name: track for track in (
           banned_flags=COMPILE_FLAGS, **FINEWEB, **T_TEST),
     Track(name="optimization", folder="track_3_optimization", target=3.28, loss_sd=0.0013,
           rule="z_rule", rule_options={"sigma": 0.0013, "needed": 0.004}, alpha=0.001, waived_for=(),
-          ranked_by="steps", claim_step="stated", loss_per_step=0.0045 / 100, banned_flags=(),
+          ranked_by="steps", claim_step="stated", banned_flags=(),
           program="examples/train_simple.py",
           fixed=dict(batch_tokens=524_288, seq_len=1024, vocab_size=50_304, num_layers=12, model_dim=768,
                      head_dim=128), **FINEWEB),
