@@ -3,7 +3,7 @@
   README.md    your note, and around it the results
   record.json  the same for programs (python -m records.schema prints its schema)
   runs/        the logs, unchanged; what ran is embedded in them
-  baseline/ excluded/    likewise, where there are some
+  baseline/    likewise, where there are some
 
 A baseline that is the runs of another record of the track is named, not copied. Every number comes from the
 logs. What check fails is refused, unless --non-record says why the result is worth keeping. Nothing else is
@@ -78,7 +78,6 @@ def run(args) -> int:
         "planned_runs": submission.planned,
         "baseline_record": record_of(submission.baseline, args.output / submission.track.folder),
         "waivers": submission.waivers,
-        "excluded": {log.path.name: reason for log, reason in submission.excluded},
     }, "the arguments of pack")
     target = args.output / statement.folder
     if target.exists() and not args.dry_run:
@@ -102,11 +101,10 @@ def run(args) -> int:
 
 
 def paths_in_folder(submission: Submission, statement: Statement) -> dict[str, Path]:
-    """The logs by their place in the folder; their names are plain and differ, in upper and lower case too."""
-    baseline = [] if statement.baseline_record else submission.baseline
-    excluded = [log for log, _ in submission.excluded]
+    """The logs by their place in the folder, under names that are plain and differ, whatever their case."""
     found = {}
-    for folder, members in zip(check.FOLDERS, (submission.logs, baseline, excluded)):
+    baseline = [] if statement.baseline_record else submission.baseline
+    for folder, members in zip(check.FOLDERS, (submission.logs, baseline)):
         for log in members:
             name = log.path.name
             if log.path.suffix not in logs.SUFFIXES or not re.fullmatch(schema.LOG_NAME, name):
@@ -197,7 +195,6 @@ def describe(s: Submission, statement: Statement) -> dict:
         "speed": speed and {"difference_ms": decimals(speed.value, 1, 1000),
                             "low_ms": decimals(speed.low, 1, 1000),
                             "high_ms": decimals(speed.high, 1, 1000), "p": significant(speed.p)},
-        "excluded_logs": [entry(log, s.point) for log, _ in s.excluded],
         "sources": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sources.items()},
     }
 
@@ -254,7 +251,6 @@ def readme(s: Submission, record: dict, verdicts: list[Verdict], note: str) -> s
         sigma=s.track.rule_options.get("sigma"),
         test={"t_test": "one-sided t-test", "z_rule": "z-test with an assumed spread"}[s.track.rule],
         baseline_folder=f"../{elsewhere}/runs" if elsewhere else "baseline",
-        left_out=sum(len(file["runs"]) for file in record["excluded_logs"]),
         open=[verdict for verdict in verdicts if verdict.verdict not in (PASS, NOT_APPLICABLE)],
         commits=sorted({run.commit for run in s.runs if run.commit}),
         differences=changed_settings(first.config, before.config)

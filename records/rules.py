@@ -3,7 +3,6 @@ import ast
 import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -36,7 +35,6 @@ class Submission:
     track: Track | None  # None where runs are only compared
     logs: list[LogFile]
     baseline: list[LogFile] = field(default_factory=list)
-    excluded: list[tuple[LogFile, str]] = field(default_factory=list)  # with the reason
     step: int | None = None  # whose validation counts; None: the last
     planned: int | None = None  # runs that were planned before the first one
     waivers: dict[str, str] = field(default_factory=dict)  # reason by rule
@@ -61,9 +59,9 @@ class Submission:
         """Their losses at the validation that counts, nan where there is none."""
         return [math.nan if point is None else point.val_loss for point in map(self.point, runs)]
 
-    def loss_test(self, more: Iterable[RunFacts] = ()) -> statistics.RuleResult:
-        """The track's loss rule on all runs that count, and on more."""
-        return statistics.loss_rule(self.track, self.losses([*self.runs, *more]))
+    def loss_test(self) -> statistics.RuleResult:
+        """The track's loss rule on all runs."""
+        return statistics.loss_rule(self.track, self.losses(self.runs))
 
     def speed(self) -> statistics.Estimate:
         """Seconds of the runs less those of the baseline."""
@@ -167,12 +165,14 @@ def same_data(s: Submission):
 
 
 def validation_data(s: Submission):
-    """Runs and baseline are judged on the same tokens, by number and hash: those of the track, where known."""
+    """Runs and baseline are judged on the same tokens, by number and hash: those of the track."""
     runs = [*s.runs, *s.baseline_runs]
     known = (s.track.val_tokens, s.track.val_sha256) if s.track else (None, None)
-    wrong = [f"{name} {wanted}, found {found} in {names([run])}" for run in runs
-             for name, wanted, found in zip(("tokens", "SHA-256"), known, (run.val_tokens, run.validation_data))
-             if None not in (wanted, found) and found != wanted]
+    wrong = []
+    for run in runs:
+        for name, wanted, found in zip(("tokens", "SHA-256"), known, (run.val_tokens, run.validation_data)):
+            if None not in (wanted, found) and found != wanted:
+                wrong.append(f"{name} {wanted}, found {found} in {names([run])}")
     if wrong:
         return FAIL, "expected " + listed(wrong, between="; ")
     return same(runs, lambda run: run.validation_data)
@@ -214,10 +214,9 @@ def distinct_curves(s: Submission):
 
     A run and one of the baseline with its seed may share losses: a change that only saves time leaves them.
     """
-    runs = runs_of([*s.logs, *(log for log, _ in s.excluded)])
-    pairs = [*combinations(runs, 2), *combinations(s.baseline_runs, 2)]
-    pairs += [(a, b) for a in runs for b in s.baseline_runs if not are_pair(a, b)]
-    curves = {id(run): curve(run) for run in [*runs, *s.baseline_runs]}
+    pairs = [*combinations(s.runs, 2), *combinations(s.baseline_runs, 2)]
+    pairs += [(a, b) for a in s.runs for b in s.baseline_runs if not are_pair(a, b)]
+    curves = {id(run): curve(run) for run in runs_of(s.counted)}
     found = []
     for a, b in pairs:
         of_a, of_b = curves[id(a)], curves[id(b)]
@@ -290,29 +289,11 @@ def not_resumed(s: Submission):
 
 
 def planned_runs(s: Submission):
-    """* There are as many runs, excluded ones included, as were planned: none was added after a look."""
-    n = len(s.runs) + sum(len(log.runs) for log, _ in s.excluded)
+    """* There are as many runs as were planned: none was added after a look at the others, or left out."""
+    n = len(s.runs)
     if s.planned is None:
         return NOT_APPLICABLE, f"no plan is stated for the {n} runs"
     return judged([f"planned {s.planned}, found {n}"] if n != s.planned else [], f"{n} of {n}")
-
-
-def exclusions(s: Submission):
-    """* Runs are left out for a stated reason, and the loss rule holds with those of one source put back."""
-    if not s.excluded:
-        return NOT_APPLICABLE, "no run is left out"
-    if unexplained := [log for log, reason in s.excluded if not reason]:
-        return FAIL, f"no reason to leave out {names(unexplained)}"
-
-    alike = {(run.source_sha256, run.world_size) for run in s.runs}
-    # One that came to no end says nothing of its recipe, unless it diverged.
-    back = [run for run in runs_of(log for log, _ in s.excluded)
-            if (run.source_sha256, run.world_size) in alike
-            and (s.point(run) or run.val_points and not math.isfinite(run.final_val_loss))]
-    evidence = listed((f"{names([log])}: {reason}" for log, reason in s.excluded), between="; ")
-    if back and s.loss_test().passes and not s.loss_test(back).passes:
-        return FAIL, f"the loss rule does not hold with {names(back)} put back ({evidence})"
-    return PASS, evidence
 
 
 def loss_rule(s: Submission):
@@ -337,8 +318,8 @@ def faster_than_baseline(s: Submission):
 AMONG_RUNS = intact_logs, same_source, same_settings, final_validation, distinct_curves, distinct_seeds
 AMONG_GROUPS = same_hardware, same_torch, validation_data
 RULES = {rule.__name__.replace("_", "-"): rule for rule in (
-    right_track, *AMONG_RUNS, *AMONG_GROUPS, same_data, compile_flags, not_resumed, planned_runs, exclusions,
-    loss_rule, faster_than_baseline,
+    right_track, *AMONG_RUNS, *AMONG_GROUPS, same_data, compile_flags, not_resumed, planned_runs, loss_rule,
+    faster_than_baseline,
 )}
 WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")}
 

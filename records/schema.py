@@ -1,15 +1,14 @@
 """record.json: what a person says of the runs in the folder of a record, and what its logs say.
 
-A Statement is the former. All else in the file is computed from the logs by pack, and again by verify; nothing
-is read from it.
+A Statement is the former. All else in the file is computed from the logs by pack, and again by verify, and
+never read.
 """
 import datetime
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
-from pydantic import ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import model_validator
 
 from data.errors import UsageError
 from records import logs
@@ -25,10 +24,9 @@ def one_line(text: str) -> str:
     return text
 
 
-def iso_date(value):
-    if isinstance(value, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.A):
-        raise ValueError("a date like 2026-11-24 is wanted")
-    return value
+def calendar_day(text: str) -> str:
+    datetime.date.fromisoformat(text)
+    return text
 
 
 Line = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(one_line)]
@@ -37,7 +35,6 @@ Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 FOLDER_NAME = rf"[0-9]{{4}}-[0-9][0-9]-[0-9][0-9]_{NAME}"
 FolderName = Annotated[str, StringConstraints(pattern=f"^{FOLDER_NAME}$")]
 LOG_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-LogName = Annotated[str, StringConstraints(pattern=f"^{LOG_NAME}$")]  # of a file in its folder
 
 
 class Statement(BaseModel):
@@ -46,7 +43,7 @@ class Statement(BaseModel):
     version: Literal[1] = 1
     track: Literal[tuple(TRACKS)]
     name: Name
-    date: Annotated[datetime.date, Field(strict=False), BeforeValidator(iso_date)]
+    date: Annotated[str, StringConstraints(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(calendar_day)]
     kind: Literal["record", "non-record"]
     why_no_record: Line | None  # None for a record
     description: Line
@@ -57,7 +54,6 @@ class Statement(BaseModel):
     waivers: dict[Name, Line]  # reasons to accept a failure, by rule of check
     # folder of the record, of the same track, whose runs are the baseline; None: it lies in baseline/
     baseline_record: FolderName | None
-    excluded: dict[LogName, Line]  # reasons to leave a log out, by log
 
     @model_validator(mode="after")
     def kinds(self):
@@ -71,9 +67,8 @@ class Statement(BaseModel):
         return f"{TRACKS[self.track].folder}/{self.date}_{self.name}"
 
 
-def read(path) -> Statement:
-    """What a person says in the record.json at a path. UsageError, naming what is wrong first, where it is not one."""
-    path = Path(path)
+def read(path: Path) -> Statement:
+    """What a person says in a record.json. UsageError, naming what is wrong first, where it is not one."""
     try:
         with open(path, "rb") as file:
             text = file.read(SIZE_LIMIT + 1)
@@ -87,8 +82,9 @@ def read(path) -> Statement:
 
 def parse(data: bytes | dict, what) -> Statement:
     """A Statement from the JSON of a record or from values. UsageError with the first problem."""
+    validate = Statement.model_validate if isinstance(data, dict) else Statement.model_validate_json
     try:
-        return Statement.model_validate(data) if isinstance(data, dict) else Statement.model_validate_json(data)
+        return validate(data)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         where = f" at {ascii('.'.join(map(str, first['loc'])))[1:-1][:100]}" if first["loc"] else ""
