@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     verb = argv[0]
     known = [verb for verbs in VERBS.values() for verb in verbs]
     if verb not in known:
-        raise UsageError(f"expected a verb ({', '.join(known)}), found {verb!r}; see python -m records --help")
+        raise UsageError(f"expected a verb ({', '.join(known)}), found {verb!r}; see python -m records -h")
     module = importlib.import_module(f"records.{verb}")  # that one alone: some load scipy and matplotlib
     parser = VerbParser(prog=f"python -m records {verb}", description=module.__doc__,
                         epilog=f"example: {module.EXAMPLE}",

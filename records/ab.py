@@ -329,6 +329,6 @@ def sentences(times: list[list[float]], losses: list[list[float]]):
         _, sd = statistics.mean_sd([x - y for x, y in zip(*values)])
         word = below if found.p < 0.5 else above
         yield (f"{name}: {word if p < statistics.ALPHA else 'no difference shown'}. A minus B is "
-               f"{found:{'+' + digits}}, one-sided p = {p:.2g}, needed < {statistics.ALPHA}. {n} pairs with this "
-               f"spread show a difference of {statistics.detectable(n, sd):{digits}} in 8 cases of 10.")
+               f"{found:{'+' + digits}}, one-sided p = {p:.2g}, needed < {statistics.ALPHA}. {n} pairs with "
+               f"this spread show a difference of {statistics.detectable(n, sd):{digits}} in 8 cases of 10.")
     yield f"Speed-up: {statistics.ratio(statistics.paired, *times[::-1]):.4f}."

@@ -18,7 +18,7 @@ from records import logs, schema
 from records.experiment import read_experiment
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
 from records.text import Grid, terminal
-from records.tracks import TRACKS, choose
+from records.tracks import TRACKS, only
 
 HELP = "every rule of a track on a submission, with the evidence"
 EXAMPLE = "python -m records check records/track_0_laptop/2026-11-24_TailAverage"
@@ -98,7 +98,9 @@ def from_arguments(args) -> Submission:
     if not any(log.runs for log in submitted):
         raise UsageError(f"{args.paths[0]}: expected logs of runs, found none that counts; check the path")
 
-    track = TRACKS[args.track] if args.track else choose(submitted)
+    track = TRACKS[args.track] if args.track else only(submitted)
+    if track is None:
+        raise UsageError(f"expected logs of one track, found none or several; say --track={'|'.join(TRACKS)}")
     step = args.step
     if step is None and track.claim_step == "stated":
         step = max((run.final_step for log in submitted for run in log.runs if run.val_points), default=None)
@@ -111,8 +113,8 @@ def waivers(texts: list[str]) -> dict[str, str]:
     found = dict(text.partition("=")[::2] for text in texts)
     for rule, reason in found.items():
         if rule not in WAIVABLE:
-            raise UsageError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {rule!r}; no other "
-                             "rule can be waived")
+            raise UsageError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {rule!r}; no "
+                             "other rule can be waived")
         if not reason.strip():
             raise UsageError(f"--waive: expected RULE=REASON, found {rule!r} without a reason; say why")
     return found

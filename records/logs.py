@@ -71,10 +71,6 @@ class RunFacts:
         return f"{self.num_gpus} x {self.gpu_name}" if self.gpu_name and self.num_gpus else self.gpu_name
 
     @property
-    def first_val_loss(self) -> float | None:
-        return self.val_points[0].val_loss if self.val_points else None
-
-    @property
     def final_val_loss(self) -> float | None:
         return self.val_points[-1].val_loss if self.val_points else None
 
@@ -89,7 +85,8 @@ class RunFacts:
     @property
     def end(self) -> ValPoint | None:
         """The last validation of a run that came to its end; llm.c does not say where that is."""
-        return self.val_points[-1] if self.val_points and (self.complete or self.total_steps is None) else None
+        ended = self.complete or self.total_steps is None
+        return self.val_points[-1] if self.val_points and ended else None
 
     def at(self, step: int) -> ValPoint | None:
         """The validation at a step."""
@@ -135,8 +132,7 @@ NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", 
 TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)", re.A)
 STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)", re.A)
 LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?", re.A)
-SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})", re.A)
-TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)", re.A)
+SEED = re.compile(r"(?:Using seed=|seed: |trial:\d{1,9}/\d{1,9} seed:)(\d{1,18})", re.A)
 GPU = re.compile(r"(?:\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?"  # of nvidia-smi, or of a table without bars
                  r"|GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*)", re.A)  # of nvidia-smi -L
 FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names the fact
@@ -154,28 +150,25 @@ FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names
 )]
 PLAIN_FACTS = ("torch", "cuda", "triton", "python", "commit", "training_data", "validation_data")
 MATTERS = re.compile(  # the beginning of a line that matters
-    rb"step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed "
-    rb"|config: \{|Model name: |commit: |training data: |validation data: |resumed: |peak memory |ended after step ")
+    rb"step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:"
+    rb"|config: \{|Model name: |commit: |training data: |validation data: |resumed: |peak memory "
+    rb"|ended after step ")
 
 
 def find(paths) -> list[Path]:
     """Files that may be logs, sorted: each file of `paths`, and those with a usual suffix below its folders.
 
-    None comes twice. Hidden files, such as those that macOS leaves behind, and links that lead out of a
-    folder are left out; so is everything but the logs of both arms in the folder of an A/B experiment, and
-    everything but the runs in the folder of a record.
+    None comes twice. Hidden files, such as those that macOS leaves behind, and links are left out; so is all
+    but the logs of both arms in the folder of an A/B experiment, and all but the runs in that of a record.
     """
     found = {}
     for path in map(Path, paths):
         try:
-            if path.is_dir():
-                for file in sorted(files_below(path)):
-                    found.setdefault(file.resolve(), file)
-            elif path.exists():
-                found.setdefault(path.resolve(), path)
-            else:
+            if not path.exists():
                 raise UsageError(f"{path}: expected a log or a folder of logs, found nothing there; check "
                                  "the path")
+            for file in sorted(files_below(path)) if path.is_dir() else [path]:
+                found.setdefault(file.resolve(), file)
         except OSError as e:
             refuse(e, path)
     return sorted(found.values())
@@ -183,19 +176,12 @@ def find(paths) -> list[Path]:
 
 def files_below(root: Path) -> Iterator[Path]:
     """The files of a folder that may be logs."""
-    inside = root.resolve()
     for folder, subfolders, names in os.walk(root, onerror=refuse):
-        if read_experiment(Path(folder)):
-            subfolders[:] = [name for name in subfolders if name in ROLES]
-            continue
-        if RECORD_FILE in names:
-            subfolders[:] = [name for name in subfolders if name == "runs"]
-            continue
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            file = Path(folder, name)
-            usual = file.suffix in SUFFIXES and not name.startswith(".")
-            if usual and file.is_file() and file.resolve().is_relative_to(inside):
+        inside = ROLES if read_experiment(Path(folder)) else ["runs"] if RECORD_FILE in names else None
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")
+                         and (inside is None or name in inside)]
+        for file in (Path(folder, name) for name in names if inside is None and not name.startswith(".")):
+            if file.suffix in SUFFIXES and file.is_file() and not file.is_symlink():
                 yield file
 
 
@@ -207,7 +193,7 @@ def refuse(error: OSError, path: Path | None = None):
 def read(path) -> LogFile:
     """The log at a path. Raises UsageError where there is no readable file, and never for what is in it."""
     path = Path(path)
-    notes = Notes()
+    notes = {}  # what is odd about the file: the first example of each kind of oddity
     digest = hashlib.sha256()
     try:
         with opened(path) as file:
@@ -222,10 +208,11 @@ def read(path) -> LogFile:
     sources = split_source(source, notes)
     runs = body.runs(path.stem, hashlib.sha256(source).hexdigest() if source else None)
     if not size:
-        notes.add("the file is empty")
+        notes.setdefault("the file is empty", "")
     elif not any(run.val_points for run in runs):
-        notes.add("there is no validation in it" if runs else "this is no log of a training run")
-    return LogFile(path, runs, digest.hexdigest(), size, notes.sentences(), sources)
+        notes.setdefault("there is no validation in it" if runs else "this is no log of a training run", "")
+    problems = tuple(f"{kind}: {example}" if example else kind for kind, example in notes.items())
+    return LogFile(path, runs, digest.hexdigest(), size, problems, sources)
 
 
 def opened(path: Path):
@@ -236,47 +223,32 @@ def opened(path: Path):
     raise UsageError(f"{path}: expected a log, found {kind}; name a file")
 
 
-class Notes:
-    """What is odd about a file: each kind of oddity with a count and its first example."""
-
-    def __init__(self):
-        self.kinds: dict[str, list] = {}
-
-    def add(self, kind: str, example: str = ""):
-        entry = self.kinds.setdefault(kind, [0, example])
-        entry[0] += 1
-
-    def sentences(self) -> tuple[str, ...]:
-        return tuple(kind + (f" ({count} times)" if count > 1 else "") + (f": {example}" if example else "")
-                     for kind, (count, example) in self.kinds.items())
-
-
-def lines(file, digest, notes: Notes) -> Iterator[tuple[int, str]]:
+def lines(file, digest, notes: dict[str, str]) -> Iterator[tuple[int, str]]:
     """(offset, line) of each line that matters. Of a longer line only its beginning is ever in memory."""
     offset = 0
     begins = True  # whether what is read next begins a line
     while text := file.readline(LINE_LIMIT):
         digest.update(text)
         if b"\0" in text:
-            notes.add("the file is binary: it holds NUL bytes")
+            notes.setdefault("the file is binary: it holds NUL bytes", "")
         ends = text.endswith(b"\n")
         if begins and MATTERS.match(text):
             line = text.decode("utf-8", "replace").rstrip()
             if ends or len(text) < LINE_LIMIT and line.endswith(("ms", " MiB")):
                 yield offset, line
             elif len(text) < LINE_LIMIT:  # the last line has no end; a number at its end may be cut
-                notes.add("the last line is cut and not read", quoted(line))
+                notes.setdefault("the last line is cut and not read", quoted(line))
             else:
-                notes.add(f"a line of {LINE_LIMIT:,} bytes and more is not read")
+                notes.setdefault(f"a line of {LINE_LIMIT:,} bytes and more is not read", "")
         offset += len(text)
         begins = ends
 
 
-def read_source(file, body: "Body", notes: Notes) -> bytes:
+def read_source(file, body: "Body", notes: dict[str, str]) -> bytes:
     """The embedded source with LF line ends and one newline at the end, as a source file has; empty
     where there is none."""
     if body.source_end > SOURCE_LIMIT:
-        notes.add(f"an embedded source of more than {SOURCE_LIMIT:,} bytes is not read")
+        notes.setdefault(f"an embedded source of more than {SOURCE_LIMIT:,} bytes is not read", "")
         return b""
     file.seek(0)
     source = file.read(body.source_end).replace(b"\r\n", b"\n")
@@ -285,7 +257,7 @@ def read_source(file, body: "Body", notes: Notes) -> bytes:
     return source.rstrip(b"\n") + b"\n" if source.strip() else b""
 
 
-def split_source(source: bytes, notes: Notes) -> dict[str, str]:
+def split_source(source: bytes, notes: dict[str, str]) -> dict[str, str]:
     """The files of an embedded source by name.
 
     The first bears none in the public formats, and is train_gpt.py where it does not.
@@ -300,7 +272,7 @@ def split_source(source: bytes, notes: Notes) -> dict[str, str]:
         names = ["train_gpt.py", *names]
         texts = [first, *texts]
     if len(set(names)) < len(names) or any(name.startswith("/") or ".." in name.split("/") for name in names):
-        notes.add("the embedded source has file names that cannot be used, and is taken as one file")
+        notes.setdefault("the embedded source has file names that cannot be used: it is one file here", "")
         return {"train_gpt.py": text}
     return {name: part.rstrip("\n") + "\n" for name, part in zip(names, texts)}
 
@@ -346,7 +318,7 @@ def whole(value) -> int | None:
 class Body:
     """What is known from the last header on; where there is no header, from the last separator on."""
 
-    def __init__(self, notes: Notes, leads: bool = False, separator: int | None = None):
+    def __init__(self, notes: dict[str, str], leads: bool = False, separator: int | None = None):
         self.notes = notes
         self.leads = leads  # whether a separator begins the file
         self.separator = separator  # offset of the last one
@@ -362,7 +334,7 @@ class Body:
         """Learn from a line. Returns the body to which the next line belongs."""
         if line.startswith(("step:", "s:")):
             if self.num_points >= POINT_LIMIT:
-                self.notes.add(f"more than {POINT_LIMIT:,} validations: the rest is not read")
+                self.notes.setdefault(f"more than {POINT_LIMIT:,} validations: the rest is not read", "")
             elif line.startswith("step:"):
                 self.take_step(line)
             else:
@@ -388,8 +360,7 @@ class Body:
 
     def restarted(self, separator: int) -> "Body":
         if self.has_steps:
-            self.notes.add("step lines before the last header are not read: they belong to the source, or to "
-                           "another log")
+            self.notes.setdefault("step lines before the last header, as in a source, are not read", "")
         return Body(self.notes, self.leads, separator)
 
     def take_fact(self, line: str):
@@ -397,16 +368,15 @@ class Body:
             try:
                 self.config = self.config or read_config(line.removeprefix("config: "))
             except ValueError:
-                self.notes.add("the config line cannot be read", quoted(line))
+                self.notes.setdefault("the config line cannot be read", quoted(line))
         elif match := SEED.fullmatch(line):
+            if self.parts[-1].points:
+                self.start_part()
             self.parts[-1].seed = int(match[1])
-        elif match := TRIAL.fullmatch(line):
-            self.start_part()
-            self.parts[-1].seed = int(match[1] or match[2])
         elif match := GPU.fullmatch(line):
             self.gpus[int(match[1] or match[3])] = printable((match[2] or match[4])[:100])
         elif line.startswith("ended after"):
-            self.notes.add("the run ended early", quoted(line))
+            self.notes.setdefault("the run ended early", quoted(line))
         elif not self.has_steps or line.startswith("peak memory"):
             for pattern in FACTS:
                 if match := pattern.match(line):
@@ -420,7 +390,7 @@ class Body:
         loss = NUMBER.fullmatch(values.get("val_loss", "0"))
         time = TIME.fullmatch(values.get("train_time", "0ms"))
         if not loss or not time or len(values) < line.count(" "):
-            return self.notes.add("a step line cannot be read", quoted(line))
+            return self.notes.setdefault("a step line cannot be read", quoted(line))
 
         step, total = int(match[1]), int(match[2])
         ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
@@ -440,16 +410,16 @@ class Body:
         """
         part = self.parts[-1]
         if ms < part.ms:
-            self.notes.add("the training time falls", quoted(line))
+            self.notes.setdefault("the training time falls", quoted(line))
         part.ms = ms
         # Times are printed to 1 ms, averages to 0.01 ms.
         if self.config and NUMBER.fullmatch(average) and abs(step * float(average) - ms) > 1 + 0.006 * step:
-            self.notes.add("a time is not its steps times their average", quoted(line))
+            self.notes.setdefault("a time is not its steps times their average", quoted(line))
 
     def take_llmc(self, line: str):
         match = LLMC.fullmatch(line)
         if not match or not NUMBER.fullmatch(match[3]):
-            return self.notes.add("a step line cannot be read", quoted(line))
+            return self.notes.setdefault("a step line cannot be read", quoted(line))
         if match[2] == "tel":
             self.take_point(ValPoint(int(match[1]), float(match[3]), None), None)
 
@@ -458,7 +428,7 @@ class Body:
         part = self.part_at(point.step, total)
         if part.points and part.points[-1].step == point.step:
             if str(part.points[-1]) == str(point):
-                return self.notes.add("a validation line is repeated, and counts once")
+                return self.notes.setdefault("a validation line is repeated, and counts once", "")
             self.start_part()
             part = self.part_at(point.step, total)
         part.points.append(point)
@@ -468,7 +438,7 @@ class Body:
         """The run that a step line belongs to: a new one where the steps begin again."""
         part = self.start_part() if step < self.parts[-1].step else self.parts[-1]
         if part.total not in (None, total):
-            self.notes.add("the planned number of steps changes within a run")
+            self.notes.setdefault("the planned number of steps changes within a run", "")
         part.step, part.total = step, total
         return part
 
@@ -480,7 +450,7 @@ class Body:
     def end_part(self):
         """Forget the last run where it has no validation."""
         if not self.parts[-1].points and self.parts.pop().step >= 0:
-            self.notes.add("a run without a validation is left out")
+            self.notes.setdefault("a run without a validation is left out", "")
 
     def runs(self, stem: str, source_sha256: str | None) -> tuple[RunFacts, ...]:
         if len(self.parts) > 1:
@@ -520,7 +490,7 @@ class Body:
     def note_oddities(self, part: Part):
         points = part.points
         if any(not math.isfinite(point.val_loss) for point in points):
-            self.notes.add("a validation loss is not a finite number")
+            self.notes.setdefault("a validation loss is not a finite number", "")
         if points and part.total is not None and points[-1].step != part.total:
-            self.notes.add("the run is incomplete",
+            self.notes.setdefault("the run is incomplete",
                            f"last validation at step {points[-1].step} of {part.total}")

@@ -12,6 +12,7 @@ edited later.
 """
 import hashlib
 import math
+import os
 import re
 import shlex
 import shutil
@@ -29,7 +30,7 @@ from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
 from records.rules import Submission, Verdict, changed_settings, judge, runs_of, seconds_of
 from records.schema import Statement
 from records.statistics import mean_sd
-from records.text import printable, short_name
+from records.text import markdown, short_name
 
 HELP = "build the folder of a submission from logs and a note"
 EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --logs "
@@ -137,20 +138,14 @@ def write(target: Path, files: dict[str, bytes], sources: dict[str, Path]):
 
 
 def read_note(path: str | None) -> str:
-    if path is None:
-        return ""
     try:
-        with open(path, encoding="utf-8") as file:
-            note = file.read(NOTE_LIMIT + 1)
+        note = Path(path or os.devnull).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"--note: expected a readable text file, found: {e}; check {path}") from None
-    if len(note) > NOTE_LIMIT:
-        raise UsageError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link "
-                         "to the rest")
-    if NOTE_BEGIN in note or NOTE_END in note:
-        raise UsageError(f"{path}: expected a note, found the marks of one in a README; pass the text "
-                         "between them")
-    return note.strip()
+    if len(note) > NOTE_LIMIT or NOTE_BEGIN in note or NOTE_END in note:
+        raise UsageError(f"--note: expected at most {NOTE_LIMIT:,} characters and no marks of a note, found "
+                         f"more in {path}; pass the text between the marks, and link to the rest")
+    return note
 
 
 def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
@@ -239,7 +234,7 @@ def readme(s: Submission, record: dict, verdicts: list[Verdict], note: str) -> s
                                      undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      autoescape=False)
-    environment.filters |= {"escaped": escaped, "loss": loss, "seconds": seconds, "short": short_name,
+    environment.filters |= {"escaped": markdown, "loss": loss, "seconds": seconds, "short": short_name,
                             "setting": shown_setting}
     first, before = ([*runs, None][0] for runs in (s.runs, s.baseline_runs))
     elsewhere = record["baseline_record"]
@@ -257,11 +252,6 @@ def readme(s: Submission, record: dict, verdicts: list[Verdict], note: str) -> s
         if first and before and first.config and before.config else [],
         command=command(first, s.track.program),
     )
-
-
-def escaped(text) -> str:
-    """Text out of a log as Markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", printable(str(text)))
 
 
 def loss(value: float | None) -> str:
@@ -287,14 +277,15 @@ def command(run: RunFacts | None, program: str) -> str:
 
     Only plain values: a reader may well paste it into a shell.
     """
-    settings = {key: shown_setting(value) for key, value in (run.config if run else {}).items()
-                if key not in NOT_TRAINING and value is not None}
-    flags = [f"--{key}={shlex.quote(value)}" for key, value in settings.items()
-             if re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={value}", re.A)]
+    settings = run.config if run else {}
+    texts = {key: shown_setting(value) for key, value in settings.items()
+             if key not in NOT_TRAINING and value is not None}
+    flags = [f"--{key}={shlex.quote(text)}" for key, text in texts.items()
+             if re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={text}", re.A)]
     if not flags:
         return ""
     ranks = run.world_size or 1
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
     return textwrap.fill(f"{start} {program} --seed={run.seed or 0} {' '.join(flags)}", 110,
-                         subsequent_indent="    ",
-                         break_long_words=False, break_on_hyphens=False).replace("\n", " \\\n")
+                         subsequent_indent="    ", break_long_words=False,
+                         break_on_hyphens=False).replace("\n", " \\\n")

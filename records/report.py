@@ -68,7 +68,7 @@ def page(found: compare.Comparison) -> str:
 def chart(groups: list[RunGroup], target: float) -> str:
     """The address of a picture that holds all of it; no script in a picture runs."""
     picture = io.BytesIO()
-    charts.save(groups[:len(charts.COLORS)], target, picture, "svg", clear=True)
+    charts.save(groups[:len(charts.COLORS)], target, picture, "svg")
     return "data:image/svg+xml;base64," + base64.b64encode(picture.getvalue()).decode()
 
 

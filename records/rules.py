@@ -299,7 +299,7 @@ def planned_runs(s: Submission):
 def loss_rule(s: Submission):
     """* The mean loss is below the target by the test of the track."""
     result = s.loss_test()
-    return PASS if result.passes else FAIL, result.why or result.formula
+    return PASS if result.passes else FAIL, result.said
 
 
 def faster_than_baseline(s: Submission):

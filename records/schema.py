@@ -32,7 +32,9 @@ def calendar_day(text: str) -> str:
 Line = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(one_line)]
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
-FOLDER_NAME = rf"[0-9]{{4}}-[0-9][0-9]-[0-9][0-9]_{NAME}"
+DAY = "[0-9]{4}-[0-9][0-9]-[0-9][0-9]"
+Day = Annotated[str, StringConstraints(pattern=f"^{DAY}$"), AfterValidator(calendar_day)]
+FOLDER_NAME = f"{DAY}_{NAME}"
 FolderName = Annotated[str, StringConstraints(pattern=f"^{FOLDER_NAME}$")]
 LOG_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
@@ -43,7 +45,7 @@ class Statement(BaseModel):
     version: Literal[1] = 1
     track: Literal[tuple(TRACKS)]
     name: Name
-    date: Annotated[str, StringConstraints(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(calendar_day)]
+    date: Day
     kind: Literal["record", "non-record"]
     why_no_record: Line | None  # None for a record
     description: Line

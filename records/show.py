@@ -1,19 +1,18 @@
 """Show the facts of logs: one log in full, several as a table with a row for each run.
 
 Time and steps to the target are those of the first validation at or below it, less what a straight line from
-the validation before saves. With --json: one object for a file, a list of them for a folder or several paths.
-What a log does not say is null, and so is a loss that is not a finite number.
+the validation before saves. With --json what a log does not say is null, and so is a loss that is not finite.
 """
 import argparse
-import json
 import math
 import os
 from dataclasses import asdict
-from pathlib import Path
+
+from pydantic_core import to_json
 
 from data.errors import UsageError
 from records import logs, tracks
-from records.text import Grid, for_json, nats, printable, seconds, short_name, shown, terminal
+from records.text import Grid, nats, printable, seconds, short_name, shown, terminal
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
 EXAMPLE = "python -m records show records/track_0_laptop/2026-11-24_TailAverage"
@@ -45,8 +44,7 @@ def run(args) -> int:
         print(source_of(found[0], args.source), end="")
     elif args.json:
         facts = [as_json(log, args.target or target_of(log)) for log in found]
-        one_file = len(args.paths) == 1 and not Path(args.paths[0]).is_dir()
-        print(json.dumps(facts[0] if one_file else facts, indent=1, allow_nan=False))
+        print(to_json(facts, indent=1).decode())  # nan and inf as null
     else:
         print_facts(found, args.target)
     return int(any(not log.runs for log in found))
@@ -65,23 +63,21 @@ def target_of(log: logs.LogFile) -> float:
 
 def as_json(log: logs.LogFile, target: float) -> dict:
     """Facts by names that do not change."""
-    runs = [asdict(run) | {
-        "first_val_loss": run.first_val_loss,
-        "final_val_loss": run.final_val_loss,
-        "final_time_ms": run.final_time_ms,
-        "final_step": run.final_step,
-        "target": target,
-        "time_to_target_ms": run.time_to(target),
-        "steps_to_target": run.steps_to(target),
-    } for run in log.runs]
-    return for_json({
-        "path": os.fspath(log.path),
-        "runs": runs,
+    return {
+        "path": printable(str(log.path)),
+        "runs": [asdict(run) | {
+            "final_val_loss": run.final_val_loss,
+            "final_time_ms": run.final_time_ms,
+            "final_step": run.final_step,
+            "target": target,
+            "time_to_target_ms": run.time_to(target),
+            "steps_to_target": run.steps_to(target),
+        } for run in log.runs],
         "sha256": log.sha256,
         "size": log.size,
         "problems": log.problems,
         "sources": {name: len(text.splitlines()) for name, text in log.sources.items()},
-    })
+    }
 
 
 def print_facts(found: list[logs.LogFile], target: float | None):

@@ -46,52 +46,37 @@ def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
 @dataclass(frozen=True)
 class RuleResult:
     """A loss rule on a set of runs."""
-    n: int
-    mean: float | None
-    sd: float | None
-    score: float | None = None  # what the rule compares: t, or the score of a rule without a spread
-    p: float | None = None
-    passes: bool = False
-    formula: str = ""
-    why: str = ""
+    passes: bool
+    p: float | None
+    said: str  # the formula with its figures, or why it cannot be judged
 
     def __str__(self):
-        if self.why:
-            return f"cannot be judged: {self.why}"
-        return f"{self.formula}: {'passes' if self.passes else 'fails'}"
+        return self.said if self.p is None else f"{self.said}: {'passes' if self.passes else 'fails'}"
 
 
-def t_test(losses: Sequence[float], target: float, alpha: float = 0.01) -> RuleResult:
+def t_test(losses: Sequence[float], target: float, alpha: float) -> RuleResult:
     """One-sample t-test that the mean is below the target."""
-    n = len(losses)
-    mean, sd = mean_sd(losses)
     if why := unfit(losses, what="losses"):
-        return RuleResult(n, mean, sd, why=why)
-    result = scipy.stats.ttest_1samp(losses, target, alternative="less")
-    t = float(result.statistic)
-    p = float(result.pvalue)
-    formula = (f"mean {mean:.5f} of {n}, sd {sd:.5f}, against {target}: t = {t:.2f}, p = {p:.3g}, needed < "
-               f"{alpha}")
-    return RuleResult(n, mean, sd, t, p, p < alpha, formula)
-
-
-def reaches(score: float, needed: float) -> bool:
-    """score >= needed for decimal figures: 3.28 - 3.276 is a hair off 0.004 in binary."""
-    return score >= needed - 1e-9
-
-
-def z_rule(losses: Sequence[float], target: float, sigma: float = 0.0013,
-           needed: float = 0.004) -> RuleResult:
-    """(target - mean) sqrt(n) against what is needed. p: of a z-test with the assumed sigma."""
-    n = len(losses)
+        return RuleResult(False, None, f"cannot be judged: {why}")
     mean, sd = mean_sd(losses)
+    result = scipy.stats.ttest_1samp(losses, target, alternative="less")
+    p = float(result.pvalue)
+    return RuleResult(p < alpha, p, f"mean {mean:.5f} of {len(losses)}, sd {sd:.5f}, against {target}: t = "
+                                    f"{result.statistic:.2f}, p = {p:.3g}, needed < {alpha}")
+
+
+def z_rule(losses: Sequence[float], target: float, sigma: float, needed: float) -> RuleResult:
+    """(target - mean) sqrt(n) against what is needed. p: of a z-test with the assumed sigma."""
     if why := unfit(losses, 1, "losses"):
-        return RuleResult(n, mean, sd, why=why)
+        return RuleResult(False, None, f"cannot be judged: {why}")
+    n = len(losses)
+    mean, _ = mean_sd(losses)
     score = (target - mean) * n ** 0.5
     p = float(scipy.stats.norm.sf(score / sigma))
-    formula = (f"({target} - {mean:.5f}) sqrt({n}) = {score:.5f}, needed >= {needed} (p = {p:.3g} at an "
-               f"assumed sd of {sigma})")
-    return RuleResult(n, mean, sd, score, p, reaches(score, needed), formula)
+    # For decimal figures: 3.28 - 3.276 is a hair off 0.004 in binary.
+    said = (f"({target} - {mean:.5f}) sqrt({n}) = {score:.5f}, needed >= {needed} (p = {p:.3g} at an assumed "
+            f"sd of {sigma})")
+    return RuleResult(score >= needed - 1e-9, p, said)
 
 
 LOSS_RULES = {"t_test": t_test, "z_rule": z_rule}

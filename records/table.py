@@ -1,17 +1,17 @@
 """Write the tables of records into records/README.md, between its two marks; what stands outside the marks
 stays.
 
-Public records come from records/history, records of this repository from what is said in the record.json of
-their folders and from the logs beside it. Public times are of many machines and ours of others, so that neither are
-ranked against the other. With --check nothing is written, and the exit code is 1 where the page is not what
+Public records come from records/history, records of this repository from their folders: what is said in
+record.json, and the logs. Public times are of many machines and ours of others, so that neither are ranked
+against the other. With --check nothing is written, and the exit code is 1 where the page is not what
 the data say."""
 import difflib
-import re
 from decimal import Decimal
 from pathlib import Path
 
 from data.errors import UsageError
 from records import check, history, pack, schema
+from records.text import markdown
 from records.tracks import TRACKS, Track
 
 HELP = "the tables of records in records/README.md, from data"
@@ -49,11 +49,6 @@ def local_records(track: Track) -> list[tuple[schema.Statement, dict]]:
     return found
 
 
-def escaped(text: str) -> str:
-    """Text as Markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*_~\[\]<>|&#])", r"\\\1", text)
-
-
 def link(text: str, url: str | None) -> str:
     return f"[{text}]({url})" if url else ""
 
@@ -72,8 +67,8 @@ def public_table(track: Track, rows: list[tuple]) -> list[str]:
         gain = ""
         if gained is not None:
             gain = f"{gained} ({100 * gained / (r.minutes_or_steps + gained):.1f} %)"
-        lines.append(f"| {r.number} | {r.minutes_or_steps} | {gain} | {r.date or ''} | {escaped(r.title)} | "
-                     f"{escaped(', '.join(r.contributors))} | {link('log', r.log_url)} | "
+        lines.append(f"| {r.number} | {r.minutes_or_steps} | {gain} | {r.date or ''} | {markdown(r.title)} | "
+                     f"{markdown(', '.join(r.contributors))} | {link('log', r.log_url)} | "
                      f"{link(r.pr, r.pr_url)} |")
     return lines + [""]
 
@@ -83,18 +78,18 @@ def local_table(records: list[tuple[schema.Statement, dict]]) -> list[str]:
     lines = ["| date | minutes | validation loss | n | steps | gain on the same machine | record | "
              "contributors |",
              "|-|-:|-|-:|-:|-|-|-|"]
-    for said, found in records:
-        runs, speed = found["runs"], found["speed"]
+    for said, figures in records:
+        runs, speed = figures["runs"], figures["speed"]
         gain = ""
         if speed and speed["low_ms"] is not None:
-            gain = (f"{number(-speed['difference_ms'], 2, 1e-3)} s (95 %: {number(-speed['high_ms'], 2, 1e-3)} to "
-                    f"{number(-speed['low_ms'], 2, 1e-3)})")
-        title = link(escaped(said.description), said.folder)
-        why = f" (no record: {escaped(said.why_no_record)})" if said.why_no_record else ""
+            found = [number(-speed[name], 2, 1e-3) for name in ("difference_ms", "high_ms", "low_ms")]
+            gain = "{} s (95 %: {} to {})".format(*found)
+        title = link(markdown(said.description), said.folder)
+        why = f" (no record: {markdown(said.why_no_record)})" if said.why_no_record else ""
         lines.append(f"| {said.date} | {number(runs['time_ms_mean'], 3, 1 / 60_000)} | "
                      f"{number(runs['loss_mean'], 4)} ± {number(runs['loss_sd'], 4)} | {runs['n']} | "
                      f"{number(runs['step'], 0)} | {gain} | {title}{why} | "
-                     f"{escaped(', '.join(said.contributors))} |")
+                     f"{markdown(', '.join(said.contributors))} |")
     return lines + [""]
 
 

@@ -3,8 +3,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.errors import UsageError
-
 # Regular expressions, to be searched in code without its comments. Inductor's settings and the options of
 # torch.compile can buy a few seconds of run time with half an hour of compilation, which the clock does not
 # see.
@@ -59,25 +57,10 @@ TRACKS = {track.name: track for track in (
 )}
 
 
-def choose(logs: Iterable) -> Track:
-    """The track that logs (records.logs.LogFile) are of. UsageError if they are of none or of several."""
-    found = seen(logs)
-    if len(found) != 1:
-        names = " and ".join(track.name for track in found)
-        raise UsageError(f"expected logs of one track, found {names or 'no sign of any'}; say "
-                         f"--track={'|'.join(TRACKS)}")
-    return found[0]
-
-
-def seen(logs: Iterable) -> list[Track]:
-    """The tracks that logs are of, by their settings or by a folder in their path."""
-    logs = [*logs]
-    return [track for track in TRACKS.values() if any(
-        track.folder in Path(log.path).resolve().parts
-        or any(run.config.get("track") == track.name for run in log.runs) for log in logs)]
-
-
 def only(logs: Iterable) -> Track | None:
-    """The track that all these logs are of; None where they do not say."""
-    found = seen(logs)
-    return found[0] if len(found) == 1 else None
+    """The track that all these logs (records.logs.LogFile) are of, by their settings or by a folder in their
+    path; None where they do not say."""
+    found = {track.name: track for log in logs for track in TRACKS.values()
+             if track.folder in Path(log.path).resolve().parts
+             or any(run.config.get("track") == track.name for run in log.runs)}
+    return found.popitem()[1] if len(found) == 1 else None

@@ -1,5 +1,4 @@
-"""Compare what a record, or an archive of them, says with the logs beside it. Offline; nothing is run, nothing
-is written.
+"""Compare what a record, or an archive of them, says with the logs beside it. Nothing is run or written.
 
 Each folder with a record.json is built again from its logs and compared: record.json, README.md, the rules of
 check, and whether the runs of two records are the same. Logs without a record are judged by check.
@@ -8,7 +7,6 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -19,13 +17,6 @@ from records.text import printable
 
 HELP = "what a reviewer runs: a record, or a whole archive, against its logs"
 EXAMPLE = "python -m records verify records/track_0_laptop"
-
-
-@dataclass(frozen=True, order=True)
-class Finding:
-    path: str  # below the path that is verified
-    kind: str  # altered, record-file, folder-name, link, duplicate-runs, or a rule of check
-    evidence: str
 
 
 def add_arguments(parser):
@@ -40,28 +31,30 @@ def run(args) -> int:
     folders = sorted(path.parent for path in args.path.rglob(schema.FILE)
                      if not any(part.startswith(".") for part in path.relative_to(args.path).parts))
     if not folders:
-        raise UsageError(f"{args.path}: expected a record.json, found none below it; check the path, or judge "
-                         "logs by python -m records check")
+        raise UsageError(f"{args.path}: expected a record.json, found none below it; check the path, or "
+                         "judge logs by python -m records check")
     findings, submissions = [], {}
     for folder in folders:
-        for path, kind, evidence in examine(folder, submissions):
-            place = printable(path.relative_to(args.path).as_posix())
-            findings.append(Finding(place, kind, printable(evidence)))
-    findings += runs_twice({str(folder.relative_to(args.path)): s for folder, s in submissions.items()})
+        findings += examine(folder, submissions)
+    findings += runs_twice(submissions)
+    findings = sorted((printable(path.relative_to(args.path).as_posix()), kind, printable(evidence))
+                      for path, kind, evidence in findings)
 
     num_runs = sum(len(s.runs) for s in submissions.values())
     if args.json:
-        print(json.dumps({"runs": num_runs, "findings": [asdict(f) for f in findings]}, indent=1))
+        named = [dict(zip(("path", "kind", "evidence"), finding)) for finding in findings]
+        print(json.dumps({"runs": num_runs, "findings": named}, indent=1))
     else:
-        for finding in sorted(findings):
-            print(f"{finding.path}: {finding.kind}: {finding.evidence}")
         said = f"{len(findings)} findings" if findings else "every number follows from the logs"
-        print(f"{num_runs} runs in {len(folders)} records: {said}")
+        print("\n".join([*map(": ".join, findings), f"{num_runs} runs in {len(folders)} records: {said}"]))
     return int(bool(findings))
 
 
 def examine(folder: Path, submissions: dict[Path, Submission]) -> Iterable[tuple[Path, str, str]]:
-    """(path, kind, evidence) of what is wrong in the folder of a record, which joins the submissions."""
+    """(path, kind, evidence) of what is wrong in the folder of a record, which joins the submissions.
+
+    Kinds: altered, record-file, folder-name, link, and the rules of check.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -110,7 +103,7 @@ def content_of(path: Path | None, limit: int) -> bytes:
         return b""
 
 
-def runs_twice(submissions: dict[str, Submission]) -> Iterable[Finding]:
+def runs_twice(submissions: dict[Path, Submission]) -> Iterable[tuple[Path, str, str]]:
     """Runs of one record that are those of another."""
     folders_of = defaultdict(set)
     for folder, s in submissions.items():
@@ -119,4 +112,4 @@ def runs_twice(submissions: dict[str, Submission]) -> Iterable[Finding]:
                 folders_of[curve(run)].add(folder)
     for first, *others in {tuple(sorted(folders)) for folders in folders_of.values()}:
         if others:
-            yield Finding(first, "duplicate-runs", f"runs are also in {', '.join(others)}")
+            yield first, "duplicate-runs", f"runs are also in {', '.join(folder.name for folder in others)}"
