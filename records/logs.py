@@ -232,14 +232,14 @@ def lines(file, digest, notes: dict[str, str]) -> Iterator[tuple[int, str]]:
         if b"\0" in text:
             notes.setdefault("the file is binary: it holds NUL bytes", "")
         ends = text.endswith(b"\n")
-        if begins and MATTERS.match(text):
-            line = text.decode("utf-8", "replace").rstrip()
-            if ends or len(text) < LINE_LIMIT and line.endswith(("ms", " MiB")):
-                yield offset, line
-            elif len(text) < LINE_LIMIT:  # the last line has no end; a number at its end may be cut
-                notes.setdefault("the last line is cut and not read", quoted(line))
-            else:
-                notes.setdefault(f"a line of {LINE_LIMIT:,} bytes and more is not read", "")
+        short = len(text) < LINE_LIMIT
+        matters = begins and MATTERS.match(text)
+        if matters and (ends or short and text.endswith((b"ms", b" MiB"))):
+            yield offset, text.decode("utf-8", "replace").rstrip()
+        elif short and not ends:  # a number at the end of the last line may be cut
+            notes.setdefault("the last line is cut and not read", quoted(text.decode("utf-8", "replace")))
+        elif matters:
+            notes.setdefault(f"a line of {LINE_LIMIT:,} bytes and more is not read", "")
         offset += len(text)
         begins = ends
 
@@ -389,7 +389,7 @@ class Body:
         values = dict(pair.split(":", 1) for pair in match[3].split(" ")[1:]) if match else {}
         loss = NUMBER.fullmatch(values.get("val_loss", "0"))
         time = TIME.fullmatch(values.get("train_time", "0ms"))
-        if not loss or not time or len(values) < line.count(" "):
+        if not match or not loss or not time or len(values) < line.count(" "):
             return self.notes.setdefault("a step line cannot be read", quoted(line))
 
         step, total = int(match[1]), int(match[2])
@@ -413,7 +413,8 @@ class Body:
             self.notes.setdefault("the training time falls", quoted(line))
         part.ms = ms
         # Times are printed to 1 ms, averages to 0.01 ms.
-        if self.config and NUMBER.fullmatch(average) and abs(step * float(average) - ms) > 1 + 0.006 * step:
+        steps = max(step, 1)
+        if self.config and NUMBER.fullmatch(average) and abs(steps * float(average) - ms) > 1 + 0.006 * steps:
             self.notes.setdefault("a time is not its steps times their average", quoted(line))
 
     def take_llmc(self, line: str):

@@ -44,7 +44,7 @@ def run(args) -> int:
         print(source_of(found[0], args.source), end="")
     elif args.json:
         facts = [as_json(log, args.target or target_of(log)) for log in found]
-        print(to_json(facts, indent=1).decode())  # nan and inf as null
+        print(to_json(facts, indent=1, inf_nan_mode="null").decode())
     else:
         print_facts(found, args.target)
     return int(any(not log.runs for log in found))
@@ -66,6 +66,7 @@ def as_json(log: logs.LogFile, target: float) -> dict:
     return {
         "path": printable(str(log.path)),
         "runs": [asdict(run) | {
+            "run_id": printable(run.run_id),
             "final_val_loss": run.final_val_loss,
             "final_time_ms": run.final_time_ms,
             "final_step": run.final_step,
