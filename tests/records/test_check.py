@@ -123,7 +123,7 @@ def test_doctored(name, failures):
 
 
 def test_public_logs(failures):
-    """They hold neither settings nor seeds; what they do not say is no fault, but their hardware must be told."""
+    """They hold neither settings nor seeds: what they do not say is no fault."""
     baseline = [public(seed, pace=110.0) for seed in range(500, 504)]
     texts = [public(seed) for seed in range(1, 1 + RUNS)]
     assert not failures(texts, baseline, "--track", "small")

@@ -3,7 +3,8 @@ from records.difference import MOST_LINES, Difference, differences, summed
 
 
 def test_differences_of_files():
-    found = differences({"a": "x\ny\n", "b": "y\n", "same": "s\n"}, {"a": "x\nz\n", "c": "z\n", "same": "s\n"})
+    before = {"a": "x\ny\n", "b": "y\n", "same": "s\n"}
+    found = differences(before, {"a": "x\nz\n", "c": "z\n", "same": "s\n"})
     assert found == [Difference("a", 1, 1, ["@@ -1,2 +1,2 @@", " x", "-y", "+z"]),
                      Difference("b", 0, 1, ["@@ -1 +0,0 @@", "-y"]),
                      Difference("c", 1, 0, ["@@ -0,0 +1 @@", "+z"])]

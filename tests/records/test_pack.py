@@ -257,7 +257,7 @@ def test_several_runs_in_a_log(tmp_path, capsys):
     assert guarded(command) == 0, capsys.readouterr()
     record = content(tmp_path / "out/track_3_optimization/2026-11-24_Trials")
     assert record["runs"]["n"] == 3 and len(record["runs"]["logs"]) == 1
-    losses = [f"{run['loss']:.5f}" for run in record["runs"]["logs"][0]["runs"]]  # as printed, with 5 decimals
+    losses = [f"{run['loss']:.5f}" for run in record["runs"]["logs"][0]["runs"]]
     text = (tmp_path / "out/track_3_optimization/2026-11-24_Trials/README.md").read_text()
     assert all(loss.rstrip("0") in text for loss in losses)
     run_code(text, capsys)

@@ -93,8 +93,8 @@ def test_a_ratio_is_that_of_geometric_means_and_turns_with_its_groups():
     ([0.0, 5e-324], "equal")])
 def test_no_number_where_there_is_none(values, why):
     good = [3.1, 3.2, 3.4]
-    results = [statistics.mean_interval(values), statistics.welch(values, good), statistics.welch(good, values),
-               statistics.paired(values, [0.0] * len(values))]
+    results = [statistics.mean_interval(values), statistics.welch(values, good),
+               statistics.welch(good, values), statistics.paired(values, [0.0] * len(values))]
     for result in results:
         assert why in result.why and result.low is result.high is result.p is None, result
     assert statistics.ratio(statistics.welch, values, good).low is None

@@ -11,9 +11,9 @@ from records.tracks import TRACKS
 
 def record(figures=(), **changes) -> tuple[schema.Statement, dict]:
     """What is said of a record, and what its logs say."""
-    said = dict(version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record", why_no_record=None,
-                description="Muon", contributors=["Ada"], step=None, planned_runs=None, baseline_record=None,
-                waivers={})
+    said = dict(version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record",
+                why_no_record=None, description="Muon", contributors=["Ada"], step=None, planned_runs=None,
+                baseline_record=None, waivers={})
     runs = dict(n=9, step=480, loss_mean=1.57851, loss_sd=0.01021, time_ms_mean=85678.9, time_ms_sd=5031.2)
     return schema.parse(said | changes, "a test"), {"runs": runs, "speed": None} | dict(figures)
 
@@ -87,9 +87,9 @@ def test_the_best_before_of_upstream_agrees():
 
 def test_rows_of_local_records():
     speed = dict(difference_ms=-73649.1, low_ms=-78000.0, high_ms=-69300.0, p=1e-9)
-    first, second = rows("\n".join(table.local_table([
-        record(dict(speed=speed)),
-        record(name="AdamW", kind="non-record", why_no_record="slower", contributors=[], date="2026-11-23")])))[1:]
+    slower = record(name="AdamW", kind="non-record", why_no_record="slower", contributors=[],
+                    date="2026-11-23")
+    first, second = rows("\n".join(table.local_table([record(dict(speed=speed)), slower])))[1:]
     assert first == ["2026-11-22", "1.428", "1.5785 ± 0.0102", "9", "480", "73.65 s (95 %: 69.30 to 78.00)",
                      "[Muon](track_0_laptop/2026-11-22_Muon)", "Ada"]
     assert second[5:] == ["", "[Muon](track_0_laptop/2026-11-23_AdamW) (no record: slower)", ""]
