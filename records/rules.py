@@ -93,7 +93,7 @@ def judged(wrong: Iterable[str], good: str) -> tuple[str, str]:
     return (FAIL, listed(wrong, between="; ")) if wrong else (PASS, good)
 
 
-def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, str]:
+def same(runs: Iterable[RunFacts], value: Callable) -> tuple[str, str]:
     """Whether a fact is the same in all.
 
     Evidence: each value with those that have it, the largest group first.
@@ -106,8 +106,8 @@ def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, st
         return NOT_APPLICABLE, "the logs do not say"
     (most, members), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
     if not others:
-        return PASS, f"{known[most]} in all {len(members)} {plural}"
-    return FAIL, listed([f"{known[most]} in {len(members)} {plural}",
+        return PASS, f"{known[most]} in all {len(members)} runs"
+    return FAIL, listed([f"{known[most]} in {len(members)} runs",
                          *(f"{known[key]} in {names(few)}" for key, few in others)], between="; ")
 
 

@@ -61,8 +61,9 @@ def t_test(losses: Sequence[float], target: float, alpha: float) -> RuleResult:
     mean, sd = mean_sd(losses)
     result = scipy.stats.ttest_1samp(losses, target, alternative="less")
     p = float(result.pvalue)
-    return RuleResult(p < alpha, p, f"mean {mean:.5f} of {len(losses)}, sd {sd:.5f}, against {target}: t = "
-                                    f"{result.statistic:.2f}, p = {p:.3g}, needed < {alpha}")
+    said = (f"mean {mean:.5f} of {len(losses)}, sd {sd:.5f}, against {target}: t = {result.statistic:.2f}, p = "
+            f"{p:.3g}, needed < {alpha}")
+    return RuleResult(p < alpha, p, said)
 
 
 def z_rule(losses: Sequence[float], target: float, sigma: float, needed: float) -> RuleResult:
@@ -137,10 +138,12 @@ def ratio(compare: Callable, a: Sequence[float], b: Sequence[float]) -> Estimate
 
     At the spread of times (6 % and less) the ratio of the usual means is the same to 0.2 %.
     """
-    found = compare(*([math.log(value) if 1 / LARGEST < value < LARGEST else math.nan for value in values]
-                      for values in (a, b)))
-    limits = (None if value is None else math.exp(value) for value in (found.value, found.low, found.high))
-    return Estimate(*limits, why=found.why)
+    def logarithms(values):
+        return [math.log(value) if 1 / LARGEST < value < LARGEST else math.nan for value in values]
+
+    found = compare(logarithms(a), logarithms(b))
+    value, low, high = (None if x is None else math.exp(x) for x in (found.value, found.low, found.high))
+    return Estimate(value, low, high, why=found.why)
 
 
 # Power

@@ -92,10 +92,3 @@ def test_a_reader_that_has_seen_enough_and_a_terminal_without_unicode():
                     f"PYTHONIOENCODING=ascii {program} compare {ADAMW} {MUON}"):
         done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "") and (done.stdout == "[\n" or "0.0042" in done.stdout)
-
-
-def test_nothing_is_printed_on_import():
-    names = [f"records.{path.stem}" for path in (ROOT / "records").glob("*.py") if path.stem != "__main__"]
-    done = subprocess.run([sys.executable, "-c", f"import {', '.join(names)}"], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

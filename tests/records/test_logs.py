@@ -201,11 +201,6 @@ def test_a_crossing_next_to_a_loss_that_is_no_number(tmp_path):
     assert log.problems == ("a validation loss is not a finite number",)
 
 
-def test_times_missing(tmp_path):
-    [run] = logs.read(make("A").write(tmp_path / "main.log")).runs
-    assert run.time_to(9) is None and 0 < run.steps_to(9) < 1000 and run.step_avg_ms is None
-
-
 def test_what_our_header_says(tmp_path):
     text = own([4, 3]).replace("\nattention:", "\nresumed: from x\nattention:")
     fake = f"resumed: in a docstring\nvalidation data: first 9 tokens, sha256 {'1' * 64}\n"
@@ -302,13 +297,6 @@ def test_what_a_run_prints_later_changes_no_fact(tmp_path):
                            "9\n"
                "peak memory allocated: 1 MiB reserved: 1 MiB\n")
     assert [facts(run, expected) for run, expected in zip(log.runs, made.runs, strict=True)] == made.runs
-
-
-def test_a_separator_among_the_steps_hides_nothing(tmp_path):
-    made = make("E2")
-    head, steps_ = made.text.split("\nstep:0/1", 1)
-    log = read(tmp_path, f"{head}\nstep:0/1{steps_.replace('step:500/', LINE + chr(10) + 'step:500/', 1)}")
-    assert points(log.runs[0]) == made.runs[0]["val_points"]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../evil.py", "a/../b.py", "train_gpt.py"])

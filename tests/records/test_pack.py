@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import scipy.stats
 from tests.helpers.claims import RUNS, log, replaced, runs, slow, uuid, write
-from tests.records.conftest import plan_text
 
 from records import pack, schema
 from records.__main__ import guarded
@@ -162,26 +161,6 @@ def test_refusals(change, more, sentence, inputs, capsys):
     assert snapshot(inputs) == before
 
 
-@pytest.mark.parametrize("option", ["--description", "--contributor", "--non-record"])
-def test_texts_are_one_line(option, inputs, capsys):
-    for text in ("two\nlines", "\x1b[31m", "right \u202e left", "", "x" * 501):
-        if text or option != "--description":  # without a description the name stands in
-            assert guarded(arguments(inputs, option, text)) == 2, text
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize("name", ["../../evil.py", "a/../../evil.py", "train_gpt.py/x.py", ".hidden"])
-def test_source_names_are_names(name, inputs, capsys):
-    """The names of embedded files come out of a log; record.json lists none that could not be a file
-    of ours."""
-    for path in inputs.glob("logs/*"):
-        path.write_text(replaced(path.read_text(), "^# muon.py", f"# {name}"))
-    guarded(arguments(inputs))
-    assert not [path for path in snapshot(inputs) if "evil" in path or ".pack-" in path]
-    for path in inputs.glob("out/*/*"):
-        assert all(".." not in name for name in content(path)["sources"])
-
-
 def test_hostile_settings_do_no_harm(inputs, capsys):
     """Settings go into a command that a reader may paste, and into a table."""
     nasty = '"stages": "$(touch x)", "evil\\"; rm -rf ~": 1, "b": "`id`", "c": "```", "d": "<script>|"'
@@ -220,17 +199,6 @@ def test_a_baseline_that_is_all_runs_of_another_record_is_named_and_else_copied(
     place = "baseline" if more else "../2026-11-23_Before/runs"
     assert f"({place}/{uuid(1001)}.txt)" in (folder / "README.md").read_text()
     assert guarded(["verify", str(folder)]) == 0 and guarded(["check", str(folder)]) == 0
-
-
-def test_the_folder_of_an_experiment(inputs, capsys):
-    """The plan of ab says which arm is the candidate; its files are a record's runs and baseline."""
-    (inputs / "logs").rename(inputs / "a"), (inputs / "base").rename(inputs / "b")
-    (inputs / "plan.json").write_text(plan_text(RUNS))
-    command = ["pack", "--name", "Twice", "--date", "2026-11-24", "--logs", str(inputs), "-o",
-               str(inputs / "out")]
-    assert guarded(command) == 0, capsys.readouterr()
-    record = content(inputs / "out/track_0_laptop/2026-11-24_Twice")
-    assert (record["runs"]["n"], record["baseline"]["n"], record["planned_runs"]) == (RUNS, 4, RUNS)
 
 
 def test_failure_leaves_nothing(inputs, capsys, monkeypatch):

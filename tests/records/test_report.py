@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.committed import ADAMW, MUON, YARDSTICK
 from tests.helpers.synthetic import own
 
-from records import charts, logs
+from records import logs
 
 RESULTS = (ADAMW, MUON, YARDSTICK)
 HOSTILE = ("</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=2'>"
@@ -156,14 +156,6 @@ def test_changes_of_sources_are_shown(make, tmp_path):
     assert '<span class="removed">-two</span>' in page.source
     assert '<span class="added">+2 &lt; 3</span>' in page.source
     assert "train_gpt.py: +2 −1 lines" in page.text and "muon.py: +" not in page.text
-
-
-def test_more_groups_than_colours(make, tmp_path):
-    paths = [tmp_path / f"g{k}.txt" for k in range(len(charts.COLORS) + 1)]
-    for k, path in enumerate(paths):
-        path.write_text(own(losses=[5, 2 + k / 100, 1.6], seed=k))
-    page = make(*paths)
-    assert f"The first {len(charts.COLORS)} groups." in page.text and len(page.tables[0]) == 10
 
 
 @pytest.mark.parametrize("arguments, message", [
