@@ -61,8 +61,8 @@ def t_test(losses: Sequence[float], target: float, alpha: float) -> RuleResult:
     mean, sd = mean_sd(losses)
     result = scipy.stats.ttest_1samp(losses, target, alternative="less")
     p = float(result.pvalue)
-    said = (f"mean {mean:.5f} of {len(losses)}, sd {sd:.5f}, against {target}: t = {result.statistic:.2f}, p = "
-            f"{p:.3g}, needed < {alpha}")
+    said = (f"mean {mean:.5f} of {len(losses)}, sd {sd:.5f}, against {target}: t = {result.statistic:.2f}, "
+            f"p = {p:.3g}, needed < {alpha}")
     return RuleResult(p < alpha, p, said)
 
 
