@@ -168,16 +168,19 @@ def test_an_experiment_of_ab(tmp_path, records):
         assert code == 0 and "no plan is stated" in out
 
 
-@pytest.mark.parametrize("digit, verdict", [("1", rules.PASS), ("2", rules.FAIL)])
-def test_validation_data_of_a_track_whose_hash_is_not_known(tmp_path, records, digit, verdict):
-    """Runs and baseline must then be judged on the same data, whatever it is."""
+@pytest.mark.parametrize("track, digit, verdict", [
+    ("small", "1", rules.PASS), ("small", "2", rules.FAIL),  # of its tokens no hash is known
+    ("shakespeare", "1", rules.FAIL)])
+def test_runs_and_baseline_are_judged_on_the_same_data_and_on_that_of_the_track(
+        tmp_path, records, track, digit, verdict):
     def folder(name, texts, digit):
-        texts = [replaced(text, '"track": "shakespeare"', '"track": "small"') for text in texts]
+        texts = [replaced(text, '"track": "shakespeare"', f'"track": "{track}"') for text in texts]
+        tokens = f'"val_tokens": {TRACKS[track].val_tokens}'
+        texts = [replaced(text, '"val_tokens": 262144', tokens) for text in texts]
         texts = [replaced(text, r"sha256 \w+", f"sha256 {digit * 64}") for text in texts]
-        texts = [replaced(text, '"val_tokens": 262144', '"val_tokens": 10485760') for text in texts]
         return write(tmp_path / name, texts)
     out = records("check", folder("runs", runs(), "1"), "--baseline", folder("base", slow(), digit),
-                  "--track", "small", "--json")[1]
+                  "--track", track, "--json")[1]
     assert {v["rule"]: v["verdict"] for v in json.loads(out)}["validation-data"] == verdict
 
 
