@@ -158,7 +158,9 @@ def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
     dtype = dtype or X.dtype
     if dtype not in (torch.float32, torch.bfloat16) or not on_a_cpu(X):
         return False
-    return X.size(-2) >= LARGE or dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16
+    if dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16:
+        return True
+    return X.size(-2) >= LARGE
 
 
 def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -179,13 +181,13 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: floa
     s = A.size(1)
     rows = BLOCK_ROWS if s >= LARGE else s
     W = B[0].mT.contiguous() if A.dtype == torch.float32 else B[0].mT
-    out = A.new_empty(1, s, s)
+    out = A.new_empty(s, s)
     for i in range(0, s, rows):
         j = i + rows
         above = None if C is None else C[0, i:j, :j]
-        out[0, i:j, :j] = product(A[0, i:j], W[:j], above, alpha, beta)
-        out[0, :i, i:j] = out[0, i:j, :i].mT
-    return out
+        out[i:j, :j] = product(A[0, i:j], W[:j], above, alpha, beta)
+        out[:i, i:j] = out[i:j, :i].mT
+    return out[None]
 
 
 def apply_to(X: Tensor, P: Tensor, a: float) -> Tensor:
@@ -247,8 +249,10 @@ def normalize(G: Tensor, dtype: torch.dtype, safety: float, eps: float) -> Tenso
     tiny = torch.finfo(X.dtype).tiny
     top = largest(X).clamp(min=tiny)
     X = X / top
-    norm = torch.maximum(X.norm(dim=(-2, -1), keepdim=True), eps / top).clamp(min=tiny) * safety
-    return (X / norm if X.requires_grad else X.div_(norm)).to(dtype)
+    norm = torch.maximum(X.norm(dim=(-2, -1), keepdim=True), eps / top)
+    norm = norm.clamp(min=tiny) * safety
+    X = X / norm if X.requires_grad else X.div_(norm)
+    return X.to(dtype)
 
 
 def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "polar",
@@ -267,13 +271,15 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     if G.size(-2) > G.size(-1):  # R = X X^T is smallest on the short side
         return orthogonalize(G.mT, steps, ns_coefficients, dtype, gram, symmetric, eps).mT
     safety, triples = schedule(ns_coefficients, steps)
-    X = normalize(G.reshape(-1, *G.shape[-2:]), dtype, safety, eps)
+    stack = G.reshape(-1, *G.shape[-2:])
+    X = normalize(stack, dtype, safety, eps)
     gram = gram_pays(*X.shape[-2:], dtype, X.device) if gram is None else gram
     parts = segments(triples, gram, dtype)
     if not one_by_one(X):
         return iterate(X, parts, symmetric).reshape(G.shape)
     results = [iterate(x, parts, symmetric)[0] for x in X.split(1)]
-    return (results[0] if len(X) == 1 else torch.stack(results)).reshape(G.shape)
+    O = results[0] if len(X) == 1 else torch.stack(results)
+    return O.reshape(G.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -299,7 +305,8 @@ def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, T
     G = G.float() if plain else torch.where(ok, G.float(), M)  # blending M with M leaves M as it is
     M.lerp_(G, 1 - mu)
     U = G.lerp(M, mu) if nesterov else M
-    return (U if plain else torch.where(size > 0, U, 0.0)), ok.view(-1)
+    U = U if plain else torch.where(size > 0, U, 0.0)
+    return U, ok.view(-1)
 
 
 def finite_only(O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,7 +357,9 @@ def step_master(W: Tensor, low: Tensor, O: Tensor, ok: Tensor, lr, decay, cautio
 
 def join_halves(upper: Tensor, low: Tensor) -> Tensor:
     """Return the fp32 numbers whose upper 16 bits are a bf16 tensor and whose lower ones an int16 tensor."""
-    return ((upper.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+    bits = upper.view(torch.int16).int() << 16
+    bits |= low.int() & 0xFFFF
+    return bits.view(torch.float32)
 
 
 def upper_half(master: Tensor, low: Tensor) -> Tensor:
@@ -466,7 +475,8 @@ class Placement(NamedTuple):
     @property
     def efficiency(self) -> float:
         """Mean load over the busiest rank's: 1 is perfect balance."""
-        return sum(self.loads) / (len(self.loads) * max(self.loads)) if any(self.loads) else 1.0
+        mean = sum(self.loads) / len(self.loads)
+        return mean / max(self.loads) if mean else 1.0
 
 
 def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap: int) -> Placement:
@@ -620,7 +630,8 @@ class Bucket:
         self.num_matrices = sum(len(stack) for mine in stacks for stack in mine)
         params = {stack.param for mine in stacks for stack in mine}
         self.device = next(iter(params)).device
-        self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
+        low = all(p.dtype == torch.bfloat16 for p in params)
+        self.grad_dtype = torch.bfloat16 if low else torch.float32
 
     @staticmethod
     def held_shape(p: Tensor) -> torch.Size:
@@ -692,8 +703,10 @@ class Bucket:
             return {stack: G for stack, G in found.items() if G is not None}
         mean = self.pending.wait().float().div_(self.world_size)
         self.pending = None
-        return {stack: G for stacks, part in zip(kept, mean.view(len(kept), -1))
-                for stack, G in zip(stacks, unpacked(part, [stack.shape for stack in stacks]))}
+        found = {}
+        for stacks, part in zip(kept, mean.view(len(kept), -1)):
+            found |= zip(stacks, unpacked(part, [stack.shape for stack in stacks]))
+        return found
 
     def update(self, gradients: dict[Stack, Tensor]) -> Results:
         """Move the momentum, and return the results of what I own."""
@@ -714,7 +727,8 @@ class Bucket:
             U = U if U.size(1) <= U.size(2) else U.mT
             apart = self.optimizer.deterministic or one_by_one(U, self.dtype)
             how = tuple(stack.group[key] for key in ("ns_steps", "ns_coefficients", "eps"))
-            kinds.setdefault((how, U.shape[1:], stack if apart else None), []).append((stack, U, ok))
+            kind = how, U.shape[1:], stack if apart else None
+            kinds.setdefault(kind, []).append((stack, U, ok))
         results = {}
         for ((steps, coefficients, eps), *_), members in kinds.items():
             stacks, Us, oks = zip(*members)
@@ -770,8 +784,10 @@ class Bucket:
         self.sent = None
         if self.world_size == 1:
             return sent
-        return {stack: result for owner, part in enumerate(sent.wait())
-                for stack, *result in self.contents(part, owner)}
+        found = {}
+        for owner, part in enumerate(sent.wait()):
+            found |= {stack: result for stack, *result in self.contents(part, owner)}
+        return found
 
     def apply(self) -> Tensor:
         """Change the weights, on every rank with the same numbers. Returns how many matrices were skipped."""
@@ -780,7 +796,8 @@ class Bucket:
             W = self.weights(stack)
             value = value.reshape(W.shape)
             if stack.group["split_mantissa"]:
-                W.copy_(torch.where(ok.bool().view(-1, *[1] * (W.ndim - 1)), value, W))
+                moves = ok.bool().view(-1, *[1] * (W.ndim - 1))
+                W.copy_(torch.where(moves, value, W))
             else:
                 self.optimizer.call(decay_and_step, W, value, ok, *self.optimizer.rates(stack))
         moved = [ok for _, ok in results.values()]
@@ -860,7 +877,7 @@ def expect_order(ours: Sequence[str], theirs: Sequence[str]) -> None:
     """Refuse the names of a checkpoint in another order; other names may be the same model, wrapped."""
     for name, other in zip(ours, theirs):
         if other != name and other in ours:
-            raise refusal(f"{name} in its place", other,
+            raise refusal(name, f"{other} in its place",
                           "build the optimizer with its parameters in the order of the checkpoint")
 
 
@@ -1012,9 +1029,11 @@ class Muon(torch.optim.Optimizer):
 
     def _what_shapes_it(self) -> list:
         """Return what the layout depends on, to be compared at every step."""
-        facts = [(id(group), [(id(p), p.shape, p.dtype, p.device) for p in group["params"]],
-                  [group[key] for key in SHAPING]) for group in self.param_groups]
-        return [world_and_rank(self.process_group), *facts]
+        facts = [world_and_rank(self.process_group)]
+        for group in self.param_groups:
+            params = [(id(p), p.shape, p.dtype, p.device) for p in group["params"]]
+            facts.append((id(group), params, [group[key] for key in SHAPING]))
+        return facts
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
         """Return what ranks that share the work on these parameters must have alike."""
@@ -1030,8 +1049,8 @@ class Muon(torch.optim.Optimizer):
         """Lay out anew if parameters, or what they are made of, have changed since the last step. Where they
         have on some ranks only, raise: these would wait for the others. A rank on which all is as before
         does not wait for a GPU's answer."""
-        params = {p: p.device for group in self.param_groups for p in group["params"]}
-        device = next(iter(params.values()), None)
+        params = {p for group in self.param_groups for p in group["params"]}
+        device = next((p.device for p in params), None)
         for group in dict.fromkeys(bucket.group for bucket in self.buckets if bucket.world_size > 1):
             changes = torch.full((1,), int(changed), device=device)
             dist.all_reduce(changes, group=group)
@@ -1204,11 +1223,12 @@ class Muon(torch.optim.Optimizer):
             expect_order(names_in(ours, number), group.get("param_names") or ())
             groups[number] = ours | group | {key: ours[key] for key in SHAPING}
         self._check_settings(groups)
+        kinds = set().union(*saved.values())
         kept = {}
         for ours, group in zip(self.param_groups, groups):
             for p, i in zip(ours["params"], group["params"]):
                 state = saved.get(i, {})
-                self._check_state(p, state, group, set().union(*saved.values()))
+                self._check_state(p, state, group, kinds)
                 if state:
                     kept[p] = state | {name: self._adopt(name, state[name], dtype, p, group)
                                        for name, dtype in state_kinds(group).items() if name in state}
