@@ -1002,12 +1002,12 @@ class Muon(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Units skipped so far for want of a finite gradient or update, over all steps and ranks (but only
-        this rank's own units of banks that are sharded by matrices). Reading it waits."""
+        """Matrices skipped so far for want of a finite gradient or update, over all steps and ranks (but only
+        this rank's own of banks that are sharded by matrices). Reading it waits."""
         return int(self._skipped)
 
     def add_param_group(self, group: dict) -> None:
-        """Add a group. After construction all ranks call it together, as every unit is placed anew."""
+        """Add a group. After construction all ranks call it together, as all is placed anew."""
         super().add_param_group(group)
         if self.buckets:
             try:
