@@ -1215,7 +1215,7 @@ class Run:
         if self.muon is None:
             return []
         placement, = self.muon.placements
-        matrices = sum(len(units) for bucket in placement.buckets for units in bucket)
+        matrices = sum(bucket.num_matrices for bucket in self.muon.buckets)
         flops = sum(placement.loads)
         shares = []
         for stage, step in enumerate(self.cfg.stage_starts):
