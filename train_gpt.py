@@ -686,8 +686,8 @@ class GPT(nn.Module):
         return [LayerWeights(*weights) for weights in zip(*columns)]
 
     def post_factors(self) -> tuple[Tensor, Tensor]:
-        """Return the learned factors of what each layer with attention, (A,), and each MLP, (L,), adds. In
-        the last layer, connections set them for each token instead."""
+        """Return the learned factors of what attention, (A,), and MLP, (L,), of each layer add: 1 in the last
+        one where connections set them for each token."""
         post = self.post_lambdas
         if self.cfg.mudd:
             post = torch.cat([post[:-1], torch.ones_like(post[-1:])])
