@@ -90,7 +90,8 @@ class Config:
 
     track: str = setting("small", "preset that the other settings start from: small, medium or shakespeare")
     recipe: str = setting(
-        "base", "track small: base, or record89 (1285 steps, with what the public record learned since 80)")
+        "base", "base; on track small record89 (1285 steps, with what the public record learned since 80); "
+                "on shakespeare miniature (four layers with every role of small)")
     target_loss: float = setting(3.28, "validation loss in nats per token that the run tries to reach")
     seed: int = setting(0, "seed of the initial weights; the order of the data does not depend on it", SEED)
 
@@ -279,11 +280,11 @@ class Config:
         if name not in TRACKS:
             raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {name!r}; choose one")
         recipe = changes.get("recipe", "base")
-        known = RECIPES if name == "small" else ("base",)
+        known = {"base": {}, **RECIPES.get(name, {})}
         if recipe not in known:
             raise UsageError(f"--recipe: expected one of {', '.join(known)} on track {name}, "
                              f"found {recipe!r}; choose one")
-        return Config(**{**TRACKS[name], **RECIPES[recipe], "track": name, **changes})
+        return Config(**{**TRACKS[name], **known[recipe], "track": name, **changes})
 
     def __post_init__(self):
         """Check each setting by its own rule, then what two settings ask of each other."""
@@ -403,35 +404,50 @@ TRACKS: dict[str, dict] = {
         attn_gate_layers=tuple(range(16)), xsa_layers=(), resid_init=1.05,
         # Optimizer
         muon_lr=0.015, normuon_beta2=0.95, adam_lr=0.004),
-    # Bytes, two CPU cores, a minute: the roles of track small on four narrow layers.
+    # Bytes, two CPU cores, a few seconds: one plain layer, as more of them gain no time beside the n-grams.
     "shakespeare": dict(
         target_loss=1.6,
         # Data
         train_files="data/shakespeare/shakespeare_train_*.bin",
         val_files="data/shakespeare/shakespeare_val_*.bin",
-        max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=48,
+        max_epochs=4, bos_id=256, vocab_size=257, val_tokens=262_144, val_slice=8192, val_every=14,
         # Schedule
-        train_steps=192, extension_steps=10, lr_mul=(1.0,), lr_floor=0.5,
-        batch_tokens=(2048,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513,
+        train_steps=56, extension_steps=4, lr_mul=(1.0,), lr_floor=0.5,
+        batch_tokens=(8192,), slices=4, pack_tokens=2048, max_doc_len=(1024,), split_docs=513,
         untie_stage=0, mtp_weights=(1.0,),
-        window_short=(32, 64), window_long=(64, 128), window_final=128,
+        window_short=(32,), window_long=(32,), window_final=32,
         # Model
-        num_layers=4, model_dim=128, head_dim=32, long_layers=(1, 3), no_attn_layers=(), paired_layers=(0,),
-        pairing="neighbours", late_attn_layers=(), cache_layer=2, skip=(0, 2), value_embed_layers=(0, 3),
-        bigram_rows=4096, ngram_rows=2**20, ngram_orders=(3, 4, 5, 6),
-        attn_gate_layers=(1, 3), xsa_layers=(1,), attn_scale=0.4,
+        num_layers=1, model_dim=96, head_dim=32, long_layers=(0,), no_attn_layers=(), paired_layers=(),
+        late_attn_layers=(), cache_layer=0, backout=False, skip=(), key_offset=False, attn_scale=0.4,
+        value_embed_layers=(), bigram_rows=4096, ngram_rows=2**20, ngram_orders=(3, 4, 5, 6, 7, 8),
+        smear=False, attn_gate_layers=(), xsa_layers=(), inject_x0=False, resid_init=1.0,
         # Optimizer
-        muon_lr=0.04, momentum_warmup=50, momentum_cooldown=20, ema_frac=0.15,
-        adam_every=1, adam_eps=512e-10, table_lr_mul=25.0, factor_adam=(5.0, 0.9, 0.99), adamw_lr=0.0015),
+        muon_lr=0.04, momentum_warmup=15, momentum_cooldown=6, ema_frac=0.2, adam_lr=0.024, adam_every=1,
+        adam_eps=512e-10, table_lr_mul=20.0, factor_adam=(5.0, 0.9, 0.99), adamw_lr=0.0015),
 }
 
-RECIPES: dict[str, dict] = {  # of track small
-    "base": {},
-    # Public record 89. No GPU has run it here.
-    "record89": dict(
-        train_steps=1285, extension_steps=15, prefix_weight=0.25, mudd=True, backout=False,
-        gate_networks=(0, 4), mix_window=112, attn_gate_layers=(3, 10), xsa_layers=(1, 3, 4, 7),
-        mlp_fp8="auto"),
+RECIPES: dict[str, dict[str, dict]] = {  # track -> recipe -> what it changes
+    "small": {
+        # Public record 89. No GPU has run it here.
+        "record89": dict(
+            train_steps=1285, extension_steps=15, prefix_weight=0.25, mudd=True, backout=False,
+            gate_networks=(0, 4), mix_window=112, attn_gate_layers=(3, 10), xsa_layers=(1, 3, 4, 7),
+            mlp_fp8="auto"),
+    },
+    "shakespeare": {
+        # Every role of track small on four narrow layers: where ideas about a model can be tried.
+        "miniature": dict(
+            # Schedule
+            train_steps=192, extension_steps=10, val_every=48, batch_tokens=(2048,),
+            window_short=(32, 64), window_long=(64, 128), window_final=128,
+            # Model
+            num_layers=4, model_dim=128, long_layers=(1, 3), paired_layers=(0,), pairing="neighbours",
+            cache_layer=2, backout=True, skip=(0, 2), key_offset=True, value_embed_layers=(0, 3),
+            ngram_orders=(3, 4, 5, 6), smear=True, attn_gate_layers=(1, 3), xsa_layers=(1,), inject_x0=True,
+            resid_init=1.1,
+            # Optimizer
+            momentum_warmup=50, momentum_cooldown=20, ema_frac=0.15, adam_lr=0.008, table_lr_mul=25.0),
+    },
 }
 
 ACTIONS = {  # flags that are no settings, and what argparse wants to know of them

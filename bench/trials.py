@@ -1,5 +1,5 @@
-"""Trainings on track shakespeare, each of the trainer's own class in a process with one thread, and the JSONL
-file that gathers them.
+"""Trainings of the miniature (--recipe=miniature of track shakespeare), each of the trainer's own class in a
+process with one thread, and the JSONL file that gathers them.
 
 The file gets a line for every result as soon as it is there, so an interrupted sweep goes on where it
 stopped.
@@ -36,7 +36,7 @@ class Job(NamedTuple):
 def config(settings: list[str], seed: int) -> Config:
     """Return the settings of a run that validates at its end alone."""
     _, changes = parse_config([f"--val_every={10**9}", f"--seed={seed}", *settings])
-    return Config.for_track("shakespeare", **changes)
+    return Config.for_track("shakespeare", **{"recipe": "miniature", **changes})
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ QUANTITIES = {
     "floor": "factor of the learning rates at the end",
     "cautious": "decay a weight only where the update shrinks it too",
 }
-TRACK = Config.for_track("shakespeare")
-STEPS, EXTENSION, RISE, FALL = 440, 10, 50, 20  # of the track when the search was fixed: schedule, momentum
-SINCE = dict(  # what else the track has changed since, as it was then
+TRACK = Config.for_track("shakespeare", recipe="miniature")
+STEPS, EXTENSION, RISE, FALL = 440, 10, 50, 20  # of the recipe when the search was fixed: schedule, momentum
+SINCE = dict(  # what else the recipe has changed since, as it was then
     ngram_rows=0,
     untie_stage=2,
     untie_delay=0,

@@ -73,7 +73,8 @@ def run_final(results: Results, options) -> None:
 def train_with_log(settings: list[str], seed: int, steps: int, folder: Path) -> tuple[float, float]:
     """Run train_gpt.py alone, move its log into the folder, return final loss and training seconds."""
     with tempfile.TemporaryDirectory() as place:  # there, so that the log's settings name no folder of ours
-        command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=shakespeare", *settings,
+        command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=shakespeare",
+                   "--recipe=miniature", *settings,
                    f"--seed={seed}", f"--val_every={steps}", "--sample_tokens=0"]
         limit = 600 + STEP_SECONDS * steps
         env = os.environ | {"OMP_NUM_THREADS": "1", "DATA_PATH": str(data_root().resolve())}

@@ -30,7 +30,7 @@ STEPS = 4
 SETTINGS = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True)
 # Of the checkpoints of a bank, in halves
 RESUMED = dict(deterministic=True, split_mantissa=True, split=2, **SETTINGS)
-pytestmark = pytest.mark.timeout(300)  # the first test of a world waits for all of it
+pytestmark = pytest.mark.timeout(1800)  # the first test of a world waits for all of it
 WORLDS = [2, 3, 4, 5]
 FEW = [2, 3]  # for all that has little to do with how many they are
 
@@ -39,7 +39,7 @@ def watched(rank: int, world_size: int, function, *args):
     """A rank that hangs says where, and ends: gloo itself would wait for half an hour. The iteration is fp32,
     see conftest."""
     muon.has_bf16_units = lambda: False
-    faulthandler.dump_traceback_later(240, exit=True)
+    faulthandler.dump_traceback_later(900, exit=True)
     return function(rank, world_size, *args)
 
 

@@ -32,7 +32,7 @@ from tests.muon.test_muon_distributed import Recorder, digest, refused
 
 Muon = functools.partial(muon_fsdp.FsdpMuon, flatten=False)
 world = test_muon_distributed.world
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 WORLDS = [1, 2, 3, 4, 5]
 FEW = [3, 4]  # for all that has little to do with how many they are; two replicas of two among them
 STEPS = 4

@@ -116,7 +116,7 @@ def test_killed_in_mid_run_it_loses_that_run_only(kill):
     process = start(a, runs=3)
     wait_until(Path("waiting").exists)
     process.send_signal(kill)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == (-kill if kill == signal.SIGKILL else 130)
     assert files("out/[ab]/*") == sorted(kept)
     # nobody could end the trainer: no second one beside it, for both would be slow
@@ -170,7 +170,7 @@ def test_a_signal_that_was_ignored_at_the_start_is_obeyed(ignored):
         signal.signal(ignored, before)
     wait_until(Path("waiting").exists)
     process.send_signal(ignored)
-    assert process.communicate(timeout=100) and process.returncode == 130 and nobody_is_at_work()
+    assert process.communicate(timeout=600) and process.returncode == 130 and nobody_is_at_work()
 
 
 def test_what_a_command_leaves_at_work_is_ended():

@@ -190,7 +190,7 @@ def browse(tmp_path):
         path.write_text(f"{text}<script>{script}</script>", encoding="utf-8")
         done = subprocess.run([
             chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/chromium",
-            "--dump-dom", path.as_uri()], capture_output=True, timeout=100)
+            "--dump-dom", path.as_uri()], capture_output=True, timeout=600)
         return Page(done.stdout.decode("utf-8"))
     return browse
 

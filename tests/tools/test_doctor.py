@@ -139,7 +139,7 @@ def test_behind_a_piece_that_ends_its_child_or_hangs_the_next_is_tried(capsys, t
 def test_the_command_itself_reports_and_exits_with_the_finding(tmp_path):
     command = [sys.executable, "-m", "tools.doctor", "--track=shakespeare", f"--log_dir={tmp_path / 'logs'}"]
     env = {**doctor.os.environ, "DATA_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=110, env=env)
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600, env=env)
     marks = [line[:4].strip() for line in result.stdout.splitlines() if line[4:6] == "  "]
     assert result.returncode == 1 and marks.count("FAIL") == 1 and marks.count("ok") == 6, result.stdout
     assert result.stderr == ""

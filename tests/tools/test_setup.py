@@ -81,7 +81,7 @@ class Repo:
 
 
 def finished(process: subprocess.Popen) -> SimpleNamespace:
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=600)
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 

@@ -141,7 +141,7 @@ def test_a_recipe_changes_its_track_and_settings_change_the_recipe():
 
 @pytest.mark.parametrize("track, recipe, known", [
     ("small", "record90", "base, record89"), ("medium", "record89", "base"),
-    ("shakespeare", "record89", "base")])
+    ("shakespeare", "record89", "base, miniature")])
 def test_an_unknown_recipe_is_refused_with_the_known_ones(track, recipe, known):
     message = f"--recipe: expected one of {known} on track {track}, found '{recipe}'"
     with pytest.raises(UsageError, match=message):

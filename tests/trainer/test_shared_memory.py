@@ -73,6 +73,10 @@ def many(rank: int, world: int, shared: bool) -> list:
             if handle is not None:
                 handle.wait()
             results.append(found)
+    for handle, found in under_way:
+        if handle is not None:
+            handle.wait()
+        results.append(found)
     return results
 
 
