@@ -96,11 +96,11 @@ FineWeb's lengths (log-normal, median 403, mean 690 tokens; assumed).
 
 ## What the model's passes are made of
 
-Forward and backward pass of the model take {model:.1f} of the {step:.1f} ms from step 960; optimizers, sums of
-gradients and communication take the others. The first sketch of these costs, at the same rates and of the same
-passes, was {sketch} ms, and the goal {model_goal} ms. Products and attention alone, with nothing beside
-them, would take {products:.1f} ms, so that the goal leaves {left:.1f} ms for kernels that take {others:.1f}
-ms now, and {beside:.1f} ms if they ran at the whole rate of the memory, without gaps.
+Forward and backward pass of the model take {model:.1f} of the {step:.1f} ms from step 960; optimizers, sums
+of gradients and communication take the others. The first sketch of these costs, at the same rates and of
+the same passes, was {sketch} ms, and the goal {model_goal} ms. Products and attention alone, with nothing
+beside them, would take {products:.1f} ms, so that the goal leaves {left:.1f} ms for kernels that take
+{others:.1f} ms now, and {beside:.1f} ms if they ran at the whole rate of the memory, without gaps.
 
 {model_parts}
 

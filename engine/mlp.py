@@ -51,8 +51,8 @@ class GpuMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, w_in, w_out, squared = ctx.saved_tensors
-        # Before the kernel below: for a product torch.compile stores g once, and the kernel reads it there; for
-        # the kernel alone it would store a copy.
+        # Before the kernel below: for a product torch.compile stores g once, and the kernel reads it there;
+        # for the kernel alone it would store a copy.
         dw_out = g.t() @ squared
         if ctx.fused:
             dhidden = mlp_kernels.squared_relu_backward_mm(g.contiguous(), w_out, squared)
