@@ -537,17 +537,17 @@ class Context(NamedTuple):
 class LayerWeights(NamedTuple):
     """The weights of one layer, as views of the banks. Layers without attention have none of its weights.
 
-    Small networks replace factors by those of each token, (T, 1), and set the fields after bigram, (T, H)
-    where not said.
+    Learned factors of what attention and the MLP add are in vo and mlp_out. Small networks replace factors by
+    those of each token, (T, 1), and set the fields after bigram, (T, H) where not said.
     """
     qk: Tensor | None  # (2D, D)
     vo: Tensor | None  # (2, D, D)
     mlp_in: Tensor  # (4D, D)
     mlp_out: Tensor  # (D, 4D)
     resid: Tensor  # (2,) factors of the stream, before attention and before the MLP
-    post: Tensor  # (2,) factors of what attention and the MLP add
     x0: Tensor | None  # factor of the first embedding
     bigram: Tensor | None  # factor of the bigram embedding
+    post: tuple[Tensor, Tensor] | None = None  # (T, 1) factors of what attention and the MLP add
     xsa: Tensor | None = None
     attn_gate: Tensor | None = None
     skip: Tensor | None = None  # (T, 1)
@@ -685,9 +685,12 @@ class GPT(nn.Module):
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
-        # Scaling two D x D matrices is cheaper than scaling T x D activations.
-        factors = self.attn_lambdas[..., None, None].type_as(self.attn_vo)
-        scaled = self.attn_vo.view(-1, 2, D, D) * factors
+        # Scaling matrices is cheaper than scaling T x D activations, which the factors' gradients would read
+        # once more.
+        post_attn, post_mlp = self.post_factors()
+        factors = torch.stack([self.attn_lambdas[:, 0], self.attn_lambdas[:, 1] * post_attn], 1)
+        scaled = (self.attn_vo.view(-1, 2, D, D) * factors[..., None, None]).type_as(self.attn_vo)
+        mlp_out = (self.mlp_out * post_mlp[:, None, None]).type_as(self.mlp_out)
         attention = zip(self.attn_layers, self.attn_qk.view(-1, 2 * D, D).unbind(), scaled.unbind())
         for i, layer_qk, layer_vo in attention:
             qk[i] = layer_qk
@@ -695,9 +698,18 @@ class GPT(nn.Module):
         static = not cfg.gate_networks
         x0 = self.x0_lambdas.unbind() if cfg.inject_x0 and static else nothing
         bigram = self.bigram_lambdas.unbind() if cfg.bigram_rows and static else nothing
-        columns = (qk, vo, self.mlp_in.unbind(), self.mlp_out.unbind(), self.resid_lambdas.unbind(),
-                   self.post_lambdas.unbind(), x0, bigram)
+        columns = (qk, vo, self.mlp_in.unbind(), mlp_out.unbind(), self.resid_lambdas.unbind(), x0, bigram)
         return [LayerWeights(*weights) for weights in zip(*columns)]
+
+    def post_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the learned factors of what attention, (A,), and MLP, (L,), of each layer add: 1 in the last
+        one where connections set them for each token."""
+        post = self.post_lambdas
+        if self.cfg.mudd:
+            post = torch.cat([post[:-1], torch.ones_like(post[-1:])])
+        attn, mlp = post.unbind(1)
+        by_layer = attn.unbind()
+        return torch.stack([by_layer[i] for i in self.attn_layers]), mlp
 
     def forward(self, tokens: Tensor, targets: Tensor, ctx: Context, loss_weights: Tensor) -> Tensor:
         """Return the training loss: the summed cross entropy of the next tokens, weighted by loss_weights
@@ -846,8 +858,10 @@ class GPT(nn.Module):
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
             source = cached if i in cfg.late_attn_layers else x
             value_embed = inputs.values.get(i)
-            factors = [weights.resid[0], weights.post[0]]
-            streams = [x, self.attention(self.kernels.norm(source), i, weights, value_embed, ctx)]
+            added = self.attention(self.kernels.norm(source), i, weights, value_embed, ctx)
+            if weights.post is not None:
+                added = weights.post[0] * added
+            factors, streams = [weights.resid[0]], [x]
             # The first embeddings again (record 9): no layer has to carry them along.
             if weights.x0 is not None:
                 factors.append(weights.x0)
@@ -855,7 +869,7 @@ class GPT(nn.Module):
             if cfg.bigram_rows and i > 0:
                 factors.append(weights.bigram)
                 streams.append(inputs.bigram)
-            x = self.kernels.residual(factors, streams)
+            x = self.kernels.residual(added, factors, streams)
 
         # One skip from an early to a middle layer (records 11 and 45), gated by the token.
         if cfg.skip and i == cfg.skip[1]:
@@ -865,8 +879,10 @@ class GPT(nn.Module):
                 gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
             x = x + torch.sigmoid(self.skip_lambda.type_as(x)) * gate * early
 
-        mlp = self.kernels.mlp(self.kernels.norm(x), weights.mlp_in, weights.mlp_out)
-        return self.kernels.residual([weights.resid[1], weights.post[1]], [x, mlp])
+        added = self.kernels.mlp(self.kernels.norm(x), weights.mlp_in, weights.mlp_out)
+        if weights.post is not None:
+            added = weights.post[1] * added
+        return self.kernels.residual(added, [weights.resid[1]], [x])
 
     def attention(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None,
                   ctx: Context) -> Tensor:
@@ -901,13 +917,6 @@ class GPT(nn.Module):
             heads_in = F.rms_norm(weights.mix_in.float(), (H,), eps=1e-6).type_as(y)
             y = y + mix_heads(q, k, v, heads_in, weights.mix_out, ctx.mixing, ctx.scale)
 
-        # Exclusive self attention (record 82, arXiv 2603.09078): remove what a token only tells itself.
-        if i in cfg.xsa_layers:
-            strength = self.xsa_alphas[cfg.xsa_layers.index(i)] if weights.xsa is None else weights.xsa
-            alpha = torch.tanh(strength).type_as(y)[..., None]
-            removed = alpha * v
-            y = y - removed * ((y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8))
-
         # A gate on each head's output (record 28) lets a head attend to nothing.
         if i in cfg.attn_gate_layers:
             gate = weights.attn_gate
@@ -915,6 +924,14 @@ class GPT(nn.Module):
                 gates = self.attn_gates[cfg.attn_gate_layers.index(i)]
                 gate = torch.sigmoid(F.linear(h[:, : gates.size(1)], gates.type_as(h)))
             y = y * gate[..., None]
+
+        # Exclusive self attention (record 82, arXiv 2603.09078): remove what a token only tells itself. It
+        # commutes with the gate; in this order only y and v have to be kept.
+        if i in cfg.xsa_layers:
+            strength = self.xsa_alphas[cfg.xsa_layers.index(i)] if weights.xsa is None else weights.xsa
+            alpha = torch.tanh(strength).type_as(y)[..., None]
+            along = (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
+            y = y - alpha * along * v
         return self.linear(y.reshape(T, D), weights.vo[1])
 
     def values(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None) -> Tensor:

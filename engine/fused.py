@@ -148,27 +148,27 @@ class RotaryOfNorm(torch.autograd.Function):
 # Residual stream
 
 
-def residual_sum(factors, streams) -> Tensor:
-    """Return the sum of factor times stream. factors: scalars; streams: (T, D) each."""
-    total = factors[0] * streams[0]
+def residual_sum(added, factors, streams) -> Tensor:
+    """Return added and the sum of factor times stream. factors: scalars; added, streams: (T, D) each."""
+    total = factors[0] * streams[0] + added
     for factor, stream in zip(factors[1:], streams[1:]):
         total = total + factor * stream
     return total
 
 
-def residual(factors, streams) -> Tensor:
-    return ResidualSum.apply(*factors, *streams)
+def residual(added, factors, streams) -> Tensor:
+    return ResidualSum.apply(added, *factors, *streams)
 
 
 class ResidualSum(torch.autograd.Function):
     """residual_sum with one pass a term, and each factor's gradient as one dot product."""
 
     @staticmethod
-    def forward(ctx, *factors_and_streams):
+    def forward(ctx, added, *factors_and_streams):
         ctx.save_for_backward(*factors_and_streams)
         n = len(factors_and_streams) // 2
         factors, streams = factors_and_streams[:n], factors_and_streams[n:]
-        total = factors[0] * streams[0]
+        total = torch.add(added, streams[0], alpha=factors[0].item())
         for factor, stream in zip(factors[1:], streams[1:]):
             total.add_(stream, alpha=factor.item())
         return total
@@ -180,7 +180,7 @@ class ResidualSum(torch.autograd.Function):
         factors, streams = saved[:n], saved[n:]
         flat = g.reshape(-1)
         of_factors = [torch.dot(flat, stream.reshape(-1)) for stream in streams]
-        return *of_factors, *(factor * g for factor in factors)
+        return g, *of_factors, *(factor * g for factor in factors)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -117,10 +117,10 @@ class Kernels:
             return SquaredReluMlp.apply(x, w_in, w_out, self.onednn, dtype)
         return squared_relu_mlp(x, w_in, w_out, self.linear)
 
-    def residual(self, factors, streams) -> Tensor:
-        """Return the sum of factor times stream, (T, D). factors: scalars, or (T, 1)."""
+    def residual(self, added, factors, streams) -> Tensor:
+        """Return added, (T, D), and the sum of factor times stream. factors: scalars, or (T, 1)."""
         scalars = all(factor.ndim == 0 for factor in factors)
-        return (residual if self.fused and scalars else residual_sum)(factors, streams)
+        return (residual if self.fused and scalars else residual_sum)(added, factors, streams)
 
     def batches(self):
         """Return the context in which many small products are fastest."""

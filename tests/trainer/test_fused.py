@@ -57,9 +57,9 @@ def test_norm_and_rotary_equal_their_formulas(heads, fused, shape, dtype, tolera
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
 def test_the_residual_update_equals_its_formula(terms):
-    arguments = [*leaves(*[()] * terms), *leaves(*[(7, 6)] * terms)]
-    assert_same(lambda *args: residual(args[:terms], args[terms:]),
-                lambda *args: residual_sum(args[:terms], args[terms:]), arguments, 1e-14)
+    arguments = [*leaves(*[()] * terms), *leaves(*[(7, 6)] * (terms + 1))]
+    assert_same(lambda *args: residual(args[-1], args[:terms], args[terms:-1]),
+                lambda *args: residual_sum(args[-1], args[:terms], args[terms:-1]), arguments, 1e-14)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
