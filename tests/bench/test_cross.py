@@ -77,7 +77,7 @@ def test_a_number_that_a_step_reads_and_graphs_that_are_made_too_late_are_found(
     train_gpt.Config.graph_starts = property(lambda cfg: [0])
     load = train_gpt.Run.load_state
     train_gpt.Run.load_state = lambda run, state: (load(run, state), setattr(run.adam, 'eps', 1e-8))
-    """)
+    """, "--batch_tokens=32768,65536")
     assert child.returncode == 1, child.stderr
     assert "| in steps | a number read at train_gpt.py:" in child.stdout
     row = child.stdout.partition("| inside the clock | ")[2].partition("\n")[0]

@@ -71,8 +71,9 @@ def test_norm_and_rotary_equal_their_formulas(heads):
 def test_norm_and_rotary_for_a_gpu_equal_their_formulas(heads):
     x, = leaves((5, 3, 8), dtype=torch.float32)
     angle = torch.rand(5, heads, 3)
-    assert_same(lambda x: RotaryOfNorm.apply(x, angle.cos(), angle.sin()),
-                lambda x: rotary(norm(x), angle.cos(), angle.sin()), [x], 1e-6)
+    size = torch.tensor(0.3)
+    assert_same(lambda x: RotaryOfNorm.apply(x, angle.cos(), angle.sin(), size),
+                lambda x: size * rotary(norm(x), angle.cos(), angle.sin()), [x], 1e-6)
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
