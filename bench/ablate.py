@@ -32,7 +32,7 @@ from engine.ranks import Runtime
 from train_gpt import Run
 
 BASE, FEWER, MORE = "all on", "10 % fewer steps", "10 % more steps"
-OFF = {  # technique -> the settings that turn it off, on track shakespeare
+OFF = {  # technique -> the settings that turn it off, in the miniature
     "Muon (AdamW for everything)": "--optimizer=adamw --cautious=off --warmup_steps=25",
     "Polar Express (Jordan's coefficients)": "--coefficients=jordan",
     "NorMuon": "--normuon_beta2=0",
@@ -64,7 +64,7 @@ OFF = {  # technique -> the settings that turn it off, on track shakespeare
     "backout": "--backout=off",
     "skip": "--skip=",
 }
-ON = {  # technique of public records, off on this track -> the settings that turn it on
+ON = {  # technique of public records, off there -> the settings that turn it on
     "with multi-token prediction": "--mtp_weights=1,0.5,0.25",
     "tied for two thirds": "--untie_stage=2 --untie_delay=0",
     "always tied": "--untie_stage=-1",

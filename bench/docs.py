@@ -31,12 +31,12 @@ RESULTS = Path("docs/results.md")
 README = Path("README.md")
 ABLATION = Path("bench/ABLATION.md")
 PICTURES = Path("docs/pictures")
-SHORT_STEPS = 44
+SHORT_STEPS = 16
 MUON, ADAMW, NANOGPT = "Muon", "AdamW for everything", "nanoGPT's quickstart"
 SHORT = f"Muon, {SHORT_STEPS} steps"
 GROUPS = {
-    "the record": Path("records/track_0_laptop/2026-11-28_SharedMemory/runs"),
-    "the record before": Path("records/track_0_laptop/2026-11-28_SharedMemory/baseline"),
+    "the record": Path("records/track_0_laptop/2026-11-28_OneLayer/runs"),
+    "the record before": Path("records/track_0_laptop/2026-11-28_OneLayer/baseline"),
     MUON: pictures.RUNS / "muon",
     ADAMW: pictures.RUNS / "adamw",
     NANOGPT: pictures.RUNS / "nanogpt",

@@ -1,5 +1,5 @@
-"""Trainings of the miniature (track shakespeare), each of the trainer's own class in a process with one thread, and the JSONL
-file that gathers them.
+"""Trainings of the miniature (--recipe=miniature of track shakespeare), each of the trainer's own class in a
+process with one thread, and the JSONL file that gathers them.
 
 The file gets a line for every result as soon as it is there, so an interrupted sweep goes on where it
 stopped.

@@ -1,4 +1,4 @@
-"""Muon against AdamW with equal tuning: the same random search for both on track shakespeare, then fresh
+"""Muon against AdamW with equal tuning: the same random search for both in the miniature, then fresh
 seeds of both winners.
 
     python -m bench.tune run OUT [--workers=1]             the search of bench/tune/search.json

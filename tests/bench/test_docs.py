@@ -82,7 +82,8 @@ def test_public_times_are_those_of_the_history():
 
 def test_settings_and_measurements_are_written_anew_and_names_are_checked():
     line = docs.settings_line("- Settings: `smear` off; `skip`")
-    assert line == "- Settings: `smear` on; `skip` 3,6 (`medium` 4,10, `shakespeare` 0,2)"
+    assert line == ("- Settings: `smear` on (`shakespeare` off); "
+                    "`skip` 3,6 (`medium` 4,10, `shakespeare` none, `miniature` 0,2)")
     with pytest.raises(UsageError, match="expected settings of Config, found 'smaer'"):
         docs.settings_line("- Settings: `smaer`")
     row = docs.ROW.match("| skip | 1 | 1.6736 | -0.0064 ± 0.0252 | 0.984 | -0.0093 |")
@@ -117,7 +118,7 @@ def test_the_loss_picture_shows_the_committed_logs(theme):
         ends = [run[-1] for run in pictures.runs_of(group)]
         seconds, loss = (sum(end[k] for end in ends) / len(ends) for k in (1, 2))
         assert drawn[group][-1] == (round(seconds, 3), round(loss, 4))
-        assert f"{loss:.2f} after {seconds:.0f} s" in text  # kept as text
+        assert f"{loss:.2f} after {seconds:.1f} s" in text  # kept as text
 
 
 def overlaps(one, other) -> bool:
