@@ -59,7 +59,7 @@ def test_log_probabilities_are_those_of_the_validation_after_that_step(finished,
     docs = Docs(torch.tensor([0, 60], dtype=torch.int32), torch.zeros(60, dtype=torch.int32), 60)
     tied = cfg.tied(step - 1)
     variants = [(tied, final), (not tied, final), (tied, not final)]
-    contexts = [model.context(docs, step - 1, long)._replace(tied=one) for one, long in variants]
+    contexts = [model.context(docs, step - 1, long)._replace(table=model.table(one)) for one, long in variants]
     inputs, targets = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
     with torch.no_grad():
         right, *wrong = [model.evaluate(inputs, targets, context).item() for context in contexts]
