@@ -11,9 +11,9 @@ from tests.helpers.runs import SETTINGS, make_shards
 from train_gpt import GPT, MATRICES, TABLES, Config, Context, Run
 
 SMALL = {**SETTINGS, **dict(  # the roles that the layers of track small have, in six
-    track="small", recipe="base", num_layers=6, head_dim=8, mlp_ratio=2, long_layers=(1, 5), no_attn_layers=(2,),
-    paired_layers=(0, 4), late_attn_layers=(4, 5), cache_layer=3, skip=(1, 2), value_embed_layers=(0, 4, 5),
-    attn_gate_layers=(1, 5), xsa_layers=(1, 3), bigram_rows=97,
+    track="small", recipe="base", num_layers=6, head_dim=8, mlp_ratio=2, long_layers=(1, 5),
+    no_attn_layers=(2,), paired_layers=(0, 4), late_attn_layers=(4, 5), cache_layer=3, skip=(1, 2),
+    value_embed_layers=(0, 4, 5), attn_gate_layers=(1, 5), xsa_layers=(1, 3), bigram_rows=97,
     bos_id=256, vocab_size=257, train_files="data/shakespeare/shakespeare_train_*.bin",
     val_files="data/shakespeare/shakespeare_val_*.bin", slices=2, batch_tokens=(64, 96, 128),
     max_doc_len=(12, 24), window_short=(3, 4, 5, 6), window_long=(6, 9, 12, 13), window_final=20,
