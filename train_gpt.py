@@ -377,7 +377,7 @@ class Config:
 
     @property
     def graph_starts(self) -> list[int]:
-        """First steps of all that torch.compile sees as another graph: stages, and the head by itself."""
+        """First steps of all that torch.compile may see as another graph: stages, and the head by itself."""
         return sorted({step for step in (*self.stage_starts, self.untie_step) if step < self.train_steps})
 
     @property
@@ -526,8 +526,8 @@ class Context(NamedTuple):
     """What a forward pass needs besides tokens and weights. masks[long][paired], rope[paired]: (cos, sin)."""
     masks: list
     rope: list
-    scale: float
-    tied: bool
+    scale: float | Tensor  # of the softmax; a tensor is multiplied into the queries instead
+    table: Tensor  # (V, D) embedding, or the head while they are one
     mixing: Tensor | None  # mask of the heads' mixing
     prefixes: bool  # whether the loss has a part for prefixes of the targets
     slices: int = 1  # equal parts of the sequence; the first token of each has none before it
@@ -808,7 +808,7 @@ class GPT(nn.Module):
 
     def first_embedding(self, tokens: Tensor, ctx: Context) -> Tensor:
         """(T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
-        x = self.kernels.lookup(tokens, self.head if ctx.tied else self.embed)
+        x = self.kernels.lookup(tokens, ctx.table)
 
         # Smear (record 34): a little of the previous token's embedding, which saves layer 0 from looking it
         # up.
@@ -895,7 +895,8 @@ class GPT(nn.Module):
         # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
         # layers. Half of each head rotates (record 17); the other half can match content at any distance.
         qk = self.linear(h, weights.qk).view(T, 2, H, d)
-        q, k = self.kernels.queries_and_keys(qk, *ctx.rope[paired])
+        q, k = self.kernels.queries_and_keys(qk, *ctx.rope[paired], ctx.scale)
+        scale = 1.0 if isinstance(ctx.scale, Tensor) else ctx.scale
         v = self.values(h, i, weights, value_embed)
 
         # Partial key offset (record 49): half of each key comes from the token before, so that one layer can
@@ -908,14 +909,14 @@ class GPT(nn.Module):
         mask = ctx.masks[long][paired]
         if paired:  # two heads share a softmax over the keys of both (record 58): -65 steps at the same FLOPs
             pair, unpair = PAIRINGS[cfg.pairing]
-            y = unpair(self.kernels.attend(pair(q), pair(k), pair(v), mask, ctx.scale))
+            y = unpair(self.kernels.attend(pair(q), pair(k), pair(v), mask, scale))
         else:
-            y = self.kernels.attend(q, k, v, mask, ctx.scale)
+            y = self.kernels.attend(q, k, v, mask, scale)
 
         # Mixing of heads (record 85): a token may read by one head what another head found.
         if weights.mix_in is not None:
             heads_in = F.rms_norm(weights.mix_in.float(), (H,), eps=1e-6).type_as(y)
-            y = y + mix_heads(q, k, v, heads_in, weights.mix_out, ctx.mixing, ctx.scale)
+            y = y + mix_heads(q, k, v, heads_in, weights.mix_out, ctx.mixing, scale)
 
         # A gate on each head's output (record 28) lets a head attend to nothing.
         if i in cfg.attn_gate_layers:
@@ -972,9 +973,15 @@ class GPT(nn.Module):
         masks = [[mask(long, paired) for paired in (False, True)] for long in (False, True)]
         mixing = mixing_mask(docs, cfg.mix_window) if cfg.mix_window else None
         prefixes = prefix_weight(cfg, step) > 0
-        return Context(masks, rope, scale, cfg.tied(step), mixing, prefixes, docs.slices, ngrams)
+        return Context(masks, rope, scale, self.table(cfg.tied(step)), mixing, prefixes, docs.slices, ngrams)
 
-    def rotary_tables(self, stage: int, docs: Docs) -> tuple[float, list]:
+    def table(self, tied: bool) -> Tensor:
+        """Return the embedding as a view, so that torch.compile takes the head and it for one kind of
+        input."""
+        table = self.head if tied else self.embed
+        return table.view_as(table)
+
+    def rotary_tables(self, stage: int, docs: Docs) -> tuple[float | Tensor, list]:
         """Return the softmax scale and the (cos, sin) of plain and of paired heads, each (T, 1, 1 or H,
         r), kept for the next call.
 
@@ -984,6 +991,8 @@ class GPT(nn.Module):
         if (stage, T) not in self.rope_tables:
             with device:  # made there: a copy would make the host wait
                 omega, scale = rotary_settings(self.cfg, stage)
+                if self.kernels.own_kernels:  # a number would be compiled in, anew for each stage
+                    scale = torch.full((), scale)
             angle = torch.arange(T, dtype=torch.float64, device=device)[:, None, None] * omega  # (T, 1, r)
             heads = torch.arange(self.cfg.num_heads, dtype=torch.float64, device=device)
             paired = 2 * angle + heads[None, :, None] % 2 * omega

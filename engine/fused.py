@@ -126,22 +126,23 @@ class NormAndRotary(torch.autograd.Function):
 
 
 class RotaryOfNorm(torch.autograd.Function):
-    """The same for torch.compile on a GPU, which makes one kernel of each pass. x: (T, H, d)."""
+    """size * rotary(norm(x)) for torch.compile on a GPU, which makes one kernel of each pass.
+    x: (T, H, d); size: (), positive."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, size):
         square = x.float().square().mean(-1, keepdim=True)
-        factor = torch.rsqrt(square + torch.finfo(torch.float32).eps)
+        factor = size * torch.rsqrt(square + torch.finfo(torch.float32).eps)
         y = rotary((x * factor).type_as(x), cos, sin)
-        ctx.save_for_backward(y, factor, cos, sin)
+        ctx.save_for_backward(y, factor, cos, sin, size)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        y, factor, cos, sin = ctx.saved_tensors
-        along = (g.float() * y).mean(-1, keepdim=True)
+        y, factor, cos, sin, size = ctx.saved_tensors
+        along = (g.float() * y).mean(-1, keepdim=True) / size.square()
         across = (g - along * y) * factor
-        return rotary(across.type_as(g), cos, -sin), None, None
+        return rotary(across.type_as(g), cos, -sin), None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------

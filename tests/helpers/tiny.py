@@ -66,7 +66,8 @@ def context(model, docs, stage=0, tied=False, final=False) -> Context:
     if model.cfg.ngram_rows:
         shape = len(docs.ids), model.cfg.head_dim
         ngrams = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    return model.context(docs, model.cfg.stage_starts[stage], final, ngrams)._replace(tied=tied)
+    found = model.context(docs, model.cfg.stage_starts[stage], final, ngrams)
+    return found._replace(table=model.table(tied))
 
 
 def make_run(folder: Path, base: dict = SMALL, **changes) -> Run:

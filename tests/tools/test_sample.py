@@ -61,7 +61,7 @@ def test_log_probabilities_are_those_of_the_validation_after_that_step(finished,
     found = []
     for one, long, ngrams in (
             (tied, final, rows), (not tied, final, rows), (tied, not final, rows), (tied, final, 0 * rows)):
-        context = model.context(docs, step - 1, long, ngrams)._replace(tied=one)
+        context = model.context(docs, step - 1, long, ngrams)._replace(table=model.table(one))
         with torch.no_grad():
             found.append(model.evaluate(inputs, targets, context).item())
     right, *wrong = found
