@@ -27,6 +27,8 @@ Sources: Muon, https://kellerjordan.github.io/posts/muon/; decay and RMS matchin
 (NorMuon); cautious decay, arXiv 2510.12402; iteration on the Gram matrix,
 https://github.com/Dao-AILab/gram-newton-schulz.
 """
+import collections
+import copy
 import functools
 import math
 import os
@@ -73,8 +75,14 @@ COEFFICIENTS = {
 LARGE = 384  # rows from which a matrix is worth a method of its own on a CPU
 
 
+def expect_matrices(name: str, x: Tensor) -> None:
+    if x.ndim < 2 or x.numel() == 0 or not x.is_floating_point() or x.itemsize < 2:
+        raise refusal("real matrices of some size", f"shape {tuple(x.shape)} in {x.dtype}",
+                      "leave it to another optimizer, such as AdamW", name)
+
+
 def schedule(ns_coefficients: str | Sequence, steps: int) -> tuple[float, list[Sequence[float]]]:
-    """Return (safety, one (a, b, c) per step)."""
+    """Return (safety, one (a, b, c) per step) of a name, one (a, b, c), or a sequence of them."""
     safety = 1.0
     triples = ns_coefficients
     if isinstance(ns_coefficients, str):
@@ -85,9 +93,6 @@ def schedule(ns_coefficients: str | Sequence, steps: int) -> tuple[float, list[S
 
 
 def is_schedule(x) -> bool:
-    """Whether x is a name, one (a, b, c) for all steps, or a sequence of them."""
-    if isinstance(x, str):
-        return x in COEFFICIENTS
     _, triples = schedule(x, len(x))
     return all(len(triple) == 3 and all(map(math.isfinite, triple)) for triple in triples)
 
@@ -121,10 +126,12 @@ def gram_pays(m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
     return fine and max(m, n) >= 2 * min(m, n)
 
 
-def gram_segments(triples: Sequence, dtype: torch.dtype) -> list[Sequence]:
-    """Cut the steps into those that share one Gram matrix. Computing it anew restores its small eigenvalues,
-    whose relative error the steep first steps would carry on: bf16 affords two steps, other dtypes three
-    after the first two."""
+def segments(triples: Sequence, gram: bool, dtype: torch.dtype) -> list[Sequence]:
+    """Cut the steps into those that share one Gram matrix: in the standard form each has its own. Computing
+    it anew restores its small eigenvalues, whose relative error the steep first steps would carry on: bf16
+    affords two steps, other dtypes three after the first two."""
+    if not gram:
+        return [triples[i:i + 1] for i in range(len(triples))]
     later = 2 if dtype == torch.bfloat16 else 3
     return [triples[:2], *(triples[i:i + later] for i in range(2, len(triples), later))]
 
@@ -133,9 +140,7 @@ def newton_schulz_flops(m: int, n: int, steps: int, gram: bool, dtype: torch.dty
     """Count the operations of the matrix products of one m x n matrix, 2 for a multiply-add."""
     s = min(m, n)
     l = max(m, n)
-    if not gram:
-        return steps * (4 * s * s * l + 2 * s**3)
-    lengths = map(len, gram_segments(range(steps), dtype))
+    lengths = map(len, segments(range(steps), gram, dtype))
     return sum(4 * s * s * l + 2 * s**3 * (4 * length - 3) for length in lengths)
 
 
@@ -149,16 +154,22 @@ BLOCK_ROWS = 256  # of a symmetric product of large matrices: fewer save more, b
                   # bench/muon/blocks.py
 
 
+def on_a_cpu(x: Tensor) -> bool:
+    """Whether Python may look at values of x, which costs no wait there, and work on it in place: outside of
+    graphs."""
+    return type(x) is Tensor and x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
+
+
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether the wide matrices of a stack are iterated one at a time, by the products below, as measured on
     one and two cores: it pays for what is large, and in fp32 where oneDNN is there and a call is worth
     its 10 us."""
     dtype = dtype or X.dtype
-    if type(X) is not Tensor or X.device.type != "cpu" or X.requires_grad or torch.compiler.is_compiling():
+    if dtype not in (torch.float32, torch.bfloat16) or not on_a_cpu(X):
         return False
-    if dtype in (torch.float32, torch.bfloat16) and X.size(-2) >= LARGE:
+    if dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16:
         return True
-    return dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16
+    return X.size(-2) >= LARGE
 
 
 def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -179,13 +190,13 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: floa
     s = A.size(1)
     rows = BLOCK_ROWS if s >= LARGE else s
     W = B[0].mT.contiguous() if A.dtype == torch.float32 else B[0].mT
-    out = A.new_empty(1, s, s)
+    out = A.new_empty(s, s)
     for i in range(0, s, rows):
         j = i + rows
         above = None if C is None else C[0, i:j, :j]
-        out[0, i:j, :j] = product(A[0, i:j], W[:j], above, alpha, beta)
-        out[0, :i, i:j] = out[0, i:j, :i].mT
-    return out
+        out[i:j, :j] = product(A[0, i:j], W[:j], above, alpha, beta)
+        out[:i, i:j] = out[i:j, :i].mT
+    return out[None]
 
 
 def apply_to(X: Tensor, P: Tensor, a: float) -> Tensor:
@@ -195,18 +206,12 @@ def apply_to(X: Tensor, P: Tensor, a: float) -> Tensor:
     return torch.baddbmm(X, P, X, beta=a)
 
 
-def standard_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
-    for a, b, c in triples:
-        A = symmetric(X, X.mT)
-        X = apply_to(X, symmetric(A, A, A, alpha=c, beta=b), a)
-    return X
-
-
-def gram_steps(X: Tensor, triples: Sequence, symmetric: Callable) -> Tensor:
-    """The same map through R = X X^T. One step multiplies X by a I + P, where P = b R + c R^2, and R by its
-    square; all of these are polynomials in R and commute. The products of the steps are kept as q I + Q,
-    because in 16 bits the sum would lose the digits of Q."""
-    for segment in gram_segments(triples, X.dtype):
+def iterate(X: Tensor, segments: list[Sequence], symmetric: Callable) -> Tensor:
+    """Take all steps on a wide stack. With R = X X^T one step multiplies X by a I + P, where P = b R + c R^2,
+    and R by its square; all of these are polynomials in R and commute. So steps that share a Gram matrix need
+    X only at the end. Their product is kept as q I + Q, because in 16 bits the sum would lose the digits of
+    Q."""
+    for segment in segments:
         R = symmetric(X, X.mT)
         for i, (a, b, c) in enumerate(segment):
             P = symmetric(R, R, R, alpha=c, beta=b)
@@ -230,17 +235,12 @@ def largest(G: Tensor) -> Tensor:
     return torch.maximum(flat.amax(-1), -flat.amin(-1))[..., None, None]
 
 
-def may_read(x: Tensor) -> bool:
-    """Whether Python may look at values of x: on a CPU, where it costs no wait, and outside of graphs."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def plain_norms(G: Tensor) -> Tensor | None:
     """Return (B, 1, 1): the Frobenius norms of a stack on a CPU; None unless all are of a size at which fp32
     sums their squares without loss, so that no matrix is zero or not finite."""
-    if not may_read(G) or G.requires_grad:
+    if not on_a_cpu(G):
         return None
-    norms = G.norm(dim=(-2, -1), keepdim=True)
+    norms = G.norm(dim=(-2, -1), keepdim=True).float()
     return norms if bool(((norms > 1e-15) & (norms < 1e15)).all()) else None
 
 
@@ -258,8 +258,10 @@ def normalize(G: Tensor, dtype: torch.dtype, safety: float, eps: float) -> Tenso
     tiny = torch.finfo(X.dtype).tiny
     top = largest(X).clamp(min=tiny)
     X = X / top
-    norm = torch.maximum(X.norm(dim=(-2, -1), keepdim=True), eps / top).clamp(min=tiny) * safety
-    return (X / norm if X.requires_grad else X.div_(norm)).to(dtype)
+    norm = torch.maximum(X.norm(dim=(-2, -1), keepdim=True), eps / top)
+    norm = norm.clamp(min=tiny) * safety
+    X = X / norm if X.requires_grad else X.div_(norm)
+    return X.to(dtype)
 
 
 def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "polar",
@@ -271,23 +273,22 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     symmetric: see `symmetric_product`. Only the direction of G counts, unless its norm is below eps. Zero in,
     zero out. In bf16 a matrix of low rank keeps two digits: its null space comes out with singular values up
     to 0.5 instead of 0; ask for torch.float32 where that matters (LoRA)."""
-    if G.ndim < 2 or G.numel() == 0 or not G.is_floating_point():
-        raise refusal("real matrices of some size", f"{tuple(G.shape)} in {G.dtype}",
-                      "leave it to another optimizer")
-    if not (is_schedule(ns_coefficients) and steps > 0):
-        raise refusal("known coefficients and a step or more", f"{ns_coefficients} and {steps}",
-                      "see COEFFICIENTS")
+    expect_matrices("", G)
+    steps = checked("ns_steps", steps)
+    ns_coefficients = checked("ns_coefficients", ns_coefficients)
     dtype = dtype or iteration_dtype(G.device)
     if G.size(-2) > G.size(-1):  # R = X X^T is smallest on the short side
         return orthogonalize(G.mT, steps, ns_coefficients, dtype, gram, symmetric, eps).mT
     safety, triples = schedule(ns_coefficients, steps)
-    X = normalize(G.reshape(-1, *G.shape[-2:]), dtype, safety, eps)
+    stack = G.reshape(-1, *G.shape[-2:])
+    X = normalize(stack, dtype, safety, eps)
     gram = gram_pays(*X.shape[-2:], dtype, X.device) if gram is None else gram
-    iterate = gram_steps if gram else standard_steps
+    parts = segments(triples, gram, dtype)
     if not one_by_one(X):
-        return iterate(X, triples, symmetric).reshape(G.shape)
-    results = [iterate(x, triples, symmetric)[0] for x in X.split(1)]
-    return (results[0] if len(X) == 1 else torch.stack(results)).reshape(G.shape)
+        return iterate(X, parts, symmetric).reshape(G.shape)
+    results = [iterate(x, parts, symmetric)[0] for x in X.split(1)]
+    O = results[0] if len(X) == 1 else torch.stack(results)
+    return O.reshape(G.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -306,22 +307,21 @@ ADJUST_LR = {  # the factor on lr for an m x n matrix; weight decay never sees i
 def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, Tensor]:
     """Return (U, which of the B gradients are finite). M (B, m, n) fp32 moves in place where they are; G is
     read only. U is zero where G is zero throughout."""
-    if G.dtype != torch.float16 and plain_norms(G) is not None:  # spares three passes
-        G = G.float()
-        M.lerp_(G, 1 - mu)
-        return (G.lerp(M, mu) if nesterov else M), torch.ones(len(G), dtype=torch.bool)
-    size = largest(G).float()  # fp64 may be finite there only
+    norms = plain_norms(G)
+    plain = norms is not None  # spares three passes
+    size = norms if plain else largest(G).float()  # fp64 may be finite there only
     ok = torch.isfinite(size)
-    G = torch.where(ok, G.float(), M)  # blending M with M leaves M as it is
+    G = G.float() if plain else torch.where(ok, G.float(), M)  # blending M with M leaves M as it is
     M.lerp_(G, 1 - mu)
     U = G.lerp(M, mu) if nesterov else M
-    return torch.where(size > 0, U, 0.0), ok.view(-1)
+    U = U if plain else torch.where(size > 0, U, 0.0)
+    return U, ok.view(-1)
 
 
 def finite_only(O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
     """Return O with zeros where the iteration has overflowed, and ok without these."""
     finite = torch.linalg.vector_norm(O.flatten(1), dim=1).isfinite()
-    if may_read(O) and bool(finite.all()):
+    if on_a_cpu(O) and bool(finite.all()):
         return O, ok
     return torch.where(finite[:, None, None], O, 0), ok & finite
 
@@ -366,7 +366,9 @@ def step_master(W: Tensor, low: Tensor, O: Tensor, ok: Tensor, lr, decay, cautio
 
 def join_halves(upper: Tensor, low: Tensor) -> Tensor:
     """Return the fp32 numbers whose upper 16 bits are a bf16 tensor and whose lower ones an int16 tensor."""
-    return ((upper.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+    bits = upper.view(torch.int16).int() << 16
+    bits |= low.int() & 0xFFFF
+    return bits.view(torch.float32)
 
 
 def upper_half(master: Tensor, low: Tensor) -> Tensor:
@@ -378,7 +380,7 @@ def upper_half(master: Tensor, low: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Who owns what: every matrix, or block of rows of a matrix, is a unit that belongs to one rank
+# Who owns what: every matrix, or block of rows of a matrix, belongs to one rank
 
 def as_bank(x: Tensor, flatten: bool | None) -> Tensor:
     """Return (matrices, rows, columns ...) of a tensor that is shaped like a parameter."""
@@ -396,25 +398,35 @@ def cut(bank: Tensor, blocks: Sequence[int], n: int = 0) -> Sequence[Tensor]:
 
 @dataclass(eq=False)
 class Stack:
-    """Matrices (B, m, n) of one parameter and owner that are computed together; a unit is a stack of one.
-    All is as it was laid out: state that is there must still be found when the parameter has changed."""
+    """Matrices (B, m, n) of one parameter that have one owner and are computed together. All is as it was
+    laid out: state that is there must still be found when the parameter has changed."""
     param: Tensor
     group: dict             # its settings
     whole: Sequence[int]    # shape of the parameter
     flatten: bool | None
     blocks: Sequence[int]   # rows of the blocks of a matrix
     number: int             # of the stack in what `cut` returns
-    indices: range          # into it
+    start: int              # in that: first and last
+    stop: int
     m: int
     n: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
     @property
     def shape(self) -> tuple[int, int, int]:
-        return len(self.indices), self.m, self.n
+        return len(self), self.m, self.n
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def in_parts(self, count: int) -> list["Stack"]:
+        """Return as many stacks, as equal as can be; at most one for each matrix."""
+        count = min(count, len(self))
+        bounds = [i * len(self) // count for i in range(count + 1)]
+        return [replace(self, start=start, stop=stop) for start, stop in zip(bounds, bounds[1:])]
 
     @property
     def bank(self) -> tuple[int, ...]:
@@ -422,7 +434,7 @@ class Stack:
         return tuple(self.whole) if len(self.whole) == 3 and not self.flatten else (1, *self.whole)
 
     def state_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape if name != "second_moment" else (len(self.indices), max(self.m, self.n))
+        return self.shape if name != "second_moment" else (len(self), max(self.m, self.n))
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the parameter's whole state: its own or (matrices, numbers) for
@@ -431,30 +443,28 @@ class Stack:
             return tuple(self.whole)
         return self.bank[0], sum(max(m, self.n) for m in self.blocks)
 
-    def within(self, stacks: Sequence[Tensor]) -> Tensor:
-        where = self.indices
-        return stacks[self.number][where.start:where.stop:where.step]
+    def within(self, bank: Tensor, n: int = 0) -> Tensor:
+        return cut(bank, self.blocks, n)[self.number][self.start:self.stop]
 
     def of(self, x: Tensor) -> Tensor:
         """Return the view (B, m, ...) of these matrices in a tensor that is shaped like the parameter."""
-        return self.within(cut(as_bank(x, self.flatten), self.blocks))
+        return self.within(as_bank(x, self.flatten))
 
     def of_state(self, name: str, x: Tensor) -> Tensor:
         """Return the view (B, m, n), or (B, numbers) for second_moment, in the whole state of a parameter."""
-        found = self.of(x) if name != "second_moment" else self.within(cut(x, self.blocks, self.n))
+        found = self.within(x, self.n) if name == "second_moment" else self.of(x)
         return found.view(self.state_shape(name))
 
 
-def units_of(p: Tensor, shape: Sequence[int], group: dict) -> list[Stack]:
-    """Return the units of a parameter, or of the part of this shape that a rank has."""
+def stacks_of(p: Tensor, shape: Sequence[int], group: dict) -> list[Stack]:
+    """Return the stacks of a parameter, or of the part of this shape that a rank has."""
     flatten = group["flatten"]
     bank = as_bank(torch.empty(shape, device="meta"), flatten)
     blocks = group["split"] or (bank.size(1),)
     if isinstance(blocks, int):
         blocks = (bank.size(1) // blocks,) * blocks
-    return [Stack(p, group, shape, flatten, blocks, number, range(k, k + 1), stack.size(1),
-                  stack[0, 0].numel())
-            for number, stack in enumerate(cut(bank, blocks)) for k in range(len(stack))]
+    return [Stack(p, group, shape, flatten, blocks, number, 0, len(stack), stack.size(1), stack[0, 0].numel())
+            for number, stack in enumerate(cut(bank, blocks)) if len(stack)]
 
 
 def state_kinds(group: dict) -> dict[str, torch.dtype]:
@@ -474,7 +484,8 @@ class Placement(NamedTuple):
     @property
     def efficiency(self) -> float:
         """Mean load over the busiest rank's: 1 is perfect balance."""
-        return sum(self.loads) / (len(self.loads) * max(self.loads)) if any(self.loads) else 1.0
+        mean = sum(self.loads) / len(self.loads)
+        return mean / max(self.loads) if mean else 1.0
 
 
 def place_units(costs: Sequence[int], sizes: Sequence[int], world_size: int, cap: int) -> Placement:
@@ -604,6 +615,9 @@ def expect_agreement(found: list[list[str]]) -> None:
 # A bucket: some units of every rank, and their way through one step
 
 
+Results = dict[Stack, tuple[Tensor, Tensor]]  # (what travels (B, m, n), which of B matrices move (B,))
+
+
 class Bucket:
     """Units that travel together, per rank of a process group, and their way through one step: `start` asks
     for what other ranks hold of their gradients, `receive` waits for it, `update` computes, `send` shares the
@@ -613,67 +627,52 @@ class Bucket:
     which then sends what is final; with replicate_state it moves on all ranks, from the same numbers."""
     alone = False  # True: every rank computes by itself what it holds
 
-    def __init__(self, optimizer: "Muon", group, rank: int, units: list[list[Stack]], dtype: torch.dtype):
+    def __init__(self, optimizer: "Muon", group, rank: int, stacks: list[list[Stack]], dtype: torch.dtype):
         self.optimizer = optimizer
         self.group = group
         self.rank = rank
-        self.world_size = len(units)
+        self.world_size = len(stacks)
         self.dtype = dtype  # of the iteration
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
         self.pending = self.sent = None
-        self.stacks = [self.stack_up(mine) for mine in units]
-        self.num_units = sum(map(len, units))
-        params = {unit.param for mine in units for unit in mine}
+        self.stacks = stacks
+        self.num_matrices = sum(len(stack) for mine in stacks for stack in mine)
+        params = {stack.param for mine in stacks for stack in mine}
         self.device = next(iter(params)).device
-        self.grad_dtype = torch.bfloat16 if {p.dtype for p in params} == {torch.bfloat16} else torch.float32
+        low = all(p.dtype == torch.bfloat16 for p in params)
+        self.grad_dtype = torch.bfloat16 if low else torch.float32
 
     @staticmethod
     def held_shape(p: Tensor) -> torch.Size:
         """Return the shape of what has the units of p."""
         return p.shape
 
-    def stack_up(self, units: list[Stack]) -> list[Stack]:
-        """Return stacks of those units of a parameter that follow each other at equal distances."""
-        stacks = []
-        for unit in units:
-            last = stacks[-1] if stacks else unit
-            places = [*last.indices, *unit.indices]
-            even = range(places[0], unit.indices.stop, max(1, places[1] - places[0]))
-            alike = last.param is unit.param and last.number == unit.number
-            if alike and self.merges(unit) and places == list(even):
-                stacks[-1] = replace(last, indices=even)
-            else:
-                stacks.append(unit)
-        return stacks
-
-    def merges(self, unit: Stack) -> bool:
-        """Whether the unit may be computed in one stack with others."""
-        return not self.optimizer.deterministic
+    @staticmethod
+    def stackable(stack: Stack) -> bool:
+        """Whether its matrices may be computed together."""
+        return True
 
     @property
     def divided(self) -> bool:
         """Whether owners alone keep the state."""
         return self.world_size > 1 and not self.optimizer.replicate_state
 
-    def state_key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
-        """Return where optimizer.state[p] holds this state: the whole under its name, the share of an owner
-        of some units under (name, number of the stack, index)."""
-        if not self.divided or stack.numel == math.prod(stack.whole):
-            return name
-        return name, stack.number, stack.indices[0]
+    def key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
+        """Return where optimizer.state[p] holds a kind of state: the whole under its name, an owner's share
+        of it under (name, number of the stack, first matrix)."""
+        return (name, stack.number, stack.start) if self.divided else name
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
         """Return (B, m, n), or (B, numbers) for second_moment, of the kinds of state that the group of a
         stack asks for, each zero at first use."""
-        p = stack.param
-        state = self.optimizer.state[p]
+        state = self.optimizer.state[stack.param]
         found = {}
         for name, dtype in state_kinds(stack.group).items():
-            key = self.state_key(stack, name)
+            key = self.key(stack, name)
             if key not in state:
-                shape = stack.whole_shape(name) if key == name else stack.state_shape(name)
-                state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
-            found[name] = stack.of_state(name, state[key]) if key == name else state[key]
+                shape = stack.state_shape(name) if self.divided else stack.whole_shape(name)
+                state[key] = torch.zeros(shape, dtype=dtype, device=stack.param.device)
+            found[name] = state[key] if self.divided else stack.of_state(name, state[key])
         return found
 
     def gradient(self, stack: Stack) -> Tensor | None:
@@ -695,54 +694,52 @@ class Bucket:
         """With sync_grads: launch the sum of the gradients over ranks; each owner receives its own part."""
         if self.world_size == 1 or not self.optimizer.sync_grads or self.pending is not None:
             return
-        length = max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
-        packed = torch.empty(self.world_size, length, dtype=self.grad_dtype, device=self.device)
-        copies = []
-        for part, stacks in zip(packed, self.stacks):
-            for stack, slot in zip(stacks, unpacked(part, [stack.shape for stack in stacks])):
-                grad = self.gradient(stack)
-                if grad is None:
-                    slot.fill_(math.nan)  # so is the mean, and the owner skips it
-                else:
-                    copies.append((slot, grad))
-        copy_all(copies)
+        shapes = [[stack.shape for stack in stacks] for stacks in self.stacks]
+        size = self.world_size, max(sum(map(math.prod, mine)) for mine in shapes)
+        # Where a gradient is missing, NaN: so is the mean, and the owner skips it.
+        packed = torch.full(size, math.nan, dtype=self.grad_dtype, device=self.device)
+        slots = [slot for part, mine in zip(packed, shapes) for slot in unpacked(part, mine)]
+        gradients = [self.gradient(stack) for stacks in self.stacks for stack in stacks]
+        copy_all([pair for pair in zip(slots, gradients) if pair[1] is not None])
         self.pending = sum_to_owners(packed, self.optimizer.replicate_state, self.group)
 
-    def receive(self) -> dict[Stack, Tensor | None]:
+    def receive(self) -> dict[Stack, Tensor]:
         """Return the gradients (B, m, n) of all whose state moves here, averaged over ranks with
         sync_grads."""
         kept = [self.stacks[self.rank]] if self.divided else self.stacks
         if self.pending is None:
-            return {stack: self.gradient(stack) for stacks in kept for stack in stacks}
+            found = {stack: self.gradient(stack) for stacks in kept for stack in stacks}
+            return {stack: G for stack, G in found.items() if G is not None}
         mean = self.pending.wait().float().div_(self.world_size)
         self.pending = None
-        return {stack: G for stacks, part in zip(kept, mean.view(len(kept), -1))
-                for stack, G in zip(stacks, unpacked(part, [stack.shape for stack in stacks]))}
+        found = {}
+        for stacks, part in zip(kept, mean.view(len(kept), -1)):
+            found |= zip(stacks, unpacked(part, [stack.shape for stack in stacks]))
+        return found
 
-    def update(self, gradients: dict[Stack, Tensor | None]) -> dict[Stack, tuple[Tensor, Tensor]]:
-        """Return {stack: (what travels (B, m, n), ok (B,))} for what I own and has a gradient."""
-        entries = []
+    def update(self, gradients: dict[Stack, Tensor]) -> Results:
+        """Move the momentum, and return the results of what I own."""
+        ahead = {}
         for stack, G in gradients.items():
-            if G is not None:
-                M = self.state(stack)["momentum_buffer"]
-                how = stack.group["momentum"], stack.group["nesterov"]
-                entries.append((stack, *self.optimizer.call(momentum_update, M, G, *how)))
-        mine = set(self.stacks[self.rank])
-        results = self.orthogonalize([entry for entry in entries if entry[0] in mine])
+            M = self.state(stack)["momentum_buffer"]
+            how = stack.group["momentum"], stack.group["nesterov"]
+            ahead[stack] = self.optimizer.call(momentum_update, M, G, *how)
+        mine = [stack for stack in self.stacks[self.rank] if stack in ahead]
+        results = self.orthogonalize({stack: ahead[stack] for stack in mine})
         return self.settled(results) if self.divided else results
 
-    def orthogonalize(self, entries: list[tuple]) -> dict[Stack, tuple[Tensor, Tensor]]:
-        """Return {stack: (O (B, m, n), rounded as it travels; ok)} from (stack, U, ok): one iteration for all
-        matrices of a kind, the tall ones lying on their side, unless they are faster one by one."""
+    def orthogonalize(self, ahead: Results) -> Results:
+        """Return {stack: (O (B, m, n), rounded as it travels; ok)} from {stack: (U, ok)}: one iteration for
+        all matrices of a kind, the tall ones lying on their side, unless they are faster one by one."""
         kinds = {}
-        results = {}
-        for stack, U, ok in entries:
-            group = stack.group
+        for stack, (U, ok) in ahead.items():
             U = U if U.size(1) <= U.size(2) else U.mT
             apart = self.optimizer.deterministic or one_by_one(U, self.dtype)
-            how = group["ns_steps"], group["ns_coefficients"], group["eps"]
-            kinds.setdefault((how, U.shape[1:], stack if apart else None), []).append((stack, U, ok))
-        for ((steps, coefficients, eps), _, _), members in kinds.items():
+            how = tuple(stack.group[key] for key in ("ns_steps", "ns_coefficients", "eps"))
+            kind = how, U.shape[1:], stack if apart else None
+            kinds.setdefault(kind, []).append((stack, U, ok))
+        results = {}
+        for ((steps, coefficients, eps), *_), members in kinds.items():
             stacks, Us, oks = zip(*members)
             U = Us[0] if len(Us) == 1 else torch.cat(Us)
             O = self.optimizer.call(orthogonalize, U, steps, coefficients, self.dtype, None,
@@ -753,7 +750,7 @@ class Bucket:
                 results[stack] = O.to(self.wire), ok
         return results
 
-    def settled(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> dict[Stack, tuple[Tensor, Tensor]]:
+    def settled(self, results: Results) -> Results:
         """Move what is kept beside momentum. Returns the results with NorMuon's variance taken out and, with
         split_mantissa, with the upper halves of the new weights in place of the updates."""
         found = {}
@@ -773,12 +770,12 @@ class Bucket:
         V = self.state(stack)["second_moment"]
         return self.optimizer.call(normalize_variance, O, V, ok, beta2).to(self.wire)
 
-    def send(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> None:
+    def send(self, results: Results) -> None:
         """Launch the exchange of the results."""
         if self.world_size == 1:
             self.sent = results
             return
-        length = max(sum(stack.numel + len(stack.indices) for stack in stacks) for stacks in self.stacks)
+        length = max(sum(stack.numel + len(stack) for stack in stacks) for stacks in self.stacks)
         mine = torch.zeros(length, dtype=self.wire, device=self.device)  # where nothing follows, 0 is not ok
         copy_all([pair for stack, *slots in self.contents(mine, self.rank)
                   for pair in zip(slots, results.get(stack, ()))])
@@ -790,27 +787,30 @@ class Bucket:
         slots = unpacked(part, [stack.shape for stack in stacks] + [stack.shape[:1] for stack in stacks])
         return zip(stacks, slots, slots[len(stacks):])
 
-    def arrived(self) -> dict[Stack, tuple[Tensor, Tensor]]:
+    def arrived(self) -> Results:
         """Wait for the results of all ranks."""
         sent = self.sent
         self.sent = None
         if self.world_size == 1:
             return sent
-        return {stack: result for owner, part in enumerate(sent.wait())
-                for stack, *result in self.contents(part, owner)}
+        found = {}
+        for owner, part in enumerate(sent.wait()):
+            found |= {stack: result for stack, *result in self.contents(part, owner)}
+        return found
 
     def apply(self) -> Tensor:
-        """Change the weights, on every rank with the same numbers. Returns how many units were skipped."""
+        """Change the weights, on every rank with the same numbers. Returns how many matrices were skipped."""
         results = self.arrived() if self.divided else self.settled(self.arrived())
         for stack, (value, ok) in results.items():
             W = self.weights(stack)
             value = value.reshape(W.shape)
             if stack.group["split_mantissa"]:
-                W.copy_(torch.where(ok.bool().view(-1, *[1] * (W.ndim - 1)), value, W))
+                moves = ok.bool().view(-1, *[1] * (W.ndim - 1))
+                torch.where(moves, value, W, out=W)
             else:
                 self.optimizer.call(decay_and_step, W, value, ok, *self.optimizer.rates(stack))
         moved = [ok for _, ok in results.values()]
-        return self.num_units - (torch.cat(moved).sum(dtype=torch.int64) if moved else 0)
+        return self.num_matrices - (torch.cat(moved).sum(dtype=torch.int64) if moved else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -839,6 +839,7 @@ def is_split(x) -> bool:
 
 RATE = "one number, 0 or more", is_rate
 SWITCH = "True or False", lambda x: isinstance(x, bool)
+NS_DTYPES = None, torch.bfloat16, torch.float16, torch.float32
 RULES = {  # setting of a group -> (what is expected, test)
     "lr": RATE,
     "momentum": ("0 <= momentum < 1", lambda x: 0 <= x < 1),
@@ -854,19 +855,23 @@ RULES = {  # setting of a group -> (what is expected, test)
     "split": ("None, a number of equal blocks, or the rows of each block", is_split),
     "flatten": ("None, True or False", lambda x: x is None or isinstance(x, bool)),
 }
+OPTIONS = {  # the same for settings of the optimizer
+    "ns_dtype": (f"one of {NS_DTYPES}", lambda x: x in NS_DTYPES),
+    "bucket_mb": ("a number above 0", lambda x: 0 < x < math.inf),
+}
 SHAPING = "split", "flatten"  # settings that say what the matrices are
 
 
-def checked(key: str, value, number: int):
-    """Return the value of a setting of group `number` as it is kept."""
-    expected, rule = RULES[key]
+def checked(key: str, value, of: str = ""):
+    """Return the value of a setting as it is kept."""
+    expected, rule = (RULES | OPTIONS)[key]
     value = plain(value)
     try:
         holds = rule(value)
-    except (TypeError, ValueError, IndexError):  # of another kind altogether
+    except (TypeError, ValueError, LookupError):  # of another kind altogether
         holds = False
     if not holds:
-        raise refusal(expected, repr(value), "change it", f"{key} of group {number}")
+        raise refusal(expected, repr(value), "change it", key + of)
     return value
 
 
@@ -877,20 +882,22 @@ def names_in(group: dict, number: int) -> list[str]:
     return known if len(known) == len(places) else places
 
 
+def expect_order(ours: Sequence[str], theirs: Sequence[str]) -> None:
+    """Refuse the names of a checkpoint in another order; other names may be the same model, wrapped."""
+    for name, other in zip(ours, theirs):
+        if other != name and other in ours:
+            raise refusal(name, f"{other} in its place",
+                          "build the optimizer with its parameters in the order of the checkpoint")
+
+
 def check_parameter(name: str, p: Tensor, group: dict) -> None:
     """Say what Muon cannot take, and why."""
     if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
         raise refusal("a parameter with a shape", "a lazy one", "run one batch through the model first", name)
-    shape = f"shape {tuple(p.shape)}"
-    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise refusal("a real floating-point parameter", p.dtype, "leave it to another one", name)
-    if p.ndim < 2:
-        raise refusal("a matrix, a bank or a convolution", shape, "give it to AdamW", name)
-    if p.numel() == 0:
-        raise refusal("at least one element", shape, "leave it out", name)
+    expect_matrices(name, p)
     if p.ndim == 3 and group["flatten"] is None:
         raise refusal("flatten=False for a bank of matrices or flatten=True for a 1-D convolution",
-                      f"{shape} without", "say which in its group", name)
+                      f"shape {tuple(p.shape)} without", "say which in its group", name)
     if group["split_mantissa"] and p.dtype != torch.bfloat16:
         raise refusal("torch.bfloat16 for split_mantissa", p.dtype, "turn that off for this group", name)
     rows = as_bank(p, group["flatten"]).size(1)
@@ -958,17 +965,11 @@ class Muon(torch.optim.Optimizer):
         if isinstance(params, torch.nn.Module):
             raise refusal("parameters", "a module",
                           "pass model.parameters(), or what split_params(model) proposes", error=TypeError)
-        bucket_mb = plain(bucket_mb)
-        if ns_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
-            raise refusal("ns_dtype None, torch.bfloat16, torch.float16 or torch.float32", ns_dtype,
-                          "leave it out for the default")
-        if not (isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
-            raise refusal("bucket_mb above 0", bucket_mb, "leave it out for the default")
-        self.ns_dtype = ns_dtype
+        self.ns_dtype = checked("ns_dtype", ns_dtype)
         self.process_group = process_group
         self.sync_grads = sync_grads
         self.replicate_state = replicate_state
-        self.bucket_mb = bucket_mb
+        self.bucket_mb = checked("bucket_mb", bucket_mb)
         self.deterministic = deterministic
         self.compile = compile
         self.symmetric = symmetric
@@ -1010,12 +1011,12 @@ class Muon(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Units skipped so far for want of a finite gradient or update, over all steps and ranks (but only
-        this rank's own units of banks that are sharded by matrices). Reading it waits."""
+        """Matrices skipped so far for want of a finite gradient or update, over all steps and ranks (but only
+        this rank's own of banks that are sharded by matrices). Reading it waits."""
         return int(self._skipped)
 
     def add_param_group(self, group: dict) -> None:
-        """Add a group. After construction all ranks call it together, as every unit is placed anew."""
+        """Add a group. After construction all ranks call it together, as all is placed anew."""
         super().add_param_group(group)
         if self.buckets:
             try:
@@ -1024,38 +1025,24 @@ class Muon(torch.optim.Optimizer):
                 self.param_groups.pop()
                 raise
 
-    def _named_parameters(self) -> dict[Tensor, str]:
-        """Return the name of every parameter, all of which are checked."""
-        names = {}
-        for number, group in enumerate(self.param_groups):
-            for name, p in zip(names_in(group, number), group["params"]):
-                if p in names:
-                    raise refusal("each parameter once", "it again", "remove it here or there", name)
-                names[p] = name
-                self._check_parameter(name, p, group)
-        return names
-
-    def _check_parameter(self, name: str, p: Tensor, group: dict) -> None:
-        if hasattr(p, "device_mesh"):
-            raise refusal("a plain tensor", "a DTensor", "use FsdpMuon of muon_extras/fsdp.py", name,
-                          TypeError)
-        check_parameter(name, p, group)
-
-    def _check_settings(self) -> None:
+    def _check_settings(self, groups: list[dict]) -> None:
         """Check what was set since the last step; to see that nothing was takes microseconds."""
-        for number, group in enumerate(self.param_groups):
+        for number, group in enumerate(groups):
             known = self._checked.setdefault(number, {})
             for key in RULES:
                 if key not in group or group[key] is not known.get(key, known):
-                    group[key] = known[key] = checked(key, group.get(key, self.defaults[key]), number)
+                    value = group.get(key, self.defaults[key])
+                    group[key] = known[key] = checked(key, value, f" of group {number}")
 
     # --- the layout ---
 
     def _what_shapes_it(self) -> list:
         """Return what the layout depends on, to be compared at every step."""
-        facts = [(id(group), [(id(p), p.shape, p.dtype, p.device) for p in group["params"]],
-                  [group[key] for key in SHAPING]) for group in self.param_groups]
-        return [world_and_rank(self.process_group), *facts]
+        facts = [world_and_rank(self.process_group)]
+        for group in self.param_groups:
+            params = [(id(p), p.shape, p.dtype, p.device) for p in group["params"]]
+            facts.append((id(group), params, [group[key] for key in SHAPING]))
+        return facts
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
         """Return what ranks that share the work on these parameters must have alike."""
@@ -1071,14 +1058,13 @@ class Muon(torch.optim.Optimizer):
         """Lay out anew if parameters, or what they are made of, have changed since the last step. Where they
         have on some ranks only, raise: these would wait for the others. A rank on which all is as before
         does not wait for a GPU's answer."""
-        params = {p: p.device for group in self.param_groups for p in group["params"]}
-        shared = [b for b in self.buckets if 1 < b.world_size == world_and_rank(b.group)[0]]
-        for group, known in {bucket.group: bucket.device for bucket in shared}.items():
-            device = next(iter(params.values()), known)  # the known one may be meta, before to_empty()
+        params = {p for group in self.param_groups for p in group["params"]}
+        device = next((p.device for p in params), None)
+        for group in dict.fromkeys(bucket.group for bucket in self.buckets if bucket.world_size > 1):
             changes = torch.full((1,), int(changed), device=device)
             dist.all_reduce(changes, group=group)
-            if (changed or device.type == "cpu") and 0 < changes < dist.get_world_size(group):
-                if device.type == "cpu":
+            if (changed or changes.is_cpu) and 0 < changes < dist.get_world_size(group):
+                if changes.is_cpu:
                     expect_agreement(of_all_ranks(self._facts(params), group))
                 raise refusal("parameters that change on all ranks or on none", "a change on some only",
                               "change param_groups alike on every rank", error=RuntimeError)
@@ -1087,29 +1073,36 @@ class Muon(torch.optim.Optimizer):
 
     def _lay_out(self) -> None:
         """Place the units and cut them into buckets. What state there is stays with its parameter."""
-        self._check_settings()
-        names = self._named_parameters()
+        self._check_settings(self.param_groups)
+        names = {}
+        lanes = {}
+        for number, group in enumerate(self.param_groups):
+            for name, p in zip(names_in(group, number), group["params"]):
+                if p in names:
+                    raise refusal("each parameter once", "it again", "remove it here or there", name)
+                check_parameter(name, p, group)
+                names[p] = name
+                lanes.setdefault(self._lane(name, p, group), {})[p] = group
         devices = sorted({str(p.device) for p in names})
         if len(devices) != 1:
             raise refusal("parameters, all on one device", ", ".join(devices) or "none",
                           "pass the hidden matrices, and build one optimizer per device")
-        lanes = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                lanes.setdefault(self._lane(p, group), {})[p] = group
-        dtypes = {lane: self._agreed_dtype(lane[2], members) for lane, members in lanes.items()}
+        dtypes = [self._agreed_dtype(everyone, members) for (*_, everyone), members in lanes.items()]
         self.consolidate_state_dict()
         self.buckets = []
         self.placements = []
-        self._names = names
-        for lane, members in lanes.items():
-            self._fill_buckets(lane[0], lane[1], members, dtypes[lane])
+        for ((kind, process_group, _), members), dtype in zip(lanes.items(), dtypes):
+            self._fill_buckets(kind, process_group, members, dtype)
         self.buckets.sort(key=lambda bucket: bucket.alone)  # of these, ranks may have unlike numbers
+        self._names = names
         self._forget()
         self._layout_of = self._what_shapes_it()
 
-    def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object, tuple]:
+    def _lane(self, name: str, p: Tensor, group: dict) -> tuple[type[Bucket], object, tuple]:
         """Return (kind of bucket, its process group, all process groups whose ranks compute alike)."""
+        if hasattr(p, "device_mesh"):
+            raise refusal("a plain tensor", "a DTensor", "use FsdpMuon of muon_extras/fsdp.py", name,
+                          TypeError)
         return Bucket, self.process_group, (self.process_group,)
 
     def _agreed_dtype(self, process_groups: tuple, params: dict[Tensor, dict]) -> torch.dtype:
@@ -1124,12 +1117,17 @@ class Muon(torch.optim.Optimizer):
     def _fill_buckets(self, kind: type[Bucket], process_group, members: dict[Tensor, dict],
                       dtype: torch.dtype) -> None:
         world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
-        units = [unit for p, group in members.items() for unit in units_of(p, kind.held_shape(p), group)]
+        cap = max(1, int(self.bucket_mb * 1e6 / 4))
+        units = []
+        for p, group in members.items():
+            for stack in stacks_of(p, kind.held_shape(p), group):
+                apart = self.deterministic or not kind.stackable(stack)
+                units += stack.in_parts(len(stack) if apart else max(world_size, stack.numel // cap))
         costs = []
         for unit in units:
             gram = gram_pays(unit.m, unit.n, dtype, unit.param.device)
-            costs.append(newton_schulz_flops(unit.m, unit.n, unit.group["ns_steps"], gram, dtype))
-        cap = max(1, int(self.bucket_mb * 1e6 / 4))
+            flops = newton_schulz_flops(unit.m, unit.n, unit.group["ns_steps"], gram, dtype)
+            costs.append(len(unit) * flops)
         self.placements.append(place_units(costs, [unit.numel for unit in units], world_size, cap))
         for bucket in self.placements[-1].buckets:
             mine = [[units[u] for u in ids] for ids in bucket]
@@ -1147,63 +1145,63 @@ class Muon(torch.optim.Optimizer):
 
     # --- state: self.state holds it, whole or this rank's share ---
 
-    def _shared_stacks(self) -> list[tuple[Bucket, Stack, bool]]:
-        """Return (bucket, stack, whether it is mine) of all whose owner alone keeps the state."""
-        return [(bucket, stack, owner == bucket.rank) for bucket in self.buckets if bucket.divided
-                for owner, stacks in enumerate(bucket.stacks) for stack in stacks]
+    def _shared(self) -> Iterable[tuple[Bucket, Stack, str, bool]]:
+        """Return (bucket, stack, kind of state, whether it is mine) of all that its owner alone keeps."""
+        return [(bucket, stack, name, owner == bucket.rank) for bucket in self.buckets if bucket.divided
+                for owner, stacks in enumerate(bucket.stacks) for stack in stacks
+                for name in state_kinds(stack.group)]
 
     def _keep_my_share(self) -> None:
         """Let go of the state of units that others own, which a load or a consolidation has left here."""
         shares = {}
-        for bucket, stack, mine in self._shared_stacks() if self._whole else ():
+        for bucket, stack, name, mine in self._shared() if self._whole else ():
             share = shares.setdefault(stack.param, {})  # on every rank, or it would seem a fresh optimizer
-            state = self.state[stack.param]
-            for name in (state.keys() & state_kinds(stack.group).keys()) if mine else ():
-                key = bucket.state_key(stack, name)
-                share[key] = state[name] if key == name else stack.of_state(name, state[name]).clone()
+            whole = self.state[stack.param].get(name)
+            if mine and whole is not None:
+                share[bucket.key(stack, name)] = stack.of_state(name, whole).clone()
         self.state.update(shares)
         self._whole = self._whole and not shares
 
     def consolidate_state_dict(self) -> None:
         """Bring the state of all owners to all ranks, in full shape, until the next step. All ranks call
         it."""
-        if self._whole:
-            return
-        world_size, _ = world_and_rank(self.process_group)
         found = {}
-        for bucket, stack, mine in self._shared_stacks():
-            if bucket.world_size != world_size:
-                raise refusal(f"the {bucket.world_size} ranks that have shared the state", world_size,
-                              "call consolidate_state_dict() before ranks leave", error=RuntimeError)
-            for name, dtype in state_kinds(stack.group).items():
-                if (stack.param, name) not in found:
-                    shape = stack.whole_shape(name)
-                    found[stack.param, name] = torch.zeros(shape, dtype=dtype, device=bucket.device)
-                if mine:
-                    part = stack.of_state(name, found[stack.param, name])
-                    part.copy_(bucket.state(stack)[name])
-        self.state.update({p: {} for p, _ in found})
-        for (p, name), x in found.items():
+        for bucket, stack, name, mine in () if self._whole else self._shared():
+            state = found.setdefault(stack.param, {})
+            if name not in state:
+                dtype = state_kinds(stack.group)[name]
+                state[name] = torch.zeros(stack.whole_shape(name), dtype=dtype, device=bucket.device)
+            if mine:
+                stack.of_state(name, state[name]).copy_(bucket.state(stack)[name])
+        for x in [x for state in found.values() for x in state.values()]:
             # As bytes, to which all but the owner add 0: no backend sends int16.
             dist.all_reduce(x.view(torch.uint8), group=self.process_group)
-            self.state[p][name] = x
+        self.state.update(found)
         self._whole = True
 
     def _forget(self) -> None:
-        """Drop the state of parameters that have left, and what no longer fits one."""
+        """Drop the state of parameters that have left, and of those whose shape it no longer fits."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p in [p for p in self.state if p not in groups]:
             del self.state[p]
         for p, state in self.state.items() if self._whole else ():
-            unit = units_of(p, p.shape, groups[p])[0]
-            for name in state.keys() & state_kinds(groups[p]).keys():
-                found = tuple(state[name].shape)
-                if found != unit.whole_shape(name):
-                    warnings.warn(f"Muon: {self._names.get(p)}: its {name} of shape {found} no longer fits "
-                                  f"shape {tuple(p.shape)}; it starts at zero")
-                    del state[name]
-                elif state[name].device != p.device:
-                    state[name] = state[name].to(p.device)
+            try:
+                self._check_state(p, state, groups[p])
+            except ValueError as error:
+                warnings.warn(f"{error}; it starts at zero")
+                state.clear()
+
+    def _check_state(self, p: Tensor, state: dict, group: dict, kinds: Iterable[str] = ()) -> None:
+        """Raise where the state of a parameter has another shape than it needs, or lacks one of these
+        kinds."""
+        for name in state_kinds(group):
+            if name in state or name in kinds:
+                expected = stacks_of(p, p.shape, group)[0].whole_shape(name)
+                found = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else "none"
+                if found != expected:
+                    raise refusal(f"a {name} of shape {expected}", found,
+                                  "load the whole state of this model, see consolidate_state_dict()",
+                                  self._names.get(p, ""))
 
     def _expect_whole_state(self) -> None:
         if not self._whole:
@@ -1220,68 +1218,35 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon.
-        Hooks run as torch runs them. From torch itself state is hidden in functions: it would round fp32 to
-        the dtype of the parameter."""
-        self._check_settings()
-        known = self.param_groups
-        state = self.state
-
-        def hide(_, given: dict) -> dict:
-            hidden = {i: {key: functools.partial(plain, x) for key, x in values.items()}
-                      for i, values in given["state"].items()}
-            return {**given, "state": hidden}
-
-        def take(_) -> None:
-            self._take_settings(known)
-            kinds = set().union(*self.state.values())
-            for p, group in [(p, group) for group in self.param_groups for p in group["params"]]:
-                given = {key: value() for key, value in self.state.pop(p, {}).items()}
-                if kept := self._checked_state(p, given, kinds, group):
-                    self.state[p] = kept
-            for ours, loaded in zip(known, self.param_groups):
-                ours.clear()
-                ours.update(loaded)
-            self.param_groups = known  # stacks look into these groups
-            self._whole = True
-        handles = [self.register_load_state_dict_pre_hook(hide),
-                   self.register_load_state_dict_post_hook(take, prepend=True)]
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            self.param_groups = known
-            self.state = state
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _take_settings(self, known: list[dict]) -> None:
-        """Give loaded groups what they lack, and what shapes the state, from those before, and check them."""
-        for number, (ours, group) in enumerate(zip(known, self.param_groups)):
-            group |= {key: ours[key] for key in RULES if key in SHAPING or key not in group}
-            names = ours.get("param_names") or ()
-            for name, other in zip(names, group.get("param_names") or ()):
-                if other != name and other in names:  # other names may be the same model, wrapped
-                    raise refusal(name, f"{other} in its place",
-                                  "build the optimizer with its parameters in the order of the checkpoint",
-                                  f"group {number}")
-        self._check_settings()
-
-    def _checked_state(self, p: Tensor, given: dict, kinds: set[str], group: dict) -> dict:
-        """Return the saved state of a parameter as it is kept. kinds: what any parameter has in it."""
-        kept = dict(given)
-        for name, dtype in state_kinds(group).items():
-            if name in given:
-                expected = units_of(p, p.shape, group)[0].whole_shape(name)
-                found = tuple(getattr(given[name], "shape", ()))
-                if found != expected:
-                    raise refusal(f"a {name} of shape {expected}", found, "load a checkpoint of this model",
-                                  self._names[p])
-                kept[name] = self._adopt(name, given[name], dtype, p, group)
-            elif name in kinds:
-                raise refusal(f"a {name}", "none, though others have one",
-                              "save the state of all ranks, see consolidate_state_dict()", self._names[p])
-        return kept
+        Hooks run as torch runs them; its own way would round fp32 state to the dtype of the parameter. What
+        is refused has changed nothing."""
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._check_settings(self.param_groups)
+        saved = state_dict["state"]
+        groups = copy.deepcopy(state_dict["param_groups"])
+        sizes = [[len(group["params"]) for group in each] for each in (self.param_groups, groups)]
+        if sizes[0] != sizes[1]:
+            raise refusal(f"groups of {sizes[0]} parameters", sizes[1], "load a checkpoint of this model")
+        for number, (ours, group) in enumerate(zip(self.param_groups, groups)):
+            expect_order(names_in(ours, number), group.get("param_names") or ())
+            groups[number] = ours | group | {key: ours[key] for key in SHAPING}
+        self._check_settings(groups)
+        kinds = set().union(*saved.values())
+        kept = {}
+        for ours, group in zip(self.param_groups, groups):
+            for p, i in zip(ours["params"], group["params"]):
+                state = saved.get(i, {})
+                self._check_state(p, state, group, kinds)
+                if state:
+                    kept[p] = state | {name: self._adopt(name, state[name], dtype, p, group)
+                                       for name, dtype in state_kinds(group).items() if name in state}
+        for ours, group in zip(self.param_groups, groups):
+            ours.update(group, params=ours["params"])
+        self.state = collections.defaultdict(dict, kept)
+        self._whole = True
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def _adopt(self, name: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
         """Return a copy of saved state as a parameter keeps it."""
@@ -1293,7 +1258,7 @@ class Muon(torch.optim.Optimizer):
     def start(self) -> None:
         """With sync_grads: begin to average the gradients of the first two buckets and return at once. step()
         calls it too. All ranks call it alike."""
-        self._check_settings()
+        self._check_settings(self.param_groups)
         changed = self._what_shapes_it() != self._layout_of
         if all(bucket.pending is None for bucket in self.buckets):
             self._follow(changed)

@@ -379,7 +379,7 @@ class Config:
 
     @property
     def graph_starts(self) -> list[int]:
-        """First steps of all that torch.compile sees as another graph: stages, and the head by itself."""
+        """First steps of all that torch.compile may see as another graph: stages, and the head by itself."""
         return sorted({step for step in (*self.stage_starts, self.untie_step) if step < self.train_steps})
 
     @property
@@ -528,8 +528,8 @@ class Context(NamedTuple):
     """What a forward pass needs besides tokens and weights. masks[long][paired], rope[paired]: (cos, sin)."""
     masks: list
     rope: list
-    scale: float
-    tied: bool
+    scale: float | Tensor  # of the softmax; a tensor is multiplied into the queries instead
+    table: Tensor  # (V, D) embedding, or the head while they are one
     mixing: Tensor | None  # mask of the heads' mixing
     prefixes: bool  # whether the loss has a part for prefixes of the targets
     slices: int = 1  # equal parts of the sequence; the first token of each has none before it
@@ -539,17 +539,17 @@ class Context(NamedTuple):
 class LayerWeights(NamedTuple):
     """The weights of one layer, as views of the banks. Layers without attention have none of its weights.
 
-    Small networks replace factors by those of each token, (T, 1), and set the fields after bigram, (T, H)
-    where not said.
+    Learned factors of what attention and the MLP add are in vo and mlp_out. Small networks replace factors by
+    those of each token, (T, 1), and set the fields after bigram, (T, H) where not said.
     """
     qk: Tensor | None  # (2D, D)
     vo: Tensor | None  # (2, D, D)
     mlp_in: Tensor  # (4D, D)
     mlp_out: Tensor  # (D, 4D)
     resid: Tensor  # (2,) factors of the stream, before attention and before the MLP
-    post: Tensor  # (2,) factors of what attention and the MLP add
     x0: Tensor | None  # factor of the first embedding
     bigram: Tensor | None  # factor of the bigram embedding
+    post: tuple[Tensor, Tensor] | None = None  # (T, 1) factors of what attention and the MLP add
     xsa: Tensor | None = None
     attn_gate: Tensor | None = None
     skip: Tensor | None = None  # (T, 1)
@@ -687,9 +687,12 @@ class GPT(nn.Module):
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
-        # Scaling two D x D matrices is cheaper than scaling T x D activations.
-        factors = self.attn_lambdas[..., None, None].type_as(self.attn_vo)
-        scaled = self.attn_vo.view(-1, 2, D, D) * factors
+        # Scaling matrices is cheaper than scaling T x D activations, which the factors' gradients would read
+        # once more.
+        post_attn, post_mlp = self.post_factors()
+        factors = torch.stack([self.attn_lambdas[:, 0], self.attn_lambdas[:, 1] * post_attn], 1)
+        scaled = (self.attn_vo.view(-1, 2, D, D) * factors[..., None, None]).type_as(self.attn_vo)
+        mlp_out = (self.mlp_out * post_mlp[:, None, None]).type_as(self.mlp_out)
         attention = zip(self.attn_layers, self.attn_qk.view(-1, 2 * D, D).unbind(), scaled.unbind())
         for i, layer_qk, layer_vo in attention:
             qk[i] = layer_qk
@@ -697,9 +700,18 @@ class GPT(nn.Module):
         static = not cfg.gate_networks
         x0 = self.x0_lambdas.unbind() if cfg.inject_x0 and static else nothing
         bigram = self.bigram_lambdas.unbind() if cfg.bigram_rows and static else nothing
-        columns = (qk, vo, self.mlp_in.unbind(), self.mlp_out.unbind(), self.resid_lambdas.unbind(),
-                   self.post_lambdas.unbind(), x0, bigram)
+        columns = (qk, vo, self.mlp_in.unbind(), mlp_out.unbind(), self.resid_lambdas.unbind(), x0, bigram)
         return [LayerWeights(*weights) for weights in zip(*columns)]
+
+    def post_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the learned factors of what attention, (A,), and MLP, (L,), of each layer add: 1 in the last
+        one where connections set them for each token."""
+        post = self.post_lambdas
+        if self.cfg.mudd:
+            post = torch.cat([post[:-1], torch.ones_like(post[-1:])])
+        attn, mlp = post.unbind(1)
+        by_layer = attn.unbind()
+        return torch.stack([by_layer[i] for i in self.attn_layers]), mlp
 
     def forward(self, tokens: Tensor, targets: Tensor, ctx: Context, loss_weights: Tensor) -> Tensor:
         """Return the training loss: the summed cross entropy of the next tokens, weighted by loss_weights
@@ -798,7 +810,7 @@ class GPT(nn.Module):
 
     def first_embedding(self, tokens: Tensor, ctx: Context) -> Tensor:
         """(T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
-        x = self.kernels.lookup(tokens, self.head if ctx.tied else self.embed)
+        x = self.kernels.lookup(tokens, ctx.table)
 
         # Smear (record 34): a little of the previous token's embedding, which saves layer 0 from looking it
         # up.
@@ -848,8 +860,10 @@ class GPT(nn.Module):
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
             source = cached if i in cfg.late_attn_layers else x
             value_embed = inputs.values.get(i)
-            factors = [weights.resid[0], weights.post[0]]
-            streams = [x, self.attention(self.kernels.norm(source), i, weights, value_embed, ctx)]
+            added = self.attention(self.kernels.norm(source), i, weights, value_embed, ctx)
+            if weights.post is not None:
+                added = weights.post[0] * added
+            factors, streams = [weights.resid[0]], [x]
             # The first embeddings again (record 9): no layer has to carry them along.
             if weights.x0 is not None:
                 factors.append(weights.x0)
@@ -857,7 +871,7 @@ class GPT(nn.Module):
             if cfg.bigram_rows and i > 0:
                 factors.append(weights.bigram)
                 streams.append(inputs.bigram)
-            x = self.kernels.residual(factors, streams)
+            x = self.kernels.residual(added, factors, streams)
 
         # One skip from an early to a middle layer (records 11 and 45), gated by the token.
         if cfg.skip and i == cfg.skip[1]:
@@ -867,8 +881,10 @@ class GPT(nn.Module):
                 gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
             x = x + torch.sigmoid(self.skip_lambda.type_as(x)) * gate * early
 
-        mlp = self.kernels.mlp(self.kernels.norm(x), weights.mlp_in, weights.mlp_out)
-        return self.kernels.residual([weights.resid[1], weights.post[1]], [x, mlp])
+        added = self.kernels.mlp(self.kernels.norm(x), weights.mlp_in, weights.mlp_out)
+        if weights.post is not None:
+            added = weights.post[1] * added
+        return self.kernels.residual(added, [weights.resid[1]], [x])
 
     def attention(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None,
                   ctx: Context) -> Tensor:
@@ -881,7 +897,8 @@ class GPT(nn.Module):
         # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
         # layers. Half of each head rotates (record 17); the other half can match content at any distance.
         qk = self.linear(h, weights.qk).view(T, 2, H, d)
-        q, k = self.kernels.queries_and_keys(qk, *ctx.rope[paired])
+        q, k = self.kernels.queries_and_keys(qk, *ctx.rope[paired], ctx.scale)
+        scale = 1.0 if isinstance(ctx.scale, Tensor) else ctx.scale
         v = self.values(h, i, weights, value_embed)
 
         # Partial key offset (record 49): half of each key comes from the token before, so that one layer can
@@ -894,21 +911,14 @@ class GPT(nn.Module):
         mask = ctx.masks[long][paired]
         if paired:  # two heads share a softmax over the keys of both (record 58): -65 steps at the same FLOPs
             pair, unpair = PAIRINGS[cfg.pairing]
-            y = unpair(self.kernels.attend(pair(q), pair(k), pair(v), mask, ctx.scale))
+            y = unpair(self.kernels.attend(pair(q), pair(k), pair(v), mask, scale))
         else:
-            y = self.kernels.attend(q, k, v, mask, ctx.scale)
+            y = self.kernels.attend(q, k, v, mask, scale)
 
         # Mixing of heads (record 85): a token may read by one head what another head found.
         if weights.mix_in is not None:
             heads_in = F.rms_norm(weights.mix_in.float(), (H,), eps=1e-6).type_as(y)
-            y = y + mix_heads(q, k, v, heads_in, weights.mix_out, ctx.mixing, ctx.scale)
-
-        # Exclusive self attention (record 82, arXiv 2603.09078): remove what a token only tells itself.
-        if i in cfg.xsa_layers:
-            strength = self.xsa_alphas[cfg.xsa_layers.index(i)] if weights.xsa is None else weights.xsa
-            alpha = torch.tanh(strength).type_as(y)[..., None]
-            removed = alpha * v
-            y = y - removed * ((y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8))
+            y = y + mix_heads(q, k, v, heads_in, weights.mix_out, ctx.mixing, scale)
 
         # A gate on each head's output (record 28) lets a head attend to nothing.
         if i in cfg.attn_gate_layers:
@@ -917,6 +927,14 @@ class GPT(nn.Module):
                 gates = self.attn_gates[cfg.attn_gate_layers.index(i)]
                 gate = torch.sigmoid(F.linear(h[:, : gates.size(1)], gates.type_as(h)))
             y = y * gate[..., None]
+
+        # Exclusive self attention (record 82, arXiv 2603.09078): remove what a token only tells itself. It
+        # commutes with the gate; in this order only y and v have to be kept.
+        if i in cfg.xsa_layers:
+            strength = self.xsa_alphas[cfg.xsa_layers.index(i)] if weights.xsa is None else weights.xsa
+            alpha = torch.tanh(strength).type_as(y)[..., None]
+            along = (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
+            y = y - alpha * along * v
         return self.linear(y.reshape(T, D), weights.vo[1])
 
     def values(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None) -> Tensor:
@@ -957,9 +975,15 @@ class GPT(nn.Module):
         masks = [[mask(long, paired) for paired in (False, True)] for long in (False, True)]
         mixing = mixing_mask(docs, cfg.mix_window) if cfg.mix_window else None
         prefixes = prefix_weight(cfg, step) > 0
-        return Context(masks, rope, scale, cfg.tied(step), mixing, prefixes, docs.slices, ngrams)
+        return Context(masks, rope, scale, self.table(cfg.tied(step)), mixing, prefixes, docs.slices, ngrams)
 
-    def rotary_tables(self, stage: int, docs: Docs) -> tuple[float, list]:
+    def table(self, tied: bool) -> Tensor:
+        """Return the embedding as a view, so that torch.compile takes the head and it for one kind of
+        input."""
+        table = self.head if tied else self.embed
+        return table.view_as(table)
+
+    def rotary_tables(self, stage: int, docs: Docs) -> tuple[float | Tensor, list]:
         """Return the softmax scale and the (cos, sin) of plain and of paired heads, each (T, 1, 1 or H,
         r), kept for the next call.
 
@@ -969,6 +993,8 @@ class GPT(nn.Module):
         if (stage, T) not in self.rope_tables:
             with device:  # made there: a copy would make the host wait
                 omega, scale = rotary_settings(self.cfg, stage)
+                if self.kernels.own_kernels:  # a number would be compiled in, anew for each stage
+                    scale = torch.full((), scale)
             angle = torch.arange(T, dtype=torch.float64, device=device)[:, None, None] * omega  # (T, 1, r)
             heads = torch.arange(self.cfg.num_heads, dtype=torch.float64, device=device)
             paired = 2 * angle + heads[None, :, None] % 2 * omega
@@ -1217,7 +1243,7 @@ class Run:
         if self.muon is None:
             return []
         placement, = self.muon.placements
-        matrices = sum(len(units) for bucket in placement.buckets for units in bucket)
+        matrices = sum(bucket.num_matrices for bucket in self.muon.buckets)
         flops = sum(placement.loads)
         shares = []
         for stage, step in enumerate(self.cfg.stage_starts):

@@ -1,9 +1,9 @@
 """What each technique is worth: the trainer with one of them off, trained on the same tokens, over several
 seeds.
 
-    python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=2]    train what OUT.jsonl lacks
-    python -m bench.ablate time OUT.jsonl [--rounds=12]                        the time of a step, in turns
-    python -m bench.ablate table OUT.jsonl [--page=bench/ABLATION.md]         the table, or the page around it
+    python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=1]    train what OUT.jsonl lacks
+    python -m bench.ablate time OUT.jsonl                                      the time of a step, in turns
+    python -m bench.ablate table OUT.jsonl [--page=bench/ABLATION.md]          the table, or its page
 
 OUT.jsonl gets a line for every run and every timing, so an interrupted sweep goes on where it stopped. A
 run is the trainer's own class, one process with one thread, without its warm-up and with one validation, at
@@ -26,11 +26,13 @@ import scipy.stats
 import torch
 
 from bench import trials
-from bench.page import count, write_page
+from bench.measurement import Measurement
+from bench.page import count, grid
 from data.errors import UsageError, run_program
 from engine.ranks import Runtime
 from train_gpt import Run
 
+ROUNDS = 12  # of a timing, in each of which every variant takes six steps
 BASE, FEWER, MORE = "all on", "10 % fewer steps", "10 % more steps"
 OFF = {  # technique -> the settings that turn it off, in the miniature
     "Muon (AdamW for everything)": "--optimizer=adamw --cautious=off --warmup_steps=25",
@@ -103,8 +105,7 @@ def run_all(options) -> None:
             for name, settings in variants(options.steps).items()
             if (name, seed) not in done and (not options.only or name in (BASE, *options.only))]
     print(f"{len(jobs)} runs to do, {len(done)} done", file=sys.stderr)
-    for _ in trials.run_all(jobs, trials.train, options.workers, options.out):
-        pass
+    trials.run_all(jobs, trials.train, options.workers, options.out)
 
 
 def time_all(options) -> None:
@@ -117,7 +118,7 @@ def time_all(options) -> None:
             runs[name] = Run(trials.config(first.settings, first.seed), Runtime())
     places = [options.steps * k // 6 for k in (1, 3, 5)]
     seconds = defaultdict(list)
-    for turn in range(options.rounds + 1):  # the first does not count
+    for turn in range(ROUNDS + 1):  # the first does not count
         for name, run in runs.items():
             spent = 0.0
             for place in places:
@@ -131,7 +132,7 @@ def time_all(options) -> None:
                 seconds[name].append(spent / 6)
     for name, values in seconds.items():
         ratio = statistics.median(value / base for value, base in zip(values, seconds[BASE]))
-        row = dict(variant=name, ms=[round(1000 * v, 2) for v in values], rounds=options.rounds,
+        row = dict(variant=name, ms=[round(1000 * v, 2) for v in values], rounds=ROUNDS,
                    ratio=round(ratio, 4), threads=2)
         trials.append(options.out, row)
 
@@ -157,22 +158,22 @@ def differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[flo
     return found, math.sqrt(sum(squares) / free) if free else math.nan, free
 
 
-def table(path: Path) -> str:
+def table(rows: list[dict]) -> str:
     """Return the table by the loss at equal time, the worst first: what helps most stands on top."""
     losses, steps, ratios = defaultdict(dict), {}, {}
-    for row in trials.read(path, "variant"):
+    for row in rows:
         if "loss" in row:
             losses[row["variant"]][row["seed"]] = row["loss"]
             steps[row["variant"]] = row["steps"]
         else:
             ratios[row["variant"]] = row["ratio"]
     if not (losses[BASE] and losses[FEWER] and losses[MORE]):
-        raise UsageError(f"{path}: expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see "
-                         "`run`")
+        raise UsageError(f"expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see "
+                         "`python -m bench.ablate run`")
     pairs, sd, free = differences(losses)
     more = {name: statistics.mean(ds) if ds else math.nan for name, ds in pairs.items()}
     slope = (more[MORE] - more[FEWER]) / (steps[MORE] - steps[FEWER])
-    lines = []
+    lines = {}
     for name, ds in pairs.items():
         half = float(scipy.stats.t.ppf(0.975, free)) * sd / math.sqrt(len(ds)) if ds and free else math.nan
         rank, at_time, ratio = more[name], "", ratios.get(name)
@@ -180,40 +181,32 @@ def table(path: Path) -> str:
             rank += slope * steps[BASE] * (1 / ratio - 1)
             at_time = f"{rank:+.4f}"
         loss = statistics.mean(losses[name].values())
-        cells = (name, str(len(ds)), f"{loss:.4f}", f"{more[name]:+.4f} ± {half:.4f}",
-                 f"{ratio:.3f}" if ratio else "", at_time)
-        lines.append((math.inf if math.isnan(rank) else rank, f"| {' | '.join(cells)} |"))
+        cells = [name, len(ds), f"{loss:.4f}", f"{more[name]:+.4f} ± {half:.4f}",
+                 f"{ratio:.3f}" if ratio else "", at_time]
+        lines[math.inf if math.isnan(rank) else rank, name] = cells
+    header = ["variant", "n", "final loss", "more than the trainer at the same seeds (95 %)",
+              "time of a step", "more at equal time"]
     return "\n".join([
         f"The trainer: {statistics.mean(losses[BASE].values()):.4f} over {len(losses[BASE])} seeds.",
         f"1 % of the steps is worth {abs(slope) * steps[BASE] / 100:.4f} of the loss.",
         f"A difference at one seed has a standard deviation of {sd:.4f} ({free} degrees of freedom).", "",
-        "| variant | n | final loss | more than the trainer at the same seeds (95 %) | time of a step | "
-        "more at equal time |",
-        "|---|---|---|---|---|---|", *(line for _, line in sorted(lines, reverse=True))]) + "\n"
+        grid(header, [cells for _, cells in sorted(lines.items(), reverse=True)])]) + "\n"
 
 
-def show(options) -> None:
-    if options.page:
-        write_page(options.page, options.out.as_posix(), table(options.out))
-    else:
-        print(table(options.out), end="")
+def read(path: Path) -> list[dict]:
+    return trials.read(path, "variant")
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.ablate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "time", "table"))
-    parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="file of results, read and added to")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=count, default=240, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=count, default=4, help="runs of each variant, with the same seeds")
-    parser.add_argument("--workers", type=count, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--rounds", type=count, default=12, help="time: rounds of six steps of every variant")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
-    options = parser.parse_args(argv)
-    {"run": run_all, "time": time_all, "table": show}[options.verb](options)
-    return 0
+    trials.add_workers(parser)
+
+
+MEASUREMENT = Measurement("ablate", "", __doc__, "OUT.jsonl", {"run": run_all, "time": time_all}, read, table,
+                          add_options=add_options)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:], "bench.ablate"))
+    sys.exit(run_program(MEASUREMENT.main, sys.argv[1:], "bench.ablate"))

@@ -1,6 +1,6 @@
 """Epochs that Muon, SGD and AdamW need to 90 % on Fashion-MNIST: examples/airbench.py, each tuned alike.
 
-    python -m bench.airbench run OUT.jsonl [--minutes=8]              train what OUT.jsonl lacks
+    python -m bench.airbench run OUT.jsonl                            train what OUT.jsonl lacks
     python -m bench.airbench table OUT.jsonl [--page=bench/AIRBENCH.md]    the tables, or page and pictures
 
 The search has as many trials for each optimizer, and no run of it counts later: half an epoch on the first
@@ -20,9 +20,7 @@ import json
 import math
 import statistics
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +29,11 @@ import torch
 from matplotlib.figure import Figure
 
 from bench import trials
+from bench.measurement import Measurement
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import grid, page_parser, spread
+from bench.page import grid, spread
 from bench.pictures import Theme
-from bench.plots import finish, publish, two_plots
+from bench.plots import finish, two_plots
 from data.errors import UsageError, run_program
 from examples.airbench import AirbenchSettings, normalized, run_once
 from examples.images import ImageSet, Labelled, load
@@ -143,20 +142,21 @@ def search_split(images: ImageSet) -> ImageSet:
                     Labelled(pixels[-HELD_OUT:], labels[-HELD_OUT:]))
 
 
-def run_all(path: Path, minutes: float) -> Iterator[dict]:
-    """Do the missing runs, one after the other, until so many minutes have passed; yield and keep each."""
+def run_all(options) -> None:
+    """Do the missing runs, one after the other, and keep each."""
+    torch.set_num_threads(1)  # a second thread gains little on images so small
+    path = options.out
     rows = read_results(path)
     images = load("fashion")
     data = dict(search=normalized(search_split(images)), final=normalized(images))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         trials.append(path, dict(plan=plan(), torch=torch.__version__))
-    until = time.monotonic() + 60 * minutes
-    while (labels := next_run(rows)) and time.monotonic() < until:
+    while labels := next_run(rows):
         chosen = {key: value for key, value in labels.items() if key not in ("stage", "seed")}
         found = run_once(AirbenchSettings(**chosen), data[labels["stage"]], labels["seed"])
         rows.append(trials.append(path, labels | found))
-        yield rows[-1]
+        print(trials.said(rows[-1]), file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -272,12 +272,11 @@ def summary(rows: list[dict]) -> str:
     return " ".join(sentences)
 
 
-def tables(path: Path) -> str:
+def tables(rows: list[dict]) -> str:
     """Return the figures of the optimizers whose runs are all there. Raises UsageError where none are."""
-    rows = read_results(path)
     if not finished(rows):
-        raise UsageError(f"{path}: expected all runs of an optimizer or more, found {len(rows)} runs; go on "
-                         "with `run`")
+        raise UsageError(f"expected all runs of an optimizer or more, found {len(rows)} runs; go on with "
+                         "`python -m bench.airbench run`")
     return "\n\n".join([summary(rows), length_table(rows), "The search:", search_table(rows)]) + "\n"
 
 
@@ -306,31 +305,8 @@ def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
     finish(right, theme, (0.01, 0.1, 1, 10), legend=False)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-def show(options) -> None:
-    rows = read_results(options.out)
-    publish(options.page, options.out, tables(options.out), "airbench", "Accuracy on Fashion-MNIST",
-            partial(draw, rows))
-
-
-def run(options) -> None:
-    if not options.minutes > 0:
-        raise UsageError(f"--minutes: expected a positive number, found {options.minutes:g}; choose another")
-    torch.set_num_threads(1)  # a second thread gains little on images so small
-    for row in run_all(options.out, options.minutes):
-        print("{stage} {optimizer} lr {lr:g} head_lr {head_lr:g} momentum {momentum:g}, {epochs:g} epochs, "
-              "seed {seed}: {accuracy:.2%} in {seconds:.0f} s".format(**row), file=sys.stderr, flush=True)
-
-
-def main(argv: list[str]) -> None:
-    parser = page_parser("bench.airbench", __doc__, "OUT.jsonl")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="run: begin no run after so many")
-    options = parser.parse_args(argv)
-    {"run": run, "table": show}[options.verb](options)
-
+MEASUREMENT = Measurement("airbench", "Accuracy on Fashion-MNIST", __doc__, "OUT.jsonl", {"run": run_all},
+                          read_results, tables, draw)
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:], "bench.airbench"))
+    sys.exit(run_program(MEASUREMENT.main, sys.argv[1:], "bench.airbench"))

@@ -1,6 +1,6 @@
 """Steps to a loss against the batch, for Muon and AdamW: where does a larger batch stop to save steps?
 
-    python -m bench.batch run OUT.jsonl [--batches 512 1024 2048 4096 8192] [--seeds=3] [--workers=1]
+    python -m bench.batch run OUT.jsonl [--workers=1]
     python -m bench.batch table OUT.jsonl [--page=bench/BATCH.md]
 
 A miniature of the trainer (two layers, width 64, sequences of 512 bytes of Shakespeare, windows of 64, no
@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +25,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench import trials
+from bench.measurement import Measurement
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import count, grid, page_parser
+from bench.page import grid
 from bench.pictures import Theme
-from bench.plots import finish, publish, two_plots
+from bench.plots import finish, two_plots
 from data.errors import RunError, UsageError, run_program
 from engine.ranks import Runtime
 from train_gpt import Run
@@ -44,6 +45,10 @@ CONSTANT = [
     "--untie_stage=0", "--window_short=64", "--window_long=64", "--window_final=64", "--ema_frac=0",
     "--momentum_warmup=0", "--momentum_cooldown=0", "--yarn=off", "--max_epochs=1000",
     "--ngram_rows=0", "--muon_wd=0", "--adamw_wd=0", "--adam_wd=0", "--cautious=off", "--val_tokens=16384"]
+LOSS = 2.15  # validation loss to reach
+CAP = 1500  # steps after which a training is given up
+SEEDS = 3  # of the best factor and its neighbours
+BATCHES = 512, 1024, 2048, 4096, 8192  # tokens
 BETA = 0.95  # Muon's momentum where it is not the question; AdamW has 0.9 and 0.95
 BETAS = 0.8, BETA, 0.98
 FIRST_FACTORS = 0.5, 1.0, 2.0  # of the track's rates, at BASE_BATCH; they grow as the root of the batch
@@ -92,7 +97,7 @@ class Average:
             value.copy_(kept)
 
 
-def job_of(cell: Cell, factor: float, seed: int, loss: float, cap: int) -> trials.Job:
+def job_of(cell: Cell, factor: float, seed: int, cap: int, loss: float = LOSS) -> trials.Job:
     """Return the training of a cell at a factor until the loss, given up after `cap` steps."""
     rate = f"--lr_mul={factor * math.sqrt(cell.batch / BASE_BATCH):.5g}"
     momentum = f"--momentum={cell.beta},{cell.beta}"
@@ -141,6 +146,16 @@ def steps_to(run: Run, target: float) -> float | None:
 # Which trainings
 
 
+def read(path: Path) -> list[dict]:
+    """Return the trainings in a file. Raises UsageError where they have another loss to reach."""
+    rows = trials.read(path, *ENTRIES)
+    others = {row["target"] for row in rows} - {LOSS}
+    if others:
+        raise UsageError(f"{path}: expected trainings to the loss {LOSS:g}, found some to {others.pop():g}; "
+                         "name another file")
+    return rows
+
+
 def by_cell(rows: list[dict]) -> dict[Cell, dict[float, dict[int, float]]]:
     """Return cell -> factor -> seed -> steps, infinite where the loss was not reached."""
     found = defaultdict(lambda: defaultdict(dict))
@@ -165,7 +180,7 @@ def neighbours(factor: float) -> list[float]:
     return [factor / 2, factor, factor * 2]
 
 
-def wanted(cell: Cell, factors: dict[float, dict[int, float]], seeds: int) -> list[tuple[float, int]]:
+def wanted(factors: dict[float, dict[int, float]]) -> list[tuple[float, int]]:
     """Return the (factor, seed) that a cell lacks now; more may follow from what they find."""
     missing = [(factor, 0) for factor in FIRST_FACTORS if 0 not in factors.get(factor, {})]
     if missing:
@@ -176,42 +191,31 @@ def wanted(cell: Cell, factors: dict[float, dict[int, float]], seeds: int) -> li
     around = [(factor, 0) for factor in neighbours(best) if factor not in factors]
     if around:
         return around if len(factors) < LARGEST_SEARCH else []
-    return [(factor, seed) for seed in range(1, seeds) for factor in neighbours(best)
+    return [(factor, seed) for seed in range(1, SEEDS) for factor in neighbours(best)
             if seed not in factors[factor]]
 
 
-def cells(batches: list[int], betas: list[float]) -> list[Cell]:
-    both = [Cell(optimizer, beta, batch) for batch in batches
+def cells() -> list[Cell]:
+    """Return all cells, those that compare the optimizers first."""
+    both = [Cell(optimizer, beta, batch) for batch in BATCHES
             for optimizer, beta in (("muon", BETA), ("adamw", 0.9))]
-    return [*both, *(Cell("muon", beta, batch) for beta in betas if beta != BETA for batch in batches)]
+    return [*both, *(Cell("muon", beta, batch) for beta in BETAS if beta != BETA for batch in BATCHES)]
 
 
 def run_all(options) -> None:
     """Train what is missing, as long as the search asks for more."""
-    for batch in options.batches:
-        if batch < SEQUENCE or batch % SEQUENCE:
-            raise UsageError(f"--batches: expected multiples of a sequence, {SEQUENCE} tokens, found "
-                             f"{batch}; choose others")
-    if not 0 < options.loss < math.inf:
-        raise UsageError(f"--loss: expected a positive number, found {options.loss:g}; choose another")
-    others = {row["target"] for row in trials.read(options.out, *ENTRIES)} - {options.loss}
-    if others:
-        raise UsageError(f"--loss: expected the loss of {options.out}, {others.pop():g}, found "
-                         f"{options.loss:g}; choose another file for it")
     while True:
-        found = by_cell(trials.read(options.out, *ENTRIES))
+        found = by_cell(read(options.out))
         jobs = []
-        for cell in cells(options.batches, options.betas):
+        for cell in cells():
             factors = found.get(cell, {})
             steps = [n for of_factor in factors.values() for n in of_factor.values() if math.isfinite(n)]
-            cap = min(options.cap, round(2 * min(steps))) if steps else options.cap
-            jobs += [job_of(cell, factor, seed, options.loss, cap)
-                     for factor, seed in wanted(cell, factors, options.seeds)]
+            cap = min(CAP, round(2 * min(steps))) if steps else CAP
+            jobs += [job_of(cell, factor, seed, cap) for factor, seed in wanted(factors)]
         if not jobs:
             return
         jobs.sort(key=lambda job: job.seed)  # searches first
-        for _ in trials.run_all(jobs, train, options.workers, options.out):
-            pass
+        trials.run_all(jobs, train, options.workers, options.out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -372,25 +376,8 @@ def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
         finish(axes, theme, batches)
 
 
-def show(options) -> None:
-    rows = trials.read(options.out, *ENTRIES)
-    title = "Steps to a loss against the batch"
-    publish(options.page, options.out, tables(rows), "batch", title, partial(draw, rows))
-
-
-def main(argv: list[str]) -> int:
-    parser = page_parser("bench.batch", __doc__, "OUT.jsonl")
-    parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192],
-                        help="tokens a batch")
-    parser.add_argument("--betas", type=float, nargs="*", default=[*BETAS], help="momenta of Muon")
-    parser.add_argument("--seeds", type=count, default=3, help="seeds of the best factor and its neighbours")
-    parser.add_argument("--loss", type=float, default=2.15, help="validation loss to reach")
-    parser.add_argument("--cap", type=count, default=1500, help="steps after which a training is given up")
-    parser.add_argument("--workers", type=count, default=1, help="trainings at a time, one thread each")
-    options = parser.parse_args(argv)
-    {"run": run_all, "table": show}[options.verb](options)
-    return 0
-
+MEASUREMENT = Measurement("batch", "Steps to a loss against the batch", __doc__, "OUT.jsonl",
+                          {"run": run_all}, read, tables, draw, trials.add_workers)
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:], "bench.batch"))
+    sys.exit(run_program(MEASUREMENT.main, sys.argv[1:], "bench.batch"))

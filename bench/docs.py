@@ -12,11 +12,10 @@ import argparse
 import re
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from bench import pictures
-from bench.page import with_tables
+from bench.page import grid, spread, with_tables
 from data.errors import UsageError, run_program
 from data.files import written_whole
 from records import logs
@@ -51,7 +50,7 @@ ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<n>\d+) \| [\d.]+ \| (?P<loss>[^|]+
 
 
 def shown(value) -> str:
-    """A setting's value as --help writes it."""
+    """A setting's value in as few words as a page needs."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
@@ -102,45 +101,22 @@ def techniques(page: str) -> str:
 # Figures of README.md and docs/results.md
 
 
-@dataclass(frozen=True)
-class Summary:
+def ends_of(folder: Path) -> tuple[list[float], list[float]]:
     """Final losses and training seconds of the runs of a folder."""
-    losses: list[float]
-    seconds: list[float]
-
-    @classmethod
-    def of(cls, folder: Path) -> "Summary":
-        read = pictures.nanogpt_run if folder.name == "nanogpt" else pictures.own_run
-        ends = [read(path)[-1] for path in sorted(folder.glob("*.txt"))]
-        if len(ends) < 2:
-            raise UsageError(f"{folder}: expected two or more logs, found {len(ends)}; name a folder of them")
-        return cls([loss for _, _, loss in ends], [seconds for _, seconds, _ in ends])
-
-    @property
-    def n(self) -> int:
-        return len(self.losses)
-
-    @property
-    def loss(self) -> str:
-        return spread(self.losses, 4)
-
-    @property
-    def time(self) -> str:
-        return spread(self.seconds, 1)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation."""
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    read = pictures.nanogpt_run if folder.name == "nanogpt" else pictures.own_run
+    ends = [read(path)[-1] for path in sorted(folder.glob("*.txt"))]
+    if len(ends) < 2:
+        raise UsageError(f"{folder}: expected two or more logs, found {len(ends)}; name a folder of them")
+    return [loss for _, _, loss in ends], [seconds for _, seconds, _ in ends]
 
 
 def runs_table() -> str:
     """One row for each group of runs whose figures README.md or docs/results.md tell."""
-    lines = ["| runs | n | final validation loss | training seconds |", "|---|---|---|---|"]
+    rows = []
     for name, folder in GROUPS.items():
-        found = Summary.of(folder)
-        lines.append(f"| [{name}](../{folder}) | {found.n} | {found.loss} | {found.time} |")
-    return "\n".join(lines) + "\n"
+        losses, seconds = ends_of(folder)
+        rows.append([f"[{name}](../{folder})", len(losses), spread(losses, 4), spread(seconds, 1)])
+    return grid(["runs", "n", "final validation loss", "training seconds"], rows) + "\n"
 
 
 def seconds_to(loss: float, folder: Path) -> list[float]:
@@ -151,20 +127,17 @@ def seconds_to(loss: float, folder: Path) -> list[float]:
 
 def facts() -> dict[str, str]:
     """What README.md and docs/results.md say in sentences, by what it is about."""
-    groups = {name: Summary.of(folder) for name, folder in GROUPS.items()}
-    record, muon, adamw, nanogpt, short = (
-        groups[name] for name in ("the record", MUON, ADAMW, NANOGPT, SHORT))
+    seconds = {name: ends_of(folder)[1] for name, folder in GROUPS.items()}
+    mean = {name: statistics.mean(of_runs) for name, of_runs in seconds.items()}
     target = Config.for_track("shakespeare").target_loss
-    adamw_to_target = statistics.mean(seconds_to(target, GROUPS[ADAMW]))
-    muon_to_target = statistics.mean(seconds_to(target, GROUPS[MUON]))
-    muon_seconds, adamw_seconds, nanogpt_seconds, short_seconds = (
-        statistics.mean(group.seconds) for group in (muon, adamw, nanogpt, short))
+    adamw, muon = (statistics.mean(seconds_to(target, GROUPS[name])) for name in (ADAMW, MUON))
+    record = seconds["the record"]
     return {
-        "the record": f"{record.time} s (n = {record.n}",
-        "AdamW, whole schedule": f"{adamw_seconds / muon_seconds:.2f} times",
-        "AdamW, to the target": f"{adamw_to_target / muon_to_target:.2f} times",
-        "nanoGPT, against a run that stops there": f"{nanogpt_seconds / short_seconds:.1f} times",
-        "time of the short run": f"{short_seconds:.1f} s",
+        "the record": f"{spread(record, 1)} s (n = {len(record)}",
+        "AdamW, whole schedule": f"{mean[ADAMW] / mean[MUON]:.2f} times",
+        "AdamW, to the target": f"{adamw / muon:.2f} times",
+        "nanoGPT, against a run that stops there": f"{mean[NANOGPT] / mean[SHORT]:.1f} times",
+        "time of the short run": f"{mean[SHORT]:.1f} s",
     }
 
 

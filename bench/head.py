@@ -13,6 +13,7 @@ import torch
 from data.errors import run_program
 from engine.fused import norm
 from engine.head_loss import HEAD_PIECE, HeadLoss
+from engine.self_test import relative_error
 from train_gpt import Config, configure, mtp_weights
 
 
@@ -26,10 +27,6 @@ def milliseconds(call, device: torch.device, reps: int = 10) -> float:
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[3:])
-
-
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
 
 
 def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float]]:

@@ -10,16 +10,16 @@ what is compared has three seeds, the same ones on both sides.
 import re
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from bench.measurement import Measurement
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import grid, page_parser, spread
+from bench.page import grid, spread
 from bench.pictures import Theme
-from bench.plots import finish, publish, two_plots
+from bench.plots import finish, two_plots
 from data.errors import RunError, UsageError, run_program
 from data.files import ROOT, written_whole
 from tools.children import ending, run_limited
@@ -99,8 +99,9 @@ def commands() -> dict[str, list[str]]:
     return found | {TWO_RANKS: [*torchrun, program, *ON_RANKS.options()]}
 
 
-def run(folder: Path) -> None:
+def run(options) -> None:
     """Train what is missing. Raises RunError, after all of it, where runs did not end well."""
+    folder = options.out
     failures = []
     missing = {name: command for name, command in commands().items() if not (folder / f"{name}.txt").exists()}
     for k, (name, command) in enumerate(missing.items(), 1):
@@ -222,15 +223,8 @@ def draw(found: dict[str, Journal], theme: Theme, figure: Figure) -> None:
     finish(right, theme, (0.002, 0.005, 0.01, 0.02, 0.04))
 
 
-def main(argv: list[str]) -> None:
-    parser = page_parser("bench.muonclip", __doc__, "OUT")
-    options = parser.parse_args(argv)
-    if options.verb == "run":
-        return run(options.out)
-    found = journals(options.out)
-    title = "Attention logits and loss with MuonClip"
-    publish(options.page, options.out, tables(found), "muonclip", title, partial(draw, found))
-
+MEASUREMENT = Measurement("muonclip", "Attention logits and loss with MuonClip", __doc__, "OUT", {"run": run},
+                          journals, tables, draw)
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:], "bench.muonclip"))
+    sys.exit(run_program(MEASUREMENT.main, sys.argv[1:], "bench.muonclip"))

@@ -11,17 +11,6 @@ MARKS = "<!-- figures of ", "<!-- end of figures -->"
 OPTIMIZER_NAMES = {"muon": "Muon", "sgd": "SGD", "adamw": "AdamW"}
 
 
-def page_parser(program: str, about: str, out: str,
-                verbs: Sequence[str] = ("run", "table")) -> argparse.ArgumentParser:
-    """Return the parser of a program that gathers results in a place, `out`, and puts them on a page."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=program, description=about, formatter_class=as_written)
-    parser.add_argument("verb", choices=verbs)
-    parser.add_argument("out", type=Path, metavar=out, help="results, read and added to")
-    parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")
-    return parser
-
-
 def count(text: str) -> int:
     """Parse a number of an option that is 1 or more; a type of argparse."""
     if not text.isdecimal() or int(text) < 1:

@@ -5,21 +5,24 @@ The picture of the loss shows validation loss against training seconds, from com
 diagram of one step over four ranks; it shows no measurement. Words are kept as text, so that they can be
 selected and read aloud.
 """
-import html
 import io
 import json
 import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
+from typing import NamedTuple
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.errors import UsageError
 from records import logs
 
 RUNS = Path("bench/results/2026-11-28_shakespeare_cpu")
+DIAGRAM = Path(__file__).with_name("muon_step.svg")
 NANOGPT_LINE = re.compile(
     r"^step (\d+): val loss (\d+\.\d+) \(whole validation set\), training time (\d+)ms$", re.M)
 
@@ -46,10 +49,8 @@ THEMES = LIGHT, DARK
 # Validation loss against training seconds
 
 
-@dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(NamedTuple):
     """One validation of several runs of the same settings."""
-    step: int
     seconds: float  # mean over the runs
     loss: float     # mean over the runs
     low: float
@@ -86,13 +87,7 @@ def curve(group: str) -> list[CurvePoint]:
         if len(set(steps)) > 1:
             raise UsageError(f"{RUNS / group}: expected runs with validations at the same steps, found "
                              f"{sorted(set(steps))}; leave out the odd one")
-        points.append(CurvePoint(
-            step=steps[0],
-            seconds=statistics.mean(seconds),
-            loss=statistics.mean(losses),
-            low=min(losses),
-            high=max(losses),
-        ))
+        points.append(CurvePoint(statistics.mean(seconds), statistics.mean(losses), min(losses), max(losses)))
     return points
 
 
@@ -104,10 +99,7 @@ def figure_of_loss(theme: Theme, target: float) -> Figure:
     for group in ("nanogpt", "adamw", "muon"):
         points = curve(group)
         color = theme.colors[group]
-        seconds = [point.seconds for point in points]
-        losses = [point.loss for point in points]
-        low = [point.low for point in points]
-        high = [point.high for point in points]
+        seconds, losses, low, high = zip(*points)
         axes.fill_between(seconds, low, high, color=color, alpha=0.22, linewidth=0)
         axes.plot(seconds, losses, color=color, linewidth=3, marker="o", markersize=5,
                   solid_joinstyle="round", label=group)
@@ -125,11 +117,16 @@ def figure_of_loss(theme: Theme, target: float) -> Figure:
     axes.set_xlabel("training seconds", fontsize=18, color=theme.text, labelpad=6)
     axes.set_title("validation loss, nats per byte", fontsize=18, color=theme.text, loc="left", pad=10)
     axes.tick_params(colors=theme.faint, labelsize=17, length=0, pad=6)
+    plain_axes(axes, theme)
+    return fig
+
+
+def plain_axes(axes: Axes, theme: Theme) -> None:
+    """Leave of the frame its lower side, and faint lines across."""
     axes.grid(axis="y", color=theme.faint, alpha=0.25, linewidth=1)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(theme.faint)
-    return fig
 
 
 def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint]):
@@ -178,115 +175,9 @@ def drawn_data(figure: Figure) -> dict[str, list[tuple[float, float]]]:
 # One Muon step over four ranks
 
 
-class Drawing:
-    """An SVG text under construction, in a coordinate system of `width` by `height` units."""
-
-    def __init__(self, width: int, height: int, title: str, description: str):
-        self.lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-                      'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
-                      f"<title>{html.escape(title)}</title>", f"<desc>{html.escape(description)}</desc>"]
-
-    def add(self, element: str, content: str | None = None, **attributes):
-        """Add an element; underscores in names of attributes become hyphens."""
-        given = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in attributes.items())
-        self.lines.append(f"<{element}{given}/>" if content is None else
-                          f"<{element}{given}>{html.escape(content)}</{element}>")
-
-    def text(self, x: float, y: float, content: str, color: str, size=17, anchor="start", weight=400):
-        self.add("text", content, x=x, y=y, fill=color, font_size=size, text_anchor=anchor,
-                 font_weight=weight)
-
-    def box(self, x: float, y: float, width: float, height: float, color: str, opacity=1.0):
-        self.add("rect", x=x, y=y, width=width, height=height, rx=5, fill=color, fill_opacity=opacity,
-                 stroke=color, stroke_width=1.5)
-
-    def ribbon(self, start: tuple[float, float], end: tuple[float, float], color: str):
-        """A curve that leaves downwards and arrives from above."""
-        (x, y), (to_x, to_y) = start, end
-        middle = (y + to_y) / 2
-        self.add("path", d=f"M{x} {y} C{x} {middle} {to_x} {middle} {to_x} {to_y}", stroke=color,
-                 stroke_width=2, stroke_opacity=0.55, fill="none")
-
-    def finish(self) -> str:
-        return "\n".join([*self.lines, "</svg>", ""])
-
-
-RANKS = 4
-MATRICES = "ABCD"  # one per rank in the diagram
-COLUMN_X, COLUMN_STEP, COLUMN_WIDTH = 166, 150, 130
-SQUARE, SQUARE_STEP = 28, 34
-GRADIENTS_Y, OWNERS_Y, WEIGHTS_Y, BUCKETS_Y = 44, 162, 320, 428
-OWNER_HEIGHT, LANE_STEP, LANE_HEIGHT = 68, 46, 36
-
-
-def square_x(rank: int, matrix: int) -> float:
-    """Left edge of a matrix's square among those that a rank holds."""
-    return COLUMN_X + rank * COLUMN_STEP + matrix * SQUARE_STEP
-
-
-def middle_of(rank: int) -> float:
-    """Middle of a rank's column."""
-    return COLUMN_X + rank * COLUMN_STEP + COLUMN_WIDTH / 2
-
-
 def muon_picture(theme: Theme) -> str:
-    """The SVG text: above, what happens to four matrices on four ranks; below, three buckets that overlap."""
-    drawing = Drawing(760, 566, "One Muon step over four ranks",
-                      "Every rank has gradients of the matrices A, B, C and D. A reduce-scatter brings their "
-                      "mean to the owner of each matrix, which alone keeps its momentum and runs "
-                      "Newton-Schulz; an all-gather brings the updates to all ranks, which apply them. "
-                      "Buckets overlap: while one is computed, the gradients of the next and the updates of "
-                      "the one before travel.")
-    draw_ranks(drawing, theme)
-    draw_buckets(drawing, theme)
-    return drawing.finish()
-
-
-def draw_ranks(drawing: Drawing, theme: Theme):
-    """Four columns of ranks, from gradients at the top to new weights at the bottom."""
-    for rank in range(RANKS):
-        drawing.text(middle_of(rank), 26, f"rank {rank}", theme.text, anchor="middle", weight=600)
-        for matrix, color in enumerate(theme.colors["ranks"]):
-            x = square_x(rank, matrix) + SQUARE / 2
-            owner = middle_of(matrix) + (rank - 1.5) * 14
-            drawing.ribbon((x, GRADIENTS_Y + SQUARE), (owner, OWNERS_Y), color)
-            drawing.ribbon((owner, OWNERS_Y + OWNER_HEIGHT), (x, WEIGHTS_Y), color)
-
-    for rank, color in enumerate(theme.colors["ranks"]):
-        drawing.box(square_x(rank, 0), OWNERS_Y, COLUMN_WIDTH, OWNER_HEIGHT, color)
-        work = f"{MATRICES[rank]}: mean,", "momentum,", "Newton-Schulz"
-        for line, words in enumerate(work):
-            y = OWNERS_Y + 20 + 19 * line
-            drawing.text(middle_of(rank), y, words, theme.page, 15, "middle")
-        for matrix, own in enumerate(theme.colors["ranks"]):
-            x = square_x(rank, matrix)
-            drawing.box(x, GRADIENTS_Y, SQUARE, SQUARE, own, 0.18)
-            drawing.text(x + SQUARE / 2, GRADIENTS_Y + 19, MATRICES[matrix], theme.text, 15, "middle")
-            drawing.box(x, WEIGHTS_Y, SQUARE, SQUARE, own)
-            drawing.text(x + SQUARE / 2, WEIGHTS_Y + 19, MATRICES[matrix], theme.page, 15, "middle", 600)
-    drawing.text(8, GRADIENTS_Y + 19, "gradients", theme.text)
-    for y, first, second in ((108, "reduce-scatter:", "means to owners"),
-                             (OWNERS_Y + 27, "each owner", "works on its own"),
-                             (268, "all-gather:", "updates to all"),
-                             (WEIGHTS_Y + 13, "apply: weights", "equal on all ranks")):
-        drawing.text(8, y, first, theme.text)
-        drawing.text(8, y + 21, second, theme.faint, 16)
-
-
-def draw_buckets(drawing: Drawing, theme: Theme):
-    """Three buckets of matrices against time: each is computed while its neighbours travel."""
-    drawing.text(8, BUCKETS_Y - 26, "In large models, bucket by bucket (time runs to the right):", theme.text)
-    for lane, name in enumerate(("gradients travel", "Newton-Schulz", "updates travel")):
-        y = BUCKETS_Y + lane * LANE_STEP
-        computing = name == "Newton-Schulz"
-        drawing.text(8, y + 24, name, theme.text)
-        for bucket in range(3):
-            x = COLUMN_X + (lane + bucket) * 117
-            middle = x + 54.5
-            label = f"bucket {bucket + 1}"
-            if computing:
-                drawing.box(x, y, 109, LANE_HEIGHT, theme.text)
-                drawing.text(middle, y + 24, label, theme.page, 16, "middle", 600)
-            else:
-                drawing.box(x, y, 109, LANE_HEIGHT, theme.faint, 0.18)
-                drawing.text(middle, y + 24, label, theme.text, 16, "middle")
+    """The SVG text of bench/muon_step.svg in the colours of a theme: above, what happens to four matrices on
+    four ranks; below, three buckets that overlap."""
+    ranks = {f"rank{rank}": color for rank, color in enumerate(theme.colors["ranks"])}
+    drawing = Template(DIAGRAM.read_text(encoding="utf-8"))
+    return drawing.substitute(ranks, text=theme.text, faint=theme.faint, page=theme.page)

@@ -6,10 +6,10 @@ public or assumed.
 import argparse
 import sys
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
-from bench.cross.costs import ACHIEVED, SHEET, Rates, by_part, costliest, step_ms
+from bench.cross.costs import ACHIEVED, SHEET, Rates, by_part, costliest, milliseconds, step_ms
 from bench.cross.page import launches
 from bench.page import grid
 from data.errors import UsageError, run_program
@@ -24,6 +24,8 @@ RECORD = 1.406 * 60  # record 80: 1480 steps of the same batches, documents and 
 MERGED = 1.23 * 60  # record 89, the newest that is merged: 1285 steps
 UNMERGED = 39.914  # a proposal of 2026-08-31 (pull request 360), by its author; record 89 took 73.889 s there
 UPSTREAM = 609e3  # tokens per second of its code on one H100, public logs of record 88
+SKETCH = 74.4  # ms of the model's passes from step 960, when they were costed for the first time
+MODEL_GOAL = 52  # ms of them
 REST = 1.08  # what no roofline knows, times; assumed
 
 RATES = [  # what, its central value, where it comes from
@@ -92,6 +94,16 @@ FineWeb's lengths (log-normal, median 403, mean 690 tokens; assumed).
 
 {parts}
 
+## What the model's passes are made of
+
+Forward and backward pass of the model take {model:.1f} of the {step:.1f} ms from step 960; optimizers, sums
+of gradients and communication take the others. The first sketch of these costs, at the same rates and of
+the same passes, was {sketch} ms, and the goal {model_goal} ms. Products and attention alone, with nothing
+beside them, would take {products:.1f} ms, so that the goal leaves {left:.1f} ms for kernels that take
+{others:.1f} ms now, and {beside:.1f} ms if they ran at the whole rate of the memory, without gaps.
+
+{model_parts}
+
 ## The ten costliest kernels
 
 What the run would gain if each were gone, at achieved rates. Kernels of the same operations are one row.
@@ -134,6 +146,27 @@ def part_rows(recipe: Recipe) -> list[list]:
     return [[part, *(f"{row[key]:.1f}" for key in keys)] for part, row in rows if row["ms"] >= 0.05]
 
 
+def model_rows(recipe: Recipe) -> list[list]:
+    """Return what products and attention take in the passes of the model, by part, and what all other
+    kernels take beside them, in the last stage but the extension."""
+    rows = defaultdict(Counter)
+    for launch in recipe.launches[-2]:
+        if not launch.graph.startswith("GPT"):
+            continue
+        row, ms = rows[launch.part], milliseconds(launch, H100, ACHIEVED)
+        if launch.flops:
+            row["products"] += ms
+            continue
+        row["others"] += ms
+        row["floor"] += milliseconds(launch, H100, SHEET)
+        row["gb"] += launch.times * launch.bytes / 1e9
+        row["launches"] += launch.times
+    order = sorted(rows.items(), key=lambda row: -row[1]["products"] - row[1]["others"])
+    keys = "products", "others", "floor", "gb", "launches"
+    order.append(("all", sum(rows.values(), Counter())))
+    return [[part, *(row[key] for key in keys)] for part, row in order]
+
+
 def recipe_row(what: str, recipe: Recipe, public: float) -> list:
     cfg = recipe.cfg
     times = f"{recipe.seconds(SHEET):.1f}", f"{predicted(recipe):.0f}", f"{public:.1f}"
@@ -155,6 +188,8 @@ def page() -> str:
         recipe_row("--recipe=record89, and record 89 (merged)", more, MERGED),
         ["pull request 360 (not merged)", "-", "-", "-", "-", f"{UNMERGED:.1f}"],
     ]
+    model = model_rows(base)
+    _, products, others, beside, *_ = model[-1]
     text = PAGE.lstrip("\n").format(
         steps=base.cfg.train_steps,
         goal=GOAL,
@@ -164,6 +199,17 @@ def page() -> str:
         upstream=UPSTREAM,
         alone=base.cfg.train_tokens / alone,
         slower=base.cfg.train_tokens / alone / REST,
+        step=step_ms(base.launches[-2], H100, ACHIEVED),
+        model=products + others,
+        sketch=SKETCH,
+        model_goal=MODEL_GOAL,
+        products=products,
+        left=MODEL_GOAL - products,
+        others=others,
+        beside=beside,
+        model_parts=grid(["part", "products and attention, ms", "kernels beside them, ms", "their floor, ms",
+                          "their GB", "their launches"],
+                         [[part, *(f"{x:.1f}" for x in row)] for part, *row in model]),
         rates=grid(["rate", "taken", "source"], RATES),
         stages=grid(["steps", "tokens per step", *step], stage_rows(base)),
         parts=grid(["part, from step 960", *step, "GB", "launches"], part_rows(base)),

@@ -1,5 +1,4 @@
-"""How fast a training step is, by stage and by part, beside what bench.cross says that it could take; and how
-much faster the loader is.
+"""How fast a training step is, by stage and by part, beside what bench.cross says that it could take.
 
     python -m bench.step [--track=small] [--field=value ...]          one process
     torchrun --standalone --nproc_per_node=8 -m bench.step            as many as the run would have
@@ -8,10 +7,10 @@ Where the track's shards are not there, data is synthetic: documents of FineWeb'
 tables; with OUT=<folder> in the environment it also writes bench_step.json there.
 
 Parts are told apart by torch.profiler: ranges around their functions, and for a backward pass the ranges of
-the operations that it belongs to. A compiled model has no such ranges inside, so it is profiled twice:
-eagerly, and as it is, where its kernels go by their names (on a CPU all of it counts as elementwise). What
-each part could take is known where bench.cross has traced the same settings with as many ranks; for a GPU
-other than the traced one it is the time of the same kernels at the rates of its data sheet.
+the operations that it belongs to. A compiled model has no such ranges inside: its kernels go by their names,
+and on a CPU all of it counts as elementwise; --compile=off tells the parts apart. What each part could take
+is known where bench.cross has traced the same settings with as many ranks; for a GPU other than the traced
+one it is the time of the same kernels at the rates of its data sheet.
 """
 import contextlib
 import json
@@ -37,7 +36,7 @@ from bench.cross.page import launches
 from bench.documents import document_lengths
 from bench.page import grid
 from data.errors import run_program
-from data.loader import Loader, find_shards
+from data.loader import find_shards
 from data.shards import ShardError, write_shard
 from engine.kernels import Kernels
 from engine.ranks import Runtime
@@ -88,26 +87,10 @@ def ensure_shards(cfg: Config, folder: Path, tokens: int) -> str:
         return "synthetic documents"
 
 
-def move_loader(loader: Loader, step: int) -> None:
-    loader.load_state_dict({**loader.state_dict(), "step": step})
-
-
-def time_loader(cfg: Config, step: int, rt: Runtime) -> float:
-    """Return tokens per second of the batches that this rank's loader prepares, all of them for one rank."""
-    loader = Loader(cfg, rt.rank, rt.world, rt.device.type == "cuda")
-    move_loader(loader, step)
-    loader.next()
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        move_loader(loader, step)
-        loader.next()  # waits for this step and for the one that the last call began and nobody took
-    return (2 * STEPS - 1) * cfg.at("batch_tokens", step) / (time.perf_counter() - start)
-
-
 def steps_of(run: Run, stage_start: int):
     """Take one training step of a stage at every next()."""
     first = stage_start + run.cfg.adam_every  # the very first step of a stage may part embedding and head
-    move_loader(run.loader, first)
+    run.loader.load_state_dict({**run.loader.state_dict(), "step": first})
     n = 0
     while True:
         # Stay in the stage, whatever its length; Adam moves as often as in a run.
@@ -153,7 +136,7 @@ def part_of_product(model):
     return part_of
 
 
-def places_of(run: Run, eager: bool):
+def places_of(run: Run):
     """Return (owner, name of a function, its part or a function of its arguments that names it); in an
     eager model also those inside of it."""
     places = [
@@ -166,7 +149,7 @@ def places_of(run: Run, eager: bool):
     for optimizer, part in ((run.muon, "Muon"), (run.adam, "Adam")):
         names = ("start", "step", "finish", "zero_grad") if optimizer else ()
         places += [(optimizer, name, part) for name in names if hasattr(optimizer, name)]
-    if eager:
+    if not run.kernels.compiled:
         model = run.model
         places += [
             (run, "forward", "head and loss"),
@@ -180,7 +163,7 @@ def places_of(run: Run, eager: bool):
 
 
 @contextlib.contextmanager
-def ranges(run: Run, eager: bool):
+def ranges(run: Run):
     """Put ranges around the parts of a step."""
     def ranged(function, name, part):
         def call(*args, **kwargs):
@@ -190,9 +173,7 @@ def ranges(run: Run, eager: bool):
         return call
 
     with contextlib.ExitStack() as stack:
-        if eager:
-            stack.enter_context(mock.patch.object(run, "forward", run.model))
-        for owner, name, part in places_of(run, eager):
+        for owner, name, part in places_of(run):
             stack.enter_context(mock.patch.object(owner, name, ranged(getattr(owner, name), name, part)))
         yield
 
@@ -221,13 +202,13 @@ def owners(events):
         yield event, part(event)
 
 
-def part_of_kernel(name: str, part: str | None, eager: bool) -> str:
+def part_of_kernel(name: str, part: str | None, compiled: bool) -> str:
     """Return the part of a kernel: that of what launched it, but inside a compiled model by its own name."""
-    words = KERNELS if part == "elementwise" and not eager else {"nccl": "communication"}
+    words = KERNELS if part == "elementwise" and compiled else {"nccl": "communication"}
     return next((to for word, to in words.items() if word in name.lower()), part or "other")
 
 
-def attribute(host, cuda: bool, eager: bool) -> Counter:
+def attribute(host, cuda: bool, compiled: bool) -> Counter:
     """Return microseconds of the host by part, or of the kernels that it launched."""
     us = Counter()
     for event, part in owners(host):
@@ -235,7 +216,7 @@ def attribute(host, cuda: bool, eager: bool) -> Counter:
             us[part] += event.self_cpu_time_total
         for kernel in event.kernels if cuda else ():
             if kernel.name != event.name:  # the device's copy of a range is no kernel
-                us[part_of_kernel(kernel.name, part, eager)] += kernel.duration
+                us[part_of_kernel(kernel.name, part, compiled)] += kernel.duration
     return us
 
 
@@ -248,12 +229,12 @@ def busy_us(intervals) -> float:
     return total
 
 
-def profile(run: Run, step: int, eager: bool) -> dict[str, float]:
+def profile(run: Run, step: int) -> dict[str, float]:
     """Return ms of a step by part; on a GPU of its kernels, and idle. Adam's is divided by the steps of
     which it moves in one."""
     cuda, n = run.rt.device.type == "cuda", run.cfg.adam_every
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with ranges(run, eager):
+    with ranges(run):
         steps = steps_of(run, step)
         for _ in range(2 * n - 1):
             next(steps)
@@ -265,7 +246,8 @@ def profile(run: Run, step: int, eager: bool) -> dict[str, float]:
             run.rt.synchronize()
             wall = time.perf_counter() - start
     events = p.events()
-    us = attribute([e for e in events if e.device_type == DeviceType.CPU and not e.is_async], cuda, eager)
+    host = [e for e in events if e.device_type == DeviceType.CPU and not e.is_async]
+    us = attribute(host, cuda, run.kernels.compiled)
     if cuda:
         kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.name.startswith(MARK)
                    and not getattr(e, "is_user_annotation", False)]
@@ -291,19 +273,13 @@ def expected(cfg: Config, kernels: Kernels, world: int, gpu: Gpu | None) -> list
 
 
 def parts_of(run: Run, step: int, costs: dict[str, Counter]) -> list[dict]:
-    """Return a row for each part: what it could take, and what it took in an eager and in a compiled
-    profile."""
-    measured = {}
-    for mode in ("eager", "compiled") if run.kernels.compiled else ("eager",):
-        try:
-            measured[mode] = profile(run, step, mode == "eager")
-        except torch.OutOfMemoryError:  # it may fit compiled
-            torch.cuda.empty_cache()
+    """Return a row for each part: what it could take, and what it took."""
+    measured = profile(run, step)
     rows = []
-    for part in (*PARTS, *([PRODUCTS] if run.kernels.compiled else []), WALL):
-        ms = {mode: found.get(part, 0.0) for mode, found in measured.items()}
-        if part in costs or any(x > 0.005 for x in ms.values()):
-            rows.append(dict(part=part, costs=costs.get(part), **ms))
+    for part in (*PARTS, PRODUCTS, WALL):
+        ms = measured.get(part, 0.0)
+        if part in costs or ms > 0.005:
+            rows.append(dict(part=part, costs=costs.get(part), ms=ms))
     return rows
 
 
@@ -323,8 +299,7 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
         flops = tokens * run.model.flops_per_token(stage)
         rows.append(dict(
             stage=stage, tokens=tokens, ms=1000 * median, ms_min=1000 * min(seconds[stage]),
-            ms_max=1000 * max(seconds[stage]), tokens_per_s=tokens / median, tflops=flops / median / 1e12,
-            loader_ratio=time_loader(cfg, step, rt) * median / tokens))
+            ms_max=1000 * max(seconds[stage]), tokens_per_s=tokens / median, tflops=flops / median / 1e12))
     peak_mib = torch.cuda.max_memory_allocated() // 2**20 if cuda else None
     for row, step, parts in zip(rows, cfg.stage_starts, costs):
         row["parts"] = parts_of(run, step, parts)
@@ -344,10 +319,10 @@ def report(result: dict) -> str:
     for r in rows:
         share = f"{r['tflops'] / result['tflops'] / result['world']:.0%}" if result["tflops"] else "-"
         ms = f"{r['ms']:.1f} ({r['ms_min']:.1f}-{r['ms_max']:.1f})"
-        stages.append([r["stage"], f"{r['tokens']:,}", ms, f"{r['tokens_per_s']:,.0f}", f"{r['tflops']:.3g}",
-                       share, f"{r['loader_ratio']:.0f}x"])
+        rate = f"{r['tokens_per_s']:,.0f}"
+        stages.append([r["stage"], f"{r['tokens']:,}", ms, rate, f"{r['tflops']:.3g}", share])
     times = f"ms/step, median of {result['steps']} (min-max)"
-    header = ["stage", "tokens/step", times, "tokens/s", "TFLOP/s", "of peak", "loader/trainer"]
+    header = ["stage", "tokens/step", times, "tokens/s", "TFLOP/s", "of peak"]
     return "\n\n".join([
         f"{result['device']}, {result['world']} rank(s), torch {result['torch']}, track {result['track']}, "
         f"attention {result['attention']}, {result['data']}; warm-up {result['warm_up_s']:.0f} s{memory}",
@@ -361,13 +336,12 @@ def report(result: dict) -> str:
 
 
 def muon_time(rows: list[dict]) -> str:
-    """Say how large a part of a step's time is Muon's, by stage, in the last profile that there is."""
+    """Say how large a part of a step's time is Muon's, by stage."""
     shares = []
     for row in rows:
-        parts = {p["part"]: p for p in row["parts"]}
-        mode = "compiled" if "compiled" in parts[WALL] else "eager"
-        if "Muon" in parts and mode in parts["Muon"]:
-            shares.append(f"{parts['Muon'][mode] / parts[WALL][mode]:.1%}")
+        ms = {part["part"]: part["ms"] for part in row["parts"]}
+        if "Muon" in ms:
+            shares.append(f"{ms['Muon'] / ms[WALL]:.1%}")
     return ", ".join(shares) or "not measured"
 
 
@@ -375,10 +349,6 @@ def parts_table(result: dict) -> str:
     def show(x, digits=2):
         return f"{x:,.{digits}f}" if x else "-"
 
-    modes = ["eager", "compiled"] if result["compiled"] else ["eager"]
-    header = ["stage", "part", "GFLOP", "GB", "floor ms", "at achieved rates"]
-    for mode in modes:
-        header += [f"{mode}, ms", "share"]
     rows = []
     for r in result["rows"]:
         wall = r["parts"][-1]
@@ -386,9 +356,8 @@ def parts_table(result: dict) -> str:
             costs = p["costs"] or {}
             cells = [r["stage"], p["part"], show(costs.get("gflop"), 0), show(costs.get("gb"), 1)]
             cells += [show(costs.get("floor_ms")), show(costs.get("ms"))]
-            for mode in modes:
-                cells += [show(p.get(mode)), f"{p[mode] / wall[mode]:.0%}" if p.get(mode) else "-"]
-            rows.append(cells)
+            rows.append([*cells, show(p["ms"]), f"{p['ms'] / wall['ms']:.0%}"])
+    header = ["stage", "part", "GFLOP", "GB", "floor ms", "at achieved rates", "ms", "share"]
     return grid(header, rows)
 
 

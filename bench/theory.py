@@ -1,6 +1,6 @@
 """The convergence bound of Muon against Muon itself, on a noisy quadratic all of whose constants are known.
 
-    python -m bench.theory run OUT.json [--seed=0]             measure, in less than a minute of one core
+    python -m bench.theory run OUT.json             measure, in less than a minute of one core
     python -m bench.theory table OUT.json [--page=bench/THEORY.md]
 
 f(W) = 1/2 <W - W*, H (W - W*)> for W of 16 x 24, H positive. With gradients in the nuclear norm |.|_* and
@@ -26,7 +26,7 @@ import json
 import math
 import statistics
 import sys
-from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,9 +34,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.page import grid, page_parser
+from bench.measurement import Measurement
+from bench.page import grid
 from bench.pictures import Theme
-from bench.plots import finish, publish, two_plots
+from bench.plots import finish, two_plots
 from data.errors import UsageError, run_program
 from data.files import written_whole
 from muon import Muon
@@ -55,6 +56,7 @@ RATES = 0.005, 0.01, 0.02, 0.04, 0.08
 NEVER = math.inf  # batch without noise
 SLACK = 1e-4  # relative, of fp32 and of the iteration's end
 DECAY = 0.5
+SEED = 0  # of problem and noise
 
 
 class Case(NamedTuple):
@@ -148,24 +150,37 @@ def slope(xs, ys) -> float:
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
-def measure(seed: int, lr: float, decay: float) -> dict:
-    """Return the results of a seed, as JSON keeps them."""
-    if not (0 < lr and 0 < decay and lr * decay <= 1):
-        raise UsageError(f"expected --lr and --decay above 0 with a product of at most 1, which the theorem "
-                         f"assumes, found {lr:g} and {decay:g}; lower one of them")
+def measure() -> dict:
+    """Return the results, as JSON keeps them."""
     rows = []
     for case in CASES:
-        problem = Quadratic(seed)
+        problem = Quadratic(SEED)
         norms, _ = follow(problem, case)
         rows.append(dict(case._asdict(), batch=0 if case.batch == NEVER else case.batch,
                          measured=statistics.mean(norms), bound=bound(problem, case),
                          stationary=statistics.mean(norms[len(norms) // 2:])))
     ball = {}
     for name in ITERATIONS:
-        problem = Quadratic(seed)
-        problem.minimum *= 100 / decay  # far outside, so that Muon pushes against the ball
-        ball[name] = follow(problem, Case(lr=lr, beta=0.0, iteration=name), decay)[1] * decay
-    return dict(seed=seed, lr=lr, decay=decay, L=problem.L, sigma=problem.sigma, rows=rows, ball=ball)
+        problem = Quadratic(SEED)
+        problem.minimum *= 100 / DECAY  # far outside, so that Muon pushes against the ball
+        ball[name] = follow(problem, Case(beta=0.0, iteration=name), DECAY)[1] * DECAY
+    return dict(seed=SEED, lr=LR, decay=DECAY, L=problem.L, sigma=problem.sigma, rows=rows, ball=ball)
+
+
+def run(options) -> None:
+    torch.set_num_threads(1)
+    with written_whole(options.out, "w") as file:
+        json.dump(measure(), file, indent=1)
+
+
+def read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tables(found)
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: expected results of `python -m bench.theory run`, found none ({error}); "
+                         "run it") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,27 +252,8 @@ def draw(found: dict, theme: Theme, figure: Figure) -> None:
     finish(axes[1], theme, RATES, legend=False)
 
 
-def main(argv: list[str]) -> int:
-    parser = page_parser("bench.theory", __doc__, "OUT.json")
-    parser.add_argument("--seed", type=int, default=0, help="of problem and noise")
-    parser.add_argument("--lr", type=float, default=LR, help="learning rate of the runs with decay")
-    parser.add_argument("--decay", type=float, default=DECAY, help="their decay")
-    options = parser.parse_args(argv)
-    if options.verb == "run":
-        torch.set_num_threads(1)
-        with written_whole(options.out, "w") as file:
-            json.dump(measure(options.seed, options.lr, options.decay), file, indent=1)
-        return 0
-    try:
-        found = json.loads(options.out.read_text(encoding="utf-8"))
-        text = tables(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{options.out}: expected results of `python -m bench.theory run`, found none "
-                         f"({error}); run it") from None
-    title = "The bound of Muon and Muon itself"
-    publish(options.page, options.out, text, "theory", title, partial(draw, found))
-    return 0
-
+MEASUREMENT = Measurement(
+    "theory", "The bound of Muon and Muon itself", __doc__, "OUT.json", {"run": run}, read, tables, draw)
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:], "bench.theory"))
+    sys.exit(run_program(MEASUREMENT.main, sys.argv[1:], "bench.theory"))

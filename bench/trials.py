@@ -4,6 +4,7 @@ process with one thread, and the JSONL file that gathers them.
 The file gets a line for every result as soon as it is there, so an interrupted sweep goes on where it
 stopped.
 """
+import argparse
 import json
 import math
 import multiprocessing
@@ -11,12 +12,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from bench.page import count
 from data.errors import RunError, UsageError
 from engine.ranks import Runtime
 from train_gpt import Config, Run, parse_config
@@ -105,22 +107,27 @@ def train(job: Job) -> dict:
                 loss=round(loss, 5), seconds=round(time.perf_counter() - start, 1))
 
 
-def run_all(jobs: list, function: Callable, workers: int, path: Path) -> Iterable[dict]:
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=count, default=1, help="trainings at a time, one thread each")
+
+
+def run_all(jobs: list, function: Callable, workers: int, path: Path) -> list[dict]:
     """Call the function for each job in a pool of processes with one thread each; append what each returns
-    to the file, say how far it is, and yield it."""
+    to the file, say how far it is, and return all."""
     os.environ["OMP_NUM_THREADS"] = "1"
     start = time.perf_counter()
+    rows = []
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         for number, row in enumerate(pool.imap_unordered(function, jobs), 1):
             append(path, row)
             left = (time.perf_counter() - start) / number * (len(jobs) - number)
             print(f"{number} of {len(jobs)}: {said(row)}; about {left / 60:.0f} min to go", file=sys.stderr,
                   flush=True)
-            yield row
+            rows.append(row)
+    return rows
 
 
 def said(row: dict) -> str:
-    """Say a result in a few words: its labels, loss and seconds."""
-    labels = [f"{name} {value}" for name, value in row.items()
-              if name not in ("settings", "search", "kind", "loss", "seconds")]
-    return f"{', '.join(labels)}: {row['loss']:.4f} in {row['seconds']:.0f} s"
+    """Say a result in one line."""
+    unsaid = "settings", "search", "kind", "commit"
+    return ", ".join(f"{name} {value}" for name, value in row.items() if name not in unsaid)

@@ -120,7 +120,9 @@ def flex(q, k, v, mask, scale):
 
 
 def varlen_mask(docs: Docs, window: int):
-    return docs.starts, docs.max_len, window
+    from torch.fx.experimental.sym_node import DynamicInt
+
+    return docs.starts, docs.max_len, DynamicInt(window)  # else torch.compile would take it for a constant
 
 
 def varlen(q, k, v, mask, scale):

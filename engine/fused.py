@@ -126,49 +126,50 @@ class NormAndRotary(torch.autograd.Function):
 
 
 class RotaryOfNorm(torch.autograd.Function):
-    """The same for torch.compile on a GPU, which makes one kernel of each pass. x: (T, H, d)."""
+    """size * rotary(norm(x)) for torch.compile on a GPU, which makes one kernel of each pass.
+    x: (T, H, d); size: (), positive."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, size):
         square = x.float().square().mean(-1, keepdim=True)
-        factor = torch.rsqrt(square + torch.finfo(torch.float32).eps)
+        factor = size * torch.rsqrt(square + torch.finfo(torch.float32).eps)
         y = rotary((x * factor).type_as(x), cos, sin)
-        ctx.save_for_backward(y, factor, cos, sin)
+        ctx.save_for_backward(y, factor, cos, sin, size)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        y, factor, cos, sin = ctx.saved_tensors
-        along = (g.float() * y).mean(-1, keepdim=True)
+        y, factor, cos, sin, size = ctx.saved_tensors
+        along = (g.float() * y).mean(-1, keepdim=True) / size.square()
         across = (g - along * y) * factor
-        return rotary(across.type_as(g), cos, -sin), None, None
+        return rotary(across.type_as(g), cos, -sin), None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Residual stream
 
 
-def residual_sum(factors, streams) -> Tensor:
-    """Return the sum of factor times stream. factors: scalars; streams: (T, D) each."""
-    total = factors[0] * streams[0]
+def residual_sum(added, factors, streams) -> Tensor:
+    """Return added and the sum of factor times stream. factors: scalars; added, streams: (T, D) each."""
+    total = factors[0] * streams[0] + added
     for factor, stream in zip(factors[1:], streams[1:]):
         total = total + factor * stream
     return total
 
 
-def residual(factors, streams) -> Tensor:
-    return ResidualSum.apply(*factors, *streams)
+def residual(added, factors, streams) -> Tensor:
+    return ResidualSum.apply(added, *factors, *streams)
 
 
 class ResidualSum(torch.autograd.Function):
     """residual_sum with one pass a term, and each factor's gradient as one dot product."""
 
     @staticmethod
-    def forward(ctx, *factors_and_streams):
+    def forward(ctx, added, *factors_and_streams):
         ctx.save_for_backward(*factors_and_streams)
         n = len(factors_and_streams) // 2
         factors, streams = factors_and_streams[:n], factors_and_streams[n:]
-        total = factors[0] * streams[0]
+        total = torch.add(added, streams[0], alpha=factors[0].item())
         for factor, stream in zip(factors[1:], streams[1:]):
             total.add_(stream, alpha=factor.item())
         return total
@@ -180,7 +181,7 @@ class ResidualSum(torch.autograd.Function):
         factors, streams = saved[:n], saved[n:]
         flat = g.reshape(-1)
         of_factors = [torch.dot(flat, stream.reshape(-1)) for stream in streams]
-        return *of_factors, *(factor * g for factor in factors)
+        return g, *of_factors, *(factor * g for factor in factors)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -104,12 +104,14 @@ class HeadLoss(torch.autograd.Function):
         loss = 0.0
         dx = []
         dhead = 0.0
+        before = ()  # gradients of the last piece
         for first in range(0, T, size):
             rows = slice(first, min(first + size, T))
             logits = products.logits(x[rows])
-            piece, g = loss_and_gradient(logits, ahead[rows], token_weights[rows], cap)
+            piece_weights = computed_after(before, token_weights[rows])
+            piece, g = loss_and_gradient(logits, ahead[rows], piece_weights, cap)
             loss = loss + piece
-            dx_piece, dhead_piece = products.gradients(g.to(x.dtype), x[rows])
+            before = dx_piece, dhead_piece = products.gradients(g.to(x.dtype), x[rows])
             dx.append(dx_piece)
             dhead = dhead + dhead_piece
         dx = torch.cat(dx).to(x.dtype)
@@ -124,6 +126,19 @@ class HeadLoss(torch.autograd.Function):
         return dx, dhead, *[None] * 8
 
 
+def computed_after(before: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    """Return x (tokens, K). torch.compile can only make it after the matrices in `before`, and keeps it.
+
+    Otherwise it goes through all pieces in one kernel, as they have the weights of the loss in common, and
+    the logits of all of them lie in memory.
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    for matrix in before:
+        x = x + 0.0 * matrix[0, 0]
+    return x.as_strided(x.shape, (x.size(1), 1))
+
+
 def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tuple[Tensor, Tensor]:
     """Return the summed loss of some tokens and its gradient of their logits (tokens, V), both fp32.
 
@@ -135,16 +150,20 @@ def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tu
     s = torch.sigmoid((logits.float() + B) / C) if cap else logits.float()
     z = A * s
     log_z = torch.logsumexp(z, -1, keepdim=True)
-    chosen = z.gather(1, ahead.clamp(min=0))
-    loss = (weights * (log_z - chosen)).sum()
-
-    g = (z - log_z).exp_().mul_(weights.sum(-1, keepdim=True))
+    total = weights.sum(-1, keepdim=True)
+    g = (z - log_z).exp_().mul_(total)
     if torch.compiler.is_compiling():  # comparisons melt into the kernel around them; a scatter would end it
         ids = torch.arange(logits.size(1), device=logits.device)
+        of_tokens = (total * log_z)[:, 0]
         for k in range(ahead.size(1)):
             hit = ids == ahead[:, k, None]
+            chosen = torch.where(hit, z, 0.0).sum(-1)
+            of_tokens = of_tokens - weights[:, k] * chosen
             g = g - torch.where(hit, weights[:, k, None], 0.0)
+        loss = of_tokens.sum()
     else:
+        chosen = z.gather(1, ahead.clamp(min=0))
+        loss = (weights * (log_z - chosen)).sum()
         g.scatter_add_(1, ahead.clamp(min=0), -weights)
     if cap:
         g = g.mul_((1 - s).mul_(s).mul_(A / C))

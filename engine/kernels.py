@@ -99,11 +99,14 @@ class Kernels:
     def norm(self, x: Tensor) -> Tensor:
         return RmsNorm.apply(x) if self.fused else norm(x)
 
-    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rotary(norm(x)) of queries and of keys, each (T, H, d). x: (T, 2, H, d)."""
+    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor, scale) -> tuple[Tensor, Tensor]:
+        """Return rotary(norm(x)) of queries and of keys, each (T, H, d), the queries times the scale where
+        it is a tensor. x: (T, 2, H, d)."""
         if self.own_kernels:  # apart, so that one kernel a pass makes each of them
-            q, k = (RotaryOfNorm.apply(part, cos[:, 0], sin[:, 0]) for part in x.unbind(1))
-            return q, k
+            q, k = x.unbind(1)
+            one = torch.ones_like(scale)
+            return (RotaryOfNorm.apply(q, cos[:, 0], sin[:, 0], scale),
+                    RotaryOfNorm.apply(k, cos[:, 0], sin[:, 0], one))
         y = NormAndRotary.apply(x, cos, sin) if self.fused else rotary(norm(x), cos, sin)
         return y.unbind(1)
 
@@ -117,10 +120,10 @@ class Kernels:
             return SquaredReluMlp.apply(x, w_in, w_out, self.onednn, dtype)
         return squared_relu_mlp(x, w_in, w_out, self.linear)
 
-    def residual(self, factors, streams) -> Tensor:
-        """Return the sum of factor times stream, (T, D). factors: scalars, or (T, 1)."""
+    def residual(self, added, factors, streams) -> Tensor:
+        """Return added, (T, D), and the sum of factor times stream. factors: scalars, or (T, 1)."""
         scalars = all(factor.ndim == 0 for factor in factors)
-        return (residual if self.fused and scalars else residual_sum)(factors, streams)
+        return (residual if self.fused and scalars else residual_sum)(added, factors, streams)
 
     def batches(self):
         """Return the context in which many small products are fastest."""

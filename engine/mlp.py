@@ -51,11 +51,14 @@ class GpuMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, w_in, w_out, squared = ctx.saved_tensors
+        # Before the kernel below: for a product torch.compile stores g once, and the kernel reads it there;
+        # for the kernel alone it would store a copy.
+        dw_out = g.t() @ squared
         if ctx.fused:
             dhidden = mlp_kernels.squared_relu_backward_mm(g.contiguous(), w_out, squared)
         else:
             dhidden = F.linear(g, w_out.t()) * (2 * squared.sqrt())
-        return F.linear(dhidden, w_in.t()), dhidden.t() @ x, g.t() @ squared, None, None
+        return F.linear(dhidden, w_in.t()), dhidden.t() @ x, dw_out, None, None
 
 
 def in_fp8(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,12 +30,11 @@ from muon import (
     Muon,
     Stack,
     as_bank,
-    check_parameter,
     decay_and_step,
     largest,
     refusal,
     state_kinds,
-    units_of,
+    stacks_of,
     step_master,
 )
 
@@ -46,15 +45,12 @@ class FsdpMuon(Muon):
     """Muon, with the same arguments, for parameters of which some or all are DTensors. Their state is
     DTensors too."""
 
-    def _check_parameter(self, name: str, p: Tensor, group: dict) -> None:
-        if self.replicate_state and isinstance(p, DTensor):
-            remedy = "leave it out: its state is a DTensor"
-            raise refusal("plain tensors for replicate_state", "a DTensor", remedy, name)
-        check_parameter(name, p, group)
-
-    def _lane(self, p: Tensor, group: dict) -> tuple[type[Bucket], object, tuple]:
+    def _lane(self, name: str, p: Tensor, group: dict) -> tuple[type[Bucket], object, tuple]:
         if not isinstance(p, DTensor):
-            return super()._lane(p, group)
+            return super()._lane(name, p, group)
+        if self.replicate_state:
+            raise refusal("plain tensors for replicate_state", "a DTensor",
+                          "leave it out: its state is a DTensor", name)
         mesh = p.device_mesh
         everyone = tuple(mesh.get_all_groups())  # replicas compute alike as well
         kind = kind_of(p, group["flatten"])
@@ -134,7 +130,7 @@ def new_state(name: str, dtype: torch.dtype, p: DTensor, group: dict) -> DTensor
     if name != "second_moment":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
     by_matrices = kind_of(p, group["flatten"]) is Whole
-    rows, numbers = units_of(p, p.shape, group)[0].whole_shape(name)
+    rows, numbers = stacks_of(p, p.shape, group)[0].whole_shape(name)
     placements = p.placements if by_matrices else [Replicate()] * p.device_mesh.ndim
     mine = torch.zeros(p.to_local().size(0) if by_matrices else rows, numbers, device=p.device)
     shape = torch.Size((rows, numbers))
@@ -221,8 +217,9 @@ class Exchanged(Bucket):
         self.numels = {(stack, rank): self.numel(stack, rank)
                        for stacks in self.stacks for stack in stacks for rank in range(self.world_size)}
 
-    def merges(self, unit: Stack) -> bool:
-        return super().merges(unit) and len(unit.blocks) == 1  # shards cut blocks unlike
+    @staticmethod
+    def stackable(stack: Stack) -> bool:
+        return len(stack.blocks) == 1  # shards cut blocks unlike
 
     def axis(self, stack: Stack) -> int:
         return shard_axis(stack.param, stack.flatten)
@@ -240,12 +237,12 @@ class Exchanged(Bucket):
 
     def first_row(self, stack: Stack) -> int:
         """Return the first row of a block; `cut` may have numbered those of a single matrix through."""
-        return sum(stack.blocks[:stack.number + (stack.indices[0] if stack.bank[0] == 1 else 0)])
+        return sum(stack.blocks[:stack.number + (stack.start if stack.bank[0] == 1 else 0)])
 
     def numel(self, stack: Stack, rank: int) -> int:
         begin, end = self.cut(stack, rank)
         other_side = stack.m if self.axis(stack) else stack.n
-        return len(stack.indices) * (end - begin) * other_side
+        return len(stack) * (end - begin) * other_side
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
         """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the
@@ -256,8 +253,8 @@ class Exchanged(Bucket):
         begin, end = self.cut(stack, self.rank)
         first, _ = chunk(rows, self.world_size, self.rank)
         row = max(self.first_row(stack) + begin - first, 0)
-        where = stack.indices if matrices > 1 else range(1)
-        return as_bank(x, stack.flatten)[where.start:where.stop:where.step, row:row + end - begin]
+        where = slice(stack.start, stack.stop) if matrices > 1 else slice(1)
+        return as_bank(x, stack.flatten)[where, row:row + end - begin]
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
         views = {}
@@ -271,9 +268,9 @@ class Exchanged(Bucket):
         matrices, their flags and, on the way back, the bits of their V."""
         stacks = self.stacks[owner]
         sizes = [self.numels[stack, rank] for stack in stacks]
-        sizes += [len(stack.indices) for stack in stacks]
+        sizes += [len(stack) for stack in stacks]
         for stack in stacks if back else ():
-            bits = len(stack.indices) * max(stack.shape[1:]) * 4 // self.wire.itemsize
+            bits = len(stack) * max(stack.shape[1:]) * 4 // self.wire.itemsize
             sizes.append(bits if stack.group["normuon_beta2"] is not None else 0)
         return sizes
 
@@ -305,8 +302,8 @@ class Exchanged(Bucket):
 
     def as_piece(self, stack: Stack, x: Tensor) -> Tensor:
         if self.axis(stack):
-            return x.view(len(stack.indices), stack.m, -1)
-        return x.view(len(stack.indices), -1, stack.n)
+            return x.view(len(stack), stack.m, -1)
+        return x.view(len(stack), -1, stack.n)
 
     def start(self) -> None:
         if self.pending is not None:
@@ -320,7 +317,7 @@ class Exchanged(Bucket):
                 if G is not None:
                     G = self.piece(stack, G).float()
                 parts.append(look_ahead(M, G, stack.group))
-                alive.append(signs_of_life(G, len(stack.indices), self.device))
+                alive.append(signs_of_life(G, len(stack), self.device))
             parts += alive
         self.pending = self.exchange(parts, back=False)
 
@@ -330,13 +327,13 @@ class Exchanged(Bucket):
         return received
 
     def update(self, received: Tensor) -> dict[Stack, tuple[Tensor, Tensor]]:
-        entries = []
+        ahead = {}
         for from_ranks in zip(*self.unpacked(received, back=False)):
             stacks, pieces, flags, _ = zip(*from_ranks)
             U = torch.cat(pieces, 1 + self.axis(stacks[0]))
             alive = sum(flag.float() for flag in flags)
-            entries.append((stacks[0], *finite(U, alive)))
-        results = self.orthogonalize(entries)
+            ahead[stacks[0]] = finite(U, alive)
+        results = self.orthogonalize(ahead)
         return {stack: (self.normalized(stack, O, ok), ok) for stack, (O, ok) in results.items()}
 
     def send(self, results: dict[Stack, tuple[Tensor, Tensor]]) -> None:
@@ -362,7 +359,7 @@ class Exchanged(Bucket):
             for stack, O, ok, V in results:
                 self.apply_piece(stack, O, ok, V)
                 done += ok.sum().long()
-        return self.num_units - done
+        return self.num_matrices - done
 
     def apply_piece(self, stack: Stack, O: Tensor, ok: Tensor, V: Tensor) -> None:
         """Move my piece of the momentum and of the weights."""
@@ -377,7 +374,7 @@ class Exchanged(Bucket):
             G = torch.where(moves, self.piece(stack, G).float(), M)
             M.lerp_(G, 1 - stack.group["momentum"])
         if "second_moment" in state:
-            state["second_moment"].copy_(V.clone().view(torch.float32).view(len(stack.indices), -1))
+            state["second_moment"].copy_(V.clone().view(torch.float32).view(len(stack), -1))
         O = O.reshape(W.shape)
         if "mantissa" in state:
             W.copy_(step_master(W, state["mantissa"], O, ok, *rates))

@@ -1,9 +1,7 @@
 """Read training logs of the NanoGPT speedrun, judge a claim, pack a submission, check an archive."""
 import argparse
-import difflib
 import importlib
 import sys
-import textwrap
 
 from data.errors import UsageError, run_program
 
@@ -20,7 +18,7 @@ A PATH is a log, or a folder of logs. Logs of every format of the public speedru
 train_gpt.py. Nothing that is read is ever run, no network is used, and neither torch nor a GPU is needed.
 
 {verbs}
-python -m records VERB --help tells the arguments of a verb.
+python -m records VERB --help tells the arguments of a verb, with an example.
 
 exit codes:
   0  done, and nothing to complain about
@@ -38,10 +36,7 @@ def manual() -> str:
     lines = []
     for title, verbs in VERBS.items():
         lines.append(f"{title}:")
-        for verb in verbs:
-            module = importlib.import_module(f"records.{verb}")
-            example = textwrap.wrap(module.EXAMPLE, 110, break_long_words=False, break_on_hyphens=False)
-            lines += [f"  {verb:<10} {module.HELP}", "             " + " \\\n               ".join(example)]
+        lines += [f"  {verb:<10} {importlib.import_module(f'records.{verb}').HELP}" for verb in verbs]
         lines.append("")
     return MANUAL.format(about=__doc__, verbs="\n".join(lines))
 
@@ -53,13 +48,11 @@ def main(argv: list[str]) -> int:
     verb = argv[0]
     known = [verb for verbs in VERBS.values() for verb in verbs]
     if verb not in known:
-        near = difflib.get_close_matches(verb, known, n=1)
-        advice = f"did you mean {near[0]}?" if near else "see python -m records --help"
-        raise UsageError(f"expected a verb ({', '.join(known)}), found {verb!r}; {advice}")
-    module = importlib.import_module(f"records.{verb}")
+        raise UsageError(f"expected a verb ({', '.join(known)}), found {verb!r}; see python -m records -h")
+    module = importlib.import_module(f"records.{verb}")  # that one alone: some load scipy and matplotlib
     parser = VerbParser(prog=f"python -m records {verb}", description=module.__doc__,
-                    epilog=f"example: {module.EXAMPLE}",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+                        epilog=f"example: {module.EXAMPLE}",
+                        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     module.add_arguments(parser)
     code = module.run(parser.parse_args(argv[1:]))
     sys.stdout.flush()

@@ -12,7 +12,6 @@ no verdict before the planned number of pairs, and no more pairs can be added af
 into findings."""
 import contextlib
 import json
-import math
 import random
 import shlex
 import signal
@@ -26,9 +25,8 @@ from data.errors import UsageError
 from data.files import written_whole
 from records import logs
 from records.experiment import PLAN, ROLES, Experiment, Pair, read_experiment
-from records.groups import FACTS, LENGTH
-from records.logs import RunFacts
-from records.text import listed, seconds
+from records.logs import LogFile
+from records.text import seconds
 from tools.children import kill_group
 
 HELP = "run candidate and baseline in turn on this machine, then the paired verdict"
@@ -62,7 +60,7 @@ def run(args) -> int:
         try:
             for number, pair in enumerate(experiment.pairs, 1):
                 for arm in pair.order:
-                    if find_run(args.out, arm, number) is None:
+                    if find_log(args.out, arm, number) is None:
                         command = getattr(experiment, arm)
                         perform(args.out, arm, number, command, pair.seed, 60 * args.limit, lock, stop)
         except KeyboardInterrupt:
@@ -204,7 +202,7 @@ def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: fl
 
     with written_whole(out / arm / f"{number:03d}_{path.name}") as file:
         file.write(path.read_bytes())
-    done = logs.read(path).runs[0]
+    done, = logs.read(path).runs
     print(f"pair {number}, {arm}: loss {done.final_val_loss}, {seconds(done.final_time_ms)} s", flush=True)
 
 
@@ -219,9 +217,13 @@ def what_is_wrong(out: Path, arm: str, number: int, seed: int, path: Path | None
         return f"no validation at the last step in {path}"
     if found[0].seed not in (seed, None):
         return f"seed {found[0].seed} in {path} instead of {seed}"
-    if equal := pair_with_equal_losses(out, arm, number, found[0]):
-        return (f"the very losses of pair {equal}, as if the command did not use its seed ({{seed}} in it "
-                "says where it goes)")
+    # With another seed all losses cannot be equal by chance.
+    losses = [point.val_loss for point in found[0].val_points]
+    for earlier in range(1, number):
+        other = find_log(out, arm, earlier)
+        if other and len(losses) > 2 and losses == [point.val_loss for point in other.runs[0].val_points]:
+            return (f"the very losses of pair {earlier}, as if the command did not use its seed ({{seed}} in "
+                    "it says where it goes)")
     return ""
 
 
@@ -271,98 +273,62 @@ def written_log(argv: list[str], output: Path, started: float) -> Path | None:
     return None
 
 
-def find_run(out: Path, arm: str, number: int) -> RunFacts | None:
-    """The finished run of an arm, "a" or "b", in a pair: it counts from the moment its log lies in place."""
+def find_log(out: Path, arm: str, number: int) -> LogFile | None:
+    """The log of an arm, "a" or "b", in a pair: it counts from the moment it lies in place."""
     path = next((out / arm).glob(f"{number:03d}_*"), None)
     if path is None:
         return None
-    runs = logs.read(path).runs
-    if len(runs) != 1 or not runs[0].complete:
+    log = logs.read(path)
+    if len(log.runs) != 1 or not log.runs[0].complete:
         raise UsageError(f"{path}: expected the log of a complete run, which ab put there, found "
-                         f"{len(runs)} runs or an incomplete one; remove the file and start the same ab "
+                         f"{len(log.runs)} runs or an incomplete one; remove the file and start the same ab "
                          "again")
-    return runs[0]
-
-
-def pair_with_equal_losses(out: Path, arm: str, number: int, new: RunFacts) -> int | None:
-    """An earlier pair whose run of this arm has the same losses: with another seed all of them
-    cannot be equal by chance."""
-    def losses(run):
-        return [(point.step, point.val_loss) for point in run.val_points]
-
-    earlier = ((k, find_run(out, arm, k)) for k in range(1, number))
-    return next((k for k, run in earlier if run and len(losses(run)) > 2 and losses(run) == losses(new)),
-                None)
+    return log
 
 
 # The verdict
 
 def conclude(out: Path, experiment: Experiment):
     """Write the verdict on all pairs, and print it."""
-    a, b = ([find_run(out, arm, number) for number in range(1, len(experiment.pairs) + 1)] for arm in "ab")
-    verdict = paired_tests(a, b)
-    lines = [*sentences(verdict), *notes(out, a, b)]
+    from records import rules  # scipy has threads, which must not be there while ab starts runs
+    arms = {arm.upper(): [find_log(out, arm, number) for number in range(1, len(experiment.pairs) + 1)]
+            for arm in "ab"}
+    a, b = map(rules.runs_of, arms.values())
+    times = [rules.seconds_of(run.end for run in arm) for arm in (a, b)]
+    losses = [[run.final_val_loss for run in arm] for arm in (a, b)]
+    lines = [*sentences(times, losses), *rules.doubts(arms)]
+    again = len(list((out / "output").iterdir())) - len(a) - len(b)
+    if again > 0:
+        lines.append(f"Attempts that failed or were interrupted and were made again: {again} (see output/).")
+
+    rows = [f"| {i} | {pair.seed} | {pair.order[0].upper()} | {loss_a} | {loss_b} | {ms_a:.3f} | {ms_b:.3f} |"
+            for i, (pair, loss_a, loss_b, ms_a, ms_b) in enumerate(zip(experiment.pairs, *losses, *times), 1)]
     with written_whole(out / "verdict.md", "w") as file:
-        file.write(markdown(experiment, a, b, lines))
+        file.write("\n".join([
+            f"# {len(a)} pairs of runs", "",
+            f"    A: {experiment.a}",
+            f"    B: {experiment.b}", "",
+            *(f"- {line}" for line in lines), "",
+            "| pair | seed | first | loss A | loss B | seconds A | seconds B |",
+            "|-|-|-|-|-|-|-|",
+            *rows, ""]))
     print("\n".join((*lines, f"Written to {out}/verdict.md.")))
 
 
-def paired_tests(a: list[RunFacts], b: list[RunFacts]) -> dict:
-    """The paired tests of A minus B; speed_up: mean of B's time over A's, by the logarithms."""
-    # scipy takes a second, and has threads that must not be there while ab starts runs
+def sentences(times: list[list[float]], losses: list[list[float]]):
+    """What the paired tests say of A minus B; times are in seconds."""
     from records import statistics
-    losses = statistics.paired([run.final_val_loss for run in a], [run.final_val_loss for run in b])
-    times = [[math.nan if run.final_time_ms is None else run.final_time_ms / 1000 for run in arm]
-             for arm in (a, b)]
-    logarithms = [math.log(y / x) if x > 0 and y > 0 else math.nan for x, y in zip(*times)]
-    mean = statistics.mean_interval(logarithms)
-    limits = [None if value is None else math.exp(value) for value in (mean.value, mean.low, mean.high)]
-    speed_up = statistics.Estimate(*limits, why=mean.why)
-    return dict(seconds=statistics.paired(*times), speed_up=speed_up, loss=losses)
-
-
-def sentences(verdict: dict):
-    from records.statistics import ALPHA
-    for name, digits, below, above in (("seconds", ".2f", "A is faster", "A is slower"),
-                                       ("loss", ".5f", "A ends lower", "A ends higher")):
-        test = verdict[name]
-        difference = test.difference
-        if test.sd == 0 == difference.value:
-            yield f"{name.capitalize()}: the same in every pair."
+    for name, values, digits, below, above in (("Seconds", times, ".2f", "A is faster", "A is slower"),
+                                               ("Loss", losses, ".5f", "A ends lower", "A ends higher")):
+        found = statistics.paired(*values)
+        if found.why:
+            yield f"{name}: cannot be judged: {found.why}."
             continue
-        if difference.why:
-            yield f"{name.capitalize()}: cannot be judged: {difference.why}."
-            continue
-        p = min(difference.p, test.p_above)
-        word = "no difference shown" if p >= ALPHA else below if difference.p < ALPHA else above
-        yield (f"{name.capitalize()}: {word}. A minus B is {difference:{'+' + digits}}, one-sided p = "
-               f"{p:.2g}, needed < {ALPHA}. {test.n} pairs with this spread show a difference of "
-               f"{test.floor:{digits}} in 8 cases of 10.")
-    yield f"Speed-up: {verdict['speed_up']:.4f}."
-
-
-def notes(out: Path, a: list[RunFacts], b: list[RunFacts]):
-    for name, fact in {**FACTS, **LENGTH}.items():
-        of_a, of_b = ({str(fact(run)) for run in arm} for arm in (a, b))
-        if len(of_a | of_b) > 1:
-            yield f"Runs differ in {name}: A {listed(sorted(of_a))}; B {listed(sorted(of_b))}."
-    if any(run.seed is None for run in (*a, *b)):
-        yield "Some logs name no seed, so that nobody can tell whether it was used."
-    attempts = len(list((out / "output").iterdir()))
-    if attempts > len(a) + len(b):
-        more = attempts - len(a) - len(b)
-        yield f"Attempts that failed or were interrupted and were made again: {more} (see output/)."
-
-
-def markdown(experiment: Experiment, a: list[RunFacts], b: list[RunFacts], lines: list[str]) -> str:
-    rows = [f"| {i} | {pair.seed} | {pair.order[0].upper()} | {x.final_val_loss} | {y.final_val_loss} | "
-            f"{(x.final_time_ms or 0) / 1000:.3f} | {(y.final_time_ms or 0) / 1000:.3f} |"
-            for i, (pair, x, y) in enumerate(zip(experiment.pairs, a, b), 1)]
-    return "\n".join([
-        f"# {len(a)} pairs of runs", "",
-        f"    A: {experiment.a}",
-        f"    B: {experiment.b}", "",
-        *(f"- {line}" for line in lines), "",
-        "| pair | seed | first | loss A | loss B | seconds A | seconds B |",
-        "|-|-|-|-|-|-|-|",
-        *rows, ""])
+        n = len(values[0])
+        p = min(found.p, 1 - found.p)
+        _, sd = statistics.mean_sd([x - y for x, y in zip(*values)])
+        word = below if found.p < 0.5 else above
+        yield (f"{name}: {word if p < statistics.ALPHA else 'no difference shown'}. A minus B is "
+               f"{found:{'+' + digits}}, one-sided p = {p:.2g}, needed < {statistics.ALPHA}. {n} pairs with "
+               f"this spread show a difference of {statistics.detectable(n, sd):{digits}} in 8 cases of 10.")
+    yield f"Speed-up: {statistics.ratio(statistics.paired, *times[::-1]):.4f}."

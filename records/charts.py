@@ -50,29 +50,22 @@ def figure(groups: list[RunGroup], target: float):
     drawing = Figure(figsize=(11, 4.5), layout="constrained")
     axes = drawing.subplots(1, 2, sharey=True)
     for ax, by_time in zip(axes, (False, True)):
-        bands = [band(group, by_time) for group in groups]
-        for color, group, rows in zip(COLORS, groups, bands):
-            if rows:
-                draw(ax, color, f"{group.name} (n = {len(group.runs)})", rows)
+        bands = {k: rows for k, group in enumerate(groups) if (rows := band(group, by_time))}
+        for k, rows in bands.items():
+            place, mean, low, high = zip(*rows)
+            # Of a name no formula is made, and none is left out for its first letter.
+            label = f" {groups[k].name} (n = {len(groups[k].runs)})".replace("$", r"\$")
+            ax.plot(place, mean, marker=".", color=COLORS[k], linestyle="-" if k < 4 else "--", label=label)
+            ax.fill_between(place, low, high, color=COLORS[k], alpha=0.2, linewidth=0)
         ax.axhline(target, color=GREY, linewidth=1, linestyle=":")
         ax.annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
         ax.set_xlabel("training time, seconds" if by_time else "steps")
         ax.grid(alpha=0.3)
-        if not by_time and any(bands):
-            set_height(ax, [rows for rows in bands if rows], target)
+        if bands and not by_time:
+            set_height(ax, [*bands.values()], target)
+            ax.legend(title="mean, and lowest to highest run")
     axes[0].set_ylabel("validation loss")
-    if axes[0].lines[1:]:
-        axes[0].legend(title="mean, and lowest to highest run")
     return drawing
-
-
-def draw(ax, color: str, label: str, rows: list[tuple]):
-    """The curve of a group; of a name no formula is made, and none is left out for its first letter."""
-    place, mean, low, high = zip(*rows)
-    dashed = COLORS.index(color) >= 4
-    ax.plot(place, mean, marker=".", color=color, linestyle="--" if dashed else "-",
-            label=" " + label.replace("$", r"\$"))
-    ax.fill_between(place, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def set_height(ax, bands: list[list[tuple]], target: float):
@@ -84,16 +77,12 @@ def set_height(ax, bands: list[list[tuple]], target: float):
     ax.set_ylim(bottom - margin, top + margin)
 
 
-def save(groups: list[RunGroup], target: float, file, kind: str, clear: bool = False):
-    """Draw the curves into a file, as png, svg or pdf; clear: for any paper."""
+def save(groups: list[RunGroup], target: float, file, kind: str):
+    """Draw the curves into a file, as png, svg or pdf; a svg is for paper of any colour."""
     import matplotlib
     with matplotlib.rc_context(SETTINGS):
-        drawing = figure(groups, target)
-        if clear:
-            drawing.patch.set_alpha(0)
-            for ax in drawing.axes:
-                ax.patch.set_alpha(0)
-        drawing.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        options = {"metadata": {"Date": None}, "transparent": True} if kind == "svg" else {}
+        figure(groups, target).savefig(file, format=kind, dpi=150, **options)
 
 
 def plot(groups: list[RunGroup], target: float, path: Path):

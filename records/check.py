@@ -18,12 +18,12 @@ from records import logs, schema
 from records.experiment import read_experiment
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
 from records.text import Grid, terminal
-from records.tracks import TRACKS, choose
+from records.tracks import TRACKS, only
 
 HELP = "every rule of a track on a submission, with the evidence"
 EXAMPLE = "python -m records check records/track_0_laptop/2026-11-24_TailAverage"
 
-FOLDERS = ("runs", "baseline", "excluded")  # of logs, in the folder of a submission
+FOLDERS = ("runs", "baseline")  # of logs, in the folder of a submission
 
 __doc__ = __doc__.format(rules="\n".join(f"  {name:<21} {rule.__doc__}" for name, rule in RULES.items()))
 
@@ -37,9 +37,6 @@ def add_claim_arguments(parser):
                         help="step whose validation counts, where the track wants it stated")
     parser.add_argument("--planned", type=int, metavar="N",
                         help="runs that were planned before the first one (default: as in ab's plan)")
-    parser.add_argument("--exclude", action="append", default=[], metavar="LOG=REASON",
-                        help="leave a log out, for a reason other than its result; it stays in the folder "
-                             "(repeatable)")
     parser.add_argument("--waive", action="append", default=[], metavar="RULE=REASON",
                         help="accept a failure (repeatable)")
 
@@ -65,19 +62,14 @@ def run(args) -> int:
 
 # A folder built by pack
 
-def from_folder(folder: Path, statement: schema.Statement, siblings: Path | None = None) -> Submission:
-    """The submission in a folder built by pack: all logs that lie there now.
-
-    siblings: the folder of the track, where another record may hold the baseline (default: the one that
-    `folder` is in).
-    """
-    runs, baseline, excluded = ([logs.read(path) for path in members(folder / name)] for name in FOLDERS)
+def from_folder(folder: Path, statement: schema.Statement) -> Submission:
+    """The submission in a folder built by pack: all logs that lie there now."""
+    runs, baseline = ([logs.read(path) for path in members(folder / name)] for name in FOLDERS)
     if statement.baseline_record:
-        elsewhere = (siblings or folder.resolve().parent) / statement.baseline_record / "runs"
+        elsewhere = folder.resolve().parent / statement.baseline_record / "runs"
         baseline += [logs.read(path) for path in members(elsewhere)]
-    return Submission(TRACKS[statement.track], runs, baseline,
-                      [(log, statement.excluded.get(log.path.name, "")) for log in excluded],
-                      statement.step, statement.planned_runs, statement.waivers)
+    return Submission(TRACKS[statement.track], runs, baseline, statement.step, statement.planned_runs,
+                      statement.waivers)
 
 
 def members(folder: Path) -> list[Path]:
@@ -102,56 +94,34 @@ def from_arguments(args) -> Submission:
     if len(paths) == 1 and not baseline and (experiment := read_experiment(folder)):
         paths, baseline = [folder / "a"], [folder / "b"]
         planned_runs = planned_runs or len(experiment.pairs)
-    counted, excluded = leave_out(logs.find(paths), args.exclude)
-    submitted = [logs.read(path) for path in counted]
+    submitted, before = ([*map(logs.read, logs.find(group))] for group in (paths, baseline))
     if not any(log.runs for log in submitted):
         raise UsageError(f"{args.paths[0]}: expected logs of runs, found none that counts; check the path")
 
-    track = TRACKS[args.track] if args.track else choose(submitted)
+    track = TRACKS[args.track] if args.track else only(submitted)
+    if track is None:
+        raise UsageError(f"expected logs of one track, found none or several; say --track={'|'.join(TRACKS)}")
     step = args.step
     if step is None and track.claim_step == "stated":
         step = max((run.final_step for log in submitted for run in log.runs if run.val_points), default=None)
-    left_out = [(logs.read(path), reason) for path, reason in excluded.items()]
-    return Submission(track, submitted, [logs.read(path) for path in logs.find(baseline)], left_out, step,
-                      planned_runs, waivers(args.waive))
-
-
-def leave_out(found: list[Path], texts: list[str]) -> tuple[list[Path], dict[Path, str]]:
-    """(logs that count, excluded logs with the reason).
-
-    A log is named by its file name or the beginning of it.
-    """
-    excluded = {}
-    for name, reason in pairs(texts, "--exclude").items():
-        matches = [path for path in found if path.name == Path(name).name or path.name.startswith(name)]
-        if len(matches) != 1:
-            raise UsageError(f"--exclude: expected the name of one log, found {len(matches)} called "
-                             f"{name!r}; say it in full")
-        excluded[matches[0]] = reason
-    return [path for path in found if path not in excluded], excluded
+    return Submission(track, *(sorted(group, key=lambda log: log.path.name) for group in (submitted, before)),
+                      step, planned_runs, waivers(args.waive))
 
 
 def waivers(texts: list[str]) -> dict[str, str]:
-    found = pairs(texts, "--waive")
-    if wrong := sorted(found.keys() - WAIVABLE):
-        advice = "this rule cannot be waived" if wrong[0] in RULES else "see check --help for the rules"
-        raise UsageError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {wrong[0]!r}; "
-                         f"{advice}")
-    return found
-
-
-def pairs(texts: list[str], option: str) -> dict[str, str]:
-    """KEY=REASON arguments."""
+    """RULE=REASON arguments."""
     found = dict(text.partition("=")[::2] for text in texts)
-    for key, reason in found.items():
-        if not key or not reason.strip():
-            raise UsageError(f"{option}: expected NAME=REASON, found {key!r} without a reason; say why")
+    for rule, reason in found.items():
+        if rule not in WAIVABLE:
+            raise UsageError(f"--waive: expected one of {', '.join(sorted(WAIVABLE))}, found {rule!r}; no "
+                             "other rule can be waived")
+        if not reason.strip():
+            raise UsageError(f"--waive: expected RULE=REASON, found {rule!r} without a reason; say why")
     return found
 
 
 def print_verdicts(found: list[Verdict], s: Submission):
-    print(f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline, "
-          f"{len(s.excluded)} logs left out")
+    print(f"track {s.track.name}: {len(s.runs)} runs, {len(s.baseline_runs)} of the baseline")
     rows = [[v.rule, v.verdict, f"{v.evidence} (accepted: {v.reason})" if v.reason else v.evidence]
             for v in found]
     Grid(["rule", "verdict", "evidence"], rows).print(terminal())

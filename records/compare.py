@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import UsageError
-from records import charts, history, show, statistics
+from records import charts, history, rules, show, statistics
 from records.difference import differences, summed
-from records.groups import FACTS, Counted, RunGroup, count, find_groups
+from records.groups import RunGroup, find_groups
 from records.logs import RunFacts
-from records.rules import changed_settings
-from records.text import Grid, printable, shown, terminal
+from records.rules import Submission
+from records.text import Grid, printable, terminal
 from records.tracks import TRACKS, Track, only
 
 HELP = "groups of runs side by side: loss rule, speed-up, loss by step, changes of settings and source"
@@ -85,22 +85,21 @@ def examine(args) -> Comparison:
     groups, left_out = find_groups(args.paths)
     track = TRACKS[args.track] if args.track else only(groups[0].logs[:1])
     target = args.target or (track or TRACKS["small"]).target
+    warnings = [*rules.doubts(dict(groups), track, args.step), *left_out]
+    loss_rules = []
+    if track:
+        loss_rules = [f"{group.name}: {Submission(track, group.logs, step=args.step).loss_test()}"
+                      for group in groups]
     if args.history is not None:
         groups.insert(0, public_group(track, args.history))
-    counted = [count(group, track, args.step) for group in groups]
-    judged = [(group, its) for group, its in zip(groups, counted) if group.logs]  # not a public record
     against = []
-    for group, its in zip(groups[1:], counted[1:]):
-        sentences = [*gains(groups[0], counted[0], group, its, track, target)]
+    for group in groups[1:]:
+        sentences = [*gains(groups[0], group, target, args.step)]
         if args.history is not None:
             sentences.append(beside(groups[0], group))
         against.append((group, sentences))
-    doubts = [*warnings(groups, counted), *left_out]
-    rules = []
-    if track:
-        rules = [f"{group.name}: {statistics.loss_rule(track, its.losses)}" for group, its in judged]
-    return Comparison(groups, track, target, summary(groups, target), doubts, rules, losses_by_step(groups),
-                      against)
+    return Comparison(groups, track, target, summary(groups, target), warnings, loss_rules,
+                      losses_by_step(groups), against)
 
 
 def spread(values: list, form: str, factor: float = 1) -> str:
@@ -129,18 +128,6 @@ def summary(groups: list[RunGroup], target: float) -> Grid:
     titles = ["group", "runs", "steps", "final loss", "time, s", "ms/step", f"reach {target:g}", "after, s",
               "at step"]
     return Grid(titles, rows)
-
-
-def warnings(groups: list[RunGroup], counted: list[Counted]):
-    """What makes a comparison doubtful: facts that differ between groups, and the notes of each group."""
-    for name, fact in FACTS.items():
-        values = {group.name: sorted({shown(fact(run)) for run in group.runs}) for group in groups}
-        if len({value for found in values.values() for value in found}) > 1:
-            yield f"{name} differs: " + "; ".join(f"{group} {' and '.join(found)}"
-                                                  for group, found in values.items())
-    for group, its in zip(groups, counted):
-        for note in [*group.notes, *its.notes]:
-            yield note if len(groups) == 1 else f"{group.name}: {note}"
 
 
 # Losses step by step
@@ -174,30 +161,29 @@ def losses_at(steps: list[int], run: RunFacts) -> list[float]:
 
 # One group against another
 
-def gains(first: RunGroup, its_first: Counted, group: RunGroup, its: Counted, track: Track | None,
-          target: float):
+def gains(first: RunGroup, group: RunGroup, target: float, step: int | None):
     """Sentences about what a group gains over the first one, and by what it may do so."""
-    yield f"loss: {difference(its.losses, its_first.losses, '+.5f')}"
-    if track and None not in (track.loss_per_step, its.step, its_first.step):
-        rule = statistics.pairwise_rule(its.losses, its_first.losses, its_first.step - its.step,
-                                        track.loss_per_step)
-        yield f"pairwise rule: {rule}"
+    after, before = (Submission(None, side.logs, step=step) for side in (group, first))
+    losses = statistics.welch(after.losses(after.runs), before.losses(before.runs))
+    yield f"loss: {difference(losses, '+.5f')}"
     yield speed_up(f"steps to {target:g}", first, group, lambda run: run.steps_to(target))
-    same_machine = all({fact(run) for run in group.runs} == {fact(run) for run in first.runs}
-                       for fact in (FACTS["hardware"], FACTS["world size"]))
-    if same_machine:
-        yield f"seconds: {difference(its.seconds, its_first.seconds, '+.2f')}"
-        yield speed_up(f"time to {target:g}", first, group, lambda run: run.time_to(target))
-        whole = statistics.ratio_interval(its_first.seconds, its.seconds)
-        yield f"speed-up in time of the whole run: {whole:.3f}"
-    else:
+    verdict, _ = rules.same_hardware(Submission(None, group.logs, first.logs))
+    if verdict == rules.FAIL:
         yield "times are not compared: they are of different hardware"
-    yield changed_sources(first, group)
-    yield from settings_against(first, group)
+    else:
+        times = [rules.seconds_of(map(side.point, side.runs)) for side in (after, before)]
+        yield f"seconds: {difference(statistics.welch(*times), '+.2f')}"
+        yield speed_up(f"time to {target:g}", first, group, lambda run: run.time_to(target))
+        yield f"speed-up in time of the whole run: {statistics.ratio(statistics.welch, *times[::-1]):.3f}"
+    if first.sources and group.sources:
+        yield f"source: {summed(differences(first.sources, group.sources)) or 'the same'}"
+    if (old := first.runs[0].config) and (new := group.runs[0].config):
+        changes = [f"{name} {json.dumps(value)[:60]} -> {json.dumps(now)[:60]}"
+                   for name, value, now in rules.changed_settings(old, new)]
+        yield "settings: " + (", ".join(changes) or "the same")
 
 
-def difference(values: list[float], before: list[float], form: str) -> str:
-    found = statistics.welch(values, before)
+def difference(found: statistics.Estimate, form: str) -> str:
     p = "" if found.why else f", below 0 with p = {found.p:.3g} (Welch's test)"
     return f"{found:{form}}{p}"
 
@@ -206,22 +192,7 @@ def speed_up(name: str, first: RunGroup, group: RunGroup, fact) -> str:
     before, after = ([fact(run) for run in side.runs] for side in (first, group))
     if missing := (before + after).count(None):
         return f"speed-up in {name}: unknown, {missing} of {len(before + after)} runs have none"
-    return f"speed-up in {name}: {statistics.ratio_interval(before, after):.3f}"
-
-
-def changed_sources(first: RunGroup, group: RunGroup) -> str:
-    if not (first.sources and group.sources):
-        return "source: not in the logs of both"
-    return f"source: {summed(differences(first.sources, group.sources)) or 'the same'}"
-
-
-def settings_against(first: RunGroup, group: RunGroup):
-    """Settings of our own logs, of the first run of each group."""
-    before, after = first.runs[0].config, group.runs[0].config
-    if before and after:
-        changes = [f"{name} {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"
-                   for name, old, new in changed_settings(before, after)]
-        yield "settings: " + (", ".join(changes) or "the same")
+    return f"speed-up in {name}: {statistics.ratio(statistics.welch, before, after):.3f}"
 
 
 # Public records
@@ -230,14 +201,11 @@ def public_group(track: Track | None, number: int) -> RunGroup:
     """The runs of a public record whose curves are kept in records/history, as a group."""
     name = track.name if track else "small"
     known = history.numbers_with_curves(name)
-    if not known:
-        raise UsageError(f"--history: expected a log of a track with public records, found track {name}; "
-                         "leave it out")
     if number not in known:
+        choice = f"choose one from {known[0]} to {known[-1]}" if known else "the track has none: leave it out"
         raise UsageError(f"--history: expected the number of a public record of track {name} whose curve is "
-                         f"kept, found {number}; choose one from {known[0]} to {known[-1]}, see "
-                         "records/README.md")
-    return RunGroup(f"public record {number}", [], history.runs(name, number), [])
+                         f"kept, found {number}; {choice}, see records/README.md")
+    return RunGroup(f"public record {number}", [history.as_log(name, number)])
 
 
 def beside(public: RunGroup, group: RunGroup) -> str:

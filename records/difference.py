@@ -3,7 +3,9 @@ import difflib
 from collections import Counter
 from dataclasses import dataclass
 
-WORK_LIMIT = 2_000_000  # comparisons of lines, about a second; sources of the public archive need 35,000
+# of a file; difflib's time grows with the cube of the lines where somebody wants it to, and is a second here
+# (the longest source in the public logs has 3,500)
+MOST_LINES = 4000
 
 
 @dataclass(frozen=True)
@@ -11,23 +13,7 @@ class Difference:
     file: str
     added: int  # lines
     removed: int
-    # of a unified diff: (place, same, added or removed; text); [] where it would take too long
-    lines: list[tuple[str, str]]
-
-
-class TooLong(Exception):
-    pass
-
-
-class Matcher(difflib.SequenceMatcher):
-    """difflib's time grows with the cube of the lines where somebody wants it to; this one gives up."""
-    work = 0
-
-    def find_longest_match(self, alo=0, ahi=None, blo=0, bhi=None):
-        self.work += sum(1 + len(self.b2j.get(line, ())) for line in self.a[alo:ahi])
-        if self.work > WORK_LIMIT:
-            raise TooLong
-        return super().find_longest_match(alo, ahi, blo, bhi)
+    lines: list[str]  # of a unified diff; [] where it would take too long
 
 
 def differences(before: dict[str, str], after: dict[str, str]) -> list[Difference]:
@@ -42,19 +28,9 @@ def summed(changes: list[Difference]) -> str:
 
 def difference(file: str, before: str, after: str) -> Difference:
     old, new = before.splitlines(), after.splitlines()
-    matcher, lines = Matcher(None, old, new), []
-    try:
-        for block in matcher.get_grouped_opcodes(3):
-            (_, a0, _, b0, _), (_, _, a1, _, b1) = block[0], block[-1]
-            lines.append(("place", f"@@ -{a0 + 1},{a1 - a0} +{b0 + 1},{b1 - b0} @@"))
-            for kind, i0, i1, j0, j1 in block:
-                if kind == "equal":
-                    lines += [("same", " " + line) for line in old[i0:i1]]
-                else:
-                    lines += [("removed", "-" + line) for line in old[i0:i1]]
-                    lines += [("added", "+" + line) for line in new[j0:j1]]
-    except TooLong:
-        a, b = Counter(old), Counter(new)
-        return Difference(file, (b - a).total(), (a - b).total(), [])
-    counts = Counter(kind for kind, _ in lines)
-    return Difference(file, counts["added"], counts["removed"], lines)
+    if max(len(old), len(new)) > MOST_LINES:
+        gone, come = Counter(old), Counter(new)
+        return Difference(file, (come - gone).total(), (gone - come).total(), [])
+    lines = [*difflib.unified_diff(old, new, lineterm="")][2:]
+    signs = Counter(line[0] for line in lines)
+    return Difference(file, signs["+"], signs["-"], lines)

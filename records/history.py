@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
-from records.logs import RunFacts, ValPoint
+from records.logs import LogFile, RunFacts, ValPoint
 
 FOLDER = Path(__file__).parent / "history"
 SOURCE = "https://github.com/KellerJordan/modded-nanogpt"
@@ -68,17 +68,17 @@ def numbers_with_curves(track: str) -> list[int]:
     return sorted({int(row["number"]) for row in read("curves.csv") if row["track"] == track})
 
 
-def runs(track: str, record: int) -> list[RunFacts]:
-    """The runs of a record whose curves are kept."""
+def as_log(track: str, record: int) -> LogFile:
+    """The runs of a record whose curves are kept, as those of one log."""
     of_record = track, str(record)
     points = {}
     for row in read("curves.csv"):
         if (row["track"], row["number"]) == of_record:
-            ms = number(row["train_time_ms"], float)
-            point = ValPoint(int(row["step"]), float(row["val_loss"]), ms, {})
+            point = ValPoint(int(row["step"]), float(row["val_loss"]), number(row["train_time_ms"], float))
             points.setdefault(row["run_id"], []).append(point)
     finals = {row["run_id"]: row for row in read("finals.csv") if (row["track"], row["number"]) == of_record}
-    return [public_run(finals[run_id], curve) for run_id, curve in points.items()]
+    runs = tuple(public_run(finals[run_id], curve) for run_id, curve in points.items())
+    return LogFile(FOLDER / "curves.csv", runs, sha256="", size=0, problems=(), sources={})
 
 
 def public_run(final: dict[str, str], points: list[ValPoint]) -> RunFacts:

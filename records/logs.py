@@ -7,7 +7,7 @@ step lines:
     step:125/1480 val_loss:4.0123 train_time:6021ms step_avg:48.17ms      validation
     step:125/1480 train_time:6021ms step_avg:48.17ms                      training
 
-Whatever part is missing, the rest is read. A log is hostile text: it is searched block by block for lines
+Whatever part is missing, the rest is read. A log is hostile text: it is searched line by line for those
 that matter, in bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what
 is odd about it is said in `LogFile.problems`. The source can hold anything, so whatever looks like output
 before the last header counts as source.
@@ -27,11 +27,9 @@ from records.text import printable
 
 RECORD_FILE = "record.json"  # what the folder of a record claims; its logs are in runs/
 SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs
-BLOCK = 1 << 20  # bytes read at a time
-LINE_LIMIT = 1 << 16  # bytes; no longer line is read (the longest that matters in the public logs has 587)
+LINE_LIMIT = 1 << 16  # bytes; no line as long is read (the longest that matters in the public logs has 587)
 SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the public logs has 187,761)
 POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
-EXTRA_LIMIT = 8  # further numbers kept of a validation (the most in the public logs are 3)
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,6 @@ class ValPoint:
     step: int
     val_loss: float  # nats per token, as printed; may be nan or inf
     train_time_ms: float | None
-    extra: dict[str, float]  # further numbers of the line, such as val_ema_loss; not the average step time
-
-
-def losses_of(points: list[ValPoint | None]) -> list[float]:
-    """The losses of validations, nan where there is none."""
-    return [math.nan if point is None else point.val_loss for point in points]
-
-
-def times_of(points: list[ValPoint | None]) -> list[float]:
-    """Their milliseconds, nan where there are none."""
-    return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms
-            for point in points]
 
 
 @dataclass(frozen=True)
@@ -75,14 +61,14 @@ class RunFacts:
     step_avg_ms: float | None = None
     # of the embedded source, all files of it; of a single file it is the file's own
     source_sha256: str | None = None
+    commit: str | None = None
+    training_data: str | None = None  # fingerprint of the shards
+    validation_data: str | None = None  # SHA-256 of the tokens that are validated
+    resumed: bool = False  # went on from a checkpoint
 
     @property
     def hardware(self) -> str | None:
         return f"{self.num_gpus} x {self.gpu_name}" if self.gpu_name and self.num_gpus else self.gpu_name
-
-    @property
-    def first_val_loss(self) -> float | None:
-        return self.val_points[0].val_loss if self.val_points else None
 
     @property
     def final_val_loss(self) -> float | None:
@@ -95,6 +81,12 @@ class RunFacts:
     @property
     def final_step(self) -> int | None:
         return self.val_points[-1].step if self.val_points else None
+
+    @property
+    def end(self) -> ValPoint | None:
+        """The last validation of a run that came to its end; llm.c does not say where that is."""
+        ended = self.complete or self.total_steps is None
+        return self.val_points[-1] if self.val_points and ended else None
 
     def at(self, step: int) -> ValPoint | None:
         """The validation at a step."""
@@ -134,17 +126,15 @@ class LogFile:
 
 
 SEPARATOR = "=" * 100
-DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n",
-                     re.M)  # before the second, third, ... source file
+# before the second, third, ... source file
+DIVIDER = re.compile(r"^-{40}\n# ([\w./-]{1,200})\n-{40}\n", re.M)
 NUMBER = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?|inf)|nan", re.A)
 TIME = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s)", re.A)
 STEP = re.compile(r"step:(\d{1,12})/(\d{1,12})((?: \w{1,40}:\S{1,40})+)", re.A)
 LLMC = re.compile(r"s:(\d{1,12}) (tel|trl):(\S{1,40})(?: .*)?", re.A)
-SEED = re.compile(r"(?:Using seed=|seed: )(\d{1,18})", re.A)
-TRIAL = re.compile(r"(?:trial:\d{1,9}/\d{1,9} seed:(\d{1,18})|=== seed (\d{1,18}) start .*)", re.A)
-GPU_ROW = re.compile(r"\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?",
-                     re.A)  # of nvidia-smi, or of a table without bars
-GPU_ITEM = re.compile(r"GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*", re.A)  # of nvidia-smi -L
+SEED = re.compile(r"(?:Using seed=|seed: |trial:\d{1,9}/\d{1,9} seed:)(\d{1,18})", re.A)
+GPU = re.compile(r"(?:\|? *(\d{1,4}) +(NVIDIA(?: \S+)+)(?:  .*)?"  # of nvidia-smi, or of a table without bars
+                 r"|GPU (\d{1,4}): (NVIDIA(?: [^ (]+)+) \(UUID.*)", re.A)  # of nvidia-smi -L
 FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names the fact
     r"Running [pP]ython (?P<python>\S+)",
     r"Running (?:PyTorch|pytorch) (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)"
@@ -152,32 +142,33 @@ FACTS = [re.compile(pattern, re.A) for pattern in (  # the name of a group names
     r"Running Triton version (?P<triton>\S+)",
     r"Running on device_name=(?P<device>\S+(?: \S+)*) +with world_size=(?P<world_size>\d{1,9})$",
     r"Model name: +(?P<cpu>\S+(?: \S+)*)$",
+    r"commit: (?P<commit>[0-9a-f]{40}(?: with changes)?)$",
+    r"training data: .{1,200}, fingerprint (?P<training_data>[0-9a-f]{8,64})$",
+    r"validation data: first \d{1,15} tokens, sha256 (?P<validation_data>[0-9a-f]{64})$",
+    r"(?P<resumed>resumed): ",
     r"peak memory (?:consumption|allocated): (?P<peak_mib>\d{1,12}) MiB",
 )]
-# beginnings of lines that matter, after a newline: one search of a block instead of a look at each line
-LINES = re.compile(
-    rb"\n((?:step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:|=== seed "
-    rb"|config: \{|Model name: |peak memory |ended after step )[^\n]*)")
+PLAIN_FACTS = ("torch", "cuda", "triton", "python", "commit", "training_data", "validation_data")
+MATTERS = re.compile(  # the beginning of a line that matters
+    rb"step:\d|s:\d|={100}|Running |\|? *\d+ +NVIDIA |GPU \d+: |Using seed=|seed: |trial:"
+    rb"|config: \{|Model name: |commit: |training data: |validation data: |resumed: |peak memory "
+    rb"|ended after step ")
 
 
 def find(paths) -> list[Path]:
     """Files that may be logs, sorted: each file of `paths`, and those with a usual suffix below its folders.
 
-    None comes twice. Hidden files, such as those that macOS leaves behind, and links that lead out of a
-    folder are left out; so is everything but the logs of both arms in the folder of an A/B experiment, and
-    everything but the runs in the folder of a record.
+    None comes twice. Hidden files, such as those that macOS leaves behind, and links are left out; so is all
+    but the logs of both arms in the folder of an A/B experiment, and all but the runs in that of a record.
     """
     found = {}
     for path in map(Path, paths):
         try:
-            if path.is_dir():
-                for file in sorted(files_below(path)):
-                    found.setdefault(file.resolve(), file)
-            elif path.exists():
-                found.setdefault(path.resolve(), path)
-            else:
+            if not path.exists():
                 raise UsageError(f"{path}: expected a log or a folder of logs, found nothing there; check "
                                  "the path")
+            for file in sorted(files_below(path)) if path.is_dir() else [path]:
+                found.setdefault(file.resolve(), file)
         except OSError as e:
             refuse(e, path)
     return sorted(found.values())
@@ -185,19 +176,12 @@ def find(paths) -> list[Path]:
 
 def files_below(root: Path) -> Iterator[Path]:
     """The files of a folder that may be logs."""
-    inside = root.resolve()
     for folder, subfolders, names in os.walk(root, onerror=refuse):
-        if read_experiment(Path(folder)):
-            subfolders[:] = [name for name in subfolders if name in ROLES]
-            continue
-        if RECORD_FILE in names:
-            subfolders[:] = [name for name in subfolders if name == "runs"]
-            continue
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            file = Path(folder, name)
-            usual = file.suffix in SUFFIXES and not name.startswith(".")
-            if usual and file.is_file() and file.resolve().is_relative_to(inside):
+        inside = ROLES if read_experiment(Path(folder)) else ["runs"] if RECORD_FILE in names else None
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")
+                         and (inside is None or name in inside)]
+        for file in (Path(folder, name) for name in names if inside is None and not name.startswith(".")):
+            if file.suffix in SUFFIXES and file.is_file() and not file.is_symlink():
                 yield file
 
 
@@ -209,7 +193,7 @@ def refuse(error: OSError, path: Path | None = None):
 def read(path) -> LogFile:
     """The log at a path. Raises UsageError where there is no readable file, and never for what is in it."""
     path = Path(path)
-    notes = Notes()
+    notes = {}  # what is odd about the file: the first example of each kind of oddity
     digest = hashlib.sha256()
     try:
         with opened(path) as file:
@@ -224,16 +208,11 @@ def read(path) -> LogFile:
     sources = split_source(source, notes)
     runs = body.runs(path.stem, hashlib.sha256(source).hexdigest() if source else None)
     if not size:
-        notes.add("the file is empty")
+        notes.setdefault("the file is empty", "")
     elif not any(run.val_points for run in runs):
-        notes.add("there is no validation in it" if runs else "this is no log of a training run")
-    return LogFile(path, runs, digest.hexdigest(), size, notes.sentences(), sources)
-
-
-def read_curve(path) -> list[tuple[int, float | None, float]]:
-    """(step, training milliseconds, validation loss) of each validation of the first run in a log."""
-    runs = read(path).runs
-    return [(point.step, point.train_time_ms, point.val_loss) for point in runs[0].val_points] if runs else []
+        notes.setdefault("there is no validation in it" if runs else "this is no log of a training run", "")
+    problems = tuple(f"{kind}: {example}" if example else kind for kind, example in notes.items())
+    return LogFile(path, runs, digest.hexdigest(), size, problems, sources)
 
 
 def opened(path: Path):
@@ -244,54 +223,32 @@ def opened(path: Path):
     raise UsageError(f"{path}: expected a log, found {kind}; name a file")
 
 
-class Notes:
-    """What is odd about a file: each kind of oddity with a count and its first example."""
-
-    def __init__(self):
-        self.kinds: dict[str, list] = {}
-
-    def add(self, kind: str, example: str = "", once: bool = False):
-        entry = self.kinds.setdefault(kind, [0, example])
-        entry[0] = 1 if once else entry[0] + 1
-
-    def sentences(self) -> tuple[str, ...]:
-        return tuple(kind + (f" ({count} times)" if count > 1 else "") + (f": {example}" if example else "")
-                     for kind, (count, example) in self.kinds.items())
-
-
-def lines(file, digest, notes: Notes):
-    """(offset, line) of each line that matters.
-
-    Never more than a block and the beginning of a line is in memory.
-    """
-    carry = b"\n"
-    end = 0
-    while block := file.read(BLOCK):
-        digest.update(block)
-        if b"\0" in block:
-            notes.add("the file is binary: it holds NUL bytes", once=True)
-        end += len(block)
-        data = carry + block
-        last = data.rindex(b"\n")
-        for match in LINES.finditer(data, 0, last):
-            if len(match[1]) > LINE_LIMIT:
-                notes.add(f"a line of more than {LINE_LIMIT:,} bytes is not read")
-            else:
-                yield end - len(data) + match.start(1), match[1].decode("utf-8", "replace").rstrip()
-        carry = data[last:last + LINE_LIMIT + 2]  # a longer line is known to be too long
-    if carry != b"\n":  # the last line has no end; a number at its end may be cut
-        line = carry[1:].decode("utf-8", "replace")
-        if LINES.match(carry) and len(carry) <= LINE_LIMIT + 1 and line.endswith(("ms", " MiB")):
-            yield end - len(carry) + 1, line
-        else:
-            notes.add("the last line is cut and not read", quoted(line))
+def lines(file, digest, notes: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """(offset, line) of each line that matters. Of a longer line only its beginning is ever in memory."""
+    offset = 0
+    begins = True  # whether what is read next begins a line
+    while text := file.readline(LINE_LIMIT):
+        digest.update(text)
+        if b"\0" in text:
+            notes.setdefault("the file is binary: it holds NUL bytes", "")
+        ends = text.endswith(b"\n")
+        short = len(text) < LINE_LIMIT
+        matters = begins and MATTERS.match(text)
+        if matters and (ends or short and text.endswith((b"ms", b" MiB"))):
+            yield offset, text.decode("utf-8", "replace").rstrip()
+        elif short and not ends:  # a number at the end of the last line may be cut
+            notes.setdefault("the last line is cut and not read", quoted(text.decode("utf-8", "replace")))
+        elif matters:
+            notes.setdefault(f"a line of {LINE_LIMIT:,} bytes and more is not read", "")
+        offset += len(text)
+        begins = ends
 
 
-def read_source(file, body: "Body", notes: Notes) -> bytes:
+def read_source(file, body: "Body", notes: dict[str, str]) -> bytes:
     """The embedded source with LF line ends and one newline at the end, as a source file has; empty
     where there is none."""
     if body.source_end > SOURCE_LIMIT:
-        notes.add(f"an embedded source of more than {SOURCE_LIMIT:,} bytes is not read")
+        notes.setdefault(f"an embedded source of more than {SOURCE_LIMIT:,} bytes is not read", "")
         return b""
     file.seek(0)
     source = file.read(body.source_end).replace(b"\r\n", b"\n")
@@ -300,7 +257,7 @@ def read_source(file, body: "Body", notes: Notes) -> bytes:
     return source.rstrip(b"\n") + b"\n" if source.strip() else b""
 
 
-def split_source(source: bytes, notes: Notes) -> dict[str, str]:
+def split_source(source: bytes, notes: dict[str, str]) -> dict[str, str]:
     """The files of an embedded source by name.
 
     The first bears none in the public formats, and is train_gpt.py where it does not.
@@ -315,7 +272,7 @@ def split_source(source: bytes, notes: Notes) -> dict[str, str]:
         names = ["train_gpt.py", *names]
         texts = [first, *texts]
     if len(set(names)) < len(names) or any(name.startswith("/") or ".." in name.split("/") for name in names):
-        notes.add("the embedded source has file names that cannot be used, and is taken as one file")
+        notes.setdefault("the embedded source has file names that cannot be used: it is one file here", "")
         return {"train_gpt.py": text}
     return {name: part.rstrip("\n") + "\n" for name, part in zip(names, texts)}
 
@@ -331,6 +288,7 @@ class Part:
     points: list[ValPoint] = field(default_factory=list)
     total: int | None = None
     step: int = -1  # of the last line, training lines included
+    ms: float = 0.0  # of the last line whose time counts
 
 
 def read_config(text: str) -> dict:
@@ -339,8 +297,9 @@ def read_config(text: str) -> dict:
     Raises ValueError.
     """
     def plain(value) -> bool:
-        return value is None or isinstance(value, (bool, int,
-                                                   float)) or isinstance(value, str) and value.isprintable()
+        number = isinstance(value, (bool, int, float))
+        return value is None or number or isinstance(value, str) and value.isprintable()
+
     try:
         config = json.loads(text)
     except RecursionError:
@@ -359,7 +318,7 @@ def whole(value) -> int | None:
 class Body:
     """What is known from the last header on; where there is no header, from the last separator on."""
 
-    def __init__(self, notes: Notes, leads: bool = False, separator: int | None = None):
+    def __init__(self, notes: dict[str, str], leads: bool = False, separator: int | None = None):
         self.notes = notes
         self.leads = leads  # whether a separator begins the file
         self.separator = separator  # offset of the last one
@@ -375,7 +334,7 @@ class Body:
         """Learn from a line. Returns the body to which the next line belongs."""
         if line.startswith(("step:", "s:")):
             if self.num_points >= POINT_LIMIT:
-                self.notes.add(f"more than {POINT_LIMIT:,} validations: the rest is not read", once=True)
+                self.notes.setdefault(f"more than {POINT_LIMIT:,} validations: the rest is not read", "")
             elif line.startswith("step:"):
                 self.take_step(line)
             else:
@@ -401,8 +360,7 @@ class Body:
 
     def restarted(self, separator: int) -> "Body":
         if self.has_steps:
-            self.notes.add("step lines before the last header are not read: they belong to the source, or to "
-                           "another log")
+            self.notes.setdefault("step lines before the last header, as in a source, are not read", "")
         return Body(self.notes, self.leads, separator)
 
     def take_fact(self, line: str):
@@ -410,17 +368,16 @@ class Body:
             try:
                 self.config = self.config or read_config(line.removeprefix("config: "))
             except ValueError:
-                self.notes.add("the config line cannot be read", quoted(line))
+                self.notes.setdefault("the config line cannot be read", quoted(line))
         elif match := SEED.fullmatch(line):
+            if self.parts[-1].points:
+                self.start_part()
             self.parts[-1].seed = int(match[1])
-        elif match := TRIAL.fullmatch(line):
-            self.start_part()
-            self.parts[-1].seed = int(match[1] or match[2])
-        elif match := GPU_ROW.fullmatch(line) or GPU_ITEM.fullmatch(line):
-            self.gpus[int(match[1])] = printable(match[2][:100])
+        elif match := GPU.fullmatch(line):
+            self.gpus[int(match[1] or match[3])] = printable((match[2] or match[4])[:100])
         elif line.startswith("ended after"):
-            self.notes.add("the run ended early", quoted(line))
-        else:
+            self.notes.setdefault("the run ended early", quoted(line))
+        elif not self.has_steps or line.startswith("peak memory"):
             for pattern in FACTS:
                 if match := pattern.match(line):
                     found = {name: printable(text[:100]) for name, text in match.groupdict().items()
@@ -429,37 +386,50 @@ class Body:
 
     def take_step(self, line: str):
         match = STEP.fullmatch(line)
-        if not match:
-            return self.notes.add("a step line cannot be read", quoted(line))
+        values = dict(pair.split(":", 1) for pair in match[3].split(" ")[1:]) if match else {}
+        loss = NUMBER.fullmatch(values.get("val_loss", "0"))
+        time = TIME.fullmatch(values.get("train_time", "0ms"))
+        if not match or not loss or not time or len(values) < line.count(" "):
+            return self.notes.setdefault("a step line cannot be read", quoted(line))
+
         step, total = int(match[1]), int(match[2])
-        if " val_loss:" not in line:
+        ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
+        if "val_loss" in values:
+            self.take_point(ValPoint(step, float(loss[0]), ms if "train_time" in values else None), total)
+        else:
             self.has_steps = True
             self.part_at(step, total)
-            return
-        pairs = [word.split(":", 1) for word in match[3].split(" ")[1:]]
-        values = dict(pairs)
-        loss, time = NUMBER.fullmatch(values["val_loss"]), TIME.fullmatch(values.get("train_time", "0ms"))
-        if not loss or not time or len(values) < len(pairs):
-            return self.notes.add("a step line cannot be read", quoted(line))
-        ms = float(time[1]) if time[2] == "ms" else round(1000 * float(time[1]), 6)
-        extra = {name: float(text) for name, text in values.items() if name != "val_loss"
-                 and NUMBER.fullmatch(text)}
-        self.take_point(ValPoint(step, float(loss[0]), ms if "train_time" in values else None,
-                                 dict([*extra.items()][:EXTRA_LIMIT])), total)
+        if "train_time" in values and (self.config or "val_loss" in values):
+            self.hold_to_clock(line, step, ms, values.get("step_avg", "").removesuffix("ms"))
+
+    def hold_to_clock(self, line: str, step: int, ms: float, average: str):
+        """A time that was typed in, or moved here from another log, rarely fits its neighbours.
+
+        Early public trainers began their clock anew after 10 steps, and some print averages since the last
+        validation: of their logs only the times of validations are looked at.
+        """
+        part = self.parts[-1]
+        if ms < part.ms:
+            self.notes.setdefault("the training time falls", quoted(line))
+        part.ms = ms
+        # Times are printed to 1 ms, averages to 0.01 ms.
+        steps = max(step, 1)
+        if self.config and NUMBER.fullmatch(average) and abs(steps * float(average) - ms) > 1 + 0.006 * steps:
+            self.notes.setdefault("a time is not its steps times their average", quoted(line))
 
     def take_llmc(self, line: str):
         match = LLMC.fullmatch(line)
         if not match or not NUMBER.fullmatch(match[3]):
-            return self.notes.add("a step line cannot be read", quoted(line))
+            return self.notes.setdefault("a step line cannot be read", quoted(line))
         if match[2] == "tel":
-            self.take_point(ValPoint(int(match[1]), float(match[3]), None, {}), None)
+            self.take_point(ValPoint(int(match[1]), float(match[3]), None), None)
 
     def take_point(self, point: ValPoint, total: int | None):
         self.has_steps = True
         part = self.part_at(point.step, total)
         if part.points and part.points[-1].step == point.step:
             if str(part.points[-1]) == str(point):
-                return self.notes.add("a validation line is repeated, and counts once")
+                return self.notes.setdefault("a validation line is repeated, and counts once", "")
             self.start_part()
             part = self.part_at(point.step, total)
         part.points.append(point)
@@ -469,7 +439,7 @@ class Body:
         """The run that a step line belongs to: a new one where the steps begin again."""
         part = self.start_part() if step < self.parts[-1].step else self.parts[-1]
         if part.total not in (None, total):
-            self.notes.add("the planned number of steps changes within a run")
+            self.notes.setdefault("the planned number of steps changes within a run", "")
         part.step, part.total = step, total
         return part
 
@@ -481,23 +451,15 @@ class Body:
     def end_part(self):
         """Forget the last run where it has no validation."""
         if not self.parts[-1].points and self.parts.pop().step >= 0:
-            self.notes.add("a run without a validation is left out")
+            self.notes.setdefault("a run without a validation is left out", "")
 
     def runs(self, stem: str, source_sha256: str | None) -> tuple[RunFacts, ...]:
         if len(self.parts) > 1:
             self.end_part()
-        parts, seen = [], set()
-        for part in self.parts:
-            points = {str(point) for point in part.points}
-            if points - seen or len(self.parts) == 1:
-                parts.append(part)
-            else:
-                self.notes.add("validations seen before are repeated as a summary, and count once")
-            seen |= points
         if not (self.has_steps or self.has_header or self.config):
             return ()
-        return tuple(self.run(part, stem if len(parts) == 1 else f"{stem}#{k:02}", source_sha256)
-                     for k, part in enumerate(parts, start=1))
+        return tuple(self.run(part, stem if len(self.parts) == 1 else f"{stem}#{k:02}", source_sha256)
+                     for k, part in enumerate(self.parts, start=1))
 
     def run(self, part: Part, run_id: str, source_sha256: str | None) -> RunFacts:
         points, facts, config = part.points, self.facts, self.config
@@ -512,10 +474,6 @@ class Body:
             val_points=tuple(points),
             total_steps=part.total,
             complete=bool(points) and points[-1].step == part.total,
-            torch=facts.get("torch"),
-            cuda=facts.get("cuda"),
-            triton=facts.get("triton"),
-            python=facts.get("python"),
             gpu_name=device or next(iter(self.gpus.values()), None),
             num_gpus=len(self.gpus) or (0 if on_cpu else world_size),
             world_size=world_size,
@@ -526,15 +484,14 @@ class Body:
             step_avg_ms=points[-1].train_time_ms / points[-1].step
             if points and points[-1].step and points[-1].train_time_ms is not None else None,
             source_sha256=source_sha256,
+            resumed="resumed" in facts,
+            **{name: facts.get(name) for name in PLAIN_FACTS},
         )
 
     def note_oddities(self, part: Part):
         points = part.points
-        times = [point.train_time_ms for point in points if point.train_time_ms is not None]
         if any(not math.isfinite(point.val_loss) for point in points):
-            self.notes.add("a validation loss is not a finite number")
-        if any(later < earlier for earlier, later in zip(times, times[1:])):
-            self.notes.add("the training time falls from one validation to the next")
+            self.notes.setdefault("a validation loss is not a finite number", "")
         if points and part.total is not None and points[-1].step != part.total:
-            self.notes.add("the run is incomplete",
+            self.notes.setdefault("the run is incomplete",
                            f"last validation at step {points[-1].step} of {part.total}")

@@ -3,7 +3,7 @@
   README.md    your note, and around it the results
   record.json  the same for programs (python -m records.schema prints its schema)
   runs/        the logs, unchanged; what ran is embedded in them
-  baseline/ excluded/    likewise, where there are some
+  baseline/    likewise, where there are some
 
 A baseline that is the runs of another record of the track is named, not copied. Every number comes from the
 logs. What check fails is refused, unless --non-record says why the result is worth keeping. Nothing else is
@@ -12,6 +12,7 @@ edited later.
 """
 import hashlib
 import math
+import os
 import re
 import shlex
 import shutil
@@ -20,15 +21,16 @@ import textwrap
 from pathlib import Path
 
 import jinja2
+from pydantic_core import to_json
 
 from data.errors import RunError, UsageError
 from records import check, logs, schema
-from records.logs import LogFile, RunFacts, losses_of, times_of
+from records.logs import LogFile, RunFacts
 from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
-from records.rules import Submission, Verdict, changed_settings, judge, last_point, plain
-from records.schema import GroupSummary, LogEntry, LossTest, Record, RunEntry, Speed, Statement
+from records.rules import Submission, Verdict, changed_settings, judge, runs_of, seconds_of
+from records.schema import Statement
 from records.statistics import mean_sd
-from records.text import short_name
+from records.text import markdown, short_name
 
 HELP = "build the folder of a submission from logs and a note"
 EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --logs "
@@ -77,66 +79,73 @@ def run(args) -> int:
         "planned_runs": submission.planned,
         "baseline_record": record_of(submission.baseline, args.output / submission.track.folder),
         "waivers": submission.waivers,
-        "excluded": {log.path.name: reason for log, reason in submission.excluded},
-    }, "the arguments of pack", Statement)
+    }, "the arguments of pack")
     target = args.output / statement.folder
     if target.exists() and not args.dry_run:
         raise UsageError(f"{target}: expected no folder of that name, found one; choose another --name or "
                          "--date")
 
-    temporary = Path(tempfile.mkdtemp(prefix=".pack-", dir=None if args.dry_run else args.output))
-    try:
-        build(submission, statement, note, temporary, target, args.dry_run)
-    except BrokenPipeError:
-        raise  # of the output, not of the folder
-    except OSError as e:
-        raise UsageError(f"{target}: expected to write it, found: {e.strerror}; check names, space and "
-                         "permissions") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return 0
-
-
-def build(submission: Submission, statement: Statement, note: str, temporary: Path, target: Path,
-          dry_run: bool):
-    """Fill a temporary folder and move it to its place, or print what it would hold.
-
-    RunError where a rule does not hold.
-    """
-    copy(submission, statement, temporary)
-    record, verdicts, files = compose(temporary, statement, note, target.parent)
+    verdicts, files = compose(submission, statement, note)
     check.print_verdicts([verdict for verdict in verdicts if verdict.verdict != PASS], submission)
     failed = [verdict.rule for verdict in verdicts if verdict.verdict == FAIL]
     if failed and statement.kind == "record":
         raise RunError(f"expected that every rule holds, found that these do not: {', '.join(failed)}; run "
                        "what is missing, waive what can be waived (check --help), or keep it with "
                        "--non-record REASON")
-    if dry_run:
+    sources = paths_in_folder(submission, statement)
+    if args.dry_run:
         print(files["README.md"].decode())
-        return
-    for name, content in files.items():
-        (temporary / name).write_bytes(content)
-    temporary.chmod(0o755)
-    target.parent.mkdir(exist_ok=True)
-    temporary.rename(target)
-    print(f"{target}: {record.runs.n} runs; python -m records verify {target}")
+    else:
+        write(target, files, sources)
+        print(f"{target}: {len(submission.runs)} runs; python -m records verify {target}")
+    return 0
+
+
+def paths_in_folder(submission: Submission, statement: Statement) -> dict[str, Path]:
+    """The logs by their place in the folder, under names that are plain and differ, whatever their case."""
+    found = {}
+    baseline = [] if statement.baseline_record else submission.baseline
+    for folder, members in zip(check.FOLDERS, (submission.logs, baseline)):
+        for log in members:
+            name = log.path.name
+            if log.path.suffix not in logs.SUFFIXES or not re.fullmatch(schema.LOG_NAME, name):
+                raise UsageError("expected names of letters, digits and . _ - that end in .txt, found "
+                                 f"{name!r}; rename it")
+            if any(f"{folder}/{name}".lower() == other.lower() for other in found):
+                raise UsageError(f"expected logs of different names in {folder}, found two called {name}; "
+                                 "rename one")
+            found[f"{folder}/{name}"] = log.path
+    return found
+
+
+def write(target: Path, files: dict[str, bytes], sources: dict[str, Path]):
+    """Make the folder whole or not at all."""
+    temporary = Path(tempfile.mkdtemp(prefix=".pack-", dir=target.parents[1]))
+    try:
+        for name, source in sources.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, temporary / name)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        temporary.chmod(0o755)
+        target.parent.mkdir(exist_ok=True)
+        temporary.rename(target)
+    except OSError as e:
+        raise UsageError(f"{target}: expected to write it, found: {e.strerror}; check names, space and "
+                         "permissions") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_note(path: str | None) -> str:
-    if path is None:
-        return ""
     try:
-        with open(path, encoding="utf-8") as file:
-            note = file.read(NOTE_LIMIT + 1)
+        note = Path(path or os.devnull).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"--note: expected a readable text file, found: {e}; check {path}") from None
-    if len(note) > NOTE_LIMIT:
-        raise UsageError(f"{path}: expected a note of at most {NOTE_LIMIT:,} characters, found more; link "
-                         "to the rest")
-    if NOTE_BEGIN in note or NOTE_END in note:
-        raise UsageError(f"{path}: expected a note, found the marks of one in a README; pass the text "
-                         "between them")
-    return note.strip()
+    if len(note) > NOTE_LIMIT or NOTE_BEGIN in note or NOTE_END in note:
+        raise UsageError(f"--note: expected at most {NOTE_LIMIT:,} characters and no marks of a note, found "
+                         f"more in {path}; pass the text between the marks, and link to the rest")
+    return note
 
 
 def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
@@ -152,53 +161,37 @@ def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
     return None
 
 
-def copy(submission: Submission, statement: Statement, target: Path):
-    """The logs into their folders, under names that are plain and differ, in upper and lower case too."""
-    baseline = [] if statement.baseline_record else submission.baseline
-    for folder, members in zip(check.FOLDERS, (submission.logs, baseline,
-                                               [log for log, _ in submission.excluded])):
-        seen = set()
-        for log in members:
-            name = log.path.name
-            if log.path.suffix not in logs.SUFFIXES:
-                raise UsageError(f"expected log names that end in .txt, found {name!r}; rename it")
-            if name.lower() in seen:
-                raise UsageError(f"expected logs of different names in {folder}, found two called {name}; "
-                                 "rename one")
-            seen.add(name.lower())
-            (target / folder).mkdir(exist_ok=True)
-            shutil.copyfile(log.path, target / folder / name)
-
-
-def compose(folder: Path, statement: Statement, note: str,
-            siblings: Path | None = None) -> tuple[Record, list[Verdict], dict[str, bytes]]:
-    """What belongs into a folder of logs beside them: the record, the verdict on it, and its files
-    by name."""
-    s = check.from_folder(folder, statement, siblings)
+def compose(s: Submission, statement: Statement, note: str) -> tuple[list[Verdict], dict[str, bytes]]:
+    """What belongs into a folder beside its logs: the verdicts on them, and its files by name."""
     record = describe(s, statement)
     verdicts = judge(s)
-    return record, verdicts, {schema.FILE: record.to_json().encode(),
-                              "README.md": readme(s, record, verdicts, note).encode()}
+    return verdicts, {schema.FILE: to_json(record, indent=2) + b"\n",
+                      "README.md": readme(s, record, verdicts, note).encode()}
 
 
-def describe(s: Submission, statement: Statement) -> Record:
-    """The record of a submission: what a person says of it, and what its logs say."""
+def describe(s: Submission, statement: Statement) -> dict:
+    """The content of record.json: what a person says of a submission, and what its logs say.
+
+    Losses are nats per token with 5 decimals, times training milliseconds with 1, probabilities have 3
+    significant digits. None is a number that the logs do not hold, or not a finite one; a fact that differs
+    between the runs; no run, no baseline.
+    """
     test = s.loss_test()
     speed = s.speed() if s.baseline else None
     sources = next((log.sources for log in s.logs if log.sources), {})
-    return schema.parse(statement.model_dump(include=set(Statement.model_fields)) | {
+    return statement.model_dump() | {
         "hardware": common(run.hardware for run in s.runs),
         "torch": common(run.torch for run in s.runs),
         "world_size": common(run.world_size for run in s.runs),
         "runs": summary(s.logs, s.point),
-        "loss_test": LossTest(rule=s.track.rule, target=s.track.target, alpha=s.track.alpha,
-                              p=significant(test.p), passes=test.passes),
-        "baseline": summary(s.baseline, last_point) if s.baseline else None,
-        "speed": speed and Speed(difference_ms=decimals(speed.value, 1), low_ms=decimals(speed.low, 1),
-                                 high_ms=decimals(speed.high, 1), p=significant(speed.p)),
-        "excluded_logs": [entry(log, s.point) for log, _ in s.excluded],
+        "loss_test": {"rule": s.track.rule, "target": s.track.target, "alpha": s.track.alpha,
+                      "p": significant(test.p), "passes": test.passes},
+        "baseline": summary(s.baseline, lambda run: run.end) if s.baseline else None,
+        "speed": speed and {"difference_ms": decimals(speed.value, 1, 1000),
+                            "low_ms": decimals(speed.low, 1, 1000),
+                            "high_ms": decimals(speed.high, 1, 1000), "p": significant(speed.p)},
         "sources": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sources.items()},
-    }, "the logs")
+    }
 
 
 def common(values):
@@ -207,25 +200,27 @@ def common(values):
     return values.pop() if len(values) == 1 else None
 
 
-def entry(log: LogFile, point) -> LogEntry:
-    runs = [RunEntry(run_id=run.run_id, seed=run.seed, step=at and at.step,
-                     loss=at and decimals(at.val_loss, 9), time_ms=at and decimals(at.train_time_ms, 3))
+def entry(log: LogFile, point) -> dict:
+    """A log with its runs; point: the validation that counts of a run."""
+    runs = [{"run_id": run.run_id, "seed": run.seed, "step": at and at.step,
+             "loss": at and decimals(at.val_loss, 9), "time_ms": at and decimals(at.train_time_ms, 3)}
             for run in log.runs for at in [point(run)]]
-    return LogEntry(file=log.path.name, sha256=log.sha256, runs=runs)
+    return {"file": log.path.name, "sha256": log.sha256, "runs": runs}
 
 
-def summary(members: list[LogFile], point) -> GroupSummary:
-    points = [point(run) for log in members for run in log.runs]
-    loss, loss_sd = mean_sd(losses_of(points))
-    time, time_sd = mean_sd(times_of(points))
-    return GroupSummary(n=len(points), step=common(at and at.step for at in points),
-                        loss_mean=decimals(loss, 5), loss_sd=decimals(loss_sd, 5),
-                        time_ms_mean=decimals(time, 1), time_ms_sd=decimals(time_sd, 1),
-                        logs=[entry(log, point) for log in members])
+def summary(members: list[LogFile], point) -> dict:
+    """Mean and sample standard deviation of the runs of one recipe."""
+    points = [point(run) for run in runs_of(members)]
+    loss, loss_sd = mean_sd([math.nan if at is None else at.val_loss for at in points])
+    time, time_sd = mean_sd(seconds_of(points))
+    return {"n": len(points), "step": common(at and at.step for at in points),
+            "loss_mean": decimals(loss, 5), "loss_sd": decimals(loss_sd, 5),
+            "time_ms_mean": decimals(time, 1, 1000), "time_ms_sd": decimals(time_sd, 1, 1000),
+            "logs": [entry(log, point) for log in members]}
 
 
-def decimals(value: float | None, digits: int) -> float | None:
-    return round(value, digits) if value is not None and math.isfinite(value) else None
+def decimals(value: float | None, digits: int, factor: int = 1) -> float | None:
+    return round(factor * value, digits) if value is not None and math.isfinite(value) else None
 
 
 def significant(p: float | None) -> float | None:
@@ -234,15 +229,15 @@ def significant(p: float | None) -> float | None:
 
 # The README
 
-def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) -> str:
+def readme(s: Submission, record: dict, verdicts: list[Verdict], note: str) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES),
                                      undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      autoescape=False)
-    environment.filters |= {"escaped": escaped, "loss": loss, "seconds": seconds, "short": short_name,
+    environment.filters |= {"escaped": markdown, "loss": loss, "seconds": seconds, "short": short_name,
                             "setting": shown_setting}
     first, before = ([*runs, None][0] for runs in (s.runs, s.baseline_runs))
-    elsewhere = record.baseline_record
+    elsewhere = record["baseline_record"]
     return environment.get_template("record.md").render(
         r=record,
         note=note,
@@ -251,21 +246,12 @@ def readme(s: Submission, record: Record, verdicts: list[Verdict], note: str) ->
         sigma=s.track.rule_options.get("sigma"),
         test={"t_test": "one-sided t-test", "z_rule": "z-test with an assumed spread"}[s.track.rule],
         baseline_folder=f"../{elsewhere}/runs" if elsewhere else "baseline",
-        runs=[run for file in record.runs.logs for run in file.runs],
-        baseline_runs=[run for file in (record.baseline.logs if record.baseline else [])
-                       for run in file.runs],
-        left_out=sum(len(file.runs) for file in record.excluded_logs),
         open=[verdict for verdict in verdicts if verdict.verdict not in (PASS, NOT_APPLICABLE)],
-        commits=sorted({details.commit for log in s.logs if (details := s.details[log.path]).commit}),
+        commits=sorted({run.commit for run in s.runs if run.commit}),
         differences=changed_settings(first.config, before.config)
         if first and before and first.config and before.config else [],
         command=command(first, s.track.program),
     )
-
-
-def escaped(text) -> str:
-    """Text out of a log as Markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", plain(str(text)))
 
 
 def loss(value: float | None) -> str:
@@ -291,14 +277,15 @@ def command(run: RunFacts | None, program: str) -> str:
 
     Only plain values: a reader may well paste it into a shell.
     """
-    settings = {key: shown_setting(value) for key, value in (run.config if run else {}).items()
-                if key not in NOT_TRAINING and value is not None}
-    flags = [f"--{key}={shlex.quote(value)}" for key, value in settings.items()
-             if re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={value}", re.A)]
+    settings = run.config if run else {}
+    texts = {key: shown_setting(value) for key, value in settings.items()
+             if key not in NOT_TRAINING and value is not None}
+    flags = [f"--{key}={shlex.quote(text)}" for key, text in texts.items()
+             if re.fullmatch(r"[a-z]\w{0,40}=[\w.,*/+-]*", f"{key}={text}", re.A)]
     if not flags:
         return ""
     ranks = run.world_size or 1
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
     return textwrap.fill(f"{start} {program} --seed={run.seed or 0} {' '.join(flags)}", 110,
-                         subsequent_indent="    ",
-                         break_long_words=False, break_on_hyphens=False).replace("\n", " \\\n")
+                         subsequent_indent="    ", break_long_words=False,
+                         break_on_hyphens=False).replace("\n", " \\\n")

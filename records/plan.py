@@ -5,27 +5,31 @@ choose a number of runs and test once. Probabilities are exact (noncentral t).""
 import argparse
 import math
 from bisect import bisect_left
+from functools import partial
 
 import scipy
 
 from data.errors import UsageError
-from records.statistics import power, two_sample_power
+from records.statistics import power, t_power
 from records.tracks import TRACKS
 
 HELP = "runs that a margin in loss or a gap in time needs"
 EXAMPLE = "python -m records plan --margin 0.001 --gap 0.3 --time-sd 0.07"
 MOST_RUNS = 10_000  # nobody runs more; a tiny margin is answered by an error instead of a search without end
+WANTED = 0.8  # probability to succeed
 SAFE_MARGIN = 100  # standard deviations; a larger difference is one of units
 
 
-def fewest(least: int, power_of, wanted: float) -> int:
-    """The fewest runs, `least` or more, that succeed with the wanted probability."""
+def fewest(least: int, chance, difference: float) -> int:
+    """The fewest runs, `least` or more, that succeed in 8 cases of 10; difference: in standard deviations."""
     numbers = range(least, MOST_RUNS + 1)
-    at = bisect_left(numbers, wanted, key=power_of)
+    if difference > SAFE_MARGIN:
+        raise UsageError(f"expected a difference of at most {SAFE_MARGIN} standard deviations, found "
+                         f"{difference:g}; check the units: nats per token, seconds")
+    at = bisect_left(numbers, WANTED, key=chance)
     if at == len(numbers):
-        raise UsageError("expected a difference that some number of runs can show, found that "
-                         f"{MOST_RUNS:,} show it in {power_of(MOST_RUNS):.1%} of cases; plan for a larger "
-                         "one")
+        raise UsageError(f"expected a difference that some number of runs can show, found that {MOST_RUNS:,} "
+                         f"show it in {chance(MOST_RUNS):.1%} of cases; plan for a larger one")
     return numbers[at]
 
 
@@ -37,13 +41,6 @@ def size(text: str) -> float:
     return value
 
 
-def probability(text: str) -> float:
-    value = float(text)
-    if not 0.5 <= value <= 0.9999:
-        raise argparse.ArgumentTypeError(f"expected a probability from 0.5 to 0.9999, found {text}")
-    return value
-
-
 def add_arguments(parser):
     parser.add_argument("--margin", type=size, help="by how much the true mean loss is below the target")
     parser.add_argument("--sd", type=size,
@@ -52,40 +49,32 @@ def add_arguments(parser):
                         help="difference in mean time of candidate and baseline, seconds")
     parser.add_argument("--time-sd", type=size,
                         help="standard deviation of the time between runs on one host, seconds")
-    parser.add_argument("--power", type=probability, default=0.8,
-                        help="probability with which it shall succeed (default: 0.8)")
     parser.add_argument("--track", choices=TRACKS, default="small", help="whose loss rule (default: small)")
 
 
-def refuse_other_units(name: str, difference: float, sd: float):
-    if difference > SAFE_MARGIN * sd:
-        raise UsageError(f"--{name}: expected at most {SAFE_MARGIN} standard deviations of {sd:g}, found "
-                         f"{difference:g}; check the units: nats per token, seconds")
+def plan_loss(track, margin: float, sd: float) -> str:
+    needed = track.rule_options.get("needed")
+    if needed is None:
+        rule, least = f"t-test at {track.alpha:g}", 2
+        chance = partial(power, margin=margin, sd=sd, alpha=track.alpha)
+    else:
+        rule, least = f"({track.target:g} - mean) sqrt(n) >= {needed:g}", 1
+
+        def chance(n):
+            return scipy.stats.norm.cdf((margin * n ** 0.5 - needed) / sd)
+    runs = fewest(least, chance, margin / sd)
+    return (f"Loss rule of track {track.name} ({rule}), true mean {margin:g} below the target, standard\n"
+            f"deviation {sd:g} between runs: tested once, after {runs}, the runs pass with probability "
+            f"{chance(runs):.2f}.")
 
 
-def plan_loss(track, margin: float, sd: float, wanted: float) -> str:
-    refuse_other_units("margin", margin, sd)
-    alpha, sigma = track.alpha, track.rule_options.get("sigma")
-    if sigma:  # of a rule by score
-        alpha = float(scipy.stats.norm.sf(track.rule_options["needed"] / sigma))
-    runs = fewest(1 if sigma else 2, lambda n: power(n, margin, sd, alpha, sigma), wanted)
-    text = (f"Loss rule of track {track.name} ({track.rule.replace('_', '-')} at {alpha:.2g}), true mean "
-            f"{margin:g} below the target, standard deviation {sd:g} between runs:\n"
-            f"tested once, after {runs}, the runs pass with probability "
-            f"{power(runs, margin, sd, alpha, sigma):.2f}.")
-    if track.ranked_by == "steps":
-        text += (f"\nThe rule is ({track.target:g} - mean) sqrt(n) >= {track.rule_options['needed']:g}. The "
-                 f"track counts steps, not seconds: this margin is worth about "
-                 f"{margin / track.loss_per_step:.0f} of them.")
-    return text
-
-
-def plan_time(gap: float, sd: float, alpha: float, wanted: float) -> str:
-    refuse_other_units("gap", gap, sd)
-    runs = fewest(2, lambda n: two_sample_power(n, gap, sd, alpha), wanted)
+def plan_time(gap: float, sd: float, alpha: float) -> str:
+    def chance(n):
+        return t_power(2 * n - 2, gap / sd * (n / 2) ** 0.5, alpha)
+    runs = fewest(2, chance, gap / sd)
     return (f"Time: {runs} runs of the candidate and {runs} of the baseline on one host show a gap of "
-            f"{gap:g} s, at a standard deviation\nof {sd:g} s, with probability "
-            f"{two_sample_power(runs, gap, sd, alpha):.2f} (one-sided t-test at {alpha:g}).")
+            f"{gap:g} s, at a standard\ndeviation of {sd:g} s, with probability {chance(runs):.2f} "
+            f"(one-sided t-test at {alpha:g}).")
 
 
 def run(args) -> int:
@@ -97,7 +86,7 @@ def run(args) -> int:
         raise UsageError("expected --gap and --time-sd together, found one of them; add the other, as "
                          "--gap=0.3 --time-sd=0.07")
     if args.margin is not None:
-        print(plan_loss(track, args.margin, args.sd or track.loss_sd, args.power))
+        print(plan_loss(track, args.margin, args.sd or track.loss_sd))
     if args.gap is not None:
-        print(plan_time(args.gap, args.time_sd, track.alpha, args.power))
+        print(plan_time(args.gap, args.time_sd, track.alpha))
     return 0

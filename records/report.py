@@ -1,10 +1,8 @@
-"""Write what compare says to one page, with the curves, a table of all runs that sorts, and the changes of
-the sources.
+"""Write what compare says to one page, with the curves, a table of all runs, and the changes of the sources.
 
-PATHs and groups are those of compare. The page is a single file, needs no network and loads nothing. What
-comes out of logs is shown and never run."""
+PATHs and groups are those of compare. The page is a single file, needs no network, loads nothing and runs
+nothing. What comes out of logs is shown."""
 import base64
-import hashlib
 import io
 from pathlib import Path
 
@@ -49,12 +47,9 @@ def run(args) -> int:
 
 
 def page(found: compare.Comparison) -> str:
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    # The page tells the browser to run this script and to load nothing, whatever the logs hold.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["shown"] = lambda text, limit=400: printable(str(text)[:limit])
+    environment.filters["shown"] = lambda text, limit=400: printable(str(text), limit)
     runs, common = run_grid(found.groups, found.target)
     first, *others = found.groups
     return environment.get_template("report.html").render(
@@ -65,27 +60,21 @@ def page(found: compare.Comparison) -> str:
         drawn=len(charts.COLORS),
         changes=[differences(first.sources, group.sources) for group in others],
         diff_limit=DIFF_LIMIT,
+        kinds={"+": "added", "-": "removed", "@": "place", " ": "same"},
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        digest=digest,
     )
 
 
 def chart(groups: list[RunGroup], target: float) -> str:
     """The address of a picture that holds all of it; no script in a picture runs."""
     picture = io.BytesIO()
-    charts.save(groups[:len(charts.COLORS)], target, picture, "svg", clear=True)
+    charts.save(groups[:len(charts.COLORS)], target, picture, "svg")
     return "data:image/svg+xml;base64," + base64.b64encode(picture.getvalue()).decode()
 
 
 def run_grid(groups: list[RunGroup], target: float) -> tuple[Grid, str]:
     """All runs that count, with the oddities of their logs."""
-    rows = []
-    for group in groups:
-        counted = {id(run) for run in group.runs}
-        for log in group.logs:
-            for run in log.runs:
-                if id(run) in counted:
-                    row = show.run_row(short_name(run.run_id), run, target)
-                    rows.append([group.name, *row, (run.source_sha256 or "")[:8], "; ".join(log.problems)])
+    rows = [[group.name, *show.run_row(short_name(run.run_id), run, target), (run.source_sha256 or "")[:8],
+             "; ".join(log.problems)]
+            for group in groups for log in group.logs for run in log.runs if run.val_points]
     return Grid(["group", *show.RUN_TITLES, "source", "remarks"], rows).without_common()

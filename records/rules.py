@@ -3,16 +3,13 @@ import ast
 import math
 import re
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from itertools import combinations
 
 from records import statistics
 from records.difference import differences, summed
-from records.lines import Details, details_of
-from records.logs import LogFile, RunFacts, ValPoint, losses_of, times_of
+from records.logs import LogFile, RunFacts, ValPoint
 from records.text import listed, printable, short_name
 from records.tracks import Track
 
@@ -22,8 +19,8 @@ NOT_TRAINING = {"seed", "log_dir", "save_every", "save_final",
                 "wandb"}  # settings that do not change what is trained
 
 
-def last_point(run: RunFacts) -> ValPoint | None:
-    return run.val_points[-1] if run.val_points else None
+def runs_of(logs: Iterable[LogFile]) -> list[RunFacts]:
+    return [run for log in logs for run in log.runs]
 
 
 def changed_settings(before: dict, after: dict) -> list[tuple]:
@@ -35,47 +32,47 @@ def changed_settings(before: dict, after: dict) -> list[tuple]:
 @dataclass(frozen=True)
 class Submission:
     """Runs for which something is claimed, and what a person says of them."""
-    track: Track
+    track: Track | None  # None where runs are only compared
     logs: list[LogFile]
     baseline: list[LogFile] = field(default_factory=list)
-    excluded: list[tuple[LogFile, str]] = field(default_factory=list)  # with the reason
     step: int | None = None  # whose validation counts; None: the last
     planned: int | None = None  # runs that were planned before the first one
     waivers: dict[str, str] = field(default_factory=dict)  # reason by rule
 
     @property
     def runs(self) -> list[RunFacts]:
-        return [run for log in self.logs for run in log.runs]
+        return runs_of(self.logs)
 
     @property
     def baseline_runs(self) -> list[RunFacts]:
-        return [run for log in self.baseline for run in log.runs]
+        return runs_of(self.baseline)
 
     @property
     def counted(self) -> list[LogFile]:
         return [*self.logs, *self.baseline]
 
-    @property
-    def all_logs(self) -> list[LogFile]:
-        return [*self.counted, *(log for log, _ in self.excluded)]
-
-    @cached_property
-    def details(self) -> dict[Path, Details]:
-        return {log.path: details_of(log) for log in self.all_logs}
-
     def point(self, run: RunFacts) -> ValPoint | None:
-        """The validation that counts."""
-        return last_point(run) if self.step is None else run.at(self.step)
+        """The validation that counts of a run: at the claimed step, or at its end."""
+        return run.end if self.step is None else run.at(self.step)
 
-    def loss_test(self, runs: list[RunFacts] | None = None) -> statistics.RuleResult:
-        """The track's loss rule on these runs, or on all that count."""
-        points = [self.point(run) for run in (self.runs if runs is None else runs)]
-        return statistics.loss_rule(self.track, losses_of(points))
+    def losses(self, runs: Iterable[RunFacts]) -> list[float]:
+        """Their losses at the validation that counts, nan where there is none."""
+        return [math.nan if point is None else point.val_loss for point in map(self.point, runs)]
+
+    def loss_test(self) -> statistics.RuleResult:
+        """The track's loss rule on all runs."""
+        return statistics.loss_rule(self.track, self.losses(self.runs))
 
     def speed(self) -> statistics.Estimate:
-        """Times of the runs, in ms, against those of the baseline at its last step."""
-        return statistics.welch(times_of([self.point(run) for run in self.runs]),
-                                times_of([last_point(run) for run in self.baseline_runs]))
+        """Seconds of the runs less those of the baseline."""
+        return statistics.welch(seconds_of(map(self.point, self.runs)),
+                                seconds_of(run.end for run in self.baseline_runs))
+
+
+def seconds_of(points: Iterable[ValPoint | None]) -> list[float]:
+    """Training seconds of validations, nan where there are none."""
+    return [math.nan if point is None or point.train_time_ms is None else point.train_time_ms / 1000
+            for point in points]
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def judged(wrong: Iterable[str], good: str) -> tuple[str, str]:
     return (FAIL, listed(wrong, between="; ")) if wrong else (PASS, good)
 
 
-def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, str]:
+def same(runs: Iterable[RunFacts], value: Callable) -> tuple[str, str]:
     """Whether a fact is the same in all.
 
     Evidence: each value with those that have it, the largest group first.
@@ -109,8 +106,8 @@ def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, st
         return NOT_APPLICABLE, "the logs do not say"
     (most, members), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
     if not others:
-        return PASS, f"{known[most]} in all {len(members)} {plural}"
-    return FAIL, listed([f"{known[most]} in {len(members)} {plural}",
+        return PASS, f"{known[most]} in all {len(members)} runs"
+    return FAIL, listed([f"{known[most]} in {len(members)} runs",
                          *(f"{known[key]} in {names(few)}" for key, few in others)], between="; ")
 
 
@@ -118,18 +115,11 @@ def same(runs: Iterable, value: Callable, plural: str = "runs") -> tuple[str, st
 
 
 def intact_logs(s: Submission):
-    """Every log is whole: nothing is cut, binary, unreadable or repeated in it."""
+    """Every log is whole, and its lines agree: nothing is cut or binary, no time falls or was typed in."""
     incomplete = "the run is incomplete"  # final-validation says that
     wrong = [f"{names([log])}: {problem}" for log in s.counted for problem in log.problems
              if not problem.startswith(incomplete)]
     return judged(wrong, f"{len(s.counted)} logs")
-
-
-def consistent_lines(s: Submission):
-    """The lines of a log agree: no step is missing, times never fall, averages are time / steps."""
-    details = [(log, s.details[log.path]) for log in s.counted]
-    wrong = [f"{names([log])}: {text}" for log, found in details for text in found.contradictions]
-    return judged(wrong, f"{sum(found.num_training for _, found in details):,} training lines")
 
 
 def right_track(s: Submission):
@@ -169,24 +159,23 @@ def same_settings(s: Submission):
     return judged(wrong, f"{len(keys)} settings")
 
 
-def same_validations(s: Submission):
-    """All runs are validated at the same steps, so that no line is missing."""
-    return same(s.runs, lambda run: ", ".join(str(point.step) for point in run.val_points) or None)
-
-
 def same_data(s: Submission):
     """All runs train on the same shards, by their fingerprint in the logs."""
-    return same(s.logs, lambda log: s.details[log.path].training_data, "logs")
+    return same(s.runs, lambda run: run.training_data)
 
 
 def validation_data(s: Submission):
-    """Runs and baseline are judged on the same tokens, by their hash: those of the track, where known."""
-    hashes = {log.path: s.details[log.path].validation_data for log in s.counted}
-    known = s.track.val_sha256
-    if known and (wrong := [log for log in s.counted if hashes[log.path] not in (known, None)]):
-        found = (hashes[wrong[0].path] or "")[:12]
-        return FAIL, f"expected tokens with SHA-256 {known[:12]}..., found {found}... in {names(wrong)}"
-    return same(s.counted, lambda log: hashes[log.path], "logs")
+    """Runs and baseline are judged on the same tokens, by number and hash: those of the track."""
+    runs = [*s.runs, *s.baseline_runs]
+    known = (s.track.val_tokens, s.track.val_sha256) if s.track else (None, None)
+    wrong = []
+    for run in runs:
+        for name, wanted, found in zip(("tokens", "SHA-256"), known, (run.val_tokens, run.validation_data)):
+            if None not in (wanted, found) and found != wanted:
+                wrong.append(f"{name} {wanted}, found {found} in {names([run])}")
+    if wrong:
+        return FAIL, "expected " + listed(wrong, between="; ")
+    return same(runs, lambda run: run.validation_data)
 
 
 def same_hardware(s: Submission):
@@ -212,76 +201,46 @@ def torch_build(run: RunFacts) -> str | None:
 def final_validation(s: Submission):
     """Every run is validated at the step that counts; where that is the last one, the run is complete."""
     wrong = [f"{names([log])}: no run in it" for log in s.counted if not log.runs]
-    counting = [(run, s.point(run)) for run in s.runs]
-    counting += [(run, last_point(run)) for run in s.baseline_runs]
+    counting = [(run, s.point(run)) for run in s.runs] + [(run, run.end) for run in s.baseline_runs]
     for run, point in counting:
         if point is None:
-            wrong.append(f"{names([run])}: no validation" + ("" if s.step is None else f" at step {s.step}"))
-        elif s.track.claim_step == "last" and run.total_steps is not None and not run.complete:
-            wrong.append(f"{names([run])}: ends at step {run.final_step} of {run.total_steps}")
+            wrong.append(f"{names([run])}: ends at step {run.final_step} of {run.total_steps}"
+                         + ("" if s.step is None else f", without a validation at step {s.step}"))
     return judged(wrong, f"{len(counting)} runs")
 
 
-def validation_tokens(s: Submission):
-    """Every run is validated on as many tokens as the track asks."""
-    stated = [run for run in [*s.runs, *s.baseline_runs] if run.val_tokens is not None]
-    if not stated:
-        return NOT_APPLICABLE, f"the logs do not say; the track asks for {s.track.val_tokens:,}"
-    wrong = [f"{names([run])}: {run.val_tokens:,}, expected {s.track.val_tokens:,}"
-             for run in stated if run.val_tokens != s.track.val_tokens]
-    return judged(wrong, f"{s.track.val_tokens:,} in {len(stated)} runs")
-
-
 def distinct_curves(s: Submission):
-    """No two runs share their losses or times: a copy with another header or last line still has the rest.
+    """No two runs share their losses: a copy with another header or last line still has the rest.
 
     A run and one of the baseline with its seed may share losses: a change that only saves time leaves them.
     """
-    runs = [run for log in s.all_logs for run in log.runs if run.val_points]
-    candidates = {id(run) for log in s.logs for run in log.runs}
-
-    def paired(a: RunFacts, b: RunFacts) -> bool:
-        other_side = (id(a) in candidates) != (id(b) in candidates)
-        other_times = times_of(a.val_points) != times_of(b.val_points)
-        return other_side and other_times and a.seed is not None and a.seed == b.seed
-
-    curves = [curve(run) for run in runs]
+    pairs = [*combinations(s.runs, 2), *combinations(s.baseline_runs, 2)]
+    pairs += [(a, b) for a in s.runs for b in s.baseline_runs if not are_pair(a, b)]
+    curves = {id(run): curve(run) for run in runs_of(s.counted)}
     found = []
-    for (i, j), shared in overlaps(curves).items():
-        many = shared >= 3 and 4 * shared >= 3 * len(curves[j])  # by chance once in 10,000 pairs
-        if (many or curves[i] == curves[j]) and not paired(runs[i], runs[j]):
-            found.append(f"{shared} of {len(curves[j])} losses are the same in {names([runs[i], runs[j]])}")
-
-    clocks = [s.details[log.path].clock for log in s.all_logs]
-    for (i, j), shared in overlaps(clocks).items():
-        if shared >= 10 and 2 * shared > len(clocks[j]):
-            both = names([s.all_logs[i], s.all_logs[j]])
-            found.append(f"{shared} of {len(clocks[j])} times are the same in {both}")
-    return judged(found, f"{len(runs)} runs")
+    for a, b in pairs:
+        of_a, of_b = curves[id(a)], curves[id(b)]
+        shared = len(of_a & of_b)
+        many = shared >= 3 and 4 * shared >= 3 * len(of_b)  # by chance once in 10,000 pairs
+        if of_b and (many or of_a == of_b):
+            found.append(f"{shared} of {len(of_b)} losses are the same in {names([a, b])}")
+    return judged(found, f"{len(curves)} runs")
 
 
-def overlaps(sets: list[Iterable]) -> Counter:
-    """For pairs of sets that share something, i < j, how much.
-
-    What 50 sets share is not compared with further ones, so that many copies take linear time.
-    """
-    shared, holders = Counter(), defaultdict(list)
-    for j, items in enumerate(sets):
-        for item in items:
-            shared.update((i, j) for i in holders[item])
-            if len(holders[item]) < 50:
-                holders[item].append(j)
-    return shared
+def are_pair(a: RunFacts, b: RunFacts) -> bool:
+    """Whether both have the same seed and other times."""
+    times_of_a, times_of_b = ([point.train_time_ms for point in run.val_points] for run in (a, b))
+    return a.seed is not None and a.seed == b.seed and times_of_a != times_of_b
 
 
-def curve(run: RunFacts) -> set:
+def curve(run: RunFacts) -> frozenset:
     """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the
     same by chance."""
     points = [point for point in run.val_points if point.step > 0]
     found = {(point.step, point.val_loss) for point in points}
     if len(points) == 1:
         found.add(points[0].train_time_ms)
-    return found
+    return frozenset(found)
 
 
 def distinct_seeds(s: Submission):
@@ -325,51 +284,22 @@ def code_of(source: str) -> str:
 
 def not_resumed(s: Submission):
     """No run went on from a checkpoint."""
-    resumed = [log for log in s.counted if s.details[log.path].resumed]
-    return (FAIL, f"resumed: {names(resumed)}") if resumed else (PASS, f"{len(s.counted)} logs")
+    resumed = [run for run in [*s.runs, *s.baseline_runs] if run.resumed]
+    return judged([f"resumed: {names(resumed)}"] if resumed else [], f"{len(s.counted)} logs")
 
 
 def planned_runs(s: Submission):
-    """* There are as many runs, excluded ones included, as were planned: none was added after a look."""
-    n = len(s.runs) + sum(len(log.runs) for log, _ in s.excluded)
-    if s.planned is not None:
-        return judged([f"planned {s.planned}, found {n}"] if n != s.planned else [], f"{n} of {n}")
-
-    return NOT_APPLICABLE, f"no plan is stated for the {n} runs"
-
-
-def exclusions(s: Submission):
-    """* Runs are left out for a stated reason, and the loss rule holds with those of one source put back."""
-    if not s.excluded:
-        return NOT_APPLICABLE, "no run is left out"
-    if unexplained := [log for log, reason in s.excluded if not reason]:
-        return FAIL, f"no reason to leave out {names(unexplained)}"
-
-    alike = {(run.source_sha256, run.world_size) for run in s.runs}
-    back = [run for log, _ in s.excluded for run in log.runs
-            if (run.source_sha256, run.world_size) in alike and says_something(run, s)]
-    evidence = listed((f"{names([log])}: {reason}" for log, reason in s.excluded), between="; ")
-    if back and s.loss_test().passes and not s.loss_test([*s.runs, *back]).passes:
-        return FAIL, f"the loss rule does not hold with {names(back)} put back ({evidence})"
-    return PASS, evidence
-
-
-def says_something(run: RunFacts, s: Submission) -> bool:
-    """Whether an excluded run tells anything about its recipe: it came to the step that counts, or
-    it diverged."""
-    point = s.point(run)
-    return point is not None and (run.complete or s.step is not None or not math.isfinite(point.val_loss))
+    """* There are as many runs as were planned: none was added after a look at the others, or left out."""
+    n = len(s.runs)
+    if s.planned is None:
+        return NOT_APPLICABLE, f"no plan is stated for the {n} runs"
+    return judged([f"planned {s.planned}, found {n}"] if n != s.planned else [], f"{n} of {n}")
 
 
 def loss_rule(s: Submission):
     """* The mean loss is below the target by the test of the track."""
     result = s.loss_test()
-    if result.p is None:
-        return FAIL, result.why
-    sd = "" if result.sd is None else f" ± {result.sd:.5f}"
-    return PASS if result.passes else FAIL, (
-        f"{result.mean:.5f}{sd} (n = {result.n}) against {s.track.target:g}: p = {result.p:.2g}, "
-        f"{s.track.alpha:g} is asked")
+    return PASS if result.passes else FAIL, result.said
 
 
 def faster_than_baseline(s: Submission):
@@ -378,19 +308,18 @@ def faster_than_baseline(s: Submission):
         return NOT_APPLICABLE, "the track counts steps"
     if not s.baseline:
         return FAIL, "no baseline: run the record before on the same machine, or say why there is none"
-    result = s.speed()
-    if result.p is None:
-        return FAIL, result.why
-    return PASS if result.p < s.track.alpha else FAIL, (
-        f"{result.value / 1000:+.3f} s against the baseline (95 % interval {result.low / 1000:+.3f} to "
-        f"{result.high / 1000:+.3f}): p = {result.p:.2g}, {s.track.alpha:g} is asked")
+    found = s.speed()
+    if found.why:
+        return FAIL, found.why
+    return PASS if found.p < s.track.alpha else FAIL, (
+        f"seconds against the baseline: {found:+.3f}, p = {found.p:.2g}, {s.track.alpha:g} is asked")
 
 
+AMONG_RUNS = intact_logs, same_source, same_settings, final_validation, distinct_curves, distinct_seeds
+AMONG_GROUPS = same_hardware, same_torch, validation_data
 RULES = {rule.__name__.replace("_", "-"): rule for rule in (
-    intact_logs, consistent_lines, right_track,
-    same_source, same_settings, same_validations, same_data, validation_data, same_hardware, same_torch,
-    final_validation, validation_tokens, distinct_curves, distinct_seeds,
-    compile_flags, not_resumed, planned_runs, exclusions, loss_rule, faster_than_baseline,
+    right_track, *AMONG_RUNS, *AMONG_GROUPS, same_data, compile_flags, not_resumed, planned_runs, loss_rule,
+    faster_than_baseline,
 )}
 WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")}
 
@@ -401,7 +330,7 @@ def judge(s: Submission) -> list[Verdict]:
     for name, rule in RULES.items():
         verdict, evidence = rule(s)
         reason = s.waivers.get(name, "") if verdict == FAIL and can_be_waived(name, s) else ""
-        found.append(Verdict(name, WAIVED if reason else verdict, plain(evidence), plain(reason)))
+        found.append(Verdict(name, WAIVED if reason else verdict, printable(evidence), printable(reason)))
     return found
 
 
@@ -415,6 +344,17 @@ def can_be_waived(name: str, s: Submission) -> bool:
     return name in WAIVABLE
 
 
-def plain(text: str) -> str:
-    """Text out of a log for a terminal or a README: one line of bounded length, nothing invisible in it."""
-    return printable(text[:1000])
+def doubts(groups: dict[str, list[LogFile]], track: Track | None = None,
+           step: int | None = None) -> Iterable[str]:
+    """What makes a comparison of groups doubtful: rules that do not hold in a group, or not in all together.
+    """
+    for name, members in groups.items():
+        for rule in AMONG_RUNS:
+            verdict, evidence = rule(Submission(track, members, step=step))
+            if verdict == FAIL:
+                yield f"{rule.__name__.replace('_', '-')} of {name}: {evidence}"
+    everything = Submission(track, [log for members in groups.values() for log in members])
+    for rule in AMONG_GROUPS:
+        verdict, evidence = rule(everything)
+        if verdict == FAIL:
+            yield f"{rule.__name__.replace('_', '-')}: {evidence}"

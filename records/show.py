@@ -1,26 +1,21 @@
 """Show the facts of logs: one log in full, several as a table with a row for each run.
 
 Time and steps to the target are those of the first validation at or below it, less what a straight line from
-the validation before saves. With --json: one object for a file, a list of them for a folder or several paths.
-What a log does not say is null, and so is a loss that is not a finite number.
+the validation before saves. With --json what a log does not say is null, and so is a loss that is not finite.
 """
 import argparse
-import json
 import math
 import os
-import sys
 from dataclasses import asdict
-from pathlib import Path
+
+from pydantic_core import to_json
 
 from data.errors import UsageError
 from records import logs, tracks
-from records.text import Grid, for_json, nats, printable, seconds, short_name, shown, terminal
+from records.text import Grid, nats, printable, seconds, short_name, shown, terminal
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
 EXAMPLE = "python -m records show records/track_0_laptop/2026-11-24_TailAverage"
-
-POINTS_SHOWN = 40  # validations of a run in the terminal; --json has all
-
 
 def target_loss(text: str) -> float:
     """An argument of the command line."""
@@ -44,26 +39,15 @@ def run(args) -> int:
     if not paths:
         raise UsageError(f"{args.paths[0]}: expected logs ({', '.join(sorted(logs.SUFFIXES))}), found none; "
                          "check the path")
-    found, errors = [], []
-    for path in paths:
-        try:
-            found.append(logs.read(path))
-        except UsageError as e:  # one file that cannot be opened does not hide the others
-            errors.append(e)
-    if not found:
-        raise errors[0]
-    for error in errors:
-        print(f"records: {error}", file=sys.stderr)
-
+    found = [logs.read(path) for path in paths]
     if args.source:
         print(source_of(found[0], args.source), end="")
     elif args.json:
         facts = [as_json(log, args.target or target_of(log)) for log in found]
-        one_file = len(args.paths) == 1 and not Path(args.paths[0]).is_dir()
-        print(json.dumps(facts[0] if one_file else facts, indent=1, allow_nan=False))
+        print(to_json(facts, indent=1, inf_nan_mode="null").decode())
     else:
         print_facts(found, args.target)
-    return int(bool(errors) or any(not log.runs for log in found))
+    return int(any(not log.runs for log in found))
 
 
 def source_of(log: logs.LogFile, name: str) -> str:
@@ -79,34 +63,56 @@ def target_of(log: logs.LogFile) -> float:
 
 def as_json(log: logs.LogFile, target: float) -> dict:
     """Facts by names that do not change."""
-    runs = [asdict(run) | {
-        "first_val_loss": run.first_val_loss,
-        "final_val_loss": run.final_val_loss,
-        "final_time_ms": run.final_time_ms,
-        "final_step": run.final_step,
-        "target": target,
-        "time_to_target_ms": run.time_to(target),
-        "steps_to_target": run.steps_to(target),
-    } for run in log.runs]
-    return for_json({
-        "path": os.fspath(log.path),
-        "runs": runs,
+    return {
+        "path": printable(str(log.path)),
+        "runs": [asdict(run) | {
+            "run_id": printable(run.run_id),
+            "final_val_loss": run.final_val_loss,
+            "final_time_ms": run.final_time_ms,
+            "final_step": run.final_step,
+            "target": target,
+            "time_to_target_ms": run.time_to(target),
+            "steps_to_target": run.steps_to(target),
+        } for run in log.runs],
         "sha256": log.sha256,
         "size": log.size,
         "problems": log.problems,
         "sources": {name: len(text.splitlines()) for name, text in log.sources.items()},
-    })
+    }
 
 
 def print_facts(found: list[logs.LogFile], target: float | None):
+    """One row for each run; of a single log also what is known of the file, and its validations."""
     console = terminal()
     if len(found) == 1:
-        print_one(console, found[0], target or target_of(found[0]))
-    else:
-        print_runs(console, found, target)
+        facts = facts_of(found[0])
+        for name, value in facts.items():
+            console.print(f"{name:<{max(map(len, facts))}}  {value}")
+    grid, common = run_grid(found, target).without_common()
+    if grid.rows:
+        grid.print(console)
+    if common:
+        console.print(f"in all: {common}")
+    if len(found) == len(found[0].runs) == 1 and found[0].runs[0].val_points:
+        rows = [[f"{point.step:,}", nats(point.val_loss), seconds(point.train_time_ms)]
+                for point in found[0].runs[0].val_points]
+        Grid(["step", "validation loss", "time, s"], rows).print(console)
     for log in found:
         for problem in log.problems:
             console.print(f"{printable(str(log.path))}: {problem}", style="yellow")
+
+
+def facts_of(log: logs.LogFile) -> dict[str, str]:
+    """What is known of a file and of all runs in it."""
+    facts = {"file": printable(str(log.path)), "bytes": f"{log.size:,}", "SHA-256": log.sha256}
+    if log.sources:
+        facts["source"] = ", ".join(f"{name} ({len(text.splitlines()):,} lines)"
+                                    for name, text in log.sources.items())
+    for run in log.runs[:1]:
+        facts |= {"its SHA-256": shown(run.source_sha256), "Python": shown(run.python),
+                  "CUDA": shown(run.cuda), "Triton": shown(run.triton),
+                  "peak memory": shown(run.peak_mib, "{:,} MiB")}
+    return facts
 
 
 RUN_TITLES = ["run", "steps", "final loss", "time, s", "ms/step", "target", "reached, s", "at step", "seed",
@@ -131,50 +137,11 @@ def run_row(name: str, run: logs.RunFacts, target: float) -> list[str]:
     ]
 
 
-def print_runs(console, found: list[logs.LogFile], target: float | None):
-    """One row for each run. What is the same in all of them stands below the table once."""
+def run_grid(found: list[logs.LogFile], target: float | None) -> Grid:
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(log.path)) for log in found])
     rows = []
     for log in found:
         name = short_name(os.path.relpath(os.path.abspath(log.path), folder))
         rows += [run_row(name + run.run_id[len(log.path.stem):], run, target or target_of(log))
                  for run in log.runs]
-    if rows:
-        grid, common = Grid(RUN_TITLES, rows).without_common()
-        grid.print(console)
-        if common:
-            console.print(f"in all: {common}")
-
-
-def print_one(console, log: logs.LogFile, target: float):
-    """Facts of the file, then of its run with the validations, or of its runs as a table."""
-    facts = {"file": printable(str(log.path)), "bytes": f"{log.size:,}",
-             "SHA-256": log.sha256}
-    if log.sources:
-        facts["source"] = ", ".join(f"{name} ({len(text.splitlines()):,} lines)"
-                                    for name, text in log.sources.items())
-    if log.runs:
-        run = log.runs[0]
-        facts |= {"its SHA-256": shown(run.source_sha256), "Python": shown(run.python),
-                  "CUDA": shown(run.cuda), "Triton": shown(run.triton),
-                  "peak memory": shown(run.peak_mib, "{:,} MiB")}
-    if len(log.runs) == 1:
-        facts |= dict(zip(RUN_TITLES[1:], run_row("", run, target)[1:]))
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        console.print(f"{name:<{width}}  {value}")
-    if len(log.runs) > 1:
-        print_runs(console, [log], target)
-    elif log.runs and run.val_points:
-        points_grid(run).print(console)
-
-
-def points_grid(run: logs.RunFacts) -> Grid:
-    """The validations; of very many the first ten and the last ones."""
-    points = run.val_points
-    names = list(dict.fromkeys(name for point in points for name in point.extra))
-    rows = [[f"{point.step:,}", nats(point.val_loss), seconds(point.train_time_ms),
-             *(nats(point.extra.get(name)) for name in names)] for point in points]
-    if len(rows) > POINTS_SHOWN:
-        rows[10:10 - POINTS_SHOWN] = [["..."] * len(rows[0])]
-    return Grid(["step", "validation loss", "time, s", *names], rows)
+    return Grid(RUN_TITLES, rows)

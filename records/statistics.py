@@ -7,7 +7,7 @@ the set it was in. Probabilities are one-sided, since a claim has a direction: b
 the baseline. Intervals are of 95 %.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,52 +46,38 @@ def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
 @dataclass(frozen=True)
 class RuleResult:
     """A loss rule on a set of runs."""
-    n: int
-    mean: float | None
-    sd: float | None
-    score: float | None = None  # what the rule compares: t, or the score of a rule without a spread
-    p: float | None = None
-    passes: bool = False
-    formula: str = ""
-    why: str = ""
+    passes: bool
+    p: float | None
+    said: str  # the formula with its figures, or why it cannot be judged
 
     def __str__(self):
-        if self.why:
-            return f"cannot be judged: {self.why}"
-        return f"{self.formula}: {'passes' if self.passes else 'fails'}"
+        return self.said if self.p is None else f"{self.said}: {'passes' if self.passes else 'fails'}"
 
 
-def t_test(losses: Sequence[float], target: float, alpha: float = 0.01) -> RuleResult:
+def t_test(losses: Sequence[float], target: float, alpha: float) -> RuleResult:
     """One-sample t-test that the mean is below the target."""
-    n = len(losses)
-    mean, sd = mean_sd(losses)
     if why := unfit(losses, what="losses"):
-        return RuleResult(n, mean, sd, why=why)
-    result = scipy.stats.ttest_1samp(losses, target, alternative="less")
-    t = float(result.statistic)
-    p = float(result.pvalue)
-    formula = (f"mean {mean:.5f} of {n}, sd {sd:.5f}, against {target}: t = {t:.2f}, p = {p:.3g}, needed < "
-               f"{alpha}")
-    return RuleResult(n, mean, sd, t, p, p < alpha, formula)
-
-
-def reaches(score: float, needed: float) -> bool:
-    """score >= needed for decimal figures: 3.28 - 3.276 is a hair off 0.004 in binary."""
-    return score >= needed - 1e-9
-
-
-def z_rule(losses: Sequence[float], target: float, sigma: float = 0.0013,
-           needed: float = 0.004) -> RuleResult:
-    """(target - mean) sqrt(n) against what is needed. p: of a z-test with the assumed sigma."""
-    n = len(losses)
+        return RuleResult(False, None, f"cannot be judged: {why}")
     mean, sd = mean_sd(losses)
+    result = scipy.stats.ttest_1samp(losses, target, alternative="less")
+    p = float(result.pvalue)
+    said = (f"mean {mean:.5f} of {len(losses)}, sd {sd:.5f}, against {target}: t = {result.statistic:.2f}, "
+            f"p = {p:.3g}, needed < {alpha}")
+    return RuleResult(p < alpha, p, said)
+
+
+def z_rule(losses: Sequence[float], target: float, sigma: float, needed: float) -> RuleResult:
+    """(target - mean) sqrt(n) against what is needed. p: of a z-test with the assumed sigma."""
     if why := unfit(losses, 1, "losses"):
-        return RuleResult(n, mean, sd, why=why)
+        return RuleResult(False, None, f"cannot be judged: {why}")
+    n = len(losses)
+    mean, _ = mean_sd(losses)
     score = (target - mean) * n ** 0.5
     p = float(scipy.stats.norm.sf(score / sigma))
-    formula = (f"({target} - {mean:.5f}) sqrt({n}) = {score:.5f}, needed >= {needed} (p = {p:.3g} at an "
-               f"assumed sd of {sigma})")
-    return RuleResult(n, mean, sd, score, p, reaches(score, needed), formula)
+    # For decimal figures: 3.28 - 3.276 is a hair off 0.004 in binary.
+    said = (f"({target} - {mean:.5f}) sqrt({n}) = {score:.5f}, needed >= {needed} (p = {p:.3g} at an assumed "
+            f"sd of {sigma})")
+    return RuleResult(score >= needed - 1e-9, p, said)
 
 
 LOSS_RULES = {"t_test": t_test, "z_rule": z_rule}
@@ -100,22 +86,6 @@ LOSS_RULES = {"t_test": t_test, "z_rule": z_rule}
 def loss_rule(track, losses: Sequence[float]) -> RuleResult:
     """The loss rule of a records.tracks.Track on the losses of all runs at the claimed step."""
     return LOSS_RULES[track.rule](losses, track.target, **track.rule_options)
-
-
-def pairwise_rule(losses: Sequence[float], baseline: Sequence[float], steps_saved: int = 0,
-                  loss_per_step: float = 0.0045 / 100, needed: float = 0.004) -> RuleResult:
-    """Candidate against predecessor: (loss gained + loss that the saved steps are worth) / sqrt(1/n
-    + 1/n_baseline)."""
-    n = len(losses)
-    mean, sd = mean_sd(losses)
-    if why := unfit(losses, 1, "losses") or unfit(baseline, 1, "losses of the baseline"):
-        return RuleResult(n, mean, sd, why=why)
-    gain = float(np.mean(baseline) - np.mean(losses))
-    worth = steps_saved * loss_per_step
-    score = (gain + worth) / (1 / n + 1 / len(baseline)) ** 0.5
-    formula = (f"({gain:.5f} + {worth:.5f} for {steps_saved} steps) / sqrt(1/{n} + 1/{len(baseline)}) = "
-               f"{score:.5f}, needed >= {needed}")
-    return RuleResult(n, mean, sd, score, None, reaches(score, needed), formula)
 
 
 # Estimates with their intervals
@@ -157,69 +127,40 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Estimate:
     return Estimate(difference, float(low), float(high), float(p))
 
 
-def ratio_interval(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    """mean(a) / mean(b) of independent groups of positive values: a speed-up, if a are the times of the
-    baseline.
-
-    Delta method on the logarithm, where both relative errors add, with Welch and Satterthwaite's degrees of
-    freedom: spreads may differ, the interval stays positive, and that of b / a is its reciprocal. At the
-    relative spread of times (6 % and less) it agrees with Fieller's to a twentieth of the width; where the
-    spread is so large that Fieller's is unbounded, neither means much."""
-    ratio = None
-    if not (unfit(a, 1) or unfit(b, 1)) and min(*a, *b) > 0:
-        ratio = float(np.mean(a)) / float(np.mean(b))
-        if not math.isfinite(ratio) or ratio == 0:  # numbers too far apart for a float
-            ratio = None
-    if why := unfit(a) or unfit(b) or ("" if ratio else "expected positive values of like size"):
-        return Estimate(ratio, why=why)
-    squared = [np.var(group, ddof=1) / len(group) / np.mean(group) ** 2 for group in (a, b)]
-    weights = [part ** 2 / (len(group) - 1) for part, group in zip(squared, (a, b))]
-    df = sum(squared) ** 2 / sum(weights)
-    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, df)
-    factor = math.exp(quantile * sum(squared) ** 0.5)
-    return Estimate(ratio, ratio / factor, ratio * factor)
+def paired(a: Sequence[float], b: Sequence[float]) -> Estimate:
+    """The mean of a - b, pair by pair."""
+    return mean_interval([x - y for x, y in zip(a, b, strict=True)])
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Paired t-test on a minus b. floor: the difference that so many pairs show in 8 cases of 10."""
-    n: int
-    sd: float | None  # of the differences
-    difference: Estimate
-    p_above: float | None = None  # that a is above b
-    floor: float | None = None
+def ratio(compare: Callable, a: Sequence[float], b: Sequence[float]) -> Estimate:
+    """The ratio of the geometric means of positive values by `welch` or `paired` of their logarithms: a
+    speed-up, if a are the times of the baseline. That of b / a is its reciprocal, limits included.
 
+    At the spread of times (6 % and less) the ratio of the usual means is the same to 0.2 %.
+    """
+    def logarithms(values):
+        return [math.log(value) if 1 / LARGEST < value < LARGEST else math.nan for value in values]
 
-def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    n = len(differences)
-    _, sd = mean_sd(differences)
-    difference = mean_interval(differences)
-    if difference.why:
-        return Paired(n, sd, difference)
-    above = scipy.stats.ttest_1samp(differences, 0, alternative="greater").pvalue
-    return Paired(n, sd, difference, float(above), sd * detectable(n, ALPHA))
+    found = compare(logarithms(a), logarithms(b))
+    value, low, high = (None if x is None else math.exp(x) for x in (found.value, found.low, found.high))
+    return Estimate(value, low, high, why=found.why)
 
 
 # Power
 
-def power(n: int, margin: float, sd: float, alpha: float, sigma: float | None = None) -> float:
-    """Probability that n runs, whose true mean is `margin` below the target and whose standard deviation is
-    sd, pass the t-test at alpha (exact, noncentral t), or the z-test at alpha with an assumed sigma."""
-    if sigma is not None:
-        needed = sigma * scipy.stats.norm.isf(alpha)
-        return float(scipy.stats.norm.cdf((margin * n ** 0.5 - needed) / sd))
-    critical = scipy.stats.t.isf(alpha, n - 1)
-    return float(scipy.stats.nct.sf(critical, n - 1, margin * n ** 0.5 / sd))
+def t_power(df: float, shift: float, alpha: float) -> float:
+    """Probability that a one-sided t-test at alpha succeeds (exact, noncentral t).
+
+    shift: the true difference over its standard error.
+    """
+    return float(scipy.stats.nct.sf(scipy.stats.t.isf(alpha, df), df, shift))
 
 
-def two_sample_power(n: int, gap: float, sd: float, alpha: float) -> float:
-    """Probability that the one-sided two-sample t-test of n runs each shows the gap."""
-    df = 2 * n - 2
-    critical = scipy.stats.t.isf(alpha, df)
-    return float(scipy.stats.nct.sf(critical, df, gap / sd * (n / 2) ** 0.5))
+def power(n: int, margin: float, sd: float, alpha: float) -> float:
+    """Probability that the mean of n values, in truth `margin` above 0, is shown to be so."""
+    return t_power(n - 1, margin * n ** 0.5 / sd, alpha)
 
 
-def detectable(n: int, alpha: float, wanted: float = 0.8) -> float:
-    """The difference, in standard deviations, at which the t-test of n values has the wanted power."""
-    return scipy.optimize.brentq(lambda margin: power(n, margin, 1.0, alpha) - wanted, 0, 1e3)
+def detectable(n: int, sd: float, wanted: float = 0.8) -> float:
+    """The difference that the mean of n values shows with the wanted probability."""
+    return sd * scipy.optimize.brentq(lambda margin: power(n, margin, 1.0, ALPHA) - wanted, 0, 1e3)

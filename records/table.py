@@ -1,17 +1,17 @@
 """Write the tables of records into records/README.md, between its two marks; what stands outside the marks
 stays.
 
-Public records come from records/history, records of this repository from the record.json of their folders,
-which pack computes from logs. Public times are of many machines and ours of others, so that neither are
-ranked against the other. With --check nothing is written, and the exit code is 1 where the page is not what
+Public records come from records/history, records of this repository from their folders: what is said in
+record.json, and the logs. Public times are of many machines and ours of others, so that neither are ranked
+against the other. With --check nothing is written, and the exit code is 1 where the page is not what
 the data say."""
 import difflib
-import re
 from decimal import Decimal
 from pathlib import Path
 
 from data.errors import UsageError
-from records import history
+from records import check, history, pack, schema
+from records.text import markdown
 from records.tracks import TRACKS, Track
 
 HELP = "the tables of records in records/README.md, from data"
@@ -40,22 +40,13 @@ def history_rows(track: Track) -> list[tuple[history.HistoryRow, Decimal | None]
     return rows
 
 
-def local_records(track: Track) -> list:
-    """The records.schema.Record of each folder of a track, by date."""
-    from records import schema
+def local_records(track: Track) -> list[tuple[schema.Statement, dict]]:
+    """The records in the folders of a track, by date, as said and as the logs say."""
     found = []
     for path in sorted((ROOT / track.folder).glob(f"*/{schema.FILE}")):  # names begin with the date
-        record = schema.read(path)
-        if path.parent != ROOT / record.folder:
-            raise UsageError(f"{path}: expected the record of its folder, found that of {record.folder}; "
-                             "rename the folder")
-        found.append(record)
+        statement = schema.read(path)
+        found.append((statement, pack.describe(check.from_folder(path.parent, statement), statement)))
     return found
-
-
-def escaped(text: str) -> str:
-    """Text as Markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*_~\[\]<>|&#])", r"\\\1", text)
 
 
 def link(text: str, url: str | None) -> str:
@@ -76,28 +67,29 @@ def public_table(track: Track, rows: list[tuple]) -> list[str]:
         gain = ""
         if gained is not None:
             gain = f"{gained} ({100 * gained / (r.minutes_or_steps + gained):.1f} %)"
-        lines.append(f"| {r.number} | {r.minutes_or_steps} | {gain} | {r.date or ''} | {escaped(r.title)} | "
-                     f"{escaped(', '.join(r.contributors))} | {link('log', r.log_url)} | "
+        lines.append(f"| {r.number} | {r.minutes_or_steps} | {gain} | {r.date or ''} | {markdown(r.title)} | "
+                     f"{markdown(', '.join(r.contributors))} | {link('log', r.log_url)} | "
                      f"{link(r.pr, r.pr_url)} |")
     return lines + [""]
 
 
-def local_table(records: list) -> list[str]:
+def local_table(records: list[tuple[schema.Statement, dict]]) -> list[str]:
     """Gain: mean training time of the baseline on the same machine less that of the runs."""
     lines = ["| date | minutes | validation loss | n | steps | gain on the same machine | record | "
              "contributors |",
              "|-|-:|-|-:|-:|-|-|-|"]
-    for record in records:
-        runs, speed = record.runs, record.speed
-        gain = "" if speed is None or speed.difference_ms is None else (
-            f"{number(-speed.difference_ms, 2, 1e-3)} s" + ("" if speed.low_ms is None else
-            f" (95 %: {number(-speed.high_ms, 2, 1e-3)} to {number(-speed.low_ms, 2, 1e-3)})"))
-        title = link(escaped(record.description), record.folder)
-        why = f" (no record: {escaped(record.why_no_record)})" if record.why_no_record else ""
-        lines.append(f"| {record.date} | {number(runs.time_ms_mean, 3, 1 / 60_000)} | "
-                     f"{number(runs.loss_mean, 4)} ± {number(runs.loss_sd, 4)} | {runs.n} | "
-                     f"{'?' if runs.step is None else runs.step} | {gain} | {title}{why} | "
-                     f"{escaped(', '.join(record.contributors))} |")
+    for said, figures in records:
+        runs, speed = figures["runs"], figures["speed"]
+        gain = ""
+        if speed and speed["low_ms"] is not None:
+            found = [number(-speed[name], 2, 1e-3) for name in ("difference_ms", "high_ms", "low_ms")]
+            gain = "{} s (95 %: {} to {})".format(*found)
+        title = link(markdown(said.description), said.folder)
+        why = f" (no record: {markdown(said.why_no_record)})" if said.why_no_record else ""
+        lines.append(f"| {said.date} | {number(runs['time_ms_mean'], 3, 1 / 60_000)} | "
+                     f"{number(runs['loss_mean'], 4)} ± {number(runs['loss_sd'], 4)} | {runs['n']} | "
+                     f"{number(runs['step'], 0)} | {gain} | {title}{why} | "
+                     f"{markdown(', '.join(said.contributors))} |")
     return lines + [""]
 
 

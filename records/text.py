@@ -1,5 +1,4 @@
 """Text, numbers and tables as terminals, pages and JSON want them."""
-import math
 import re
 import sys
 from collections.abc import Iterable
@@ -9,9 +8,9 @@ UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 CELL_OF_NUMBERS = re.compile(r"[-+]?[\d,.]+( ± [\d,.]+| of [\d,]+)?|-|\.\.\.|nan|inf")
 
 
-def printable(text: str) -> str:
-    """Text of a file, or its name, without what could steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+def printable(text: str, limit: int = 1000) -> str:
+    """Text of a file, or its name, as a line of bounded length without what could steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
 def short_name(name: str) -> str:
@@ -19,12 +18,16 @@ def short_name(name: str) -> str:
     return UUID.sub(r"\1", printable(name))
 
 
-def listed(texts: Iterable[str], limit: int = 4, between: str = ", ") -> str:
-    """The first few of many texts, and how many more there are."""
+def markdown(text) -> str:
+    """Text of a log or a person as Markdown that shows it and does nothing else."""
+    return re.sub(r"([\\`*_~\[\]<>|&#])", r"\\\1", printable(str(text)))
+
+
+def listed(texts: Iterable[str], between: str = ", ") -> str:
+    """The first four of many texts, and how many more there are."""
     texts = [*texts]
-    shown_first = between.join(texts[:limit])
-    more = len(texts) - limit
-    return f"{shown_first} and {more} more" if more > 0 else shown_first
+    more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+    return between.join(texts[:4]) + more
 
 
 def shown(value, form: str = "{}") -> str:
@@ -39,15 +42,6 @@ def seconds(ms: float | None) -> str:
 def nats(loss: float | None) -> str:
     """A loss with the decimals of its log, or four."""
     return shown(loss, "{:.4f}" if loss == round(loss or 0, 4) else "{}")
-
-
-def for_json(value):
-    """A value as JSON holds it: numbers that are not finite as null."""
-    if isinstance(value, dict):
-        return {key: for_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [for_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.errors import UsageError
-
 # Regular expressions, to be searched in code without its comments. Inductor's settings and the options of
 # torch.compile can buy a few seconds of run time with half an hour of compilation, which the clock does not
 # see.
@@ -33,14 +31,13 @@ class Track:
     # of these tokens, as our logs print it; None where no log of ours has shown it yet
     val_sha256: str | None
     banned_flags: tuple[str, ...]  # regular expressions, for code without comments
-    loss_per_step: float | None  # what a step is worth in loss near the target; None where nobody measured it
     loss_sd: float  # usual standard deviation of the loss between runs, to plan with
     program: str = "train_gpt.py"  # that trains by its rules here
     fixed: dict = field(default_factory=dict)  # settings that it leaves nobody free to change
 
 
 T_TEST = dict(rule="t_test", rule_options={"alpha": 0.01}, alpha=0.01, waived_for=("systems",),
-              ranked_by="time", claim_step="last", loss_per_step=None)
+              ranked_by="time", claim_step="last")
 FINEWEB = dict(val_tokens=10_485_760, val_sha256=None)
 
 TRACKS = {track.name: track for track in (
@@ -50,7 +47,7 @@ TRACKS = {track.name: track for track in (
           banned_flags=COMPILE_FLAGS, **FINEWEB, **T_TEST),
     Track(name="optimization", folder="track_3_optimization", target=3.28, loss_sd=0.0013,
           rule="z_rule", rule_options={"sigma": 0.0013, "needed": 0.004}, alpha=0.001, waived_for=(),
-          ranked_by="steps", claim_step="stated", loss_per_step=0.0045 / 100, banned_flags=(),
+          ranked_by="steps", claim_step="stated", banned_flags=(),
           program="examples/train_simple.py",
           fixed=dict(batch_tokens=524_288, seq_len=1024, vocab_size=50_304, num_layers=12, model_dim=768,
                      head_dim=128), **FINEWEB),
@@ -60,25 +57,10 @@ TRACKS = {track.name: track for track in (
 )}
 
 
-def choose(logs: Iterable) -> Track:
-    """The track that logs (records.logs.LogFile) are of. UsageError if they are of none or of several."""
-    found = seen(logs)
-    if len(found) != 1:
-        names = " and ".join(track.name for track in found)
-        raise UsageError(f"expected logs of one track, found {names or 'no sign of any'}; say "
-                         f"--track={'|'.join(TRACKS)}")
-    return found[0]
-
-
-def seen(logs: Iterable) -> list[Track]:
-    """The tracks that logs are of, by their settings or by a folder in their path."""
-    logs = [*logs]
-    return [track for track in TRACKS.values() if any(
-        track.folder in Path(log.path).resolve().parts
-        or any(run.config.get("track") == track.name for run in log.runs) for log in logs)]
-
-
 def only(logs: Iterable) -> Track | None:
-    """The track that all these logs are of; None where they do not say."""
-    found = seen(logs)
-    return found[0] if len(found) == 1 else None
+    """The track that all these logs (records.logs.LogFile) are of, by their settings or by a folder in their
+    path; None where they do not say."""
+    found = {track.name: track for log in logs for track in TRACKS.values()
+             if track.folder in Path(log.path).resolve().parts
+             or any(run.config.get("track") == track.name for run in log.runs)}
+    return found.popitem()[1] if len(found) == 1 else None

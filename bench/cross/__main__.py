@@ -90,9 +90,10 @@ def warm_up_seconds(trace) -> dict[str, float]:
 def memory_of_passes(trace, cfg) -> list[tuple[int, ...]]:
     """Return (first step, tokens of a sequence, bytes kept for the backward pass, bytes more at the worst
     moment of both passes) of each graph of the model."""
-    graphs = [graph for graph in trace.graphs if graph.name == "GPT" and graph.phase == "warm-up"]
     found = []
-    for step, forward, backward in zip(cfg.graph_starts, graphs[::2], graphs[1::2]):
+    for step in cfg.graph_starts:
+        called = [trace.graphs[number] for phase, number in trace.calls if phase == f"step {step}"]
+        forward, backward = (graph for graph in called if graph.name == "GPT")
         kept = forward.kept_bytes
         more = max(forward.extra_bytes - kept, backward.extra_bytes, 0)
         found.append((step, cfg.at("batch_tokens", step) // cfg.slices, kept, more))

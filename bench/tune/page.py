@@ -1,5 +1,4 @@
 """Tables and plot of a search and of the fresh seeds of its winners."""
-import contextlib
 import math
 import statistics
 from types import SimpleNamespace
@@ -121,29 +120,6 @@ def rung_table(results: Results) -> str:
                  "rank correlation with the rung before"], lines)
 
 
-def best_losses(results: Results, optimizer: str) -> dict[int, float]:
-    """Return steps -> best loss of every rung that is whole."""
-    found = {}
-    for steps in results.rungs(optimizer):
-        with contextlib.suppress(UsageError):
-            found[steps] = results.losses(optimizer, steps)[results.winner(optimizer, steps)]
-    return found
-
-
-def rung_ratios(results: Results) -> str:
-    """Return how many times as many steps AdamW takes to the best loss of each of its rungs, by the search
-    alone: Muon's steps lie on straight lines in the logarithm between its own rungs."""
-    muon = best_losses(results, "muon")
-    lines = []
-    for steps, loss in best_losses(results, "adamw").items():
-        for short, long in zip(muon, [*muon][1:]):
-            part = steps_ratio(loss, (short, long), (muon[short], muon[long]))
-            if 0 < part < math.inf:
-                lines.append([steps, f"{loss:.4f}", f"{part * short:.0f}", f"{steps / (part * short):.2f}"])
-                break
-    return grid(["steps of AdamW", "its best loss", "steps of Muon to it", "ratio"], lines)
-
-
 def winners_table(results: Results) -> str:
     """Return the searched quantities of the winners beside their ranges, as far as there are winners."""
     found = {}
@@ -203,11 +179,10 @@ def ratio_text(results: Results) -> str:
         found = ratio_interval(results, fixed, moving)
         if found is None:
             continue
-        steps = [part * found[3] for part in found[:3]]
-        ratios = [n / last if moving == "adamw" else last / n if n else math.inf for n in steps]
-        largest = found[4] / found[3]
-        middle, low, high = (shown_ratio(x, largest) for x in (ratios[0], *sorted(ratios[1:])))
-        lengths = f"{NAMES[moving]}'s schedules of {found[3]} and {found[4]} steps"
+        *parts, short, long = found
+        middle, *ends = (adamw_over_muon(moving, part * short, last) for part in parts)
+        middle, low, high = (shown_ratio(ratio, long / short) for ratio in (middle, *sorted(ends)))
+        lengths = f"{NAMES[moving]}'s schedules of {short} and {long} steps"
         lines.append(
             f"- **To the loss at which {NAMES[fixed]}'s {last} steps end, AdamW needs {middle} times as many "
             f"steps as Muon** (95 %: {low} to {high}), by {lengths} and a straight line in the logarithm of "
@@ -216,6 +191,14 @@ def ratio_text(results: Results) -> str:
         return "The ratio of steps needs two fresh seeds or more of each winner."
     speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
     return "\n".join([*lines, f"- A step of AdamW took {speed:.3f} of the time of one of Muon."])
+
+
+def adamw_over_muon(moving: str, steps: float, last: int) -> float:
+    """Return AdamW's steps in units of Muon's, where the moving one takes these and the other one the last
+    rung's."""
+    if moving == "adamw":
+        return steps / last
+    return last / steps if steps else math.inf
 
 
 def shown_ratio(ratio: float, largest: float) -> str:
@@ -244,10 +227,13 @@ def reuse_table(results: Results) -> str:
 
 
 def tables(results: Results) -> str:
+    """Return the tables. Raises UsageError where an optimizer has no trials."""
     rungs = results.search.rungs
+    if not all(results.losses(optimizer, rungs[0]) for optimizer in OPTIMIZERS):
+        raise UsageError(f"{results.path}: expected trials of both optimizers, found too few; see "
+                         "`python -m bench.tune run`")
     return "\n\n".join([
         "### The search", rung_table(results),
-        "By the best of each whole rung, one seed, before any fresh one:", rung_ratios(results),
         f"### Expected best of k trials after {rungs[0]} steps", best_table(results),
         "### The winners", winners_table(results),
         "### Fresh seeds of the winners", final_text(results),
@@ -270,7 +256,7 @@ def draw(results: Results, theme: Theme, figure: Figure) -> None:
         axes.set_xscale("log", base=2)
     right.set_ylim(1.5, 3.6)
     finish(left, theme, [2**i for i in range(int(math.log2(results.search.trials)) + 1)])
-    finish(right, theme, list(best_losses(results, "adamw")), legend=False)
+    finish(right, theme, results.rungs("adamw"), legend=False)
 
 
 def draw_best(axes: Axes, color: str, name: str, losses: list[float]) -> None:

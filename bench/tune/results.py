@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from bench import trials
-from bench.tune.search import OPTIMIZERS, Search
+from bench.tune.search import OPTIMIZERS, Search, read_search
 from data.errors import UsageError
 
 
@@ -21,8 +21,6 @@ class Results:
                              f"found some of another, {', '.join(map(str, others))}; put that one back, or "
                              "choose another OUT")
 
-    def add(self, row: dict):
-        self.rows.append(row)
 
     def of(self, kind: str) -> list[dict]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -80,3 +78,9 @@ class Results:
 
     def final_losses(self, group: str) -> list[float]:
         return [row["loss"] for row in self.of("final") if row["group"] == group]
+
+
+def read(folder: Path) -> Results:
+    """Return what a folder holds of the committed search, which makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Results(folder, read_search())

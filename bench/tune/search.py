@@ -1,8 +1,8 @@
 """A search over settings that is fixed in a file before its first run: bench/tune/search.json.
 
 Each trial is a point of the unit cube, with one coordinate per quantity. The same points serve both
-optimizers, each with its own ranges; a file that gives one of them more quantities, wider ranges or other
-choices is refused.
+optimizers, each with its own ranges; a test sees to it that they have the same quantities and choices, and
+ranges of as many decades. Results of another file than the one that is there are refused.
 
     trials       number of points
     seed         of the points, and of the weights of every training of the search
@@ -17,13 +17,12 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 
-from data.errors import UsageError
+from data.files import ROOT
 from train_gpt import Config
 
+SEARCH_FILE = ROOT / "bench/tune/search.json"
 OPTIMIZERS = "muon", "adamw"
 QUANTITIES = {
     "matrix_rate": "learning rate of the hidden matrices",
@@ -128,78 +127,8 @@ def value_at(rule: dict, u: float):
     return three_digits(low * (high / low) ** ((u - zero) / (1 - zero)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The file
-
-
-def read_search(path: Path) -> Search:
-    """Read and check a search file. Raises UsageError."""
-    try:
-        raw = path.read_bytes()
-        found = json.loads(raw)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: expected a search file in JSON, found {error}; see "
-                         "bench/tune/search.json") from None
-    fields = [name for name in Search.__annotations__ if name != "sha256"]
-    if not isinstance(found, dict) or sorted(found) != sorted(fields):
-        raise UsageError(f"{path}: expected exactly the entries {', '.join(fields)}; see "
-                         "bench/tune/search.json")
-
-    def check(expected: str, holds: bool, name: str):
-        if not holds:
-            raise UsageError(f"{path}: expected {name} as {expected}, found {found[name]!r}; correct it")
-
-    check("a number from 2 on", whole(found["trials"], 2), "trials")
-    check("a number from 0 on", whole(found["seed"], 0), "seed")
-    rungs = found["rungs"]
-    steps = isinstance(rungs, list) and len(rungs) > 0 and all(whole(n, 10) for n in rungs)
-    check("rising numbers of steps from 10 on", steps and rungs == sorted(set(rungs)), "rungs")
-    longer = found["longer"]
-    beyond = isinstance(longer, dict) and all(whole(n, rungs[-1] + 1) for n in longer.values())
-    check("an optimizer and more steps than the last rung", beyond and {*longer} <= {*OPTIMIZERS}, "longer")
-    slices = whole(found["val_tokens"], 1) and found["val_tokens"] % TRACK.val_slice == 0
-    check(f"a multiple of {TRACK.val_slice}", slices, "val_tokens")
-    ranges = found["ranges"]
-    check(f"an entry for each of {', '.join(OPTIMIZERS)}",
-          isinstance(ranges, dict) and sorted(ranges) == sorted(OPTIMIZERS), "ranges")
-    check_ranges(path, ranges)
-    digest = hashlib.sha256(raw).hexdigest()[:16]
-    return Search(**{**found, "rungs": tuple(rungs)}, sha256=digest)
-
-
-def whole(x, least: int) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= least
-
-
-def check_ranges(path: Path, ranges: dict[str, dict]) -> None:
-    """Raise UsageError unless both optimizers are searched alike: in the same quantities and choices, over as
-    many decades."""
-    shapes = {}
-    for optimizer, rules in ranges.items():
-        if not isinstance(rules, dict) or sorted(rules) != sorted(QUANTITIES):
-            raise UsageError(f"{path}: expected of {optimizer} exactly the quantities "
-                             f"{', '.join(QUANTITIES)}; add or remove some")
-        shapes[optimizer] = {name: shape_of(path, f"{optimizer}, {name}", rules[name]) for name in QUANTITIES}
-    for name in QUANTITIES:
-        one, other = (shapes[optimizer][name] for optimizer in OPTIMIZERS)
-        if one != other:
-            raise UsageError(f"{path}: expected {name} to be searched alike for both optimizers, found {one} "
-                             f"and {other}; a baseline with less search is none")
-
-
-def shape_of(path: Path, where: str, rule) -> tuple:
-    """Return what must be equal for both optimizers: choices, or decades and the probability of zero."""
-    if isinstance(rule, dict) and [*rule] == ["one_of"]:
-        choices = rule["one_of"]
-        if isinstance(choices, list) and choices:
-            return tuple(choices)
-    try:
-        low, high = rule["log"]
-        zero = rule.get("zero", 0)
-        known = {*rule} <= {"log", "zero"} and 0 < low < high < math.inf and 0 <= zero < 1
-    except (TypeError, KeyError, ValueError, AttributeError):
-        known = False
-    if not known:
-        raise UsageError(f'{path}: expected for {where} {{"log": [lowest, highest]}} or {{"one_of": [...]}}, '
-                         f"found {rule!r}; correct it")
-    return round(math.log10(high / low), 2), zero
+def read_search() -> Search:
+    """Return the committed search."""
+    raw = SEARCH_FILE.read_bytes()
+    found = json.loads(raw)
+    return Search(**{**found, "rungs": tuple(found["rungs"])}, sha256=hashlib.sha256(raw).hexdigest()[:16])

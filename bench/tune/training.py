@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from bench import pictures, trials
-from bench.tune.results import Results
+from bench.tune.results import Results, read
 from bench.tune.search import OPTIMIZERS
 from data.errors import RunError
 from data.files import ROOT, data_root
@@ -14,18 +14,15 @@ from tools.children import ending, run_limited
 from train_gpt import Run
 
 FRESH = 1000  # first of the seeds that the search has not seen
+FINAL_SEEDS, REUSE_SEEDS = 5, 2
 STEP_SECONDS = 20  # no step takes so long on any machine
 FACTORS = 0.5, 1.0, 2.0  # of the rate of AdamW's winner, for Muon
 
 
-def run_search(results: Results, options) -> None:
+def run_search(options) -> None:
     """Train rung by rung, both optimizers in turn, so that what is there at any time is balanced."""
+    results = read(options.out)
     search = results.search
-    for optimizer in OPTIMIZERS:
-        for trial in range(search.trials):
-            settings = search.settings(optimizer, trial, search.rungs[0])
-            trials.config(settings, search.seed)  # so that a refusal comes before the first run
-
     for rung in range(len(search.rungs) + 1):
         jobs = []
         for optimizer in OPTIMIZERS:
@@ -34,8 +31,7 @@ def run_search(results: Results, options) -> None:
         jobs.sort(key=lambda job: job.labels["trial"])
         if jobs:
             print(f"rung {rung + 1}: {len(jobs)} trainings to do", file=sys.stderr)
-        for row in trials.run_all(jobs, trials.train, options.workers, results.path):
-            results.add(row)
+        results.rows += trials.run_all(jobs, trials.train, options.workers, results.path)
 
 
 def missing_jobs(results: Results, optimizer: str, rung: int) -> list[trials.Job]:
@@ -50,14 +46,15 @@ def missing_jobs(results: Results, optimizer: str, rung: int) -> list[trials.Job
         for trial in results.wanted(optimizer, rung) if trial not in done]
 
 
-def run_final(results: Results, options) -> None:
+def run_final(options) -> None:
     """Train the winners with seeds that the search has not seen, seed by seed."""
+    results = read(options.out)
     for optimizer in OPTIMIZERS:
         results.winner(optimizer, results.search.rungs[-1])  # without these there is nothing to compare
 
     done = {(row["group"], row["seed"]) for row in results.of("final")}
     winners = results.winners()
-    for seed in range(FRESH, FRESH + options.seeds):
+    for seed in range(FRESH, FRESH + FINAL_SEEDS):
         for group, (optimizer, steps, trial) in winners.items():
             settings = results.search.settings(optimizer, trial, steps)
             if (group, seed) not in done:
@@ -66,8 +63,7 @@ def run_final(results: Results, options) -> None:
                     kind="final", search=results.search.sha256, group=group, settings=settings, seed=seed,
                     steps=steps, loss=loss, seconds=seconds)
                 trials.append(results.path, row)
-                results.add(row)
-                print(f"{group}, seed {seed}: {loss:.4f} in {seconds:.0f} s", file=sys.stderr, flush=True)
+                print(trials.said(row), file=sys.stderr, flush=True)
 
 
 def train_with_log(settings: list[str], seed: int, steps: int, folder: Path) -> tuple[float, float]:
@@ -89,16 +85,16 @@ def train_with_log(settings: list[str], seed: int, steps: int, folder: Path) -> 
     return loss, seconds
 
 
-def run_reuse(results: Results, options) -> None:
+def run_reuse(options) -> None:
     """Train Muon at the rate and the decay of AdamW's winner, and at half and twice that rate."""
+    results = read(options.out)
     steps = results.search.rungs[-1]
     winner = results.search.settings("adamw", results.winner("adamw", steps), steps)
     done = {(row["factor"], row["seed"]) for row in results.of("reuse")}
     jobs = [reuse_job(winner, factor, seed, results.search.sha256)
-            for seed in range(FRESH, FRESH + options.seeds) for factor in FACTORS
+            for seed in range(FRESH, FRESH + REUSE_SEEDS) for factor in FACTORS
             if (factor, seed) not in done]
-    for row in trials.run_all(jobs, trials.train, options.workers, results.path):
-        results.add(row)
+    trials.run_all(jobs, trials.train, options.workers, results.path)
 
 
 def reuse_job(winner: list[str], factor: float, seed: int, sha256: str) -> trials.Job:

@@ -2,13 +2,8 @@
 goes on."""
 import json
 import math
-import multiprocessing.dummy
-import re
-from types import SimpleNamespace
 
 from bench import ablate, trials
-from data.errors import run_program
-from data.files import ROOT
 from tests.helpers.runs import TINY, make_shards
 
 
@@ -16,9 +11,8 @@ def rows(variant, losses, steps=100):
     return [dict(variant=variant, seed=seed, steps=steps, loss=loss) for seed, loss in enumerate(losses)]
 
 
-def test_the_table_weighs_loss_against_time_and_compares_seed_by_seed(tmp_path, capsys):
-    out = tmp_path / "out.jsonl"
-    found = [
+def test_the_table_weighs_loss_against_time_and_compares_seed_by_seed():
+    text = ablate.table([
         *rows(ablate.BASE, [2.0, 2.4, 1.98]),
         *rows(ablate.FEWER, [2.05], 90),
         *rows(ablate.MORE, [1.95], 110),
@@ -26,10 +20,7 @@ def test_the_table_weighs_loss_against_time_and_compares_seed_by_seed(tmp_path, 
         *rows("skip", [2.06, 2.42]),
         dict(variant="smear", ratio=0.8),
         dict(variant=ablate.BASE, ratio=1.0),
-    ]
-    out.write_text("\n".join(map(json.dumps, found)))
-    assert ablate.main(["table", str(out)]) == 0
-    text = capsys.readouterr().out
+    ])
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"]
     lines = {row[0]: row for row in cells}
     assert "1 % of the steps is worth 0.0050" in text  # 0.1 over 20 steps
@@ -43,35 +34,21 @@ def test_the_table_weighs_loss_against_time_and_compares_seed_by_seed(tmp_path, 
     assert list(lines)[2:] == ["10 % fewer steps", "skip", "10 % more steps", "smear"]
 
 
-def test_too_few_results_are_said(tmp_path, capsys):
-    assert run_program(ablate.main, ["table", str(tmp_path / "none.jsonl")]) == 2
-    assert "expected runs of 'all on'" in capsys.readouterr().err
-
-
 def test_every_variant_is_one_that_the_trainer_takes():
     jobs = [ablate.job(name, settings, 240, 0) for name, settings in ablate.variants(240).items()]
     found = {str(job): trials.config(job.settings, job.seed) for job in jobs}
     assert len(found) == 4 + len(ablate.OFF) + len(ablate.ON) and len(set(found.values())) == len(found)
 
 
-def test_the_page_has_the_tables_of_its_results():
-    page = (ROOT / "bench/ABLATION.md").read_text(encoding="utf-8")
-    marked = r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->(.*)"
-    path, found, after = re.search(marked, page, re.S).groups()
-    assert found == ablate.table(ROOT / path) and after == "\n"
-
-
-def test_a_sweep_trains_what_is_missing_and_times_in_turns(tmp_path, monkeypatch, capsys):
+def test_a_sweep_trains_what_is_missing_and_times_in_turns(tmp_path, monkeypatch, capsys, in_this_process):
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
     variants = {ablate.BASE: TINY[1:], "smear": [*TINY[1:], "--smear=off"]}
     monkeypatch.setattr(ablate, "variants", lambda steps: variants)
-    threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)  # which start at once
-    monkeypatch.setattr(trials, "multiprocessing", threads)
-    monkeypatch.setattr(ablate.torch, "set_num_threads", lambda n: None)  # two may be more than there are
+    monkeypatch.setattr(ablate, "ROUNDS", 1)
     out = tmp_path / "out.jsonl"
     out.write_text(json.dumps(rows(ablate.BASE, [1.0])[0]) + "\n")
-    assert ablate.main(["run", str(out), "--seeds=1", "--workers=1", "--steps=4", "--only", "smear"]) == 0
-    assert ablate.main(["time", str(out), "--rounds=1", "--steps=12"]) == 0
+    ablate.MEASUREMENT.main(["run", str(out), "--seeds=1", "--steps=4", "--only", "smear"])
+    ablate.MEASUREMENT.main(["time", str(out), "--steps=12"])
     kept, trained, *timed = map(json.loads, out.read_text().splitlines())
     assert "1 runs to do, 1 done" in capsys.readouterr().err
     assert kept["loss"] == 1.0 and trained["variant"] == "smear" and 0 < trained["loss"] < 10

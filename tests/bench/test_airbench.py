@@ -10,7 +10,7 @@ from bench.airbench import GRID, LENGTHS, SEEDS, TARGET, TRIALS
 from bench.airbench import compared, epochs_to, finished, next_run, read_results, tuned
 from data.errors import UsageError
 from examples.airbench import RATES
-from tests.examples.pictures import made_up
+from tests.helpers.pictures import made_up
 from tests.helpers.committed import ROOT
 
 COMMITTED = ROOT / "bench/results/2026-11-28_airbench/airbench.jsonl"
@@ -90,22 +90,6 @@ def test_an_interval_is_as_wide_as_luck_makes_it(rows):
     assert ratio.high - ratio.low == pytest.approx(expected, rel=0.15)
 
 
-def test_the_page_says_what_was_found(written, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bench.plots.PICTURES", tmp_path / "docs/pictures")
-    page = tmp_path / "page.md"
-    marks = f"<!-- figures of {written.as_posix()} -->\n<!-- end of figures -->"
-    page.write_text(f"# Title\n\n{marks}\n\nThe end.\n")
-    airbench.main(["table", str(written), f"--page={page}"])
-    text = page.read_text()
-    assert "Muon reaches 90% after 0.60 epochs." in text and text.endswith("The end.\n")
-    assert "Muon's epochs over SGD's: 0.67 (95 %: 0.6" in text and f"n = {SEEDS}." in text
-    for theme in ("light", "dark"):
-        picture = (tmp_path / f"docs/pictures/airbench_{theme}.svg").read_text()
-        assert "<svg" in picture and ">Muon</text>" in picture.replace("\n", "")
-    airbench.main(["table", str(written)])
-    assert capsys.readouterr().out.strip() in text
-
-
 def test_a_target_that_is_not_reached_is_said_and_compared_with_nothing():
     text = airbench.summary(all_rows(lambda row: min(accuracy(row), 0.89) if row["optimizer"] == "sgd" else
                                      accuracy(row)))
@@ -114,50 +98,52 @@ def test_a_target_that_is_not_reached_is_said_and_compared_with_nothing():
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     images = made_up(tmp_path / "images", train=400)
-    monkeypatch.setattr(airbench, "load", lambda source: images)
-    monkeypatch.setattr(airbench, "HELD_OUT", 100)
-    monkeypatch.setattr(airbench, "run_once", lambda cfg, images, seed: dict(
-        accuracy=len(images.train.images) / 1000, seconds=0.0))
+    accuracies = iter((1, 2, 3, None, 4, None))  # None: Ctrl-C
+
+    def run_or_stop(cfg, images, seed) -> dict:
+        assert len(images.train.images) == 300
+        if not (accuracy := next(accuracies)):
+            raise KeyboardInterrupt
+        return dict(accuracy=accuracy, seconds=0.0)
+
+    for name, value in dict(load=lambda source: images, HELD_OUT=100, run_once=run_or_stop).items():
+        monkeypatch.setattr(airbench, name, value)
+    monkeypatch.setattr(airbench.torch, "set_num_threads", lambda n: None)
     path = tmp_path / "new/out.jsonl"
-    sweep = airbench.run_all(path, math.inf)
-    first = [next(sweep) for _ in range(3)]
-    assert [row["accuracy"] for row in first] == [0.3, 0.3, 0.3] and read_results(path) == first
-    assert next(airbench.run_all(path, math.inf)) not in first and len(read_results(path)) == 4
-    assert list(airbench.run_all(path, 0.0)) == []
+    for expected in ([1, 2, 3], [1, 2, 3, 4]):
+        with pytest.raises(KeyboardInterrupt):
+            airbench.MEASUREMENT.main(["run", str(path)])
+        assert [row["accuracy"] for row in read_results(path)] == expected
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda text: text.replace('"target": 0.9', '"target": 0.91'), "other values of target"),
+    (lambda text: text.replace('"target": 0.9', '"target": 0.91'), "runs of this plan.*values of target"),
     (lambda text: text.partition("\n")[2], "expected a plan in the first line"),
-    (lambda text: text + "{half", "expected a result as JSON"), (lambda text: "", "expected a plan")])
+    (lambda text: "", "expected a plan")])
 def test_a_file_of_another_plan_or_none_is_refused(written, change, message):
     written.write_text(change(written.read_text()))
-    with pytest.raises(UsageError, match="expected .*found .*; ") as error:
-        airbench.main(["table", str(written)])
-    assert message in str(error.value)
+    with pytest.raises(UsageError, match=f"{message}.*; name a"):
+        read_results(written)
 
 
-def test_a_page_holds_the_optimizers_that_are_complete(rows, written, tmp_path, capsys):
+def test_tables_hold_the_optimizers_that_are_complete(rows, written):
+    whole = airbench.tables(rows)
+    assert "Muon reaches 90% after 0.60 epochs." in whole and f"n = {SEEDS}." in whole
+    assert "Muon's epochs over SGD's: 0.67 (95 %: 0.6" in whole
     first = next(k for k, row in enumerate(rows) if row["optimizer"] == "adamw")
     lines = written.read_text().splitlines()
     written.write_text("\n".join(lines[:first + 20]) + "\n")
-    airbench.main(["table", str(written)])
-    out = capsys.readouterr().out
+    out = airbench.tables(read_results(written))
     assert "AdamW's runs are not complete." in out and "Muon's epochs over SGD's: 0.67" in out
     assert "over AdamW's" not in out and "| epochs | Muon | SGD |\n" in out
 
     written.write_text("\n".join(lines[:12]) + "\n")
     with pytest.raises(UsageError, match="expected all runs of an optimizer or more, found 11 runs"):
-        airbench.main(["table", str(written)])
-    with pytest.raises(UsageError, match="found 0 runs"):
-        airbench.main(["table", str(tmp_path / "none.jsonl")])
+        airbench.tables(read_results(written))
 
 
-def test_the_page_and_the_example_say_what_the_committed_runs_found():
+def test_the_example_has_the_rates_that_the_committed_runs_found():
     rows = read_results(COMMITTED)
-    if not finished(rows):
-        pytest.skip("no optimizer's runs are complete")
-    for optimizer in finished(rows):
+    assert finished(rows) == [*GRID]
+    for optimizer in GRID:
         assert tuned(optimizer, rows)._asdict() == pytest.approx(RATES[optimizer], rel=0.01)
-    page = (ROOT / "bench/AIRBENCH.md").read_text(encoding="utf-8")
-    assert airbench.summary(rows) in page and airbench.length_table(rows) in page

@@ -1,9 +1,5 @@
 """bench.batch: which trainings it asks for, its fits, and that its trainings know nothing of their length."""
-import json
 import math
-import multiprocessing.dummy
-import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +7,7 @@ import torch
 
 from bench import batch, trials
 from bench.batch import BETA, Average, Cell, job_of
-from data.errors import RunError, run_program
-from data.files import ROOT
+from data.errors import RunError, UsageError
 from engine.ranks import Runtime
 from tests.helpers.runs import make_shards
 from train_gpt import Run
@@ -39,7 +34,7 @@ def test_the_search_goes_on_until_the_best_factor_lies_inside():
         return 100 + 50 * abs(math.log2(factor / 8))
 
     found, asked = {}, []
-    while jobs := batch.wanted(CELL, found, seeds=3):
+    while jobs := batch.wanted(found):
         for factor, seed in jobs:
             found.setdefault(factor, {})[seed] = steps(factor) + seed
             asked.append((factor, seed))
@@ -50,7 +45,7 @@ def test_the_search_goes_on_until_the_best_factor_lies_inside():
 
 def test_a_factor_that_other_seeds_prefer_gets_neighbours_too():
     found = {}
-    while jobs := batch.wanted(CELL, found, seeds=3):
+    while jobs := batch.wanted(found):
         for factor, seed in jobs:
             by_others = {1.0: 90, 2.0: 70}.get(factor, 200)
             found.setdefault(factor, {})[seed] = by_others if seed else 100 + 10 * abs(math.log2(factor))
@@ -60,14 +55,11 @@ def test_a_factor_that_other_seeds_prefer_gets_neighbours_too():
 
 def test_a_search_without_an_end_or_without_a_result_stops():
     endless = {2.0**k: {0: 100 - k} for k in range(-1, batch.LARGEST_SEARCH - 1)}
-    assert batch.wanted(CELL, endless, seeds=3) == []
-    assert batch.wanted(CELL, {factor: {0: math.inf} for factor in (0.5, 1.0, 2.0)}, seeds=3) == []
+    assert batch.wanted(endless) == []
+    assert batch.wanted({factor: {0: math.inf} for factor in (0.5, 1.0, 2.0)}) == []
 
 
-def test_a_run_goes_on_and_gives_up_what_is_twice_as_slow(tmp_path, monkeypatch, capsys):
-    threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)
-    monkeypatch.setattr(trials, "multiprocessing", threads)
-    monkeypatch.setattr(trials.torch, "set_num_threads", lambda n: None)
+def test_a_run_goes_on_and_gives_up_what_is_twice_as_slow(tmp_path, monkeypatch, capsys, in_this_process):
     caps = []
 
     def made_up(job):
@@ -75,19 +67,23 @@ def test_a_run_goes_on_and_gives_up_what_is_twice_as_slow(tmp_path, monkeypatch,
         steps = 100.0 if job.labels["factor"] == 1 else 150.0
         return dict(job.labels, seed=job.seed, steps=steps, loss=2.1, seconds=1.0, ending="reached")
 
-    monkeypatch.setattr(batch, "train", made_up)
+    for name, value in dict(train=made_up, BATCHES=(512, 1024), BETAS=(0.8,), SEEDS=2, CAP=900).items():
+        monkeypatch.setattr(batch, name, value)
     out = tmp_path / "out.jsonl"
-    command = ["run", str(out), "--batches", "512", "1024", "--betas", "0.8", "--seeds=2", "--cap=900"]
-    assert batch.main(command) == 0
+    batch.MEASUREMENT.main(["run", str(out)])
     lines = out.read_text().splitlines()
     assert len(lines) == 6 * 6  # six cells, three factors, two seeds
     assert set(caps) == {900, 200}
     out.write_text("\n".join(lines[:20]) + "\n")
-    assert batch.main(command) == 0 and len(out.read_text().splitlines()) == 36
-    assert run_program(batch.main, [*command, "--loss=2"]) == 2
-    assert "expected the loss of" in capsys.readouterr().err
-    assert run_program(batch.main, ["run", str(out), "--batches", "100"]) == 2
-    assert "multiples of a sequence" in capsys.readouterr().err
+    batch.MEASUREMENT.main(["run", str(out)])
+    assert len(out.read_text().splitlines()) == 36
+    monkeypatch.setattr(batch, "LOSS", 2.0)
+    with pytest.raises(UsageError, match="expected trainings to the loss 2, found some to 2.15; name"):
+        batch.read(out)
+    for workers in ("0", "1.5"):
+        with pytest.raises(SystemExit, match="2"):
+            batch.MEASUREMENT.main(["run", str(out), f"--workers={workers}"])
+        assert "expected a whole number from 1 on, found" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -109,23 +105,19 @@ def test_the_bootstrap_draws_seeds_and_the_search_anew():
     assert drawn == {50, 100}  # 50: seed 0 twice, where factor 2 is the best
 
 
-def test_what_does_not_reach_the_loss_is_said_and_not_fitted(tmp_path, capsys):
+def test_what_does_not_reach_the_loss_is_said_and_not_fitted():
     rows = []
     for tokens in (512, 2048, 8192):
         rows += rows_of(Cell("muon", BETA, tokens), 60 * (1 + 2000 / tokens))
         rows += rows_of(Cell("adamw", 0.9, tokens), 200.0 if tokens > 512 else None)
     rows += rows_of(Cell("muon", 0.8, 512), 100.0, factors=(1.0, 2.0))  # the best at the edge
-    out = tmp_path / "out.jsonl"
-    out.write_text("\n".join(map(json.dumps, rows)))
-    assert batch.main(["table", str(out)]) == 0
-    text = capsys.readouterr().out
+    text = batch.tables(rows)
     assert "| 512 | AdamW | 0.9 | 0.5 1 2 | 0.5 | 3 | not reached |  |  |" in text
     assert "| AdamW | 0.9 | 2 | no fit: fewer than three batches |" in text
     assert "| Muon | 0.95 | 3 | 61 (60 to 61) | 2000 (" in text
     assert "| 2048 | 120 | 202 | 1.69 |" in text
     assert "| 512 | Muon | 0.8 | 1 2 | 1 | 3 | 101 | 100 to 102 | no |" in text
     assert "\n| Muon | 0.8 |" not in text  # no fit with it
-    assert run_program(batch.main, ["table", str(tmp_path / "none.jsonl")]) == 2
 
 
 def test_a_best_factor_that_is_the_largest_tried_is_not_called_inside():
@@ -136,31 +128,6 @@ def test_a_best_factor_that_is_the_largest_tried_is_not_called_inside():
             row["steps"] = 60.0
     line, = batch.cell_rows(rows)
     assert (line[4], line[-1]) == ("2", "no")
-
-
-def test_bad_options_and_files_are_sentences(tmp_path, capsys):
-    out = tmp_path / "out.jsonl"
-    out.write_text("\n".join(map(json.dumps, rows_of(CELL, 100.0))))
-    other = tmp_path / "other.jsonl"
-    other.write_text('{"plan": {}}\n')
-    for words, sentence in (
-            (["table", str(other)], "line 1: expected a result as JSON with optimizer, beta"),
-            (["table", str(tmp_path)], "expected a file of results, found"),
-            (["table", str(out), f"--page={tmp_path}/none.md"], "--page: expected a page to put tables into"),
-            (["run", str(out), "--loss=nan"], "--loss: expected a positive number, found nan")):
-        assert run_program(batch.main, words) == 2
-        assert sentence in capsys.readouterr().err
-    for option in ("--workers=0", "--seeds=-1", "--cap=1.5"):
-        with pytest.raises(SystemExit) as ending:
-            batch.main(["run", str(out), option])
-        assert ending.value.code == 2
-        assert "expected a whole number from 1 on, found" in capsys.readouterr().err
-
-
-def test_the_page_has_the_tables_of_its_results():
-    text = (ROOT / "bench/BATCH.md").read_text(encoding="utf-8")
-    marked = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->", text, re.S)
-    assert marked[2] == batch.tables(trials.read(ROOT / marked[1]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -189,7 +156,7 @@ def test_a_training_does_not_know_how_long_it_may_take(tmp_path, monkeypatch):
     losses = []
     for optimizer in ("muon", "adamw"):
         for cap in (15, 40):
-            job = job_of(Cell(optimizer, 0.9, 1024), 1.0, 0, 2.15, cap)
+            job = job_of(Cell(optimizer, 0.9, 1024), 1.0, 0, cap)
             run = Run(trials.config(job.settings, job.seed), Runtime())
             losses.append([run.train_step() for _ in range(15)])
     assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
@@ -199,10 +166,10 @@ def test_a_training_ends_at_its_loss_or_says_how_it_ended(tmp_path, monkeypatch)
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
     monkeypatch.setattr(batch, "CONSTANT", [*batch.CONSTANT, "--val_tokens=1024", "--val_slice=256"])
     cell = Cell("muon", BETA, 512)
-    job = job_of(cell, 1.0, 0, 4.5, 60)
+    job = job_of(cell, 1.0, 0, 60, loss=4.5)
     row = batch.train(job)
     assert row["ending"] == "reached" and 1 < row["steps"] < 60 and row["loss"] <= 4.5
-    assert batch.train(job_of(cell, 1.0, 0, 0.1, 3))["ending"] == "not reached"
+    assert batch.train(job_of(cell, 1.0, 0, 3, loss=0.1))["ending"] == "not reached"
 
     def diverge(self):
         raise RunError("expected a finite training loss, found nan")

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from bench import step
+from data.loader import Loader
 from engine import kernels, products
 from tests.helpers.tiny import BARE, config, make_run
 from tools.gpus import GPUS
@@ -26,7 +27,7 @@ def test_every_product_of_a_step_belongs_to_its_part(tmp_path, monkeypatch, oned
     monkeypatch.setattr(kernels, "choose_onednn", lambda *a: (onednn, "as the test says"))
     run, product = make_run(tmp_path), "mkldnn::_linear_pointwise" if onednn else "aten::mm"
     run.warm_up()
-    with step.ranges(run, eager=True), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as p:
+    with step.ranges(run), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as p:
         run.train_step()
     found = {}
     for event, part in step.owners(p.events()):
@@ -45,7 +46,7 @@ def test_every_product_of_a_step_belongs_to_its_part(tmp_path, monkeypatch, oned
 def test_parts_add_up_to_the_step(tmp_path):
     run = make_run(tmp_path)
     run.warm_up()
-    ms = step.profile(run, 0, eager=True)
+    ms = step.profile(run, 0)
     assert {*PRODUCTS, "tables", "Muon", "Adam", "masks"} <= set(ms)
     wall = ms.pop(step.WALL)
     assert sum(ms.values()) == pytest.approx(wall, rel=0.2)  # the clock starts a little earlier
@@ -70,36 +71,31 @@ def test_kernels_go_to_the_part_that_launched_them_or_by_their_names():
     compiled = event(7, node + "CompiledFunctionBackward", 80, 90, None, seq=8, scope=1,
                      kernels=[("triton_poi", 1), ("ncclDevKernel", 4)])
     grads = event(8, node + "torch::autograd::AccumulateGrad", 91, 92, kernels=[("add", 8)])
-    events = [step_, model, attend, forward, backward, inner, graph, compiled, grads]
-    assert step.attribute(events, cuda=True, eager=False) == {
-        "attention": 13, step.PRODUCTS: 3, "elementwise": 2, "communication": 4, "gradient sums": 8}
+    muon = event(9, "part: Muon", 93, 96, kernels=[("gemm", 7), ("ncclDevKernel", 2)])
+    events = [step_, model, attend, forward, backward, inner, graph, compiled, grads, muon]
+    assert step.attribute(events, cuda=True, compiled=True) == {
+        "attention": 13, step.PRODUCTS: 3, "elementwise": 2, "communication": 6, "gradient sums": 8,
+        "Muon": 7}
     assert step.busy_us([(5, 6), (1, 3), (2, 4)]) == 4
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_report_prints_parts_and_muons_share(tmp_path, monkeypatch, compiled):
+def test_report_prints_parts_and_muons_share(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "STEPS", 2)
-    run = make_run(tmp_path, BARE, slices=1)
-    run.warm_up()
-    # Two profiles; there is no compiler behind it.
-    run.kernels = dataclasses.replace(run.kernels, compiled=compiled)
-    run.warm_up = lambda: None
+    run = make_run(tmp_path, BARE, slices=1, stages=1, mtp_weights=(1.0,))
     monkeypatch.setattr(step, "Run", lambda cfg, rt: run)
     result = json.loads(json.dumps(step.measure(run.cfg, run.rt, "tiny")))
-    assert len(result["rows"]) == 4
+    assert len(result["rows"]) == 2  # a stage and the extension
     for row in result["rows"]:
         parts = {p["part"]: p for p in row["parts"]}
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["parts"][-1]["part"] == step.WALL
-        assert parts["MLP"]["eager"] > 0
-        assert ("compiled" in parts["MLP"]) == compiled
+        assert 0 < parts["MLP"]["ms"] < parts[step.WALL]["ms"]
     text = step.report(result)
     lines = text.splitlines()
-    assert sum(line.startswith("| 2 | MLP |") for line in lines) == 1
-    assert ("| compiled, ms |" in text) == compiled
-    assert {line.count("|") for line in lines if line.startswith("| 2 | ")} == {8, 9 + 2 * compiled}
+    assert sum(line.startswith("| 1 | MLP |") for line in lines) == 1
+    assert {line.count("|") for line in lines if line.startswith("| 1 | ")} == {7, 9}
     said = re.search(r"Muon's share of the FLOPs of a step: (.*); of its time, by stage: (.*)\.", text)
     planned, measured = said.groups()
-    assert " at 64 tokens " in planned and len(measured.split(", ")) == 4
+    assert " at 64 tokens " in planned and len(measured.split(", ")) == 2
     assert all(0 < float(share.rstrip("%")) < 100 for share in measured.split(", "))
 
 
@@ -107,7 +103,7 @@ def test_without_shards_a_run_reads_synthetic_ones(tmp_path, monkeypatch):
     cfg = config(train_files="none/train_*.bin", val_files="none/val_*.bin", max_epochs=1000)
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "empty"))
     assert step.ensure_shards(cfg, tmp_path, 20_000) == "synthetic documents"
-    assert len(step.Loader(cfg, 0, 1, False).next()) == cfg.slices
+    assert len(Loader(cfg, 0, 1, False).next()) == cfg.slices
     assert step.ensure_shards(cfg, tmp_path, 20_000) == "the track's shards"
 
 

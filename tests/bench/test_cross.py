@@ -57,6 +57,8 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
     assert "| inside the clock | 0 |" in child.stdout and "| in steps |" not in child.stdout
     assert "| 0 | 3 | 3 | 0 | 0 |\n| 1 | 1 | 1 | 1 | 1 |" in child.stdout  # steps with and without Adam
     assert "Resumed from steps 6." in child.stdout
+    warm_up = child.stdout.partition("| warm-up | ")[2].partition("\n")[0]
+    assert "1 GPT, 1 GPT backward" in warm_up  # of both stages, whose windows and softmax scales differ
 
     found = json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))
     assert (tmp_path / "few.md").read_text(encoding="utf-8") == page(found)
@@ -77,7 +79,7 @@ def test_a_number_that_a_step_reads_and_graphs_that_are_made_too_late_are_found(
     train_gpt.Config.graph_starts = property(lambda cfg: [0])
     load = train_gpt.Run.load_state
     train_gpt.Run.load_state = lambda run, state: (load(run, state), setattr(run.adam, 'eps', 1e-8))
-    """)
+    """, "--batch_tokens=32768,65536")
     assert child.returncode == 1, child.stderr
     assert "| in steps | a number read at train_gpt.py:" in child.stdout
     row = child.stdout.partition("| inside the clock | ")[2].partition("\n")[0]

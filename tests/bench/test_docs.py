@@ -145,22 +145,6 @@ def test_no_words_of_the_loss_picture_overlap():
     assert not any(box.contains(x, y) for box in labels for x, y in points)
 
 
-@pytest.mark.parametrize("theme", pictures.THEMES, ids=lambda theme: theme.name)
-def test_words_of_the_muon_picture_can_be_selected_and_do_not_overlap(theme):
-    text = pictures.muon_picture(theme)
-    width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', text).groups())
-    boxes = []
-    written = (r'<text x="([\d.]+)" y="([\d.]+)" fill="[^"]+" '
-               r'font-size="(\d+)" text-anchor="(\w+)"[^>]*>([^<]+)<')
-    for x, y, size, anchor, words in re.findall(written, text):
-        long = 0.62 * float(size) * len(words)  # wider than nearly every font
-        left = float(x) - {"start": 0, "middle": long / 2}[anchor]
-        boxes.append((left, float(y) - 0.75 * float(size), left + long, float(y) + 0.2 * float(size)))
-    assert len(boxes) == text.count("<text") > 40
-    assert all(box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height for box in boxes)
-    assert not any(overlaps(a, b) for a, b in combinations(boxes, 2))
-
-
 def test_a_log_of_something_else_is_refused(tmp_path):
     path = tmp_path / "nanogpt_0.txt"
     path.write_text("iter 0: loss 5.6\n")

@@ -1,11 +1,9 @@
 """bench.tune: both optimizers are searched alike, trials halve and go on, the arithmetic of its page, and its
 trainings."""
+import dataclasses
 import json
 import math
-import multiprocessing.dummy
-import re
 from itertools import combinations
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,32 +11,19 @@ import pytest
 
 from bench import trials
 from bench.tune import __main__ as tune
-from bench.tune import page, training
-from bench.tune.results import Results
+from bench.tune import page, results, training
 from bench.tune.search import OPTIMIZERS, QUANTITIES, read_search, value_at
-from data.errors import RunError, UsageError, run_program
-from data.files import ROOT
+from data.errors import RunError, run_program
 from muon import ADJUST_LR
 from tests.helpers.runs import TINY, make_shards
 from train_gpt import Run, optimizer_table
 
-SMALL = dict(trials=8, rungs=[10, 20, 40], longer={"adamw": 80})
-
-
 @pytest.fixture
-def search_file(tmp_path):
-    """The committed search with few trials."""
-    found = json.loads(tune.SEARCH_FILE.read_text()) | SMALL
-    path = tmp_path / "search.json"
-    path.write_text(json.dumps(found))
-    return path
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)  # which start at once
-    monkeypatch.setattr(trials, "multiprocessing", threads)
-    monkeypatch.setattr(trials.torch, "set_num_threads", lambda n: None)
+def small(monkeypatch, in_this_process):
+    """The committed search with few trials, whose losses are made up."""
+    few = dataclasses.replace(read_search(), trials=8, rungs=(10, 20, 40), longer={"adamw": 80})
+    monkeypatch.setattr(results, "read_search", lambda: few)
+    monkeypatch.setattr(trials, "train", made_up)
 
 
 def made_up(job):
@@ -49,34 +34,35 @@ def made_up(job):
     return dict(job.labels, settings=job.settings, seed=job.seed, steps=steps, loss=loss, seconds=1.0)
 
 
-def change(path, **entries):
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The search
 
 
 def test_both_optimizers_get_the_same_points_and_as_wide_ranges():
-    search = read_search(tune.SEARCH_FILE)
+    search = read_search()
     assert (search.trials, search.rungs, search.longer) == (32, (55, 110, 220, 440), {"adamw": 880})
+    assert {*search.ranges} == {*OPTIMIZERS}
     for trial in range(search.trials):
         muon, adamw = (search.point(optimizer, trial) for optimizer in OPTIMIZERS)
         assert [*muon] == [*adamw] == [*QUANTITIES]
         for name in QUANTITIES:
             rules = [search.ranges[optimizer][name] for optimizer in OPTIMIZERS]
             if "one_of" in rules[0]:
-                assert muon[name] == adamw[name]
-            elif muon[name]:
+                assert rules[0] == rules[1] and muon[name] == adamw[name]
+                continue
+            decades = [math.log10(rule["log"][1] / rule["log"][0]) for rule in rules]
+            assert decades[0] == pytest.approx(decades[1], abs=0.01) and decades[0] > 0
+            assert rules[0].get("zero") == rules[1].get("zero")
+            if not muon[name]:
+                assert adamw[name] == 0
+            else:
                 parts = [math.log(x / rule["log"][0]) / math.log(rule["log"][1] / rule["log"][0])
                          for x, rule in zip((muon[name], adamw[name]), rules)]
                 assert parts[0] == pytest.approx(parts[1], abs=0.01)  # three digits
-            else:
-                assert adamw[name] == 0
 
 
 def test_the_trainer_takes_every_trial_and_its_steps_keep_their_part_of_the_schedule():
-    search = read_search(tune.SEARCH_FILE)
+    search = read_search()
     for optimizer in OPTIMIZERS:
         found = {trials.config(search.settings(optimizer, trial, 440), 0) for trial in range(search.trials)}
         assert len(found) == search.trials and {cfg.optimizer for cfg in found} == {optimizer}
@@ -89,7 +75,7 @@ def test_the_trainer_takes_every_trial_and_its_steps_keep_their_part_of_the_sche
 
 
 def test_the_settings_reach_the_optimizers():
-    search = read_search(tune.SEARCH_FILE)
+    search = read_search()
     point = search.point("adamw", 1)
     table = optimizer_table(trials.config(search.settings("adamw", 1, 440), 0))
     assert table["attn_qk"].lr == point["matrix_rate"] and table["attn_qk"].wd == point["matrix_decay"]
@@ -108,78 +94,33 @@ def test_values_are_uniform_in_the_logarithm_with_a_share_of_zeros():
     assert [value_at({"one_of": [1, 2, 4]}, u) for u in (0, 0.34, 0.99)] == [1, 2, 4]
 
 
-def test_a_baseline_with_less_search_is_refused(search_file):
-    ranges = read_search(search_file).ranges
-    cases = [
-        ("adamw", "matrix_rate", {"log": [0.001, 0.002]}, "searched alike"),
-        ("adamw", "cautious", {"one_of": ["on"]}, "searched alike"),
-        ("muon", "floor", {"log": [1, 0]}, "correct it"),
-        ("muon", "floor", {"one_of": []}, "correct it"),
-        ("muon", "warmup", 3, "correct it"),
-        ("muon", "speed", {"one_of": [1]}, "exactly the quantities"),
-    ]
-    for optimizer, name, rule, sentence in cases:
-        change(search_file, ranges={**ranges, optimizer: {**ranges[optimizer], name: rule}})
-        with pytest.raises(UsageError, match=sentence):
-            read_search(search_file)
-
-
-def test_a_search_file_that_is_none_is_refused(search_file):
-    for entries in (dict(trials=1), dict(rungs=[20, 10]), dict(longer={"adamw": 40}), dict(val_tokens=100),
-                    dict(seed=-1), dict(ranges=[]), dict(more=1)):
-        whole = search_file.read_text()
-        change(search_file, **entries)
-        with pytest.raises(UsageError, match="expected"):
-            read_search(search_file)
-        search_file.write_text(whole)
-    search_file.write_text("{")
-    with pytest.raises(UsageError, match="in JSON"):
-        read_search(search_file)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Halving and going on
 
 
-def test_trials_halve_diverged_ones_stay_behind_and_a_search_goes_on(tmp_path, search_file, monkeypatch,
-                                                                      in_this_process, capsys):
-    monkeypatch.setattr(trials, "train", made_up)
+def test_trials_halve_diverged_ones_stay_behind_and_a_search_goes_on(tmp_path, small, capsys):
     out = tmp_path / "out"
-    command = ["run", str(out), f"--search={search_file}"]
-    assert tune.main(command) == 0
-    results = Results(out, read_search(search_file))
-    assert [len(results.losses("adamw", steps)) for steps in (10, 20, 40, 80)] == [8, 4, 2, 2]
-    assert [*results.losses("muon", 20)] == [0, 1, 2, 4] and results.losses("muon", 80) == {}
-    assert (results.winner("muon", 40), results.winner("adamw", 80)) == (0, 0)
+    command = ["run", str(out)]
+    assert run_program(tune.MEASUREMENT.main, ["final", str(out)]) == 2
+    assert "expected whole results of muon at 40 steps, found 0" in capsys.readouterr().err
+    tune.MEASUREMENT.main(command)
+    found = results.read(out)
+    assert [len(found.losses("adamw", steps)) for steps in (10, 20, 40, 80)] == [8, 4, 2, 2]
+    assert [*found.losses("muon", 20)] == [0, 1, 2, 4] and found.losses("muon", 80) == {}
+    assert (found.winner("muon", 40), found.winner("adamw", 80)) == (0, 0)
     assert "rung 1: 16 trainings to do" in capsys.readouterr().err
 
-    lines = (out / "trials.jsonl").read_text().splitlines(keepends=True)
-    (out / "trials.jsonl").write_text("".join(lines[:20]))  # as after an interruption
-    assert tune.main(command) == 0
-    again = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    path = out / "trials.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:20]))  # as after an interruption
+    tune.MEASUREMENT.main(command)
+    again = [json.loads(line) for line in path.read_text().splitlines()]
     key = [(row["optimizer"], row["trial"], row["steps"]) for row in again]
     assert len(again) == len(lines) and len(set(key)) == len(key)
 
-
-def test_another_search_file_or_a_broken_line_is_refused(tmp_path, search_file, monkeypatch, in_this_process,
-                                                         capsys):
-    monkeypatch.setattr(trials, "train", made_up)
-    command = ["run", str(tmp_path / "out"), f"--search={search_file}"]
-    assert run_program(tune.main, command) == 0
-    whole = search_file.read_text()
-    change(search_file, seed=1)
-    assert run_program(tune.main, command) == 2
+    path.write_text(path.read_text().replace(read_search().sha256, "of another file"))
+    assert run_program(tune.MEASUREMENT.main, command) == 2
     assert "put that one back" in capsys.readouterr().err
-    search_file.write_text(whole)
-    with (tmp_path / "out/trials.jsonl").open("a") as file:
-        file.write('{"kind": "sea')
-    assert run_program(tune.main, command) == 2
-    assert "line 31: expected a result as JSON" in capsys.readouterr().err
-
-
-def test_fresh_seeds_wait_for_a_whole_search(tmp_path, search_file, capsys):
-    assert run_program(tune.main, ["final", str(tmp_path / "out"), f"--search={search_file}"]) == 2
-    assert "expected whole results of muon at 40 steps, found 0" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,57 +149,43 @@ def test_rank_correlation_counts_what_both_rungs_have():
     assert math.isnan(page.rank_correlation(before, {0: 5.0, 1: 6.0}))
 
 
-def test_the_tables_of_a_whole_search(tmp_path, search_file, monkeypatch, in_this_process, capsys):
-    monkeypatch.setattr(trials, "train", made_up)
+def test_the_tables_of_a_whole_search(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(training, "FINAL_SEEDS", 3)
+    monkeypatch.setattr(training, "REUSE_SEEDS", 3)
     monkeypatch.setattr(training, "train_with_log", lambda settings, seed, steps, folder:
                         (1.5 + 10 / steps - 0.2 * ("muon" in folder.name) + 0.001 * (seed % 3), 0.1 * steps))
     monkeypatch.setattr(page, "compare", SimpleNamespace(examine=lambda args: SimpleNamespace(
         summary=SimpleNamespace(titles=["group"], rows=[[path] for path in args.paths]), against=[])))
-    common = [str(tmp_path / "out"), f"--search={search_file}"]
+    out = tmp_path / "out"
     for verb in ("run", "final", "reuse"):
-        assert tune.main([verb, *common, "--seeds=3"]) == 0
-        assert tune.main([verb, *common, "--seeds=3"]) == 0  # nothing is left to do
-    capsys.readouterr()
-    assert tune.main(["table", *common]) == 0
-    text = capsys.readouterr().out
+        tune.MEASUREMENT.main([verb, str(out)])
+        rows = len(results.read(out).rows)
+        tune.MEASUREMENT.main([verb, str(out)])
+        assert len(results.read(out).rows) == rows  # nothing was left to do
+    text = page.tables(results.read(out))
     assert "| Muon | 10 | 8 of 8 | 2 | 2.5000 | 2.5300 |  |" in text
     assert "| AdamW | 80 | 2 of 2 | 0 | 1.6250 | 1.6300 | nan |" in text
     # AdamW ends at 1.75, a fifth of the way from Muon's 1.8 at 20 steps to 1.55 at 40; 1.55 is beyond 1.625.
     assert "loss at which AdamW's 40 steps end, AdamW needs 1.74 times as many" in text
     assert "loss at which Muon's 40 steps end, AdamW needs more than 2.00 times as many" in text
-    assert "| 20 | 2.0000 | 20 | 1.00 |" in text and "| 40 | 1.7500 | 40 | 1.00 |" in text  # made up alike
     assert "| 0.5 | 3 | 1.7500 1.7500 1.7500 | 1.7500 |" in text
     assert "| learning rate of the hidden matrices | 0.005 to 0.32 | 0.0002 to 0.0128 |" in text
 
 
-def test_winners_of_half_and_twice_the_length_lie_around_the_other_optimizer(tmp_path, search_file,
-                                                                             monkeypatch, in_this_process):
-    monkeypatch.setattr(trials, "train", made_up)
+def test_winners_of_half_and_twice_the_length_lie_around_the_other_optimizer(tmp_path, small):
     out = tmp_path / "out"
-    tune.main(["run", str(out), f"--search={search_file}"])
-    results = Results(out, read_search(search_file))
-    assert [*results.winners()] == ["muon_40", "adamw_40", "muon_20", "adamw_80"]
+    tune.MEASUREMENT.main(["run", str(out)])
+    found = results.read(out)
+    assert [*found.winners()] == ["muon_40", "adamw_40", "muon_20", "adamw_80"]
     for group, losses in {"muon_40": (1.60, 1.62), "muon_20": (1.80, 1.82), "adamw_40": (1.70, 1.72)}.items():
         for seed, loss in enumerate(losses):
-            results.add(dict(kind="final", group=group, seed=seed, steps=40, loss=loss, seconds=4.0))
-    ratio, low, high, *lengths = page.ratio_interval(results, "adamw", "muon")
+            found.rows.append(dict(kind="final", group=group, seed=seed, steps=40, loss=loss, seconds=4.0))
+    ratio, low, high, *lengths = page.ratio_interval(found, "adamw", "muon")
     assert (ratio, lengths) == (pytest.approx(2**0.5), [20, 40]) and low < ratio < high
-    assert page.ratio_interval(results, "muon", "adamw") is None  # no seeds at 80 steps
-    assert "AdamW needs 1.41 times as many" in page.ratio_text(results)
-    results.rows = [row for row in results.rows if row["steps"] != 80]  # the longest are not there yet
-    assert [*results.winners()] == ["muon_40", "adamw_40", "muon_20"]
-
-
-def test_the_page_has_the_tables_of_its_results(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    text = (ROOT / "bench/TUNE.md").read_text(encoding="utf-8")
-    marked = re.search(r"<!-- figures of (\S+) -->\n\n(.*)\n<!-- end of figures -->", text, re.S)
-    assert marked[2] == page.tables(Results(Path(marked[1]), read_search(tune.SEARCH_FILE)))
-
-
-def test_a_table_of_nothing_is_refused(tmp_path, search_file, capsys):
-    assert run_program(tune.main, ["table", str(tmp_path), f"--search={search_file}"]) == 2
-    assert "found too few" in capsys.readouterr().err
+    assert page.ratio_interval(found, "muon", "adamw") is None  # no seeds at 80 steps
+    assert "AdamW needs 1.41 times as many" in page.ratio_text(found)
+    found.rows = [row for row in found.rows if row["steps"] != 80]  # the longest are not there yet
+    assert [*found.winners()] == ["muon_40", "adamw_40", "muon_20"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -272,7 +199,7 @@ def small_model(settings):
 
 def test_a_trial_trains_and_one_that_diverges_is_a_result(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
-    settings = small_model(read_search(tune.SEARCH_FILE).settings("adamw", 0, 10))
+    settings = small_model(read_search().settings("adamw", 0, 10))
     row = trials.train(trials.Job(dict(kind="search", trial=0), settings, 0))
     assert row["trial"] == 0 and row["steps"] == 10 and 2 < row["loss"] < 6
 
@@ -284,7 +211,7 @@ def test_a_trial_trains_and_one_that_diverges_is_a_result(tmp_path, monkeypatch)
 
 def test_muon_gets_the_rate_of_adamw_and_updates_of_its_size(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path)))
-    winner = small_model(read_search(tune.SEARCH_FILE).settings("adamw", 2, 10))
+    winner = small_model(read_search().settings("adamw", 2, 10))
     job = training.reuse_job(winner, 2.0, 1000, "")
     cfg = trials.config(job.settings, 0)
     before = trials.config(winner, 0)

@@ -1,16 +1,14 @@
 """data/texts.py, data/fineweb.py: the tokens of tiktoken, the same for any number of processes."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from itertools import count
 from multiprocessing import active_children
 
 import numpy as np
 import pytest
+from tests.helpers.commands import python
 from tests.helpers.fake_hub import REVISION, serve
 from tests.helpers.gpt2 import fill_cache
 
@@ -18,7 +16,7 @@ from data import fineweb, shards, texts
 from data.encoding import ByteEncoding, GPT2Encoding, gpt2_encoding, longest_prefixes
 from data.errors import UsageError
 from data.fetch import FetchError
-from data.files import ROOT, sha256_of
+from data.files import sha256_of
 from data.texts import read_texts
 from train_gpt import Config
 
@@ -207,21 +205,13 @@ def prefixes_by_trial(pieces: list[bytes]) -> list[int]:
 
 @pytest.mark.parametrize("pieces, expected", [
     ([b"a", b"ab", b"abcd", b"abc", b"b", b"bd", b"abx", b""], [-1, 0, 3, 1, -1, 4, 1, -1]),
-    ([b"", b"zz", b"y"], [-1, -1, -1]), ([b"a\xff", b"a", b"a\xff\xff"], [1, -1, 0]), ([], [])])
+    ([b"", b"zz", b"y"], [-1, -1, -1]), ([b"a\xff", b"a", b"a\xff\xff"], [1, -1, 0]), ([], []),
+    (ByteEncoding().pieces(), [-1] * 257)])
 def test_the_longest_prefix_of_a_token_is_the_longest_token_that_it_begins_with(pieces, expected):
     assert longest_prefixes(pieces).tolist() == prefixes_by_trial(pieces) == expected
-
-
-def test_the_longest_prefixes_of_random_tokens_equal_the_definition():
     rng = np.random.default_rng(0)
     words = {bytes(rng.integers(97, 100, rng.integers(1, 7)).astype(np.uint8)) for _ in range(300)}
-    pieces = [*rng.permutation(sorted(words, key=hash)).tolist(), b""]
-    assert longest_prefixes(pieces).tolist() == prefixes_by_trial(pieces)
-
-
-def test_no_byte_begins_with_another():
-    pieces = ByteEncoding().pieces()
-    assert len(pieces) == 257 and set(longest_prefixes(pieces)) == {-1}
+    assert longest_prefixes([*words]).tolist() == prefixes_by_trial([*words])
 
 
 # ---------------------------------------------------------------------------- the command, on bytes
@@ -229,9 +219,7 @@ def test_no_byte_begins_with_another():
 
 def cli(home, *args, script=("-m", "data.fineweb"), **env):
     """Run the command with $DATA_PATH = home."""
-    env = os.environ | {"DATA_PATH": str(home)} | {name: str(value) for name, value in env.items()}
-    command = [sys.executable, *script, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    done = python(*script, *args, DATA_PATH=home, **env)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -360,7 +348,7 @@ def test_the_command_takes_fineweb_from_the_hub(gpt2_cache, gpt2, tmp_path):
         rc, out, err = cli(tmp_path, "--processes=1", "--val_tokens=50", HF_ENDPOINT=hub.endpoint, **common)
         assert rc == 0, err
         assert f"revision {REVISION}" in out
-        assert all(f"/resolve/{REVISION}/" in path for _, path, _ in hub.requests if "/resolve/" in path)
+        assert all(f"/resolve/{REVISION}/" in path for _, path in hub.requests if "/resolve/" in path)
     folder, names = tmp_path / "data/fineweb10B", ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
     assert in_order(folder) == names  # the hub's files are gone
     assert joined(folder, names) == oracle(documents[0] + documents[1], gpt2)

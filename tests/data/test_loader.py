@@ -87,6 +87,7 @@ def test_batches_are_those_of_a_slow_loop(variant):
         for batch, buffer, begin in zip(batches, buffers, begins):
             assert batch.inputs.tolist() == buffer[:-1] and batch.targets.tolist() == buffer[1:]
             T = len(buffer) - 1
+            assert batch.docs.starts.dtype == torch.int32 and len(batch.docs.starts) > len(begin)
             assert batch.docs.starts.tolist() == begin + [T] * (len(batch.docs.starts) - len(begin))
             assert batch.docs.ids.tolist() == [sum(t >= b for b in begin) - 1 for t in range(T)]
             lengths = np.diff([*begin, T])
@@ -116,19 +117,6 @@ def test_more_ranks_than_slices_share_the_batch_in_shorter_sequences():
             [buffer[:-1]] for buffer in buffers]
 
 
-def test_preparing_in_the_background_changes_nothing():
-    """Whether the next step is ready by the time it is asked for, or waited for."""
-    cfg = staged(VARIANTS["split documents"])
-    ahead, direct = Loader(cfg, 0, 1, False), Loader(cfg, 0, 1, False)
-    position = direct.state_dict()
-    for step in range(cfg.train_steps):
-        if step % 16 == 1:
-            ahead.upcoming.result()
-        batches, position = direct.prepare(position)
-        assert all(map(same, ahead.next(), batches))
-        assert ahead.state_dict() == position
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_position_continues_exactly(variant):
     """Everywhere: in the middle of a shard, where a shard ends, and where an epoch ends."""
@@ -147,20 +135,6 @@ def test_a_saved_position_continues_exactly(variant):
             assert all(map(same, resumed.next(), expected))
         if step + 2 < cfg.train_steps:
             assert resumed.state_dict() == states[step + 2]
-
-
-def test_the_first_batch_pays_for_opening_its_shard(monkeypatch):
-    """Also where a run goes on: nothing is open and nothing is prepared before the clock starts."""
-    loader, opened = Loader(config(), 0, 1, False), []
-    read = loader.read
-    monkeypatch.setattr(loader, "read", lambda path: opened.append(path) or read(path))
-    loader.next()
-    assert loader.paths[0] in opened
-    later = loader.state_dict()
-    resumed = Loader(config(), 0, 1, False)
-    resumed.load_state_dict(later)
-    assert not resumed.opened and resumed.upcoming is None
-    assert all(map(same, resumed.next(), loader.next()))
 
 
 def test_very_many_short_documents_need_no_larger_kernel(tmp_path, monkeypatch):
@@ -182,14 +156,10 @@ def test_very_many_short_documents_need_no_larger_kernel(tmp_path, monkeypatch):
             shared += starts != begins
     assert shared > 8
 
-
-def test_the_entries_grow_with_the_documents_of_the_first_steps(tmp_path, monkeypatch):
-    tokens = np.tile([BOS, 97], 12_000).astype(np.uint16)
+    tokens = np.tile([BOS, 97], 12_000).astype(np.uint16)  # the entries grow with the first steps' documents
     write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", tokens)
-    monkeypatch.setenv("DATA_PATH", str(tmp_path))
     loader = Loader(config("--train_steps=10"), 0, 1, False)
-    assert entries_needed(64, 64) == 16
-    assert loader.entries(0) == loader.entries(9) == 64  # 33 documents in a slice
+    assert entries == 16 and loader.entries(0) == loader.entries(9) == 64  # 33 documents in a slice
     assert all(len(set(batch.docs.ids.tolist())) == 32 for batch in loader.next())
 
 
@@ -208,12 +178,6 @@ def test_documents_that_share_entries_always_fit_and_stay_short(T, max_len):
         assert all(lengths[:-1] + np.diff([*starts, T])[np.searchsorted(starts, left[1:])] > max_len)
 
 
-def test_a_position_beyond_the_shards_is_refused():
-    loader = Loader(config(), 0, 1, False)
-    with pytest.raises(ShardError, match="expected more than 2 training shards.*found 2; get"):
-        loader.load_state_dict(dict(step=3, epoch=0, shard=2, doc=0))
-
-
 def test_a_schedule_that_needs_too_many_tokens_is_refused_at_the_start():
     Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)  # 10,240 of 24,000 tokens, much is cut
     message = r"--train_steps: expected about [\d,]+ tokens .* 30 steps, found 24,000 in 2 shards times 1 epo"
@@ -222,7 +186,9 @@ def test_a_schedule_that_needs_too_many_tokens_is_refused_at_the_start():
     Loader(config("--train_steps=30", "--max_epochs=4"), 0, 1, False)
 
 
-def test_shards_smaller_than_a_step_are_refused_at_the_start(tmp_path, monkeypatch):
+def test_shards_smaller_than_a_step_or_a_position_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ShardError, match="expected more than 2 training shards.*found 2; get"):
+        Loader(config(), 0, 1, False).load_state_dict(dict(step=3, epoch=0, shard=2, doc=0))
     monkeypatch.setenv("DATA_PATH", str(make_shards(tmp_path, tokens=400)))
     with pytest.raises(ShardError, match="step 0: expected more training tokens, found the end of 2 shards"):
         Loader(config(), 0, 1, False)
@@ -244,24 +210,31 @@ def test_running_out_of_data_on_the_way_says_so(tmp_path, monkeypatch):
     assert 20 < steps < 38
 
 
-def test_a_bad_token_in_a_later_shard_arrives_as_an_error_of_its_file(tmp_path, monkeypatch):
+def numbers(*changes) -> np.ndarray:
+    """A shard of documents in which some tokens are others."""
+    tokens = documents(12_000, 5)
+    for position, token in changes:
+        tokens[position] = token
+    return tokens
+
+
+BAD_SHARDS = {  # name -> the second shard, what is said
+    "a bad token": (
+        numbers((11_000, 300)),
+        "_000001.bin: expected token ids below the vocabulary size 257, found 300 at position 11,000"),
+    "no documents": (np.full(12_000, 97), "expected documents that start with token 256, found none; make"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARDS)
+def test_a_bad_shard_arrives_as_an_error_of_its_file(tmp_path, monkeypatch, name):
+    """The loader prepares steps in a thread of its own."""
+    tokens, message = BAD_SHARDS[name]
     make_shards(tmp_path, shards=1)
-    bad = documents(12_000, 5)
-    bad[11_000] = 300
-    path = write_shard(tmp_path / "data/shakespeare/shakespeare_train_000001.bin", bad)
+    write_shard(tmp_path / "data/shakespeare/shakespeare_train_000001.bin", tokens)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    loader = Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False)
-    found = "expected token ids below the vocabulary size 257, found 300 at position 11,000"
-    with pytest.raises(ShardError, match=f"{path}: {found}"):
-        take(loader, 20)
-
-
-def test_a_shard_without_documents_is_refused(tmp_path, monkeypatch):
-    make_shards(tmp_path)
-    write_shard(tmp_path / "data/shakespeare/shakespeare_train_000000.bin", np.full(5000, 97, np.uint16))
-    monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    with pytest.raises(ShardError, match="expected documents that start with token 256, found none; make"):
-        Loader(config(), 0, 1, False)
+    with pytest.raises(ShardError, match=message):
+        take(Loader(config("--train_steps=20", "--max_epochs=1"), 0, 1, False), 20)
 
 
 def test_missing_shards_are_told_who_makes_them(tmp_path, monkeypatch):

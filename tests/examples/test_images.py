@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import http.server
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,36 +12,24 @@ from data.errors import UsageError
 from data.fetch import FetchError, fetch_url
 from examples import images
 from examples.images import DEBIAN, FASHION, load, read_cifar
-from tests.examples.pictures import cifar_archive, cifar_records, idx, patterns, write_mnist
+from tests.helpers.pictures import cifar_archive, cifar_records, idx, patterns, write_mnist
 
 IMAGES, LABELS, *_ = FASHION
 
 
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
 @pytest.fixture
-def served():
-    """serve(content) -> the address of a file on a server of this machine."""
-    servers = []
-
-    def serve(content: bytes) -> str:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(200 if content else 404)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/file"
-
-    yield serve
-    for server in servers:
+def served(tmp_path_factory):
+    """(folder, the address of its file "file" on a server of this machine)."""
+    folder = tmp_path_factory.mktemp("served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/file"
         server.shutdown()
-        server.server_close()
 
 
 def test_files_as_mnists_are_read_as_they_were_written(tmp_path):
@@ -59,11 +48,6 @@ def test_cifar_is_read_by_channel_and_record(tmp_path):
     assert (train.images[3].reshape(3, -1).numpy() == np.array([[21], [22], [23]])).all()
 
 
-def spoiled(folder, name: str, content: bytes):
-    (folder / name).write_bytes(content)
-    return str(folder)
-
-
 GOOD = idx(patterns(300, 0)[0])
 
 
@@ -80,8 +64,9 @@ GOOD = idx(patterns(300, 0)[0])
     (LABELS, gzip.compress(idx(np.zeros(299))), "found 300 and 299"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # an archive holds the time it was made at
 def test_a_damaged_file_is_refused_in_a_sentence(tmp_path, name, content, message):
+    (write_mnist(tmp_path) / name).write_bytes(content)
     with pytest.raises(UsageError, match="expected .*found .*; ") as error:
-        load(spoiled(write_mnist(tmp_path), name, content))
+        load(str(tmp_path))
     assert message in str(error.value) and name in str(error.value)
 
 
@@ -110,21 +95,25 @@ def test_an_archive_of_cifar_that_lies_is_refused(tmp_path, change, message):
 
 
 def test_a_file_is_fetched_once_and_kept_by_its_hash(served, tmp_path):
-    content = b"images"
-    sha256 = hashlib.sha256(content).hexdigest()
+    folder, address = served
+    (folder / "file").write_bytes(b"images")
+    sha256 = hashlib.sha256(b"images").hexdigest()
     path = tmp_path / "new/file"
-    fetch_url(served(content), sha256, path, "ask a friend")
-    assert path.read_bytes() == content
+    fetch_url(address, sha256, path, "ask a friend")
+    assert path.read_bytes() == b"images"
     fetch_url("http://127.0.0.1:9/nobody", sha256, path, "ask a friend")  # is there: no network is needed
     path.write_bytes(b"damaged")
-    fetch_url(served(content), sha256, path, "ask a friend")
-    assert path.read_bytes() == content
+    fetch_url(address, sha256, path, "ask a friend")
+    assert path.read_bytes() == b"images"
 
 
-@pytest.mark.parametrize("content, message", [(b"another file", "with SHA-256 0{64}, found"), (b"", "404")])
+@pytest.mark.parametrize("content, message", [(b"another file", "with SHA-256 0{64}, found"), (None, "404")])
 def test_what_cannot_be_fetched_leaves_nothing_behind(served, tmp_path, content, message):
+    folder, address = served
+    if content:
+        (folder / "file").write_bytes(content)
     with pytest.raises(FetchError, match=message) as error:
-        fetch_url(served(content), "0" * 64, tmp_path / "file", "ask a friend")
+        fetch_url(address, "0" * 64, tmp_path / "file", "ask a friend")
     assert "ask a friend" in str(error.value) and not list(tmp_path.iterdir())
 
 

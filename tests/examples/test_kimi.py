@@ -3,8 +3,6 @@ import contextlib
 import io
 import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +11,10 @@ import torch
 
 from data import shakespeare
 from data.errors import RunError, UsageError
-from data.files import ROOT
 from data.shards import write_shard
 from engine.endings import report
 from examples import kimi
-from muon_extras.qk_clip import LogitMeter
+from tests.helpers.commands import python
 from tests.helpers.dist import run_ranks
 
 TINY = ["--steps=12", "--lr=0.06"]
@@ -87,13 +84,6 @@ def test_attention_sees_no_later_token_and_returns_the_log_sum_exp_of_its_logits
     torch.testing.assert_close(attention(x)[1], torch.arange(1, 13).log().expand(2, kimi.H, -1))
 
 
-def test_the_meter_sees_every_layer():
-    model = kimi.Kimi()
-    meter = LogitMeter(kimi.L, kimi.H)
-    model(torch.randint(kimi.VOCABULARY, (2, 12)), meter)
-    assert meter.take().isfinite().all()
-
-
 def test_balance_favours_idle_experts_and_counts_anew():
     mixture = kimi.Mixture()
     mixture.load[:] = torch.tensor([9.0, 1, 5, 5, 5, 5, 5, 5])
@@ -126,12 +116,8 @@ def test_a_jump_of_the_loss_is_counted():
 
 
 @pytest.mark.parametrize("option, sentence", [
-    ("--lr=0", "--lr: expected a positive number, found 0.0; see --help"),
     ("--lr=nan", "--lr: expected finite numbers, found nan; see --help"),
     ("--clip=-3", "--clip: expected zero or more, found -3.0; see --help"),
-    ("--clip=none", "--clip: expected a value like '15.0', found 'none'; see --help"),
-    ("--seed=9223372036854775808",
-     "--seed: expected zero or more and less than 2^63, found 9223372036854775808; see --help"),
     ("--steps=0", "--steps: expected a positive number, found 0; see --help"),
     ("--micro_batches=0", "--micro_batches: expected a positive number, found 0; see --help")])
 def test_bad_settings_end_in_a_sentence(option, sentence, capsys):
@@ -140,8 +126,7 @@ def test_bad_settings_end_in_a_sentence(option, sentence, capsys):
 
 
 def test_as_a_script_it_finds_its_modules():
-    command = [sys.executable, "examples/kimi.py", "--optimizer=sgd"]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    child = python("examples/kimi.py", "--optimizer=sgd")
     assert child.returncode == 2
     assert child.stderr == "kimi.py: --optimizer: expected one of muon, adamw, found 'sgd'; see --help\n"
 

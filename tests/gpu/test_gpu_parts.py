@@ -32,7 +32,8 @@ SMALL_RUN = dict(head_dim=64, dtype="bfloat16", compile="off", attention="blocke
 
 
 def make_run(folder, monkeypatch, **changes) -> Run:
-    cfg = Config.for_track("shakespeare", recipe="miniature", max_epochs=1000, val_tokens=8192, **SMALL_RUN | changes)
+    settings = dict(recipe="miniature", max_epochs=1000, val_tokens=8192, **SMALL_RUN | changes)
+    cfg = Config.for_track("shakespeare", **settings)
     monkeypatch.setenv("DATA_PATH", str(folder))
     if not any(folder.rglob("*.bin")):
         synthetic_shards(cfg, folder, 200_000, ids_used=64)

@@ -20,12 +20,12 @@ from tests.helpers.dist import ROOT
 
 BOS = 256
 SETTINGS = dict(  # three narrow layers with every role of track small, a dozen steps
-    track="shakespeare", recipe="miniature", num_layers=3, model_dim=32, head_dim=16, long_layers=(1,), cache_layer=1,
-    skip=(0, 2), value_embed_layers=(0, 2), attn_gate_layers=(1,), xsa_layers=(1,), paired_layers=(0,),
-    bigram_rows=64, ngram_rows=0, batch_tokens=(512,), slices=8, max_doc_len=(64,), split_docs=0,
-    window_short=(8, 16), window_long=(16, 32), window_final=32, val_tokens=1024, val_slice=256, val_every=4,
-    train_steps=12, extension_steps=2, adam_every=1, max_epochs=4, target_loss=1.6,
-    mtp_weights=(1.0, 0.5, 0.25), untie_stage=2, untie_delay=0, sample_tokens=0,
+    track="shakespeare", recipe="miniature", num_layers=3, model_dim=32, head_dim=16, long_layers=(1,),
+    cache_layer=1, skip=(0, 2), value_embed_layers=(0, 2), attn_gate_layers=(1,), xsa_layers=(1,),
+    paired_layers=(0,), bigram_rows=64, ngram_rows=0, batch_tokens=(512,), slices=8, max_doc_len=(64,),
+    split_docs=0, window_short=(8, 16), window_long=(16, 32), window_final=32, val_tokens=1024,
+    val_slice=256, val_every=4, train_steps=12, extension_steps=2, adam_every=1, max_epochs=4,
+    target_loss=1.6, mtp_weights=(1.0, 0.5, 0.25), untie_stage=2, untie_delay=0, sample_tokens=0,
     products="float32")  # the same on every processor
 TINY = [f"--{name}={show_value(value)}" for name, value in SETTINGS.items()]
 STEP_LINE = re.compile(r"^step:(\d+)/(\d+)((?: [A-Za-z_]+:\S+)+)\s*$")  # of the public logs

@@ -11,9 +11,9 @@ from tests.helpers.runs import SETTINGS, make_shards
 from train_gpt import GPT, MATRICES, TABLES, Config, Context, Run
 
 SMALL = {**SETTINGS, **dict(  # the roles that the layers of track small have, in six
-    track="small", recipe="base", num_layers=6, head_dim=8, mlp_ratio=2, long_layers=(1, 5), no_attn_layers=(2,),
-    paired_layers=(0, 4), late_attn_layers=(4, 5), cache_layer=3, skip=(1, 2), value_embed_layers=(0, 4, 5),
-    attn_gate_layers=(1, 5), xsa_layers=(1, 3), bigram_rows=97,
+    track="small", recipe="base", num_layers=6, head_dim=8, mlp_ratio=2, long_layers=(1, 5),
+    no_attn_layers=(2,), paired_layers=(0, 4), late_attn_layers=(4, 5), cache_layer=3, skip=(1, 2),
+    value_embed_layers=(0, 4, 5), attn_gate_layers=(1, 5), xsa_layers=(1, 3), bigram_rows=97,
     bos_id=256, vocab_size=257, train_files="data/shakespeare/shakespeare_train_*.bin",
     val_files="data/shakespeare/shakespeare_val_*.bin", slices=2, batch_tokens=(64, 96, 128),
     max_doc_len=(12, 24), window_short=(3, 4, 5, 6), window_long=(6, 9, 12, 13), window_final=20,
@@ -66,7 +66,8 @@ def context(model, docs, stage=0, tied=False, final=False) -> Context:
     if model.cfg.ngram_rows:
         shape = len(docs.ids), model.cfg.head_dim
         ngrams = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    return model.context(docs, model.cfg.stage_starts[stage], final, ngrams)._replace(tied=tied)
+    found = model.context(docs, model.cfg.stage_starts[stage], final, ngrams)
+    return found._replace(table=model.table(tied))
 
 
 def make_run(folder: Path, base: dict = SMALL, **changes) -> Run:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import muon
 from muon import COEFFICIENTS, newton_schulz_flops, orthogonalize
-from muon import Bucket, place_units, units_of
+from muon import place_units, stacks_of
 
 Muon = functools.partial(muon.Muon, flatten=False)  # 3-D parameters are banks here
 FP32 = dict(rtol=1e-5, atol=1e-5)  # single precision through five Newton-Schulz steps; measured about 2e-6
@@ -36,19 +36,17 @@ def with_spectrum(values, m, n, seed=0):
     return U @ torch.diag(values.double()) @ V.T, U, V.T
 
 
-def oracle(
-    W,
-    gradients,
-    lr=0.02,
-    momentum=0.95,
-    weight_decay=0.0,
-    nesterov=True,
-    ns_steps=5,
-    ns_coefficients="polar",
-    scale=lambda m, n: math.sqrt(max(1, m / n)),
-    cautious=False,
-    beta2=None,
-):
+SCALES = {
+    None: lambda m, n: math.sqrt(max(1, m / n)),
+    "original": lambda m, n: math.sqrt(max(1, m / n)),
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "spectral": lambda m, n: math.sqrt(m / n),
+    "identity": lambda m, n: 1,
+}
+
+
+def oracle(W, gradients, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, ns_steps=5,
+           ns_coefficients="polar", adjust_lr_fn=None, cautious=False, normuon_beta2=None):
     """Muon on one matrix in float64, one line per formula. lr and momentum: one value, or one per step."""
     W, M, V = W.double(), 0.0, 0.0
     for t, G in enumerate(gradients):
@@ -60,11 +58,12 @@ def oracle(
         for a, b, c in steps:
             A = X @ X.T
             X = a * X + (b * A + c * A @ A) @ X
-        if beta2 is not None:
-            V = beta2 * V + (1 - beta2) * (X**2).mean(1 if W.size(0) >= W.size(1) else 0, keepdim=True)
+        if normuon_beta2 is not None:
+            square = (X**2).mean(1 if W.size(0) >= W.size(1) else 0, keepdim=True)
+            V = normuon_beta2 * V + (1 - normuon_beta2) * square
             X = X / V.sqrt() * (X.norm() / (X / V.sqrt()).norm())
         decay = rate * weight_decay * ((X * W >= 0) if cautious else 1)
-        W = W - decay * W - rate * scale(*W.shape) * X
+        W = W - decay * W - rate * SCALES[adjust_lr_fn](*W.shape) * X
     return W
 
 
@@ -168,11 +167,12 @@ def test_every_singular_value_goes_through_the_polynomial(name, m, n, gram):
     (384, 768, torch.bfloat16, True), (384, 767, torch.bfloat16, False)])
 def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, expected):
     used = []
-    for gram, name in ((False, "standard_steps"), (True, "gram_steps")):
-        def spy(*args, steps=getattr(muon, name), gram=gram):
+
+    def spy(triples, gram, dtype, segments=muon.segments):
+        if triples != range(5):  # of which FLOPs are counted
             used.append(gram)
-            return steps(*args)
-        monkeypatch.setattr(muon, name, spy)
+        return segments(triples, gram, dtype)
+    monkeypatch.setattr(muon, "segments", spy)
     G = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     orthogonalize(G, dtype=dtype)
     train([torch.nn.Parameter(G)], [[G]], ns_dtype=dtype)
@@ -187,10 +187,8 @@ def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, expecte
 def test_the_gram_form_in_bf16_adds_little_to_the_rounding(name, spectrum):
     G = with_spectrum(spectrum, 384, 1536)[0].float()
     expected = mapped(G, name, 5)
-    standard, by_gram = (
-        ((orthogonalize(G, 5, name, torch.bfloat16, gram) - expected).norm() / expected.norm()).item()
-        for gram in FORMS
-    )
+    standard, by_gram = ((orthogonalize(G, 5, name, torch.bfloat16, gram) - expected).norm() / expected.norm()
+                         for gram in FORMS)
     assert by_gram < max(1.1 * standard, 0.08)  # measured 0.0055 to 0.043, or beside standard's 0.07 to 0.6
 
 
@@ -223,52 +221,19 @@ class OneTriangle:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 6, 8])
 @pytest.mark.parametrize("gram", FORMS)
-def test_a_symmetric_kernel_gets_exactly_the_symmetric_products(steps, gram):
+def test_a_symmetric_kernel_gets_exactly_the_symmetric_products(monkeypatch, steps, gram):
+    """Of the optimizer, too, which hands it on."""
+    monkeypatch.setattr(muon, "gram_pays", lambda *args: gram)
     G = torch.stack([with_spectrum(torch.linspace(0.1, 1, 8), 8, 24, seed)[0].float() for seed in range(2)])
     kernel = OneTriangle()
-    close(orthogonalize(G, steps, "quintic", torch.float32, gram, kernel),
-          orthogonalize(G, steps, "quintic", torch.float32, gram))
+    p = torch.nn.Parameter(torch.zeros_like(G))
+    train([p], [[G]], lr=1.0, symmetric=kernel, ns_steps=steps, ns_coefficients="quintic")
+    close(-p.detach(), orthogonalize(G, steps, "quintic", torch.float32, gram))
     restarts = max(0, -(-(steps - 2) // 3))
-    # X <- Q X, the only product that is not symmetric
-    rectangular = 1 + restarts if gram else steps
-    assert (
-        kernel.flops
-        == 2 * newton_schulz_flops(8, 24, steps, gram, torch.float32)
-        - rectangular * 2 * 2 * 8 * 8 * 24
-    )
+    rectangular = 1 + restarts if gram else steps  # X <- Q X, the only product that is not symmetric
+    whole = 2 * newton_schulz_flops(8, 24, steps, gram, torch.float32)
+    assert kernel.flops == whole - rectangular * 2 * 2 * 8 * 8 * 24
     assert kernel.products == (4 * steps - 2 * (1 + restarts) if gram else 2 * steps)
-
-
-def test_the_optimizer_hands_its_symmetric_kernel_on():
-    kernel, shapes = OneTriangle(), [(12, 40), (40, 12), (3, 8, 10)]
-    fast, gradients = make(shapes)
-    plain, _ = make(shapes)
-    train(fast, gradients, symmetric=kernel)
-    train(plain, gradients)
-    for p, q in zip(fast, plain):
-        close(p.detach(), q.detach())
-    # Three steps; Gram form for the first two together, standard for the bank
-    assert kernel.products == 3 * (16 + 10)
-
-
-@pytest.mark.parametrize("name, slope", [("jordan", 485), ("quintic", 493), ("polar", 990)])
-def test_a_null_space_stays_null(name, slope):
-    """Rank 8 exactly, of 64. What rounding of the normalized entries puts into the null space grows by the
-    slope at 0."""
-    generator = torch.Generator().manual_seed(0)
-    G = (
-        torch.randint(-3, 4, (64, 8), generator=generator)
-        @ torch.randint(-3, 4, (8, 128), generator=generator)
-    ).float()
-    for dtype, gram, bound in (
-        (torch.float32, False, 5e-8 * slope),
-        (torch.float32, True, 5e-8 * slope),
-        (torch.float16, True, 0.1),
-        (torch.bfloat16, False, 0.5),
-    ):
-        values = torch.linalg.svdvals(orthogonalize(G, 5, name, dtype, gram).float())
-        # Measured 2.1e-8 slope, 0.044 and 0.44: bf16 is that noisy
-        assert values[8] < bound and values[7] > 0.69
 
 
 @pytest.mark.parametrize("name, low, high", [("jordan", 0.682, 1.134), ("quintic", 0.978, 1.032),
@@ -289,53 +254,21 @@ def test_more_steps_than_triples_repeat_the_last_and_fewer_use_the_first():
     assert same(orthogonalize(G, 2, "quintic"), orthogonalize(G, 2, rows[:2]))
 
 
-def test_zero_stays_zero_beside_others_and_the_input_is_kept():
-    G = torch.stack([torch.zeros(6, 9), with_spectrum(torch.linspace(0.1, 1, 6), 6, 9)[0].float()])
-    before = G.clone()
-    O = orthogonalize(G)
-    assert same(O[0], torch.zeros(6, 9)) and same(G, before)
-    close(O[1], orthogonalize(G[1]))
-
-
 # --- the whole update ---
 
 @pytest.mark.parametrize("settings", [
     dict(), dict(nesterov=False, weight_decay=0.1), dict(ns_coefficients="jordan", ns_steps=6),
     dict(ns_coefficients="quintic"), dict(weight_decay=0.3, cautious=True), dict(normuon_beta2=0.9),
-    dict(normuon_beta2=0.95, cautious=True, weight_decay=0.2, momentum=0.8)], ids=str)
+    dict(normuon_beta2=0.95, cautious=True, weight_decay=0.2, momentum=0.8),
+    *(dict(adjust_lr_fn=name, weight_decay=0.1) for name in SCALES)], ids=str)
 def test_three_steps_equal_the_oracle_for_every_shape(settings):
     params, gradients = make(SHAPES)
     start = [p.detach().clone() for p in params]
     lrs = [0.02, 0.05, 0.01]
     train(params, gradients, lrs=lrs, **settings)
-    slow = {("beta2" if key == "normuon_beta2" else key): value for key, value in settings.items()}
     for i, p in enumerate(params):
-        for k, W in enumerate(matrices(p.detach())):
-            close(
-                W, oracle(matrices(start[i])[k], [matrices(step[i])[k] for step in gradients], lr=lrs, **slow)
-            )
-
-
-@pytest.mark.parametrize(
-    "adjust_lr, factor",
-    [
-        ("original", lambda m, n: math.sqrt(max(1, m / n))),
-        ("match_rms_adamw", lambda m, n: 0.2 * math.sqrt(max(m, n))),
-        ("spectral", lambda m, n: math.sqrt(m / n)),
-        ("identity", lambda m, n: 1),
-        (None, lambda m, n: math.sqrt(max(1, m / n))),
-    ],
-)
-def test_lr_conventions_scale_the_update_and_leave_the_decay_alone(adjust_lr, factor):
-    params, gradients = make(SHAPES, steps=1)
-    start = [p.detach().clone() for p in params]
-    train(params, gradients, lr=0.5, adjust_lr_fn=adjust_lr)
-    for p, before, g in zip(params, start, gradients[0]):
-        for W, old, G in zip(matrices(p.detach()), matrices(before), matrices(g)):
-            close(W, oracle(old, [G], lr=0.5, scale=factor))
-    still = [torch.nn.Parameter(before.clone()) for before in start]
-    train(still, [[torch.zeros_like(p) for p in still]], lr=0.5, weight_decay=0.25, adjust_lr_fn=adjust_lr)
-    assert all(same(p.detach(), before * (1 - 0.5 * 0.25)) for p, before in zip(still, start))
+        for W, old, *Gs in zip(*map(matrices, (p.detach(), start[i], *(step[i] for step in gradients)))):
+            close(W, oracle(old, Gs, lr=lrs, **settings))
 
 
 SPLITS = {  # shape of the parameter, split, flatten, rows of the blocks
@@ -428,27 +361,12 @@ def test_a_split_that_does_not_sum_is_refused_by_name(shape, split, rows):
     good, w = torch.nn.Parameter(torch.zeros(rows, 4)), torch.nn.Parameter(torch.zeros(shape))
     with pytest.raises(ValueError) as error:
         Muon([dict(params=[("good", good)], split=None), dict(params=[("w", w)], split=split)])
-    assert (
-        str(error.value)
-        == f"Muon: w: expected a split of its {rows} rows, found {split}; change it for this group"
-    )
-
-
-def test_a_bad_gradient_skips_its_block_alone():
-    (fused,), ((g,),) = make([(12, 8)], steps=1)
-    before, spoiled = fused.detach().clone(), g.clone()
-    spoiled[5, 3] = math.nan
-    optimizer = train([fused], [[spoiled]], split=(4, 4, 4), weight_decay=0.1)
-    assert optimizer.skipped == 1 and same(fused.detach()[4:8], before[4:8])
-    assert not optimizer.state_dict()["state"][0]["momentum_buffer"][4:8].any()
-    whole = torch.nn.Parameter(before.clone())
-    train([whole], [[g]], split=(4, 4, 4), weight_decay=0.1)
-    close(fused.detach()[[0, 1, 2, 3, 8, 9, 10, 11]], whole.detach()[[0, 1, 2, 3, 8, 9, 10, 11]])
+    assert str(error.value) == (
+        f"Muon: w: expected a split of its {rows} rows, found {split}; change it for this group")
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(), dict(flatten=True), dict(split=2), dict(flatten=True, split=(4, 6))], ids=str
-)
+    "settings", [dict(), dict(flatten=True), dict(split=2), dict(flatten=True, split=(4, 6))], ids=str)
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (0, 2, 1)])
 def test_banks_and_1d_convolutions_may_lie_in_any_order_in_memory(settings, order):
     (p,), gradients = make([(10, 4, 6)])
@@ -477,26 +395,14 @@ def test_groups_keep_their_own_settings_and_changes_between_steps_count():
         feed(params, step)
         optimizer.step()
     mus = [0.8, 0.9, 0.95]
-    close(
-        params[0].detach(), oracle(start[0], [s[0] for s in gradients], lr=[0.1, 0.05, 0.1 / 3], momentum=mus)
-    )
+    expected = oracle(start[0], [s[0] for s in gradients], lr=[0.1, 0.05, 0.1 / 3], momentum=mus)
+    close(params[0].detach(), expected)
     close(params[1].detach(), oracle(start[1], [s[1] for s in gradients], momentum=mus, weight_decay=0.5,
                                      ns_coefficients="jordan"))
     assert optimizer.placements is plan
 
 
-def test_normuon_and_masters_can_be_switched_on_later():
-    params, gradients = make([(12, 8)], dtype=torch.bfloat16, steps=2)
-    optimizer = train(params, gradients)
-    optimizer.param_groups[0].update(normuon_beta2=0.9, split_mantissa=True)
-    feed(params, gradients[0])
-    optimizer.step()
-    assert {"momentum_buffer", "second_moment", "mantissa"} == set(optimizer.state_dict()["state"][0])
-
-
-@pytest.mark.parametrize(
-    "settings", [dict(), dict(weight_decay=0.1, cautious=True, normuon_beta2=0.9)], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, dict(weight_decay=0.1, cautious=True, normuon_beta2=0.9)], ids=str)
 def test_split_mantissa_equals_fp32_masters_bit_for_bit(settings):
     shapes = [(24, 40), (40, 24), (3, 16, 24), (12, 5, 3, 3)]
     halves, gradients = make(shapes, dtype=torch.bfloat16, steps=25)
@@ -559,9 +465,8 @@ def test_a_bad_gradient_skips_its_matrix_alone(bad):
 def test_a_float64_gradient_that_float32_cannot_hold_is_skipped(bad):
     params, _ = make([(12, 8), (12, 8)], dtype=torch.float64)
     before = params[0].detach().clone()
-    optimizer = train(
-        params, [[torch.eye(12, 8).double() * bad, torch.eye(12, 8).double()]], weight_decay=0.1
-    )
+    eye = torch.eye(12, 8).double()
+    optimizer = train(params, [[eye * bad, eye]], weight_decay=0.1)
     assert same(params[0].detach(), before) and optimizer.skipped == 1
     assert not optimizer.state_dict()["state"][0]["momentum_buffer"].any()
     assert not torch.equal(params[1].detach(), before)
@@ -578,39 +483,19 @@ def test_other_floating_point_weights_follow_the_oracle(dtype, tolerance):
 
 # --- refusals ---
 
-NO_MATRIX = "w: expected a matrix, a bank or a convolution, found shape {}; give it to AdamW"
-EMPTY = "w: expected at least one element, found shape {}; leave it out"
-NOT_REAL = "w: expected a real floating-point parameter, found {}"
-
-
-@pytest.mark.parametrize("value, sentence", [
-    (torch.zeros(7), NO_MATRIX.format("(7,)")), (torch.zeros(()), NO_MATRIX.format("()")),
-    (torch.zeros(4, 0), EMPTY.format("(4, 0)")), (torch.zeros(0, 4, 4), EMPTY.format("(0, 4, 4)")),
-    (torch.zeros(4, 4, dtype=torch.complex64), NOT_REAL.format("torch.complex64")),
-    (torch.zeros(4, 4, dtype=torch.int32), NOT_REAL.format("torch.int32"))])
-def test_a_parameter_it_cannot_take_is_refused_by_name(value, sentence):
+@pytest.mark.parametrize("value", [
+    torch.zeros(7), torch.zeros(()), torch.zeros(4, 0), torch.zeros(0, 4, 4),
+    torch.zeros(4, 4, dtype=torch.complex64), torch.zeros(4, 4, dtype=torch.int32)], ids=str)
+def test_a_parameter_it_cannot_take_is_refused_by_name(value):
     good = torch.nn.Parameter(torch.zeros(4, 4))
-    for params in (
-        [("good", good), ("w", value)],
-        [dict(params=[("good", good)]), dict(params=[("w", value)])],
-    ):
+    sentence = (f"expected real matrices of some size, found shape {tuple(value.shape)} in {value.dtype}; "
+                "leave it to another optimizer, such as AdamW")
+    for name, params in (("w", [("good", good), ("w", value)]),
+                         ("w", [dict(params=[("good", good)]), dict(params=[("w", value)])]),
+                         ("parameter 1 of group 0", [good, value])):
         with pytest.raises(ValueError) as error:
             Muon(params)
-        assert sentence in str(error.value)
-    with pytest.raises(ValueError) as error:
-        Muon([good, value])
-    assert sentence.replace("w:", "parameter 1 of group 0:") in str(error.value)
-
-
-def test_no_parameters_and_a_set_are_refused():
-    with pytest.raises(ValueError, match="expected parameters, all on one device, found none"):
-        Muon([dict(params=[])])
-    with pytest.raises(TypeError, match="ordered collections"):  # torch's own sentence
-        Muon([dict(params={torch.zeros(4, 4)})])
-    assert len(Muon([dict(params=(torch.zeros(4, 4) for _ in range(2)))]).param_groups[0]["params"]) == 2
-    assert (
-        Muon([dict(params=torch.nn.Parameter(torch.zeros(4, 4))), dict(params=[])]).placements[0].loads[0] > 0
-    )
+        assert str(error.value) == f"Muon: {name}: {sentence}"
 
 
 BAD = {
@@ -626,6 +511,7 @@ BAD = {
     "flatten": ["yes"],
     "split": [0, True, 2.0, [], (4, 0), (2.0, 2), "ab", (4, -4, 4)],
 }
+BAD_OPTIONS = {"ns_dtype": [torch.float64, "fp16"], "bucket_mb": [0, -1, math.inf, "many", None]}
 
 
 @pytest.mark.parametrize("setting", BAD)
@@ -639,12 +525,13 @@ def test_a_setting_out_of_range_is_refused_by_name(setting):
                 Muon(given)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(ns_dtype=torch.float64), dict(ns_dtype="fp16"), dict(bucket_mb=0), dict(bucket_mb=-1),
-    dict(bucket_mb=math.inf), dict(bucket_mb="many"), dict(bucket_mb=None)], ids=str)
-def test_ns_dtype_and_bucket_size_are_checked(settings):
-    with pytest.raises(ValueError, match=f"expected {next(iter(settings))} .*, found"):
-        Muon([torch.nn.Parameter(torch.zeros(4, 4))], **settings)
+@pytest.mark.parametrize("option", BAD_OPTIONS)
+def test_an_option_out_of_range_is_refused_by_name(option):
+    for value in BAD_OPTIONS[option]:
+        with pytest.raises(ValueError, match=f"Muon: {option}: expected .*, found .*; change it"):
+            Muon([torch.nn.Parameter(torch.zeros(4, 4))], **{option: value})
+    with pytest.raises(ValueError, match="expected parameters, all on one device, found none"):
+        Muon([dict(params=[])])
 
 
 # --- plan ---
@@ -653,18 +540,7 @@ GPT2 = [shape for _ in range(12) for shape in ((2304, 768), (768, 768), (3072, 7
 
 
 def plan_of(shapes, world_size, cap):
-    return place_units(
-        [flops(*shape) for shape in shapes], [shape[0] * shape[1] for shape in shapes], world_size, cap
-    )
-
-
-def test_the_plan_of_gpt2_on_eight_ranks_is_balanced():
-    plan = plan_of(GPT2, 8, 4_000_000)
-    assert plan.efficiency >= 0.97 and max(plan.loads) / 1e9 == pytest.approx(194.8, abs=0.1)
-    fills = [[sum(GPT2[u][0] * GPT2[u][1] for u in ids) for ids in bucket] for bucket in plan.buckets]
-    # Three buckets without padding
-    assert len(fills) == 3 and sum(map(max, fills)) * 8 == sum(map(sum, fills))
-    assert max(fills[-1]) == 1769472  # the gather that nothing hides
+    return place_units([flops(*shape) for shape in shapes], [m * n for m, n in shapes], world_size, cap)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 61])
@@ -702,20 +578,18 @@ def test_swaps_after_the_greedy_pass_balance_the_gram_form_too():
     assert place_units(many, many, 16, 10_000).efficiency > 0.999
 
 
-@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [1, 4, 7], [0, 2, 3, 4, 6, 8, 9], [5], [0, 1, 3, 4]])
-def test_runs_cover_exactly_the_matrices_of_their_rank(indices):
-    bank, single, last = torch.randn(10, 3, 4), torch.randn(5, 6), torch.randn(5, 6)
-    optimizer = Muon([bank, single, last])
-    (*banked, one, two) = (
-        u for p in (bank, single, last) for u in units_of(p, p.shape, optimizer.param_groups[0])
-    )
-    mine = [one, *(banked[i] for i in indices), two]
-    bucket = Bucket(optimizer, None, 1, [mine[1:], mine], torch.float32)
-    found = torch.cat([stack.of(stack.param).flatten() for stack in bucket.stacks[1]])
-    assert same(found, torch.cat([single.flatten(), *(bank[i].flatten() for i in indices), last.flatten()]))
-    assert bucket.num_units == 2 * len(mine) - 1
-    if indices in ([0, 1, 2, 3], [1, 4, 7], [5]):
-        assert len(bucket.stacks[1]) == 3  # evenly spaced matrices are one stack
+@pytest.mark.parametrize("shape, settings", [((10, 3, 4), dict()), ((12, 4), dict(split=3)),
+                                             ((10, 6, 4), dict(split=2)), ((2, 7, 4), dict(split=(3, 4)))])
+@pytest.mark.parametrize("count", [1, 3, 4, 100])
+def test_parts_of_a_stack_cover_every_matrix_once(shape, settings, count):
+    x = torch.arange(math.prod(shape)).view(shape)
+    group, = Muon([x.float()], **settings).param_groups
+    for stack in stacks_of(x, shape, group):
+        parts = stack.in_parts(count)
+        assert len(parts) == min(count, len(stack)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert torch.equal(torch.cat([part.of(x) for part in parts]), stack.of(x))
+    found = torch.cat([stack.of(x).flatten() for stack in stacks_of(x, shape, group)])
+    assert sorted(found) == list(range(x.numel()))
 
 
 # --- in place of torch.optim.Muon ---
@@ -769,12 +643,6 @@ def test_torch_muon_continues_from_our_checkpoint(settings):
         assert (p.detach() - q.detach()).norm() < 0.03 * (q.detach() - start).norm()
 
 
-@pytest.mark.parametrize("names", [dict(ns_coeffs=(1, 2, 3)), dict(beta=0.9, foreach=True), dict(mu=0.95)])
-def test_an_unknown_setting_is_a_type_error_that_names_it(names):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{list(names)[0]}'"):
-        Muon([torch.nn.Parameter(torch.zeros(4, 4))], **names)
-
-
 # --- surroundings: closures, schedulers, checkpoints, pickles, compile ---
 
 @pytest.mark.parametrize("through", [
@@ -782,17 +650,12 @@ def test_an_unknown_setting_is_a_type_error_that_names_it(names):
     ids=["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("named", [False, True])
 def test_a_copy_continues_bit_for_bit_on_its_own_parameters(through, named):
-    settings = dict(
-        weight_decay=0.1, normuon_beta2=0.9, cautious=True, deterministic=True, bucket_mb=1e-3, lr=0.03
-    )
+    settings = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True, deterministic=True, bucket_mb=1e-3)
     params, gradients = make(SHAPES, steps=4)
     gradients[1][0] = None
     given = [(f"w{i}", p) for i, p in enumerate(params)] if named else params
-    optimizer = Subclass(
-        flatten=False,
-        params=[dict(params=given[:3], split=2, role="hidden"), dict(params=given[3:], eps=1e-9)],
-        **settings,
-    )
+    groups = [dict(params=given[:3], split=2, role="hidden"), dict(params=given[3:], eps=1e-9)]
+    optimizer = Subclass(groups, lr=0.03, flatten=False, **settings)
     for group in optimizer.param_groups:
         group["momentum"] = 0.8
     for step in gradients[:2]:
@@ -800,11 +663,10 @@ def test_a_copy_continues_bit_for_bit_on_its_own_parameters(through, named):
         optimizer.step()
     others, copied = through((params, optimizer))
     assert type(copied) is Subclass and copied.skipped == optimizer.skipped == 2
-    assert [p for group in copied.param_groups for p in group["params"]] == others and others[
-        0
-    ] is not params[0]
-    assert [{k: v for k, v in group.items() if k != "params"} for group in copied.param_groups] == [
-        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    assert [p for group in copied.param_groups for p in group["params"]] == others
+    assert others[0] is not params[0]
+    for ours, theirs in zip(optimizer.param_groups, copied.param_groups):
+        assert ours | dict(params=None) == theirs | dict(params=None)
     for step in gradients[2:]:
         for which, each in ((params, optimizer), (others, copied)):
             feed(which, step)
@@ -812,9 +674,7 @@ def test_a_copy_continues_bit_for_bit_on_its_own_parameters(through, named):
     assert all(same(p.detach(), q.detach()) for p, q in zip(params, others))
     saved = copied.state_dict()
     saved["state"][2]["momentum_buffer"] = torch.zeros(1, 1)
-    with pytest.raises(
-        ValueError, match="w2: expected a mom" if named else "parameter 2 of group 0: expected a mom"
-    ):
+    with pytest.raises(ValueError, match=f"{'w2' if named else 'parameter 2 of group 0'}: expected a mom"):
         copied.load_state_dict(saved)
 
 
@@ -857,22 +717,19 @@ def regrouped(**entries):
     return lambda saved: saved["param_groups"][0].update(entries)
 
 
-LACKING = ", found none, though others have one"
-
-
 @pytest.mark.parametrize("spoil, sentence", [
-    (lambda saved: saved["state"].pop(1), r"w1: expected a \w+" + LACKING + "; save the state of all"),
-    (without(1, "momentum_buffer"), "w1: expected a momentum_buffer" + LACKING),
-    (without(0, "second_moment"), "w0: expected a second_moment" + LACKING),
-    (without(2, "mantissa"), "w2: expected a mantissa" + LACKING),
+    (lambda saved: saved["state"].pop(1), "w1: expected a .*, found none; load the whole state of this"),
+    (without(1, "momentum_buffer"), "w1: expected a momentum_buffer of shape .*, found none"),
+    (without(0, "second_moment"), "w0: expected a second_moment of shape .*, found none"),
+    (without(2, "mantissa"), "w2: expected a mantissa of shape .*, found none"),
     (spoilt(2, mantissa=torch.zeros(4, 4)), r"w2: expected a mantissa of shape \(8, 12\), found \(4, 4\)"),
     (spoilt(0, second_moment=torch.zeros(1, 8)), "w0: expected a second_moment of shape"),
     (spoilt(2, momentum_buffer=torch.zeros(12, 8)),
      r"w2: expected a momentum_buffer of shape \(8, 12\), found \(12, 8\)"),
     (lambda saved: saved["param_groups"].append(dict(saved["param_groups"][0], params=[3])),
-     "loaded state dict has a different number of parameter groups"),  # torch's own sentences
-    (lambda saved: saved["param_groups"][0]["params"].pop(), "loaded state dict contains a parameter group"),
-    (regrouped(param_names=["w0", "w2", "w1"]), "group 0: expected w1, found w2 in its place; build"),
+     r"expected groups of \[3\] parameters, found \[3, 1\]; load a checkpoint of this model"),
+    (lambda saved: saved["param_groups"][0]["params"].pop(), r"expected groups of \[3\] .*, found \[2\]"),
+    (regrouped(param_names=["w0", "w2", "w1"]), "expected w1, found w2 in its place; build the optimizer"),
     (regrouped(momentum=2.0), "momentum of group 0: expected 0 <= momentum < 1, found 2.0")])
 def test_a_broken_checkpoint_is_refused_and_leaves_the_optimizer_as_it_was(spoil, sentence):
     settings = dict(normuon_beta2=0.9, split_mantissa=True, deterministic=True)
@@ -884,10 +741,8 @@ def test_a_broken_checkpoint_is_refused_and_leaves_the_optimizer_as_it_was(spoil
     for t, step in enumerate(gradients):
         if t == 2:
             saved = optimizer.state_dict()
-            saved = {
-                "state": {i: dict(s) for i, s in saved["state"].items()},
-                "param_groups": [dict(g, params=list(g["params"]), lr=9.0) for g in saved["param_groups"]],
-            }
+            saved["state"] = {i: dict(s) for i, s in saved["state"].items()}
+            saved["param_groups"] = [dict(g, params=list(g["params"]), lr=9.0) for g in saved["param_groups"]]
             spoil(saved)
             with pytest.raises(ValueError, match=f"^(Muon: )?{sentence}"):
                 optimizer.load_state_dict(saved)
@@ -911,23 +766,6 @@ def test_a_checkpoint_of_a_wrapped_model_or_without_names_loads(names):
     assert same(optimizer.state_dict()["state"][1]["momentum_buffer"], saved["state"][1]["momentum_buffer"])
 
 
-def test_it_loads_again_and_again_and_grows_after_a_load():
-    params, gradients = make([(12, 8), (8, 12)])
-    straight, _ = make([(12, 8), (8, 12)])
-    optimizer, reference = Muon(params[:1]), Muon(straight[:1])
-    reference.add_param_group(dict(params=straight[1:], lr=0.1))
-    for t, step in enumerate(gradients):
-        for _ in range(2):
-            optimizer.load_state_dict(save_and_load(optimizer.state_dict()))
-        if t == 0:
-            optimizer.add_param_group(dict(params=params[1:], lr=0.1))
-        for which, each in ((params, optimizer), (straight, reference)):
-            feed(which, step)
-            each.step()
-    for p, q in zip(params, straight):
-        assert same(p.detach(), q.detach())
-
-
 def test_a_fresh_state_loads_as_zeros_and_a_state_before_masters_keeps_what_it_has():
     params, gradients = make([(12, 8)], dtype=torch.bfloat16)
     optimizer = train(params, gradients)
@@ -945,7 +783,7 @@ def test_a_fresh_state_loads_as_zeros_and_a_state_before_masters_keeps_what_it_h
 
 @pytest.mark.parametrize("bad, sentence", [
     (dict(params=[torch.zeros(4, 4, device="meta")]), "expected parameters, all on one device"),
-    (dict(params=[torch.zeros(4)]), "expected a matrix, a bank or a convolution"),
+    (dict(params=[torch.zeros(4)]), "expected real matrices of some size"),
     (dict(params=[torch.zeros(4, 4)], split=3), "expected a split of its 4 rows"),
     (dict(params=[torch.zeros(4, 4)], lr=-1), "lr of group 1: expected one number, 0 or more")])
 def test_a_refused_group_leaves_nothing_behind(bad, sentence):
@@ -962,10 +800,8 @@ def test_a_refused_group_leaves_nothing_behind(bad, sentence):
         for which, each in ((params, optimizer), (straight, reference)):
             feed(which, step)
             each.step()
-    assert (
-        all(same(p.detach(), q.detach()) for p, q in zip(params, straight))
-        and len(optimizer.param_groups) == 2
-    )
+    assert all(same(p.detach(), q.detach()) for p, q in zip(params, straight))
+    assert len(optimizer.param_groups) == 2
 
 
 def test_compiled_functions_agree_and_schedules_do_not_recompile(monkeypatch):

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from tests.helpers.claims import RUNS, TOTAL, log, replaced, runs, slow, write
+from tests.helpers.claims import RUNS, TOTAL, log, public, replaced, runs, slow, write
 from tests.helpers.synthetic import LINE
 from tests.records.conftest import plan_text
 
@@ -43,22 +43,17 @@ def other_seed(text):
     return replaced(text, r'("seed": |^seed: )\d+', r"\g<1>77")
 
 
+UNFINISHED = {"final-validation", "loss-rule", "faster-than-baseline"}
 DOCTORED = {
     "nothing": (lambda texts: texts, set()),
     "a time typed in": (first_log(lambda t: last(t, r"train_time:\d+ms", "train_time:1600ms")),
-                        {"consistent-lines"}),
+                        {"intact-logs"}),
     "an average typed in": (first_log(lambda t: last(t, r"step_avg:\S+", "step_avg:75.00ms")),
-                            {"consistent-lines"}),
-    "times of two runs swapped": (swap_times, {"consistent-lines"}),
-    "a training line removed": (first_log(lambda t: replaced(t, r"^step:12/.*\n", "")), {"consistent-lines"}),
-    "a validation removed": (first_log(lambda t: replaced(t, r"^step:10/\d+ val_loss.*\n", "")),
-                             {"same-validations"}),
-    "final validation removed": (first_log(lambda t: last(t, r"^step:\d+/\d+ val_loss.*\n", "")),
-                                 {"same-validations", "final-validation", "loss-rule"}),
-    "stopped early": (first_log(lambda t: replaced(t, r"^step:(16|17|18|19|20)/.*\n", "")),
-                      {"same-validations", "final-validation", "loss-rule"}),
-    "cut inside a line": (first_log(lambda t: t[:-70]),
-                          {"intact-logs", "same-validations", "final-validation", "loss-rule"}),
+                            {"intact-logs"}),
+    "times of two runs swapped": (swap_times, {"intact-logs"}),
+    "final validation removed": (first_log(lambda t: last(t, r"^step:\d+/\d+ val_loss.*\n", "")), UNFINISHED),
+    "stopped early": (first_log(lambda t: replaced(t, r"^step:(16|17|18|19|20)/.*\n", "")), UNFINISHED),
+    "cut inside a line": (first_log(lambda t: t[:-70]), {"intact-logs", *UNFINISHED}),
     "nan": (first_log(lambda t: last(t, r"val_loss:\S+", "val_loss:nan")),
             {"intact-logs", "loss-rule"}),
     "a seed copied": (lambda texts: [*texts[:-1], log(1, final=1.581, pace=101.0)], {"distinct-seeds"}),
@@ -66,9 +61,6 @@ DOCTORED = {
     "a file copied with another seed": (copy_with(other_seed), {"distinct-curves"}),
     "a copy with another seed and final loss": (
         copy_with(lambda t: last(other_seed(t), r"val_loss:\S+", "val_loss:1.5001")), {"distinct-curves"}),
-    "a copy with other losses": (copy_with(lambda t: replaced(other_seed(t), r"val_loss:(\d)\.\d\d(\d\d)",
-                                                              r"val_loss:\1.59\2")),
-                                 {"distinct-curves"}),
     "losses of another run": (lambda texts: [*texts[:-1], other_seed(log(1, pace=101.0))],
                               {"distinct-curves"}),
     "most losses of another run": (
@@ -98,7 +90,7 @@ DOCTORED = {
                                    {"validation-data"}),
     "fewer validation tokens": (first_log(lambda t: replaced(t, '"val_tokens": 262144',
                                                              '"val_tokens": 131072')),
-                                {"validation-tokens", "same-settings"}),
+                                {"validation-data", "same-settings"}),
     "resumed": (first_log(lambda t: replaced(t, "^attention:",
                                              "resumed: from a.pt; such a run is no record\nattention:")),
                 {"not-resumed"}),
@@ -128,6 +120,15 @@ def failures(tmp_path, records):
 def test_doctored(name, failures):
     change, expected = DOCTORED[name]
     assert failures(change(runs()), slow()).keys() == expected
+
+
+def test_public_logs(failures):
+    """They hold neither settings nor seeds: what they do not say is no fault."""
+    baseline = [public(seed, pace=110.0) for seed in range(500, 504)]
+    texts = [public(seed) for seed in range(1, 1 + RUNS)]
+    assert not failures(texts, baseline, "--track", "small")
+    texts[0] = replaced(texts[0], r"^\|   [1-7] .*\n", "")
+    assert failures(texts, baseline, "--track", "small").keys() == {"same-hardware"}
 
 
 def test_seed_in_the_source_is_no_difference(failures):
@@ -167,35 +168,20 @@ def test_an_experiment_of_ab(tmp_path, records):
         assert code == 0 and "no plan is stated" in out
 
 
-@pytest.mark.parametrize("digit, verdict", [("1", rules.PASS), ("2", rules.FAIL)])
-def test_validation_data_of_a_track_whose_hash_is_not_known(tmp_path, records, digit, verdict):
-    """Runs and baseline must then be judged on the same data, whatever it is."""
+@pytest.mark.parametrize("track, digit, verdict", [
+    ("small", "1", rules.PASS), ("small", "2", rules.FAIL),  # of its tokens no hash is known
+    ("shakespeare", "1", rules.FAIL)])
+def test_runs_and_baseline_are_judged_on_the_same_data_and_on_that_of_the_track(
+        tmp_path, records, track, digit, verdict):
     def folder(name, texts, digit):
-        texts = [replaced(text, '"track": "shakespeare"', '"track": "small"') for text in texts]
+        texts = [replaced(text, '"track": "shakespeare"', f'"track": "{track}"') for text in texts]
+        tokens = f'"val_tokens": {TRACKS[track].val_tokens}'
+        texts = [replaced(text, '"val_tokens": 262144', tokens) for text in texts]
         texts = [replaced(text, r"sha256 \w+", f"sha256 {digit * 64}") for text in texts]
         return write(tmp_path / name, texts)
     out = records("check", folder("runs", runs(), "1"), "--baseline", folder("base", slow(), digit),
-                  "--track", "small", "--json")[1]
+                  "--track", track, "--json")[1]
     assert {v["rule"]: v["verdict"] for v in json.loads(out)}["validation-data"] == verdict
-
-
-@pytest.mark.parametrize("added, expected", [
-    (log(50, final=1.75), {"exclusions"}),
-    (replaced(log(50, final=1.75), r"^step:(19|20)/.*\n", ""), set()),
-    (last(log(50), r"val_loss:\S+", "val_loss:nan"), {"exclusions"}),
-    (last(replaced(log(50), r"^step:(16|17|18|19|20)/.*\n", ""), r"val_loss:\S+", "val_loss:nan"),
-     {"exclusions"}),
-])
-def test_exclusions(failures, added, expected):
-    """A run left out because of its result is put back; one that says nothing of the recipe is not."""
-    assert failures([*runs(), added], slow(), "--exclude", "00000009=lost power").keys() == expected
-
-
-@pytest.mark.parametrize("planned, expected", [(9, set()), (8, {"planned-runs"})])
-def test_excluded_runs_were_planned_too(failures, planned, expected):
-    texts = [*runs(), replaced(log(50), r"^step:(19|20)/.*\n", "")]
-    found = failures(texts, slow(), "--exclude", "00000009=lost power", "--planned", planned)
-    assert found.keys() == expected
 
 
 def submission(folder, track: str, **statement) -> rules.Submission:
@@ -238,8 +224,8 @@ def test_claim_step_before_the_last(failures):
     track = ["--track", "optimization"]
     assert "final-validation" in failures(texts, (), *track)
     found = failures(texts, (), *track, "--step", 15)
-    assert found.keys() == {"same-validations", "loss-rule"} and "3.599" in found["loss-rule"]
-    assert "no validation at step 12" in failures(texts, (), *track, "--step", 12)["final-validation"]
+    assert found.keys() == {"loss-rule"} and "(3.28 - 3.599" in found["loss-rule"]
+    assert "without a validation at step 12" in failures(texts, (), *track, "--step", 12)["final-validation"]
 
 
 # Waivers and refusals
@@ -260,17 +246,14 @@ def test_what_a_waiver_may_accept(tmp_path, records):
 
 def test_what_cannot_be_waived_in_record_json_either(tmp_path):
     write(tmp_path, [replaced(text, r"step_avg:\S+", "step_avg:1.00ms") for text in runs()])
-    waivers = {"consistent-lines": "so what", "faster-than-baseline": "the first record"}
+    waivers = {"intact-logs": "so what", "faster-than-baseline": "the first record"}
     found = {v.rule: v.verdict for v in rules.judge(submission(tmp_path, "shakespeare", waivers=waivers))}
-    assert (found["consistent-lines"], found["faster-than-baseline"]) == (rules.FAIL, rules.WAIVED)
+    assert (found["intact-logs"], found["faster-than-baseline"]) == (rules.FAIL, rules.WAIVED)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--waive", "same-hardware=it does not matter"], "cannot be waived"),
-    (["--waive", "speed=fast"], "see check --help"),
+    (["--waive", "same-hardware=it does not matter"], "no other rule can be waived"),
     (["--waive", "loss-rule"], "without a reason"),
-    (["--exclude", "00000=x"], "found 8"),
-    (["--exclude", "zzz=x"], "found 0"),
     (["--planned", "soon"], "--planned: invalid int value: 'soon'"),
     (["--track", "huge"], "invalid choice: 'huge'"),
 ])

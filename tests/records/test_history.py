@@ -40,7 +40,7 @@ def test_curves_end_at_the_finals():
     curves = Counter((row["track"], row["number"]) for row in history.read("curves.csv"))
     seen = 0
     for track, number in curves:
-        for run in history.runs(track, int(number)):
+        for run in history.as_log(track, int(number)).runs:
             final, last = finals[track, number, run.run_id], run.val_points[-1]
             steps = [point.step for point in run.val_points]
             assert steps == sorted(set(steps)) and len(steps) == int(final["n_val_points"])
@@ -49,5 +49,5 @@ def test_curves_end_at_the_finals():
                 float(final["final_val_loss"]), float(ms) if ms else None, int(final["final_step"]))
             seen += 1
     assert seen == 363
-    run = history.runs("small", 80)[0]
+    run = history.as_log("small", 80).runs[0]
     assert (run.hardware, run.complete, run.total_steps) == ("8 x NVIDIA H100 80GB HBM3", True, 1480)

@@ -1,4 +1,5 @@
 """pack: what it builds, that it is the same twice, what it refuses, and that it writes nothing else."""
+import json
 import os
 import re
 import statistics
@@ -7,7 +8,6 @@ from pathlib import Path
 import pytest
 import scipy.stats
 from tests.helpers.claims import RUNS, log, replaced, runs, slow, uuid, write
-from tests.records.conftest import plan_text
 
 from records import pack, schema
 from records.__main__ import guarded
@@ -32,6 +32,10 @@ def arguments(inputs: Path, *more: str, name: str = "Twice", output: str = "out"
             str(inputs / "note.md"), "-o", str(inputs / output), *more]
 
 
+def content(folder: Path) -> dict:
+    return json.loads((folder / schema.FILE).read_text())
+
+
 def snapshot(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
             for path in folder.rglob("*")}
@@ -52,18 +56,20 @@ def test_folder(inputs, capsys):
         *(f"runs/{uuid(k)}.txt" for k in range(1, RUNS + 1)),
         *(f"baseline/{uuid(k)}.txt" for k in range(1001, 1005))}
     assert built[f"runs/{uuid(3)}.txt"] == before[f"logs/{uuid(3)}.txt"]
-    record = schema.read(inputs / folder / schema.FILE)
-    assert (record.track, record.name, record.kind, record.contributors) == ("shakespeare", "Twice", "record",
-                                                                             ["A. Person"])
-    assert record.runs.n == RUNS
-    assert record.runs.step == 20
-    assert record.loss_test.passes
-    assert record.speed.p < 0.01
-    assert record.planned_runs == 8 and record.world_size == 2 and record.torch == "2.13.0+cpu"
+    record = content(inputs / folder)
+    assert (record["track"], record["name"], record["kind"], record["contributors"]) == (
+        "shakespeare", "Twice", "record", ["A. Person"])
+    assert (record["runs"]["n"], record["runs"]["step"], record["planned_runs"]) == (RUNS, 20, 8)
+    assert (record["world_size"], record["torch"]) == (2, "2.13.0+cpu")
     losses = [float(re.findall(r"val_loss:(\S+)", text)[-1]) for text in runs()]
     p = scipy.stats.ttest_1samp(losses, 1.6, alternative="less").pvalue
-    assert record.loss_test.p == float(f"{p:.3g}")
-    assert record.runs.loss_mean == round(statistics.mean(losses), 5)
+    assert record["loss_test"]["p"] == float(f"{p:.3g}") and record["loss_test"]["passes"]
+    assert record["runs"]["loss_mean"] == round(statistics.mean(losses), 5)
+    times, before = ([int(re.findall(r"val_loss:\S+ train_time:(\d+)", text)[-1]) for text in texts]
+                     for texts in (runs(), slow()))
+    assert record["speed"]["difference_ms"] == round(statistics.mean(times) - statistics.mean(before), 1)
+    p = scipy.stats.ttest_ind(times, before, equal_var=False, alternative="less").pvalue
+    assert record["speed"]["p"] == float(f"{p:.3g}")
     assert os.stat(inputs / folder).st_mode & 0o777 == 0o755
 
 
@@ -104,26 +110,23 @@ def test_what_check_fails_is_refused(inputs, capsys):
     (inputs / "logs" / f"{uuid(1)}.txt").write_text(replaced(log(1), r"step_avg:\S+", "step_avg:1.00ms"))
     before = snapshot(inputs)
     assert guarded(arguments(inputs)) == 1
-    assert "consistent-lines" in capsys.readouterr().err
+    assert "intact-logs" in capsys.readouterr().err
     assert snapshot(inputs) == before
     assert guarded(arguments(inputs, "--non-record", "a lesson")) == 0
     folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
     assert "**No record:** a lesson" in (text := (folder / "README.md").read_text())
-    assert "`consistent-lines`" in text
-    assert schema.read(folder / schema.FILE).why_no_record == "a lesson"
+    assert "`intact-logs`" in text
+    assert content(folder)["why_no_record"] == "a lesson"
 
 
-def test_waivers_and_exclusions_are_shown(inputs, capsys):
-    bad = replaced(log(99), r"^step:(19|20)/.*\n", "")
-    write(inputs / "logs", [bad], first=50)
+def test_waivers_are_shown(inputs, capsys):
     (inputs / "logs" / f"{uuid(1)}.txt").write_text(replaced(log(1), "PyTorch 2.13.0", "PyTorch 2.13.1"))
-    assert guarded(arguments(inputs, "--exclude", f"{uuid(50)}=power cut", "--waive",
+    assert guarded(arguments(inputs, "--planned", "9", "--waive", "planned-runs=one lost power", "--waive",
                              "same-torch=a fix of no effect")) == 0
-    folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
-    text = (folder / "README.md").read_text()
-    assert f"- `{uuid(50)}.txt`: power cut" in text and "9 were made, 1 left out" in text
+    text = (inputs / "out/track_0_laptop/2026-11-24_Twice/README.md").read_text()
+    assert "9 were planned beforehand, 8 were made." in text
+    assert "`planned-runs`, waived: one lost power (planned 9, found 8)" in text
     assert "`same-torch`, waived: a fix of no effect (torch 2.13.0" in text
-    assert (folder / "excluded" / f"{uuid(50)}.txt").read_text() == bad
 
 
 def rename(inputs: Path, name: str):
@@ -144,10 +147,10 @@ def rename(inputs: Path, name: str):
     (lambda inputs: write(inputs / "logs/more", [log(77)]), {}, "two called"),
     (lambda inputs: (write(inputs / "logs/more", [log(77)], first=0xabc),
                      rename(inputs, f"{uuid(0xabc).upper()}.txt")), {}, "two called"),
-    (lambda inputs: (inputs / "note.md").write_text(pack.NOTE_END), {}, "the marks of one"),
+    (lambda inputs: (inputs / "note.md").write_text(pack.NOTE_END), {}, "no marks of a note"),
     (lambda inputs: (inputs / "note.md").write_bytes(b"\xff"), {}, "--note: expected a readable text"),
     (lambda inputs: (inputs / "note.md").unlink(), {}, "--note: expected a readable text"),
-    (lambda inputs: (inputs / "note.md").write_text("x" * (pack.NOTE_LIMIT + 1)), {}, "a note of at most"),
+    (lambda inputs: (inputs / "note.md").write_text("x" * (pack.NOTE_LIMIT + 1)), {}, "at most 262,144"),
 ])
 def test_refusals(change, more, sentence, inputs, capsys):
     if change:
@@ -156,26 +159,6 @@ def test_refusals(change, more, sentence, inputs, capsys):
     assert guarded(arguments(inputs, **more)) == 2
     assert sentence in capsys.readouterr().err
     assert snapshot(inputs) == before
-
-
-@pytest.mark.parametrize("option", ["--description", "--contributor", "--non-record"])
-def test_texts_are_one_line(option, inputs, capsys):
-    for text in ("two\nlines", "\x1b[31m", "right \u202e left", "", "x" * 501):
-        if text or option != "--description":  # without a description the name stands in
-            assert guarded(arguments(inputs, option, text)) == 2, text
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize("name", ["../../evil.py", "a/../../evil.py", "train_gpt.py/x.py", ".hidden"])
-def test_source_names_are_names(name, inputs, capsys):
-    """The names of embedded files come out of a log; record.json lists none that could not be a file
-    of ours."""
-    for path in inputs.glob("logs/*"):
-        path.write_text(replaced(path.read_text(), "^# muon.py", f"# {name}"))
-    guarded(arguments(inputs))
-    assert not [path for path in snapshot(inputs) if "evil" in path or ".pack-" in path]
-    for path in inputs.glob("out/*/*/record.json"):
-        assert all(".." not in name for name in schema.read(path).sources)
 
 
 def test_hostile_settings_do_no_harm(inputs, capsys):
@@ -210,23 +193,12 @@ def test_a_baseline_that_is_all_runs_of_another_record_is_named_and_else_copied(
                     "-o", str(inputs / "out"), "--waive", "faster-than-baseline=the first record"]) == 0
     assert guarded(arguments(inputs)) == 0
     folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
-    record = schema.read(folder / schema.FILE)
-    assert record.baseline.n == 4 and len([*folder.glob("baseline/*")]) == (4 if more else 0)
-    assert record.baseline_record == (None if more else "2026-11-23_Before")
+    record = content(folder)
+    assert record["baseline"]["n"] == 4 and len([*folder.glob("baseline/*")]) == (4 if more else 0)
+    assert record["baseline_record"] == (None if more else "2026-11-23_Before")
     place = "baseline" if more else "../2026-11-23_Before/runs"
     assert f"({place}/{uuid(1001)}.txt)" in (folder / "README.md").read_text()
     assert guarded(["verify", str(folder)]) == 0 and guarded(["check", str(folder)]) == 0
-
-
-def test_the_folder_of_an_experiment(inputs, capsys):
-    """The plan of ab says which arm is the candidate; its files are a record's runs and baseline."""
-    (inputs / "logs").rename(inputs / "a"), (inputs / "base").rename(inputs / "b")
-    (inputs / "plan.json").write_text(plan_text(RUNS))
-    command = ["pack", "--name", "Twice", "--date", "2026-11-24", "--logs", str(inputs), "-o",
-               str(inputs / "out")]
-    assert guarded(command) == 0, capsys.readouterr()
-    record = schema.read(inputs / "out/track_0_laptop/2026-11-24_Twice/record.json")
-    assert (record.runs.n, record.baseline.n, record.planned_runs) == (RUNS, 4, RUNS)
 
 
 def test_failure_leaves_nothing(inputs, capsys, monkeypatch):
@@ -251,9 +223,9 @@ def test_several_runs_in_a_log(tmp_path, capsys):
                str(logs), "-o",
                str(tmp_path / "out"), "--non-record", "an example"]
     assert guarded(command) == 0, capsys.readouterr()
-    record = schema.read(tmp_path / "out/track_3_optimization/2026-11-24_Trials/record.json")
-    assert record.runs.n == 3 and len(record.runs.logs) == 1
-    losses = [f"{run.loss:.5f}" for run in record.runs.logs[0].runs]  # as printed, with 5 decimals
+    record = content(tmp_path / "out/track_3_optimization/2026-11-24_Trials")
+    assert record["runs"]["n"] == 3 and len(record["runs"]["logs"]) == 1
+    losses = [f"{run['loss']:.5f}" for run in record["runs"]["logs"][0]["runs"]]
     text = (tmp_path / "out/track_3_optimization/2026-11-24_Trials/README.md").read_text()
     assert all(loss.rstrip("0") in text for loss in losses)
     run_code(text, capsys)

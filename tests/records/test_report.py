@@ -1,18 +1,15 @@
 """report: one page that holds what compare says, loads nothing, and runs nothing but its own script."""
 import base64
-import hashlib
 import html.parser
 import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from tests.helpers.committed import ADAMW, MUON, YARDSTICK
 from tests.helpers.synthetic import own
 
-from records import charts, logs
+from records import logs
 
 RESULTS = (ADAMW, MUON, YARDSTICK)
 HOSTILE = ("</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=2'>"
@@ -107,9 +104,7 @@ def test_a_page_is_whole_and_loads_nothing(make):
     assert len(ids) == len({*ids})
     assert {attributes.get("aria-labelledby") for _, attributes in page.elements} - {None} <= {*ids}
     policy = next(attributes["content"] for attributes in page.all("meta") if "http-equiv" in attributes)
-    script, = re.findall(r"<script>(.*?)</script>", page.source, re.S)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert policy.startswith(f"default-src 'none'; script-src 'sha256-{digest}'; img-src data:; ")
+    assert policy.startswith("default-src 'none'; img-src data:; ") and not page.all("script")
     assert make(*RESULTS).source == page.source  # the same logs give the same bytes
     assert len(page.source) < 500_000
 
@@ -143,7 +138,7 @@ def test_runs_have_the_figures_of_their_logs(make):
 
 def test_hostile_text_is_text(make, hostile):
     page = make(hostile)
-    assert len(page.all("script")) == 1 and len(page.all("img")) == 1
+    assert not page.all("script") and len(page.all("img")) == 1
     assert not page.all("b") and not page.all("a")
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
     assert "window.hacked = 1" in page.text and "{{ 7 * 7 }}" in page.text  # shown as it is
@@ -161,55 +156,6 @@ def test_changes_of_sources_are_shown(make, tmp_path):
     assert '<span class="removed">-two</span>' in page.source
     assert '<span class="added">+2 &lt; 3</span>' in page.source
     assert "train_gpt.py: +2 −1 lines" in page.text and "muon.py: +" not in page.text
-
-
-def test_more_groups_than_colours(make, tmp_path):
-    paths = [tmp_path / f"g{k}.txt" for k in range(len(charts.COLORS) + 1)]
-    for k, path in enumerate(paths):
-        path.write_text(own(losses=[5, 2 + k / 100, 1.6], seed=k))
-    page = make(*paths)
-    assert f"The first {len(charts.COLORS)} groups." in page.text and len(page.tables[0]) == 10
-
-
-def test_without_a_track_there_is_no_rule(make, tmp_path):
-    (tmp_path / "a.txt").write_text(own(losses=[5, 1.6], track="none"))
-    page = make(tmp_path / "a.txt")
-    assert "No track is named" in page.text and "Loss rule," not in page.text
-
-
-# The page in a browser
-
-@pytest.fixture
-def browse(tmp_path):
-    """The page after a script of the test has run in it, which its policy would forbid."""
-    chromium = shutil.which("chromium") or pytest.skip("chromium is not installed")
-
-    def browse(page: Page, script: str) -> Page:
-        path = tmp_path / "page.html"
-        text = re.sub(r"<meta http-equiv[^>]*>", "", page.source)
-        path.write_text(f"{text}<script>{script}</script>", encoding="utf-8")
-        done = subprocess.run([
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/chromium",
-            "--dump-dom", path.as_uri()], capture_output=True, timeout=600)
-        return Page(done.stdout.decode("utf-8"))
-    return browse
-
-
-@pytest.mark.parametrize("title, clicks", [("final loss", 1), ("reached, s", 1), ("reached, s", 2)])
-def test_columns_sort_up_and_down(make, browse, title, clicks):
-    """What is no number stays last."""
-    page = make(*RESULTS)
-    click = f"[...document.querySelectorAll('button')].find(x => x.textContent == '{title}').click();"
-    header, *rows = browse(page, click * clicks).tables[-1]
-    cells = [row[header.index(title)] for row in rows]
-    known = [float(cell.replace(",", "")) for cell in cells if cell != "-"]
-    missing = 17 - len(known)
-    assert known == sorted(known)[::1 if clicks == 1 else -1] and cells[len(known):] == ["-"] * missing
-
-
-def test_nothing_hostile_runs(make, browse, hostile):
-    page = browse(make(hostile), "document.title = `hacked: ${window.hacked}`;")
-    assert "hacked: undefined" in page.text
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.helpers.committed import ADAMW, MUON, ROOT, YARDSTICK
-from tests.helpers.synthetic import VARIANTS, make, own
+from tests.helpers.committed import MUON, ROOT
+from tests.helpers.synthetic import make, own
 
 from records import logs
 
@@ -17,39 +17,26 @@ def call(records, at_root):
     return lambda *arguments: records("show", *arguments)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_json_of_every_format(tmp_path, call, variant):
-    made = make(variant)
+def test_json(tmp_path, call):
+    made = make("E1")
     path = made.write(tmp_path / "log.txt")
-    code, out, err = call(path, "--json")
-    assert (code, err) == (int(variant == "X"), "")
-    facts = json.loads(out)
-    assert facts["path"] == str(path)
-    assert len(facts["runs"]) == len(made.runs)
-    for run, expected in zip(facts["runs"], made.runs):
-        curve = expected["val_points"]
-        assert [(point["step"], point["val_loss"], point["train_time_ms"])
-                for point in run["val_points"]] == curve
-        assert [run[key] for key in ("first_val_loss", "final_val_loss", "final_time_ms", "final_step")] == [
-            curve[0][1], curve[-1][1], curve[-1][2], curve[-1][0]]
-        for key in ("total_steps", "complete", "torch", "gpu_name", "num_gpus", "world_size", "seed",
-                    "peak_mib"):
-            assert run[key] == expected.get(key), key
-        assert (run["source_sha256"] is None) == (not made.sources)
-
-
-def test_json_is_an_object_for_a_file_and_a_list_for_more(tmp_path, call):
-    path = make("T2").write(tmp_path / "a.txt")
-    assert json.loads(call(path, "--json")[1])["path"] == str(path)
-    assert [log["path"] for log in json.loads(call(tmp_path, "--json")[1])] == [str(path)]
-    other = make("E1").write(tmp_path / "b.txt")
-    assert [log["path"] for log in json.loads(call(path, other, "--json")[1])] == [str(path), str(other)]
+    code, out, err = call(tmp_path, "--json")
+    [facts] = json.loads(out)
+    assert (code, err, facts["path"]) == (0, "", str(path))
+    [run], [expected] = facts["runs"], made.runs
+    curve = expected["val_points"]
+    assert [tuple(point.values()) for point in run["val_points"]] == curve
+    assert [run[key] for key in ("final_step", "final_val_loss", "final_time_ms")] == [*curve[-1]]
+    for key in ("total_steps", "complete", "torch", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib"):
+        assert run[key] == expected.get(key), key
+    assert facts["sources"].keys() == made.sources.keys()
 
 
 def test_json_has_no_nan(tmp_path, call):
     (tmp_path / "a.txt").write_text("step:0/9 val_loss:inf train_time:0ms step_avg:nanms\nstep:9/9 "
                                     "val_loss:nan train_time:1ms\n")
-    facts = json.loads(call(tmp_path / "a.txt", "--json")[1], parse_constant=lambda name: pytest.fail(name))
+    out = call(tmp_path / "a.txt", "--json")[1]
+    [facts] = json.loads(out, parse_constant=lambda name: pytest.fail(name))
     assert [point["val_loss"] for point in facts["runs"][0]["val_points"]] == [None, None]
     assert facts["problems"] == ["a validation loss is not a finite number"]
 
@@ -64,9 +51,9 @@ def test_json_has_no_nan(tmp_path, call):
 def test_the_target_is_that_of_the_track(tmp_path, call, settings, path, expected):
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text(own([5, 1], [0, 1000], **settings))
-    [run] = json.loads(call(tmp_path / path, "--json")[1])["runs"]
+    [run] = json.loads(call(tmp_path / path, "--json")[1])[0]["runs"]
     assert (run["target"], run["steps_to_target"]) == (expected, pytest.approx(100 * (5 - expected) / 4))
-    [run] = json.loads(call(tmp_path / path, "--json", "--target", "2")[1])["runs"]
+    [run] = json.loads(call(tmp_path / path, "--json", "--target", "2")[1])[0]["runs"]
     assert (run["target"], run["time_to_target_ms"], run["steps_to_target"]) == (2, 750, 75)
 
 
@@ -75,36 +62,11 @@ def test_one_log_in_full(call):
     code, out, err = call(path)
     assert (code, err) == (0, "")
     words = " ".join(out.split())
-    for expected in ("torch 2.13.0+cpu", "seed 8", "steps 480 ", "final loss 1.5589", "time, s 98.77",
-                     "ms/step 205.77", "reached, s 80.81", "at step 406.8", "480 1.5589 98.77",
+    for expected in ("480 1.5589 98.77 205.77 1.6 80.81 406.8 8 2 CPU (x86_64, 1 threads)",
                      "muon.py (531 lines)",
                      "4942644c1eb5cca0103f72e88f5678a978f9b17f1ff649f014a508c9cf10ca18",
                      logs.read(ROOT / path).runs[0].source_sha256, "120 2.0600 21.31"):
         assert expected in words, expected
-
-
-def test_several_logs_in_a_table(call):
-    code, out, err = call(ADAMW, MUON, YARDSTICK)
-    assert (code, err) == (0, "") and out.count("yardstick/") == 3 and out.count("_Muon/") == 9
-    assert ("in all: target 1.6, ranks 2, hardware CPU (x86_64, 1 threads), AMD EPYC, torch "
-            "2.13.0+cpu") in out
-    for path in logs.find([ROOT / ADAMW, ROOT / MUON, ROOT / YARDSTICK]):
-        run = logs.read(path).runs[0]
-        [row] = [line.split() for line in out.splitlines() if path.stem[:8] in line]
-        time, steps = run.time_to(1.6), run.steps_to(1.6)
-        assert row[1:] == [str(run.final_step), f"{run.final_val_loss:.4f}",
-                           f"{run.final_time_ms / 1000:.2f}",
-                           f"{run.step_avg_ms:.2f}", f"{time / 1000:.2f}" if time else "-", f"{steps:.1f}"
-                           if steps else "-",
-                           str(run.seed)]
-
-
-def test_many_validations_are_shortened(tmp_path, call):
-    (tmp_path / "a.txt").write_text(own([5 - k / 100 for k in range(100)]))
-    rows = [line.split() for line in call(tmp_path / "a.txt")[1].splitlines()]
-    steps = [int(row[0].replace(",", "")) for row in rows if len(row) == 3
-             and row[0].replace(",", "").isdigit()]
-    assert steps == [100 * k for k in (*range(10), *range(70, 100))] and ["...", "...", "..."] in rows
 
 
 def test_broken_files_are_named_and_do_not_hide_the_others(tmp_path, call):
@@ -118,14 +80,6 @@ def test_broken_files_are_named_and_do_not_hide_the_others(tmp_path, call):
         assert any(name in line and problem in line for line in out.splitlines()), name
     assert re.search(r"^ good.txt +\d+ +3\.\d{4} ", out, re.M)
     assert [len(log["runs"]) for log in json.loads(call(tmp_path, "--json")[1])] == [0, 0, 1, 1]
-
-
-def test_a_file_that_cannot_be_opened_does_not_hide_the_others(tmp_path, call, monkeypatch):
-    make("E1").write(tmp_path / "a.txt"), make("E1").write(tmp_path / "b.txt")
-    monkeypatch.setattr("builtins.open", lambda path, mode,
-                        open=open: open("/dev/no" if "a.txt" in str(path) else path, mode))
-    code, out, err = call(tmp_path)
-    assert code == 1 and "b.txt" in out and "a.txt: expected something readable" in err
 
 
 def test_hostile_names_and_texts_are_inert(tmp_path, call):

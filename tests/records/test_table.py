@@ -9,17 +9,13 @@ from records import history, schema, table
 from records.tracks import TRACKS
 
 
-def record(**changes) -> schema.Record:
-    runs = dict(n=9, step=480, loss_mean=1.57851, loss_sd=0.01021, time_ms_mean=85678.9, time_ms_sd=5031.2,
-                logs=[])
-    return schema.parse(dict(
-        version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record", why_no_record=None,
-        description="Muon",
-        contributors=["Ada"], step=None, planned_runs=None, baseline_record=None, waivers={}, excluded={},
-        hardware="CPU", torch="2.13.0", world_size=2,
-        runs=runs, loss_test=dict(rule="t_test", target=1.6, alpha=0.01, p=0.0001, passes=True),
-        baseline=None, speed=None,
-        excluded_logs=[], sources={}) | changes)
+def record(figures=(), **changes) -> tuple[schema.Statement, dict]:
+    """What is said of a record, and what its logs say."""
+    said = dict(version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record",
+                why_no_record=None, description="Muon", contributors=["Ada"], step=None, planned_runs=None,
+                baseline_record=None, waivers={})
+    runs = dict(n=9, step=480, loss_mean=1.57851, loss_sd=0.01021, time_ms_mean=85678.9, time_ms_sd=5031.2)
+    return schema.parse(said | changes, "a test"), {"runs": runs, "speed": None} | dict(figures)
 
 
 @pytest.fixture
@@ -29,12 +25,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "PAGE", tmp_path / "README.md")
     table.PAGE.write_text(f"# Mine\n\n{table.BEGIN}\nold\n{table.END}\n\nAfter.\n")
     return tmp_path
-
-
-def put(place, record, folder=None):
-    folder = place / (folder or record.folder)
-    folder.mkdir(parents=True)
-    (folder / schema.FILE).write_text(record.to_json())
 
 
 def rows(text: str) -> list[list[str]]:
@@ -95,42 +85,41 @@ def test_the_best_before_of_upstream_agrees():
     assert ours ^ theirs == {1, 5, 7}  # 1 is the first
 
 
-def test_local_records_come_from_their_folders(place):
-    put(place, record(speed=dict(difference_ms=-73649.1, low_ms=-78000.0, high_ms=-69300.0, p=1e-9)))
-    put(place, record(name="AdamW", kind="non-record", why_no_record="slower", contributors=[],
-                      date="2026-11-23"))
-    cli.guarded(["table"])
-    first, second = [cells for cells in rows(table.PAGE.read_text()) if cells[0].startswith("2026-11")]
+def test_rows_of_local_records():
+    speed = dict(difference_ms=-73649.1, low_ms=-78000.0, high_ms=-69300.0, p=1e-9)
+    slower = record(name="AdamW", kind="non-record", why_no_record="slower", contributors=[],
+                    date="2026-11-23")
+    first, second = rows("\n".join(table.local_table([record(dict(speed=speed)), slower])))[1:]
     assert first == ["2026-11-22", "1.428", "1.5785 ± 0.0102", "9", "480", "73.65 s (95 %: 69.30 to 78.00)",
                      "[Muon](track_0_laptop/2026-11-22_Muon)", "Ada"]
     assert second[5:] == ["", "[Muon](track_0_laptop/2026-11-23_AdamW) (no record: slower)", ""]
 
 
-def test_hostile_descriptions_stay_text(place):
+def test_hostile_descriptions_stay_text():
     hostile = "a|b](javascript:alert(1)) <script>x</script> `c` **d** ![](http://e) \\| # &lt;"
-    put(place, record(description=hostile, contributors=["<img src=x onerror=y>", "_z_"]))
-    cli.guarded(["table"])
-    line = next(line for line in table.PAGE.read_text().splitlines() if line.startswith("| 2026"))
-    cells = rows(line)[0]
+    cells = rows("\n".join(table.local_table([
+        record(description=hostile, contributors=["<img src=x onerror=y>", "_z_"])])))[1]
     assert len(cells) == 8 and not re.search(r"(?<!\\)[<`*~]|(?<!\\)_z", cells[6] + cells[7])
     text, url = re.fullmatch(r"\[((?:\\.|[^\]])*)\]\((.*)\)", cells[6]).groups()
     assert url == "track_0_laptop/2026-11-22_Muon" and re.sub(r"\\(.)", r"\1", text) == hostile
 
 
-def test_numbers_that_the_logs_do_not_hold(place):
-    runs = dict(n=2, step=None, loss_mean=None, loss_sd=None, time_ms_mean=None, time_ms_sd=None, logs=[])
-    put(place, record(runs=runs, speed=dict(difference_ms=12.0, low_ms=None, high_ms=None, p=None)))
-    cli.guarded(["table"])
-    cells = next(cells for cells in rows(table.PAGE.read_text()) if cells[0].startswith("2026-11"))
-    assert cells[1:6] == ["?", "? ± ?", "2", "?", "-0.01 s"]
+def test_numbers_that_the_logs_do_not_hold():
+    runs = dict(n=2, step=None, loss_mean=None, loss_sd=None, time_ms_mean=None, time_ms_sd=None)
+    speed = dict(difference_ms=12.0, low_ms=None, high_ms=None, p=None)
+    cells = rows("\n".join(table.local_table([record(dict(runs=runs, speed=speed))])))[1]
+    assert cells[1:6] == ["?", "? ± ?", "2", "?", ""]
+
+
+def broken_record(place):
+    (place / "track_0_laptop/2026-11-22_Muon").mkdir(parents=True)
+    (place / "track_0_laptop/2026-11-22_Muon/record.json").write_text("{")
 
 
 @pytest.mark.parametrize("break_it, message", [
-    (lambda place: put(place, record(), "track_0_laptop/2026-11-22_Other"), "rename the folder"),
     (lambda place: table.PAGE.write_text("no marks"), "put both"),
     (lambda place: table.PAGE.unlink(), "expected a page"),
-    (lambda place: (put(place, record()),
-                    (place / "track_0_laptop/2026-11-22_Muon/record.json").write_text("{")), "schema"),
+    (lambda place: broken_record(place), "expected what a record states"),
 ])
 def test_errors_say_what_to_do(place, capsys, break_it, message):
     break_it(place)

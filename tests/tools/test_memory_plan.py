@@ -200,9 +200,13 @@ def test_every_choice_is_one_that_a_run_takes_and_trains_on_the_same_tokens():
         assert needed == sorted(needed, reverse=True)
 
 
-def test_muons_share_of_the_flops_is_below_its_bound():
+def test_a_machine_without_a_gpu_and_an_unknown_gpu(capsys):
+    text = said(capsys, "--track=shakespeare", "--recipe=miniature")
+    assert text.startswith("plan: track shakespeare on CPU") and "393,216 in training" in text
     text = plan.muon_shares(Config.for_track("small"), torch.device("cuda"))
     assert text.startswith("1.3% at 131,072 tokens (bound 2.9%)")
+    assert run_program(plan.main, ["--gpu=Voodoo 2"]) == 2
+    assert "--gpu: expected a name with one of B200" in capsys.readouterr().err
 
 
 def test_a_name_is_the_longest_that_is_known():
@@ -210,15 +214,3 @@ def test_a_name_is_the_longest_that_is_known():
     assert find_gpu("NVIDIA GH200 480GB") is GPUS["GH200"]
     assert find_gpu("nvidia l4") is GPUS["L4"] and find_gpu("NVIDIA L40S") is GPUS["L40S"]
     assert find_gpu("Voodoo 2") is None
-
-
-def test_an_unknown_gpu_needs_its_memory_and_an_unknown_setting_is_refused(capsys):
-    assert run_program(plan.main, ["--gpu=Voodoo 2"]) == 2
-    assert "--gpu: expected a name with one of B200" in capsys.readouterr().err
-    assert run_program(plan.main, ["--num_layer=3"]) == 2
-    assert "did you mean --num_layers?" in capsys.readouterr().err
-
-
-def test_without_a_gpu_it_plans_for_the_memory_of_this_machine(capsys):
-    text = said(capsys, "--track=shakespeare")
-    assert text.startswith("plan: track shakespeare on CPU") and "393,216 in training" in text

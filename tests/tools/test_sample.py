@@ -1,17 +1,15 @@
 """Text from a checkpoint: the model of the run, reproducible draws, and refusals."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.helpers.commands import python
 from tests.helpers.runs import BOS, make_shards, run
+from tests.helpers.tiny import docs_of
 
 from data import encoding
 from data.errors import UsageError, run_program
-from data.files import ROOT
-from data.loader import Docs
+from data.loader import Batch
 from engine.sampling import generate, next_log_probs
 from tools import sample
 
@@ -20,7 +18,7 @@ from tools import sample
 def finished(tmp_path_factory):
     """A run that has learned the order of the alphabet, with a checkpoint on the way and one at the end."""
     lengths = "--train_steps=60 --extension_steps=6 --max_epochs=9 --window_final=48".split()
-    saves = "--save_every=30 --save_final=1 --val_every=30".split()
+    saves = "--save_every=30 --save_final=1 --val_every=30 --ngram_rows=50".split()
     result = run(make_shards(tmp_path_factory.mktemp("sample")), *lengths, *saves)
     assert (result.code, result.err) == (0, "")
     return result
@@ -56,15 +54,19 @@ def test_log_probabilities_are_those_of_the_validation_after_that_step(finished,
     log_probs = next_log_probs(model, step)
     loss = -sum(log_probs(tokens[:n])[tokens[n]].item() for n in range(1, len(tokens)))
 
-    docs = Docs(torch.tensor([0, 60], dtype=torch.int32), torch.zeros(60, dtype=torch.int32), 60)
+    docs = docs_of([60])
     tied = cfg.tied(step - 1)
-    variants = [(tied, final), (not tied, final), (tied, not final)]
-    contexts = [model.context(docs, step - 1, long)._replace(tied=one) for one, long in variants]
     inputs, targets = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
-    with torch.no_grad():
-        right, *wrong = [model.evaluate(inputs, targets, context).item() for context in contexts]
+    rows = model.ngrams.read(Batch(inputs, targets, docs))
+    found = []
+    for one, long, ngrams in (
+            (tied, final, rows), (not tied, final, rows), (tied, not final, rows), (tied, final, 0 * rows)):
+        context = model.context(docs, step - 1, long, ngrams)._replace(table=model.table(one))
+        with torch.no_grad():
+            found.append(model.evaluate(inputs, targets, context).item())
+    right, *wrong = found
     assert abs(loss - right) < 3e-5  # measured: 2e-6, a sum of 60 losses in another order
-    # Measured: 2.5e-4 for another window, 0.3 for another tying.
+    # Measured: 2.5e-4 for another window, 0.3 for another tying; the last one is without n-grams.
     assert all(abs(loss - other) > 1e-4 for other in wrong)
 
 
@@ -83,11 +85,9 @@ def test_the_smallest_temperatures_take_the_likeliest_token():
 
 def test_characters_of_several_bytes_survive_or_become_question_marks(finished, capsys):
     assert text(capsys, finished.checkpoints[-1], "--prompt", "é€", "--tokens", "0") == "é€\n"
-    command = [sys.executable, "-m", "tools.sample", finished.checkpoints[-1]]
-    command += ["--prompt", "é€a", "--tokens", "0"]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}  # a screen without such characters
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=600)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"??a\n", b"")
+    command = "-m", "tools.sample", finished.checkpoints[-1], "--prompt", "é€a", "--tokens", "0"
+    done = python(*command, PYTHONIOENCODING="ascii")  # a screen without such characters
+    assert (done.returncode, done.stdout, done.stderr) == (0, "??a\n", "")
 
 
 def test_the_vocabulary_follows_from_the_token_that_starts_a_document(monkeypatch):

@@ -229,9 +229,3 @@ def test_ranks_equal_one_process_on_the_mean_of_their_gradients_bit_for_bit(worl
             assert_equal(state, whole)
         # Only large divisible parameters are sharded, and their state with them.
         assert found["sizes"] == {**expected["sizes"], "table": 257 * 256 // world}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_state_of_several_ranks_goes_on_in_one_process(dtype):
-    found = together(2)[1][dtype]
-    assert_equal(go_on(dtype, 0, 1, range(2), found), alone(dtype, 2)["five"])

@@ -1,13 +1,13 @@
 """attention.py: every attention backend against two plain loops, and how one is chosen."""
 import functools
+import inspect
 import math
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.attention.varlen
 
 from data.errors import UsageError
-from data.loader import make_batch
 from engine import attention
 from engine.attention import BACKENDS, choose_backend, pair, paired_docs, unpair
 from tests.helpers.tiny import docs_of
@@ -27,15 +27,28 @@ CASES = {  # document lengths, window
     "a single token": ([1], 5),
     "documents end on blocks": ([8, 16, 8], 8),
 }
-HERE = {name: BACKENDS[name] for name in ("masked", "blocked", "flex")}
+PAIRED = "ragged, window shorter", "ragged, window longer than documents", "documents of one token"
+HERE = {name: BACKENDS[name] for name in ("masked", "blocked", "flex", "varlen")}
 HERE["blocked, without BlockProducts"] = attention.blocked_mask, attention.blocked_attention
-PAIRED_CASES = "ragged, window shorter", "ragged, window longer than documents", "documents of one token"
 
 
 @pytest.fixture(autouse=True)
-def flex_gradients_on_cpu(monkeypatch):
-    """FlexAttention refuses gradients on a CPU although its plain form has them."""
+def attention_of_gpus_on_a_cpu(monkeypatch):
+    """FlexAttention refuses gradients on a CPU although its plain form has them; varlen has a stand-in."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *a: None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in_varlen)
+
+
+def stand_in_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    """Documented meaning of torch.nn.attention.varlen.varlen_attn, by loops."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous()
+    assert int(cu_q[0]) == 0 and int(cu_q[-1]) == len(q) and torch.equal(cu_q, cu_k)
+    lengths = cu_q.diff().tolist()
+    assert min(lengths) >= 0 and max(lengths) <= min(max_q, max_k) and window_size[1] == 0
+    return slow_attention(q, k, v, [n for n in lengths if n], window_size[0], scale)
+
+
+VARLEN = torch.nn.attention.varlen.varlen_attn
 
 
 def leaves(T, H=2, d=4, seed=0):
@@ -92,9 +105,12 @@ def expected(case, paired):
     return values_and_gradients(lambda q, k, v: slow(q, k, v, lengths, window, 0.7), *inputs)
 
 
-def assert_equals_plain_loops(name, case, paired):
+@pytest.mark.parametrize("case, paired", [
+    *((case, False) for case in CASES), *((case, True) for case in PAIRED)])
+@pytest.mark.parametrize("name", HERE)
+def test_a_backend_equals_plain_loops_in_values_and_gradients(name, case, paired):
     lengths, window = CASES[case]
-    make, attend = (HERE | BACKENDS)[name]
+    make, attend = HERE[name]
     docs = docs_of(lengths, capacity=12)
     mask = make(paired_docs(docs) if paired else docs, window)
 
@@ -109,53 +125,8 @@ def assert_equals_plain_loops(name, case, paired):
         torch.testing.assert_close(a, b, **EXACT, msg=lambda m: f"{what}: {m}")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", HERE)
-def test_a_backend_equals_plain_loops_in_values_and_gradients(name, case):
-    assert_equals_plain_loops(name, case, paired=False)
-
-
-@pytest.mark.parametrize("case", PAIRED_CASES)
-@pytest.mark.parametrize("name", HERE)
-def test_paired_heads_equal_plain_loops_over_both_heads_keys(name, case):
-    assert_equals_plain_loops(name, case, paired=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# varlen needs a GPU: here its arguments, and a stand-in that does what torch documents
-
-
-def stand_in_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-    """Documented meaning of torch.nn.attention.varlen.varlen_attn, by loops."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous()
-    assert int(cu_q[0]) == 0 and int(cu_q[-1]) == len(q) and torch.equal(cu_q, cu_k)
-    lengths = cu_q.diff().tolist()
-    assert min(lengths) >= 0 and max(lengths) <= min(max_q, max_k) and window_size[1] == 0
-    return slow_attention(q, k, v, [n for n in lengths if n], window_size[0], scale)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_varlen_is_called_so_that_it_means_the_same(case, monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in_varlen)
-    assert_equals_plain_loops("varlen", case, paired=False)
-    if case in PAIRED_CASES:
-        assert_equals_plain_loops("varlen", case, paired=True)
-
-
 def test_varlen_takes_the_arguments_that_this_torch_has():
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-    inspect.signature(varlen_attn).bind(0, 0, 0, 0, 0, 0, 0, scale=0.1, window_size=(4, 0))
-
-
-@pytest.mark.parametrize("starts, T, max_len", [
-    ([0], 40, 40), ([0, 1, 2, 30], 40, 28), (list(range(40)), 40, 1), ([0, 39], 40, 64)])
-def test_starts_and_ids_of_a_batch_agree(starts, T, max_len):
-    docs = make_batch(np.arange(T + 1), np.array(starts), max_len, False).docs
-    assert docs.starts.dtype == torch.int32 and docs.starts[: len(starts)].tolist() == starts
-    assert (docs.starts[len(starts):] == T).all() and len(docs.starts) > len(starts)  # it ends with T, always
-    assert docs.ids.tolist() == [sum(s <= t for s in starts) - 1 for t in range(T)]
+    inspect.signature(VARLEN).bind(0, 0, 0, 0, 0, 0, 0, scale=0.1, window_size=(4, 0))
 
 
 # ------------------------------------------------------------------------------------------------------------

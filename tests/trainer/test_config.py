@@ -23,15 +23,11 @@ def test_every_field_is_a_flag_that_reads_back_what_is_shown(track):
     assert options.resume is None and options.check is False
 
 
-def test_a_flag_and_its_value_may_be_two_words_and_nothing_else_changes():
-    assert parse_config(["--train_steps", "12"])[1] == {"train_steps": 12}
-    assert parse_config([])[1] == {}
-
-
-def test_switches_read_common_words_and_an_empty_value_is_an_empty_tuple():
-    for text, value in dict(true=True, on=True, False_=False, off=False).items():
-        assert parse_config([f"--smear={text.strip('_')}"])[1] == {"smear": value}
-    assert parse_config(["--smear=1", "--paired_layers="])[1] == {"smear": True, "paired_layers": ()}
+@pytest.mark.parametrize("flags, changes", [
+    ("", {}), ("--train_steps 12", {"train_steps": 12}), ("--paired_layers=", {"paired_layers": ()}),
+    ("--smear=on", {"smear": True}), ("--smear=1", {"smear": True}), ("--smear=False", {"smear": False})])
+def test_flags_read_common_words_and_change_nothing_else(flags, changes):
+    assert parse_config(flags.split())[1] == changes
 
 
 def test_help_lists_every_field_with_its_meaning_and_default(capsys):
@@ -59,49 +55,43 @@ BY_STAGE = ["batch_tokens", "max_doc_len", "window_short", "window_long", "lr_mu
 LAYERS = [
     "long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
     "attn_gate_layers", "xsa_layers", "skip", "gate_networks"]
+OTHERS = {  # name -> values that are refused, of a reason of their own
+    "lr_mul": [(1.0, math.inf)],
+    "batch_tokens": [(65,), (64, 95)],
+    "val_tokens": [65],
+    "extension_steps": [14],
+    "model_dim": [36],
+    "head_dim": [2],
+    "bos_id": [-1, 257],
+    "vocab_size": [65_537],
+    "cache_layer": [NUM_LAYERS, 4],  # 4: later than a layer that reads it
+    "late_attn_layers": [(3, 5)],  # not later than the cached layer
+    "no_attn_layers": [tuple(range(NUM_LAYERS))],
+    "skip": [(3,), (2, 1), (0, 1, 2)],
+    "softcap": [(1.0,), (23.0, 5.0, 0.0)],
+    "momentum": [(0.9,), (0.9, 1.0)],
+    "adamw_betas": [(0.9, 1.0)],
+    "cooldown_frac": [1.1],
+    "rope_fraction": [-0.1],
+    "untie_stage": [3, -2],
+    "normuon_beta2": [1.0],
+    "optimizer": ["sgd"],
+    "attention": ["flash"],
+    "dtype": ["float16"],
+    "compile": ["yes"],
+    "coefficients": ["best"],
+    "ema_of": ["tables"],
+    "ngram_orders": [(), (1, 2), (3, 2), (2, 2), (2, 9)],
+    "gate_networks": [(1,), (0, 2, 2)],
+    "mix_window": [4],  # without networks that set its weights
+}
 REFUSED = [
     *[(name, 0) for name in POSITIVE],
     *[(name, -1) for name in POSITIVE + NOT_NEGATIVE],
     *[(name, value) for name in BY_STAGE for value in ((), (0,))],
     *[(name, value) for name in LAYERS for value in ((NUM_LAYERS,), (-1,))],
     *[(name, math.nan) for name in ("target_loss", "muon_lr", "adam_lr", "attn_scale")],
-    ("lr_mul", (1.0, math.inf)),
-    ("batch_tokens", (65,)),
-    ("batch_tokens", (64, 95)),
-    ("val_tokens", 65),
-    ("extension_steps", 14),
-    ("model_dim", 36),
-    ("head_dim", 2),
-    ("bos_id", -1),
-    ("bos_id", 257),
-    ("vocab_size", 65_537),
-    ("cache_layer", NUM_LAYERS),
-    ("cache_layer", 4),  # later than a layer that reads it
-    ("late_attn_layers", (3, 5)),  # not later than the cached layer
-    ("no_attn_layers", tuple(range(NUM_LAYERS))),
-    ("skip", (3,)),
-    ("skip", (2, 1)),
-    ("skip", (0, 1, 2)),
-    ("softcap", (1.0,)),
-    ("softcap", (23.0, 5.0, 0.0)),
-    ("momentum", (0.9,)),
-    ("momentum", (0.9, 1.0)),
-    ("adamw_betas", (0.9, 1.0)),
-    ("cooldown_frac", 1.1),
-    ("rope_fraction", -0.1),
-    ("untie_stage", 3),
-    ("untie_stage", -2),
-    ("normuon_beta2", 1.0),
-    ("optimizer", "sgd"),
-    ("attention", "flash"),
-    ("dtype", "float16"),
-    ("compile", "yes"),
-    ("coefficients", "best"),
-    ("ema_of", "tables"),
-    *[("ngram_orders", value) for value in ((), (1, 2), (3, 2), (2, 2), (2, 9))],
-    ("gate_networks", (1,)),
-    ("gate_networks", (0, 2, 2)),
-    ("mix_window", 4),  # without networks that set its weights
+    *[(name, value) for name, values in OTHERS.items() for value in values],
 ]
 RELATED = {"model_dim": {"head_dim"}, "val_slice": {"val_tokens"}, "slices": {"batch_tokens"},
            "vocab_size": {"bos_id"}, "cache_layer": {"late_attn_layers"}, "num_layers": set(LAYERS)}
@@ -117,18 +107,15 @@ def test_an_impossible_setting_is_refused_by_name_with_what_was_found(name, valu
         assert told[2] == repr(value)
 
 
-def test_paired_layers_need_an_even_number_of_heads():
-    with pytest.raises(UsageError, match="--paired_layers: expected none, .* number of heads, 3, is odd"):
-        config(model_dim=24, paired_layers=(1,))
-
-
 @pytest.mark.parametrize("changes, refused", [
     (dict(mudd=True), "backout"),
     (dict(mudd=True, backout=False, no_attn_layers=(5,)), "mudd"),
     (dict(mudd=True, backout=False, cache_layer=5, late_attn_layers=()), "mudd"),
     (dict(gate_networks=(0,), mix_window=4, paired_layers=(5,)), "mix_window"),
+    (dict(model_dim=24, paired_layers=(1,)), "paired_layers"),  # an odd number of heads
+    (dict(ngram_rows=50, bigram_rows=0), "ngram_rows"),
 ], ids=str)
-def test_networks_need_the_last_layer_as_it_is(changes, refused):
+def test_settings_that_do_not_go_together_are_refused(changes, refused):
     with pytest.raises(UsageError, match=f"--{refused}: expected "):
         config(**changes)
 

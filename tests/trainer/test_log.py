@@ -59,12 +59,6 @@ def result(folder, wandb):
     return result
 
 
-def test_the_path_is_printed_first_and_names_a_uuid4(folder, result):
-    path = Path(result.out.splitlines()[0])
-    assert path.parent == folder / "logs" and path.read_text() == result.log
-    assert uuid.UUID(path.stem).version == 4 and path.suffix == ".txt"
-
-
 def test_step_lines_follow_the_public_grammar(result):
     lines = step_lines(result.log)
     expected = [(step, False) for step in range(1, 13)] + [(step, True) for step in (0, 4, 8, 12)]
@@ -84,8 +78,11 @@ def test_step_lines_follow_the_public_grammar(result):
     assert len(re.findall(r"^step:\d", result.log, re.M)) == len(lines)
 
 
-def test_the_log_starts_with_the_sources(result):
+def test_the_log_has_the_name_that_is_printed_first_and_starts_with_the_sources(folder, result):
     sources, header, steps = re.split(r"^={100}$", result.log, flags=re.M)
+    path = Path(result.out.splitlines()[0])
+    assert path.parent == folder / "logs" and path.read_text() == result.log
+    assert uuid.UUID(path.stem).version == 4 and path.suffix == ".txt"
     first, *others = re.split(r"^-{40}\n# (\S+)\n-{40}\n", sources, flags=re.M)
     texts = {"train_gpt.py": first, **dict(zip(others[::2], others[1::2]))}
     assert list(texts) == list(SOURCES)

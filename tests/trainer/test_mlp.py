@@ -2,22 +2,18 @@
 in Triton's interpreter; its off switches."""
 
 import dataclasses
-import importlib.util
 import math
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data.errors import UsageError
-from data.files import ROOT
 from engine import mlp
 from engine.fused import norm, squared_relu_mlp
 from engine.kernels import Kernels
-from engine.mlp import E4M3, GpuMlp, choose_fused_mlp, choose_mlp_fp8, squared_relu_in_fp8
+from engine.mlp import E4M3, GpuMlp, choose_fused_mlp, squared_relu_in_fp8
+from tests.helpers.triton import interpret
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -42,32 +38,25 @@ def results(y, leaves, g):
 
 
 def errors(found, exact):
-    return [
-        ((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, exact)
-    ]
+    return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, exact)]
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda function: function,
-        lambda function: torch.compile(function, backend="aot_eager", fullgraph=True),
-    ],
-    ids=["eager", "compiled"],
-)
-def test_value_and_gradients_are_those_of_the_formula(wrap):
+def plain_mlp(*leaves):
+    return GpuMlp.apply(*leaves, False, False)
+
+
+@pytest.mark.parametrize("function", [
+    plain_mlp, torch.compile(plain_mlp, backend="aot_eager", fullgraph=True)], ids=["eager", "compiled"])
+def test_value_and_gradients_are_those_of_the_formula(function):
     leaves, g = example()
-    function = wrap(lambda *leaves: GpuMlp.apply(*leaves, False, False))
     exact = results(squared_relu_mlp(*leaves), leaves, g)
     assert max(errors(results(function(*leaves), leaves, g), exact)) < 1e-14
 
 
 def test_one_hidden_tensor_is_kept_for_the_backward_pass():
     (leaves, _), kept = example(), []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.numel()) or t, lambda t: t
-    ):
-        GpuMlp.apply(*leaves, False, False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        plain_mlp(*leaves)
     assert sum(kept) == T * D + 2 * M * D + T * M
 
 
@@ -127,32 +116,6 @@ def test_only_training_is_in_fp8():
         assert torch.equal(fp8.mlp(x, w_in, w_out), plain.mlp(x, w_in, w_out))
 
 
-def test_off_switches_really_switch_it_off(monkeypatch):
-    monkeypatch.delenv("DISABLE_FP8", raising=False)
-    assert choose_mlp_fp8("on", CPU, D, M)[0] and "self-test" in choose_mlp_fp8("on", CPU, D, M)[1]
-    assert not choose_mlp_fp8("off", CPU, D, M)[0] and not choose_mlp_fp8("auto", CPU, D, M)[0]
-    assert not choose_fused_mlp(False, CPU, torch.bfloat16, D, M)[0]
-    monkeypatch.setenv("DISABLE_FP8", "1")
-    assert choose_mlp_fp8("on", CPU, D, M) == (False, "DISABLE_FP8 is set")
-
-
-def test_asking_for_fp8_where_it_is_wrong_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.delenv("DISABLE_FP8", raising=False)
-    right = torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.3 * right(*args, **kwargs))
-    with pytest.raises(UsageError, match="--mlp_fp8: expected .*self-test error.*use --mlp_fp8=off"):
-        choose_mlp_fp8("on", CPU, D, M)
-
-
-@pytest.mark.parametrize("wish", ["auto", "on"])
-def test_no_race_decides_whether_a_gpu_computes_in_fp8(wish, monkeypatch):
-    """Ranks, and a run and its resumed rest, would compute differently by chance."""
-    monkeypatch.delenv("DISABLE_FP8", raising=False)
-    monkeypatch.setattr(mlp, "self_test_error", lambda *args: 0.05)
-    monkeypatch.setattr(mlp, "race", lambda *args: (1.1, 1.0))
-    assert choose_mlp_fp8(wish, GPU, D, M) == (True, "self-test error 5.0e-02")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Triton
 
@@ -186,6 +149,7 @@ def test_kernels_are_used_where_those_of_training_and_validation_are_right_and_f
     words = {"raises": "RuntimeError: no such kernel", "slow": "2.00 ms instead of 1.00"}
     assert words.get(wrong, "self-test error") in reason
     assert not choose_fused_mlp(fp8, GPU, torch.float32, D, M)[0]
+    assert not choose_fused_mlp(fp8, CPU, torch.bfloat16, D, M)[0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert not choose_fused_mlp(fp8, GPU, torch.bfloat16, D, M)[0]
 
@@ -212,10 +176,5 @@ for T, D, M in ((200, 64, 304), (128, 192, 128)):
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton: bench/cross/requirements.txt"
-)
 def test_the_kernels_compute_their_definitions():
-    command = [sys.executable, "-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n" + KERNELS]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    interpret(KERNELS)

@@ -4,12 +4,14 @@ import ctypes
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from data.loader import join, make_batch
 from engine.kernels import Kernels
 from engine.token_factors import gate_slots
-from tests.helpers.tiny import BARE, SMALL, THREE_LAYERS, build, config, context, docs_of, make_run
+from tests.helpers.tiny import BARE, THREE_LAYERS, build, config, context, docs_of, make_run
 from train_gpt import GPT, MATRICES, TABLES, Config
 
 LENGTHS = [5, 1, 7, 4]  # documents of the sequence that all models below read
@@ -385,24 +387,57 @@ def test_the_table_of_prefix_tokens_is_filled_once_the_clock_runs(tmp_path):
     make_run(tmp_path).fill_prefixes()  # nothing to do
 
 
-@pytest.mark.parametrize("compiled, techniques", [(False, {}), (True, RECORD_89)], ids=str)
-def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(compiled, techniques):
+@pytest.mark.parametrize("techniques", [{}, RECORD_89], ids=str)
+def test_recomputing_the_layers_changes_no_gradient_and_keeps_less(techniques):
     kept, gradients = [], []
     for recompute in (False, True):
         cfg = config(THREE_LAYERS, **techniques, recompute=recompute)
         model = build(cfg)
-        forward = model
-        if compiled:
-            forward = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             ctx = context(model, docs_of([30, 34]))
-            loss = forward(tokens_of(cfg, 64), tokens_of(cfg, 64).roll(-1), ctx, torch.tensor([1.0, 0.5]))
+            loss = model(tokens_of(cfg, 64), tokens_of(cfg, 64).roll(-1), ctx, torch.tensor([1.0, 0.5]))
         kept.append(sum(sizes))
         loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) and all(map(torch.equal, *gradients))
-    assert compiled or kept[1] < kept[0] / 2  # a graph is one node whose tensors the hooks see only in part
+    assert kept[1] < kept[0] / 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Slices that go through the model together
+
+
+@pytest.mark.parametrize("techniques", [{}, dict(untie_stage=0), RECORD_89], ids=str)
+@pytest.mark.parametrize("lengths", [([5, 1, 7, 4], [17], [1, 16]), ([9], [9], [9])], ids=str)
+def test_joined_slices_give_the_losses_and_gradients_of_each_by_itself(lengths, techniques):
+    model = build(config(**techniques), backend="blocked")
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    slices = []
+    for i, each in enumerate(lengths):
+        tokens = tokens_of(model.cfg, sum(each) + 1, seed=i).numpy()
+        slices.append(make_batch(tokens, np.cumsum([0, *each[:-1]]), sum(each), False))
+
+    def outcome(batches, **changes):
+        model.zero_grad()
+        loss = 0.0
+        for inputs, targets, docs in batches:
+            ctx = context(model, docs, tied=model.cfg.tied(0))._replace(**changes)
+            one = model(inputs, targets, ctx, weights)
+            one.backward()
+            loss += one.item()
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, apart = outcome(slices)
+    found, together = outcome([join(slices)])
+    assert found == pytest.approx(expected, rel=1e-6)
+    whole = math.sqrt(sum(g.square().sum() for g in apart.values()))
+    assert together.keys() == apart.keys()
+    for name, g in apart.items():
+        assert (together[name] - g).norm() < GRADIENTS * g.norm() + 1e-6 * whole, name
+
+    blind, _ = outcome([join(slices)], slices=1)  # tokens before, and targets, across the starts of slices
+    assert abs(blind - expected) > 1e-4 * expected
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -490,29 +525,19 @@ def test_random_mlp_outputs_are_as_large_as_asked():
     assert out.abs().max() <= bound and abs(out.std() / (0.5 / math.sqrt(128)) - 1) < 0.01
 
 
+OFF = (  # techniques whose settings in BARE turn them off
+    "paired_layers", "late_attn_layers", "backout", "skip", "key_offset", "yarn", "softcap",
+    "value_embed_layers", "bigram_rows", "smear", "attn_gate_layers", "xsa_layers", "inject_x0",
+    "mtp_weights", "untie_stage")
 SWITCHES = {
     "everything on": {},
     "everything off": BARE,
+    **{f"without {name}": {name: BARE[name]} for name in OFF},
     "no layer is long": dict(long_layers=()),
-    "attention everywhere": dict(no_attn_layers=()),
-    "no pairs": dict(paired_layers=()),
-    "no late attention": dict(late_attn_layers=()),
-    "no backout": dict(backout=False),
-    "no skip": dict(skip=()),
-    "no key offset": dict(key_offset=False),
+    "no attention in a layer": dict(no_attn_layers=(1,), value_embed_layers=(0,), attn_gate_layers=(0,),
+                                    xsa_layers=(0,)),
     "no rotation": dict(rope_fraction=0.0),
-    "no YaRN": dict(yarn=False),
-    "no softcap": dict(softcap=()),
-    "no value embeddings": dict(value_embed_layers=()),
-    "no bigrams": dict(bigram_rows=0),
-    "no signs": dict(bigram_signs=False),
     "n-grams": dict(ngram_rows=60),
-    "no smear": dict(smear=False),
-    "no attention gates": dict(attn_gate_layers=()),
-    "no XSA": dict(xsa_layers=()),
-    "no x0": dict(inject_x0=False),
-    "next token only": dict(mtp_weights=(1.0,)),
-    "never tied": dict(untie_stage=0),
     "always tied": dict(untie_stage=-1),
     "plain Muon": dict(normuon_beta2=0.0),
     "AdamW": dict(optimizer="adamw"),
@@ -524,8 +549,6 @@ SWITCHES = {
     "one stage": dict(stages=1, untie_stage=0),
     "no momentum ramps": dict(momentum_warmup=0, momentum_cooldown=0),
     "other coefficients": dict(coefficients="quintic"),
-    "connections": dict(mudd=True, backout=False),
-    "gates of networks": dict(gate_networks=(0, 3)),
     "all of record 89": dict(RECORD_89, prefix_weight=0.25),
     "MLP outputs at random": dict(mlp_out_std=0.5),
 }
@@ -538,7 +561,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_ablation_builds_trains_and_evaluates(switch, folder):
-    run = make_run(folder, **{**SMALL, "train_steps": 8, **SWITCHES[switch]})
+    run = make_run(folder, **{**THREE_LAYERS, "train_steps": 8, **SWITCHES[switch]})
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for _ in range(4):
         run.train_step()
@@ -595,13 +618,10 @@ def test_flops_per_token_are_those_of_the_study(full):
 # torch.compile
 
 
-MIXED = dict(mudd=True, backout=False, mix_window=4)
-
-
 @pytest.mark.parametrize("backend, compiler, stage, tied, weights, techniques", [
     ("masked", "eager", 1, False, (1.0,), {}),
     ("blocked", "aot_eager", 0, True, (1.0, 0.5), dict(ngram_rows=60)),
-    ("blocked", "aot_eager", 0, True, (1.0, 0.25), dict(prefix_weight=0.25, gate_networks=(0, 1), **MIXED)),
+    ("blocked", "aot_eager", 0, True, (1.0, 0.25), dict(RECORD_89, prefix_weight=0.25, recompute=True)),
 ])
 def test_training_and_evaluation_compile_without_graph_break(
         backend, compiler, stage, tied, weights, techniques):

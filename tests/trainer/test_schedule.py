@@ -44,13 +44,6 @@ def test_the_weight_of_prefix_tokens_is_whole_in_the_first_stage_and_falls_in_th
     assert loss_weights(Config.for_track("small"), 720) == (1.0, 0.25)
 
 
-@pytest.mark.parametrize("stages, extension", [(1, 0), (1, 5), (2, 0), (6, 5)])
-def test_the_weight_of_prefix_tokens_falls_at_any_number_of_stages(stages, extension):
-    cfg = config(BARE, train_steps=30, extension_steps=extension, stages=stages, prefix_weight=0.25)
-    found = [prefix_weight(cfg, step) for step in range(30)]
-    assert found[0] == 0.25 and found == sorted(found, reverse=True) and min(found) >= 0
-
-
 @pytest.mark.parametrize("delay", [0, 1])
 def test_tying_ends_in_its_stage_after_moves_of_adam(delay):
     cfg = config(BARE, untie_stage=2, untie_delay=delay)
@@ -86,9 +79,13 @@ def test_momentum_without_ramps_is_constant_and_short_runs_take_the_lower_ramp()
 @pytest.mark.parametrize("stages", [1, 2, 6])
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.3), (1.0, 0.5, 0.25, 0.125)])
 @pytest.mark.parametrize("extension", [0, 5])
-def test_weights_of_the_multi_token_loss_stay_within_their_settings_at_any_number_of_stages(
+def test_weights_of_the_loss_stay_within_their_settings_at_any_number_of_stages(
         stages, weights, extension):
-    cfg = config(BARE, train_steps=30, extension_steps=extension, stages=stages, mtp_weights=weights)
+    cfg = config(BARE, train_steps=30, extension_steps=extension, stages=stages, mtp_weights=weights,
+                 prefix_weight=0.25)
+    of_prefixes = [prefix_weight(cfg, step) for step in range(30)]
+    assert 0.25 == of_prefixes[0] == max(of_prefixes) and min(of_prefixes) >= 0
+    assert of_prefixes == sorted(of_prefixes, reverse=True)
     for step in range(30):
         found = mtp_weights(cfg, step)
         assert found[0] == weights[0] and len(found) == max(len(weights) - cfg.stage(step), 1)

@@ -80,7 +80,7 @@ def many(rank: int, world: int, shared: bool) -> list:
     return results
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("world", [2, 5])
 def test_collectives_are_those_of_gloo(world):
     gloo, shared = (run_ranks(world, many, backend) for backend in (False, True))
     for theirs, ours in zip(gloo, shared):
@@ -132,16 +132,13 @@ def test_a_rank_that_is_killed_ends_the_others(under_way):
     assert all(said.startswith("Connection to another rank of this machine: ") for said in others)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_training_is_that_over_gloo(tmp_path, world):
-    """To the last bit on two ranks. On three, gloo's sums have another order, as in test_train.py."""
+def test_training_on_two_ranks_is_that_over_gloo_to_the_last_bit(tmp_path):
     folder = make_shards(tmp_path)
     settings = ["--ngram_rows=50", "--slices=6", "--batch_tokens=384", "--save_final=on"]
-    gloo, shared = (run_ranks(world, on_rank, folder, settings, hook) for hook in (None, share_memory))
+    gloo, shared = (run_ranks(2, on_rank, folder, settings, hook) for hook in (None, share_memory))
     for theirs, ours in zip(gloo, shared):
         assert (ours.code, ours.err) == (0, "")
-        near = pytest.approx if world > 2 else lambda found, abs: found
-        assert ours.train == near(theirs.train, abs=2e-5) and ours.val == near(theirs.val, abs=2e-5)
+        assert ours.train == theirs.train and ours.val == theirs.val
 
 
 @pytest.mark.parametrize("here, expected", [("4", True), ("2", False), (None, False)])

@@ -1,15 +1,11 @@
 """engine/tables.py against F.embedding, and engine/transpose.py against x.t()."""
-import importlib.util
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data.files import ROOT
 from engine.tables import Lookup
 from engine.transpose import transposed
+from tests.helpers.triton import interpret
 
 
 def gradient_of(lookup, table, index, weights):
@@ -47,9 +43,5 @@ for m, n in ((TILE, TILE), (300, 130), (1, 257), (64, 50)):
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None,
-                    reason="needs Triton: bench/cross/requirements.txt")
 def test_the_tiles_of_the_kernel_cover_any_shape_once():
-    command = [sys.executable, "-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n" + TILES]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    interpret(TILES)

@@ -126,10 +126,14 @@ def test_the_clock_pays_for_the_first_shard_the_first_batch_and_the_prefixes(fol
     note(train_gpt.Loader, "read")
     note(train_gpt.Loader, "prepare")
     note(train_gpt.Run, "fill_prefixes")  # the table of prefixes: the public record pays for it as well
-    assert run(folder, "--train_steps=2", "--extension_steps=0").code == 0
-    clock = events.index("start")
-    assert not {"prepare", "fill_prefixes"} & set(events[:clock])
-    assert {"read", "fill_prefixes"} <= set(events[clock:])
+    first = run(folder, "--train_steps=2", "--extension_steps=0", "--save_final=1")
+    told = [events.copy()]
+    events.clear()
+    assert run(folder, f"--resume={first.checkpoints[0]}", "--train_steps=4").code == 0
+    for seen in (*told, events):  # a run and one that goes on
+        clock = seen.index("start")
+        assert not {"prepare", "fill_prefixes"} & set(seen[:clock])
+        assert {"read", "fill_prefixes"} <= set(seen[clock:])
 
 
 def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
@@ -152,23 +156,19 @@ def test_a_run_can_end_at_its_target(folder):
     assert re.search(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
 
 
-def test_check_passes(folder):
+def test_check_fails_where_a_token_sees_the_next_one_or_probabilities_do_not_sum_to_one(folder, monkeypatch):
     result = run(folder, "--check")
     assert (result.code, result.err, result.log) == (0, "", None)
     assert result.out.splitlines()[-1] == "check: passed"
 
-
-def test_check_fails_where_a_token_sees_the_next_one(folder, monkeypatch):
     def leaky_mask(docs, window):
         t = torch.arange(len(docs.ids))
         return attention.masked_mask(docs, window) | (t[None, :] - t[:, None] == 1)
 
-    monkeypatch.setitem(attention.BACKENDS, "masked", (leaky_mask, attention.masked_attention))
-    result = run(folder, "--check", "--attention=masked")
-    assert result.code == 1 and result.out.splitlines()[-1] == "check: failed"
-
-
-def test_check_fails_where_probabilities_do_not_sum_to_one(folder, monkeypatch):
     log_probs = train_gpt.GPT.log_probs
+    with monkeypatch.context() as patch:
+        patch.setitem(attention.BACKENDS, "masked", (leaky_mask, attention.masked_attention))
+        result = run(folder, "--check", "--attention=masked")
+        assert result.code == 1 and result.out.splitlines()[-1] == "check: failed"
     monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: log_probs(*args) + 0.001)
     assert run(folder, "--check").code == 1
