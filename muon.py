@@ -806,7 +806,7 @@ class Bucket:
             value = value.reshape(W.shape)
             if stack.group["split_mantissa"]:
                 moves = ok.bool().view(-1, *[1] * (W.ndim - 1))
-                torch.where(moves, value, W, out=W)
+                torch.where(moves, value.to(W.dtype), W, out=W)
             else:
                 self.optimizer.call(decay_and_step, W, value, ok, *self.optimizer.rates(stack))
         moved = [ok for _, ok in results.values()]

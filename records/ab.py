@@ -320,6 +320,9 @@ def sentences(times: list[list[float]], losses: list[list[float]]):
     from records import statistics
     for name, values, digits, below, above in (("Seconds", times, ".2f", "A is faster", "A is slower"),
                                                ("Loss", losses, ".5f", "A ends lower", "A ends higher")):
+        if values[0] == values[1]:
+            yield f"{name}: the same in every pair."
+            continue
         found = statistics.paired(*values)
         if found.why:
             yield f"{name}: cannot be judged: {found.why}."

@@ -106,7 +106,7 @@ def test_the_sign_of_a_verdict(sign, word):
 
 def test_a_finished_experiment_only_repeats_its_verdict(capsys):
     run(a=f"{FAKE} --log_dir=other")
-    assert "Loss: cannot be judged: all 2 values are equal" in capsys.readouterr().out
+    assert "Loss: the same in every pair" in capsys.readouterr().out
     before = {path: Path(path).read_bytes() for path in files("out/*.*") + files("out/*/*")}
     run(a=f"{FAKE} --log_dir=other")
     assert before == {path: Path(path).read_bytes() for path in files("out/*.*") + files("out/*/*")}

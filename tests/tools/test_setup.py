@@ -138,7 +138,7 @@ def imported(file: Path, whole: bool) -> set[str]:
 
 
 TRAINER_ROOMS = (".", "data", "engine", "muon_extras", "tools")
-PARTS = {"triton", "tiktoken_ext", "markupsafe"}  # of torch (for CUDA), of tiktoken, of jinja2
+PARTS = {"triton", "tiktoken_ext", "markupsafe", "pydantic_core"}  # of torch, tiktoken, jinja2, pydantic
 OPTIONAL = {"quack"}  # kernels for Muon on Hopper
 
 
