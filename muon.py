@@ -797,7 +797,7 @@ class Bucket:
             W = self.weights(stack)
             value = value.reshape(W.shape)
             if stack.group["split_mantissa"]:
-                torch.where(ok.bool().view(-1, *[1] * (W.ndim - 1)), value, W, out=W)
+                torch.where(ok.bool().view(-1, *[1] * (W.ndim - 1)), value.to(W.dtype), W, out=W)
             else:
                 self.optimizer.call(decay_and_step, W, value, ok, *self.optimizer.rates(stack))
         moved = [ok for _, ok in results.values()]

@@ -112,7 +112,7 @@ def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int,
     """
     layers = cfg.num_layers - len(set(cfg.no_attn_layers))
     extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
-    streams = 13 * layers + (5 + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + 12
+    streams = 12 * layers + (4 + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + 12
     streams += 13 * cfg.mudd + bool(cfg.ngram_rows) + mixing_streams(cfg)
     worst = 24 * min(tokens, HEAD_PIECE) * cfg.padded_vocab
     stream = tokens * cfg.model_dim * dtype.itemsize
