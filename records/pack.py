@@ -1,7 +1,7 @@
 """Build the folder of a submission: records/<folder of the track>/<date>_<NAME>/ with
 
   README.md    your note, and around it the results
-  record.json  the same for programs (python -m records.schema prints its schema)
+  record.json  the same for programs
   runs/        the logs, unchanged; what ran is embedded in them
   baseline/    likewise, where there are some
 
@@ -86,7 +86,7 @@ def run(args) -> int:
                          "--date")
 
     verdicts, files = compose(submission, statement, note)
-    check.print_verdicts([verdict for verdict in verdicts if verdict.verdict != PASS], submission)
+    check.print_verdicts(verdicts, submission)
     failed = [verdict.rule for verdict in verdicts if verdict.verdict == FAIL]
     if failed and statement.kind == "record":
         raise RunError(f"expected that every rule holds, found that these do not: {', '.join(failed)}; run "
