@@ -140,9 +140,9 @@ def label_curves(axes, theme: Theme, target: float, ends: dict[str, CurvePoint])
     nanogpt = ends["nanogpt"]
     said = {name: f"{end.loss:.2f} after {end.seconds:.1f} s" for name, end in ends.items()}
     say(muon.seconds * 1.1, target - 0.085, f"this repository: {said['muon']}", "muon")
-    say(nanogpt.seconds * 0.9, nanogpt.loss + 0.4, f"nanoGPT's quickstart:\n{said['nanogpt']}", "nanogpt")
+    say(nanogpt.seconds, nanogpt.loss + 0.53, f"nanoGPT's quickstart:\n{said['nanogpt']}", "nanogpt", "right")
     say(adamw.seconds * 1.1, target + 0.08, f"the same with AdamW: {said['adamw']}", "adamw")
-    say(nanogpt.seconds, target - 0.045, f"target {target:g}", "target", "right")
+    say(78, target - 0.045, f"target {target:g}", "target", "right")
 
 
 def loss_picture(theme: Theme, target: float) -> str:
