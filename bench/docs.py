@@ -123,7 +123,7 @@ def seconds_to(loss: float, folder: Path) -> list[float]:
     """Training seconds to this loss of each run of train_gpt.py, on straight lines between validations."""
     found = [logs.read(path).runs[0].time_to(loss) for path in sorted(folder.glob("*.txt"))]
     if None in found:  # a mean of the others would flatter them
-        raise UsageError(f"{folder}: expected runs that all reach {loss}, found one that does not; name others")
+        raise UsageError(f"{folder}: expected runs that all reach {loss}, found one that does not")
     return [ms / 1000 for ms in found]
 
 

@@ -2,8 +2,8 @@
 import dataclasses
 import importlib.util
 import re
-import statistics
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
