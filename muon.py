@@ -406,8 +406,8 @@ class Stack:
     flatten: bool | None
     blocks: Sequence[int]   # rows of the blocks of a matrix
     number: int             # of the stack in what `cut` returns
-    start: int              # in that: first and last
-    stop: int
+    start: int              # first matrix in that
+    stop: int               # the one after its last
     m: int
     n: int
 
@@ -806,7 +806,10 @@ class Bucket:
             value = value.reshape(W.shape)
             if stack.group["split_mantissa"]:
                 moves = ok.bool().view(-1, *[1] * (W.ndim - 1))
-                torch.where(moves, value.to(W.dtype), W, out=W)
+                if W.is_contiguous():
+                    torch.where(moves, value.to(W.dtype), W, out=W)
+                else:  # torch.compile has no output that is not
+                    W.copy_(torch.where(moves, value, W))
             else:
                 self.optimizer.call(decay_and_step, W, value, ok, *self.optimizer.rates(stack))
         moved = [ok for _, ok in results.values()]
@@ -951,7 +954,7 @@ class Muon(torch.optim.Optimizer):
         symmetric         a kernel like `symmetric_product`
 
     p.grad is read, never written. optimizer.state holds each momentum_buffer in full shape at one process or
-    with replicate_state, else a rank's share of it, see `Bucket.state_key`."""
+    with replicate_state, else a rank's share of it, see `Bucket.key`."""
 
     def __init__(
             self, params: Iterable, lr: float | Tensor = 0.02, weight_decay: float = 0.0,
@@ -1060,7 +1063,9 @@ class Muon(torch.optim.Optimizer):
         does not wait for a GPU's answer."""
         params = {p for group in self.param_groups for p in group["params"]}
         device = next((p.device for p in params), None)
-        for group in dict.fromkeys(bucket.group for bucket in self.buckets if bucket.world_size > 1):
+        # Once ranks have left the group, each goes on by itself with the whole state.
+        shared = [b for b in self.buckets if 1 < b.world_size == world_and_rank(b.group)[0]]
+        for group in dict.fromkeys(bucket.group for bucket in shared):
             changes = torch.full((1,), int(changed), device=device)
             dist.all_reduce(changes, group=group)
             if (changed or changes.is_cpu) and 0 < changes < dist.get_world_size(group):
@@ -1190,6 +1195,9 @@ class Muon(torch.optim.Optimizer):
             except ValueError as error:
                 warnings.warn(f"{error}; it starts at zero")
                 state.clear()
+            for name in state.keys() & state_kinds(groups[p]).keys():
+                if state[name].device != p.device:
+                    state[name] = state[name].to(p.device)
 
     def _check_state(self, p: Tensor, state: dict, group: dict, kinds: Iterable[str] = ()) -> None:
         """Raise where the state of a parameter has another shape than it needs, or lacks one of these
@@ -1220,8 +1228,10 @@ class Muon(torch.optim.Optimizer):
         """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon.
         Hooks run as torch runs them; its own way would round fp32 state to the dtype of the parameter. What
         is refused has changed nothing."""
+        state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self._check_settings(self.param_groups)
         saved = state_dict["state"]
         groups = copy.deepcopy(state_dict["param_groups"])

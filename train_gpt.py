@@ -1561,7 +1561,8 @@ def train(run: Run, log: Log):
     cfg, clock = run.cfg, run.clock
     folder = Path(cfg.log_dir) / log.run_id
     tokens = sum(cfg.at("batch_tokens", step) for step in range(run.step))
-    tried_at, path = run.step, None  # the newest checkpoint; None: it could not be written
+    tried_at = run.step
+    path = None  # of the newest checkpoint; None: it could not be written
 
     clock.start()
     run.fill_prefixes()

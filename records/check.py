@@ -51,6 +51,9 @@ def add_arguments(parser):
 def run(args) -> int:
     folder = Path(args.paths[0])
     packed = len(args.paths) == 1 and (folder / schema.FILE).is_file()
+    if packed and (args.baseline or args.track or args.step is not None or args.planned or args.waive):
+        raise UsageError(f"{folder}: expected this folder alone, whose record.json says the rest, found "
+                         "other arguments; leave them out, or name the folders of its logs")
     submission = from_folder(folder, schema.read(folder / schema.FILE)) if packed else from_arguments(args)
     found = judge(submission)
     if args.json:

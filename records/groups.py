@@ -70,6 +70,8 @@ def name_of(place: str, common: str) -> str:
     elif role := role_of(Path(place)):
         name += f" ({role})"
     elif os.path.isfile(os.path.join(os.path.dirname(place), logs.RECORD_FILE)):
-        name = os.path.dirname(name) or os.path.basename(os.path.dirname(place))
+        record = os.path.dirname(name) or os.path.basename(os.path.dirname(place))
+        inside = os.path.basename(place)
+        name = record if inside == "runs" else f"{record} ({inside})"
     name = short_name(name)
     return name if len(name) <= NAME_LIMIT else "…" + name[1 - NAME_LIMIT:]  # paths differ at their end

@@ -224,6 +224,8 @@ def distinct_curves(s: Submission):
         many = shared >= 3 and 4 * shared >= 3 * len(of_b)  # by chance once in 10,000 pairs
         if of_b and (many or of_a == of_b):
             found.append(f"{shared} of {len(of_b)} losses are the same in {names([a, b])}")
+        elif len(clock(a)) >= 3 and clock(a) == clock(b):
+            found.append(f"all times are the same in {names([a, b])}")
     return judged(found, f"{len(curves)} runs")
 
 
@@ -241,6 +243,11 @@ def curve(run: RunFacts) -> frozenset:
     if len(points) == 1:
         found.add(points[0].train_time_ms)
     return frozenset(found)
+
+
+def clock(run: RunFacts) -> list[float]:
+    """The times of the validations after step 0, which no two runs share to the millisecond."""
+    return [point.train_time_ms for point in run.val_points if point.step and point.train_time_ms is not None]
 
 
 def distinct_seeds(s: Submission):

@@ -51,7 +51,7 @@ TRACKS = {track.name: track for track in (
           program="examples/train_simple.py",
           fixed=dict(batch_tokens=524_288, seq_len=1024, vocab_size=50_304, num_layers=12, model_dim=768,
                      head_dim=128), **FINEWEB),
-    Track(name="shakespeare", folder="track_0_laptop", target=1.6, loss_sd=0.01, val_tokens=262_144,
+    Track(name="shakespeare", folder="track_0_laptop", target=1.6, loss_sd=0.003, val_tokens=262_144,
           val_sha256="4fbd617fd618716a7bb380482c458de91115192082115620b69c4d2b0364cc3a",
           banned_flags=(*COMPILE_FLAGS, COORDINATE_DESCENT), **T_TEST),
 )}

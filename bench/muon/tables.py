@@ -116,8 +116,8 @@ SECTIONS = {  # part -> (heading, explanation, table)
     "times": ("Step time", "", times_table),
     "hidden": (
         "Step time where the processor has no bf16 units",
-        "The same machine with them hidden from torch. When this was measured, ours did not notice: its row "
-        "is the one of fp32, which it takes since then.",
+        "The same machine with them hidden from torch. Ours notices, and takes fp32; its row of bf16 says "
+        "what that saves.",
         times_table),
     "worlds": (
         "Ranks",

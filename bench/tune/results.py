@@ -21,7 +21,6 @@ class Results:
                              f"found some of another, {', '.join(map(str, others))}; put that one back, or "
                              "choose another OUT")
 
-
     def of(self, kind: str) -> list[dict]:
         return [row for row in self.rows if row["kind"] == kind]
 

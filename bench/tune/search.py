@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+
 import numpy as np
 
 from data.files import ROOT

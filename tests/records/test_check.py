@@ -61,6 +61,9 @@ DOCTORED = {
     "a file copied with another seed": (copy_with(other_seed), {"distinct-curves"}),
     "a copy with another seed and final loss": (
         copy_with(lambda t: last(other_seed(t), r"val_loss:\S+", "val_loss:1.5001")), {"distinct-curves"}),
+    "a copy with other losses": (copy_with(lambda t: replaced(other_seed(t), r"val_loss:(\d)\.\d\d(\d\d)",
+                                                              r"val_loss:\1.59\2")),
+                                 {"distinct-curves"}),
     "losses of another run": (lambda texts: [*texts[:-1], other_seed(log(1, pace=101.0))],
                               {"distinct-curves"}),
     "most losses of another run": (

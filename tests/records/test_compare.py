@@ -118,8 +118,9 @@ def test_runs_that_cannot_count_are_not_left_out_silently(tmp_path, compare):
 
 
 def test_oddities_of_a_group_are_named(tmp_path, compare):
-    a = write(tmp_path, "a", [([6, 3, 2, 1], None)] * 2 + [([6, 3.1, 2.1, 1.1], None)])
-    (a / "3.txt").write_text(own([6, 3.2, 2.2, 1.2], seed=2, files={"train_gpt.py": "other\n"}))
+    a = write(tmp_path, "a", [([6, 3, 2, 1], None)] * 2 + [([6, 3.1, 2.1, 1.1], [0, 1001, 2001, 3001])])
+    (a / "3.txt").write_text(own([6, 3.2, 2.2, 1.2], [0, 1002, 2002, 3002], seed=2,
+                                      files={"train_gpt.py": "other\n"}))
     (a / "notes \x1b[2J.txt").write_text("hello\n")
     code, out, err = compare(a, make("T2m").write(tmp_path / "many.txt"))
     for text in ("distinct-curves of a: 3 of 3 losses are the same in 0, 1",

@@ -1,4 +1,4 @@
-"""report: one page that holds what compare says, loads nothing, and runs nothing but its own script."""
+"""report: one page that holds what compare says, loads nothing, and runs nothing."""
 import base64
 import html.parser
 import os
