@@ -25,7 +25,7 @@ DIFFERENT = {  # an error input -> (the error of ours, its sentence), each with 
     # A bank of matrices or a 1-D convolution: ours takes both, and asks which it is.
     "only support 2D parameters": (ValueError, "expected flatten=False for a bank of matrices"),
     # torch notices at the first step; ours when it is built, before a training has begun.
-    "does not support complex parameters": (ValueError, "expected a real floating-point parameter"),
+    "does not support complex parameters": (ValueError, "expected real matrices of some size"),
 }
 
 
