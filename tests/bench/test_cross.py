@@ -62,7 +62,7 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
     assert (tmp_path / "few.md").read_text(encoding="utf-8") == page(found)
     cfg = settings_of(found["flags"])
     for _, tokens, kept, _ in found["passes"]:  # as planned by what a larger model keeps
-        assert plan.step_bytes(cfg, torch.bfloat16, True, tokens)[0] == pytest.approx(kept, rel=0.3)
+        assert plan.step_bytes(cfg, torch.bfloat16, True, tokens)[0] == pytest.approx(kept, rel=0.25)
     for rows in launches(found):  # 6 FLOPs a weight and token
         parts = by_part(rows, GPUS["H100"])
         products = sum(parts[name]["gflop"] for name in ("projections", "MLP", "head and loss"))
