@@ -150,8 +150,7 @@ def newton_schulz_flops(m: int, n: int, steps: int, gram: bool, dtype: torch.dty
 ONEDNN = None
 if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
     ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-BLOCK_ROWS = 256  # of a symmetric product of large matrices: fewer save more, but call more often; see
-                  # bench/muon/blocks.py
+BLOCK_ROWS = 256  # of a symmetric product of large matrices: fewer save more, but call more often
 
 
 def on_a_cpu(x: Tensor) -> bool:

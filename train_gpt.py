@@ -277,16 +277,18 @@ class Config:
     wandb: str = setting("", "Weights & Biases project to mirror the run to; empty: none")
 
     @staticmethod
-    def for_track(name: str, **changes) -> "Config":
-        """Return the preset of a track and its recipe with some settings changed."""
-        if name not in TRACKS:
-            raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {name!r}; choose one")
+    def for_track(track: str | None = None, **changes) -> "Config":
+        """Return the preset of a track and its recipe with some settings changed. None: the track for this
+        machine."""
+        track = track or ("small" if torch.cuda.is_available() else "shakespeare")
+        if track not in TRACKS:
+            raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {track!r}; choose one")
         recipe = changes.get("recipe", "base")
-        known = {"base": {}, **RECIPES.get(name, {})}
+        known = {"base": {}, **RECIPES.get(track, {})}
         if recipe not in known:
-            raise UsageError(f"--recipe: expected one of {', '.join(known)} on track {name}, "
+            raise UsageError(f"--recipe: expected one of {', '.join(known)} on track {track}, "
                              f"found {recipe!r}; choose one")
-        return Config(**{**TRACKS[name], **known[recipe], "track": name, **changes})
+        return Config(**{**TRACKS[track], **known[recipe], "track": track, **changes})
 
     def __post_init__(self):
         """Check each setting by its own rule, then what two settings ask of each other."""
@@ -482,8 +484,7 @@ def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]
             raise UsageError(f"--track: expected the checkpoint's track, {track}, found {changes['track']}; "
                              "leave it out")
         changes = {**state["config"], **changes}
-    track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
-    return options, Config.for_track(track, **changes), state
+    return options, Config.for_track(**changes), state
 
 
 def latest_checkpoint(log_dir: str) -> str:

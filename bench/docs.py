@@ -8,7 +8,6 @@ docs/techniques.md the lines that begin with "- Settings:" and "- Worth here, wi
 the rows of bench/ABLATION.md that they name stay as they are; the values behind the names are written anew.
 Figures in sentences are looked for and never written.
 """
-import argparse
 import re
 import statistics
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from bench import pictures
 from bench.page import grid, spread, with_tables
-from data.errors import UsageError, run_program
+from data.errors import CommandLine, UsageError, run_program
 from data.files import written_whole
 from records import logs
 from train_gpt import RECIPES, TRACKS, Config
@@ -103,8 +102,7 @@ def techniques(page: str) -> str:
 
 def ends_of(folder: Path) -> tuple[list[float], list[float]]:
     """Final losses and training seconds of the runs of a folder."""
-    read = pictures.nanogpt_run if folder.name == "nanogpt" else pictures.own_run
-    ends = [read(path)[-1] for path in sorted(folder.glob("*.txt"))]
+    ends = [run[-1] for run in pictures.runs_of(folder)]
     if len(ends) < 2:
         raise UsageError(f"{folder}: expected two or more logs, found {len(ends)}; name a folder of them")
     return [loss for _, _, loss in ends], [seconds for _, seconds, _ in ends]
@@ -159,8 +157,7 @@ def wanted() -> dict[Path, str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.docs", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, "python -m bench.docs")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
     stale = [(path, text) for path, text in wanted().items()

@@ -2,14 +2,13 @@
 them."""
 import numpy as np
 
+from data.loader import LENGTH_SIGMA, MEDIAN_LENGTH
 from train_gpt import Config
 
 
 def document_lengths(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draw log-normal lengths with median 403 and mean 690 tokens, as in FineWeb."""
-    median, mean = 403, 690
-    sigma = np.sqrt(2 * np.log(mean / median))
-    return np.maximum(rng.lognormal(np.log(median), sigma, count), 2).astype(int)
+    """Draw lengths as in FineWeb."""
+    return np.maximum(rng.lognormal(np.log(MEDIAN_LENGTH), LENGTH_SIGMA, count), 2).astype(int)
 
 
 def packed(lengths: np.ndarray, max_len: int, T: int, count: int) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ and both optimizers, on Shakespeare's plays as GPT-2 tokens.
 Batches are short and there is one stage, so that a step takes less than a minute. Needs 13 GB of memory,
 and GPT-2's vocabulary (data/encoding.py). Writes full_size.md with the trainer's log, from its settings on.
 """
-import argparse
 import os
 import resource
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 from bench.page import grid
 from data import shakespeare
 from data.encoding import BYTE_BOS, GPT2_BOS, GPT2Encoding, gpt2_encoding
-from data.errors import RunError, run_program
+from data.errors import CommandLine, RunError, run_program
 from data.files import ROOT, written_whole
 from data.shards import open_shard, write_shard
 from tools.children import ending, run_limited
@@ -75,9 +74,7 @@ def page(log: str, seconds: float, peak_gb: float) -> str:
 
 
 def main(argv: list[str]) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.full_size", description=__doc__, allow_abbrev=False, formatter_class=raw)
+    parser = CommandLine(__doc__, "python -m bench.full_size")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder of full_size.md")
     args, flags = parser.parse_known_args(argv)

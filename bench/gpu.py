@@ -8,7 +8,6 @@ environment names, anew after every part. A part is a child with a time limit; o
 long is reported and the next one begins. Without a GPU, or with --cpu, the same parts run at reduced size
 on track shakespeare: that tries this script, and says nothing about a GPU.
 """
-import argparse
 import json
 import math
 import os
@@ -24,9 +23,9 @@ import torch
 from bench.page import grid
 from bench.predict import UPSTREAM
 from bench.step import ensure_shards
-from data.errors import run_program
+from bench.trials import commit
+from data.errors import CommandLine, run_program
 from data.files import ROOT
-from engine.log import output
 from tools.children import ending, run_limited
 from train_gpt import Config, configure
 
@@ -107,8 +106,8 @@ class Parts:
 
     def muon(self, limit_s: float) -> dict:
         path = self.scratch / "muon.json"
-        subjects = "--subjects=muon.py,torch.optim.Muon"
-        text = self.call(limit_s, "-m", "bench.muon", "--only=times", subjects, f"--json={path}")
+        subjects = "--subjects", "muon.py", "torch.optim.Muon"
+        text = self.call(limit_s, "-m", "bench.muon", "run", str(path), "--only", "times", *subjects)
         return dict(text=text, **json.loads(path.read_text()))
 
     def run(self, name: str, limit_s: float) -> dict:
@@ -213,19 +212,17 @@ def page(result: dict) -> str:
 
 
 def describe_machine(cpu: bool) -> dict:
-    changed = " with changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
     return dict(
         cpu=cpu,
         device="CPU" if cpu else torch.cuda.get_device_name(),
         date=time.strftime("%Y-%m-%d"),
         torch=torch.__version__,
-        commit=f"{output('git', 'rev-parse', '--short', 'HEAD') or 'unknown'}{changed}",
+        commit=commit() or "unknown",
     )
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, "python -m bench.gpu")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=LIMITS_S, default=list(LIMITS_S), help="these parts")
     parser.add_argument("--cpu", action="store_true", help="reduced size, without a GPU")

@@ -4,29 +4,15 @@ fp32.
     python -m bench.head [--track=small] [--field=value ...]          prints JSON
 """
 import json
-import statistics
 import sys
-import time
 
 import torch
 
 from data.errors import run_program
 from engine.fused import norm
 from engine.head_loss import HEAD_PIECE, HeadLoss
-from engine.self_test import relative_error
+from engine.self_test import milliseconds, relative_error
 from train_gpt import Config, configure, mtp_weights
-
-
-def milliseconds(call, device: torch.device, reps: int = 10) -> float:
-    """Return the median time of a call after three that do not count."""
-    times = []
-    for _ in range(reps + 3):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[3:])
 
 
 def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float]]:
@@ -58,7 +44,7 @@ def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float
     for name, fp8 in (("bf16", False), ("fp8", True)):
         call = make(torch.bfloat16, fp8, compiled=device.type == "cuda")
         loss, dx, dw = map(relative_error, call(), exact)
-        result[name] = dict(loss=loss, dx=dx, dw=dw, ms=milliseconds(call, device))
+        result[name] = dict(loss=loss, dx=dx, dw=dw, ms=milliseconds(call, device, times=4))
     return result
 
 

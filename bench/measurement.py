@@ -4,6 +4,7 @@
     python -m bench.NAME table OUT [--page=bench/PAGE.md]   print the tables, or write the page and plots
 """
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,22 @@ from matplotlib.figure import Figure
 
 from bench.page import write_page
 from bench.pictures import THEMES, Theme, svg_text
+from data.errors import CommandLine, UsageError
 from data.files import ROOT, written_whole
 
 PICTURES = ROOT / "docs/pictures"
 SIZE = 760 / 72, 400 / 72  # inches, of 72 units of SVG
+
+
+def read_json(path: Path, tables: Callable[[Any], str]) -> Any:
+    """Return results of which these tables can be made. Raises UsageError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tables(found)
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: expected results that the verb run wrote, found none ({error}); run "
+                         "it") from None
 
 
 @dataclass(frozen=True)
@@ -33,9 +46,7 @@ class Measurement:
     add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
 
     def main(self, argv: list[str]) -> None:
-        as_written = argparse.RawDescriptionHelpFormatter
-        parser = argparse.ArgumentParser(
-            prog=f"bench.{self.name}", description=self.about, formatter_class=as_written)
+        parser = CommandLine(self.about, f"python -m bench.{self.name}")
         parser.add_argument("verb", choices=(*self.runs, "table"))
         parser.add_argument("out", type=Path, metavar=self.out, help="results, read and added to")
         parser.add_argument("--page", type=Path, help="table: a page to put it into, between its marks")

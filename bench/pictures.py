@@ -72,17 +72,17 @@ def own_run(path: Path) -> list[tuple[int, float, float]]:
     return [(point.step, point.train_time_ms / 1000, point.val_loss) for point in points]
 
 
-def runs_of(group: str) -> list[list[tuple[int, float, float]]]:
-    """The runs of a folder of RUNS: muon, adamw or nanogpt."""
-    read = nanogpt_run if group == "nanogpt" else own_run
-    return [read(path) for path in sorted((RUNS / group).glob("*.txt"))]
+def runs_of(folder: Path) -> list[list[tuple[int, float, float]]]:
+    """The runs of a folder of logs: nanoGPT's, where it is called so, or ours."""
+    read = nanogpt_run if folder.name == "nanogpt" else own_run
+    return [read(path) for path in sorted(folder.glob("*.txt"))]
 
 
 def curve(group: str) -> list[CurvePoint]:
     """Means and extremes over the runs of a group, validation by validation, but for the one before the first
     step: a straight line from there would say nothing about the way."""
     points = []
-    for together in list(zip(*runs_of(group), strict=True))[1:]:
+    for together in list(zip(*runs_of(RUNS / group), strict=True))[1:]:
         steps, seconds, losses = zip(*together)
         if len(set(steps)) > 1:
             raise UsageError(f"{RUNS / group}: expected runs with validations at the same steps, found "

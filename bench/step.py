@@ -364,12 +364,11 @@ def parts_table(result: dict) -> str:
 def main(argv: list[str]) -> int:
     rt = Runtime()
     _, changes = parse_config(argv)
-    track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
-    cfg = Config.for_track(track, **changes)
+    cfg = Config.for_track(**changes)
     tokens = max(6 * max(cfg.batch_tokens) * (STEPS + 2), 10**8 if rt.device.type == "cuda" else 0)
     # No validation is timed, and an average of the weights belongs to places of the schedule.
     changes |= dict(val_tokens=cfg.val_slice * rt.world, ema_frac=0.0, max_epochs=1000)
-    cfg = Config.for_track(track, **changes)
+    cfg = Config.for_track(**changes)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(cfg, rt, ensure_shards(cfg, Path(folder), tokens))
     if rt.rank == 0:

@@ -34,11 +34,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.measurement import Measurement
+from bench.measurement import Measurement, read_json
 from bench.page import grid
 from bench.pictures import Theme
 from bench.plots import finish, two_plots
-from data.errors import UsageError, run_program
+from data.errors import run_program
 from data.files import written_whole
 from muon import Muon
 
@@ -174,13 +174,7 @@ def run(options) -> None:
 
 
 def read(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        tables(found)
-        return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: expected results of `python -m bench.theory run`, found none ({error}); "
-                         "run it") from None
+    return read_json(path, tables)
 
 
 # ------------------------------------------------------------------------------------------------------------

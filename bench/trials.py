@@ -1,15 +1,11 @@
-"""Trainings of the miniature (--recipe=miniature of track shakespeare), each of the trainer's own class in a
-process with one thread, and the JSONL file that gathers them.
-
-The file gets a line for every result as soon as it is there, so an interrupted sweep goes on where it
-stopped.
-"""
+"""Trainings of the miniature (--recipe=miniature of track shakespeare), each by the trainer's own class in a
+process with one thread, and the JSONL file that gathers them: a line for every result as soon as it is there,
+so that an interrupted sweep goes on where it stopped."""
 import argparse
 import json
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +16,7 @@ import torch
 
 from bench.page import count
 from data.errors import RunError, UsageError
+from engine.log import output
 from engine.ranks import Runtime
 from train_gpt import Config, Run, parse_config
 
@@ -77,8 +74,7 @@ def append(path: Path, row: dict) -> dict:
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return output("git", "describe", "--always", "--dirty", "--abbrev=10")
 
 
 def crossing(x: float, y: float, next_x: float, next_y: float, target: float) -> float:

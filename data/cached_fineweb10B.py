@@ -1,12 +1,12 @@
 """Download FineWeb as GPT-2 tokens that others have computed, 100 M tokens a shard, from a hub dataset.
 
     python data/cached_fineweb10B.py [N]      the validation shard, then N training shards, to data/fineweb10B
+                                              under $DATA_PATH (default: the repository), 200 MB each
 
 Without N it brings as many as the track `small` consumes. A download that broke off continues where it ended.
 Every file is checked for size, header and the hub's SHA-256 before it gets its name, and its SHA-256 is noted
 in manifest.json; what is noted there is neither downloaded nor, without --rehash, hashed again.
 """
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # as a script, Python looks for modules in data/ only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.errors import UsageError, run_program
+from data.errors import CommandLine, UsageError, run_program
 from data.fetch import fetch_hub
 from data.files import data_root, sha256_of, written_whole
 from data.shards import ShardError, num_tokens
@@ -64,18 +64,14 @@ def download(num_train: int, folder: Path, rehash: bool) -> Iterator[tuple[Path,
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=f"Download GPT-2 tokens of FineWeb from the hub dataset {REPO} to data/fineweb10B under "
-                    "$DATA_PATH (default: the repository): the validation shard, then N training shards. "
-                    "200 MB each. Continues where an earlier download ended; keeps files that were verified "
-                    "before.")
+    parser = CommandLine(__doc__)
     parser.add_argument("N", nargs="?", type=int, default=DEFAULT_SHARDS,
                         help="training shards (default: %(default)s, what the track `small` consumes)")
     parser.add_argument("--rehash", action="store_true",
                         help="compute the SHA-256 of files that are there already")
     args = parser.parse_args(argv)
     if args.N < 1:
-        parser.error(f"expected N of at least 1, found {args.N}; leave N out for what `small` consumes")
+        raise UsageError(f"expected N of at least 1, found {args.N}; leave N out for what `small` consumes")
 
     folder = data_root() / "data" / "fineweb10B"
     sizes = []

@@ -1,7 +1,9 @@
-"""The two ancestors of every error that a person can act on, and the one place that prints them.
+"""The two ancestors of every error that a person can act on, those of a command line included, and the one
+place that prints them.
 
 They lie on the ground floor, because every room raises them.
 """
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +21,17 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run itself failed: exit code 1."""
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A command line whose description is shown as it is written, and whose errors are UsageErrors."""
+
+    def __init__(self, about: str, program: str | None = None, **options):
+        super().__init__(prog=program, description=about, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str):
+        raise UsageError(f"expected the arguments of {self.prog}, found: {message}; see {self.prog} --help")
 
 
 def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: str = "",

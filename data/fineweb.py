@@ -13,21 +13,18 @@ Files are read in the order given, text is UTF-8. Shard 0 is for validation ({na
 others for training ({name}_train_000001.bin ...); a document may continue in the next shard, as in the shards
 published upstream.
 
-The same text gives the same bytes for any number of processes: this process reads, the others encode, and
-results are taken in the order of the text. Memory is bounded by a few MiB of text per process, the longest
-line or row and one shard.
+The same text gives the same bytes for any number of threads, because their results are taken in the order of
+the text. Memory is bounded by a few MiB of text per thread, the longest line or row and one shard.
 """
 import argparse
-import contextlib
 import os
 import shutil
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +33,7 @@ if __name__ == "__main__":  # as a script, Python looks for modules in data/ onl
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.encoding import ByteEncoding, gpt2_encoding
-from data.errors import UsageError, run_program
+from data.errors import CommandLine, UsageError, run_program
 from data.fetch import FetchError, fetch_hub, hub_errors
 from data.files import data_root, sha256_of
 from data.shards import write_shard
@@ -47,7 +44,7 @@ FOLDER = "sample/10BT"  # of the hub dataset: about 10 B tokens in 15 parquet fi
 SHARD_TOKENS = 100_000_000
 VAL_TOKENS = 10_485_761  # of your own text: what the track small evaluates, and the target of its last token
 VAL_BYTES = 262_145  # the same of the track shakespeare
-PIECE = 1 << 20  # characters of a piece of work: some 0.1 s of encoding, so handing it over costs nothing
+PIECE = 1 << 20  # characters of a piece of work: some 0.1 s of encoding
 
 
 # ----------------------------------------------------------------------------------------------- encoding
@@ -77,82 +74,17 @@ def encode_piece(piece: list[tuple[bool, str]], encoding) -> np.ndarray:
     return np.concatenate(tokens)
 
 
-def encode_all(pieces, encoding, processes: int) -> Iterator[np.ndarray]:
-    """Yield encode_piece(piece) of each piece, in order, computed by so many processes (1: this one).
-
-    Each process has one piece at a time and a pipe of its own: one that is killed while it answers ends its
-    pipe, where in a shared one it would leave the others waiting for the rest of its answer.
-    """
-    if processes == 1:
-        yield from (encode_piece(piece, encoding) for piece in pieces)
-        return
-    started = []  # (pipe, process)
-    busy = deque()  # pipes of those at work, in the order of their pieces
-    try:
+def encode_all(pieces, encoding, threads: int) -> Iterator[np.ndarray]:
+    """Yield encode_piece(piece) of each piece, in order, from so many threads; tiktoken encodes without
+    Python's lock. Reading counts as one of them."""
+    busy = deque()  # futures of encoded pieces, in order
+    with ThreadPoolExecutor(threads) as pool:
         for piece in pieces:
-            if len(started) < processes:
-                started.append(start_encoder(encoding))
-                pipe = started[-1][0]
-            else:
-                pipe = busy.popleft()
-                yield answer(pipe)
-            ask(pipe, piece)
-            busy.append(pipe)
+            busy.append(pool.submit(encode_piece, piece, encoding))
+            if len(busy) == threads:
+                yield busy.popleft().result()
         while busy:
-            yield answer(busy.popleft())
-    except EncoderEnded:
-        raise UsageError(f"expected {processes} working processes, found one that was ended from outside; it "
-                         "may have run out of memory: start again with fewer --processes") from None
-    finally:
-        for pipe, process in started:
-            process.kill()
-            process.join()
-            pipe.close()
-
-
-def start_encoder(encoding) -> tuple:
-    """Return (pipe, process) of a new process that answers pieces with their tokens."""
-    # spawn, because fork copies locks that other threads (Arrow, progress bars) may hold at that moment.
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=encoder, args=(theirs, encoding), daemon=True)
-    process.start()
-    theirs.close()  # so that the pipe ends with the process
-    return ours, process
-
-
-def encoder(pipe, encoding) -> None:
-    """Answer pieces with their tokens, or with the error that they meet, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the starter alone decides
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            piece = pipe.recv()
-            try:
-                found = encode_piece(piece, encoding)
-            except Exception as error:
-                found = error
-            pipe.send(found)
-
-
-class EncoderEnded(Exception):
-    """A process is gone, perhaps in the middle of its answer."""
-
-
-def ask(pipe, piece) -> None:
-    try:
-        pipe.send(piece)
-    except OSError:
-        raise EncoderEnded from None
-
-
-def answer(pipe) -> np.ndarray:
-    try:
-        found = pipe.recv()
-    except (EOFError, OSError):
-        raise EncoderEnded from None
-    if isinstance(found, Exception):
-        raise found
-    return found
+            yield busy.popleft().result()
 
 
 # ----------------------------------------------------------------------------------------------- writing
@@ -220,8 +152,7 @@ def hub_texts(folder: Path) -> Iterator[tuple[bool, str]]:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Return the arguments with their dependent defaults: name, val_tokens and folder."""
-    parser = argparse.ArgumentParser(prog="data.fineweb", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, "python -m data.fineweb")
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("files", nargs="*", metavar="FILE", help=".txt, .jsonl or .parquet (default: FineWeb from the hub)")
@@ -236,16 +167,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
              f"{VAL_TOKENS}, or {VAL_BYTES} of bytes)")
     add("--shards", type=int, metavar="N",
         help="stop after N shards, validation included (default: all text)")
-    add("--processes", type=int, default=cores, metavar="N",
+    add("--threads", type=int, default=cores, metavar="N",
         help="that encode (default: the cores, %(default)s)")
 
     args = parser.parse_args(argv)
-    for option in ("shard_tokens", "val_tokens", "shards", "processes"):
+    for option in ("shard_tokens", "val_tokens", "shards", "threads"):
         value = getattr(args, option)
         if value is not None and value < 1:
-            parser.error(f"expected --{option} of at least 1, found {value}; give a larger number")
+            raise UsageError(f"expected --{option} of at least 1, found {value}; give a larger number")
     if args.bytes and not args.files:
-        parser.error("expected FILE... with --bytes, found none; name the text to turn into bytes")
+        raise UsageError("expected FILE... with --bytes, found none; name the text to turn into bytes")
     if args.files:
         args.folder = data_root() / "data" / args.name
         args.val_tokens = args.val_tokens or (VAL_BYTES if args.bytes else VAL_TOKENS)
@@ -264,7 +195,7 @@ def make_shards(args: argparse.Namespace) -> None:
     texts = read_texts(args.files, args.field) if args.files else hub_texts(hidden)
     documents = 0
     with (tqdm(unit="tok", unit_scale=True, disable=None) as progress,
-          closing(encode_all(in_pieces(texts), encoding, args.processes)) as encoded):
+          closing(encode_all(in_pieces(texts), encoding, args.threads)) as encoded):
 
         def counted():
             nonlocal documents

@@ -6,6 +6,7 @@ Shapes: T tokens of one packed sequence.
 import glob
 import hashlib
 import math
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -330,27 +331,24 @@ class Loader:
         return entries_needed(T, self.cfg.at("max_doc_len", step), most)
 
 
+# FineWeb's documents are about log-normal in length, with these tokens.
+MEDIAN_LENGTH, MEAN_LENGTH = 403, 690
+LENGTH_SIGMA = math.sqrt(2 * math.log(MEAN_LENGTH / MEDIAN_LENGTH))
+
+
 def shards_needed(cfg) -> int:
-    """Return the number of shards of 100 M FineWeb tokens that a schedule uses up.
+    """Return the number of shards of 100 M FineWeb tokens that a schedule uses up. A tenth is added for shard
+    tails and for the uncertainty of the lengths of documents."""
 
-    FineWeb documents are about log-normal with median 403 and mean 690 tokens; a tenth is added for shard
-    tails and for the uncertainty of that fit.
-    """
-    mean, mu = 690, math.log(403)
-    sigma = math.sqrt(2 * (math.log(mean) - mu))
-
-    def below(z: float) -> float:
-        """The normal distribution function."""
-        return 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    below = statistics.NormalDist().cdf
 
     def kept(length: int) -> float:
         """Part of all tokens that is left of documents cut to a length."""
-        z = (math.log(length) - mu) / sigma
-        return below(z - sigma) + length / mean * (1 - below(z))
+        z = math.log(length / MEDIAN_LENGTH) / LENGTH_SIGMA
+        return below(z - LENGTH_SIGMA) + length / MEAN_LENGTH * (1 - below(z))
 
-    raw = 0.0
-    for step in range(cfg.train_steps):
-        raw += cfg.at("batch_tokens", step) / kept(cfg.at("max_doc_len", step))
+    raw = sum(cfg.at("batch_tokens", step) / kept(cfg.at("max_doc_len", step))
+              for step in range(cfg.train_steps))
     return math.ceil(1.1 * raw / 100e6)
 
 

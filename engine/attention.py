@@ -44,10 +44,10 @@ def heads_first(x: Tensor) -> Tensor:
 # anywhere
 
 
-def blocked_mask(docs: Docs, window: int) -> Tensor:
-    """Return (N, 1, W, 2 W) bool: N blocks of W = window queries,
-    with the keys of their own and the previous block."""
-    T, W = len(docs.ids), window
+def blocked_mask(docs: Docs, window: int, block: int = 0) -> Tensor:
+    """Return (N, 1, W, 2 W) bool: N blocks of W queries, with the keys of their own and the previous block.
+    block: W, window or more; 0: window."""
+    T, W = len(docs.ids), block or window
     N = -(-T // W)
     ids = F.pad(docs.ids, (W, N * W - T), value=-1)
     key_ids = ids.unfold(0, 2 * W, W)
@@ -55,23 +55,26 @@ def blocked_mask(docs: Docs, window: int) -> Tensor:
 
     i = torch.arange(W, 2 * W, device=ids.device)[:, None]
     j = torch.arange(2 * W, device=ids.device)[None, :]
-    near = (i >= j) & (i - j <= W)
+    near = (i >= j) & (i - j <= window)
     same_document = query_ids[:, :, None] == key_ids[:, None, :]
     return (near & same_document)[:, None]
+
+
+def in_blocks(x: Tensor, mask: Tensor, before: int) -> Tensor:
+    """(T, H, width) to (N, H, before + W, width): each block of a mask with `before` tokens of the one before
+    it."""
+    N, _, W, _ = mask.shape
+    padded = F.pad(x, (0, 0, 0, 0, before, N * W - len(x)))
+    return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
 
 
 def blocked_attention(q, k, v, mask, scale):
     """Attend in blocks: work and memory grow with T W instead of T T."""
     T, H, d = q.shape
     N, W = mask.size(0), mask.size(2)
-
-    def blocks(x, before):  # (before + T + padding, H, d) to (N, H, (1 + before / W) W, d)
-        padded = F.pad(x, (0, 0, 0, 0, before, N * W - T))
-        return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
-
-    q = blocks(q, 0)
-    k = blocks(k, W)
-    v = blocks(v, W)
+    q = in_blocks(q, mask, 0)
+    k = in_blocks(k, mask, W)
+    v = in_blocks(v, mask, W)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return y.transpose(1, 2).reshape(N * W, H, d)[:T]
 

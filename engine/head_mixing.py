@@ -12,27 +12,15 @@ that exist already.
 Shapes: T tokens of one packed sequence, H heads, d head width, N blocks of W = window queries.
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.loader import Docs
+from engine.attention import blocked_mask, in_blocks
 
 
 def mixing_mask(docs: Docs, window: int) -> Tensor:
     """(N, 1, W, 2 W) bool: which of the last `window` tokens, itself included, a token reads."""
-    T = len(docs.ids)
-    N = -(-T // window)
-    padded = F.pad(docs.ids, (window, N * window - T), value=-1)
-    key_ids = padded.unfold(0, 2 * window, window)  # (N, 2 W)
-    query_ids = key_ids[:, window:]
-
-    query = torch.arange(window, 2 * window, device=padded.device)
-    key = torch.arange(2 * window, device=padded.device)
-    distance = query[:, None] - key
-    not_later = distance >= 0
-    near = distance < window
-    same_document = query_ids[:, :, None] == key_ids[:, None, :]
-    return (not_later & near & same_document)[:, None]
+    return blocked_mask(docs, window - 1, block=window)
 
 
 def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor,
@@ -44,19 +32,11 @@ def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor,
     """
     T, H, d = q.shape
     N, _, W, _ = mask.shape
-    behind = N * W - T  # what the last block lacks
-
-    def blocks(x: Tensor, before: int) -> Tensor:
-        """(T, H, width) to (N, H, before + W, width): each block with `before` tokens of the one before
-        it."""
-        padded = F.pad(x, (0, 0, 0, 0, before, behind))
-        overlapping = padded.unfold(0, before + W, W)
-        return overlapping.permute(0, 1, 3, 2)
 
     # The softmax of every head. Padding behind the last token reads nothing at all, so what is hidden has the
     # lowest number and not infinity.
-    queries = blocks(q, 0)
-    keys = blocks(k, W)
+    queries = in_blocks(q, mask, 0)
+    keys = in_blocks(k, mask, W)
     scaled = scale * queries
     scores = scaled @ keys.transpose(2, 3)
     lowest = torch.finfo(scores.dtype).min
@@ -64,12 +44,12 @@ def mix_heads(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor,
     p = torch.softmax(scores, -1, dtype=torch.float32).type_as(q)
 
     # One mixture of them, by which all heads read.
-    weights = blocks(w1[..., None], 0)
+    weights = in_blocks(w1[..., None], mask, 0)
     weighted = weights * p
     mixture = weighted.sum(1, keepdim=True)  # (N, 1, W, 2 W)
-    values = blocks(v, W)
+    values = in_blocks(v, mask, W)
     read = mixture @ values
 
-    gain = blocks(w2[..., None], 0) * read
+    gain = in_blocks(w2[..., None], mask, 0) * read
     by_token = gain.transpose(1, 2).reshape(N * W, H, d)
     return by_token[:T]

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.errors import UsageError
-from engine.fp8 import fp8_disabled, fp8_product, to_fp8
+from engine.fp8 import fp8_product, fp8_where_it_works, to_fp8
 from engine.fused import squared_relu_mlp
 from engine.self_test import in_one_line, largest_error, milliseconds
 
@@ -92,26 +91,9 @@ def squared_relu_in_fp8(x: Tensor, w: Tensor, fused: bool) -> tuple[Tensor, Tens
 
 
 def choose_mlp_fp8(wish: str, device: torch.device, D: int, M: int) -> tuple[bool, str]:
-    """Return whether the MLP's forward products are in FP8, and the reason. They must run here and come near
-    the exact ones.
-
-    The kind of GPU decides, not a race: all ranks must compute the same, and so must a run that is resumed.
-    Those with FP8 multiply in it twice as fast as in bf16.
-    """
-    if fp8_disabled():
-        return False, "DISABLE_FP8 is set"
-    if wish == "off":
-        return False, "not asked for"
-    if wish == "auto" and device.type != "cuda":
-        return False, "only on a GPU"
-    try:
-        good, reason = tested(True, False, device, D, M)
-    except Exception as e:  # whatever a GPU without FP8 raises
-        good, reason = False, in_one_line(e)
-    if wish == "on" and not good:
-        raise UsageError(f"--mlp_fp8: expected a device whose FP8 passes the self-test, found {reason}; "
-                         "use --mlp_fp8=off")
-    return good, reason
+    """Return whether the MLP's forward products are in FP8, and the reason. They must come near the exact
+    ones."""
+    return fp8_where_it_works("mlp_fp8", wish, device, lambda: tested(True, False, device, D, M))
 
 
 def choose_fused_mlp(fp8: bool, device: torch.device, dtype: torch.dtype, D: int, M: int) -> tuple[bool, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from data.errors import UsageError
+from data.errors import CommandLine, UsageError
 
 
 class Rule(NamedTuple):
@@ -54,11 +54,6 @@ def check_rules(settings) -> None:
             require(settings, field.name, rule.expected, rule.holds(value))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"expected --name=value, found: {message}; see --help")
-
-
 def parse_settings(settings: type, argv: list[str], about: str,
                    actions: dict[str, dict]) -> tuple[argparse.Namespace, dict]:
     """Parse a command line to (actions, changed settings).
@@ -67,10 +62,8 @@ def parse_settings(settings: type, argv: list[str], about: str,
     actions: flags that are no settings, each with what argparse wants to know of it.
     """
     fields = dataclasses.fields(settings)
-    as_written = argparse.RawDescriptionHelpFormatter
     # Without it usage would be all flags in a row.
-    parser = Parser(usage="%(prog)s [--name=value ...]", allow_abbrev=False, description=about,
-                    formatter_class=as_written)
+    parser = CommandLine(about, usage="%(prog)s [--name=value ...]")
     group = parser.add_argument_group("actions")
     for name, options in actions.items():
         group.add_argument(f"--{name}", **options)

@@ -1,9 +1,8 @@
 """Read training logs of the NanoGPT speedrun, judge a claim, pack a submission, check an archive."""
-import argparse
 import importlib
 import sys
 
-from data.errors import UsageError, run_program
+from data.errors import CommandLine, UsageError, run_program
 
 VERBS = {  # in the order of the manual
     "read": ("show", "compare", "report"),
@@ -27,11 +26,6 @@ exit codes:
 """
 
 
-class VerbParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f"expected the arguments of {self.prog}, found: {message}; see {self.prog} --help")
-
-
 def manual() -> str:
     lines = []
     for title, verbs in VERBS.items():
@@ -50,9 +44,7 @@ def main(argv: list[str]) -> int:
     if verb not in known:
         raise UsageError(f"expected a verb ({', '.join(known)}), found {verb!r}; see python -m records -h")
     module = importlib.import_module(f"records.{verb}")  # that one alone: some load scipy and matplotlib
-    parser = VerbParser(prog=f"python -m records {verb}", description=module.__doc__,
-                        epilog=f"example: {module.EXAMPLE}",
-                        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandLine(module.__doc__, f"python -m records {verb}", epilog=f"example: {module.EXAMPLE}")
     module.add_arguments(parser)
     code = module.run(parser.parse_args(argv[1:]))
     sys.stdout.flush()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from data.errors import RunError, UsageError, run_program
 from data.loader import Loader, Validation
 from engine.endings import explain
-from engine.kernels import Kernels, choose_dtype, name_of
+from engine.kernels import Kernels, choose_dtype, name_of, will_compile
 from engine.self_test import in_one_line, largest_error
 from tools.children import ending, run_limited
 from tools.plan import GIB, checkpoint_bytes, static_bytes
@@ -79,7 +79,7 @@ def try_compile(cfg: Config, device: torch.device) -> tuple[str, str]:
     """Compare a small function and its gradients, compiled if the run would be, with float64."""
     x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     here = x.to(device, choose_dtype(cfg.dtype, device))
-    if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
+    if will_compile(cfg, device):
         how, compiled = "compiled", torch.compile(small_function, dynamic=False, fullgraph=True)
         # A kernel from the cache would hide that the compiler is gone.
         with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
@@ -196,8 +196,7 @@ ACTIONS = {
 
 def main(argv: list[str]) -> int:
     options, changes = parse_config(argv, __doc__, ACTIONS)
-    track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
-    cfg = Config.for_track(track, **changes)
+    cfg = Config.for_track(**changes)
     if options.pieces:
         try_pieces(cfg, options.pieces.split(","))
         return 0

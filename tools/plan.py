@@ -17,7 +17,7 @@ from data.errors import UsageError, run_program
 from data.loader import shards_needed
 from engine.head_loss import HEAD_PIECE
 from engine.host_table import row_bytes
-from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of
+from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of, will_compile
 from muon import gram_pays, newton_schulz_flops
 from tools.gpus import GPUS, find_gpu
 from tools.traced import traced_runs
@@ -264,7 +264,7 @@ def show(cfg: Config, name: str, gib: float, tflops: float | None) -> None:
     """Print the plan for a GPU, or for the CPU, whose ranks share its memory."""
     device = torch.device("cpu" if name == "CPU" else "cuda")
     dtype = choose_dtype(cfg.dtype, device)
-    compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+    compiled = will_compile(cfg, device)
     if name == "CPU":  # its memory is the hosts'
         gib -= host_bytes(cfg) / GIB
     worlds = [w for w in (1, 2, 4, 8) if max(cfg.slices, w) % min(cfg.slices, w) == 0]
@@ -312,8 +312,8 @@ def main(argv: list[str]) -> None:
                          "--gpu_gib=NUMBER")
     elif gib is None:
         name, gib = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    track = changes.pop("track", "shakespeare" if name == "CPU" else "small")
-    show(Config.for_track(track, **changes), name or "some GPU", gib, tflops)
+    cfg = Config.for_track(**{"track": "shakespeare" if name == "CPU" else "small", **changes})
+    show(cfg, name or "some GPU", gib, tflops)
 
 
 if __name__ == "__main__":

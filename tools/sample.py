@@ -14,7 +14,7 @@ from train_gpt import GPT, Config  # first: it sets what OpenMP must know before
 import torch
 
 from data.encoding import encoding_for
-from data.errors import UsageError, run_program
+from data.errors import CommandLine, UsageError, run_program
 from engine.checkpoint import read_checkpoint
 from engine.host_table import HostTable
 from engine.kernels import Kernels
@@ -41,8 +41,7 @@ def load(path: str, device: torch.device) -> tuple[GPT, int]:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Return the arguments. Raises UsageError for a number out of range and for a prompt that is no text."""
-    parser = argparse.ArgumentParser(prog="tools.sample", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, "python -m tools.sample")
     add = parser.add_argument
     add("checkpoint", help="file written by --save_final or --save_every")
     add("--prompt", default="", metavar="TEXT", help="start of a document (default: none)")

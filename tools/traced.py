@@ -27,7 +27,7 @@ def traced_runs() -> dict[str, tuple[Config, dict]]:
 def settings_of(flags: str) -> Config:
     """Return the settings that these flags of a run ask for."""
     _, changes = parse_config(flags.split())
-    return Config.for_track(changes.pop("track", "small"), **changes)
+    return Config.for_track(**{"track": "small", **changes})
 
 
 def traced_run(cfg: Config, ranks: int, fp8: bool) -> dict | None:

@@ -13,6 +13,7 @@ from bench.muon.processes import ChildFailed, NotPosed, Refused, Traffic, first_
 from bench.muon.questions import ADJUST_LR, GPT2_BLOCK, mapped, update, with_spectrum
 
 WORLDS = 1, 2, 3, 4, 8
+PATIENCE_S = 10
 SHARED = {  # row -> (subject, settings, bytes that every element costs on the way)
     "muon.py": ("muon.py", dict(ns_dtype=torch.bfloat16), 2),
     "muon.py, sync_grads": ("muon.py", dict(ns_dtype=torch.bfloat16, sync_grads=True), 6),
@@ -79,9 +80,9 @@ def seconds_of(run, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def times(entries: Variants, label: str, shapes: list[tuple], device, reps: int, patience_s: float) -> list:
+def times(entries: Variants, label: str, shapes: list[tuple], device, reps: int) -> list:
     """Return a row per subject; they take turns. The first two steps, which may compile, are not timed,
-    unless the first takes longer than patience_s: then it is the only one, and the last of the subject."""
+    unless the first takes longer than PATIENCE_S: then it is the only one, and the last of the subject."""
     rows = []
     running = []
     for name, (S, settings) in list(entries.items()):
@@ -90,7 +91,7 @@ def times(entries: Variants, label: str, shapes: list[tuple], device, reps: int,
         try:
             optimizer, feed = problem(S, shapes, settings, device)
             first = seconds_of(optimizer.step, device)
-            if first > patience_s:
+            if first > PATIENCE_S:
                 row |= dict(seconds=[first], why=f"the first step took {first:.0f} s; no more were tried")
                 del entries[name]
                 continue

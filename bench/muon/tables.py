@@ -2,10 +2,7 @@
 import statistics
 
 from bench.muon.questions import QUESTIONS
-
-
-def table(header: list, rows: list[list]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
+from bench.page import grid
 
 
 def number(x: float | None, digits: int = 3) -> str:
@@ -57,7 +54,7 @@ def summary(result: dict) -> str:
               "bytes kept", "bytes more during a step", "distance to the exact result",
               "questions passed of those posed"]
     text = f"Step times are of {first}; work and memory of one block; bytes are per element of the weights."
-    return f"{text}\n\n{table(header, lines)}"
+    return f"{text}\n\n{grid(header, lines)}"
 
 
 def times_table(rows: list[dict]) -> str:
@@ -70,7 +67,7 @@ def times_table(rows: list[dict]) -> str:
     for name in names(rows, "subject"):
         lines.append([name, *(cells.get((name, shapes), "-") for shapes in columns)])
     header = ["ms/step, median (min-max)", *columns]
-    return f"{table(header, lines)}\n\n{reasons(rows, 'subject', 'shapes')}"
+    return f"{grid(header, lines)}\n\n{reasons(rows, 'subject', 'shapes')}"
 
 
 def worlds_table(rows: list[dict]) -> str:
@@ -85,7 +82,7 @@ def worlds_table(rows: list[dict]) -> str:
             cells += [f"{model:,.1f}", f"{sent / model - 1:+.2%}"] if model else ["-", "-"]
             cells += [number(row["kept"]), number(row["peak"])]
         lines.append([row["subject"], row["world"], *cells])
-    return f"{table(header, lines)}\n\n{reasons(rows, 'subject', 'world')}"
+    return f"{grid(header, lines)}\n\n{reasons(rows, 'subject', 'world')}"
 
 
 def accuracy_table(rows: list[dict]) -> str:
@@ -99,7 +96,7 @@ def accuracy_table(rows: list[dict]) -> str:
         changes = [number(x, 2) for x in row["by_size"].values()]
         errors = [number(row["polar"]), band, number(row["error"], 2)]
         lines.append([row["subject"], row["coefficients"], *errors, *changes])
-    return f"{table(header, lines)}\n\n{reasons(rows, 'subject')}"
+    return f"{grid(header, lines)}\n\n{reasons(rows, 'subject')}"
 
 
 def questions_table(rows: list[dict]) -> str:
@@ -109,7 +106,7 @@ def questions_table(rows: list[dict]) -> str:
     for key in names(rows, "number"):
         lines.append([key, QUESTIONS[key][0], *(cells[key, subject] for subject in subjects)])
     failed = [row for row in rows if row["outcome"] != "-"]
-    return f"{table(['', 'question', *subjects], lines)}\n\n{reasons(failed, 'number', 'subject')}"
+    return f"{grid(['', 'question', *subjects], lines)}\n\n{reasons(failed, 'number', 'subject')}"
 
 
 SECTIONS = {  # part -> (heading, explanation, table)

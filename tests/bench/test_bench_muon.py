@@ -3,24 +3,22 @@ import json
 import re
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import muon
-from bench.muon import __main__ as command
-from bench.muon import blocks, speed
+from bench.muon import speed
+from bench.muon.__main__ import MEASUREMENT
 from bench.muon.peers import SUBJECTS, Subject, load, load_all
 from bench.muon.processes import ChildFailed, isolated, ranks
 from bench.muon.questions import GPT2_BLOCK, QUESTIONS, judge
 from bench.muon.tables import tables
-from bench.page import MARKS
 from muon import newton_schulz_flops, orthogonalize
+from data.errors import UsageError
+from data.files import ROOT
 from tools.children import run_limited
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "bench" / "MUON.md"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes and reads /proc")
 torch.set_num_threads(1)  # a pool of threads survives no fork
 
@@ -143,16 +141,6 @@ def test_accuracy_is_measured_against_fp64():
     assert list(found["by_size"]) == [-100, -33, 33, 100] and max(found["by_size"].values()) < 1e-5
 
 
-def test_blocks_of_all_sizes_take_turns_and_leave_the_settings_as_they_were():
-    threads, rows = torch.get_num_threads(), muon.BLOCK_ROWS
-    found = blocks.measure([1], 2, [(16, 8)])
-    assert {len(seconds) for seconds in found.values()} == {2} and len(found) == 1 + len(blocks.ROWS)
-    first, _, theirs, *_ = blocks.table(found).splitlines()
-    assert first.count("|") == 6
-    assert theirs.startswith("| 1 | torch.optim.Muon |") and theirs.endswith("| 1.00 |")
-    assert (torch.get_num_threads(), muon.BLOCK_ROWS) == (threads, rows)
-
-
 # ----------------------------------------------------------------------------------------------------
 # The command and the page
 
@@ -172,36 +160,21 @@ def threads_as_before():
     torch.set_num_threads(before)
 
 
-def test_one_command_prints_the_tables_and_writes_results_and_page(tmp_path, monkeypatch, capsys):
+def test_one_command_writes_the_results_and_prints_the_tables(tmp_path, monkeypatch, capsys):
     small = {"two": [(16, 8), (8, 16)], "a bank": [(2, 8, 16)]}
     monkeypatch.setattr(speed, "shape_sets", lambda blocks: small)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "PAGE", tmp_path / "page.md")
-    command.PAGE.write_text(f"before\n{MARKS[0]}bench/results/old/muon.json -->\nold\n{MARKS[1]}\nafter\n")
-    options = ["--only=times,questions", "--subjects=muon.py,torch.optim.Muon", "--questions=6b", "--reps=3"]
-    assert command.main([*options, "--device=cpu", "--json=r.json", "--page"]) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "r.json"
+    options = "--only times questions --subjects muon.py torch.optim.Muon --questions 6b --reps=3".split()
+    MEASUREMENT.main(["run", str(out), *options])
     printed = capsys.readouterr().out
-    result = json.loads(Path("r.json").read_text())
-    source = f"bench/results/{result['machine']['date']}_muon_cpu/muon.json"
-    assert json.loads(Path(source).read_text()) == result and printed[:-1] == tables(result)
-    assert command.PAGE.read_text() == f"before\n{MARKS[0]}{source} -->\n\n{printed}{MARKS[1]}\nafter\n"
+    result = json.loads(out.read_text())
+    assert printed[:-1] == tables(result)
     rows = {(row["subject"], row["shapes"]): row for row in result["times"]}
     assert len(rows["muon.py", "two"]["seconds"]) == 3
     assert "Refused" in rows["torch.optim.Muon", "a bank"]["why"]
     assert f"| 6b | {QUESTIONS['6b'][0]}" in printed
     assert re.search(r"^\| torch.optim.Muon \| [\d.,]+ \([\d.,]+-[\d.,]+\) \| 3 \| 1 \|", printed, re.M)
     assert re.search(r"^\| torch.optim.Muon \| [^|]+ \| refused \|$", printed, re.M)
-
-
-def test_unknown_parts_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--only=time"])
-    assert "found time" in capsys.readouterr().err
-
-
-def test_the_page_shows_the_committed_results():
-    parts = PAGE.read_text(encoding="utf-8").split(MARKS[0])[1:]
-    assert parts
-    for part in parts:
-        source, _, rest = part.partition(" -->\n\n")
-        assert rest.split("\n" + MARKS[1])[0] == tables(json.loads((ROOT / source).read_text())), source
+    with pytest.raises(UsageError, match="found: argument --only: invalid choice: 'time'"):
+        MEASUREMENT.main(["run", str(out), "--only", "time"])

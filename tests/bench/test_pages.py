@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import ablate, airbench, batch, measurement, muonclip, theory
+from bench.muon import __main__ as muon
 from bench.pictures import THEMES, drawn_data
 from bench.tune import __main__ as tune
 from data.errors import run_program
@@ -16,6 +17,7 @@ PAGES = {
     "ABLATION": ablate.MEASUREMENT,
     "AIRBENCH": airbench.MEASUREMENT,
     "BATCH": batch.MEASUREMENT,
+    "MUON": muon.MEASUREMENT,
     "MUONCLIP": muonclip.MEASUREMENT,
     "THEORY": theory.MEASUREMENT,
     "TUNE": tune.MEASUREMENT,
