@@ -32,8 +32,7 @@ from bench import trials
 from bench.measurement import Measurement
 from bench.page import OPTIMIZER_NAMES as NAMES
 from bench.page import grid, spread
-from bench.pictures import Theme
-from bench.plots import finish, two_plots
+from bench.pictures import Theme, finish, two_plots
 from data.errors import UsageError, run_program
 from examples.airbench import AirbenchSettings, normalized, run_once
 from examples.images import ImageSet, Labelled, load
@@ -179,15 +178,13 @@ def curve(optimizer: str, rows: list[dict]) -> list[tuple[float, float]]:
     return [(epochs, statistics.mean(accuracies)) for epochs, accuracies in finals(optimizer, rows).items()]
 
 
-def epochs_to(points: list[tuple[float, float]], target: float = TARGET) -> float:
+def epochs_to(points: list[tuple[float, float]]) -> float:
     """Return the epochs at which the mean accuracy passes the target: infinite where it never does, the
     shortest length where it does there already."""
     before = None
     for epochs, accuracy in points:
-        if accuracy >= target:
-            if before is None:
-                return epochs
-            return trials.crossing(*before, epochs, accuracy, target)
+        if accuracy >= TARGET:
+            return trials.crossing(*before, epochs, accuracy, TARGET) if before else epochs
         before = epochs, accuracy
     return math.inf
 

@@ -28,8 +28,7 @@ from bench import trials
 from bench.measurement import Measurement
 from bench.page import OPTIMIZER_NAMES as NAMES
 from bench.page import grid
-from bench.pictures import Theme
-from bench.plots import finish, two_plots
+from bench.pictures import Theme, finish, two_plots
 from data.errors import RunError, UsageError, run_program
 from engine.ranks import Runtime
 from train_gpt import Run
@@ -57,6 +56,7 @@ LARGEST_SEARCH = 8  # factors of one cell
 AVERAGE_POWER = 6  # the weights of step s enter the average as s^6: it looks back over a seventh of the run
 LOOK = 1.04  # factor between the steps of two looks at the validation loss
 NEAR = 0.4  # nats above the loss at which these begin, in training losses
+DRAWS = 500  # of a bootstrap
 ENTRIES = "optimizer", "beta", "batch", "factor", "seed", "target", "steps", "ending"  # of a line of results
 
 
@@ -268,11 +268,11 @@ def draw_steps(factors: dict[float, dict[int, float]], rng) -> float:
     return min(mean_steps([steps[seed] for seed in seeds]) for steps in factors.values())
 
 
-def interval(curve: dict[int, dict], draws: int = 500) -> list[tuple[float, float]]:
+def interval(curve: dict[int, dict]) -> list[tuple[float, float]]:
     """Return intervals of 95 % of S_min and B_crit by a bootstrap over seeds and factors."""
     rng = np.random.default_rng(0)
     found = [fit_critical([*curve], [draw_steps(factors, rng) for factors in curve.values()])[:2]
-             for _ in range(draws)]
+             for _ in range(DRAWS)]
     return [tuple(np.percentile(values, (2.5, 97.5))) for values in zip(*found)]
 
 

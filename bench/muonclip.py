@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from bench.measurement import Measurement
 from bench.page import OPTIMIZER_NAMES as NAMES
 from bench.page import grid, spread
-from bench.pictures import Theme
-from bench.plots import finish, two_plots
+from bench.pictures import Theme, finish, two_plots
 from data.errors import RunError, UsageError, run_program
 from data.files import ROOT, written_whole
 from tools.children import ending, run_limited

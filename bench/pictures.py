@@ -1,5 +1,5 @@
-"""The two pictures of README.md, each for a light and a dark page. `python -m bench.docs` draws them into
-docs/pictures.
+"""The two pictures of README.md, each for a light and a dark page, and the style of all plots of this room.
+`python -m bench.docs` draws the two into docs/pictures.
 
 The picture of the loss shows validation loss against training seconds, from committed logs. That of Muon is a
 diagram of one step over four ranks; it shows no measurement. Words are kept as text, so that they can be
@@ -9,6 +9,7 @@ import io
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -169,6 +170,32 @@ def drawn_data(figure: Figure) -> dict[str, list[tuple[float, float]]]:
             points = zip(*line.get_data())
             drawn[line.get_label()] = [(round(float(x), 3), round(float(y), 4)) for x, y in points]
     return drawn
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plots of the pages of this room: two side by side
+
+
+def two_plots(figure: Figure, theme: Theme, titles: Sequence[str], labels: Sequence[str]) -> list[Axes]:
+    """Return two axes side by side, with titles and labels of their x axes."""
+    found = []
+    for k, (title, label) in enumerate(zip(titles, labels)):
+        axes = figure.add_axes((0.075 + 0.5 * k, 0.17, 0.41, 0.71), facecolor="none")
+        axes.set_title(title, fontsize=16, color=theme.text, loc="left", pad=8)
+        axes.set_xlabel(label, fontsize=15, color=theme.text)
+        plain_axes(axes, theme)
+        found.append(axes)
+    return found
+
+
+def finish(axes: Axes, theme: Theme, ticks: Sequence[float] = (), legend: bool = True) -> None:
+    """Name the curves and set the ticks of x, after scales have been chosen."""
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.tick_params(which="both", colors=theme.faint, labelsize=14, length=0, pad=5)
+    if legend:
+        axes.legend(frameon=False, labelcolor=theme.text, fontsize=14)
 
 
 # ------------------------------------------------------------------------------------------------------------

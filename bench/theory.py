@@ -36,8 +36,7 @@ from torch import Tensor
 
 from bench.measurement import Measurement, read_json
 from bench.page import grid
-from bench.pictures import Theme
-from bench.plots import finish, two_plots
+from bench.pictures import Theme, finish, two_plots
 from data.errors import run_program
 from data.files import written_whole
 from muon import Muon

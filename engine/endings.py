@@ -35,14 +35,14 @@ class StopSignal:
 
     Python handles a signal when the main thread is back from C, which a rank that waits in a collective for
     one that has left may never be. So a thread, told of signals through a pipe, ends the process if after
-    `patience` seconds neither the handler has nor the run has called agreed(). torchrun kills 30 seconds
-    after it has sent SIGTERM.
+    PATIENCE seconds neither the handler has nor the run has called agreed(). torchrun kills 30 seconds after
+    it has sent SIGTERM.
     """
+    PATIENCE = 20.0
 
-    def __init__(self, patience: float = 20.0):
+    def __init__(self):
         self.number = 0  # of the first signal; 0: none came
         self.can_save = False
-        self.patience = patience
         self.calm = threading.Event()
 
     def __enter__(self):
@@ -74,8 +74,7 @@ class StopSignal:
 
     def watch(self):
         number = self.reader.recv(1)
-        patience = self.patience if self.can_save else 2.0
-        if number and not self.calm.wait(patience):
+        if number and not self.calm.wait(self.PATIENCE if self.can_save else 2.0):
             os._exit(128 + number[0])
         self.reader.close()
 

@@ -2,7 +2,7 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +31,16 @@ class Kernels:
     device: torch.device
     dtype: torch.dtype  # of weights and activations
     compiled: bool  # whether torch.compile is used
-    attention: str  # backend, a key of BACKENDS
-    attention_reason: str
-    fp8_head: bool
-    fp8_reason: str
-    onednn: bool  # whether fp32 products on a CPU are oneDNN's
-    onednn_reason: str
-    bf16: bool  # whether the factors of products are rounded, though weights and activations are fp32
-    bf16_reason: str
-    ns_dtype: torch.dtype  # of Muon's Newton-Schulz iteration
-    symmetric: Callable  # symmetric matrix product for Muon
-    symmetric_reason: str
+    attention: str = "masked"  # backend, a key of BACKENDS
+    fp8_head: bool = False
+    onednn: bool = False  # whether fp32 products on a CPU are oneDNN's
+    bf16: bool = False  # whether the factors of products are rounded, though weights and activations are fp32
+    ns_dtype: torch.dtype = torch.float32  # of Muon's Newton-Schulz iteration
+    symmetric: Callable = symmetric_product  # symmetric matrix product for Muon
     fused: bool = False  # whether engine.fused takes the place of plain formulas
     mlp_fp8: bool = False  # whether the MLP's forward products are in FP8 while training
-    mlp_fp8_reason: str = "not asked for"
     fused_mlp: bool = False  # whether squared ReLU is computed within the products around it
-    fused_mlp_reason: str = "not asked for"
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)  # of choices, by their names above
 
     @staticmethod
     def choose(cfg, device: torch.device) -> "Kernels":
@@ -59,26 +53,28 @@ class Kernels:
         compiled = will_compile(cfg, device)
         if compiled:
             keep_compiled()
-        bf16, bf16_reason = choose_bf16(cfg.products, device, dtype, compiled)
         width, hidden = cfg.model_dim, cfg.mlp_ratio * cfg.model_dim
-        mlp_fp8, mlp_fp8_reason = choose_mlp_fp8(cfg.mlp_fp8, device, width, hidden)
-        return Kernels(device, dtype, compiled,
-                       *choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, device, dtype),
-                       *choose_fp8(cfg.fp8_head, device),
-                       *choose_onednn(device, dtype, compiled),
-                       bf16, bf16_reason,
-                       choose_ns_dtype(cfg, device),
-                       *choose_symmetric(device, whole_graph if compiled else plainly),
-                       device.type == "cpu" and dtype == torch.float32 and not compiled,
-                       mlp_fp8, mlp_fp8_reason,
-                       *choose_fused_mlp(mlp_fp8, device, dtype, width, hidden))
+        choices = {
+            "attention": choose_backend(cfg.attention, cfg.head_dim, cfg.attn_scale, device, dtype),
+            "fp8_head": choose_fp8(cfg.fp8_head, device),
+            "onednn": choose_onednn(device, dtype, compiled),
+            "bf16": choose_bf16(cfg.products, device, dtype, compiled),
+            "symmetric": choose_symmetric(device, whole_graph if compiled else plainly),
+            "mlp_fp8": choose_mlp_fp8(cfg.mlp_fp8, device, width, hidden),
+        }
+        mlp_fp8, _ = choices["mlp_fp8"]
+        choices["fused_mlp"] = choose_fused_mlp(mlp_fp8, device, dtype, width, hidden)
+        return Kernels(
+            device, dtype, compiled,
+            ns_dtype=choose_ns_dtype(cfg, device),
+            fused=device.type == "cpu" and dtype == torch.float32 and not compiled,
+            reasons={name: reason for name, (_, reason) in choices.items()},
+            **{name: chosen for name, (chosen, _) in choices.items()})
 
     @staticmethod
     def plain(dtype: torch.dtype = torch.float32, attention: str = "masked") -> "Kernels":
         """Return kernels of plain PyTorch on a CPU: the reference."""
-        why = "asked for"
-        return Kernels(torch.device("cpu"), dtype, False, attention, why, False, why, False, why,
-                       False, why, torch.float32, symmetric_product, why)
+        return Kernels(torch.device("cpu"), dtype, False, attention)
 
     @property
     def own_kernels(self) -> bool:
@@ -138,17 +134,18 @@ class Kernels:
 
     def facts(self) -> list[str]:
         """Return one line for each choice, as the log and the doctor show them."""
+        why = self.reasons
         how = "compiled" if self.compiled else "eager"
         if self.fused:
             how += ", with fused operations on a CPU"
         return [
-            f"head in FP8: {yes_no(self.fp8_head)} ({self.fp8_reason})",
-            f"MLP in FP8: {yes_no(self.mlp_fp8)} ({self.mlp_fp8_reason})",
-            f"squared ReLU within products: {yes_no(self.fused_mlp)} ({self.fused_mlp_reason})",
-            f"attention: {self.attention} ({self.attention_reason})",
-            f"products by oneDNN: {yes_no(self.onednn)} ({self.onednn_reason})",
-            f"products in bfloat16: {yes_no(self.bf16)} ({self.bf16_reason})",
-            f"Newton-Schulz of Muon: {name_of(self.ns_dtype)}, symmetric products by {self.symmetric_reason}",
+            f"head in FP8: {yes_no(self.fp8_head)} ({why['fp8_head']})",
+            f"MLP in FP8: {yes_no(self.mlp_fp8)} ({why['mlp_fp8']})",
+            f"squared ReLU within products: {yes_no(self.fused_mlp)} ({why['fused_mlp']})",
+            f"attention: {self.attention} ({why['attention']})",
+            f"products by oneDNN: {yes_no(self.onednn)} ({why['onednn']})",
+            f"products in bfloat16: {yes_no(self.bf16)} ({why['bf16']})",
+            f"Newton-Schulz of Muon: {name_of(self.ns_dtype)}, symmetric products by {why['symmetric']}",
             f"weights: {name_of(self.dtype)}, {how}",
         ]
 
@@ -156,13 +153,14 @@ class Kernels:
         """Return what a run on a GPU does without although nobody asked for that."""
         if self.device.type != "cuda":
             return []
+        why = self.reasons
         notes = []
         if cfg.attention == "auto" and self.attention != "varlen":
-            notes.append(f"attention by {self.attention}, not by FlashAttention: {self.attention_reason}")
+            notes.append(f"attention by {self.attention}, not by FlashAttention: {why['attention']}")
         if cfg.fp8_head == "auto" and not self.fp8_head:
-            notes.append(f"head in {name_of(self.dtype)}, not in FP8: {self.fp8_reason}")
+            notes.append(f"head in {name_of(self.dtype)}, not in FP8: {why['fp8_head']}")
         if cfg.mlp_fp8 == "auto" and not self.mlp_fp8:
-            notes.append(f"MLP in {name_of(self.dtype)}, not in FP8: {self.mlp_fp8_reason}")
+            notes.append(f"MLP in {name_of(self.dtype)}, not in FP8: {why['mlp_fp8']}")
         return notes
 
 

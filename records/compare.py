@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import UsageError
-from records import charts, history, rules, show, statistics
+from records import charts, history, rules, statistics
 from records.difference import differences, summed
 from records.groups import RunGroup, find_groups
 from records.logs import RunFacts
 from records.rules import Submission
-from records.text import Grid, printable, terminal
+from records.text import Grid, above_zero, printable, terminal
 from records.tracks import TRACKS, Track, only
 
 HELP = "groups of runs side by side: loss rule, speed-up, loss by step, changes of settings and source"
@@ -47,7 +47,7 @@ def add_group_arguments(parser):
     parser.add_argument("paths", nargs="+", metavar="PATH",
                         help="a log, or a folder of logs or of such folders")
     parser.add_argument("--track", choices=TRACKS, help="default: that of the first log")
-    parser.add_argument("--target", type=show.target_loss, metavar="LOSS",
+    parser.add_argument("--target", type=above_zero, metavar="LOSS",
                         help="validation loss to reach (default: that of the track, or 3.28)")
     parser.add_argument("--step", type=int, metavar="N",
                         help="step whose validation counts (default: the last one)")

@@ -259,8 +259,8 @@ def loss(value: float | None) -> str:
     return "nan" if value is None else max(f"{value:.4f}", f"{value:.9f}".rstrip("0"), key=len)
 
 
-def seconds(ms: float | None, digits: int = 3) -> str:
-    return "nan" if ms is None else f"{ms / 1000:.{digits}f}"
+def seconds(ms: float | None) -> str:
+    return "nan" if ms is None else f"{ms / 1000:.3f}"
 
 
 def shown_setting(value) -> str:

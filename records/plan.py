@@ -2,21 +2,19 @@
 
 The loss rule passes by luck once in a hundred, and far more often if it is tried again after every run:
 choose a number of runs and test once. Probabilities are exact (noncentral t)."""
-import argparse
-import math
 from bisect import bisect_left
 from functools import partial
 
 import scipy
 
 from data.errors import UsageError
-from records.statistics import power, t_power
+from records.statistics import WANTED, power, t_power
+from records.text import above_zero
 from records.tracks import TRACKS
 
 HELP = "runs that a margin in loss or a gap in time needs"
 EXAMPLE = "python -m records plan --margin 0.001 --gap 0.3 --time-sd 0.07"
 MOST_RUNS = 10_000  # nobody runs more; a tiny margin is answered by an error instead of a search without end
-WANTED = 0.8  # probability to succeed
 SAFE_MARGIN = 100  # standard deviations; a larger difference is one of units
 
 
@@ -33,21 +31,14 @@ def fewest(least: int, chance, difference: float) -> int:
     return numbers[at]
 
 
-def size(text: str) -> float:
-    """An argument of the command line."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}; give a size, as 0.001")
-    return value
-
-
 def add_arguments(parser):
-    parser.add_argument("--margin", type=size, help="by how much the true mean loss is below the target")
-    parser.add_argument("--sd", type=size,
+    parser.add_argument("--margin", type=above_zero,
+                        help="by how much the true mean loss is below the target")
+    parser.add_argument("--sd", type=above_zero,
                         help="standard deviation of the loss between runs (default: the track's)")
-    parser.add_argument("--gap", type=size,
+    parser.add_argument("--gap", type=above_zero,
                         help="difference in mean time of candidate and baseline, seconds")
-    parser.add_argument("--time-sd", type=size,
+    parser.add_argument("--time-sd", type=above_zero,
                         help="standard deviation of the time between runs on one host, seconds")
     parser.add_argument("--track", choices=TRACKS, default="small", help="whose loss rule (default: small)")
 

@@ -3,8 +3,6 @@
 Time and steps to the target are those of the first validation at or below it, less what a straight line from
 the validation before saves. With --json what a log does not say is null, and so is a loss that is not finite.
 """
-import argparse
-import math
 import os
 from dataclasses import asdict
 
@@ -12,22 +10,15 @@ from pydantic_core import to_json
 
 from data.errors import UsageError
 from records import logs, tracks
-from records.text import Grid, nats, printable, seconds, short_name, shown, terminal
+from records.text import Grid, above_zero, nats, printable, seconds, short_name, shown, terminal
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
 EXAMPLE = "python -m records show records/track_0_laptop/2026-11-24_TailAverage"
 
-def target_loss(text: str) -> float:
-    """An argument of the command line."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a loss above 0, found {text}")
-    return value
-
 
 def add_arguments(parser):
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a log, or a folder of logs")
-    parser.add_argument("--target", type=target_loss, metavar="LOSS",
+    parser.add_argument("--target", type=above_zero, metavar="LOSS",
                         help="validation loss to reach (default: that of the log's track, or 3.28)")
     parser.add_argument("--source", metavar="FILE",
                         help="print a source file that the log embeds, such as train_gpt.py")

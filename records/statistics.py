@@ -15,6 +15,7 @@ import scipy  # scipy.stats, 0.5 s, is imported by its first use
 
 ALPHA = 0.01  # probability allowed to a difference of two recipes that is none
 CONFIDENCE = 0.95
+WANTED = 0.8  # probability to show a difference that is there
 LARGEST = 1e15  # no loss and no time is larger; beyond, squares of squares overflow
 SMALLEST_SPREAD = 1e-12  # in units, and relative to the values; below, there is nothing but rounding
 
@@ -161,6 +162,6 @@ def power(n: int, margin: float, sd: float, alpha: float) -> float:
     return t_power(n - 1, margin * n ** 0.5 / sd, alpha)
 
 
-def detectable(n: int, sd: float, wanted: float = 0.8) -> float:
-    """The difference that the mean of n values shows with the wanted probability."""
-    return sd * scipy.optimize.brentq(lambda margin: power(n, margin, 1.0, ALPHA) - wanted, 0, 1e3)
+def detectable(n: int, sd: float) -> float:
+    """The difference that the mean of n values shows in 8 cases of 10."""
+    return sd * scipy.optimize.brentq(lambda margin: power(n, margin, 1.0, ALPHA) - WANTED, 0, 1e3)

@@ -1,4 +1,6 @@
 """Text, numbers and tables as terminals, pages and JSON want them."""
+import argparse
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -6,6 +8,14 @@ from dataclasses import dataclass
 
 UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 CELL_OF_NUMBERS = re.compile(r"[-+]?[\d,.]+( ± [\d,.]+| of [\d,]+)?|-|\.\.\.|nan|inf")
+
+
+def above_zero(text: str) -> float:
+    """Parse a number of an option; a type of argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return value
 
 
 def printable(text: str, limit: int = 1000) -> str:

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from bench import trials
 from bench.page import OPTIMIZER_NAMES as NAMES
 from bench.page import grid
-from bench.pictures import Theme
-from bench.plots import finish, two_plots
+from bench.pictures import Theme, finish, two_plots
 from bench.tune.results import Results
 from bench.tune.search import OPTIMIZERS, QUANTITIES, TRACK
 from bench.tune.training import FACTORS
@@ -36,9 +35,9 @@ def expected_best(losses, k: int) -> float:
     return float(np.dot(ranked, chances))
 
 
-def band(losses, k: int, seed: int = 0) -> tuple[float, float]:
+def band(losses, k: int) -> tuple[float, float]:
     """Return an interval of 95 % of that expectation, by a bootstrap over the trials."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     found = [expected_best(rng.choice(losses, len(losses)), k) for _ in range(DRAWS)]
     return tuple(np.percentile(found, (2.5, 97.5)))
 
@@ -74,8 +73,7 @@ def steps_ratio(target: float, steps: tuple[int, int], losses: tuple[float, floa
     return trials.crossing(1, short, steps[1] / steps[0], long, target)
 
 
-def ratio_interval(results: Results, fixed: str, moving: str,
-                   seed: int = 0) -> tuple[float, float, float, int, int] | None:
+def ratio_interval(results: Results, fixed: str, moving: str) -> tuple | None:
     """Compare a winner of the last rung with the other optimizer's schedules of two lengths.
 
     Returns the steps, in units of the shorter length, that `moving` needs for the loss of `fixed`, the ends
@@ -90,7 +88,7 @@ def ratio_interval(results: Results, fixed: str, moving: str,
     def ratio(target, short, long) -> float:
         return steps_ratio(np.mean(target), lengths, (np.mean(short), np.mean(long)))
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws = [ratio(*(rng.choice(values, len(values)) for values in losses)) for _ in range(DRAWS)]
     low, high = np.quantile(draws, (0.025, 0.975), method="nearest")
     return ratio(*losses), low, high, *lengths

@@ -70,7 +70,7 @@ def test_runs_that_count_have_the_best_rates_and_end_above_the_target(rows):
     ([(0.5, 0.91), (1.0, 0.92)], 0.5),
     ([(0.5, 0.8), (1.0, 0.89)], math.inf), ([(0.5, 0.8), (1.0, 0.91), (2.0, 0.89)], 0.5 * 2**(10 / 11))])
 def test_the_target_is_passed_between_two_lengths_and_never_beyond(points, expected):
-    assert epochs_to(points, 0.9) == pytest.approx(expected, rel=1e-12)
+    assert epochs_to(points) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_ratio_is_that_of_the_law_and_its_interval_holds_it(rows):

@@ -274,7 +274,7 @@ def test_records_that_are_not_there(tmp_path, compare, arguments, sentence):
      "--plot: expected a name that ends in .png, .svg, .pdf, found 'out.txt'; change it"),
     ([MUON, "--plot", "/nowhere/out.png"],
      "--plot: expected to write /nowhere/out.png, found: No such file or directory; ch"),
-    ([MUON, "--target", "0"], "expected a loss above 0"),
+    ([MUON, "--target", "0"], "expected a number above 0"),
 ])
 def test_errors(compare, arguments, sentence):
     code, out, err = compare(*arguments)

@@ -101,8 +101,8 @@ def test_a_file_name_that_is_no_text(tmp_path, call):
 @pytest.mark.parametrize("arguments,sentence", [
     (["missing.txt"], "missing.txt: expected a log or a folder of logs, found nothing there; check the path"),
     (["data"], "data: expected logs (.log, .out, .stdout, .txt), found none; check the path"),
-    ([MUON, "--target", "nan"], "expected a loss above 0"),
-    ([MUON, "--target", "-1"], "expected a loss above 0"),
+    ([MUON, "--target", "nan"], "expected a number above 0"),
+    ([MUON, "--target", "-1"], "expected a number above 0"),
     ([MUON, "--target", "x"], "expected"),
     ([], "expected"),
 ])

@@ -245,7 +245,7 @@ def test_a_signal_to_one_rank_makes_all_save_together_and_end(folder):
 
 def hang_one(waits, rank):
     """Rank 1 never comes to its third step, where rank 0 waits for it."""
-    StopSignal.__init__.__defaults__ = (1.0,)  # seconds of patience where the run can save
+    StopSignal.PATIENCE = 1.0  # seconds of patience where the run can save
     train_step = train_gpt.Run.train_step
 
     def step(self):
