@@ -10,8 +10,7 @@ sequences, shared out over the ranks.
 
 Shapes: T tokens of one packed sequence, D model width, H heads, d head width, V vocabulary (padded), L
 layers. Reading order: settings, model, schedules, optimizer table, the run (train, evaluate, save), main.
-docs/techniques.md has a row for every technique: formula, reason, source, and what it was measured to be
-worth.
+docs/techniques.md has formula, reason, source and measured worth of every technique.
 """
 import argparse
 import bisect
@@ -277,8 +276,7 @@ class Config:
 
     @staticmethod
     def for_track(track: str | None = None, **changes) -> "Config":
-        """Return the preset of a track and its recipe with some settings changed. None: the track for this
-        machine."""
+        """Return the preset of a track (None: for this machine) and its recipe with some settings changed."""
         track = track or ("small" if torch.cuda.is_available() else "shakespeare")
         if track not in TRACKS:
             raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {track!r}; choose one")
@@ -340,8 +338,7 @@ class Config:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of embedding and head: the next multiple of 128,
-        which makes faster products (50304 for GPT-2)."""
+        """Rows of embedding and head: the next multiple of 128 (50304 for GPT-2), for faster products."""
         return -(-self.vocab_size // 128) * 128
 
     @functools.cached_property
@@ -646,8 +643,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype):
-        """Fill every parameter in place, alike on all ranks and devices;
-        matrices and tables take the dtype."""
+        """Fill every parameter in place, alike everywhere; matrices and tables take the dtype."""
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
         bound = 0.5 * math.sqrt(3 / cfg.model_dim)
@@ -682,8 +678,7 @@ class GPT(nn.Module):
             self.prefixes.fill_(-1)  # until the clock runs: the public record pays for the table as well
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Return the weights layer by layer. Each bank is taken apart once,
-        which gives its gradient in one piece."""
+        """Return the weights by layer. Taking each bank apart once gives its gradient in one piece."""
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
@@ -714,8 +709,7 @@ class GPT(nn.Module):
         return torch.stack([by_layer[i] for i in self.attn_layers]), mlp
 
     def forward(self, tokens: Tensor, targets: Tensor, ctx: Context, loss_weights: Tensor) -> Tensor:
-        """Return the training loss: the summed cross entropy of the next tokens, weighted by loss_weights
-        (K,).
+        """Return the training loss: summed cross entropies of the next tokens, weighted by loss_weights (K,).
 
         Multi-token prediction (record 53): the same logits also predict later tokens, which teaches the trunk
         more per token while the weights of later tokens fade out over the run. Prefix tokens (record 88): so
@@ -843,8 +837,8 @@ class GPT(nn.Module):
         return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
 
     def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
-        """Return {layer: (T, D)}: one more table for each of these layers,
-        read by its values (records 14 to 65)."""
+        """Return {layer: (T, D)}: for each of these layers a table that its values read (records 14 to
+        65)."""
         layers = self.cfg.value_embed_layers
         if not layers:
             return {}
@@ -853,8 +847,7 @@ class GPT(nn.Module):
 
     def layer(self, i: int, x: Tensor, cached: Tensor | None, early: Tensor | None, weights: LayerWeights,
               inputs: Inputs, ctx: Context) -> Tensor:
-        """Return the stream after layer i. cached, early:
-        outputs of cfg.cache_layer and cfg.skip[0], once known."""
+        """Return the stream after layer i. cached, early: that after cfg.cache_layer and cfg.skip[0]."""
         cfg = self.cfg
         if i in self.attn_layers:
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
@@ -978,14 +971,12 @@ class GPT(nn.Module):
         return Context(masks, rope, scale, self.table(cfg.tied(step)), mixing, prefixes, docs.slices, ngrams)
 
     def table(self, tied: bool) -> Tensor:
-        """Return the embedding as a view, so that torch.compile takes the head and it for one kind of
-        input."""
+        """Return the embedding as a view, so that torch.compile sees no difference to the head."""
         table = self.head if tied else self.embed
         return table.view_as(table)
 
     def rotary_tables(self, stage: int, docs: Docs) -> tuple[float | Tensor, list]:
-        """Return the softmax scale and the (cos, sin) of plain and of paired heads, each (T, 1, 1 or H,
-        r), kept for the next call.
+        """Return the softmax scale and the (cos, sin) of plain and paired heads, each (T, 1, 1 or H, r).
 
         A token of paired heads stands at two positions: even heads at 2t, odd ones at 2t + 1.
         """
@@ -1010,11 +1001,9 @@ class GPT(nn.Module):
         return sum(getattr(self, name).numel() for name in MATRICES) + sum(p.numel() for p in others)
 
     def flops_per_token(self, stage: int) -> int:
-        """Return training FLOPs: 6 per weight, and 12 D per visible key and attention layer, windows taken as
-        full.
+        """Return training FLOPs: 6 per weight, 12 D per visible key and attention layer, in full windows.
 
-        Paired heads have half the heads at twice the places, which is the same. The mixing of heads is one
-        more attention.
+        Paired heads, half as many at twice the places, cost the same. Mixing heads is one more attention.
         """
         keys = self.cfg.mix_window
         for i in self.attn_layers:
@@ -1028,8 +1017,7 @@ class GPT(nn.Module):
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Return the factor of every learning rate: the stage's,
-    then falling to lr_floor at the end of the schedule."""
+    """Return the factor of all learning rates: the stage's, then falling to lr_floor."""
     scheduled = cfg.train_steps - cfg.extension_steps
     start = int(scheduled * (1 - cfg.cooldown_frac))
     t = 0.0
@@ -1072,8 +1060,7 @@ def prefix_weight(cfg: Config, step: int) -> float:
 
 
 def loss_weights(cfg: Config, step: int) -> tuple[float, ...]:
-    """Return the weights of the loss's parts: those of the next tokens, then that of prefixes where it is
-    not zero."""
+    """Return the weights of the loss's parts: of the next tokens, then of prefixes unless that is zero."""
     prefix = prefix_weight(cfg, step)
     return (*mtp_weights(cfg, step), prefix) if prefix else mtp_weights(cfg, step)
 
@@ -1091,8 +1078,7 @@ class Row(NamedTuple):
 
 
 def optimizer_table(cfg: Config) -> dict[str, Row]:
-    """Return what moves each parameter, by name: Adam forgets fast for tables and slowly for scalars
-    and gates."""
+    """Return what moves each parameter. Adam forgets fast for tables, slowly for scalars and gates."""
     def adam(lr_mul, wd_mul, betas):
         lr = cfg.adam_lr * lr_mul
         return Row("adam", lr, cfg.adam_wd * wd_mul * lr, betas=betas)
@@ -1263,8 +1249,7 @@ class Run:
     # A step
 
     def train_step(self) -> float | None:
-        """Take one optimizer step. Return the newest training loss that has arrived from the device,
-        if any."""
+        """Take one optimizer step. Return the newest training loss that has arrived from the device."""
         step = self.step
         if step == self.cfg.untie_step:
             self.untie()
@@ -1308,8 +1293,7 @@ class Run:
         return total
 
     def update(self, step: int):
-        """Move the weights by their gradients, and clear these.
-        Adam moves every cfg.adam_every steps only."""
+        """Move the weights and clear the gradients; Adam moves every cfg.adam_every steps only."""
         self.set_rates(step)
         with_adam = (step + 1) % self.cfg.adam_every == 0
         if self.ngrams is not None:  # first: hosts move their rows while the device moves the other weights
@@ -1372,8 +1356,7 @@ class Run:
                 p.copy_(p.float().lerp(self.ema[name], cfg.ema_blend))
 
     def read_stats(self, stats: Tensor) -> float | None:
-        """Look at losses two steps late on a GPU, so that reading them never makes it wait;
-        on every rank alike."""
+        """Look at losses, on a GPU two steps late, so that it never waits for them; alike on every rank."""
         cuda = self.rt.device.type == "cuda"
         values = torch.empty(2, pin_memory=cuda).copy_(stats, non_blocking=True)
         event = torch.cuda.Event() if cuda else None
@@ -1403,8 +1386,7 @@ class Run:
 
     def warm_up(self):
         """Compile all that the clock would see, and touch all memory, with made-up tokens, once for each
-        graph; then put the weights back and start with fresh optimizers. Untimed, and the loader does not
-        move."""
+        graph; then put the weights back and make fresh optimizers. Untimed, and the loader does not move."""
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         labels = {start: f"stage {stage}" for stage, start in enumerate(self.cfg.stage_starts)}
         for step in self.cfg.graph_starts:
@@ -1448,8 +1430,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
-        """Return the mean cross entropy in nats per token over the validation tokens; None if a signal ended
-        it.
+        """Return the mean cross entropy of the validation in nats per token; None if a signal ended it.
 
         Windows are those of the stage just trained. The trunk is eager: each window would be another graph.
         """
@@ -1556,8 +1537,7 @@ def check_world_size(cfg: Config, world: int) -> None:
 
 
 def train(run: Run, log: Log):
-    """Train to the last step. The clock runs over training only,
-    and stands still during validation and saving."""
+    """Train to the last step. The clock stands still during validation and saving."""
     cfg, clock = run.cfg, run.clock
     folder = Path(cfg.log_dir) / log.run_id
     tokens = sum(cfg.at("batch_tokens", step) for step in range(run.step))

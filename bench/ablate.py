@@ -1,18 +1,16 @@
-"""What each technique is worth: the trainer with one of them off, trained on the same tokens, over several
-seeds.
+"""What each technique is worth: trainings with one of them off, on the same tokens, over several seeds.
 
     python -m bench.ablate run OUT.jsonl [--steps=240] [--seeds=4] [--workers=1]    train what OUT.jsonl lacks
     python -m bench.ablate time OUT.jsonl                                      the time of a step, in turns
     python -m bench.ablate table OUT.jsonl [--page=bench/ABLATION.md]          the table, or its page
 
-OUT.jsonl gets a line for every run and every timing, so an interrupted sweep goes on where it stopped. A
-run is the trainer's own class, one process with one thread, without its warm-up and with one validation, at
-the end. The step time is that of two threads in one process, all variants in turns, so that what disturbs
-the machine disturbs all alike.
+OUT.jsonl gets a line for every run and every timing, so an interrupted sweep goes on where it stopped. A run
+is the trainer's own class, one process with one thread, without its warm-up and with one validation, at the
+end. The step time is that of two threads in one process, all variants in turns, so that what disturbs the
+machine disturbs all alike.
 
-Equal tokens compares the final losses of runs of as many steps. Equal time adds to a variant's loss what
-the steps that its speed gains or loses are worth, by the slope between the runs "10 % fewer steps" and "10
-% more steps".
+Equal tokens compares final losses after as many steps. Equal time adds to a variant's loss what the steps
+that its speed gains or loses are worth, by the slope between "10 % fewer steps" and "10 % more steps".
 """
 import argparse
 import math
@@ -142,11 +140,11 @@ def time_all(options) -> None:
 
 
 def differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[float]], float, int]:
-    """Return (variant -> its loss minus the trainer's at each seed that both have, standard deviation of
-    such a difference around its variant's mean, degrees of freedom).
+    """Return (variant -> its loss minus the trainer's at each seed that both have, standard deviation of such
+    a difference around its variant's mean, degrees of freedom).
 
-    A seed's first weights are better or worse for all variants alike, so that pairs tell more than means;
-    and one spread of all pairs tells more than that of two.
+    A seed's first weights are better or worse for all variants alike, so that pairs tell more than means; and
+    one spread of all pairs tells more than that of two.
     """
     found = {}
     for name, runs in losses.items():

@@ -107,8 +107,7 @@ def job_of(cell: Cell, factor: float, seed: int, cap: int, loss: float = LOSS) -
 
 
 def train(job: trials.Job) -> dict:
-    """Train until the averaged weights are at the loss. Returns the line of the result: its steps are None
-    where they never were."""
+    """Train until the averaged weights are at the loss. Returns the line of the result; steps may be None."""
     run = Run(trials.config(job.settings, job.seed), Runtime())
     start = time.perf_counter()
     try:
@@ -281,8 +280,7 @@ def interval(curve: dict[int, dict]) -> list[tuple[float, float]]:
 
 
 def curves(rows: list[dict]) -> dict[tuple[str, float], dict[int, dict]]:
-    """Return (optimizer, beta) -> batch -> factors with whole seeds, of cells that reach the loss and whose
-    search has ended."""
+    """Return (optimizer, beta) -> batch -> factors with whole seeds, of cells whose search has ended."""
     found = defaultdict(dict)
     for cell, factors in sorted(by_cell(rows).items(), key=lambda item: (item[0].batch, item[0])):
         kept = whole_seeds(factors)

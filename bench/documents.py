@@ -1,5 +1,4 @@
-"""Documents of FineWeb's lengths, packed as the loader packs them, and the keys that attention sees in
-them."""
+"""Documents of FineWeb's lengths, packed as the loader packs them, and the keys that attention sees."""
 import numpy as np
 
 from data.loader import LENGTH_SIGMA, MEDIAN_LENGTH
@@ -12,8 +11,7 @@ def document_lengths(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def packed(lengths: np.ndarray, max_len: int, T: int, count: int) -> list[np.ndarray]:
-    """Pack documents into `count` sequences of T tokens as data/loader.py does; the last one of each is cut
-    to fit."""
+    """Pack documents into `count` sequences of T tokens as data/loader.py does, each last one cut."""
     ends = np.cumsum(np.minimum(lengths, max_len))
     result = []
     first = 0
@@ -46,8 +44,7 @@ def visible(lengths: np.ndarray, window: int) -> int:
 
 
 def keys_seen(cfg: Config, docs: list[np.ndarray], stage: int) -> int:
-    """Count keys over all layers, as if each had all heads at every token: a pair of heads has half of them
-    at twice the places."""
+    """Count keys over all layers, paired heads as half as many at twice the places."""
     keys = 0
     for i in set(range(cfg.num_layers)) - set(cfg.no_attn_layers):
         name = "window_long" if i in cfg.long_layers else "window_short"

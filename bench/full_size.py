@@ -3,8 +3,8 @@ and both optimizers, on Shakespeare's plays as GPT-2 tokens.
 
     python -m bench.full_size [--steps=5] [--out=FOLDER] [--field=value ...]
 
-Batches are short and there is one stage, so that a step takes less than a minute. Needs 13 GB of memory,
-and GPT-2's vocabulary (data/encoding.py). Writes full_size.md with the trainer's log, from its settings on.
+Batches are short and there is one stage, so that a step takes less than a minute. Needs 13 GB of memory, and
+GPT-2's vocabulary (data/encoding.py). Writes full_size.md with the trainer's log, from its settings on.
 """
 import os
 import resource

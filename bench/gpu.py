@@ -1,12 +1,11 @@
-"""All that needs a GPU in one command of ten minutes: what works, how fast it is, what it takes, beside
-what is required.
+"""All that needs a GPU in one command of ten minutes: what works, how fast, and what it takes.
 
     python -m bench.gpu [--out=FOLDER] [--only PART ...] [--cpu] [--field=value ...]
 
-Writes gpu.json and gpu.md into bench/results/<date>_<gpu>, or the folder that --out or OUT in the
-environment names, anew after every part. A part is a child with a time limit; one that fails or takes too
-long is reported and the next one begins. Without a GPU, or with --cpu, the same parts run at reduced size
-on track shakespeare: that tries this script, and says nothing about a GPU.
+Writes gpu.json and gpu.md into bench/results/<date>_<gpu>, or the folder that --out or OUT in the environment
+names, anew after every part. A part is a child with a time limit; one that fails or takes too long is
+reported and the next one begins. Without a GPU, or with --cpu, the same parts run at reduced size on track
+shakespeare: that tries this script, and says nothing about a GPU.
 """
 import json
 import math

@@ -1,5 +1,4 @@
-"""Head and loss in bf16 and in FP8: time as a run computes them, forward and backward, and errors against
-fp32.
+"""Head and loss in bf16 and in FP8, forward and backward as a run has them: time, and errors against fp32.
 
     python -m bench.head [--track=small] [--field=value ...]          prints JSON
 """
@@ -16,8 +15,7 @@ from train_gpt import Config, configure, mtp_weights
 
 
 def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float]]:
-    """Return {"bf16", "fp8"} -> {"loss", "dx", "dw": relative errors, "ms"} at the first stage's length of
-    a sequence."""
+    """Return {"bf16", "fp8"} -> {"loss", "dx", "dw": relative errors, "ms"} in the first stage."""
     T = cfg.batch_tokens[0] // cfg.slices
     torch.manual_seed(0)
     targets = torch.randint(0, cfg.vocab_size, (T,), device=device)
@@ -31,11 +29,14 @@ def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float
         def loss():
             return HeadLoss.apply(*leaves, targets, weights, cfg.softcap, HEAD_PIECE, fp8)
 
-        forward = torch.compile(loss, dynamic=False) if compiled else loss
+        forward = loss
+        if compiled:
+            forward = torch.compile(loss, dynamic=False)
 
         def call():
             y = forward()
-            return [y.detach(), *torch.autograd.grad(y, leaves)]
+            gradients = torch.autograd.grad(y, leaves)
+            return [y.detach(), *gradients]
 
         return call
 

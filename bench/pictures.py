@@ -2,8 +2,7 @@
 `python -m bench.docs` draws the two into docs/pictures.
 
 The picture of the loss shows validation loss against training seconds, from committed logs. That of Muon is a
-diagram of one step over four ranks; it shows no measurement. Words are kept as text, so that they can be
-selected and read aloud.
+diagram of one step over four ranks and no measurement. Words stay text, to be selected and read aloud.
 """
 import io
 import json

@@ -1,5 +1,4 @@
-"""Predicted seconds to 3.28 on eight H100: the kernels of a step that bench.cross found, at rates that are
-public or assumed.
+"""Predicted seconds to 3.28 on eight H100: the kernels of a step by bench.cross, at public or assumed rates.
 
     python -m bench.predict [--page bench/PREDICTION.md]
 """
@@ -147,8 +146,8 @@ def part_rows(recipe: Recipe) -> list[list]:
 
 
 def model_rows(recipe: Recipe) -> list[list]:
-    """Return what products and attention take in the passes of the model, by part, and what all other
-    kernels take beside them, in the last stage but the extension."""
+    """Return what products and attention take in the passes of the model, by part, and what all other kernels
+    take beside them, in the last stage but the extension."""
     rows = defaultdict(Counter)
     for launch in recipe.launches[-2]:
         if not launch.graph.startswith("GPT"):

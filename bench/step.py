@@ -137,8 +137,8 @@ def part_of_product(model):
 
 
 def places_of(run: Run):
-    """Return (owner, name of a function, its part or a function of its arguments that names it); in an
-    eager model also those inside of it."""
+    """Return (owner, name of a function, its part or a function of its arguments that names it); in an eager
+    model also those inside of it."""
     places = [
         (run, "accumulate", "elementwise"),
         (run.model, "context", "masks"),
@@ -230,8 +230,7 @@ def busy_us(intervals) -> float:
 
 
 def profile(run: Run, step: int) -> dict[str, float]:
-    """Return ms of a step by part; on a GPU of its kernels, and idle. Adam's is divided by the steps of
-    which it moves in one."""
+    """Return ms of a step by part, Adam's divided by adam_every; on a GPU those of its kernels, and idle."""
     cuda, n = run.rt.device.type == "cuda", run.cfg.adam_every
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with ranges(run):

@@ -43,8 +43,7 @@ def config(settings: list[str], seed: int) -> Config:
 
 
 def read(path: Path, *entries: str) -> list[dict]:
-    """Return the lines of a file of results, each with these entries; none where there is no file. Raises
-    UsageError."""
+    """Return the lines of a file of results, each with these entries; [] without one. Raises UsageError."""
     if not path.exists():
         return []
     try:
@@ -108,8 +107,8 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def run_all(jobs: list, function: Callable, workers: int, path: Path) -> list[dict]:
-    """Call the function for each job in a pool of processes with one thread each; append what each returns
-    to the file, say how far it is, and return all."""
+    """Call the function for each job in a pool of processes with one thread each; append what each returns to
+    the file, say how far it is, and return all."""
     os.environ["OMP_NUM_THREADS"] = "1"
     start = time.perf_counter()
     rows = []

@@ -71,8 +71,7 @@ def longest_prefixes(pieces: list[bytes]) -> np.ndarray:
 
 
 def gpt2_encoding(network: bool = True) -> GPT2Encoding:
-    """Return GPT-2's vocabulary, which tiktoken downloads once, 1.5 MB, checks by hash and keeps in its
-    cache.
+    """Return GPT-2's vocabulary, which tiktoken downloads once (1.5 MB), checks by hash and caches.
 
     network: False takes it from the cache only. Raises FetchError.
     """

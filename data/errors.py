@@ -1,5 +1,4 @@
-"""The two ancestors of every error that a person can act on, those of a command line included, and the one
-place that prints them.
+"""The two ancestors of every error that a person can act on, and the one place that prints them.
 
 They lie on the ground floor, because every room raises them.
 """

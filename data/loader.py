@@ -1,5 +1,4 @@
-"""Batches of packed documents from shards: the same global batch at every world size, prepared in the
-background.
+"""Batches of packed documents: the same global batch at every world size, prepared in the background.
 
 Shapes: T tokens of one packed sequence.
 """
@@ -146,8 +145,7 @@ def cut_documents(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tupl
 
 
 class Loader:
-    """Packed training batches. Every rank makes the same walk over the documents and copies out only its own
-    slices.
+    """Packed training batches. Every rank walks over the same documents and copies out its own slices.
 
     A slice takes whole documents, each cut to the stage's max_doc_len, until T + 1 tokens are full; the last
     one is cut to fit, and what was cut off is not used. A shard's tail that cannot fill a step is left out.

@@ -84,9 +84,8 @@ def build() -> dict[str, list[int]]:
 
 
 def ensure() -> Path:
-    """Make sure that both shards are in data/shakespeare under $DATA_PATH with the pinned content, fetching
-    and writing what is missing, and return their folder. Needs no network when they are. Raises FetchError or
-    ShardError."""
+    """Make sure that both shards lie in data/shakespeare under $DATA_PATH with the pinned content, and return
+    the folder. Fetches and writes what is missing. Raises FetchError or ShardError."""
     folder = data_root() / "data" / "shakespeare"
     found = {name: sha256_of(folder / name) for name in SHA256 if (folder / name).is_file()}
     if found == SHA256:

@@ -2,8 +2,7 @@
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by
 exactly that many little-endian uint16 token ids. A document begins with the beginning-of-sequence id: 50256
-for GPT-2 tokens, 256 for bytes. The format is the one of llm.c and modded-nanogpt, so their FineWeb shards
-can be read as they are.
+for GPT-2 tokens, 256 for bytes. Shards of llm.c and modded-nanogpt have the same format.
 
 Imports numpy and the standard library only, because the trainer imports this file.
 """
@@ -56,9 +55,8 @@ def write_shard(path, tokens) -> Path:
 
 
 def num_tokens(path) -> int:
-    """Return the number of tokens in a shard, after checking that the file is one and whole: magic, version,
-    count, size. Reads only the header. Raises ShardError for a file that is missing, cut short, too long or
-    something else.
+    """Return the number of tokens in a shard, after checking its header: magic, version, count, size. Raises
+    ShardError for a file that is missing, cut short, too long or something else.
     """
     again = "run the script in data/ that makes it again"
     try:
@@ -97,8 +95,7 @@ def document_starts(tokens, bos: int) -> np.ndarray:
 
 
 def check_ids(tokens, vocab_size: int, path) -> None:
-    """Raise ShardError naming the first position and id in tokens (n,) that is not below vocab_size.
-    path only names the file in the message. One pass at memory speed."""
+    """Raise ShardError with the first position and id in tokens (n,) of path that is not below vocab_size."""
     if tokens.max(initial=0) < vocab_size:
         return
     at = int(np.argmax(tokens >= vocab_size))

@@ -13,8 +13,7 @@ def adam_update_(p, low, g, m, v, lr, betas, correction, eps, decay, cautious: b
     """Take one Adam step in place on p, m, v (n,) with decoupled decay: p <- p - u - decay p.
 
     Cautious decay leaves out weights that the update u does not shrink. g: (n,) gradient, summed over
-    `ranks`; m, v: fp32 moments; correction: 1 - beta^t of both. low: lower halves of the fp32 master weights
-    of a bf16 p, else None.
+    `ranks`; m, v: fp32 moments; correction: 1 - beta^t of both; low: lower halves of the fp32 masters.
     """
     g = g.float() / ranks
     w = p if low is None else join_halves(p, low)

@@ -61,8 +61,7 @@ def blocked_mask(docs: Docs, window: int, block: int = 0) -> Tensor:
 
 
 def in_blocks(x: Tensor, mask: Tensor, before: int) -> Tensor:
-    """(T, H, width) to (N, H, before + W, width): each block of a mask with `before` tokens of the one before
-    it."""
+    """(T, H, width) to (N, H, before + W, width): a mask's blocks, each after `before` earlier tokens."""
     N, _, W, _ = mask.shape
     padded = F.pad(x, (0, 0, 0, 0, before, N * W - len(x)))
     return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
@@ -83,8 +82,7 @@ FEW_SCORES = 2**21  # 8 MiB in fp32: to keep more of them takes longer than to c
 
 
 def blocked(q, k, v, mask, scale):
-    """Attend in blocks; by BlockProducts where that is faster: in training on a CPU, eager, with few
-    scores."""
+    """Attend in blocks; in training on a CPU, eager and with few scores, by the faster BlockProducts."""
     few = q.size(1) * mask.numel() <= FEW_SCORES
     eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if q.is_cpu and q.dtype != torch.bfloat16 and few and eager:
@@ -105,9 +103,12 @@ def flex_mask(docs: Docs, window: int):
     T = len(ids)
 
     def visible(batch, head, i, j):
-        return (i >= j) & (i - j <= window) & (ids[i] == ids[j])
+        near = (i >= j) & (i - j <= window)
+        return near & (ids[i] == ids[j])
 
-    make = compiled(create_block_mask) if ids.is_cuda else create_block_mask  # eager: it builds all of (T, T)
+    make = create_block_mask
+    if ids.is_cuda:
+        make = compiled(make)  # eager it builds all of (T, T)
     return make(visible, None, None, T, T, device=ids.device)
 
 
@@ -132,7 +133,8 @@ def varlen(q, k, v, mask, scale):
     from torch.nn.attention.varlen import varlen_attn
 
     starts, max_len, window = mask
-    return varlen_attn(q, k, v, starts, starts, max_len, max_len, scale=scale, window_size=(window, 0))
+    window_size = window, 0
+    return varlen_attn(q, k, v, starts, starts, max_len, max_len, scale=scale, window_size=window_size)
 
 
 BACKENDS = {  # name -> (mask, attention)
@@ -151,8 +153,7 @@ CANDIDATES = ("varlen FA4", "varlen FA3", "varlen", "flex")
 
 
 def pair(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two consecutive positions
-    of one head."""
+    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two positions of one head."""
     T, H, d = x.shape
     by_pairs = x.view(T, H // 2, 2, d)
     return by_pairs.transpose(1, 2).reshape(2 * T, H // 2, d)
@@ -166,8 +167,7 @@ def unpair(y: Tensor) -> Tensor:
 
 
 def pair_halves(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads h and h + H/2 of a token become two consecutive positions
-    of one head."""
+    """(T, H, d) to (2 T, H/2, d): heads h and h + H/2 of a token become two positions of one head."""
     T, H, d = x.shape
     return x.reshape(2 * T, H // 2, d)
 
@@ -214,8 +214,7 @@ def first_correct(candidates, head_dim: int, scale: float, device, dtype) -> tup
 
 
 def self_test(candidate: str, head_dim: int, scale: float, device, dtype) -> tuple[bool, str]:
-    """Return whether a candidate runs forward and backward here and agrees with the definition, and what it
-    said.
+    """Return whether a candidate runs forward and backward here and agrees with the definition, and why.
 
     A kernel that imports is not yet one that works. What passes stays activated.
     """

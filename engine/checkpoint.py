@@ -26,8 +26,7 @@ def write_checkpoint(path: Path, state: dict | None) -> None:
 
 
 def disk_error(e: Exception) -> str:
-    """Return what the system said. torch reports a full disk as a RuntimeError of its own,
-    in whose wake it comes."""
+    """Return what the system said; torch raises a RuntimeError in the wake of a full disk."""
     first = e
     while e is not None and not isinstance(e, OSError):
         e = e.__context__
@@ -35,8 +34,7 @@ def disk_error(e: Exception) -> str:
 
 
 def read_checkpoint(path: str, settings: type) -> dict:
-    """Return what write_checkpoint wrote, if this version of the program wrote it: same entries, same
-    settings.
+    """Return what write_checkpoint wrote, if this version of the program did: same entries, same settings.
 
     settings: the dataclass that the entry "config" must fit. Raises UsageError.
     """

@@ -1,5 +1,4 @@
-"""Two clocks: one for training, which stands still during everything else,
-and one for what comes before it."""
+"""Two clocks: of training, which stands still during everything else, and of what comes before it."""
 import contextlib
 import os
 import time
@@ -36,8 +35,7 @@ class Clock:
 
 
 class Startup:
-    """Seconds that each part of the start-up took,
-    counted from the start of this process where the system tells it."""
+    """Seconds of each part of the start-up, from the start of this process where the system tells it."""
 
     def __init__(self):
         self.parts = {}

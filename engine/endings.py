@@ -1,5 +1,4 @@
-"""How a run ends: by a signal, or by an error that becomes one sentence,
-with the exit code that says which."""
+"""How a run ends: by a signal, or by an error that becomes one sentence and an exit code."""
 import contextlib
 import os
 import signal
@@ -89,8 +88,7 @@ ALONE = ("expected all ranks to go on, found one gone without a word; see what e
 
 
 def explain(e: Exception) -> str | None:
-    """Return one sentence about what torch raises where a machine lacks something; None:
-    an error of the program."""
+    """Return a sentence about what torch raises where a machine lacks something, else None."""
     found = (str(e).splitlines() or [""])[0]
     kinds = {kind.__name__ for kind in type(e).__mro__}
     if isinstance(e, torch.OutOfMemoryError) or "out of memory" in found or "can't allocate memory" in found:
@@ -108,8 +106,7 @@ def explain(e: Exception) -> str | None:
 def report(main, argv: list[str], name: str = "train_gpt.py") -> int:
     """Return the exit code of main(argv, stop): 2 for a wrong command or input, 1 for a failed run.
 
-    An error is printed here and nowhere else, as one message from the first rank that meets one, after the
-    name of the program.
+    An error is printed here and nowhere else, by the first rank that meets one, after the program's name.
     """
     code, message = 0, None
     with StopSignal() as stop:

@@ -1,8 +1,7 @@
 """Chains of operations in one autograd function each, for a CPU without torch.compile: there every pass over
 an activation and every call of an operator costs as much as a small product.
 
-Each has a plain form, which is the definition. Shapes: T tokens, D model width, M hidden width, H heads, d
-head width.
+Each has a plain form, its definition. Shapes: T tokens, D model width, M hidden width, H heads, d head width.
 """
 import torch
 import torch.nn.functional as F
@@ -64,8 +63,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel j with channel r + j, for j < r = cos.size(-1); channels from 2 r on stay.
-    x: (..., d)."""
+    """Rotate channel j of x (..., d) with channel r + j, for j < r = cos.size(-1); the others stay."""
     r = cos.size(-1)
     a, b, still = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, still], -1)
@@ -126,8 +124,7 @@ class NormAndRotary(torch.autograd.Function):
 
 
 class RotaryOfNorm(torch.autograd.Function):
-    """size * rotary(norm(x)) for torch.compile on a GPU, which makes one kernel of each pass.
-    x: (T, H, d); size: (), positive."""
+    """size * rotary(norm(x)) of x (T, H, d) in one kernel a pass by torch.compile. size: (), positive."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, size):
@@ -189,8 +186,7 @@ class ResidualSum(torch.autograd.Function):
 
 
 class BlockProducts(torch.autograd.Function):
-    """blocked_attention of engine.attention, with the probabilities kept for the backward pass: with that one
-    1.3 to 2 times as fast.
+    """blocked_attention of engine.attention with its probabilities kept, which is 1.3 to 2 times as fast.
 
     Block n of head h is row h N + n of a batch (B, W, d). Its keys are the 2 W rows up to its last one, which
     overlap with those of the block before; where that is the last one of another head, the mask hides it.

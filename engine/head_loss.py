@@ -1,8 +1,6 @@
-"""Head and loss in one: a third of the model's matrix work and by far its largest activation; in FP8 where
-that works.
+"""Head and loss in one: a third of the model's matrix work, its largest activation; in FP8 where that works.
 
-Shapes: T tokens of one packed sequence, D model width, V vocabulary (padded), K tokens that each position
-predicts.
+Shapes: T tokens of one packed sequence, D model width, V vocabulary (padded), K targets of a position.
 """
 import torch
 import torch.nn.functional as F
@@ -33,8 +31,7 @@ def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor,
     """Return the sum over T of sum_k weights[k] * cross entropy of logits[t] and targets[t + k].
 
     logits: (T, V), targets: (T,), weights: (K,). Targets past the end are left out. The same logits serve all
-    K, so no head is added. prefixes: (T,) one more target of each position, -1 where there is none, with one
-    more weight at the end.
+    K, so no head is added. prefixes: (T,) one more target of each position, or -1, with the last weight.
     """
     T = len(targets)
     log_z = torch.logsumexp(logits.float(), -1)
@@ -56,8 +53,7 @@ def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor,
 
 
 def summed_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, cap: tuple[float, ...], linear) -> Tensor:
-    """Return the sum over tokens of the next token's cross entropy, in fp32.
-    x: (T, D), head: (V, D), targets: (T,)."""
+    """Return the summed cross entropy of the next token, fp32. x: (T, D), head: (V, D), targets: (T,)."""
     logits = softcap(linear(x, head).float(), cap)
     return F.cross_entropy(logits, targets, reduction="sum")
 
@@ -69,8 +65,7 @@ HEAD_PIECE = 8192  # tokens whose logits lie in memory at a time; all 49152 of a
 
 
 class HeadLoss(torch.autograd.Function):
-    """multi_token_loss(softcap(x @ head.T)) with its gradients computed in the same pass, `size` tokens at a
-    time.
+    """multi_token_loss(softcap(x @ head.T)) with its gradients in the same pass, `size` tokens at a time.
 
     The logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and
     what is kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in
@@ -139,9 +134,8 @@ def computed_after(before: tuple[Tensor, ...], x: Tensor) -> Tensor:
 def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tuple[Tensor, Tensor]:
     """Return the summed loss of some tokens and its gradient of their logits (tokens, V), both fp32.
 
-    logits: (tokens, V) before the cap; ahead, weights: (tokens, K) targets and their weights, 0 where there
-    is none. The gradient of the capped z is sum(w) softmax(z) - w at each target; the cap's own slope is A /
-    C s (1 - s).
+    logits: (tokens, V) before the cap; ahead, weights: (tokens, K) targets and their weights, 0 for none. The
+    gradient of the capped z is sum(w) softmax(z) - w at each target, the cap's own slope A / C s (1 - s).
     """
     A, B, C = cap or (1.0, 0.0, 1.0)
     s = torch.sigmoid((logits.float() + B) / C) if cap else logits.float()

@@ -10,8 +10,7 @@ the same table on the device, to the last bit. (The idea is that of public propo
 
 Each of W ranks holds one W-th of the rows, in order. Ids, rows and gradients go to their owners and back by
 all-to-all among the hosts, over a group that nothing else uses: at most one row for each token and order,
-each way. Replicas would save half of that traffic, but take W times the memory, and every rank would
-move all rows.
+each way. Replicas would save half of that traffic, but take W times the memory and updates.
 
 The rule is Adam by row, without momentum. Of each row that was read, with g its gradient:
 

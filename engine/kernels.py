@@ -25,8 +25,7 @@ from muon import symmetric_product
 class Kernels:
     """The kernels of a run, and why each of them.
 
-    A kernel that is not plain PyTorch has passed a self-test on this device, or somebody asked for it by
-    name.
+    A kernel that is not plain PyTorch has passed a self-test on this device, or was asked for by name.
     """
     device: torch.device
     dtype: torch.dtype  # of weights and activations
@@ -44,8 +43,7 @@ class Kernels:
 
     @staticmethod
     def choose(cfg, device: torch.device) -> "Kernels":
-        """Choose by the settings attention, dtype, products, compile, fp8_head and mlp_fp8; "auto" leaves
-        the choice to the device.
+        """Choose by the settings attention, dtype, products, compile, fp8_head and mlp_fp8.
 
         Raises UsageError where a setting asks for what does not work here.
         """
@@ -96,8 +94,8 @@ class Kernels:
         return RmsNorm.apply(x) if self.fused else norm(x)
 
     def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor, scale) -> tuple[Tensor, Tensor]:
-        """Return rotary(norm(x)) of queries and of keys, each (T, H, d), the queries times the scale where
-        it is a tensor. x: (T, 2, H, d)."""
+        """Return rotary(norm(x)) of queries and of keys, each (T, H, d), the queries times the scale where it
+        is a tensor. x: (T, 2, H, d)."""
         if self.own_kernels:  # apart, so that one kernel a pass makes each of them
             q, k = x.unbind(1)
             one = torch.ones_like(scale)
@@ -180,8 +178,7 @@ def choose_ns_dtype(cfg, device: torch.device) -> torch.dtype:
 
 
 def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """Return the type of weights and activations:
-    bfloat16 on a GPU and float32 elsewhere, unless one is named."""
+    """Return the type of weights and activations: by default bfloat16 on a GPU, float32 elsewhere."""
     if wish != "auto":
         return getattr(torch, wish)
     return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,5 +1,4 @@
-"""The MLP on a GPU: its forward products in FP8 where that works, and squared ReLU in the products
-around it where that is faster.
+"""The MLP on a GPU: forward products in FP8 where that works, squared ReLU inside of products where it pays.
 
 Shapes: T tokens, D model width, M hidden width.
 """
@@ -30,18 +29,21 @@ class GpuMlp(torch.autograd.Function):
     2 relu, is twice its square root.
 
     x: (T, D) in bf16 whose rows have length sqrt(D) at most, as norm gives them. fp8: the two forward
-    products are of factors in e4m3, the gradients' products in bf16 (public records 84 and 89). fused:
-    squared ReLU and its gradient are computed where Triton's own products are written, see
-    engine.mlp_kernels.
+    products are of factors in e4m3, those of gradients in bf16 (public records 84 and 89). fused: by the
+    kernels of engine.mlp_kernels, which apply squared ReLU and its gradient where they write a product.
     """
 
     @staticmethod
     def forward(ctx, x, w_in, w_out, fp8, fused):
         if fp8:
             squared, *factors = squared_relu_in_fp8(x, w_in, fused)
-            y = fp8_product(*factors, *in_fp8(w_out)[:2]).to(x.dtype)
+            w, w_scale, _ = in_fp8(w_out)
+            y = fp8_product(*factors, w, w_scale).to(x.dtype)
         else:
-            squared = mlp_kernels.squared_relu_mm(x, w_in) if fused else F.relu(F.linear(x, w_in)).square()
+            if fused:
+                squared = mlp_kernels.squared_relu_mm(x, w_in)
+            else:
+                squared = F.relu(F.linear(x, w_in)).square()
             y = F.linear(squared, w_out)
         ctx.save_for_backward(x, w_in, w_out, squared)
         ctx.fused = fused
@@ -91,8 +93,7 @@ def squared_relu_in_fp8(x: Tensor, w: Tensor, fused: bool) -> tuple[Tensor, Tens
 
 
 def choose_mlp_fp8(wish: str, device: torch.device, D: int, M: int) -> tuple[bool, str]:
-    """Return whether the MLP's forward products are in FP8, and the reason. They must come near the exact
-    ones."""
+    """Return whether the MLP's forward products are in FP8, and the reason."""
     return fp8_where_it_works("mlp_fp8", wish, device, lambda: tested(True, False, device, D, M))
 
 
@@ -118,8 +119,7 @@ def choose_fused_mlp(fp8: bool, device: torch.device, dtype: torch.dtype, D: int
 
 
 def tested(fp8: bool, fused: bool, device: torch.device, D: int, M: int) -> tuple[bool, str]:
-    """Return whether GpuMlp passes its self-test, and how: it must come near the definition in values and
-    gradients."""
+    """Return whether GpuMlp comes near the definition in values and gradients, and its error."""
     error = self_test_error(fp8, fused, device, D, M)
     good = error < (0.1 if fp8 else 0.02)  # three and eight bits, in two products one after the other
     return good, f"self-test error {error:.1e}"
@@ -134,7 +134,8 @@ def self_test_error(fp8: bool, fused: bool, device: torch.device, D: int, M: int
         return y, *torch.autograd.grad(y, leaves, g)
 
     exact = squared_relu_mlp(*(leaf.float() for leaf in leaves)).type_as(g)
-    return largest_error(results(GpuMlp.apply(*leaves, fp8, fused)), results(exact))
+    found = GpuMlp.apply(*leaves, fp8, fused)
+    return largest_error(results(found), results(exact))
 
 
 def example(T: int, D: int, M: int, device: torch.device) -> list[Tensor]:

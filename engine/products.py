@@ -93,8 +93,7 @@ def offered_to_onednn():
 def exact_onednn_batches() -> bool:
     """Return whether this is an AMD processor on which oneDNN computes them in fp32.
 
-    oneDNN makes use of its leave to round on processors with AMX; on others it does not, as is made sure of
-    here.
+    oneDNN makes use of its leave to round on processors with AMX; on others it does not, which is tested.
     """
     backend = getattr(torch.backends.mkldnn, "matmul", None)
     if not amd_with_onednn() or not hasattr(backend, "fp32_precision"):

@@ -65,8 +65,7 @@ class Runtime:
         return tensor
 
     def together(self, function, *args):
-        """Call the function on every rank; if it raises a UsageError or RunError on one,
-        raise it on all of them."""
+        """Call the function on every rank; a UsageError or RunError of one is raised on all of them."""
         result, error = None, None
         try:
             result = function(*args)

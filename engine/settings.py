@@ -102,8 +102,7 @@ def underscored(argument: str) -> str:
 
 
 def parse_value(text: str, kind):
-    """Turn the text of a flag into a value of its field's type; a tuple is written 1,2,3.
-    Raises ValueError."""
+    """Turn a flag's text into a value of its field's type; a tuple is written 1,2,3. Raises ValueError."""
     if hasattr(kind, "__args__"):  # tuple[int, ...]
         element = kind.__args__[0]
         return tuple(element(part) for part in text.split(",") if part)

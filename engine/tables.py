@@ -11,8 +11,7 @@ from torch import Tensor
 
 @torch.library.custom_op("speedrun::table_gradient", mutates_args=())
 def table_gradient(grad: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Return the gradient of a table (rows, D) from that of the rows (..., D) that were read at index
-    (...)."""
+    """Return the gradient of a table (rows, D) from that of its rows (..., D) at index (...)."""
     return torch.ops.aten.embedding_dense_backward(grad, index, rows, -1, False)
 
 

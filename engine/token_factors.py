@@ -23,8 +23,7 @@ SKIP_START = 0.5
 
 
 class Slot(NamedTuple):
-    """One output of a network of gates: `width` factors of one kind, a field of the trainer's
-    LayerWeights."""
+    """One output of a network of gates: `width` factors of one kind, a field of LayerWeights."""
     layer: int
     kind: str
     width: int

@@ -80,8 +80,7 @@ class AirbenchSettings:
 
 
 class Convolution(nn.Conv2d):
-    """A 3 x 3 convolution that starts as the identity on its first channels, and works in the dtype of its
-    input."""
+    """A 3 x 3 convolution in the dtype of its input that starts as the identity on its first channels."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(channels_in, channels_out, 3, padding=1, bias=False)
@@ -238,8 +237,8 @@ class AirbenchRun:
         self.optimizers = make_optimizers(self.net, cfg)
 
     def batches(self):
-        """Yield the images and labels of every step. Half of the images are mirrored in even epochs, the
-        other half in odd ones."""
+        """Yield images and labels of every step; half of the images are mirrored in even epochs, half in
+        odd."""
         images, labels = self.train_set
         batch_size = self.cfg.batch_size
         mirrored = torch.rand(len(images), generator=self.random) < 0.5

@@ -10,8 +10,8 @@ optimizer, its settings and schedules. A run must not decide anything by its own
 
 The track is public: https://github.com/KellerJordan/modded-nanogpt/tree/master/records/track_3_optimization.
 The numbers are those of its tuned baseline, result 36, which took 3,250 steps (n = 10) there. This file has
-not run on FineWeb or on a GPU yet. The miniature ended at 1.767
-with seed 0, after 1 minute 55 seconds on one core of an AMD EPYC.
+not run on FineWeb or on a GPU yet. The miniature ended at 1.767 with seed 0, after 1 minute 55 seconds on one
+core of an AMD EPYC.
 
 Legend: B sequences, T tokens of each, C width, H heads, D channels of a head, V vocabulary.
 """
@@ -176,8 +176,7 @@ def init_weights(model: PlainGPT) -> None:
 
 
 def make_optimizers(model: PlainGPT, cfg: SimpleSettings) -> list[torch.optim.Optimizer]:
-    """Return optimizers that together have every parameter once. Gradients are sums over the tokens of a
-    step."""
+    """Return optimizers that own every parameter once. Gradients are sums over the tokens of a step."""
     hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
     groups = [dict(params=[model.embed.weight], lr=0.7),
               dict(params=[model.proj.weight], lr=0.004),

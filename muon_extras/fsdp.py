@@ -42,8 +42,7 @@ _all_to_all = getattr(dist, "all_to_all_single", None)
 
 
 class FsdpMuon(Muon):
-    """Muon, with the same arguments, for parameters of which some or all are DTensors. Their state is
-    DTensors too."""
+    """Muon, with the same arguments, for parameters that may be DTensors; their state is DTensors too."""
 
     def _lane(self, name: str, p: Tensor, group: dict) -> tuple[type[Bucket], object, tuple]:
         if not isinstance(p, DTensor):
@@ -111,8 +110,8 @@ def sharded_dims(p: DTensor) -> list[int]:
 
 
 def shard_axis(p: DTensor, flatten: bool | None) -> int:
-    """Return what the shards of a parameter cut: -1 its bank of matrices, 0 rows, 1 columns, above that
-    pieces of columns."""
+    """Return what shards of a parameter cut: -1 its bank of matrices, 0 rows, 1 columns, 2 and 3 within
+    columns."""
     dim = next(placement.dim for placement in p.placements if isinstance(placement, Shard))
     return dim - 1 if p.ndim == 3 and not flatten else dim
 
@@ -208,8 +207,7 @@ class Whole(Bucket):
 
 
 class Exchanged(Bucket):
-    """Pieces of a unit lie on all ranks. Per rank the stacks of its units, as everywhere; `cut` tells which
-    piece is whose."""
+    """Pieces of a unit lie on all ranks, and `cut` tells which is whose; its stack is with its owner."""
     divided = False  # of its state each rank has the part that its weights need
 
     def __init__(self, *args):
@@ -245,7 +243,7 @@ class Exchanged(Bucket):
         return len(stack) * (end - begin) * other_side
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
-        """Return (B, rows, ...): my piece of each matrix in the local part of something shaped like the
+        """Return my piece (B, rows, ...) of each matrix in x, the local part of a tensor like the
         parameter."""
         if self.axis(stack) == 1:
             return stack.of(x)

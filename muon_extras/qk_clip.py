@@ -153,8 +153,7 @@ def mla_qk_clip_(
 
     wq: (heads (nope + rope), ...), of each head the rows of q^C, then those of q^R. wkv: (heads (nope +
     values), ...), of each head the rows of k^C, then those of its values, if they are in the same matrix.
-    DeepSeek-V3's q_b_proj and kv_b_proj are laid out so. nope, rope: rows of q^C and q^R. The rest is as in
-    `qk_clip_`."""
+    DeepSeek-V3's q_b_proj and kv_b_proj are laid out so. nope, rope: rows of q^C and q^R."""
     heads = len(s_max)
     wq = listed(wq)
     wkv = listed(wkv)
@@ -210,8 +209,7 @@ def shapes(weights: list[Tensor]) -> list[tuple[int, ...]]:
 
 
 def expect(function: str, *facts: tuple[str, bool, object]) -> None:
-    """Raise ValueError for the first of some facts (what is expected, whether it holds, what is found) that
-    does not hold."""
+    """Raise ValueError for the first of some facts (expected, whether it holds, found) that does not hold."""
     for what, holds, found in facts:
         if not holds:
             raise ValueError(f"{function}: expected {what}, found {found}; change the call")

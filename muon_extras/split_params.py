@@ -10,15 +10,13 @@ CONV1D = nn.Conv1d, nn.ConvTranspose1d
 
 
 def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[dict], list[tuple[str, Tensor]]]:
-    """Propose (parameter groups for Muon, [(name, parameter)] for AdamW) and print the routing with its
-    reasons.
+    """Propose (parameter groups for Muon, [(name, parameter)] for AdamW) and print the reasons.
 
     Muon gets matrices, banks and convolutions inside the network, weights of 1-D convolutions in a group of
-    their own with flatten. AdamW gets the rest: scalars and vectors (also as a matrix with one row or
-    column, or one row per expert), embeddings and positions, what shares its tensor with one, routers of
-    experts, and outputs: a Linear called as in HEADS, and the last Linear of the model unless it lies in a
-    list of blocks. Frozen parameters are left out. Look at the print-out: a network of another kind may call
-    for another choice."""
+    their own with flatten. AdamW gets the rest: scalars and vectors (also as a matrix with one row or column,
+    or one row per expert), embeddings and positions, what shares its tensor with one, routers of experts, and
+    outputs: a Linear called as in HEADS, and the last Linear of the model unless it lies in a list of blocks.
+    Frozen parameters are left out. Look at the print-out: another network may call for another choice."""
     tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     conv1d = {m.weight for m in model.modules() if isinstance(m, CONV1D)}
     outputs = output_weights(model)
@@ -59,8 +57,7 @@ def reason(name: str, p: Tensor, tables: set, outputs: set, routers: set) -> str
 
 
 def output_weights(model: nn.Module) -> set[Tensor]:
-    """Return the weights of Linear layers that are called as outputs, or are the last one outside of all
-    lists."""
+    """Return the weights of Linear layers named as outputs, or the last one outside of all lists."""
     found = set()
     last = None
     lists = []  # names of lists of blocks seen so far

@@ -8,8 +8,8 @@ command (../other/run.sh writes to ../other/logs).
 
 The folder --out holds all there is: the plan with commands, seeds and order; the logs; what every attempt
 printed; the verdict. After an interruption the same command goes on with the runs that are missing. There is
-no verdict before the planned number of pairs, and no more pairs can be added after it: both would turn chance
-into findings."""
+no verdict before the planned number of pairs, and there are no pairs after it: both would turn chance into
+findings."""
 import contextlib
 import json
 import random
@@ -80,8 +80,7 @@ def make_experiment(a: str, b: str, runs: int) -> Experiment:
 
 
 def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
-    """The experiment in this folder, which must be the one that is asked for; a new one if the
-    folder is empty."""
+    """The experiment in this folder, which must be the one asked for; a new one if it is empty."""
     path = out / PLAN
     if not path.exists():
         if any(not file.name.startswith(".") for file in out.iterdir()):
@@ -244,8 +243,7 @@ def execute(argv: list[str], output: Path, limit: float, lock, stop: StopSignals
 
 
 def end(process: subprocess.Popen):
-    """End the group of a process, by force where it does not obey in time or where ab is told to
-    stop again."""
+    """End the group of a process, by force where it does not obey in time or ab is told to stop again."""
     try:
         if process.poll() is None:
             kill_group(process.pid, signal.SIGTERM)

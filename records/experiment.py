@@ -1,8 +1,6 @@
-"""The folder of an A/B experiment, as `ab` lays it out: plan.json, the logs of both arms in a/ and b/, what
-they printed in output/.
+"""The folder of an A/B experiment: plan.json, logs of both arms in a/ and b/, their output in output/.
 
-plan.json is written before the first run, so that it can be asked later which arm was which and how many
-pairs were planned.
+plan.json is written before the first run, and tells which arm was which and how many pairs were planned.
 """
 import json
 from dataclasses import dataclass

@@ -1,5 +1,4 @@
-"""Read the log of a training run, whatever wrote it: the 24 formats of the public speedrun, and that of
-train_gpt.py.
+"""Read the log of a training run: the 24 formats of the public speedrun, and that of train_gpt.py.
 
 A log is: embedded source, a line of 100 `=`, a header (versions, hardware, settings), the same line, then
 step lines:
@@ -7,10 +6,10 @@ step lines:
     step:125/1480 val_loss:4.0123 train_time:6021ms step_avg:48.17ms      validation
     step:125/1480 train_time:6021ms step_avg:48.17ms                      training
 
-Whatever part is missing, the rest is read. A log is hostile text: it is searched line by line for those
-that matter, in bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what
-is odd about it is said in `LogFile.problems`. The source can hold anything, so whatever looks like output
-before the last header counts as source.
+Whatever part is missing, the rest is read. A log is hostile text: it is searched line by line for those that
+matter, in bounded memory and with patterns that cannot backtrack badly, nothing of it is run, and what is odd
+about it is said in `LogFile.problems`. The source can hold anything, so whatever looks like output before the
+last header counts as source.
 """
 import hashlib
 import json
@@ -245,8 +244,7 @@ def lines(file, digest, notes: dict[str, str]) -> Iterator[tuple[int, str]]:
 
 
 def read_source(file, body: "Body", notes: dict[str, str]) -> bytes:
-    """The embedded source with LF line ends and one newline at the end, as a source file has; empty
-    where there is none."""
+    """The embedded source with LF line ends and one newline at the end, as a file has; empty without one."""
     if body.source_end > SOURCE_LIMIT:
         notes.setdefault(f"an embedded source of more than {SOURCE_LIMIT:,} bytes is not read", "")
         return b""

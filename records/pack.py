@@ -6,9 +6,8 @@
   baseline/    likewise, where there are some
 
 A baseline that is the runs of another record of the track is named, not copied. Every number comes from the
-logs. What check fails is refused, unless --non-record says why the result is worth keeping. Nothing else is
-written, a folder that exists is never touched, and the same inputs give the same bytes. The note may be
-edited later.
+logs. What check fails is refused, unless --non-record says why the result is worth keeping. A folder that
+exists is never touched, and the same inputs give the same bytes. The note may be edited later.
 """
 import hashlib
 import math
@@ -149,8 +148,7 @@ def read_note(path: str | None) -> str:
 
 
 def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
-    """The name of the folder of a record whose runs are these logs and no others; None where there
-    is none."""
+    """The name of the record whose runs are these logs and no others; None where there is none."""
     wanted = {log.sha256 for log in baseline}
     for folder in sorted(path for path in track_folder.glob("*")
                          if re.fullmatch(schema.FOLDER_NAME, path.name)):

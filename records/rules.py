@@ -236,8 +236,7 @@ def are_pair(a: RunFacts, b: RunFacts) -> bool:
 
 
 def curve(run: RunFacts) -> frozenset:
-    """(step, loss) after step 0; of a run with a single one its time too, since one loss can be the
-    same by chance."""
+    """(step, loss) after step 0; with its time where it is a single one, which can be equal by chance."""
     points = [point for point in run.val_points if point.step > 0]
     found = {(point.step, point.val_loss) for point in points}
     if len(points) == 1:

@@ -1,7 +1,6 @@
 """record.json: what a person says of the runs in the folder of a record, and what its logs say.
 
-A Statement is the former. All else in the file is computed from the logs by pack, and again by verify, and
-never read.
+A Statement is the former. All else in the file is computed from the logs by pack and verify, and never read.
 """
 import datetime
 from pathlib import Path

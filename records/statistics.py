@@ -1,5 +1,4 @@
-"""The statistics of a claim: loss rules, comparisons of times, intervals, and the power to see a difference.
-All from scipy.
+"""The statistics of a claim, by scipy: loss rules, comparisons of times, intervals, and power.
 
 Every result says so where it cannot be judged: its numbers are then None, `why` tells the reason, and it
 never passes. Nothing is left out or replaced to make a number possible; a run that ended in nan is part of

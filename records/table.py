@@ -1,10 +1,8 @@
-"""Write the tables of records into records/README.md, between its two marks; what stands outside the marks
-stays.
+"""Write the tables of records into records/README.md between its two marks.
 
-Public records come from records/history, records of this repository from their folders: what is said in
-record.json, and the logs. Public times are of many machines and ours of others, so that neither are ranked
-against the other. With --check nothing is written, and the exit code is 1 where the page is not what
-the data say."""
+Public records come from records/history, ours from what record.json and the logs in their folders say. Public
+times are of many machines and ours of others, so that neither are ranked against the other. With --check
+nothing is written, and the exit code is 1 where the page is not what the data say."""
 import difflib
 from decimal import Decimal
 from pathlib import Path
@@ -23,10 +21,9 @@ BEGIN, END = "<!-- Tables: written by python -m records table. -->", "<!-- End o
 
 
 def history_rows(track: Track) -> list[tuple[history.HistoryRow, Decimal | None]]:
-    """The public records of a track by date, each with the minutes or steps that it gained; None where there
-    is nothing to compare with, or no gain is claimed. By time each is compared with the row before, be it a
-    retiming, since both are of the same rules; by steps with the best before, as the list also holds results
-    that are not the best."""
+    """The public records of a track by date, each with the minutes or steps that it gained, or None. By time
+    each is compared with the row before, be it a retiming, since both are of the same rules; by steps with
+    the best before, as the list also holds results that are not the best."""
     rows, before = [], None
     records = [record for record in history.records() if record.track == track.name]
     if track.ranked_by == "steps":

@@ -9,8 +9,7 @@ def run_limited(command: Sequence[str], limit_s: float, **popen) -> subprocess.C
     """Run a command as the leader of a process group and return (args, returncode, stdout, stderr) as texts.
 
     After `limit_s` seconds, or when this process is interrupted, the whole group is killed; a run that was
-    cut short has returncode None and whatever it had printed. popen: more arguments of subprocess.Popen, such
-    as cwd and env.
+    cut short has returncode None and what it had printed. popen: of subprocess.Popen, such as cwd and env.
     """
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True, **popen)

@@ -154,8 +154,7 @@ PIECES = {  # name -> (function, what to change where it fails)
 
 
 def try_pieces(cfg: Config, names: list[str]) -> None:
-    """Print [name, mark, text] of each piece as JSON; end behind one that fails, for it may have spoilt the
-    device."""
+    """Print [name, mark, text] of each piece as JSON, up to a failure, which may have spoilt the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in names:
         piece, advice = PIECES[name]

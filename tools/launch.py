@@ -34,8 +34,7 @@ WORLD_SIZES = (1, 2, 4, 8)
 
 
 def choose_ranks(num_gpus: int, cores: int, wanted: str) -> int:
-    """Return the number of ranks: `wanted` (the text of NPROC) if it is not empty, else one per GPU, else up
-    to two.
+    """Return the number of ranks: `wanted` (the text of NPROC), else one per GPU, else up to two.
 
     Raises UsageError for a number that cannot share the batch or the GPUs.
     """

@@ -127,8 +127,7 @@ def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int,
 def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> tuple[int, int]:
     """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence.
 
-    Of a compiled model it is what bench.cross found in the graph that is most alike, scaled as the bytes of
-    eager models are.
+    Of a compiled model it is what bench.cross found in the most similar graph, scaled as eager models are.
     """
     mine = eager_step_bytes(cfg, dtype, tokens)
     if not compiled:
@@ -184,8 +183,7 @@ def needs(cfg: Config, dtype: torch.dtype, compiled: bool, world: int) -> dict[s
 
 
 def choices(cfg: Config, world: int) -> list[Config]:
-    """Return settings that train on the same tokens, from those asked for to those that need the least
-    memory.
+    """Return settings that train on the same tokens, from those asked for to the least hungry.
 
     First each layer is computed twice, which changes no number. Then validation sequences are halved, which
     cuts more contexts, and packed sequences, which cuts more documents.
@@ -219,8 +217,7 @@ def muon_flops(cfg: Config, device: torch.device) -> int:
 
 
 def muon_shares(cfg: Config, device: torch.device) -> str:
-    """Say how large a part of the FLOPs of a step is Muon's, for each size of a batch, and the bound 5 D /
-    tokens of it."""
+    """Say Muon's part of the FLOPs of a step for each size of a batch, and its bound 5 D / tokens."""
     shares, muon = {}, muon_flops(cfg, device)
     for stage, step in enumerate(cfg.stage_starts):
         tokens = cfg.at("batch_tokens", step)
@@ -231,8 +228,7 @@ def muon_shares(cfg: Config, device: torch.device) -> str:
 
 def column(cfg: Config, dtype: torch.dtype, compiled: bool, world: int, gib: float,
            tflops: float | None) -> dict:
-    """Return the cells of `world` ranks with so much memory each: the first of the choices that fits, or
-    the last."""
+    """Return the cells of `world` ranks with so much memory each: the first choice that fits, or the last."""
     allowance = 1 + 0.05 * gib + 0.5 * (world > 1)  # context, libraries, fragmentation; assumed
     for choice in choices(cfg, world):
         found = needs(choice, dtype, compiled, world)

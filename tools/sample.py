@@ -1,5 +1,4 @@
-"""Print text from a checkpoint of train_gpt.py (one written by --save_final or --save_every), on a GPU or a
-CPU.
+"""Print text from a checkpoint of train_gpt.py (--save_final or --save_every), on a GPU or a CPU.
 
     python -m tools.sample logs/UUID/state_step000400.pt --prompt "ROMEO. " --tokens 500
 

@@ -1,5 +1,4 @@
-"""The figures that `python -m bench.cross` found of runs on GPUs that were not there, as they are
-committed."""
+"""Committed figures of runs on GPUs that were not there, found by `python -m bench.cross`."""
 import functools
 import json
 from dataclasses import replace
@@ -31,8 +30,7 @@ def settings_of(flags: str) -> Config:
 
 
 def traced_run(cfg: Config, ranks: int, fp8: bool) -> dict | None:
-    """Return the figures of a run of so many ranks whose steps are those of cfg. The settings in FREE change
-    no step."""
+    """Return the figures of a run of so many ranks with the steps of cfg; settings in FREE change none."""
     free = {name: getattr(cfg, name) for name in FREE}
     for settings, run in traced_runs().values():
         if (run["ranks"], run["fp8"]) == (ranks, fp8) and replace(settings, **free) == cfg:

@@ -5,8 +5,7 @@
     python -m bench.muon table OUT.json [--page=bench/MUON.md]   the tables, or their page
 
 Subjects take turns (A B C A B C ...); what is missing is named and skipped: bench/requirements.txt says how
-to install it. Step times are taken on the device there is, all else in forked processes on the CPU, which
-needs Linux.
+to install it. Step times are of the device there is, all else of forked processes on the CPU (Linux only).
 """
 import argparse
 import json

@@ -1,5 +1,4 @@
-"""Muon against AdamW with equal tuning: the same random search for both in the miniature, then fresh
-seeds of both winners.
+"""Muon against AdamW with equal tuning: the same random search for both, then fresh seeds of both winners.
 
     python -m bench.tune run OUT [--workers=1]             the search of bench/tune/search.json
     python -m bench.tune final OUT                         fresh seeds of the winners, by train_gpt.py

@@ -192,8 +192,7 @@ def ratio_text(results: Results) -> str:
 
 
 def adamw_over_muon(moving: str, steps: float, last: int) -> float:
-    """Return AdamW's steps in units of Muon's, where the moving one takes these and the other one the last
-    rung's."""
+    """Return AdamW's steps over Muon's: these of the moving one, the last rung's of the other."""
     if moving == "adamw":
         return steps / last
     return last / steps if steps else math.inf

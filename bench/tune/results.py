@@ -66,8 +66,7 @@ class Results:
         return self.rungs(optimizer)[-2:]
 
     def winners(self) -> dict[str, tuple[str, int, int]]:
-        """Return name of the folder -> (optimizer, steps, trial) of all winners that are known, those of the
-        last rung first."""
+        """Return folder -> (optimizer, steps, trial) of all known winners, those of the last rung first."""
         found = {}
         lengths = [(optimizer, steps) for optimizer in OPTIMIZERS for steps in self.lengths(optimizer)]
         for optimizer, steps in sorted(lengths, key=lambda item: item[1] != self.search.rungs[-1]):

@@ -115,7 +115,7 @@ def test_the_loss_picture_shows_the_committed_logs(theme):
     drawn = pictures.drawn_data(pictures.figure_of_loss(theme, target))
     assert json.loads(html.unescape(description)) == json.loads(json.dumps(drawn))
     for group in ("muon", "adamw", "nanogpt"):
-        ends = [run[-1] for run in pictures.runs_of(group)]
+        ends = [run[-1] for run in pictures.runs_of(pictures.RUNS / group)]
         seconds, loss = (sum(end[k] for end in ends) / len(ends) for k in (1, 2))
         assert drawn[group][-1] == (round(seconds, 3), round(loss, 4))
         assert f"{loss:.2f} after {seconds:.1f} s" in text  # kept as text
