@@ -1626,18 +1626,15 @@ def fit_time_budget(run: Run) -> Config:
         return dataclasses.replace(cfg, train_steps=steps)
 
     def seconds(steps: int) -> float:
-        planned = plan(steps)
-        return sum(stage_ms[planned.stage(step)] for step in range(steps)) / 1000
+        lengths = np.diff([*plan(steps).stage_starts, steps])
+        return float(np.dot(lengths, stage_ms)) / 1000
 
     shortest = cfg.extension_steps + 1
     if seconds(shortest) > cfg.time_budget:
         raise UsageError(f"--time_budget: expected room for {shortest} steps, which take "
                          f"{seconds(shortest):.1f} s, found {cfg.time_budget:g} s; raise it, or lower "
                          "--extension_steps")
-    steps = 2 * shortest
-    while seconds(steps) < cfg.time_budget:
-        steps *= 2
-    fitting = bisect.bisect_right(range(steps), cfg.time_budget, lo=shortest, key=seconds) - 1
+    fitting = bisect.bisect_right(range(10**9), cfg.time_budget, lo=shortest, key=seconds) - 1
     return plan(fitting)
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from data.errors import UsageError
@@ -78,7 +79,7 @@ def hub_errors(what: str):
                          "a mirror (HF_ENDPOINT), and start again: what is downloaded is kept") from error
 
 
-def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main") -> str:
+def fetch_hub(repo: str, filename: str, path, check: Callable) -> str:
     """Bring `filename` of the hub dataset `repo` to `path`, and return its SHA-256, which equals the hub's.
 
     A file that is at `path` already is kept if it is the hub's. A download goes to a hidden file beside it,
@@ -94,7 +95,7 @@ def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with hub_errors(f"{filename} of {repo}"):
-        url = hf_hub_url(repo, filename, repo_type="dataset", revision=revision)
+        url = hf_hub_url(repo, filename, repo_type="dataset")
         about = get_hf_file_metadata(url)
         sha256, size = about.etag or "", about.size
         if len(sha256) != 64 or size is None:  # small files are stored in git and have a SHA-1 of git instead
@@ -116,8 +117,7 @@ def fetch_hub(repo: str, filename: str, path, check=None, revision: str = "main"
             partial.unlink()
             raise FetchError(f"expected {filename} of {repo} with SHA-256 {sha256}, found {found}; the "
                              "download was damaged and has been deleted, start again")
-    if check is not None:
-        check(partial)
+    check(partial)
     os.replace(partial, path)
     return sha256
 

@@ -1,30 +1,26 @@
-"""Tokenize text into shards: FineWeb from the hub, or text of your own, as GPT-2 tokens or as bytes.
+"""Tokenize text of your own into shards like FineWeb's, as GPT-2 tokens or as bytes.
 
-    python -m data.fineweb                               FineWeb's 10 B token sample, to data/fineweb10B
-    python -m data.fineweb --shards=6                    the same, only the first 6 shards
-    python -m data.fineweb --name=mine book.txt a.jsonl  your own text, to data/mine, for the track small
-    python -m data.fineweb --bytes --name=mine book.txt  the same as bytes, for the track shakespeare
+    python data/fineweb.py --name=mine book.txt a.jsonl    to data/mine, for the track small
+    python data/fineweb.py --bytes --name=mine book.txt    the same as bytes, for the track shakespeare
 
 What is a document, each preceded by the token that starts one (50256 of GPT-2, 256 of bytes):
     .txt      the whole file
     .jsonl    the field "text" (--field) of each line
     .parquet  the column "text" (--field) of each row
 Files are read in the order given, text is UTF-8. Shard 0 is for validation ({name}_val_000000.bin), the
-others for training ({name}_train_000001.bin ...); a document may continue in the next shard, as in the shards
-published upstream.
+others for training ({name}_train_000001.bin ...); a document may continue in the next shard. FineWeb itself
+comes from data/cached_fineweb10B.py, as such shards.
 
 The same text gives the same bytes for any number of threads, because their results are taken in the order of
 the text. Memory is bounded by a few MiB of text per thread, the longest line or row and one shard.
 """
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +30,12 @@ if __name__ == "__main__":  # as a script, Python looks for modules in data/ onl
 
 from data.encoding import ByteEncoding, gpt2_encoding
 from data.errors import CommandLine, UsageError, run_program
-from data.fetch import FetchError, fetch_hub, hub_errors
 from data.files import data_root, sha256_of
 from data.shards import write_shard
 from data.texts import check_names, read_texts
 
-REPO = "HuggingFaceFW/fineweb"
-FOLDER = "sample/10BT"  # of the hub dataset: about 10 B tokens in 15 parquet files of 2 GB
 SHARD_TOKENS = 100_000_000
-VAL_TOKENS = 10_485_761  # of your own text: what the track small evaluates, and the target of its last token
+VAL_TOKENS = 10_485_761  # what the track small evaluates, and the target of its last token
 VAL_BYTES = 262_145  # the same of the track shakespeare
 PIECE = 1 << 20  # characters of a piece of work: some 0.1 s of encoding
 
@@ -90,12 +83,12 @@ def encode_all(pieces, encoding, threads: int) -> Iterator[np.ndarray]:
 # ----------------------------------------------------------------------------------------------- writing
 
 
-def write_shards(encoded: Iterable[np.ndarray], folder: Path, name: str, shard_tokens: int, val_tokens: int,
-                 max_shards: int | None = None) -> list[int]:
+def write_shards(encoded: Iterable[np.ndarray], folder: Path, name: str, shard_tokens: int,
+                 val_tokens: int) -> list[int]:
     """Write encoded tokens, arrays (n,) uint16, as shards of shard_tokens tokens, and return their sizes.
 
-    Shard 0 has val_tokens, the last one what remains. Stops after max_shards. Raises ShardError, and
-    UsageError, with nothing written, if no token is left for training though max_shards allows for it.
+    Shard 0 has val_tokens, the last one what remains. Raises ShardError, and UsageError, with nothing
+    written, if no token is left for training.
     """
     from tqdm import tqdm
     sizes, filled = [], 0
@@ -113,14 +106,12 @@ def write_shards(encoded: Iterable[np.ndarray], folder: Path, name: str, shard_t
             if room == 0:  # written only now, when more follows
                 flush()
                 filled = 0
-                if len(sizes) == max_shards:
-                    return sizes
                 continue
             taken = min(room, len(tokens))
             buffer[filled:filled + taken] = tokens[:taken]
             filled += taken
             tokens = tokens[taken:]
-    if not filled or (not sizes and max_shards != 1):
+    if not sizes:
         raise UsageError(f"expected more than the {val_tokens:,} tokens of the validation shard, so that "
                          f"some are left for training, found {filled:,}; nothing was written: give more "
                          "text, or a smaller --val_tokens")
@@ -128,61 +119,34 @@ def write_shards(encoded: Iterable[np.ndarray], folder: Path, name: str, shard_t
     return sizes
 
 
-def hub_texts(folder: Path) -> Iterator[tuple[bool, str]]:
-    """Yield the texts of FineWeb's sample. One parquet file of 2 GB at a time is on disk, in `folder`."""
-    from huggingface_hub import HfApi
-    with hub_errors(f"the list of files in {FOLDER} of {REPO}"):
-        # The revision first: it is what the output depends on, and it fails at once where the list would try
-        # for long.
-        revision = HfApi().dataset_info(REPO, expand=["sha"]).sha
-        tree = HfApi().list_repo_tree(REPO, FOLDER, repo_type="dataset", revision=revision)
-        files = sorted(entry.path for entry in tree if entry.path.endswith(".parquet"))
-    print(f"{REPO}, {FOLDER}, revision {revision}", flush=True)
-    if not files:
-        raise FetchError(f"expected parquet files in {FOLDER} of {REPO}, found none; check HF_ENDPOINT")
-    for filename in files:
-        local = folder / Path(filename).name
-        fetch_hub(REPO, filename, local, revision=revision)
-        yield from read_texts([local])
-        local.unlink()
-
-
 # ----------------------------------------------------------------------------------------------- the command
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Return the arguments with their dependent defaults: name, val_tokens and folder."""
-    parser = CommandLine(__doc__, "python -m data.fineweb")
+    """Return the arguments, val_tokens with its default, and the folder to write to."""
+    parser = CommandLine(__doc__, "python data/fineweb.py")
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("files", nargs="*", metavar="FILE", help=".txt, .jsonl or .parquet (default: FineWeb from the hub)")
-    add("--bytes", action="store_true", help="the bytes of FILE... as tokens, instead of GPT-2's")
+    add("files", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet")
+    add("--bytes", action="store_true", help="its bytes as tokens, instead of GPT-2's")
     add("--name", default="mine",
-        help="of the shards of FILE..., and of their folder in data/ under $DATA_PATH (default: %(default)s)")
+        help="of the shards, and of their folder in data/ under $DATA_PATH (default: %(default)s)")
     add("--field", default="text", help="where .jsonl and .parquet hold the text (default: %(default)s)")
     add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
         help="tokens per shard (default: %(default)s)")
     add("--val_tokens", type=int, metavar="N",
-        help=f"tokens in shard 0, for validation (default: SHARD_TOKENS; for FILE... what a track evaluates, "
-             f"{VAL_TOKENS}, or {VAL_BYTES} of bytes)")
-    add("--shards", type=int, metavar="N",
-        help="stop after N shards, validation included (default: all text)")
+        help=f"tokens in shard 0, for validation (default: what a track evaluates, {VAL_TOKENS}, or "
+             f"{VAL_BYTES} of bytes)")
     add("--threads", type=int, default=cores, metavar="N",
         help="that encode (default: the cores, %(default)s)")
 
     args = parser.parse_args(argv)
-    for option in ("shard_tokens", "val_tokens", "shards", "threads"):
+    args.val_tokens = args.val_tokens or (VAL_BYTES if args.bytes else VAL_TOKENS)
+    args.folder = data_root() / "data" / args.name
+    for option in ("shard_tokens", "val_tokens", "threads"):
         value = getattr(args, option)
-        if value is not None and value < 1:
+        if value < 1:
             raise UsageError(f"expected --{option} of at least 1, found {value}; give a larger number")
-    if args.bytes and not args.files:
-        raise UsageError("expected FILE... with --bytes, found none; name the text to turn into bytes")
-    if args.files:
-        args.folder = data_root() / "data" / args.name
-        args.val_tokens = args.val_tokens or (VAL_BYTES if args.bytes else VAL_TOKENS)
-    else:
-        args.folder, args.name = data_root() / "data/fineweb10B", "fineweb"
-        args.val_tokens = args.val_tokens or args.shard_tokens
     return args
 
 
@@ -191,12 +155,9 @@ def make_shards(args: argparse.Namespace) -> None:
     from tqdm import tqdm
     began = time.perf_counter()
     encoding = ByteEncoding() if args.bytes else gpt2_encoding()
-    hidden = args.folder / ".hub"
-    texts = read_texts(args.files, args.field) if args.files else hub_texts(hidden)
+    encoded = encode_all(in_pieces(read_texts(args.files, args.field)), encoding, args.threads)
     documents = 0
-    with (tqdm(unit="tok", unit_scale=True, disable=None) as progress,
-          closing(encode_all(in_pieces(texts), encoding, args.threads)) as encoded):
-
+    with tqdm(unit="tok", unit_scale=True, disable=None) as progress:
         def counted():
             nonlocal documents
             for tokens in encoded:
@@ -204,18 +165,15 @@ def make_shards(args: argparse.Namespace) -> None:
                 progress.update(len(tokens))
                 yield tokens
 
-        sizes = write_shards(counted(), args.folder, args.name, args.shard_tokens, args.val_tokens,
-                             args.shards)
-    shutil.rmtree(hidden, ignore_errors=True)
+        sizes = write_shards(counted(), args.folder, args.name, args.shard_tokens, args.val_tokens)
 
     seconds = time.perf_counter() - began
     print(f"{sum(sizes):,} tokens, {documents:,} documents, {len(sizes)} shards in {seconds:.1f} s: "
           f"{sum(sizes) / seconds:,.0f} tokens/s")
-    if args.files:
-        track = "shakespeare" if args.bytes else "small"
-        pattern = args.folder / args.name
-        print(f"to train on them: ./run.sh --track={track} --train_files='{pattern}_train_*.bin' "
-              f"--val_files='{pattern}_val_*.bin'")
+    track = "shakespeare" if args.bytes else "small"
+    pattern = args.folder / args.name
+    print(f"to train on them: ./run.sh --track={track} --train_files='{pattern}_train_*.bin' "
+          f"--val_files='{pattern}_val_*.bin'")
 
 
 def main(argv: list[str]) -> None:
@@ -224,7 +182,7 @@ def main(argv: list[str]) -> None:
     pattern = f"{args.name}_*_*.bin"
     if earlier := len(list(args.folder.glob(pattern))):  # a shorter run would leave some, and train on them
         raise UsageError(f"{args.folder}: expected no shards named {args.name}, found {earlier}; remove "
-                         "them, or choose another --name for text of your own")
+                         "them, or choose another --name")
     try:
         make_shards(args)
     except UsageError as error:

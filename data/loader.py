@@ -118,7 +118,7 @@ def find_shards(pattern: str) -> list[Path]:
     if not paths:
         maker = shards.MAKERS.get(str(Path(pattern).parent))
         advice = f"run python -m {maker} or set DATA_PATH" if maker else (
-            "correct the pattern, or make shards of your own text with python -m data.fineweb")
+            "correct the pattern, or make shards of your own text with python data/fineweb.py")
         raise shards.ShardError(f"expected shards {where}, found none; {advice}")
     for path in paths:
         shards.num_tokens(path)
