@@ -88,46 +88,31 @@ class Config:
     """All settings of a run. Tuples indexed by stage repeat their last entry for later stages."""
 
     track: str = setting(
-        "small", "preset that the other settings start from, here shown of small: small, medium or "
-                 "shakespeare, which it is without a GPU")
+        "small", "preset that the others start from: small, medium or, without a GPU, shakespeare")
     recipe: str = setting(
-        "base", "base; on track small record89 (1285 steps, with what the public record learned since 80); "
-                "on shakespeare miniature (four layers with every role of small)")
+        "base", "base; of small record89: as public records since 80; of shakespeare miniature: four layers")
     target_loss: float = setting(3.28, "validation loss in nats per token that the run tries to reach")
     seed: int = setting(0, "seed of the initial weights; the order of the data does not depend on it", SEED)
 
     # Data
-    train_files: str = setting(
-        "data/fineweb10B/fineweb_train_*.bin", "training shards, below the folder DATA_PATH")
-    val_files: str = setting(
-        "data/fineweb10B/fineweb_val_*.bin", "validation shards, below the folder DATA_PATH")
-    max_epochs: int = setting(
-        1, "passes over the training shards allowed before the data counts as used up", POSITIVE)
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards below DATA_PATH")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards below DATA_PATH")
+    max_epochs: int = setting(1, "passes over the training shards until the data is used up", POSITIVE)
     bos_id: int = setting(50256, "token that starts every document")
     vocab_size: int = setting(50257, "number of token ids in the data", between(1, 65_536))
-    val_tokens: int = setting(
-        10_485_760, "tokens of the validation shards that are evaluated, from the first on", POSITIVE)
-    val_slice: int = setting(
-        262_144, "tokens of one validation sequence; context is cut where one starts", POSITIVE)
-    val_every: int = setting(
-        250, "steps between validations; there is always one at step 0 and one at the end", POSITIVE)
+    val_tokens: int = setting(10_485_760, "tokens evaluated, the first of the validation shards", POSITIVE)
+    val_slice: int = setting(262_144, "tokens of a validation sequence, which sees none before it", POSITIVE)
+    val_every: int = setting(250, "steps between validations; there is one at either end, too", POSITIVE)
 
     # Schedule
     train_steps: int = setting(1480, "optimizer steps, extension included", POSITIVE)
-    extension_steps: int = setting(
-        40, "last steps, at the final learning rate and with one more window stage", ZERO_OR_MORE)
+    extension_steps: int = setting(40, "last steps, at the lowest rate and the widest windows", ZERO_OR_MORE)
     stages: int = setting(3, "equal parts of the schedule before the extension", POSITIVE)
     batch_tokens: tuple[int, ...] = setting(
         (131_072, 262_144, 393_216), "tokens per step over all ranks, by stage", ALL_POSITIVE)
-    slices: int = setting(
-        8,
-        "packed sequences per step, shared out over the ranks; must be a multiple of their number",
-        POSITIVE)
+    slices: int = setting(8, "packed sequences per step, a multiple of the ranks that share them", POSITIVE)
     max_doc_len: tuple[int, ...] = setting((896, 2048), "tokens kept of a document, by stage", ALL_POSITIVE)
-    split_docs: int = setting(
-        0,
-        "for few long documents: cut them into pieces of this many tokens, shuffled; 0: never",
-        ZERO_OR_MORE)
+    split_docs: int = setting(0, "cut long documents to so many tokens, and shuffle; 0: never", ZERO_OR_MORE)
     window_short: tuple[int, ...] = setting(
         (128, 384, 640, 768), "previous tokens seen by short layers, by stage", ALL_POSITIVE)
     window_long: tuple[int, ...] = setting(
@@ -139,9 +124,7 @@ class Config:
     cooldown_frac: float = setting(0.6, "part of the schedule over which the learning rates fall", FRACTION)
     lr_floor: float = setting(0.15, "factor of all learning rates at the end of the schedule", ZERO_OR_MORE)
     mtp_weights: tuple[float, ...] = setting(
-        (1.0, 0.5, 0.25),
-        "loss weights of the next, second next, ... token; every stage fades out the last one; "
-        "(1,) predicts the next only",
+        (1.0, 0.5, 0.25), "loss weights of the next, second next, ... token; each stage fades out the last",
         ALL_POSITIVE)
     prefix_weight: float = setting(
         0.0, "loss weight of the longest token that the next one begins with; fades out in the second stage",
@@ -185,22 +168,17 @@ class Config:
         (1, 3, 4, 7, 8, 10), "layers that remove each token's own value from its output")
     inject_x0: bool = setting(True, "add the first embedding back in every layer")
     mudd: bool = setting(
-        False, "mix early streams into the last layer and the head, by weights that each token sets; "
-               "instead of backout")
+        False, "mix early streams into the last layer and the head, by each token's weights; no backout")
     gate_networks: tuple[int, ...] = setting(
-        (), "layers, 0 first, at which a small network sets gates, XSA, x0, bigram and skip factors for each "
-            "token, up to the next such layer", RISING)
+        (), "layers, 0 first, from which small networks set gates, XSA, x0, bigram and skip for each token",
+        RISING)
     mix_window: int = setting(
-        0, "tokens over which heads of the last layer read what others attend to, by gate_networks; 0: none",
-        ZERO_OR_MORE)
-    mlp_fp8: str = setting(
-        "off", "forward products of the MLP in FP8: auto (where a self-test passes), on or off; "
-               "DISABLE_FP8=1 means off", SWITCH)
+        0, "tokens over which the last layer's heads share attention, by gate_networks; 0: off", ZERO_OR_MORE)
+    mlp_fp8: str = setting("off", "forward products of the MLP in FP8: as fp8_head", SWITCH)
     resid_init: float = setting(1.1, "initial factor of the residual stream per layer", ZERO_OR_MORE)
     head_std: float = setting(0.005, "standard deviation of the initial head and embedding", ZERO_OR_MORE)
     mlp_out_std: float = setting(
-        0.0, "standard deviation of the initial MLP outputs times sqrt(D); 0.5 in other matrices",
-        ZERO_OR_MORE)
+        0.0, "initial MLP outputs: standard deviation times sqrt(D), 0.5 in other matrices", ZERO_OR_MORE)
 
     # Optimizer
     optimizer: str = setting(
@@ -208,33 +186,27 @@ class Config:
     muon_lr: float = setting(
         0.023, "Muon learning rate: spectral norm of an update of a square matrix", ZERO_OR_MORE)
     muon_wd: float = setting(1.2, "Muon weight decay, multiplied by lr squared", ZERO_OR_MORE)
-    mlp_out_lr_mul: float = setting(
-        4.0, "factor of the Muon learning rate for the zero-initialized MLP outputs", ZERO_OR_MORE)
+    mlp_out_lr_mul: float = setting(4.0, "factor of the Muon learning rate of MLP outputs", ZERO_OR_MORE)
     momentum: tuple[float, ...] = setting((0.85, 0.95), "Muon momentum: at both ends, in between", MOMENTUM)
     momentum_warmup: int = setting(300, "steps over which the momentum rises", ZERO_OR_MORE)
     momentum_cooldown: int = setting(50, "last steps over which the momentum falls", ZERO_OR_MORE)
-    normuon_beta2: float = setting(
-        0.9, "NorMuon: memory of the variance per neuron; 0: plain Muon", BELOW_ONE)
+    normuon_beta2: float = setting(0.9, "NorMuon: memory of a neuron's variance; 0: plain Muon", BELOW_ONE)
     coefficients: str = setting(
         "polar", "Newton-Schulz coefficients: polar, quintic or jordan", one_of("polar", "quintic", "jordan"))
     adam_lr: float = setting(0.008, "Adam learning rate, before the factor of each label", ZERO_OR_MORE)
     adam_wd: float = setting(
         0.005, "Adam weight decay, multiplied by lr squared and the factor of each label", ZERO_OR_MORE)
-    adam_eps: float = setting(
-        1e-10, "Adam epsilon, for gradients of a loss summed over a sequence", ZERO_OR_MORE)
+    adam_eps: float = setting(1e-10, "Adam epsilon, of a loss summed over a sequence", ZERO_OR_MORE)
     adam_every: int = setting(2, "steps over which Adam's gradients are summed up before it moves", POSITIVE)
-    table_lr_mul: float = setting(
-        75.0, "Adam learning rate factor of the value and bigram embeddings", ZERO_OR_MORE)
+    table_lr_mul: float = setting(75.0, "Adam rate factor of value and bigram embeddings", ZERO_OR_MORE)
     factor_adam: tuple[float, ...] = setting(
         (1.0, 0.9, 0.95), "Adam of the x0, bigram and XSA factors: factor of the learning rate, betas",
         FACTOR_ADAM)
     cautious: bool = setting(True, "decay a weight only where the update shrinks it too")
     adamw_lr: float = setting(0.001, "--optimizer=adamw: learning rate of the hidden matrices", ZERO_OR_MORE)
-    adamw_wd: float = setting(
-        0.1, "--optimizer=adamw: decoupled weight decay of the hidden matrices", ZERO_OR_MORE)
+    adamw_wd: float = setting(0.1, "--optimizer=adamw: decoupled decay of the hidden matrices", ZERO_OR_MORE)
     adamw_out_lr_mul: float = setting(
-        1.0, "--optimizer=adamw: factor of the learning rate for the zero-initialized MLP outputs",
-        ZERO_OR_MORE)
+        1.0, "--optimizer=adamw: factor of the learning rate of MLP outputs", ZERO_OR_MORE)
     adamw_betas: tuple[float, ...] = setting(
         (0.9, 0.95), "--optimizer=adamw: memories of gradient and square of the hidden matrices", MOMENTUM)
     ema_frac: float = setting(
@@ -247,27 +219,22 @@ class Config:
     attention: str = setting(
         "auto", "attention backend: auto, varlen, flex, blocked or masked", one_of("auto", *BACKENDS))
     dtype: str = setting(
-        "auto",
-        "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32",
+        "auto", "type of weights and activations: auto (bfloat16 on a GPU), bfloat16 or float32",
         one_of("auto", "bfloat16", "float32"))
     products: str = setting(
-        "auto", "products of fp32 weights on a CPU: auto (bfloat16 where it has units for that), bfloat16 or "
-                "float32",
+        "auto", "products of fp32 weights on a CPU: auto (bfloat16 in hardware), bfloat16 or float32",
         one_of("auto", "bfloat16", "float32"))
     fp8_head: str = setting(
         "auto", "head in FP8: auto (where a self-test passes), on or off; DISABLE_FP8=1 means off", SWITCH)
     compile: str = setting("auto", "torch.compile the model: auto (on a GPU), on or off", SWITCH)
-    recompute: bool = setting(
-        False, "compute each layer again in the backward pass: a quarter more time, far less memory")
+    recompute: bool = setting(False, "compute layers again in the backward pass: 25 % slower, less memory")
     pack_tokens: int = setting(
-        0, "slices of a rank go through the model together up to this many tokens; 0: one by one",
-        ZERO_OR_MORE)
+        0, "slices of a rank go through the model together up to so many tokens; 0: singly", ZERO_OR_MORE)
 
     # Run
     log_dir: str = setting("logs", "folder of the logs")
     time_budget: float = setting(
-        0.0, "seconds of training to plan train_steps for, by the step times of a warm-up; 0: as "
-             "given", ZERO_OR_MORE)
+        0.0, "seconds of training for which a warm-up chooses train_steps; 0: as given", ZERO_OR_MORE)
     sample_tokens: int = setting(150, "tokens of generated text at the end; 0: none", ZERO_OR_MORE)
     save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none", ZERO_OR_MORE)
     save_final: bool = setting(False, "write a checkpoint at the end")
@@ -343,10 +310,8 @@ class Config:
 
     @functools.cached_property
     def stage_starts(self) -> tuple[int, ...]:
-        """First step of each stage, then of the extension.
-
-        Stages begin where Adam does, so that no summed gradient straddles two of them.
-        """
+        """First step of each stage, then of the extension. Stages begin where Adam does, so that no summed
+        gradient straddles two of them."""
         scheduled = self.train_steps - self.extension_steps
         pairs = scheduled / self.stages / self.adam_every
         even = [round(pairs * k) * self.adam_every for k in range(self.stages)]
@@ -465,10 +430,8 @@ def parse_config(argv: list[str], about: str = __doc__, actions=ACTIONS) -> tupl
 
 
 def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]:
-    """Return the actions of a command line, its settings, and the checkpoint that it resumes from, if any.
-
-    A checkpoint brings its settings along, and the command line changes them. Raises UsageError.
-    """
+    """Return the actions of a command line, its settings, and the checkpoint that it resumes from, if any. A
+    checkpoint brings its settings along, and the command line changes them. Raises UsageError."""
     options, changes = parse_config(argv)
     state = None
     if options.resume:
@@ -976,10 +939,8 @@ class GPT(nn.Module):
         return table.view_as(table)
 
     def rotary_tables(self, stage: int, docs: Docs) -> tuple[float | Tensor, list]:
-        """Return the softmax scale and the (cos, sin) of plain and paired heads, each (T, 1, 1 or H, r).
-
-        A token of paired heads stands at two positions: even heads at 2t, odd ones at 2t + 1.
-        """
+        """Return the softmax scale and the (cos, sin) of plain and paired heads, each (T, 1, 1 or H, r). A
+        token of paired heads stands at two positions: even heads at 2t, odd ones at 2t + 1."""
         T, device, dtype = len(docs.ids), docs.ids.device, self.embed.dtype
         if (stage, T) not in self.rope_tables:
             with device:  # made there: a copy would make the host wait
@@ -1002,9 +963,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self, stage: int) -> int:
         """Return training FLOPs: 6 per weight, 12 D per visible key and attention layer, in full windows.
-
-        Paired heads, half as many at twice the places, cost the same. Mixing heads is one more attention.
-        """
+        Paired heads, half as many at twice the places, cost the same. Mixing heads is one more attention."""
         keys = self.cfg.mix_window
         for i in self.attn_layers:
             window = "window_long" if i in self.cfg.long_layers else "window_short"
@@ -1036,10 +995,8 @@ def muon_momentum(cfg: Config, step: int) -> float:
 
 
 def mtp_weights(cfg: Config, step: int) -> tuple[float, ...]:
-    """Return the loss weights of the next, the second next, ... token.
-
-    Stage s keeps all but s of cfg.mtp_weights and fades the last of those, never the first, linearly to zero.
-    """
+    """Return the loss weights of the next, the second next, ... token. Stage s keeps all but s of
+    cfg.mtp_weights and fades the last of those, never the first, linearly to zero."""
     stage = cfg.stage(step)
     kept = cfg.mtp_weights[: max(len(cfg.mtp_weights) - stage, 1)]
     if len(kept) == 1:
@@ -1140,10 +1097,8 @@ MODEL_SETTINGS = (  # what a checkpoint's weights depend on
 
 
 class Run:
-    """All state of a training run: weights, optimizers, loader position, step, clock, random state.
-
-    What else the schedules need (windows, rotary tables, scales, tying) follows from the step.
-    """
+    """All state of a training run: weights, optimizers, loader position, step, clock, random state. What else
+    the schedules need (windows, rotary tables, scales, tying) follows from the step."""
 
     def __init__(self, cfg: Config, rt: Runtime, stop: StopSignal | None = None):
         self.cfg, self.rt = cfg, rt
@@ -1613,10 +1568,8 @@ def save(run: Run, log: Log, folder: Path, must: bool) -> Path | None:
 
 
 def fit_time_budget(run: Run) -> Config:
-    """Return the settings of a run with as many steps as its time budget has room for.
-
-    The run is used up: it has taken steps on made-up tokens. All ranks return the same.
-    """
+    """Return the settings of a run with as many steps as its time budget has room for. The run is used up: it
+    has taken steps on made-up tokens. All ranks return the same."""
     cfg, rt = run.cfg, run.rt
     run.warm_up()
     stage_ms = torch.tensor([run.time_step(start) for start in cfg.stage_starts], device=rt.device)

@@ -71,10 +71,8 @@ def longest_prefixes(pieces: list[bytes]) -> np.ndarray:
 
 
 def gpt2_encoding(network: bool = True) -> GPT2Encoding:
-    """Return GPT-2's vocabulary, which tiktoken downloads once (1.5 MB), checks by hash and caches.
-
-    network: False takes it from the cache only. Raises FetchError.
-    """
+    """Return GPT-2's vocabulary, which tiktoken downloads once (1.5 MB), checks by hash and caches. network:
+    False takes it from the cache only. Raises FetchError."""
     import tiktoken
     cache = Path(tempfile.gettempdir(), "data-gym-cache")
     for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):  # as tiktoken looks it up

@@ -9,10 +9,8 @@ from collections.abc import Callable
 
 
 class UsageError(ValueError):
-    """The command, its settings or its files are wrong: exit code 2.
-
-    The sentence may quote a file or its name: what could steer a terminal is shown as a question mark.
-    """
+    """The command, its settings or its files are wrong: exit code 2. The sentence may quote a file or its
+    name: what could steer a terminal is shown as a question mark."""
 
     def __str__(self):
         return "".join(c if c.isprintable() or c == "\n" else "?" for c in super().__str__())

@@ -124,9 +124,7 @@ def fetch_hub(repo: str, filename: str, path, check: Callable) -> str:
 
 def fetch_url(url: str, sha256: str, path, advice: str) -> None:
     """Bring the file at `url` to `path`, where its SHA-256 is `sha256`; one that has it already is kept.
-
-    advice: what else a person can do where there is no network. Raises FetchError.
-    """
+    advice: what else a person can do where there is no network. Raises FetchError."""
     path = Path(path)
     if path.is_file() and sha256_of(path) == sha256:
         return

@@ -44,9 +44,7 @@ class Batch(NamedTuple):
 
 def entries_needed(T: int, max_len: int, most: int = 0) -> int:
     """Return the entries for documents of a sequence: `most` of them fit, and share_entries() always does.
-
-    Compiled kernels are fixed to this number, and attention takes longer the larger it is.
-    """
+    Compiled kernels are fixed to this number, and attention takes longer the larger it is."""
     entries = max(16, T // 256, 2 * T // max_len + 2)
     while entries <= most:
         entries *= 2
@@ -55,9 +53,7 @@ def entries_needed(T: int, max_len: int, most: int = 0) -> int:
 
 def share_entries(starts: np.ndarray, T: int, max_len: int) -> np.ndarray:
     """Return the starts that are left when neighbours with at most max_len tokens together are one document.
-
-    Any two neighbours that are left have more, so there are at most 2 T / max_len + 1 of them.
-    """
+    Any two neighbours that are left have more, so there are at most 2 T / max_len + 1 of them."""
     left = [0]
     for start, end in zip(starts, [*starts[1:], T]):
         if end - left[-1] > max_len:
@@ -109,10 +105,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Return the shards that match a pattern below DATA_PATH, in order, each one with a valid header.
-
-    Raises ShardError.
-    """
+    """Return the shards that match a pattern below DATA_PATH, in order, each one with a valid header. Raises
+    ShardError."""
     where = data_root() / pattern
     paths = [Path(path) for path in sorted(glob.glob(str(where)))]
     if not paths:
@@ -183,11 +177,8 @@ class Loader:
         self.upcoming = None
 
     def next(self) -> list[Batch]:
-        """Return the micro-batches of this rank for the next step.
-
-        The first call opens the shard and waits for its batch, so that a clock which starts before it pays
-        for both, as in the public records.
-        """
+        """Return the micro-batches of this rank for the next step. The first call opens the shard and waits
+        for its batch, so that a clock which starts before it pays for both, as in the public records."""
         upcoming = self.upcoming or self.preparer.submit(self.prepare, self.position)
         batches, self.position = upcoming.result()
         more = self.position["step"] < self.cfg.train_steps
@@ -351,10 +342,8 @@ def shards_needed(cfg) -> int:
 
 
 class Validation:
-    """The first val_tokens of the validation shards, in order, as sequences of val_slice tokens.
-
-    Rank r has every world-th one. Documents are told apart, but a sequence may start inside of one.
-    """
+    """The first val_tokens of the validation shards, in order, as sequences of val_slice tokens. Rank r has
+    every world-th one. Documents are told apart, but a sequence may start inside of one."""
 
     def __init__(self, cfg, rank: int, world: int, pin: bool):
         need = cfg.val_tokens + 1

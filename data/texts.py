@@ -32,11 +32,8 @@ def check_names(files) -> None:
 
 
 def read_texts(paths, field: str = "text") -> Iterator[tuple[bool, str]]:
-    """Yield the parts of all documents, file by file.
-
-    A .txt file is one document; each line of a .jsonl file and each row of a .parquet file has one in
-    `field`. Raises UsageError.
-    """
+    """Yield the parts of all documents, file by file. A .txt file is one document; each line of a .jsonl file
+    and each row of a .parquet file has one in `field`. Raises UsageError."""
     for path in map(Path, paths):
         try:
             if path.suffix == ".txt":
@@ -55,10 +52,8 @@ def read_texts(paths, field: str = "text") -> Iterator[tuple[bool, str]]:
 
 
 def parts_of(document: Iterable[str]) -> Iterator[tuple[bool, str]]:
-    """Yield a document, given in chunks of any size, in parts of at most LONGEST characters.
-
-    They are cut where no token changes, unless there is no such place.
-    """
+    """Yield a document, given in chunks of any size, in parts of at most LONGEST characters. They are cut
+    where no token changes, unless there is no such place."""
     begins, rest = True, ""
     for chunk in document:
         rest += chunk

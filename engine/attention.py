@@ -214,10 +214,8 @@ def first_correct(candidates, head_dim: int, scale: float, device, dtype) -> tup
 
 
 def self_test(candidate: str, head_dim: int, scale: float, device, dtype) -> tuple[bool, str]:
-    """Return whether a candidate runs forward and backward here and agrees with the definition, and why.
-
-    A kernel that imports is not yet one that works. What passes stays activated.
-    """
+    """Return whether a candidate runs forward and backward here and agrees with the definition, and why. A
+    kernel that imports is not yet one that works. What passes stays activated."""
     torch.manual_seed(0)
     q, k, v, g = torch.randn(4, 256, 2, head_dim, device=device, dtype=dtype).unbind()
     ids = torch.arange(256, device=device, dtype=torch.int32) // 100

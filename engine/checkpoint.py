@@ -35,9 +35,7 @@ def disk_error(e: Exception) -> str:
 
 def read_checkpoint(path: str, settings: type) -> dict:
     """Return what write_checkpoint wrote, if this version of the program did: same entries, same settings.
-
-    settings: the dataclass that the entry "config" must fit. Raises UsageError.
-    """
+    settings: the dataclass that the entry "config" must fit. Raises UsageError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # an unpickler fed with some other file raises anything

@@ -7,10 +7,8 @@ from pathlib import Path
 
 
 class Clock:
-    """Milliseconds of training. It runs from start() on and stands still inside paused().
-
-    synchronize: waits until the device has done all that it was asked to do.
-    """
+    """Milliseconds of training. It runs from start() on and stands still inside paused(). synchronize: waits
+    until the device has done all that it was asked to do."""
 
     def __init__(self, synchronize: Callable[[], None]):
         self.synchronize = synchronize

@@ -104,10 +104,8 @@ def explain(e: Exception) -> str | None:
 
 
 def report(main, argv: list[str], name: str = "train_gpt.py") -> int:
-    """Return the exit code of main(argv, stop): 2 for a wrong command or input, 1 for a failed run.
-
-    An error is printed here and nowhere else, by the first rank that meets one, after the program's name.
-    """
+    """Return the exit code of main(argv, stop): 2 for a wrong command or input, 1 for a failed run. An error
+    is printed here and nowhere else, by the first rank that meets one, after the program's name."""
     code, message = 0, None
     with StopSignal() as stop:
         try:
@@ -140,11 +138,8 @@ def first_to_end() -> bool:
 
 
 def leave(code: int):
-    """End this process without the interpreter's clean-up.
-
-    There, threads of gloo and NCCL that still release a tensor would now and then abort it ("terminate called
-    without an active exception").
-    """
+    """End this process without the interpreter's clean-up. There, threads of gloo and NCCL that still release
+    a tensor would now and then abort it ("terminate called without an active exception")."""
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
     with contextlib.suppress(BrokenPipeError):  # nobody listens any more

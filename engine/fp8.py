@@ -33,10 +33,8 @@ def fp8_where_it_works(setting: str, wish: str, device: torch.device,
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return x in a float8 dtype and the fp32 scale that brings it back.
-
-    The largest entry, or the given bound of it, becomes the largest number of the dtype.
-    """
+    """Return x in a float8 dtype and the fp32 scale that brings it back. The largest entry, or the given
+    bound of it, becomes the largest number of the dtype."""
     largest = x.abs().amax() if largest is None else largest
     scale = largest.float().clamp(min=1e-30) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale

@@ -17,9 +17,7 @@ from muon import product
 
 def softcap(logits: Tensor, cap: tuple[float, ...]) -> Tensor:
     """Return A sigmoid((x + B) / C): bounded logits with more room for unlikely tokens than for likely ones.
-
-    cap: (A, B, C), or () for none.
-    """
+    cap: (A, B, C), or () for none."""
     if not cap:
         return logits
     A, B, C = cap

@@ -39,10 +39,8 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd
 
 
 def hash_ngrams(tokens: Tensor, ids: Tensor, orders: tuple[int, ...], rows: int) -> Tensor:
-    """Return (T, orders) row numbers of the n-grams that end at each token, one for each n in `orders`.
-
-    ids: (T,) number of each token's document. What lies before it counts as one more token, 0.
-    """
+    """Return (T, orders) row numbers of the n-grams that end at each token, one for each n in `orders`. ids:
+    (T,) number of each token's document. What lies before it counts as one more token, 0."""
     tokens = tokens.cpu().numpy().astype(np.uint64) + np.uint64(1)
     ids = ids.cpu().numpy()
     code = np.zeros_like(tokens)
@@ -134,10 +132,8 @@ class HostTable:
         return self.worker.submit(job)
 
     def take(self, batches: list[Batch], upcoming: Future | None = None):
-        """Wait for the rows of a step's batches.
-
-        upcoming: the loader's future of the next step's batches, whose rows are looked for meanwhile.
-        """
+        """Wait for the rows of a step's batches. upcoming: the loader's future of the next step's batches,
+        whose rows are looked for meanwhile."""
         found = self.ahead.result() if self.ahead is not None else None
         if found is None or found.request.batches is not batches:  # the first step, or the loader moved
             found = self.submit(self.fetch, batches).result()

@@ -23,10 +23,8 @@ from muon import symmetric_product
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a run, and why each of them.
-
-    A kernel that is not plain PyTorch has passed a self-test on this device, or was asked for by name.
-    """
+    """The kernels of a run, and why each of them. A kernel that is not plain PyTorch has passed a self-test
+    on this device, or was asked for by name."""
     device: torch.device
     dtype: torch.dtype  # of weights and activations
     compiled: bool  # whether torch.compile is used
@@ -43,10 +41,8 @@ class Kernels:
 
     @staticmethod
     def choose(cfg, device: torch.device) -> "Kernels":
-        """Choose by the settings attention, dtype, products, compile, fp8_head and mlp_fp8.
-
-        Raises UsageError where a setting asks for what does not work here.
-        """
+        """Choose by the settings attention, dtype, products, compile, fp8_head and mlp_fp8. Raises UsageError
+        where a setting asks for what does not work here."""
         dtype = choose_dtype(cfg.dtype, device)
         compiled = will_compile(cfg, device)
         if compiled:
@@ -185,11 +181,8 @@ def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
 
 
 def keep_compiled() -> None:
-    """Let compiled graphs outlive the run and the machine's next start.
-
-    torch keeps them in one folder, apart by its version, the GPU and the source of each graph, so that only
-    what changed is compiled again.
-    """
+    """Let compiled graphs outlive the run and the machine's next start. torch keeps them in one folder, apart
+    by its version, the GPU and the source of each graph, so that only what changed is compiled again."""
     import torch._dynamo.config
     import torch._functorch.config
 

@@ -25,11 +25,8 @@ LOSSES_PER_LINE = 10
 
 
 class Log:
-    """logs/<uuid4>.txt, written by rank 0 only.
-
-    Step lines follow the grammar of the public speedrun logs; all else is on lines of its own. On a terminal
-    a progress bar stands for the training lines.
-    """
+    """logs/<uuid4>.txt, written by rank 0 only. Step lines follow the grammar of the public speedrun logs;
+    all else is on lines of its own. On a terminal a progress bar stands for the training lines."""
 
     def __init__(self, cfg, rt: Runtime):
         self.run_id = str(uuid.uuid4())
@@ -83,10 +80,8 @@ class Log:
             say(line)
 
     def header(self, cfg, rt: Runtime, facts: list[str], sources: Sequence[str] = SOURCES):
-        """Write sources, versions, hardware, settings, and the facts that only the run knows.
-
-        A first source without a name above it is train_gpt.py, as in the public logs.
-        """
+        """Write sources, versions, hardware, settings, and the facts that only the run knows. A first source
+        without a name above it is train_gpt.py, as in the public logs."""
         if self.file is None:
             return
         for name in sources:

@@ -51,10 +51,8 @@ def choose_bf16(wish: str, device: torch.device, dtype: torch.dtype, compiled: b
 
 
 def choose_onednn(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:
-    """Return whether CpuLinear takes the place of F.linear, and the reason.
-
-    The kind of machine decides, not a race: a run must compute the same when it is resumed.
-    """
+    """Return whether CpuLinear takes the place of F.linear, and the reason. The kind of machine decides, not
+    a race: a run must compute the same when it is resumed."""
     if device.type != "cpu" or dtype != torch.float32 or compiled:
         return False, "only in fp32 on a CPU, eager"
     if not amd_with_onednn():
@@ -69,10 +67,8 @@ def amd_with_onednn() -> bool:
 
 @contextlib.contextmanager
 def onednn_batches():
-    """Let torch.bmm, baddbmm and mm be oneDNN's in here, where that is twice as fast and as exact.
-
-    Not for a whole run: torch's flash attention has so small products that it becomes four times slower.
-    """
+    """Let torch.bmm, baddbmm and mm be oneDNN's in here, where that is twice as fast and as exact. Not for a
+    whole run: torch's flash attention has so small products that it becomes four times slower."""
     with offered_to_onednn() if exact_onednn_batches() else contextlib.nullcontext():
         yield
 
@@ -91,10 +87,8 @@ def offered_to_onednn():
 
 @functools.cache
 def exact_onednn_batches() -> bool:
-    """Return whether this is an AMD processor on which oneDNN computes them in fp32.
-
-    oneDNN makes use of its leave to round on processors with AMX; on others it does not, which is tested.
-    """
+    """Return whether this is an AMD processor on which oneDNN computes them in fp32. oneDNN makes use of its
+    leave to round on processors with AMX; on others it does not, which is tested."""
     backend = getattr(torch.backends.mkldnn, "matmul", None)
     if not amd_with_onednn() or not hasattr(backend, "fp32_precision"):
         return False

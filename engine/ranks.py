@@ -93,10 +93,8 @@ class Hosts:
             self.group = dist.new_group(backend=shared_memory.BACKEND if shared else "gloo")
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Send the first sent[0] rows of x (n, width) to rank 0, the next ones to rank 1, and so on.
-
-        Returns what comes, in the order of ranks: received[0] rows from rank 0 first.
-        """
+        """Send the first sent[0] rows of x (n, width) to rank 0, the next ones to rank 1, and so on. Returns
+        what comes, in the order of ranks: received[0] rows from rank 0 first."""
         if self.world == 1:
             return x
         found = x.new_empty(sum(received), x.size(1))

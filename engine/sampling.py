@@ -11,10 +11,8 @@ PADDING = 256  # sequence lengths are multiples of it, so that a model keeps tab
 
 
 def next_log_probs(model, step: int) -> Callable[[list[int]], Tensor]:
-    """Return log_probs(tokens): (V,) of the token after a document that begins with `tokens`.
-
-    model: a GPT of train_gpt.py; its windows and tying are those of the validation after `step`.
-    """
+    """Return log_probs(tokens): (V,) of the token after a document that begins with `tokens`. model: a GPT of
+    train_gpt.py; its windows and tying are those of the validation after `step`."""
     cfg, device = model.cfg, model.head.device
     final = step == cfg.train_steps
 
@@ -64,10 +62,8 @@ def generate(log_probs: Callable[[list[int]], Tensor], prompt: list[int], count:
 
 def sample_text(log_probs: Callable[[list[int]], Tensor], encoding, prompt: str, count: int,
                 **draws) -> Iterator[str]:
-    """Yield the text of up to `count` tokens after a prompt, as it is drawn.
-
-    encoding: a vocabulary of data/encoding.py. draws: temperature, top_k and seed of generate().
-    """
+    """Yield the text of up to `count` tokens after a prompt, as it is drawn. encoding: a vocabulary of
+    data/encoding.py. draws: temperature, top_k and seed of generate()."""
     tokens = [encoding.bos, *encoding.encode(prompt).tolist()]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over tokens
     for token in generate(log_probs, tokens, count, encoding.bos, **draws):

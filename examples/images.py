@@ -87,9 +87,7 @@ def load_mnist(folder: Path) -> ImageSet:
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """Return the uint8 array of a gzipped idx file: a header of big-endian numbers, then one byte each.
-
-    Source: https://yann.lecun.com/exdb/mnist/, "the IDX file format".
-    """
+    Source: https://yann.lecun.com/exdb/mnist/, "the IDX file format"."""
     content = unpacked(path, lambda: gzip.open(path).read(LARGEST + 1))
     header = np.frombuffer(content[:4 + 4 * ndim], dtype=">u4").tolist()
     expected = f"a header of unsigned bytes in {ndim} dimensions"

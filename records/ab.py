@@ -105,10 +105,8 @@ def begin(out: Path, a: str, b: str, runs: int) -> Experiment:
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Make the folder and hold its lock.
-
-    Runs inherit it, so that none works on whose ab was killed without being noticed.
-    """
+    """Make the folder and hold its lock. Runs inherit it, so that none works on whose ab was killed without
+    being noticed."""
     import fcntl  # not on Windows
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -132,9 +130,7 @@ def locked(out: Path):
 
 class StopSignals:
     """SIGINT and SIGTERM as KeyboardInterrupt, also where SIGINT was ignored, as in a job in the background.
-
-    While a child is started they are held back: it would be left alone at work.
-    """
+    While a child is started they are held back: it would be left alone at work."""
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self):
@@ -227,10 +223,8 @@ def what_is_wrong(out: Path, arm: str, number: int, seed: int, path: Path | None
 
 
 def execute(argv: list[str], output: Path, limit: float, lock, stop: StopSignals) -> int:
-    """Exit code of the command, whose output goes to a file; limit in seconds.
-
-    Nothing that it started is left at work.
-    """
+    """Exit code of the command, whose output goes to a file; limit in seconds. Nothing that it started is
+    left at work."""
     process = None
     try:
         with open(output, "wb") as file, stop.held_back():

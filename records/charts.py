@@ -42,10 +42,8 @@ def band(group: RunGroup, by_time: bool) -> list[tuple[float, float, float, floa
 
 
 def figure(groups: list[RunGroup], target: float):
-    """Mean losses against steps and seconds, each in a band from the lowest to the highest run.
-
-    Losses before a tenth of the training say little and would take most of the height: they are left out.
-    """
+    """Mean losses against steps and seconds, each in a band from the lowest to the highest run. Losses before
+    a tenth of the training say little and would take most of the height: they are left out."""
     from matplotlib.figure import Figure  # draws without pyplot and a screen; half a second to import
     drawing = Figure(figsize=(11, 4.5), layout="constrained")
     axes = drawing.subplots(1, 2, sharey=True)

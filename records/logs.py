@@ -256,10 +256,8 @@ def read_source(file, body: "Body", notes: dict[str, str]) -> bytes:
 
 
 def split_source(source: bytes, notes: dict[str, str]) -> dict[str, str]:
-    """The files of an embedded source by name.
-
-    The first bears none in the public formats, and is train_gpt.py where it does not.
-    """
+    """The files of an embedded source by name. The first bears none in the public formats, and is
+    train_gpt.py where it does not."""
     if not source:
         return {}
     text = source.decode("utf-8", "replace")
@@ -290,10 +288,8 @@ class Part:
 
 
 def read_config(text: str) -> dict:
-    """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes.
-
-    Raises ValueError.
-    """
+    """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes. Raises
+    ValueError."""
     def plain(value) -> bool:
         number = isinstance(value, (bool, int, float))
         return value is None or number or isinstance(value, str) and value.isprintable()

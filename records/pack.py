@@ -271,10 +271,8 @@ def shown_setting(value) -> str:
 
 
 def command(run: RunFacts | None, program: str) -> str:
-    """A command line that trains as the run did, made of its settings; "" where the log holds none.
-
-    Only plain values: a reader may well paste it into a shell.
-    """
+    """A command line that trains as the run did, made of its settings; "" where the log holds none. Only
+    plain values: a reader may well paste it into a shell."""
     settings = run.config if run else {}
     texts = {key: shown_setting(value) for key, value in settings.items()
              if key not in NOT_TRAINING and value is not None}

@@ -149,10 +149,8 @@ def ratio(compare: Callable, a: Sequence[float], b: Sequence[float]) -> Estimate
 # Power
 
 def t_power(df: float, shift: float, alpha: float) -> float:
-    """Probability that a one-sided t-test at alpha succeeds (exact, noncentral t).
-
-    shift: the true difference over its standard error.
-    """
+    """Probability that a one-sided t-test at alpha succeeds (exact, noncentral t). shift: the true difference
+    over its standard error."""
     return float(scipy.stats.nct.sf(scipy.stats.t.isf(alpha, df), df, shift))
 
 

@@ -34,10 +34,8 @@ WORLD_SIZES = (1, 2, 4, 8)
 
 
 def choose_ranks(num_gpus: int, cores: int, wanted: str) -> int:
-    """Return the number of ranks: `wanted` (the text of NPROC), else one per GPU, else up to two.
-
-    Raises UsageError for a number that cannot share the batch or the GPUs.
-    """
+    """Return the number of ranks: `wanted` (the text of NPROC), else one per GPU, else up to two. Raises
+    UsageError for a number that cannot share the batch or the GPUs."""
     if wanted and not (wanted.isdecimal() and int(wanted) > 0):
         raise UsageError(f"NPROC: expected a number of ranks, found {wanted!r}; set NPROC=1, 2, 4 or 8.")
     ranks = int(wanted) if wanted else num_gpus or min(2, cores)
@@ -66,11 +64,8 @@ def prepare_data(cfg: Config) -> int:
 
 
 def exit_code(failures: dict) -> int:
-    """Return one exit code for failed ranks, given torchrun's {rank: failure}.
-
-    Says it if a signal ended a rank, for nobody else can. A rank that lost contact with another one exits
-    with LOST_CONTACT, silently.
-    """
+    """Return one exit code for failed ranks, given torchrun's {rank: failure}. Says it if a signal ended a
+    rank, for nobody else can. A rank that lost contact with another one exits with LOST_CONTACT, silently."""
     # A rank that fails makes others fail at once, and torchrun ends the rest: by SIGTERM, later by SIGKILL.
     first_second = min(failure.timestamp for failure in failures.values())
     codes = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]

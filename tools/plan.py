@@ -125,10 +125,8 @@ def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int,
 
 
 def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> tuple[int, int]:
-    """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence.
-
-    Of a compiled model it is what bench.cross found in the most similar graph, scaled as eager models are.
-    """
+    """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence. Of a
+    compiled model it is what bench.cross found in the most similar graph, scaled as eager models are."""
     mine = eager_step_bytes(cfg, dtype, tokens)
     if not compiled:
         return mine

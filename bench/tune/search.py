@@ -63,10 +63,8 @@ class Search:
         return {name: value_at(self.ranges[optimizer][name], u) for name, u in zip(QUANTITIES, cube)}
 
     def settings(self, optimizer: str, trial: int, steps: int) -> list[str]:
-        """Return the settings of a trial, as on the command line, for a schedule of so many steps.
-
-        What the track gives in steps keeps its part of the schedule.
-        """
+        """Return the settings of a trial, as on the command line, for a schedule of so many steps. What the
+        track gives in steps keeps its part of the schedule."""
         def part(of_track: int) -> int:
             return round(of_track * steps / STEPS)
 
@@ -103,10 +101,8 @@ class Search:
         return [f"--{name}={value}" for name, value in found.items()]
 
     def next_trials(self, losses: dict[int, float], rung: int) -> list[int]:
-        """Return the trials of a rung: the best ones of the rung before, whose losses these are.
-
-        What has diverged never goes on, however few remain.
-        """
+        """Return the trials of a rung: the best ones of the rung before, whose losses these are. What has
+        diverged never goes on, however few remain."""
         if rung == 0:
             return list(range(self.trials))
         ranked = sorted((loss, trial) for trial, loss in losses.items() if math.isfinite(loss))
