@@ -30,8 +30,7 @@ from typing import NamedTuple
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
-# Growing segments instead of fixed blocks: stages change the sequence length, which would fragment a GPU's
-# memory.
+# Growing segments instead of fixed blocks: the lengths of stages would fragment a GPU's memory.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # Rounds that an idle OpenMP thread waits in a loop before it sleeps. Without a limit, several threads become
 # many times slower as soon as another program uses one of their cores.
@@ -549,8 +548,7 @@ class GPT(nn.Module):
         def param(*shape):
             return nn.Parameter(torch.empty(shape))
 
-        # Queries and keys are orthogonalized by pairs of adjacent heads (two heads of a layer are one
-        # matrix).
+        # Queries and keys are orthogonalized by pairs of adjacent heads (two heads of a layer, one matrix).
         group = 2 if H % 2 == 0 else 1
         self.attn_qk = param(A * 2 * H // group, group * cfg.head_dim, D)
         self.attn_vo = param(A * 2, D, D)
@@ -645,8 +643,8 @@ class GPT(nn.Module):
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
-        # Scaling matrices is cheaper than scaling T x D activations, which the factors' gradients would read
-        # once more.
+        # Matrices are cheaper to scale than activations (T, D), which the factors' gradients would read
+        # again.
         post_attn, post_mlp = self.post_factors()
         factors = torch.stack([self.attn_lambdas[:, 0], self.attn_lambdas[:, 1] * post_attn], 1)
         scaled = (self.attn_vo.view(-1, 2, D, D) * factors[..., None, None]).type_as(self.attn_vo)
@@ -769,8 +767,7 @@ class GPT(nn.Module):
         """(T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
         x = self.kernels.lookup(tokens, ctx.table)
 
-        # Smear (record 34): a little of the previous token's embedding, which saves layer 0 from looking it
-        # up.
+        # Smear (record 34): a little of the previous token's embedding, which layer 0 need not look up.
         if self.cfg.smear:
             x = x.unflatten(0, (ctx.slices, -1))
             before, now = x[:, :-1], x[:, 1:]

@@ -13,8 +13,7 @@ from data.fetch import FetchError
 
 BYTE_BOS = 256  # the ids below it are the bytes themselves
 GPT2_BOS = 50256  # <|endoftext|>
-# The names that tiktoken gives to GPT-2's vocab.bpe and encoder.json in its cache: the SHA-1 of their
-# addresses.
+# The names of GPT-2's vocab.bpe and encoder.json in tiktoken's cache: the SHA-1 of their addresses.
 GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
 
 

@@ -39,8 +39,8 @@ SHA256 = {
 # A heading that opens a document. Most are markdown headings of any level; five stand there as plain lines.
 SCENE = re.compile(r"#+ +((?:SCENE|PROLOGUE|EPILOGUE)\b.*)|((?:SCENE [IVX]+:|EPILOGUE$).*)", re.IGNORECASE)
 SPEAKER = re.compile(r"\*\*([^*]+)\*\*")
-# A stage direction is emphasis, _so_ or *so*, sometimes with its own brackets, over one line or more; three
-# lack the opening mark.
+# A stage direction is emphasis, _so_ or *so*, some with brackets of their own, over any number of lines;
+# three lack the opening mark.
 DIRECTION = re.compile(r"(?<!\w)[_*]+\[?([^_*\[\]]+)\]?[_*]+|\[([^_*\[\]]+)\]?_")
 
 

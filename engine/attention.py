@@ -40,8 +40,7 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Blocks of queries, each with its own and the previous block of keys: the fastest on a CPU, the fallback
-# anywhere
+# Blocks of queries, each with its own and the previous block of keys: fastest on a CPU, the fallback anywhere
 
 
 def blocked_mask(docs: Docs, window: int, block: int = 0) -> Tensor:

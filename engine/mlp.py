@@ -19,8 +19,7 @@ if torch.cuda.is_available():  # elsewhere Triton's import would only make each 
         from engine import mlp_kernels
 
 E4M3 = torch.float8_e4m3fn
-# An entry grows by 2^-4 of itself at most when it is rounded to e4m3, so that a sum of products of two does
-# by this factor.
+# Rounded to e4m3 an entry grows by 2^-4 of itself at most, and a sum of products of two by this factor.
 ROUNDING = (1 + 2**-4) ** 2
 
 

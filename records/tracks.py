@@ -3,9 +3,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Regular expressions, to be searched in code without its comments. Inductor's settings and the options of
-# torch.compile can buy a few seconds of run time with half an hour of compilation, which the clock does not
-# see.
+# Regular expressions, to be searched in code without its comments. Such settings can buy a few seconds of run
+# time with half an hour of compilation, which the clock does not see.
 COMPILE_FLAGS = (
     r"_inductor\.config\.(?!coordinate_descent_tuning\b)\w+",
     r"_inductor\s+import\s+config\b",

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from data.errors import RunError, UsageError, run_program
 from data.loader import Loader, Validation
 from engine.endings import explain
-from engine.kernels import Kernels, choose_dtype, name_of, will_compile
+from engine.kernels import Kernels, choose_dtype, name_of, whole_graph, will_compile
 from engine.self_test import in_one_line, largest_error
 from tools.children import ending, run_limited
 from tools.plan import GIB, checkpoint_bytes, static_bytes
@@ -76,20 +76,17 @@ def outputs(function, leaves: torch.Tensor) -> list[torch.Tensor]:
 
 
 def try_compile(cfg: Config, device: torch.device) -> tuple[str, str]:
-    """Compare a small function and its gradients, compiled if the run would be, with float64."""
+    """Compare a small function and its gradients, compiled, with float64."""
+    if not will_compile(cfg, device):
+        return "ok", "the run is eager"
     x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
-    here = x.to(device, choose_dtype(cfg.dtype, device))
-    if will_compile(cfg, device):
-        how, compiled = "compiled", torch.compile(small_function, dynamic=False, fullgraph=True)
-        # A kernel from the cache would hide that the compiler is gone.
-        with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
-            found = outputs(compiled, here)
-    else:
-        how, found = "eager", outputs(small_function, here)
+    # A kernel from the cache would hide that the compiler is gone.
+    with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
+        found = outputs(whole_graph(small_function), x.to(device, choose_dtype(cfg.dtype, device)))
     error = largest_error(found, outputs(small_function, x.double()))
     if not error < 0.02:  # some roundings of bfloat16
         raise RunError(f"a small function and its gradients have an error of {error:.1e}")
-    return "ok", f"{how}, forward and backward with an error of {error:.0e}"
+    return "ok", f"compiled, forward and backward with an error of {error:.0e}"
 
 
 def try_ranks(cfg: Config, device: torch.device) -> tuple[str, str]:

@@ -74,11 +74,8 @@ def steps_ratio(target: float, steps: tuple[int, int], losses: tuple[float, floa
 
 
 def ratio_interval(results: Results, fixed: str, moving: str) -> tuple | None:
-    """Compare a winner of the last rung with the other optimizer's schedules of two lengths.
-
-    Returns the steps, in units of the shorter length, that `moving` needs for the loss of `fixed`, the ends
-    of their 95 % interval by a bootstrap over the fresh seeds, and both lengths; None without enough seeds.
-    """
+    """Return AdamW's steps over Muon's to the loss of the last rung's winner of `fixed`, the ends of its 95 %
+    interval by a bootstrap over the fresh seeds, and the two lengths of `moving` around that loss."""
     lengths = results.lengths(moving)
     losses = [results.final_losses(f"{fixed}_{results.search.rungs[-1]}"),
               *(results.final_losses(f"{moving}_{steps}") for steps in lengths)]
@@ -86,7 +83,10 @@ def ratio_interval(results: Results, fixed: str, moving: str) -> tuple | None:
         return None
 
     def ratio(target, short, long) -> float:
-        return steps_ratio(np.mean(target), lengths, (np.mean(short), np.mean(long)))
+        moved = steps_ratio(np.mean(target), lengths, (np.mean(short), np.mean(long)))
+        if moving == "adamw":  # its shorter length is the last rung
+            return moved
+        return lengths[1] / lengths[0] / moved if moved else math.inf
 
     rng = np.random.default_rng(0)
     draws = [ratio(*(rng.choice(values, len(values)) for values in losses)) for _ in range(DRAWS)]
@@ -177,9 +177,8 @@ def ratio_text(results: Results) -> str:
         found = ratio_interval(results, fixed, moving)
         if found is None:
             continue
-        *parts, short, long = found
-        middle, *ends = (adamw_over_muon(moving, part * short, last) for part in parts)
-        middle, low, high = (shown_ratio(ratio, long / short) for ratio in (middle, *sorted(ends)))
+        *ratios, short, long = found
+        middle, low, high = (shown_ratio(ratio, long / short) for ratio in ratios)
         lengths = f"{NAMES[moving]}'s schedules of {short} and {long} steps"
         lines.append(
             f"- **To the loss at which {NAMES[fixed]}'s {last} steps end, AdamW needs {middle} times as many "
@@ -189,13 +188,6 @@ def ratio_text(results: Results) -> str:
         return "The ratio of steps needs two fresh seeds or more of each winner."
     speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
     return "\n".join([*lines, f"- A step of AdamW took {speed:.3f} of the time of one of Muon."])
-
-
-def adamw_over_muon(moving: str, steps: float, last: int) -> float:
-    """Return AdamW's steps over Muon's: these of the moving one, the last rung's of the other."""
-    if moving == "adamw":
-        return steps / last
-    return last / steps if steps else math.inf
 
 
 def shown_ratio(ratio: float, largest: float) -> str:
