@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import scipy.stats
 import torch
@@ -191,10 +190,6 @@ def table(rows: list[dict]) -> str:
         grid(header, [cells for _, cells in sorted(lines.items(), reverse=True)])]) + "\n"
 
 
-def read(path: Path) -> list[dict]:
-    return trials.read(path, "variant")
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=count, default=240, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=count, default=4, help="runs of each variant, with the same seeds")
@@ -202,8 +197,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     trials.add_workers(parser)
 
 
-MEASUREMENT = Measurement("ablate", "", __doc__, "OUT.jsonl", {"run": run_all, "time": time_all}, read, table,
-                          add_options=add_options)
+MEASUREMENT = Measurement("ablate", "", __doc__, "OUT.jsonl", {"run": run_all, "time": time_all},
+                          lambda path: trials.read(path, "variant"), table, add_options=add_options)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ from matplotlib.figure import Figure
 from bench import trials
 from bench.measurement import Measurement
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import grid, spread
+from bench.page import grid
 from bench.pictures import Theme, finish, two_plots
 from data.errors import UsageError, run_program
 from examples.airbench import AirbenchSettings, normalized, run_once
 from examples.images import ImageSet, Labelled, load
+from records.compare import spread
 
 TARGET = 0.90
 HELD_OUT = 10_000  # of the training images, for the search
@@ -242,7 +243,7 @@ def length_table(rows: list[dict]) -> str:
         cells = []
         for optimizer in finished(rows):
             accuracies = [100 * accuracy for accuracy in finals(optimizer, rows).get(epochs, [])]
-            cells.append(spread(accuracies, 2) if accuracies else "")
+            cells.append(spread(accuracies, ".2f") if accuracies else "")
         if any(cells):
             lines.append([f"{epochs:g}", *cells])
     return grid(["epochs", *map(NAMES.get, finished(rows))], lines)

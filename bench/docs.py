@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 from bench import pictures
-from bench.page import grid, spread, with_tables
+from bench.page import grid, with_tables
 from data.errors import CommandLine, UsageError, run_program
 from data.files import written_whole
 from records import logs
+from records.compare import spread
 from train_gpt import RECIPES, TRACKS, Config
 
 PRESETS = {  # tracks and their recipes
@@ -113,7 +114,7 @@ def runs_table() -> str:
     rows = []
     for name, folder in GROUPS.items():
         losses, seconds = ends_of(folder)
-        rows.append([f"[{name}](../{folder})", len(losses), spread(losses, 4), spread(seconds, 1)])
+        rows.append([f"[{name}](../{folder})", len(losses), spread(losses, ".4f"), spread(seconds, ".1f")])
     return grid(["runs", "n", "final validation loss", "training seconds"], rows) + "\n"
 
 
@@ -133,7 +134,7 @@ def facts() -> dict[str, str]:
     adamw, muon = (statistics.mean(seconds_to(target, GROUPS[name])) for name in (ADAMW, MUON))
     record = seconds["the record"]
     return {
-        "the record": f"{spread(record, 1)} s (n = {len(record)}",
+        "the record": f"{spread(record, '.1f')} s (n = {len(record)}",
         "AdamW, whole schedule": f"{mean[ADAMW] / mean[MUON]:.2f} times",
         "AdamW, to the target": f"{adamw / muon:.2f} times",
         "nanoGPT, against a run that stops there": f"{mean[NANOGPT] / mean[SHORT]:.1f} times",

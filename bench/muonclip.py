@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 
 from bench.measurement import Measurement
 from bench.page import OPTIMIZER_NAMES as NAMES
-from bench.page import grid, spread
+from bench.page import grid
 from bench.pictures import Theme, finish, two_plots
 from data.errors import RunError, UsageError, run_program
 from data.files import ROOT, written_whole
+from records.compare import spread
 from tools.children import ending, run_limited
 
 TAU = 15
@@ -162,7 +163,7 @@ def tables(found: dict[str, Journal]) -> str:
         runs = group(found, settings)
         settled = range(SETTLED // 10, len(runs[0].steps))
         rows.append([
-            title(settings), len(runs), spread([run.val_loss for run in runs], 4),
+            title(settings), len(runs), spread([run.val_loss for run in runs], ".4f"),
             extremes([run.settled_logit() for run in runs]),
             extremes([max(run.clipped) for run in runs], 0),
             f"{max(run.busiest[k] for run in runs for k in settled):.2f}",
@@ -173,7 +174,7 @@ def tables(found: dict[str, Journal]) -> str:
     pairs = []
     for a, b in ((clipped, sane), (held, high), (clipped, adamw)):
         differences = difference(found, a, b)
-        pairs.append([f"{title(a)}, minus {title(b)}", len(differences), spread(differences, 4),
+        pairs.append([f"{title(a)}, minus {title(b)}", len(differences), spread(differences, ".4f"),
                       extremes(differences, 4)])
     rates = [[NAMES[trial.optimizer], trial.lr, f"{found[trial.name].val_loss:.4f}",
               f"{found[trial.name].settled_logit():.1f}"] for trial in SCAN if trial.name in found]

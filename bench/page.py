@@ -1,7 +1,5 @@
 """Pages whose figures are put in by a program."""
 import argparse
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import UsageError
@@ -22,12 +20,6 @@ def grid(header: list[str], rows: list[list]) -> str:
     """Return a Markdown table; a bar inside a cell becomes a slash."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Say mean and standard deviation; of one value there is no deviation."""
-    around = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{around}"
 
 
 def with_tables(page: Path, source: str, tables: str) -> str:

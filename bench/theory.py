@@ -26,7 +26,7 @@ import json
 import math
 import statistics
 import sys
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -172,10 +172,6 @@ def run(options) -> None:
         json.dump(measure(), file, indent=1)
 
 
-def read(path: Path) -> dict:
-    return read_json(path, tables)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The page
 
@@ -246,7 +242,8 @@ def draw(found: dict, theme: Theme, figure: Figure) -> None:
 
 
 MEASUREMENT = Measurement(
-    "theory", "The bound of Muon and Muon itself", __doc__, "OUT.json", {"run": run}, read, tables, draw)
+    "theory", "The bound of Muon and Muon itself", __doc__, "OUT.json", {"run": run},
+    partial(read_json, tables=tables), tables, draw)
 
 if __name__ == "__main__":
     sys.exit(run_program(MEASUREMENT.main, sys.argv[1:], "bench.theory"))

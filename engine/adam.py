@@ -37,6 +37,11 @@ def adam_update_in_pieces_(p, low, g, m, v, *settings):
         adam_update_(p[piece], None if low is None else low[piece], g[piece], m[piece], v[piece], *settings)
 
 
+def is_sharded(p: Tensor, world: int) -> bool:
+    """Return whether each of so many ranks moves a part of a parameter, and not all of it."""
+    return world > 1 and p.numel() % world == 0 and p.numel() >= SHARD_FROM
+
+
 class Adam(torch.optim.Optimizer):
     """Adam that averages gradients over ranks itself.
 
@@ -75,7 +80,7 @@ class Adam(torch.optim.Optimizer):
         return state
 
     def sharded(self, p: Tensor) -> bool:
-        return self.world > 1 and p.numel() % self.world == 0 and p.numel() >= SHARD_FROM
+        return is_sharded(p, self.world)
 
     def part(self, p: Tensor) -> Tensor:
         """Return a flat view of what this rank updates."""

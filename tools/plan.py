@@ -15,6 +15,7 @@ import torch
 
 from data.errors import UsageError, run_program
 from data.loader import shards_needed
+from engine.adam import is_sharded
 from engine.head_loss import HEAD_PIECE
 from engine.host_table import row_bytes
 from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of, will_compile
@@ -48,10 +49,6 @@ def muon_matrices(cfg: Config) -> list[tuple[int, int]]:
     return [(m, n) for count, m, n in banks for _ in range(count)]
 
 
-def size_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
     """Return the bytes that stay in memory on the fullest of `world` ranks, by kind."""
     table = optimizer_table(cfg)
@@ -62,7 +59,7 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
         averaged += p.numel() * (cfg.ema_of == "all" or name in ("head", "embed"))
         weights += p.numel() * (2 if low else 4)
         if table[name].optimizer == "adam":
-            sharded = world > 1 and p.numel() % world == 0 and p.numel() >= 2**16
+            sharded = is_sharded(p, world)
             share = p.numel() // world if sharded else p.numel()
             adam += share * (10 if low else 8)
             travelling += 2 * share * p.element_size() * sharded
@@ -78,7 +75,7 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
         "Adam: moments, low halves": adam,
         "Muon: momentum, low halves": muon,
         "average of the weights": 4 * averaged if cfg.ema_frac else 0,
-        "signs of the bigrams, prefix tokens": sum(map(size_of, shapes_of(cfg).buffers())),
+        "signs of the bigrams, prefix tokens": sum(buffer.nbytes for buffer in shapes_of(cfg).buffers()),
         "gathers and reductions": travelling,
     }
 

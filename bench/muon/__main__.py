@@ -14,6 +14,7 @@ import platform
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -138,12 +139,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reps", type=count, default=5, help="timed steps per subject")
 
 
-def read(path: Path) -> dict:
-    return read_json(path, tables)
-
-
-MEASUREMENT = Measurement("muon", "", __doc__, "OUT.json", {"run": run}, read, tables,
-                          add_options=add_options)
+MEASUREMENT = Measurement("muon", "", __doc__, "OUT.json", {"run": run}, partial(read_json, tables=tables),
+                          tables, add_options=add_options)
 
 if __name__ == "__main__":
     sys.exit(run_program(MEASUREMENT.main, sys.argv[1:], "bench.muon"))

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.muon.peers import Subject
 from bench.muon.processes import ChildFailed, NotPosed, Refused, Traffic, first_line, isolated, ranks
 from bench.muon.questions import ADJUST_LR, GPT2_BLOCK, mapped, update, with_spectrum
+from engine.self_test import synchronize
 
 WORLDS = 1, 2, 3, 4, 8
 PATIENCE_S = 10
@@ -71,12 +72,10 @@ def problem(S: Subject, shapes: list[tuple], settings: dict, device=torch.device
 
 
 def seconds_of(run, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     begin = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - begin
 
 
