@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,14 +43,6 @@ def serve(files):
             hub.requests.append((self.command, path))
             if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
                 return self.file(f"{match[1]}/{match[2]}", match[2].split("/")[-1])
-            if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/(.+)", path):
-                prefix = f"{match[1]}/{match[2]}/"
-                tree = [{"type": "file", "path": name[len(match[1]) + 1:], "size": len(body), "oid": "0" * 40}
-                        for name, body in hub.files.items() if name.startswith(prefix)]
-                return self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
-            if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
-                body = json.dumps({"id": match[1], "sha": REVISION}).encode()
-                return self.reply(200, body, Content_Type="application/json")
             self.reply(404)
 
         do_HEAD = do_GET
