@@ -235,6 +235,7 @@ class Config:
     time_budget: float = setting(
         0.0, "seconds of training for which a warm-up chooses train_steps; 0: as given", ZERO_OR_MORE)
     sample_tokens: int = setting(150, "tokens of generated text at the end; 0: none", ZERO_OR_MORE)
+    stop_at_target: bool = setting(False, "end at the first validation at or below the target")
     save_every: int = setting(0, "steps between checkpoints in log_dir; 0: none", ZERO_OR_MORE)
     save_final: bool = setting(False, "write a checkpoint at the end")
     keep: int = setting(0, "checkpoints of this run to keep, the newest ones; 0: all", ZERO_OR_MORE)
@@ -1514,6 +1515,7 @@ def train(run: Run, log: Log):
                 validate(run, log)
             if run.stopping:
                 continue  # a signal came meanwhile: save first
+            done = done or (cfg.stop_at_target and run.reached is not None)
         if done:
             break
 
@@ -1522,7 +1524,7 @@ def train(run: Run, log: Log):
         tokens += cfg.at("batch_tokens", run.step - 1)
         log.train(run.step, cfg.train_steps, ms, loss, 1000 * tokens / ms)
 
-    if cfg.save_final and path is None:  # the attempt before the validation failed
+    if cfg.save_final and (path is None or tried_at != run.step):  # it failed, or the target came first
         save(run, log, folder, must=True)
     if run.rt.device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated(run.rt.device) // 2**20

@@ -120,7 +120,7 @@ def test_figures_in_sentences_are_those_of_the_logs():
 def test_the_record_it_shows_is_the_fastest_of_its_track():
     record, before = (docs.ends_of(docs.GROUPS[name])[1] for name in ("the record", "the record before"))
     assert statistics.mean(record) < statistics.mean(before)
-    assert f"{docs.spread(record, 1)} s (n = {len(record)}, AMD EPYC)" in README
+    assert f"{docs.spread(record, '.1f')} s (n = {len(record)}, AMD EPYC)" in README
 
 
 def test_the_output_it_shows_is_that_of_a_run():

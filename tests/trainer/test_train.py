@@ -147,6 +147,15 @@ def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
     assert short.code == 2 and "--time_budget: expected room for 3 steps" in short.err
 
 
+def test_a_run_can_end_at_its_target(folder):
+    result = run(folder, "--target_loss=5.9", "--stop_at_target=1", "--val_every=2", "--train_steps=100",
+                 "--max_epochs=99")
+    *before, last = result.val
+    assert result.code == 0 and last < 100
+    assert result.val[last] <= 5.9 and all(result.val[step] > 5.9 for step in before)
+    assert re.search(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
+
+
 def test_check_fails_where_a_token_sees_the_next_one_or_probabilities_do_not_sum_to_one(folder, monkeypatch):
     result = run(folder, "--check")
     assert (result.code, result.err, result.log) == (0, "", None)
