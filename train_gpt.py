@@ -46,7 +46,7 @@ from data.errors import RunError, UsageError
 from data.loader import Batch, Docs, Loader, Validation, join, make_batch, to_device
 from data.shards import document_starts
 from engine.adam import Adam
-from engine.attention import BACKENDS, PAIRINGS, paired_docs
+from engine.attention import BACKENDS, PAIRINGS, pair, paired_docs, unpair
 from engine.checkpoint import read_checkpoint, write_checkpoint
 from engine.clock import Clock, Startup
 from engine.endings import Stopped, StopSignal, leave, report
@@ -864,8 +864,8 @@ class GPT(nn.Module):
 
         mask = ctx.masks[long][paired]
         if paired:  # two heads share a softmax over the keys of both (record 58): -65 steps at the same FLOPs
-            pair, unpair = PAIRINGS[cfg.pairing]
-            y = unpair(self.kernels.attend(pair(q), pair(k), pair(v), mask, scale))
+            by_pairs = (pair(x, cfg.pairing) for x in (q, k, v))
+            y = unpair(self.kernels.attend(*by_pairs, mask, scale), cfg.pairing)
         else:
             y = self.kernels.attend(q, k, v, mask, scale)
 

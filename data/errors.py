@@ -23,12 +23,13 @@ class RunError(RuntimeError):
 class CommandLine(argparse.ArgumentParser):
     """A command line whose description is shown as it is written, and whose errors are UsageErrors."""
 
-    def __init__(self, about: str, program: str | None = None, **options):
-        super().__init__(prog=program, description=about, allow_abbrev=False,
+    def __init__(self, about: str, program: str = "", **options):
+        super().__init__(prog=program or None, description=about, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.manual = f"{program} --help".strip()
 
     def error(self, message: str):
-        raise UsageError(f"expected the arguments of {self.prog}, found: {message}; see {self.prog} --help")
+        raise UsageError(f"expected arguments as in {self.manual}, found: {message}; correct them")
 
 
 def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: str = "",

@@ -151,33 +151,24 @@ CANDIDATES = ("varlen FA4", "varlen FA3", "varlen", "flex")
 # Pairs of heads that share a softmax
 
 
-def pair(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads 2h and 2h+1 of a token become two positions of one head."""
+PAIRINGS = "halves", "neighbours"
+
+
+def pair(x: Tensor, kind: str) -> Tensor:
+    """(T, H, d) to (2 T, H/2, d): two heads of a token become two positions of one head. kind: which two, h
+    and h + H/2 (halves) or 2h and 2h + 1 (neighbours)."""
     T, H, d = x.shape
-    by_pairs = x.view(T, H // 2, 2, d)
-    return by_pairs.transpose(1, 2).reshape(2 * T, H // 2, d)
-
-
-def unpair(y: Tensor) -> Tensor:
-    """(2 T, H/2, d) back to (T, H, d)."""
-    T2, H2, d = y.shape
-    by_tokens = y.view(T2 // 2, 2, H2, d)
-    return by_tokens.transpose(1, 2).reshape(T2 // 2, 2 * H2, d)
-
-
-def pair_halves(x: Tensor) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): heads h and h + H/2 of a token become two positions of one head."""
-    T, H, d = x.shape
+    if kind == "neighbours":
+        x = x.view(T, H // 2, 2, d).transpose(1, 2)
     return x.reshape(2 * T, H // 2, d)
 
 
-def unpair_halves(y: Tensor) -> Tensor:
+def unpair(y: Tensor, kind: str) -> Tensor:
     """(2 T, H/2, d) back to (T, H, d)."""
     T2, H2, d = y.shape
+    if kind == "neighbours":
+        y = y.view(T2 // 2, 2, H2, d).transpose(1, 2)
     return y.reshape(T2 // 2, 2 * H2, d)
-
-
-PAIRINGS = {"halves": (pair_halves, unpair_halves), "neighbours": (pair, unpair)}
 
 
 def paired_docs(docs: Docs) -> Docs:

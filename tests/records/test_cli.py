@@ -64,8 +64,8 @@ def test_the_example_of_a_verb(verb, folder, records, monkeypatch):
     (["shwo"], "expected a verb (show, compare, report, plan, ab, check, pack, verify, table), found 'shwo'; "
                "see python -m records -h"),
     (["show"],
-     "expected the arguments of python -m records show, found: the following arguments are required: PATH; "
-     "see python -m records show --help"),
+     "expected arguments as in python -m records show --help, found: the following arguments are required: "
+     "PATH; correct them"),
     (["show", "--jsn", TRACK], "found: unrecognized arguments: --jsn"),
     (["show", "--target"], "found: argument --target: expected one argument"),
     (["show", "no\x1b[2Jthing"],

@@ -116,7 +116,8 @@ def test_a_backend_equals_plain_loops_in_values_and_gradients(name, case, paired
 
     def fast(q, k, v):
         if paired:
-            return unpair(attend(pair(q), pair(k), pair(v), mask, 0.7))
+            by_pairs = (pair(x, "neighbours") for x in (q, k, v))
+            return unpair(attend(*by_pairs, mask, 0.7), "neighbours")
         return attend(q, k, v, mask, 0.7)
 
     found = values_and_gradients(fast, *leaves(sum(lengths), 4 if paired else 2))
