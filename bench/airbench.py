@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,9 @@ class Rates(NamedTuple):
     momentum: float
 
 
+LABELS = "stage", "optimizer", *Rates._fields, "epochs", "seed"  # of a run
+
+
 def plan() -> dict:
     """Return all that decides which runs there are."""
     return dict(target=TARGET, held_out=HELD_OUT, search_epochs=SEARCH_EPOCHS, search_seed=SEARCH_SEED,
@@ -87,52 +90,48 @@ def read_results(path: Path) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The search
+# Which runs
 
 
-def known_trials(optimizer: str, rows: list[dict]) -> list[Rates]:
-    """Return the trials of the search that are known so far: other momenta once all rates have been tried."""
-    known = [Rates(lr, head_lr, MOMENTUM) for lr, head_lr in itertools.product(*GRID[optimizer])]
-    best = winner(optimizer, known, rows)
-    return known + [best._replace(momentum=momentum) for momentum in MOMENTA] if best else known
+def tuned(optimizer: str, rows: list[dict]) -> Rates:
+    """Return the best trial of the search so far."""
+    found = [row for row in rows if row["stage"] == "search" and row["optimizer"] == optimizer]
+    best = max(found, key=lambda row: row["accuracy"])
+    return Rates(best["lr"], best["head_lr"], best["momentum"])
 
 
-def winner(optimizer: str, known: list[Rates], rows: list[dict]) -> Rates | None:
-    """Return the best of some trials; None while one of them has not been run."""
-    found = {Rates(row["lr"], row["head_lr"], row["momentum"]): row["accuracy"]
-             for row in rows if row["stage"] == "search" and row["optimizer"] == optimizer}
-    return max(known, key=found.get) if found.keys() >= set(known) else None
+def schedule(optimizer: str, rows: list[dict]) -> Iterator[dict]:
+    """Yield the labels of all runs of an optimizer. Each must be among the rows before the next one is asked
+    for, which may follow from it."""
+    def search(rates: Rates) -> dict:
+        return dict(stage="search", optimizer=optimizer, **rates._asdict(), epochs=SEARCH_EPOCHS,
+                    seed=SEARCH_SEED)
 
-
-def tuned(optimizer: str, rows: list[dict]) -> Rates | None:
-    """Return what the search found; None while it goes on."""
-    known = known_trials(optimizer, rows)
-    return winner(optimizer, known, rows) if len(known) == TRIALS else None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Runs
+    for lr, head_lr in itertools.product(*GRID[optimizer]):
+        yield search(Rates(lr, head_lr, MOMENTUM))
+    best = tuned(optimizer, rows)
+    for momentum in MOMENTA:
+        yield search(best._replace(momentum=momentum))
+    best = tuned(optimizer, rows)
+    for epochs in LENGTHS:
+        for seed in range(SEEDS):
+            yield dict(stage="final", optimizer=optimizer, **best._asdict(), epochs=epochs, seed=seed)
+        if dict(curve(optimizer, rows))[epochs] >= TARGET + CLEARLY:
+            return
 
 
 def next_run(rows: list[dict], optimizers: Iterable[str] = tuple(GRID)) -> dict | None:
     """Return the labels of the next run of these optimizers that is missing; None when all is done."""
-    def first_missing(stage: str, optimizer: str, rates: Rates, epochs: float, seeds) -> dict | None:
-        labels = dict(stage=stage, optimizer=optimizer, **rates._asdict(), epochs=epochs)
-        done = {row["seed"] for row in rows if labels.items() <= row.items()}
-        return next((labels | dict(seed=seed) for seed in seeds if seed not in done), None)
-
+    done = {tuple(row[name] for name in LABELS) for row in rows}
     for optimizer in optimizers:
-        for rates in known_trials(optimizer, rows):
-            if missing := first_missing("search", optimizer, rates, SEARCH_EPOCHS, [SEARCH_SEED]):
-                return missing
-        best = tuned(optimizer, rows)
-        reached = 0.0
-        for epochs in LENGTHS:
-            if reached < TARGET + CLEARLY:
-                if missing := first_missing("final", optimizer, best, epochs, range(SEEDS)):
-                    return missing
-                reached = dict(curve(optimizer, rows))[epochs]
+        for labels in schedule(optimizer, rows):
+            if tuple(labels.values()) not in done:
+                return labels
     return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs
 
 
 def search_split(images: ImageSet) -> ImageSet:
