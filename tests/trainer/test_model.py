@@ -257,15 +257,6 @@ def test_a_bf16_model_is_near_the_fp32_model_and_has_finite_gradients():
     assert relative(found[1][1], found[0][1]) < 0.1
 
 
-@pytest.mark.parametrize("track", ["small", "shakespeare"])
-def test_the_first_loss_is_the_logarithm_of_the_vocabulary(track):
-    cfg = config() if track == "small" else Config.for_track(track, dtype="float32")
-    model, n = build(cfg, perturb=False), 64
-    tokens = tokens_of(cfg, n + 1)
-    loss = model.evaluate(tokens[:-1], tokens[1:], context(model, docs_of([n]), tied=True)).item() / n
-    assert abs(loss - math.log(cfg.padded_vocab)) < 0.05  # logits of size 0.005 sqrt(D) at most
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Parameters
 
@@ -355,41 +346,6 @@ def test_every_parameter_is_in_exactly_one_optimizer_group(folder, optimizer, by
     muon, adam = ([names[id(p)] for group in (one.param_groups if one else []) for p in group["params"]]
                   for one in (run.muon, run.adam))
     assert sorted(muon + adam) == sorted(names.values()) and set(muon) == by_muon
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Track small at full size, counted on the meta device, which takes no memory
-
-
-@pytest.fixture(scope="module")
-def full():
-    with torch.device("meta"):
-        return GPT(config({}), Kernels.plain())
-
-
-def test_parameters_are_those_of_the_study(full):
-    """23.6 + 51.9 + 38.6 = 114.1 M in products, value embeddings 193.2 M, bigrams 289.8 M; 643.5 M less 7.9 M
-    of padding in all. Queries and keys are one matrix by pairs of adjacent heads."""
-    L, A, D, V = 11, 10, 768, 50_304  # layers, layers with attention, width, padded vocabulary
-    assert full.matmul_params() == A * 4 * D * D + L * 2 * D * 4 * D + D * V == 114_130_944
-    rows = V + 5 * V + 377_280  # of embedding, value embeddings, bigrams
-    total = sum(p.numel() for p in full.parameters())
-    assert abs(total / 1e6 - (643.5 - 7.9)) < 0.15  # three rounded figures
-    assert 0 < total - full.matmul_params() - rows * D < 2000  # scalars and gates
-    assert full.attn_qk.shape == (A * 2 * 3, 256, D) and full.attn_vo.shape == (A * 2, D, D)
-    assert full.mlp_in.shape == (L, 4 * D, D) and full.mlp_out.shape == (L, D, 4 * D)
-
-
-def test_flops_per_token_are_those_of_the_study(full):
-    """684.8 MFLOP for matmuls, and attention over full windows. A token sees its window and itself; eight
-    layers are short and two long; 12 D: forward and backward, scores and values."""
-    products = 6 * full.matmul_params()
-    assert round(products / 1e6, 1) == 684.8
-    windows = {(128, 384): 16.6, (384, 896): 44.9, (640, 1408): 73.2, (768, 1664): 87.4}
-    for stage, ((short, long), mflop) in enumerate(windows.items()):
-        attention = full.flops_per_token(stage) - products
-        assert attention == 12 * 768 * (8 * (short + 1) + 2 * (long + 1))
-        assert round(attention / 1e6, 1) == mflop
 
 
 # ------------------------------------------------------------------------------------------------------------
