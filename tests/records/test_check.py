@@ -43,6 +43,10 @@ def other_seed(text):
     return replaced(text, r'("seed": |^seed: )\d+', r"\g<1>77")
 
 
+def resumed(text):
+    return replaced(text, "^attention:", "resumed: from a.pt; such a run is no record\nattention:")
+
+
 UNFINISHED = {"final-validation", "loss-rule", "faster-than-baseline"}
 DOCTORED = {
     "nothing": (lambda texts: texts, set()),
@@ -94,9 +98,7 @@ DOCTORED = {
     "fewer validation tokens": (first_log(lambda t: replaced(t, '"val_tokens": 262144',
                                                              '"val_tokens": 131072')),
                                 {"validation-data", "same-settings"}),
-    "resumed": (first_log(lambda t: replaced(t, "^attention:",
-                                             "resumed: from a.pt; such a run is no record\nattention:")),
-                {"not-resumed"}),
+    "resumed": (first_log(resumed), {"not-resumed"}),
     "a banned flag": (optimizer("torch._inductor.config.epilogue_fusion = True"), {"compile-flags"}),
     "a banned mode": (optimizer('f = torch.compile(f, mode="max-autotune")'), {"compile-flags"}),
     "a flag in a comment": (optimizer('"""max_autotune"""\nx = 1  # max_autotune'), set()),
@@ -144,6 +146,9 @@ def test_seed_in_the_source_is_no_difference(failures):
     (first_log(lambda text: replaced(text, r"PyTorch 2\.13\.0", "PyTorch 2.12.0")), {"same-torch"}),
     (first_log(lambda text: replaced(text, r"^step:(19|20)/.*\n", "")),
      {"final-validation", "faster-than-baseline"}),
+    (first_log(lambda text: last(text, r"train_time:\d+ms", "train_time:2300ms")), {"intact-logs"}),
+    (first_log(resumed), {"not-resumed"}),
+    (copy_with(other_seed), {"distinct-curves"}),
 ])
 def test_a_baseline_that_is_none(failures, change, expected):
     assert failures(runs(), change(slow())).keys() == expected

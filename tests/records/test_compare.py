@@ -137,18 +137,13 @@ def test_oddities_of_a_group_are_named(tmp_path, compare):
                                 "NVIDIA A40, 2 ranks in 8, 9"),
     (dict(torch="2.14.0"), "same-torch: torch 2.13.0+cpu, CUDA None in 2 runs; torch 2.14.0, CUDA None in "
                            "8, 9"),
-    (dict(world_size=4), "same-hardware: CPU (x86_64, 1 threads), Model T, 2 ranks in 2 runs; CPU (x86_64, 1 "
-                         "threads), Model T, 4 ranks in 8, 9"),
-    (dict(val_tokens=1024), "validation-data: expected tokens 262144, found 1024 in 8; tokens 262144, found "
-                            "1024 in 9"),
 ])
 def test_groups_that_differ(tmp_path, compare, settings, expected):
     a = write(tmp_path, "a", [([6, 3, 2], None), ([6, 3.1, 2.2], None)])
     b = write(tmp_path, "b", [([6, 3.2, 2.1], None), ([6, 3.3, 2.3], None)], first_seed=8, **settings)
     code, out, err = compare(a, b)
     assert code == 0 and [line for line in out.splitlines() if "warning" in line] == [f"warning: {expected}"]
-    other_machine = settings.keys() & {"device", "world_size"}
-    assert ("times are not compared" in out) == bool(other_machine) and "loss: +0" in out
+    assert ("times are not compared" in out) == ("device" in settings) and "loss: +0" in out
 
 
 def test_groups_are_files_or_the_logs_of_a_folder(tmp_path):
@@ -268,13 +263,11 @@ def test_records_that_are_not_there(tmp_path, compare, arguments, sentence):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["missing", MUON], "missing: expected a log or a folder of logs, found nothing there; check the path"),
     (["data"], "data: expected logs with validations, found none; check the path"),
     ([MUON, "--plot", "out.txt"],
      "--plot: expected a name that ends in .png, .svg, .pdf, found 'out.txt'; change it"),
     ([MUON, "--plot", "/nowhere/out.png"],
      "--plot: expected to write /nowhere/out.png, found: No such file or directory; ch"),
-    ([MUON, "--target", "0"], "expected a loss above 0"),
 ])
 def test_errors(compare, arguments, sentence):
     code, out, err = compare(*arguments)

@@ -118,6 +118,14 @@ def test_container_quota_limits_cores(monkeypatch, tmp_path):
         assert machine.usable_cores() == cores
 
 
+def test_ctrl_c_in_the_script_of_the_data_starts_no_run(started, monkeypatch):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.subprocess, "run", interrupted)
+    assert launch.main([]) == 130 and started.runs == []
+
+
 def test_nothing_is_prepared_for_shards_of_the_user_or_a_checkpoint(started, checkpoint):
     started.data_code, started.environ["OMP_NUM_THREADS"] = 2, "5"
     assert launch.main(["--track=small", "--train_files=mine/*.bin"]) == 0
@@ -203,7 +211,7 @@ def start(folder: Path, trainer: str, *args: str, hang_up=signal.SIG_DFL) -> sub
     program = folder / "trainer.py"
     program.write_text(TRAINER + trainer)
     env = {**os.environ, "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         env.pop(name, None)
     command = [sys.executable, "-c", LAUNCH, program, *AWKWARD, *args]
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True,
@@ -219,7 +227,7 @@ def wait_for(folder: Path, *names: str) -> None:
 
 def test_ranks_get_arguments_and_threads_and_the_failure_of_one_is_told_once(tmp_path):
     trainer = """
-names = ("WORLD_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MASTER_ADDR")
+names = ("WORLD_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MASTER_ADDR", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
 tell("rank", json.dumps([[os.environ[name] for name in names], sys.argv[1:]]))
 wait_for("rank0")
 if rank == "1":
@@ -229,7 +237,7 @@ time.sleep(600)
     process = start(tmp_path, trainer, "--seed=1")
     out, err = process.communicate(timeout=600)
     threads = str(max(1, launch.usable_cores() // 2))
-    environment = ["2", threads, "1000", "127.0.0.1"]
+    environment = ["2", threads, "1000", "127.0.0.1", "60"]  # the last: seconds for all ranks to save
     expected = [environment, [*AWKWARD, "--seed=1"]]
     for rank in range(2):
         assert json.loads((tmp_path / f"rank{rank}").read_text()) == expected

@@ -124,7 +124,7 @@ CHECKPOINTS = {
     "no such file": (Path.unlink, [], "no such file"),
     "not a checkpoint": (lambda p: p.write_text("step:1/4\n"), [], "another kind of file"),
     "a folder": (make_folder, [], "another kind of file"),
-
+    "tensors of another program": (lambda p: torch.save([torch.ones(2)], p), [], "another kind of file"),
     "truncated": (lambda p: os.truncate(p, p.stat().st_size // 2), [], "damaged"),
     "without loader": (edit(lambda state: state.pop("loader")), [], "differs in loader"),
     "without a weight": (edit(lambda state: state["model"].pop("attn_qk")), [], "attn_qk"),

@@ -13,7 +13,7 @@ from data.errors import RunError, UsageError
 from engine import host_table
 from engine.host_table import HostTable, hash_ngrams, update_rows_
 from tests.helpers.dist import run_ranks
-from tests.helpers.runs import make_shards, on_rank
+from tests.helpers.runs import on_rank
 from tests.helpers.tiny import THREE_LAYERS, config, make_run
 
 ROWS, ORDERS = 50, (2, 4)
@@ -171,11 +171,6 @@ def equal(a: dict, b: dict) -> bool:
     return a["train"] == b["train"] and a["val"] == b["val"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("ngrams"))
-
-
 @pytest.mark.parametrize("changes, warm", [
     (dict(adam_every=1), True),
     (dict(adam_every=2), False),
@@ -243,6 +238,10 @@ def test_a_checkpoint_holds_the_rows_that_have_moved_and_no_others(folder):
     table.load_full_state(one)
     assert torch.equal(table.rows[one["moved"]], one["rows"])
     assert torch.equal(table.state[one["moved"]], one["state"])
+    table.rows += 1.0
+    table.state += 1.0
+    table.load_full_state(one)  # of what stood there nothing is left
+    assert torch.equal(table.rows[one["moved"]], one["rows"])
     table.rows[one["moved"]] = table.state[one["moved"]] = 0
     assert not table.rows.any() and not table.state.any()
 

@@ -14,16 +14,11 @@ import pytest
 from engine.kernels import keep_compiled
 from engine.log import SOURCES
 from tests.helpers.dist import ROOT
-from tests.helpers.runs import config, make_shards, run, start, step_lines
+from tests.helpers.runs import config, run, start, step_lines
 
 TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
 NUMBERS = {"val_loss": r"\d+\.\d{4}", "train_time": r"\d+ms", "step_avg": r"\d+\.\d\dms"}
 FLAGS = ["--seed=3", "--wandb=speed"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("log"))
 
 
 class FakeWandb:

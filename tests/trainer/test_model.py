@@ -10,7 +10,7 @@ from data.loader import join, make_batch
 from engine.kernels import Kernels
 from tests.helpers.plain_model import as_records, bigram_row, logits, loss
 from tests.helpers.tiny import BARE, THREE_LAYERS, build, config, context, docs_of, make_run
-from train_gpt import GPT, MATRICES, TABLES, Config
+from train_gpt import GPT, MATRICES, TABLES
 
 LENGTHS = [5, 1, 7, 4]  # documents of the sequence that all models below read
 T = sum(LENGTHS)
@@ -321,11 +321,6 @@ SWITCHES = {
     "all of record 89": dict(RECORD_89, prefix_weight=0.25),
     "MLP outputs at random": dict(mlp_out_std=0.5),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("shards")
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

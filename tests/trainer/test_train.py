@@ -11,15 +11,10 @@ from data.errors import UsageError
 from data.shards import open_shard
 from engine import attention
 from tests.helpers.dist import run_ranks
-from tests.helpers.runs import config, make_shards, on_rank, run, start, step_lines
+from tests.helpers.runs import config, on_rank, run, start, step_lines
 
 # Few rows of the bigram table would be too small for Adam to shard.
 OPTIONS = ["--save_final=1", "--adam_every=2", "--train_steps=8", "--bigram_rows=2048"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
