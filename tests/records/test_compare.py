@@ -137,6 +137,8 @@ def test_oddities_of_a_group_are_named(tmp_path, compare):
                                 "NVIDIA A40, 2 ranks in 8, 9"),
     (dict(torch="2.14.0"), "same-torch: torch 2.13.0+cpu, CUDA None in 2 runs; torch 2.14.0, CUDA None in "
                            "8, 9"),
+    (dict(val_tokens=1024), "validation-data: expected tokens 262144, found 1024 in 8; tokens 262144, found "
+                            "1024 in 9"),
 ])
 def test_groups_that_differ(tmp_path, compare, settings, expected):
     a = write(tmp_path, "a", [([6, 3, 2], None), ([6, 3.1, 2.2], None)])
@@ -268,6 +270,7 @@ def test_records_that_are_not_there(tmp_path, compare, arguments, sentence):
      "--plot: expected a name that ends in .png, .svg, .pdf, found 'out.txt'; change it"),
     ([MUON, "--plot", "/nowhere/out.png"],
      "--plot: expected to write /nowhere/out.png, found: No such file or directory; ch"),
+    ([MUON, "--target", "0"], "expected a loss above 0"),
 ])
 def test_errors(compare, arguments, sentence):
     code, out, err = compare(*arguments)
