@@ -88,7 +88,7 @@ def check(log: logs.LogFile, data: bytes):
     assert list(facts)[:2] == ["path", "runs"]
 
 
-def test_mutated_logs(tmp_path, monkeypatch):
+def test_whatever_is_in_a_log_its_reader_keeps_its_promises(tmp_path, monkeypatch):
     number = int(os.environ.get("RECORDS_FUZZ", 1000))
     originals = [make(variant, seed).text.encode() for variant in VARIANTS
                  for seed in range(2)] + [b"", b"\n", os.urandom(3000)]

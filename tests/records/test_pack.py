@@ -41,7 +41,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
             for path in folder.rglob("*")}
 
 
-def test_folder(inputs, capsys):
+def test_a_folder_is_built_of_logs_and_of_what_follows_from_them(inputs, capsys):
     before = snapshot(inputs)
     assert guarded(arguments(inputs, "--contributor", "A. Person", "--description", "Twice as good",
                              "--planned", "8")) == 0
@@ -73,7 +73,7 @@ def test_folder(inputs, capsys):
     assert os.stat(inputs / folder).st_mode & 0o777 == 0o755
 
 
-def test_readme(inputs, capsys):
+def test_the_readme_holds_note_losses_and_a_p_value_that_its_code_prints(inputs, capsys):
     assert guarded(arguments(inputs)) == 0
     text = (inputs / "out/track_0_laptop/2026-11-24_Twice/README.md").read_text()
     assert NOTE.strip() in text and "no number was planned" in text
@@ -91,7 +91,7 @@ def run_code(page: str, capsys):
     assert out.startswith("p=") and f"# {out.strip()}\n" in code
 
 
-def test_existing_folder_stays(inputs, capsys):
+def test_an_existing_folder_stays_as_it_is(inputs, capsys):
     assert guarded(arguments(inputs)) == 0
     before = snapshot(inputs)
     assert guarded(arguments(inputs, "--description", "other")) == 2
@@ -152,7 +152,7 @@ def rename(inputs: Path, name: str):
     (lambda inputs: (inputs / "note.md").unlink(), {}, "--note: expected a readable text"),
     (lambda inputs: (inputs / "note.md").write_text("x" * (pack.NOTE_LIMIT + 1)), {}, "at most 262,144"),
 ])
-def test_refusals(change, more, sentence, inputs, capsys):
+def test_unusable_names_dates_logs_and_notes_are_refused(change, more, sentence, inputs, capsys):
     if change:
         change(inputs)
     before = snapshot(inputs)
@@ -201,7 +201,7 @@ def test_a_baseline_that_is_all_runs_of_another_record_is_named_and_else_copied(
     assert guarded(["verify", str(folder)]) == 0 and guarded(["check", str(folder)]) == 0
 
 
-def test_failure_leaves_nothing(inputs, capsys, monkeypatch):
+def test_a_failure_leaves_nothing_behind(inputs, capsys, monkeypatch):
     before = snapshot(inputs)
 
     def full(*_):
@@ -213,7 +213,7 @@ def test_failure_leaves_nothing(inputs, capsys, monkeypatch):
     assert snapshot(inputs) == before
 
 
-def test_several_runs_in_a_log(tmp_path, capsys):
+def test_a_log_of_several_runs_is_packed_with_each_of_their_losses(tmp_path, capsys):
     from tests.helpers.synthetic import make
     logs = tmp_path / "logs"
     logs.mkdir()

@@ -75,7 +75,7 @@ NO_RANKS = {  # (GPUs, NPROC) -> what the refusal says
 }
 
 
-def test_number_of_ranks(started, capsys):
+def test_ranks_follow_from_gpus_cores_and_the_wish(started, capsys):
     for (gpus, cores, wanted), ranks in RANKS.items():
         assert launch.choose_ranks(gpus, cores, wanted) == ranks
     for (started.gpus, started.environ["NPROC"]), said in NO_RANKS.items():
@@ -110,7 +110,7 @@ def test_hardware_decides_track_ranks_and_threads(started, capsys, gpus, args, t
         assert shards[0] < shards[1]
 
 
-def test_container_quota_limits_cores(monkeypatch, tmp_path):
+def test_the_quota_of_a_container_limits_the_cores(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     monkeypatch.setattr(machine, "open", lambda path: (tmp_path / "cpu.max").open(), raising=False)
     for text, cores in [("400000 100000", 4), ("50000 100000", 1), ("max 100000", 16), ("", 16)]:
@@ -170,7 +170,7 @@ FAILURES = [  # {rank: (exit code, second)}, exit code, message
 ]
 
 
-def test_exit_code_of_failed_ranks(capsys):
+def test_failed_ranks_end_in_one_exit_code_and_one_sentence_at_most(capsys):
     for ranks, code, message in FAILURES:
         failures = {rank: SimpleNamespace(exitcode=exitcode, timestamp=second)
                     for rank, (exitcode, second) in ranks.items()}
