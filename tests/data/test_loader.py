@@ -8,6 +8,7 @@ import torch
 from tests.helpers import runs
 from tests.helpers.runs import BOS, documents, make_shards
 
+from data.files import data_root
 from data.loader import Loader, OutOfData, Validation, entries_needed, find_shards, share_entries
 from data.shards import ShardError, document_starts, open_shard, write_shard
 
@@ -37,7 +38,8 @@ def data_path(folder, monkeypatch):
 
 def slow_steps(cfg, slices: int = 8):
     """Yield (buffers of T + 1 tokens, document starts in each) of each step, a document at a time."""
-    shards = [open_shard(path) for path in find_shards(cfg.train_files)]
+    paths = [data_root() / cfg.train_files.replace("*", number) for number in ("000000", "000001")]
+    shards = [open_shard(path) for path in paths]
     step = 0
     for epoch in range(cfg.max_epochs):
         for number, tokens in enumerate(shards):

@@ -187,6 +187,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(saved):
     assert before.items() <= contents(saved).items()
 
 
+def test_a_validation_loss_that_is_not_finite_ends_the_run(folder, monkeypatch):
+    monkeypatch.setattr(train_gpt.Run, "evaluate", lambda self: float("nan"))
+    refused(run(folder), 1, "step 0: expected a finite validation loss, found nan")
+
+
 class Full:
     """A log file on a disk that is full after step 2."""
 

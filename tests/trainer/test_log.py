@@ -123,6 +123,23 @@ def test_weights_and_biases_gets_settings_and_points(folder, result, wandb):
     assert wandb.exit_code == 0
 
 
+def test_weights_and_biases_learns_that_a_run_failed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    assert run(folder, *FLAGS, "--muon_lr=1e30", "--adam_lr=1e30").code == fake.exit_code == 1
+
+
+def test_weights_and_biases_out_of_reach_is_one_sentence(folder, monkeypatch):
+    def init(settings, **others):
+        assert settings["init_timeout"] == 20  # seconds; by itself it would try for more than a minute
+        raise FakeWandb.Error("no network\nat all")
+
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    fake.init = init
+    result = run(folder, *FLAGS)
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert "--wandb: expected to reach Weights & Biases, found: no network; run wandb login" in result.err
+
+
 def test_weights_and_biases_works_offline(folder, tmp_path):
     pytest.importorskip("wandb")
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}

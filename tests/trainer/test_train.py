@@ -144,14 +144,15 @@ def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
 
 def test_a_run_can_end_at_its_target(folder):
     result = run(folder, "--target_loss=5.9", "--stop_at_target=1", "--val_every=2", "--train_steps=100",
-                 "--max_epochs=99")
+                 "--max_epochs=99", "--save_final=1")
     *before, last = result.val
     assert result.code == 0 and last < 100
+    assert [path.name for path in result.checkpoints] == [f"state_step{last:06d}.pt"]
     assert result.val[last] <= 5.9 and all(result.val[step] > 5.9 for step in before)
     assert re.search(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
 
 
-def test_check_fails_where_a_token_sees_the_next_one_or_probabilities_do_not_sum_to_one(folder, monkeypatch):
+def test_check_fails_where_a_token_sees_the_next_one_or_none_or_sums_are_not_1(folder, monkeypatch):
     result = run(folder, "--check")
     assert (result.code, result.err, result.log) == (0, "", None)
     assert result.out.splitlines()[-1] == "check: passed"
@@ -165,5 +166,6 @@ def test_check_fails_where_a_token_sees_the_next_one_or_probabilities_do_not_sum
         patch.setitem(attention.BACKENDS, "masked", (leaky_mask, attention.masked_attention))
         result = run(folder, "--check", "--attention=masked")
         assert result.code == 1 and result.out.splitlines()[-1] == "check: failed"
-    monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: log_probs(*args) + 0.001)
-    assert run(folder, "--check").code == 1
+    for wrong in (lambda p: p + 0.001, lambda p: p.new_full(p.shape, -math.log(p.size(1)))):
+        monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: wrong(log_probs(*args)))
+        assert run(folder, "--check").code == 1
