@@ -85,6 +85,8 @@ DOCTORED = {
                     {"same-hardware"}),
     "another torch": (first_log(lambda t: replaced(t, r"PyTorch 2\.13\.0", "PyTorch 2.12.0")),
                       {"same-torch"}),
+    "another Triton": (first_log(lambda t: replaced(t, "^(Running PyTorch.*)$",
+                                                    r"\1\nRunning Triton version 3.4.0")), {"same-torch"}),
     "another world size": (first_log(lambda t: replaced(t, "world_size 2", "world_size 1")),
                            {"same-hardware"}),
     "other training data": (first_log(lambda t: replaced(t, r"fingerprint 0+", "fingerprint 11111111")),

@@ -149,7 +149,10 @@ def test_a_run_can_end_at_its_target(folder):
     assert result.code == 0 and last < 100
     assert [path.name for path in result.checkpoints] == [f"state_step{last:06d}.pt"]
     assert result.val[last] <= 5.9 and all(result.val[step] > 5.9 for step in before)
-    assert re.search(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
+    reached, = re.findall(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
+    longer = "--stop_at_target=0", f"--train_steps={last + 4}", "--target_loss=5.9"
+    resumed = run(folder, f"--resume={result.checkpoints[0]}", *longer)
+    assert resumed.code == 0 and reached in resumed.out.splitlines()
 
 
 def test_check_fails_where_a_token_sees_the_next_one_or_none_or_sums_are_not_1(folder, monkeypatch):
