@@ -13,6 +13,7 @@ import torch
 import muon
 from data.blocks import Blocks
 from data.errors import RunError, UsageError
+from data.files import ROOT
 from data.shards import ShardError, write_shard
 from engine.ranks import Runtime
 from examples import train_simple
@@ -20,7 +21,7 @@ from examples.train_simple import PlainGPT, SimpleRun, SimpleSettings, init_weig
 from records import logs
 from records.__main__ import guarded
 from records.tracks import TRACKS
-from tests.helpers.dist import ROOT, run_ranks
+from tests.helpers.dist import run_ranks
 from tests.helpers.plain_model import attend, rms
 
 TINY = dict(track="miniature", train_steps=8, train_files="data/tiny/tiny_train_*.bin",

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from tests.helpers.committed import ADAMW, MUON, ROOT, TRACK
+from tests.helpers.committed import ADAMW, MUON, TRACK
 
+from data.files import ROOT
 from records.__main__ import VERBS, guarded
 
 ALL = [verb for verbs in VERBS.values() for verb in verbs]

@@ -9,15 +9,14 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from pydantic_core import to_json
 from tests.helpers.synthetic import LINE, VARIANTS, make, own
 
+from data.files import ROOT
 from records import logs, show
 
-ROOT = Path(__file__).resolve().parents[2]
 NASTY = [  # inserted anywhere, as a line of its own or inside one
     b"\0", b"\xff\xfe", b"\r", b"\n", b"\xe2\x80\xa8", b"\x1b[2J", LINE.encode(), b"=" * 99, b"-" * 40,
     b"# ../../evil.py",

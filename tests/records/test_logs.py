@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.helpers.committed import ADAMW, MUON, ROOT, YARDSTICK
+from tests.helpers.committed import ADAMW, MUON, YARDSTICK
 from tests.helpers.synthetic import LINE, VALIDATION_DATA, VARIANTS, embedded, make, own
 from tests.records.conftest import plan_text
 
 from data.errors import UsageError
+from data.files import ROOT
 from records import logs
 
 UNKNOWN = ("torch", "cuda", "triton", "python", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib",

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.helpers.committed import MUON, ROOT
+from tests.helpers.committed import MUON
 from tests.helpers.synthetic import make, own
 
+from data.files import ROOT
 from records import logs
 
 @pytest.fixture

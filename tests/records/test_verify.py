@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from tests.helpers.claims import log, replaced, runs, slow, uuid, write
-from tests.helpers.committed import ROOT
 
+from data.files import ROOT
 from records import schema
 from records.__main__ import guarded
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from data.files import ROOT
 from engine.kernels import keep_compiled
 from engine.log import SOURCES
-from tests.helpers.dist import ROOT
 from tests.helpers.runs import config, run, start, step_lines
 
 TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]

@@ -11,6 +11,7 @@ import torch
 import train_gpt
 from engine import clock as clock_module
 from engine.endings import StopSignal
+from tests.helpers.bits import same_bits
 from tests.helpers.dist import Ranks, run_ranks
 from tests.helpers.runs import config, make_shards, on_rank, run, step_lines
 
@@ -70,17 +71,6 @@ def load(path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def equal(a, b) -> bool:
-    """Bitwise equality of nested checkpoints."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Resuming
 
@@ -95,7 +85,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(folder, whole, step):
     assert resumed.val == losses_after(whole.val, step)
     lines = [line for line in step_lines(whole.log) if line[0] > step]
     assert step_lines(resumed.log) == lines  # with timers
-    assert equal(load(resumed.checkpoints[-1]), load(whole.checkpoints[-1]))
+    assert same_bits(load(resumed.checkpoints[-1]), load(whole.checkpoints[-1]))
     assert f"\nresumed: from {path} at step {step}; such a run is no record\n" in resumed.log
 
 
@@ -192,7 +182,7 @@ def test_a_signal_saves_at_the_next_step_that_can_be_resumed(
     state, expected = load(path), load(checkpoint(whole, 6))
     for name in ("config", "rng"):  # when to save is one of the settings; other tests draw numbers, too
         del state[name], expected[name]
-    assert equal(state, expected)
+    assert same_bits(state, expected)
 
 
 def test_a_signal_in_a_validation_ends_it_before_the_next_batch_and_saves(folder, whole, monkeypatch):
