@@ -16,10 +16,10 @@ from bench.muon.processes import ChildFailed, isolated, ranks
 from bench.muon.questions import GPT2_BLOCK, QUESTIONS, judge
 from bench.muon.tables import tables
 from bench.page import MARKS
-from data.files import ROOT
 from muon import newton_schulz_flops, orthogonalize
 from tools.children import run_limited
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "bench" / "MUON.md"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes and reads /proc")
 torch.set_num_threads(1)  # a pool of threads survives no fork

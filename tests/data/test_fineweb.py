@@ -128,7 +128,7 @@ def test_processes_give_the_tokens_of_one_and_read_ahead_within_bounds(monkeypat
     assert active_children() == []
 
 
-def test_a_killed_worker_is_one_sentence():
+def test_killed_worker_is_one_sentence():
     def parts():
         for i in count():
             if i == 10:
