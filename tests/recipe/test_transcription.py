@@ -16,8 +16,7 @@ SIZES = dict(  # six heads, so that the pairs of the record are (0, 3), (1, 4), 
     val_tokens=128, val_slice=64, train_steps=14, extension_steps=2,
     momentum_warmup=4, momentum_cooldown=3, dtype="float32", products="float32", compile="off",
     attention="blocked")
-PLAN = Plan(head_dim=8, scheduled=12, extension=2, window_short=SIZES["window_short"],
-            window_long=SIZES["window_long"], window_final=20, momentum_rise=4, momentum_fall=3)
+PLAN = Plan(scheduled=12, extension=2, momentum_rise=4, momentum_fall=3)
 EXACT = 1e-5  # of the norm; fp32 in another order of summation
 # Left to itself: Newton-Schulz lifts the small singular values of a gradient, and its rounding,
 # up to a thousandfold. Measured after 22 steps: weights 9e-5, losses 1e-6.
@@ -52,7 +51,7 @@ class Both:
                 if everything or 48 in p.shape[-2:]:
                     p.add_((0.3 if p.ndim < 3 else 0.1) * torch.randn(p.shape, generator=generator))
             self.run.model.embed.copy_(self.run.model.head)
-        self.theirs = Training(self.weights(), self.run.model.signs.float(), PLAN)
+        self.theirs = Training(self.weights(), self.run.model.signs.float(), self.run.cfg, PLAN)
         self.slices, self.gradients = [], {}
         self.take, self.update = self.run.loader.next, self.run.update
         self.run.loader.next, self.run.update = self.note_batches, self.note_gradients
@@ -84,7 +83,7 @@ class Both:
         total, P = 0.0, self.theirs.P
         for batch in self.run.validation.batches:
             inputs, document = batch.inputs, batch.docs.ids
-            z = logits(P, self.theirs.signs, inputs, document, PLAN, 3, False, final=True)
+            z = logits(P, self.theirs.signs, inputs, document, self.run.cfg, 3, False, final=True)
             total += loss(z, batch.targets, [1.0]).item()
         assert abs(self.run.evaluate() * self.run.cfg.val_tokens - total) < tolerance * total
 
@@ -132,14 +131,12 @@ def test_the_schedules_equal_the_record_s_at_full_length():
     cfg, plan = Config.for_track("small"), Plan()
     assert cfg.stage_starts == tuple(plan.starts[:4]) == (0, 480, 960, 1440)
     assert cfg.train_steps == plan.total == 1480
-    assert cfg.window_short == plan.window_short and cfg.window_long == plan.window_long
-    assert cfg.window_final == plan.window_final
     for step in range(1480):
         assert abs(learning_rate(cfg, step) - plan.learning_rate(step)) < 1e-12
         assert abs(muon_momentum(cfg, step) - plan.momentum(step)) < 1e-12
         assert mtp_weights(cfg, step) == pytest.approx(plan.future_weights(step), abs=1e-12)
         assert cfg.tied(step) == (step <= plan.last_tied)
     for stage in range(4):
-        (ours, our_scale), (theirs, scale) = rotary_settings(cfg, stage), rotation(plan, stage)
+        (ours, our_scale), (theirs, scale) = rotary_settings(cfg, stage), rotation(cfg, stage)
         torch.testing.assert_close(ours.float(), theirs.float())
         assert abs(our_scale - scale) < 1e-12
