@@ -120,8 +120,10 @@ def test_the_latest_checkpoint_is_found_and_only_the_newest_ones_are_kept(tmp_pa
     make_shards(tmp_path)
     kept = run(tmp_path, "--train_steps=4", "--extension_steps=1", "--save_every=1", "--keep=2")
     assert [path.name for path in kept.checkpoints] == ["state_step000003.pt", "state_step000004.pt"]
+    later = kept.checkpoints[1].stat().st_mtime + 60  # the newest by its time, not by its name
+    os.utime(kept.checkpoints[0], (later, later))
     resumed = run(tmp_path, "--resume=latest", "--train-steps=6")  # a dash is as good as an underscore
-    assert resumed.code == 0 and sorted(resumed.train) == [5, 6]
+    assert resumed.code == 0 and sorted(resumed.train) == [4, 5, 6]
     missing = run(tmp_path / "elsewhere", "--resume=latest")
     assert missing.code == 2 and "expected a checkpoint in" in missing.err
 
