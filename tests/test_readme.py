@@ -11,9 +11,9 @@ import torch
 
 import train_gpt
 from bench import docs
-from data.files import ROOT
 from records.__main__ import VERBS
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path: path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES[ROOT / "README.md"]
