@@ -9,9 +9,9 @@ from bench import airbench
 from bench.airbench import GRID, LENGTHS, SEEDS, TARGET, TRIALS
 from bench.airbench import compared, epochs_to, finished, next_run, read_results, tuned
 from data.errors import UsageError
+from data.files import ROOT
 from examples.airbench import RATES
 from tests.helpers.pictures import made_up
-from tests.helpers.committed import ROOT
 
 COMMITTED = ROOT / "bench/results/2026-11-28_airbench/airbench.jsonl"
 BEST = {"muon": 0.1, "sgd": 0.002, "adamw": 0.006}  # rate of the filters at which the made-up trials do best

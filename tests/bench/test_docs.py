@@ -7,7 +7,6 @@ import html
 import json
 import re
 from itertools import combinations
-from pathlib import Path
 
 import matplotlib
 import pytest
@@ -15,9 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from bench import docs, pictures
 from data.errors import UsageError
+from data.files import ROOT
 from train_gpt import Config
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / docs.TECHNIQUES).read_text(encoding="utf-8")
 BLOCKS = re.split(r"^### ", PAGE, flags=re.M)[1:]
 SIZES = {"train_steps", "slices", "num_layers", "model_dim", "head_dim", "mlp_ratio"}  # no techniques

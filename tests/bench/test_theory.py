@@ -1,5 +1,4 @@
-"""bench.theory: Muon keeps the bound where its assumptions hold, reaches it where it is tight, alike on two
-ranks."""
+"""bench.theory: Muon keeps the bound where its assumptions hold, and reaches it where it is tight."""
 import json
 import statistics
 
@@ -9,7 +8,6 @@ import torch
 from bench import theory
 from bench.theory import BATCHES, EXACT, NEVER, Case, Quadratic, bound, follow
 from data.files import ROOT
-from tests.helpers.dist import run_ranks
 
 RESULTS = ROOT / "bench/results/2026-11-28_theory/theory.json"
 
@@ -47,42 +45,12 @@ def test_the_constants_are_those_of_the_problem():
     assert torch.allclose(problem.gradient(W.detach()), W.grad)
 
 
-def test_momentum_lags_and_noise_is_averaged_no_more_than_the_bound_says():
-    """M - G of the real momentum against the three terms of the docstring, step by step."""
-    problem, case = Quadratic(0), Case(steps=100, beta=0.9, batch=4)
-    M, W = torch.zeros(16, 24), torch.zeros(16, 24)
-    error, previous = torch.zeros(16, 24, dtype=torch.float64), None
-    for step in range(case.steps):
-        G = problem.gradient(W)
-        error = -case.beta * G if previous is None else case.beta * (error + previous - G)
-        noise = problem.normal(16, 24) * problem.noise / 2
-        error = error + (1 - case.beta) * noise
-        M = case.beta * M + (1 - case.beta) * (G + noise)
-        assert torch.allclose(M.double() - G, error, atol=1e-5)
-        U, _, V = torch.linalg.svd(M.float(), full_matrices=False)
-        W = W - case.lr * U @ V
-        if previous is not None:
-            assert theory.nuclear(G - previous) <= case.lr * problem.L * (1 + theory.SLACK)
-        previous = G
-
-
 def test_decay_keeps_the_weights_in_their_ball():
     for iteration, limit in ((EXACT, 1 + theory.SLACK), ("polar", 1.15)):
         problem = Quadratic(0)
         problem.minimum *= 200
         _, largest = follow(problem, Case(steps=300, lr=0.05, beta=0.0, iteration=iteration), decay=0.5)
         assert 0.99 < largest * 0.5 <= limit
-
-
-def norms_on_a_rank(rank: int, world: int) -> list[float]:
-    torch.set_num_threads(1)
-    return follow(Quadratic(0), Case(steps=60, beta=0.9, batch=4))[0]
-
-
-def test_two_ranks_follow_the_same_path():
-    alone, = run_ranks(1, norms_on_a_rank)
-    for norms in run_ranks(2, norms_on_a_rank):
-        assert norms == pytest.approx(alone, rel=1e-4)
 
 
 def test_the_committed_results_keep_the_claims_of_the_page():

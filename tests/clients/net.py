@@ -44,7 +44,3 @@ def straight(num_steps: int, **settings) -> list[Tensor]:
     model = Net()
     train(model, Muon(model.parameters(), **SETTINGS | settings), range(num_steps))
     return weights(model)
-
-
-def same_bits(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(torch.equal(x, y) for x, y in zip(found, expected))

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from muon import Muon
-from tests.clients.net import SETTINGS, Net, batch, same_bits, straight, train, weights
+from tests.clients.net import SETTINGS, Net, batch, straight, train, weights
+from tests.helpers.bits import same_bits
 from tests.helpers.dist import run_ranks
 
 STEPS = 4

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from muon import Muon
-from tests.clients.net import SETTINGS, Net, batch, same_bits, straight, weights
+from tests.clients.net import SETTINGS, Net, batch, straight, weights
+from tests.helpers.bits import same_bits
 
 lightning = pytest.importorskip("lightning")
 STEPS = 4

@@ -14,7 +14,8 @@ from torch.optim import lr_scheduler, swa_utils
 
 from muon import Muon
 from muon_extras.fsdp import FsdpMuon
-from tests.clients.net import LR, SETTINGS, Net, batch, same_bits, straight, train, weights
+from tests.clients.net import LR, SETTINGS, Net, batch, straight, train, weights
+from tests.helpers.bits import same_bits
 from tests.helpers.dist import run_ranks
 
 # ----------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_what_is_not_whole_or_not_the_hubs_is_fetched_again_and_nothing_else(hub
     assert (folder / TRAIN1).read_bytes() == hub.bodies[TRAIN1]
 
 
-def test_damaged_transfer_is_refused_and_deleted(hub, tmp_path, folder):
+def test_a_damaged_transfer_is_refused_and_deleted(hub, tmp_path, folder):
     hub.damage.add(TRAIN1)
     rc, out, err = run(tmp_path, hub.endpoint, 1)
     assert rc == 2
@@ -114,7 +114,7 @@ def test_damaged_transfer_is_refused_and_deleted(hub, tmp_path, folder):
     assert list(folder.glob(".*")) == []  # or it would be "continued" for ever
 
 
-def test_foreign_file_with_the_right_hash_and_more_shards_than_there_are(hub, tmp_path, folder):
+def test_more_shards_than_there_are_and_files_that_are_none_are_refused(hub, tmp_path, folder):
     rc, out, err = run(tmp_path, hub.endpoint, 3)
     assert rc == 2 and "expected fineweb_train_000003.bin of" in err.splitlines()[-1]
     assert "no such file there" in err
@@ -146,7 +146,7 @@ def test_refusals_without_a_hub_are_one_sentence(tmp_path, monkeypatch, args, co
     assert said in err.getvalue().splitlines()[-1]
 
 
-def test_default_is_what_the_track_small_needs(monkeypatch):
+def test_by_default_it_brings_what_track_small_needs(monkeypatch):
     assert cached_fineweb10B.DEFAULT_SHARDS == shards_needed(Config.for_track("small"))
     asked = []
     monkeypatch.setattr(cached_fineweb10B, "download", lambda num_train, *rest: asked.append(num_train) or [])

@@ -8,6 +8,7 @@ import torch
 from tests.helpers import runs
 from tests.helpers.runs import BOS, documents, make_shards
 
+from data.files import data_root
 from data.loader import Loader, OutOfData, Validation, entries_needed, find_shards, share_entries
 from data.shards import ShardError, document_starts, open_shard, write_shard
 
@@ -37,7 +38,8 @@ def data_path(folder, monkeypatch):
 
 def slow_steps(cfg, slices: int = 8):
     """Yield (buffers of T + 1 tokens, document starts in each) of each step, a document at a time."""
-    shards = [open_shard(path) for path in find_shards(cfg.train_files)]
+    paths = [data_root() / cfg.train_files.replace("*", number) for number in ("000000", "000001")]
+    shards = [open_shard(path) for path in paths]
     step = 0
     for epoch in range(cfg.max_epochs):
         for number, tokens in enumerate(shards):
@@ -161,6 +163,8 @@ def test_very_many_short_documents_need_no_larger_kernel(tmp_path, monkeypatch):
     loader = Loader(config("--train_steps=10"), 0, 1, False)
     assert entries == 16 and loader.entries(0) == loader.entries(9) == 64  # 33 documents in a slice
     assert all(len(set(batch.docs.ids.tolist())) == 32 for batch in loader.next())
+    *_, later = take(Loader(config("--train_steps=10", "--batch_tokens=256,768"), 0, 1, False), 10)
+    assert all(len(set(batch.docs.ids.tolist())) == 48 for batch in later)  # by the stage's own first steps
 
 
 @pytest.mark.parametrize("T, max_len", [(64, 64), (64, 7), (100, 1), (1000, 30)])
@@ -264,6 +268,7 @@ def test_validation_is_the_first_tokens_in_order_shared_out_over_the_ranks(folde
         assert batch.docs.ids.tolist() == [sum(t >= b for b in begins) - 1 for t in range(256)]
         assert batch.docs.max_len == max(np.diff([*begins, 256]))  # no longer: attention would do empty work
     assert sum(len(one.batches) for one in sets) == 4
+    assert {len(list(one.rounds())) for one in sets} == {-(-4 // world)}  # as often on every rank
 
 
 def test_validation_goes_on_in_the_next_shard_and_needs_enough_tokens(tmp_path, monkeypatch):

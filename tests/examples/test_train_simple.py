@@ -13,6 +13,7 @@ import torch
 import muon
 from data.blocks import Blocks
 from data.errors import RunError, UsageError
+from data.files import ROOT
 from data.shards import ShardError, write_shard
 from engine.ranks import Runtime
 from examples import train_simple
@@ -20,7 +21,8 @@ from examples.train_simple import PlainGPT, SimpleRun, SimpleSettings, init_weig
 from records import logs
 from records.__main__ import guarded
 from records.tracks import TRACKS
-from tests.helpers.dist import ROOT, run_ranks
+from tests.helpers.dist import run_ranks
+from tests.helpers.plain_model import attend, rms
 
 TINY = dict(track="miniature", train_steps=8, train_files="data/tiny/tiny_train_*.bin",
             val_files="data/tiny/tiny_val_*.bin", batch_tokens=128, seq_len=16, val_tokens=64, val_every=4,
@@ -52,9 +54,6 @@ def transcription(p: dict, tokens: list[int], targets: list[int], cfg: SimpleSet
     T, D = len(tokens), cfg.head_dim
     heads = cfg.model_dim // D
 
-    def norm(x):
-        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-
     def linear(name, x):
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
@@ -68,20 +67,19 @@ def transcription(p: dict, tokens: list[int], targets: list[int], cfg: SimpleSet
                 out[t, i + D // 2] = b * math.cos(angle) - a * math.sin(angle)
         return out
 
-    x = p["norm1.gains"] * norm(p["embed.weight"][tokens])
+    x = p["norm1.gains"] * rms(p["embed.weight"][tokens])
     for layer in range(cfg.num_layers):
         block = f"blocks.{layer}"
-        y = p[f"{block}.norm1.gains"] * norm(x)
+        y = p[f"{block}.norm1.gains"] * rms(x)
         found = []
         for h in range(heads):
             q, k, v = (linear(f"{block}.attention.{part}", y)[:, h * D:(h + 1) * D] for part in "qkv")
-            q, k = turned(norm(q)), turned(norm(k))
-            rows = [torch.softmax(0.12 * k[:t + 1] @ q[t], 0) @ v[:t + 1] for t in range(T)]
-            found.append(torch.stack(rows))
+            q, k = turned(rms(q)), turned(rms(k))
+            found.append(attend(q, k, v, torch.zeros(T), T, 0.12))
         x = x + linear(f"{block}.attention.proj", torch.cat(found, 1))
-        y = p[f"{block}.norm2.gains"] * norm(x)
+        y = p[f"{block}.norm2.gains"] * rms(x)
         x = x + linear(f"{block}.proj", linear(f"{block}.fc", y).clamp(min=0) ** 2)
-    z = linear("proj", p["norm2.gains"] * norm(x))
+    z = linear("proj", p["norm2.gains"] * rms(x))
     z = 15 * z / (z ** 2 + 225).sqrt()
     return -sum(torch.log_softmax(z[t], 0)[target].item() for t, target in enumerate(targets))
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
+from data.files import ROOT
+
 PRELOADED = ["torch._dynamo", "torch.distributed.tensor", "tests.helpers.runs"]  # imported once for all ranks
 
 

@@ -12,11 +12,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here, and in all that is started from her
 import numpy as np
 
 import train_gpt
+from data.files import ROOT
 from data.shards import write_shard
 from engine import endings
 from engine.log import Log
 from engine.settings import show_value
-from tests.helpers.dist import ROOT
 
 BOS = 256
 SETTINGS = dict(  # three narrow layers with every role of track small, a dozen steps

@@ -1,4 +1,5 @@
-"""muon.py over 2 to 5 gloo processes against one process: the number of ranks must not show in the result.
+"""muon.py over 2, 3 and 5 gloo processes against one process: the number of ranks must not show in the
+result. The questions of bench.muon, which are tests too, ask for the same bits on 1 to 5.
 
 Each world is started once and runs all scenarios; the tests below then look at what the ranks brought
 back."""
@@ -31,7 +32,7 @@ SETTINGS = dict(weight_decay=0.1, normuon_beta2=0.9, cautious=True)
 # Of the checkpoints of a bank, in halves
 RESUMED = dict(deterministic=True, split_mantissa=True, split=2, **SETTINGS)
 pytestmark = pytest.mark.timeout(1800)  # the first test of a world waits for all of it
-WORLDS = [2, 3, 4, 5]
+WORLDS = [2, 3, 5]
 FEW = [2, 3]  # for all that has little to do with how many they are
 
 

@@ -1,29 +1,23 @@
 """Public record 80 of track 1 (2026-04-08, 1480 steps) with the XSA of record 82 on six layers, in plain
 fp32.
 
-Written from the formulas, for one sequence, one head and one matrix at a time, and independent of our
-trainer: it is the oracle of test_transcription.py. All constants are those of the records; only sizes and
-lengths are arguments. Layouts are theirs: rotary channels lie in adjacent pairs, MLP outputs are stored (in,
-out), queries and keys of two adjacent heads are one matrix of Muon, the heads h and h + H/2 of a paired layer
-share a softmax.
+Written from the formulas, for one sequence, one head and one matrix at a time: it is the oracle of
+test_transcription.py. The model is that of tests/helpers/plain_model.py, with settings that test_recipe.py
+holds against the record's; schedules and optimizers stand here, with the record's own constants. Layouts are
+theirs: rotary channels lie in adjacent pairs, MLP outputs are stored (in, out), queries and keys of two
+adjacent heads are one matrix of Muon, the heads h and h + H/2 of a paired layer share a softmax.
 
-Where our recipe leaves the record on purpose, the oracle follows ours; each of these has a row in
-test_recipe.py: the larger bigram table with signs, its hash of the second token, and the value gates of
-paired layers.
-
-Shapes: T tokens of one packed sequence, D width, H heads, d head width, V vocabulary.
+Where our recipe leaves the record on purpose, the oracle follows ours, in the larger bigram table with signs,
+its hash of the second token, and the value gates of paired layers; docs/differences.md names them.
 """
-import ctypes
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-NUM_LAYERS, NO_ATTENTION = 11, 6
-PAIRED, LONG, LATE, XSA = (0, 2, 5, 9), (3, 10), (8, 9, 10), (1, 3, 4, 7, 8, 10)
-VALUE_EMBEDS = {1: 0, 2: 1, 8: 2, 9: 3, 10: 4}  # layer: table
-ATTENTION = [i for i in range(NUM_LAYERS) if i != NO_ATTENTION]
+from tests.helpers.plain_model import logits, loss
+
 BATCH_FACTORS = 1.0, 1.52, 1.73, 1.0  # of the learning rate by stage; the extension's has no effect
 FLOOR, COOLDOWN = 0.15, 0.6
 POLAR = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -44,12 +38,9 @@ MUON = {"q": 1, "k": 1, "v": 1, "o": 1, "fc": 1, "proj": 2}  # further factor of
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths that a test makes small. Windows are in tokens, by stage and for the extension."""
+    """The schedule in steps; a test makes it short."""
     scheduled: int = 1440
     extension: int = 40
-    short: tuple[int, ...] = (128, 384, 640, 768)
-    long: tuple[int, ...] = (384, 896, 1408, 1664)
-    long_final: int = 2560
     momentum_rise: int = 300
     momentum_fall: int = 50
 
@@ -86,121 +77,6 @@ class Plan:
         stage = self.stage(step)
         part = (step - self.starts[stage]) / (self.starts[stage + 1] - self.starts[stage])
         return [[1.0, 0.5, 0.25 * (1 - part)], [1.0, 0.5 * (1 - part)], [1.0], [1.0]][stage]
-
-    def rotation(self, stage: int, d: int) -> tuple[Tensor, float]:
-        """(d/4,) frequencies and the softmax scale, after YaRN's changes from stage to stage."""
-        omega, scale = 1024.0 ** -torch.linspace(0, 1, d // 4, dtype=torch.float64), 0.1
-        for before, after in zip(self.long[:stage], self.long[1:]):
-            turns = before * omega / (2 * math.pi)
-            kept = ((turns - 1) / 31).clamp(0, 1)
-            omega = omega * (before / after + kept * (1 - before / after))
-            scale *= 1 + 0.2 * math.log(after / before)
-        return omega.float(), scale
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Forward
-
-
-def rms(x: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-
-
-def turn(x: Tensor, angle: Tensor) -> Tensor:
-    """x: (T, d); angle: (T, d/4). Channels (0, 1), (2, 3), ... of the first half turn, the second half
-    stays."""
-    half = x.size(1) // 2
-    even, odd = x[:, 0:half:2], x[:, 1:half:2]
-    turned = torch.stack([angle.cos() * even + angle.sin() * odd, angle.cos() * odd - angle.sin() * even], -1)
-    return torch.cat([turned.flatten(1), x[:, half:]], 1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, document: Tensor, window: int, scale: float) -> Tensor:
-    """One head over one sequence of N places."""
-    place = torch.arange(len(q))
-    distance = place[:, None] - place[None, :]
-    seen = (distance >= 0) & (distance <= window) & (document[:, None] == document[None, :])
-    return torch.softmax((scale * q @ k.T).masked_fill(~seen, -math.inf), -1) @ v
-
-
-def attention(P: dict, i: int, h: Tensor, rows: Tensor | None, document: Tensor, plan: Plan, stage: int,
-              window: int) -> Tensor:
-    """h: (T, D) normalized input of layer i; rows: (T, D) value embedding. Returns (T, D)."""
-    T, H, d = len(h), P[f"q.{i}"].size(0), P[f"q.{i}"].size(1)
-    value_factor, output_factor = P["attention_factors"][ATTENTION.index(i)]
-    omega, scale = plan.rotation(stage, d)
-    time = torch.arange(T, dtype=torch.float32)
-    q, k, v = [], [], []
-    for a in range(H):
-        place = 2 * time + a % 2 if i in PAIRED else time
-        angle = place[:, None] * omega
-        q.append(turn(rms(h @ P[f"q.{i}"][a].T), angle))
-        k.append(turn(rms(h @ P[f"k.{i}"][a].T), angle))
-        v.append(h @ (value_factor * P[f"v.{i}"][a * d : (a + 1) * d]).T)
-        if rows is not None:
-            gate = 2 * torch.sigmoid(torch.cat([h[:, :6], rows[:, :6]], 1) @ P[f"value_gate.{i}"][a])
-            v[a] = v[a] + gate[:, None] * rows[:, a * d : (a + 1) * d]
-        if i in LONG:
-            late = torch.cat([k[a][:1, d // 2 :], k[a][:-1, d // 2 :]])
-            k[a] = torch.cat([k[a][:, : d // 2], late], 1)
-    y = []
-    if i in PAIRED:
-        for a in range(H // 2):
-            woven = [torch.stack([x[a], x[a + H // 2]], 1).flatten(0, 1) for x in (q, k, v)]
-            both = attend(*woven, document.repeat_interleave(2), window, scale)
-            y.append((both[0::2], both[1::2]))
-        y = [pair[0] for pair in y] + [pair[1] for pair in y]
-    else:
-        y = [attend(q[a], k[a], v[a], document, window, scale) for a in range(H)]
-    for a in range(H):
-        if i in XSA:
-            along = (y[a] * v[a]).sum(1) / v[a].square().sum(1).clamp(min=1e-8)
-            y[a] = y[a] - torch.tanh(P[f"xsa.{i}"][a]) * along[:, None] * v[a]
-        y[a] = y[a] * torch.sigmoid(h[:, :12] @ P[f"attention_gate.{i}"][a])[:, None]
-    return torch.cat(y, 1) @ (output_factor * P[f"o.{i}"]).T
-
-
-def bigrams(P: dict, signs: Tensor, tokens: Tensor) -> Tensor:
-    """(T, D) signed embedding of each token and the one before it; the first token has the last row to
-    itself."""
-    rows, ids, result = len(P["bigram"]), tokens.tolist(), []
-    for t, now in enumerate(ids):
-        before = ids[t - 1] if t else 0
-        mixed = ctypes.c_int32(36313 * now).value ^ ctypes.c_int32(27191 * before).value
-        row = mixed % (rows - 1) if t else rows - 1
-        result.append(P["bigram"][row] * signs[(now ^ before) % 8192])
-    return torch.stack(result)
-
-
-def logits(P: dict, signs: Tensor, tokens: Tensor, document: Tensor, plan: Plan, stage: int, tied: bool,
-           final: bool = False) -> Tensor:
-    """(T, V) capped logits. final: with the long window of the last validation."""
-    e = P["head" if tied else "embed"][tokens]
-    smeared = P["smear"] * torch.sigmoid(e[1:, :12] @ P["smear_gate"][0])[:, None] * e[:-1]
-    x0 = rms(torch.cat([e[:1], e[1:] + smeared]))
-    B = bigrams(P, signs, tokens)
-    x, after = x0 + P["bigram_factor"][0] * B, {}
-    for i in range(NUM_LAYERS):
-        if i == NO_ATTENTION:
-            gate = torch.sigmoid(P["skip"]) * 2 * torch.sigmoid(x0[:, :12] @ P["skip_gate"][0])
-            x = x + gate[:, None] * after[3]
-        else:
-            window = (plan.long_final if final else plan.long[stage]) if i in LONG else plan.short[stage]
-            rows = P["values"][VALUE_EMBEDS[i]][tokens] if i in VALUE_EMBEDS else None
-            source = rms(after[7] if i in LATE else x)
-            y = attention(P, i, source, rows, document, plan, stage, window)
-            x = P["resid"][i, 0] * x + P["post"][i, 0] * y + P["x0"][i] * x0
-            x = x if i == 0 else x + P["bigram_factor"][i] * B
-        hidden = torch.relu(rms(x) @ P[f"fc.{i}"].T).square()
-        x = after[i] = P["resid"][i, 1] * x + P["post"][i, 1] * (hidden @ P[f"proj.{i}"])
-    x = rms(x - P["backout"] * after[7])
-    return 23 * torch.sigmoid((x @ P["head"].T + 5) / 7.5)
-
-
-def loss(z: Tensor, targets: Tensor, weights: list[float]) -> Tensor:
-    """Sum over the sequence; targets past its end are left out."""
-    log_p, T = torch.log_softmax(z, -1), len(z)
-    return sum(-w * log_p[torch.arange(T - k), targets[k:]].sum() for k, w in enumerate(weights))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -248,8 +124,8 @@ class Training:
     """Weights, sums of gradients and states of the record. P: name -> fp32 tensor, changed in place by
     update()."""
 
-    def __init__(self, P: dict[str, Tensor], signs: Tensor, plan: Plan):
-        self.P, self.signs, self.plan, self.step_number = P, signs, plan, 0
+    def __init__(self, P: dict[str, Tensor], signs: Tensor, cfg, plan: Plan):
+        self.P, self.signs, self.cfg, self.plan, self.step_number = P, signs, cfg, plan, 0
         self.states = {name: {} for name in P}
         self.sums = {name: torch.zeros_like(p) for name, p in P.items()}
 
@@ -258,7 +134,8 @@ class Training:
         plan, step, total = self.plan, self.step_number, 0.0
         leaves = {name: p.detach().clone().requires_grad_() for name, p in self.P.items()}
         for inputs, targets, document in slices:
-            z = logits(leaves, self.signs, inputs, document, plan, plan.stage(step), step <= plan.last_tied)
+            tied = step <= plan.last_tied
+            z = logits(leaves, self.signs, inputs, document, self.cfg, plan.stage(step), tied)
             total = total + loss(z, targets, plan.future_weights(step))
         (total / len(slices)).backward()
         for name, leaf in leaves.items():

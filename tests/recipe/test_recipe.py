@@ -4,12 +4,13 @@ steps (n = 21).
 
 Each row is a setting or a parameter's optimizer: our value, the record's where it differs, the place in the
 record's train_gpt.py, and what a difference does; where ours sets it, the name says. STARTS has the first
-values of all parameters, DIFFERENCES what no setting holds. A value that moves without its row fails here,
-and so does a new setting. RECORD_89 holds the rows of the preset --recipe=record89. That the clock pays for
-the first batch is tested in tests/trainer/test_train.py."""
+values of all parameters; docs/differences.md says what no setting holds. A value that moves without its row
+fails here, and so does a new setting. RECORD_89 holds the rows of the preset --recipe=record89. That the
+clock pays for the first batch is tested in tests/trainer/test_train.py."""
 import dataclasses
 import math
 import pkgutil
+import re
 from typing import NamedTuple
 
 import pytest
@@ -190,72 +191,6 @@ STARTS = {  # parameter: its first values, normal or uniform with so much standa
 }
 
 
-class Difference(NamedTuple):
-    """What no setting holds."""
-    place: str  # of ours: a file, or a name in a module
-    ours: str
-    theirs: str
-    effect: str  # on the loss
-
-
-DIFFERENCES = {
-    "hash of a sequence's second token, sign of its first": Difference(
-        "train_gpt.GPT.bigram", "its own predecessor; row (BOS xor 0) mod 8192",
-        "the reserved row number as predecessor; row 0", "one token in 16,384 or more"),
-    "value gate in paired layers 2 and 9": Difference(
-        "train_gpt.GPT.values", "six channels of the input, six of the row, as in record 85",
-        "twelve of the input", "none known"),
-    "tables and head in bf16": Difference(
-        "engine.adam.Adam", "16 more bits kept", "rounded in every step",
-        "a little better; 2 bytes a weight"),
-    "gates and factors": Difference(
-        "train_gpt.GPT.init_weights", "fp32, cast for use", "gates bf16", "none known"),
-    "Muon's update after NorMuon": Difference(
-        "muon.Muon", "fp32 until the master weights", "bf16 times bf16 factor", "none known"),
-    "normalization before Newton-Schulz": Difference(
-        "muon.orthogonalize", "by the largest entry, then the norm", "by 1.02 norm + 1e-6",
-        "none: gradients are sums"),
-    "Adam's epsilon": Difference(
-        "engine.adam.Adam", "counts after the bias correction", "counts before",
-        "none: gradients are sums"),
-    "FP8 head, scales": Difference(
-        "engine.head_loss.HeadLoss", "largest entry of each tensor; a bound for gradients", "fixed",
-        "less underflow"),
-    "FP8 head, gradient": Difference(
-        "engine.head_loss.HeadLoss", "bf16 per piece of 8192 tokens, summed", "fp32, then bf16",
-        "a little more rounding"),
-    "training logits": Difference(
-        "engine.head_loss.softcap", "bf16 product, fp32 from there", "capped in bf16", "less rounding"),
-    "validation": Difference(
-        "train_gpt.GPT.evaluate", "eager trunk, capped in fp32", "compiled, capped in bf16",
-        "below 1e-4, estimated"),
-    "windows of a validation in the middle": Difference(
-        "train_gpt.Run.evaluate", "of the step just done", "of the step to come", "at a boundary only"),
-    "rotary angles": Difference("train_gpt.GPT.rotary_tables", "fp64", "fp32", "none"),
-    "entries for documents of a sequence": Difference(
-        "data.loader.Loader.entries", "64, 128, 192; more documents share the last one and see each other",
-        "64, 96, 128; more end the run", "none on FineWeb, where no sequence has that many"),
-    "warm-up": Difference(
-        "train_gpt.Run.warm_up", "one made-up step a stage", "14 real steps, restored", "none"),
-    "seeds": Difference(
-        "train_gpt.Config.seed", "--seed, 0 by default", "none", "repeated runs need different seeds"),
-    "torch": Difference(
-        "requirements.txt", "2.13", "2.10", "up to 5e-4 between builds in the record's own notes"),
-}
-DIFFERENCES_89 = {  # further ones, of --recipe=record89
-    "FP8 MLP, scales": Difference(
-        "engine.mlp.squared_relu_in_fp8", "bounds by lengths of rows",
-        "largest entries, for the second product those of the step before with a margin",
-        "none known: e4m3 has the range"),
-    "first steps of stages 2 and 3": Difference(
-        "train_gpt.Config.stage_starts", "424 and 846, where Adam's sums are empty", "423 and 847",
-        "a step of another batch size"),
-    "mixing of heads": Difference(
-        "engine.head_mixing.mix_heads", "softmax in fp32, products in bf16", "one kernel in fp32",
-        "a little more rounding"),
-}
-
-
 def changed(name: str, found, row: Row) -> str:
     return f"{name}: expected {row.ours!r} as in its row ({row.where}), found {found!r}; change both together"
 
@@ -308,13 +243,14 @@ def test_the_rows_differ_from_the_record_only_where_they_say_what_that_does():
     assert differing == {"bigram_rows", "bigram_signs"}
     assert all(row.theirs == "the same" for row in OPTIMIZERS.values())
     assert all(row.theirs == "the same" for row in RECORD_89.values())
-    assert all(all(difference) for difference in (DIFFERENCES | DIFFERENCES_89).values())
 
 
-def test_the_places_of_the_differences_exist():
-    for what, difference in (DIFFERENCES | DIFFERENCES_89).items():
-        if not (ROOT / difference.place).is_file():
-            assert pkgutil.resolve_name(difference.place) is not None, what
+def test_the_code_of_each_further_difference_is_there():
+    page = (ROOT / "docs/differences.md").read_text(encoding="utf-8")
+    places = re.findall(r"`([\w.]+)` \|$", page, re.M)
+    assert len(places) == page.count("\n| ") - 2  # with the heads of two tables
+    for place in places:
+        assert (ROOT / place).is_file() or pkgutil.resolve_name(place) is not None
 
 
 def test_every_parameter_has_its_row_and_starts_as_it_says():

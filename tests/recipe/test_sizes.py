@@ -1,5 +1,5 @@
-"""The preset record89 and track medium at full size, on the meta device, which takes no memory; and how the
-small networks of record 89 begin."""
+"""Track small, its recipe record89 and track medium at full size, on the meta device, which takes no memory;
+and how the small networks of record 89 begin."""
 import math
 
 import pytest
@@ -16,6 +16,33 @@ D, V, H = 768, 50_304, 6  # width and heads of track small, padded vocabulary
 def model_of(track: str, **changes) -> GPT:
     with torch.device("meta"):
         return GPT(Config.for_track(track, **changes), Kernels.plain())
+
+
+def test_track_small_has_the_parameters_of_the_study():
+    """23.6 + 51.9 + 38.6 = 114.1 M in products, value embeddings 193.2 M, bigrams 289.8 M; 643.5 M less 7.9 M
+    of padding in all. Queries and keys are one matrix by pairs of adjacent heads."""
+    full = model_of("small")
+    L, A = 11, 10  # layers, layers with attention
+    assert full.matmul_params() == A * 4 * D * D + L * 2 * D * 4 * D + D * V == 114_130_944
+    rows = V + 5 * V + 377_280  # of embedding, value embeddings, bigrams
+    total = sum(p.numel() for p in full.parameters())
+    assert abs(total / 1e6 - (643.5 - 7.9)) < 0.15  # three rounded figures
+    assert 0 < total - full.matmul_params() - rows * D < 2000  # scalars and gates
+    assert full.attn_qk.shape == (A * 2 * 3, 256, D) and full.attn_vo.shape == (A * 2, D, D)
+    assert full.mlp_in.shape == (L, 4 * D, D) and full.mlp_out.shape == (L, D, 4 * D)
+
+
+def test_track_small_takes_the_flops_per_token_of_the_study():
+    """684.8 MFLOP for matmuls, and attention over full windows. A token sees its window and itself; eight
+    layers are short and two long; 12 D: forward and backward, scores and values."""
+    full = model_of("small")
+    products = 6 * full.matmul_params()
+    assert round(products / 1e6, 1) == 684.8
+    windows = {(128, 384): 16.6, (384, 896): 44.9, (640, 1408): 73.2, (768, 1664): 87.4}
+    for stage, ((short, long), mflop) in enumerate(windows.items()):
+        attention = full.flops_per_token(stage) - products
+        assert attention == 12 * D * (8 * (short + 1) + 2 * (long + 1))
+        assert round(attention / 1e6, 1) == mflop
 
 
 def test_the_networks_of_gates_have_the_outputs_of_record_89():

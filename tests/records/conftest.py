@@ -2,8 +2,8 @@
 import json
 
 import pytest
-from tests.helpers.committed import ROOT
 
+from data.files import ROOT
 from records.__main__ import guarded
 
 

@@ -17,9 +17,9 @@ import pytest
 from scipy.stats import ttest_rel
 
 from data.errors import UsageError
+from data.files import ROOT
 from records import ab, logs
 
-ROOT = Path(__file__).parents[2]
 FAKE = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests/helpers/fake_trainer.py'))}"
 
 

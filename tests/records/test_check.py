@@ -43,6 +43,10 @@ def other_seed(text):
     return replaced(text, r'("seed": |^seed: )\d+', r"\g<1>77")
 
 
+def resumed(text):
+    return replaced(text, "^attention:", "resumed: from a.pt; such a run is no record\nattention:")
+
+
 UNFINISHED = {"final-validation", "loss-rule", "faster-than-baseline"}
 DOCTORED = {
     "nothing": (lambda texts: texts, set()),
@@ -81,6 +85,8 @@ DOCTORED = {
                     {"same-hardware"}),
     "another torch": (first_log(lambda t: replaced(t, r"PyTorch 2\.13\.0", "PyTorch 2.12.0")),
                       {"same-torch"}),
+    "another Triton": (first_log(lambda t: replaced(t, "^(Running PyTorch.*)$",
+                                                    r"\1\nRunning Triton version 3.4.0")), {"same-torch"}),
     "another world size": (first_log(lambda t: replaced(t, "world_size 2", "world_size 1")),
                            {"same-hardware"}),
     "other training data": (first_log(lambda t: replaced(t, r"fingerprint 0+", "fingerprint 11111111")),
@@ -94,9 +100,7 @@ DOCTORED = {
     "fewer validation tokens": (first_log(lambda t: replaced(t, '"val_tokens": 262144',
                                                              '"val_tokens": 131072')),
                                 {"validation-data", "same-settings"}),
-    "resumed": (first_log(lambda t: replaced(t, "^attention:",
-                                             "resumed: from a.pt; such a run is no record\nattention:")),
-                {"not-resumed"}),
+    "resumed": (first_log(resumed), {"not-resumed"}),
     "a banned flag": (optimizer("torch._inductor.config.epilogue_fusion = True"), {"compile-flags"}),
     "a banned mode": (optimizer('f = torch.compile(f, mode="max-autotune")'), {"compile-flags"}),
     "a flag in a comment": (optimizer('"""max_autotune"""\nx = 1  # max_autotune'), set()),
@@ -120,12 +124,12 @@ def failures(tmp_path, records):
 
 
 @pytest.mark.parametrize("name", DOCTORED)
-def test_doctored(name, failures):
+def test_each_way_to_doctor_a_log_breaks_its_own_rules_and_no_other(name, failures):
     change, expected = DOCTORED[name]
     assert failures(change(runs()), slow()).keys() == expected
 
 
-def test_public_logs(failures):
+def test_what_public_logs_do_not_say_is_no_fault(failures):
     """They hold neither settings nor seeds: what they do not say is no fault."""
     baseline = [public(seed, pace=110.0) for seed in range(500, 504)]
     texts = [public(seed) for seed in range(1, 1 + RUNS)]
@@ -144,17 +148,20 @@ def test_seed_in_the_source_is_no_difference(failures):
     (first_log(lambda text: replaced(text, r"PyTorch 2\.13\.0", "PyTorch 2.12.0")), {"same-torch"}),
     (first_log(lambda text: replaced(text, r"^step:(19|20)/.*\n", "")),
      {"final-validation", "faster-than-baseline"}),
+    (first_log(lambda text: last(text, r"train_time:\d+ms", "train_time:2300ms")), {"intact-logs"}),
+    (first_log(resumed), {"not-resumed"}),
+    (copy_with(other_seed), {"distinct-curves"}),
 ])
-def test_a_baseline_that_is_none(failures, change, expected):
+def test_a_baseline_is_held_to_the_same_rules(failures, change, expected):
     assert failures(runs(), change(slow())).keys() == expected
 
 
 @pytest.mark.parametrize("planned, expected", [(8, set()), (7, {"planned-runs"}), (9, {"planned-runs"})])
-def test_planned(planned, expected, failures):
+def test_runs_are_counted_against_the_plan(planned, expected, failures):
     assert failures(runs(), slow(), "--planned", planned).keys() == expected
 
 
-def test_an_experiment_of_ab(tmp_path, records):
+def test_an_experiment_of_ab_says_its_baseline_and_how_many_runs_were_planned(tmp_path, records):
     """Its plan says which arm is the baseline, how many runs were planned, and that what was printed is no
     log."""
     folder = tmp_path / "ab"
@@ -192,7 +199,7 @@ def submission(folder, track: str, **statement) -> rules.Submission:
     return rules.Submission(TRACKS[track], read, **statement)
 
 
-def test_a_change_that_leaves_the_losses_alone(failures):
+def test_runs_may_share_losses_with_a_baseline_of_their_seeds_and_other_times(failures):
     """Times and seeds tell a pair of runs from a copy."""
     slower = [log(k, pace=121.0) for k in range(1, 1 + len(runs()))]
     assert failures(runs(), slower) == {}
@@ -216,7 +223,7 @@ def test_a_score_that_just_reaches_the_rule_of_steps(tmp_path):
     assert rules.loss_rule(submission(tmp_path, "optimization", step=20))[0] == rules.PASS
 
 
-def test_claim_step_before_the_last(failures):
+def test_runs_count_at_the_step_that_is_stated(failures):
     """In a track with a stated step, runs end where they like and count at that step."""
     texts = [replaced(log(seed, final=3.1), '"val_tokens": 262144', '"val_tokens": 10485760')
              for seed in range(RUNS)]
@@ -260,12 +267,12 @@ def test_what_cannot_be_waived_in_record_json_either(tmp_path):
     (["--planned", "soon"], "--planned: invalid int value: 'soon'"),
     (["--track", "huge"], "invalid choice: 'huge'"),
 ])
-def test_refusals(arguments, sentence, tmp_path, records):
+def test_bad_arguments_are_refused_in_a_sentence(arguments, sentence, tmp_path, records):
     code, _, err = records("check", write(tmp_path / "runs", runs()), *arguments)
     assert code == 2 and sentence in err
 
 
-def test_no_run_at_all(tmp_path, records):
+def test_paths_without_a_run_are_refused(tmp_path, records):
     (tmp_path / "a.txt").write_text("numpy\n")
     for path in (tmp_path / "none", tmp_path / "a.txt", tmp_path):
         code, _, err = records("check", path, "--track", "small")
@@ -283,13 +290,13 @@ def test_hostile_evidence_is_plain(tmp_path, records):
     assert code == 1 and "\x1b" not in out and "[red]2" in out and "?[31m" in out
 
 
-def test_deeply_nested_settings(tmp_path, records):
+def test_deeply_nested_settings_end_in_a_verdict(tmp_path, records):
     for depth in range(700, 1000, 50):  # from what is read and compared to what is not even read
         texts = [replaced(text, '"stages": 3', f'"stages": {"[" * depth + "]" * depth}') for text in runs(2)]
         assert records("check", "--track", "shakespeare", write(tmp_path / "runs", texts))[0] == 1
 
 
-def test_code_of():
+def test_code_is_what_is_left_of_a_source_without_comments_and_docstrings():
     source = ('"""max_autotune\nmax_autotune"""\nx = """max_autotune"""  # max_autotune\n'
               'def f():\n    "max_autotune"\n')
     assert rules.code_of(source).count("max_autotune") == 1

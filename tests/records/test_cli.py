@@ -8,14 +8,15 @@ import sys
 
 import pytest
 
-from tests.helpers.committed import ADAMW, MUON, ROOT, TRACK
+from tests.helpers.committed import ADAMW, MUON, TRACK
 
+from data.files import ROOT
 from records.__main__ import VERBS, guarded
 
 ALL = [verb for verbs in VERBS.values() for verb in verbs]
 
 
-def test_the_manual(capsys):
+def test_the_manual_lists_every_verb_and_exit_code(capsys):
     assert guarded(["--help"]) == 0
     out = capsys.readouterr().out
     for verb in ALL:
@@ -26,7 +27,7 @@ def test_the_manual(capsys):
 
 
 @pytest.mark.parametrize("verb", ALL)
-def test_help_of_a_verb(verb, capsys):
+def test_the_help_of_a_verb_explains_it_and_every_argument(verb, capsys):
     """It tells what the verb does, every argument with a meaning, and an example."""
     module = importlib.import_module(f"records.{verb}")
     with pytest.raises(SystemExit) as end:
@@ -52,7 +53,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("verb", ALL)
-def test_the_example_of_a_verb(verb, folder, records, monkeypatch):
+def test_the_example_of_a_verb_works_as_it_stands(verb, folder, records, monkeypatch):
     monkeypatch.chdir(folder)
     python, dash_m, package, *arguments = shlex.split(importlib.import_module(f"records.{verb}").EXAMPLE)
     assert (python, dash_m, package) == ("python", "-m", "records")
@@ -71,7 +72,7 @@ def test_the_example_of_a_verb(verb, folder, records, monkeypatch):
     (["show", "no\x1b[2Jthing"],
      "no?[2Jthing: expected a log or a folder of logs, found nothing there; check the path"),
 ])
-def test_usage_errors(arguments, sentence, records, at_root):
+def test_a_wrong_command_is_answered_in_one_sentence(arguments, sentence, records, at_root):
     code, out, err = records(*arguments)
     assert (code, out) == (2, "") and err.startswith("records: ") and sentence in err and err.count("\n") == 1
 

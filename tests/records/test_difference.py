@@ -2,7 +2,7 @@
 from records.difference import MOST_LINES, Difference, differences, summed
 
 
-def test_differences_of_files():
+def test_differences_of_files_are_those_of_difflib():
     before = {"a": "x\ny\n", "b": "y\n", "same": "s\n"}
     found = differences(before, {"a": "x\nz\n", "c": "z\n", "same": "s\n"})
     assert found == [Difference("a", 1, 1, ["@@ -1,2 +1,2 @@", " x", "-y", "+z"]),

@@ -9,15 +9,14 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from pydantic_core import to_json
 from tests.helpers.synthetic import LINE, VARIANTS, make, own
 
+from data.files import ROOT
 from records import logs, show
 
-ROOT = Path(__file__).resolve().parents[2]
 NASTY = [  # inserted anywhere, as a line of its own or inside one
     b"\0", b"\xff\xfe", b"\r", b"\n", b"\xe2\x80\xa8", b"\x1b[2J", LINE.encode(), b"=" * 99, b"-" * 40,
     b"# ../../evil.py",
@@ -88,7 +87,7 @@ def check(log: logs.LogFile, data: bytes):
     assert list(facts)[:2] == ["path", "runs"]
 
 
-def test_mutated_logs(tmp_path, monkeypatch):
+def test_whatever_is_in_a_log_its_reader_keeps_its_promises(tmp_path, monkeypatch):
     number = int(os.environ.get("RECORDS_FUZZ", 1000))
     originals = [make(variant, seed).text.encode() for variant in VARIANTS
                  for seed in range(2)] + [b"", b"\n", os.urandom(3000)]

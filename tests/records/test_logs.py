@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.helpers.committed import ADAMW, MUON, ROOT, YARDSTICK
+from tests.helpers.committed import ADAMW, MUON, YARDSTICK
 from tests.helpers.synthetic import LINE, VALIDATION_DATA, VARIANTS, embedded, make, own
 from tests.records.conftest import plan_text
 
 from data.errors import UsageError
+from data.files import ROOT
 from records import logs
 
 UNKNOWN = ("torch", "cuda", "triton", "python", "gpu_name", "num_gpus", "world_size", "seed", "peak_mib",
@@ -45,7 +46,7 @@ def test_what_went_into_a_log_comes_out(tmp_path, variant):
         assert log.problems == (("this is no log of a training run",) if variant == "X" else ())
 
 
-def test_our_own_logs(tmp_path):
+def test_our_committed_logs_are_read_as_they_are_written(tmp_path):
     """Against a plain reading of the same text."""
     paths = logs.find([ROOT / ADAMW, ROOT / MUON, ROOT / YARDSTICK])
     assert len(paths) == 17
@@ -127,7 +128,7 @@ def test_a_run_begins_where_the_steps_begin_again(tmp_path):
     assert [points(run) for run in read(tmp_path, steps(lone[0]) + steps(lone[1])).runs] == [*lone]
 
 
-def test_seeds_of_trials(tmp_path):
+def test_each_trial_of_a_log_has_its_own_seed(tmp_path):
     """The seed of a trial also begins a run where the step does not fall, and is not given to the next."""
     text = f"trial:1/2 seed:7\n{steps(FIRST)}trial:2/2 seed:8\n{steps([(400, 3.0, 40)], 400)}{steps(SECOND)}"
     log = read(tmp_path, text)
@@ -184,7 +185,7 @@ def test_the_clocks_of_public_logs_are_no_fault(tmp_path):
 
 # What a run knows
 
-def test_first_crossing(tmp_path):
+def test_a_loss_is_reached_where_the_curve_first_crosses_it(tmp_path):
     [run] = read(tmp_path, steps([(0, 10, 0), (100, 4, 1000), (200, 3, 3000), (300, 3.5, 4000),
                                   (400, 2, 6000)], 400)).runs
     assert run.steps_to(4) == 100 and run.time_to(4) == 1000  # at a validation
@@ -195,13 +196,13 @@ def test_first_crossing(tmp_path):
     assert run.step_avg_ms == 15 and (run.final_val_loss, run.final_step) == (2, 400)
 
 
-def test_a_crossing_next_to_a_loss_that_is_no_number(tmp_path):
+def test_a_loss_that_is_no_number_is_crossed_over(tmp_path):
     log = read(tmp_path, steps([(0, 10, 0), (100, math.nan, 10), (200, 3, 20), (300, 2, 30)]))
     assert log.runs[0].steps_to(3.2) == 200 and math.isnan(log.runs[0].at(100).val_loss)
     assert log.problems == ("a validation loss is not a finite number",)
 
 
-def test_what_our_header_says(tmp_path):
+def test_only_the_header_says_how_a_run_was_made(tmp_path):
     text = own([4, 3]).replace("\nattention:", "\nresumed: from x\nattention:")
     fake = f"resumed: in a docstring\nvalidation data: first 9 tokens, sha256 {'1' * 64}\n"
     [run] = read(tmp_path, text).runs
@@ -239,7 +240,7 @@ def test_oddities_are_named(tmp_path):
         assert len(log.runs[0].val_points) == 2
 
 
-def test_line_ends_of_windows(tmp_path):
+def test_line_ends_of_windows_change_nothing(tmp_path):
     made = make("E3")
     log = read(tmp_path, made.text.replace("\n", "\r\n"))
     assert (log.sources, points(log.runs[0])) == (made.sources, made.runs[0]["val_points"])
@@ -352,7 +353,7 @@ def test_long_lines_are_not_read(tmp_path, monkeypatch):
 
 # Files and folders
 
-def test_find(tmp_path):
+def test_logs_are_found_by_their_endings_and_each_once(tmp_path):
     for name in ("b/2.txt", "b/1.log", "a.out", "notes.md", "b/c/run.stdout", "b/.hidden.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")

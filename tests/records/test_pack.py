@@ -32,8 +32,15 @@ def arguments(inputs: Path, *more: str, name: str = "Twice", output: str = "out"
             str(inputs / "note.md"), "-o", str(inputs / output), *more]
 
 
+FOLDER = "out/track_0_laptop/2026-11-24_Twice"  # where they are packed
+
+
 def content(folder: Path) -> dict:
     return json.loads((folder / schema.FILE).read_text())
+
+
+def readme(inputs: Path) -> str:
+    return (inputs / FOLDER / "README.md").read_text()
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -41,22 +48,21 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
             for path in folder.rglob("*")}
 
 
-def test_folder(inputs, capsys):
+def test_a_folder_is_built_of_logs_and_of_what_follows_from_them(inputs, capsys):
     before = snapshot(inputs)
     assert guarded(arguments(inputs, "--contributor", "A. Person", "--description", "Twice as good",
                              "--planned", "8")) == 0
     after = snapshot(inputs)
-    folder = "out/track_0_laptop/2026-11-24_Twice"
-    built = {name.removeprefix(folder + "/"): content for name, content in after.items()
-             if name.startswith(folder + "/")}
-    assert {**before, "out/track_0_laptop": None, folder: None,
-            **{f"{folder}/{name}": built[name] for name in built}} == after
+    built = {name.removeprefix(FOLDER + "/"): content for name, content in after.items()
+             if name.startswith(FOLDER + "/")}
+    assert {**before, "out/track_0_laptop": None, FOLDER: None,
+            **{f"{FOLDER}/{name}": built[name] for name in built}} == after
     assert built.keys() == {
         "README.md", "record.json", "runs", "baseline",
         *(f"runs/{uuid(k)}.txt" for k in range(1, RUNS + 1)),
         *(f"baseline/{uuid(k)}.txt" for k in range(1001, 1005))}
     assert built[f"runs/{uuid(3)}.txt"] == before[f"logs/{uuid(3)}.txt"]
-    record = content(inputs / folder)
+    record = content(inputs / FOLDER)
     assert (record["track"], record["name"], record["kind"], record["contributors"]) == (
         "shakespeare", "Twice", "record", ["A. Person"])
     assert (record["runs"]["n"], record["runs"]["step"], record["planned_runs"]) == (RUNS, 20, 8)
@@ -70,12 +76,12 @@ def test_folder(inputs, capsys):
     assert record["speed"]["difference_ms"] == round(statistics.mean(times) - statistics.mean(before), 1)
     p = scipy.stats.ttest_ind(times, before, equal_var=False, alternative="less").pvalue
     assert record["speed"]["p"] == float(f"{p:.3g}")
-    assert os.stat(inputs / folder).st_mode & 0o777 == 0o755
+    assert os.stat(inputs / FOLDER).st_mode & 0o777 == 0o755
 
 
-def test_readme(inputs, capsys):
+def test_the_readme_holds_note_losses_and_a_p_value_that_its_code_prints(inputs, capsys):
     assert guarded(arguments(inputs)) == 0
-    text = (inputs / "out/track_0_laptop/2026-11-24_Twice/README.md").read_text()
+    text = readme(inputs)
     assert NOTE.strip() in text and "no number was planned" in text
     finals = [re.findall(r"val_loss:(\S+)", text)[-1] for text in runs()]
     assert f"losses = [{', '.join(finals)}]" in text
@@ -91,7 +97,7 @@ def run_code(page: str, capsys):
     assert out.startswith("p=") and f"# {out.strip()}\n" in code
 
 
-def test_existing_folder_stays(inputs, capsys):
+def test_an_existing_folder_stays_as_it_is(inputs, capsys):
     assert guarded(arguments(inputs)) == 0
     before = snapshot(inputs)
     assert guarded(arguments(inputs, "--description", "other")) == 2
@@ -113,17 +119,15 @@ def test_what_check_fails_is_refused(inputs, capsys):
     assert "intact-logs" in capsys.readouterr().err
     assert snapshot(inputs) == before
     assert guarded(arguments(inputs, "--non-record", "a lesson")) == 0
-    folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
-    assert "**No record:** a lesson" in (text := (folder / "README.md").read_text())
-    assert "`intact-logs`" in text
-    assert content(folder)["why_no_record"] == "a lesson"
+    assert "**No record:** a lesson" in readme(inputs) and "`intact-logs`" in readme(inputs)
+    assert content(inputs / FOLDER)["why_no_record"] == "a lesson"
 
 
 def test_waivers_are_shown(inputs, capsys):
     (inputs / "logs" / f"{uuid(1)}.txt").write_text(replaced(log(1), "PyTorch 2.13.0", "PyTorch 2.13.1"))
     assert guarded(arguments(inputs, "--planned", "9", "--waive", "planned-runs=one lost power", "--waive",
                              "same-torch=a fix of no effect")) == 0
-    text = (inputs / "out/track_0_laptop/2026-11-24_Twice/README.md").read_text()
+    text = readme(inputs)
     assert "9 were planned beforehand, 8 were made." in text
     assert "`planned-runs`, waived: one lost power (planned 9, found 8)" in text
     assert "`same-torch`, waived: a fix of no effect (torch 2.13.0" in text
@@ -152,7 +156,7 @@ def rename(inputs: Path, name: str):
     (lambda inputs: (inputs / "note.md").unlink(), {}, "--note: expected a readable text"),
     (lambda inputs: (inputs / "note.md").write_text("x" * (pack.NOTE_LIMIT + 1)), {}, "at most 262,144"),
 ])
-def test_refusals(change, more, sentence, inputs, capsys):
+def test_unusable_names_dates_logs_and_notes_are_refused(change, more, sentence, inputs, capsys):
     if change:
         change(inputs)
     before = snapshot(inputs)
@@ -167,7 +171,7 @@ def test_hostile_settings_do_no_harm(inputs, capsys):
     for path in inputs.glob("logs/*"):
         path.write_text(replaced(path.read_text(), '"stages": 3', nasty.replace("\\", "\\\\")))
     assert guarded(arguments(inputs)) == 0
-    text = (inputs / "out/track_0_laptop/2026-11-24_Twice/README.md").read_text()
+    text = readme(inputs)
     command = text.partition("```sh\n")[2].partition("```")[0]
     assert "train_gpt.py --seed=1" in command
     assert not re.search(r"[$`<;|\"()]", command) and "<script>" not in text
@@ -192,16 +196,16 @@ def test_a_baseline_that_is_all_runs_of_another_record_is_named_and_else_copied(
     assert guarded(["pack", "--name", "Before", "--date", "2026-11-23", "--logs", str(inputs / "before"),
                     "-o", str(inputs / "out"), "--waive", "faster-than-baseline=the first record"]) == 0
     assert guarded(arguments(inputs)) == 0
-    folder = inputs / "out/track_0_laptop/2026-11-24_Twice"
+    folder = inputs / FOLDER
     record = content(folder)
     assert record["baseline"]["n"] == 4 and len([*folder.glob("baseline/*")]) == (4 if more else 0)
     assert record["baseline_record"] == (None if more else "2026-11-23_Before")
     place = "baseline" if more else "../2026-11-23_Before/runs"
-    assert f"({place}/{uuid(1001)}.txt)" in (folder / "README.md").read_text()
+    assert f"({place}/{uuid(1001)}.txt)" in readme(inputs)
     assert guarded(["verify", str(folder)]) == 0 and guarded(["check", str(folder)]) == 0
 
 
-def test_failure_leaves_nothing(inputs, capsys, monkeypatch):
+def test_a_failure_leaves_nothing_behind(inputs, capsys, monkeypatch):
     before = snapshot(inputs)
 
     def full(*_):
@@ -213,7 +217,7 @@ def test_failure_leaves_nothing(inputs, capsys, monkeypatch):
     assert snapshot(inputs) == before
 
 
-def test_several_runs_in_a_log(tmp_path, capsys):
+def test_a_log_of_several_runs_is_packed_with_each_of_their_losses(tmp_path, capsys):
     from tests.helpers.synthetic import make
     logs = tmp_path / "logs"
     logs.mkdir()

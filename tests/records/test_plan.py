@@ -31,7 +31,7 @@ def test_runs_for_a_margin_are_the_published_ones(runs, margin, expected):
 
 
 @pytest.mark.parametrize("gap, sd", [(0.3, 0.07), (0.3, 0.2), (0.1, 0.07)])
-def test_runs_for_a_time_gap(runs, gap, sd):
+def test_runs_for_a_time_gap_are_as_few_as_have_the_power(runs, gap, sd):
     """By the two-sample t-test: simulated, for scipy has no power of its own."""
     n = runs("--gap", gap, "--time-sd", sd)
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def test_runs_for_a_time_gap(runs, gap, sd):
     assert shown[0] < 0.81 and shown[1] > 0.79  # 20,000 draws tell 0.01 apart
 
 
-def test_track_decides_test_and_spread(runs, records):
+def test_the_track_decides_test_and_spread(runs, records):
     # (margin sqrt(n) - 0.004) / sd is standard normal
     by_hand = ((0.004 + norm.ppf(0.8) * 0.0013) / 0.002) ** 2
     assert runs("--track", "optimization", "--margin", 0.002) == math.ceil(by_hand)

@@ -85,7 +85,7 @@ def test_the_best_before_of_upstream_agrees():
     assert ours ^ theirs == {1, 5, 7}  # 1 is the first
 
 
-def test_rows_of_local_records():
+def test_rows_of_local_records_hold_results_gains_and_names():
     speed = dict(difference_ms=-73649.1, low_ms=-78000.0, high_ms=-69300.0, p=1e-9)
     slower = record(name="AdamW", kind="non-record", why_no_record="slower", contributors=[],
                     date="2026-11-23")
@@ -104,7 +104,7 @@ def test_hostile_descriptions_stay_text():
     assert url == "track_0_laptop/2026-11-22_Muon" and re.sub(r"\\(.)", r"\1", text) == hostile
 
 
-def test_numbers_that_the_logs_do_not_hold():
+def test_numbers_that_the_logs_do_not_hold_are_question_marks():
     runs = dict(n=2, step=None, loss_mean=None, loss_sd=None, time_ms_mean=None, time_ms_sd=None)
     speed = dict(difference_ms=12.0, low_ms=None, high_ms=None, p=None)
     cells = rows("\n".join(table.local_table([record(dict(runs=runs, speed=speed))])))[1]

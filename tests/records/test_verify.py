@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from tests.helpers.claims import log, replaced, runs, slow, uuid, write
-from tests.helpers.committed import ROOT
 
+from data.files import ROOT
 from records import schema
 from records.__main__ import guarded
 
@@ -128,7 +128,7 @@ ALTERED = {
 
 
 @pytest.mark.parametrize("name", ALTERED)
-def test_packed(name, packed, findings):
+def test_what_is_altered_in_a_packed_folder_is_found_and_nothing_is_written(name, packed, findings):
     change, expected = ALTERED[name]
     change(packed)
     before = {path: path.read_bytes() for path in packed.rglob("*") if path.is_file()}
@@ -137,7 +137,7 @@ def test_packed(name, packed, findings):
     assert before == {path: path.read_bytes() for path in packed.rglob("*") if path.is_file()}
 
 
-def test_a_record_that_breaks_a_rule(packed, findings, tmp_path, capsys):
+def test_a_record_that_breaks_a_rule_is_found(packed, findings, tmp_path, capsys):
     """A non-record that calls itself a record."""
     write(tmp_path / "slower", runs(pace=150.0))
     folder = pack(tmp_path, "Slow", "slower", "--baseline", tmp_path / "base", "--non-record", "slow")
@@ -148,7 +148,7 @@ def test_a_record_that_breaks_a_rule(packed, findings, tmp_path, capsys):
     assert (".", "faster-than-baseline") in findings(folder)
 
 
-def test_folder_moved_or_twice(packed, findings):
+def test_a_folder_moved_or_copied_is_found(packed, findings):
     shutil.copytree(packed, packed.parent / "2026-11-25_Again")
     assert findings(packed.parents[1]) == {("track_0_laptop/2026-11-24_Idea", "duplicate-runs"),
                                            ("track_0_laptop/2026-11-25_Again", "folder-name")}
@@ -158,7 +158,7 @@ def test_folder_moved_or_twice(packed, findings):
     assert ("track_1_short/2026-11-24_Idea", "folder-name") in findings(packed.parents[1])
 
 
-def test_a_baseline_elsewhere(tmp_path, findings, capsys):
+def test_what_happens_to_a_baseline_elsewhere_is_told(tmp_path, findings, capsys):
     """The runs of another record are the baseline of this one: what happens to them is told."""
     write(tmp_path / "logs", runs())
     write(tmp_path / "base", slow(), first=1001)
@@ -176,12 +176,12 @@ def test_a_baseline_elsewhere(tmp_path, findings, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 10**6, b"<!-- A note" * 10**5])
-def test_hostile_readme(content, packed, findings):
+def test_a_hostile_readme_is_altered(content, packed, findings):
     (packed / README).write_bytes(content)
     assert findings(packed) == {(README, "altered")}
 
 
-def test_paths(tmp_path, records):
+def test_paths_without_a_record_are_refused(tmp_path, records):
     def refusal(path) -> str:
         code, _, err = records("verify", path)
         assert code == 2

@@ -65,14 +65,14 @@ def test_a_gpu_is_named_and_an_old_one_told_of_bfloat16(monkeypatch):
     assert mark == "note" and text.endswith("bfloat16 is only emulated before 8.0: use --dtype=float32")
 
 
-def test_a_gpu_that_only_its_driver_sees(capsys, tmp_path, monkeypatch):
+def test_a_gpu_that_only_its_driver_sees_is_named(capsys, tmp_path, monkeypatch):
     seen = type("Result", (), {"stdout": "GPU 0: Some GPU\n"})
     monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: seen)
     mark, text = lines(capsys, tmp_path, pieces=["device"])["device"]
     assert mark == "note" and text.endswith("nvidia-smi sees GPU 0: Some GPU: install a torch for its driver")
 
 
-def test_memory_that_is_taken(monkeypatch):
+def test_memory_that_others_have_taken_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**4, 24 * 2**30))
     with pytest.raises(RunError, match="see python -m tools.plan"):
         doctor.try_memory(config(), torch.device("cuda"))

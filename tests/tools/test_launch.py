@@ -75,7 +75,7 @@ NO_RANKS = {  # (GPUs, NPROC) -> what the refusal says
 }
 
 
-def test_number_of_ranks(started, capsys):
+def test_ranks_follow_from_gpus_cores_and_the_wish(started, capsys):
     for (gpus, cores, wanted), ranks in RANKS.items():
         assert launch.choose_ranks(gpus, cores, wanted) == ranks
     for (started.gpus, started.environ["NPROC"]), said in NO_RANKS.items():
@@ -110,12 +110,20 @@ def test_hardware_decides_track_ranks_and_threads(started, capsys, gpus, args, t
         assert shards[0] < shards[1]
 
 
-def test_container_quota_limits_cores(monkeypatch, tmp_path):
+def test_the_quota_of_a_container_limits_the_cores(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     monkeypatch.setattr(machine, "open", lambda path: (tmp_path / "cpu.max").open(), raising=False)
     for text, cores in [("400000 100000", 4), ("50000 100000", 1), ("max 100000", 16), ("", 16)]:
         (tmp_path / "cpu.max").write_text(text)
         assert machine.usable_cores() == cores
+
+
+def test_ctrl_c_in_the_script_of_the_data_starts_no_run(started, monkeypatch):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.subprocess, "run", interrupted)
+    assert launch.main([]) == 130 and started.runs == []
 
 
 def test_nothing_is_prepared_for_shards_of_the_user_or_a_checkpoint(started, checkpoint):
@@ -162,7 +170,7 @@ FAILURES = [  # {rank: (exit code, second)}, exit code, message
 ]
 
 
-def test_exit_code_of_failed_ranks(capsys):
+def test_failed_ranks_end_in_one_exit_code_and_one_sentence_at_most(capsys):
     for ranks, code, message in FAILURES:
         failures = {rank: SimpleNamespace(exitcode=exitcode, timestamp=second)
                     for rank, (exitcode, second) in ranks.items()}
@@ -203,7 +211,7 @@ def start(folder: Path, trainer: str, *args: str, hang_up=signal.SIG_DFL) -> sub
     program = folder / "trainer.py"
     program.write_text(TRAINER + trainer)
     env = {**os.environ, "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         env.pop(name, None)
     command = [sys.executable, "-c", LAUNCH, program, *AWKWARD, *args]
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True,
@@ -219,7 +227,7 @@ def wait_for(folder: Path, *names: str) -> None:
 
 def test_ranks_get_arguments_and_threads_and_the_failure_of_one_is_told_once(tmp_path):
     trainer = """
-names = ("WORLD_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MASTER_ADDR")
+names = ("WORLD_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MASTER_ADDR", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
 tell("rank", json.dumps([[os.environ[name] for name in names], sys.argv[1:]]))
 wait_for("rank0")
 if rank == "1":
@@ -229,7 +237,7 @@ time.sleep(600)
     process = start(tmp_path, trainer, "--seed=1")
     out, err = process.communicate(timeout=600)
     threads = str(max(1, launch.usable_cores() // 2))
-    environment = ["2", threads, "1000", "127.0.0.1"]
+    environment = ["2", threads, "1000", "127.0.0.1", "60"]  # the last: seconds for all ranks to save
     expected = [environment, [*AWKWARD, "--seed=1"]]
     for rank in range(2):
         assert json.loads((tmp_path / f"rank{rank}").read_text()) == expected

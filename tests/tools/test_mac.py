@@ -31,7 +31,7 @@ def on_a_mac(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="takes from Linux what macOS lacks")
-def test_a_run_of_two_ranks_and_its_text(tmp_path):
+def test_a_run_of_two_ranks_and_its_text_need_nothing_that_macos_lacks(tmp_path):
     own_data = "--train_files=data/shakespeare/shakespeare_train_*.bin"  # nothing is to be prepared
     settings = [*TINY, own_data, "--products=auto", "--save_final=on", f"--log_dir={tmp_path}/logs"]
     done = on_a_mac(make_shards(tmp_path), "-m", "tools.launch", *settings)
@@ -47,7 +47,7 @@ def test_a_run_of_two_ranks_and_its_text(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="takes from Linux what macOS lacks")
-def test_an_experiment_in_pairs(tmp_path):
+def test_an_experiment_in_pairs_needs_nothing_that_macos_lacks(tmp_path):
     command = f"{FAKE} --log_dir={tmp_path}/logs"
     done = on_a_mac(tmp_path, "-m", "records", "ab", "--runs=2", f"--out={tmp_path}/ab", f"--a={command}",
                     f"--b={command}")

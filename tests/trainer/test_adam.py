@@ -6,6 +6,7 @@ import torch
 
 from engine import adam
 from engine.adam import Adam
+from tests.helpers.bits import same_bits
 from tests.helpers.dist import run_ranks
 
 SHAPES = {
@@ -207,12 +208,6 @@ def together(world):
     return run_ranks(world, on_rank, {dtype: alone(dtype, world) for dtype in DTYPES})
 
 
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key], key
-
-
 DTYPES = torch.float32, torch.bfloat16
 
 
@@ -222,10 +217,8 @@ def test_ranks_equal_one_process_on_the_mean_of_their_gradients_bit_for_bit(worl
     expected = alone(dtype, world)
     for rank in together(world):
         found = rank[dtype]
-        assert_equal(found["three"], expected["three"])
-        assert_equal(found["five"], expected["five"])
-        assert_equal(found["resumed"], expected["five"])
-        for state, whole in zip(found["full"], expected["full"], strict=True):
-            assert_equal(state, whole)
+        for part in ("three", "five", "full"):
+            assert same_bits(found[part], expected[part]), part
+        assert same_bits(found["resumed"], expected["five"])
         # Only large divisible parameters are sharded, and their state with them.
         assert found["sizes"] == {**expected["sizes"], "table": 257 * 256 // world}

@@ -1,4 +1,4 @@
-"""attention.py: every attention backend against two plain loops, and how one is chosen."""
+"""attention.py: every attention backend against its formula, and how one is chosen."""
 import functools
 import inspect
 import math
@@ -10,6 +10,7 @@ import torch.nn.attention.varlen
 from data.errors import UsageError
 from engine import attention
 from engine.attention import BACKENDS, choose_backend, pair, paired_docs, unpair
+from tests.helpers.plain_model import attend, attend_in_pairs
 from tests.helpers.tiny import docs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -40,12 +41,12 @@ def attention_of_gpus_on_a_cpu(monkeypatch):
 
 
 def stand_in_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-    """Documented meaning of torch.nn.attention.varlen.varlen_attn, by loops."""
+    """Documented meaning of torch.nn.attention.varlen.varlen_attn, by the formula."""
     assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous()
     assert int(cu_q[0]) == 0 and int(cu_q[-1]) == len(q) and torch.equal(cu_q, cu_k)
     lengths = cu_q.diff().tolist()
     assert min(lengths) >= 0 and max(lengths) <= min(max_q, max_k) and window_size[1] == 0
-    return slow_attention(q, k, v, [n for n in lengths if n], window_size[0], scale)
+    return plain_attention(q, k, v, [n for n in lengths if n], window_size[0], scale)
 
 
 VARLEN = torch.nn.attention.varlen.varlen_attn
@@ -57,39 +58,16 @@ def leaves(T, H=2, d=4, seed=0):
     return [x.requires_grad_() for x in (q, k, v)], g
 
 
-def weighted(q, keys, values, scale):
-    """Softmax attention of one query over lists of keys and values."""
-    e = [torch.exp(scale * (q * k).sum()) for k in keys]
-    return sum(a / sum(e) * v for a, v in zip(e, values))
-
-
-def slow_attention(q, k, v, lengths, window, scale):
-    """Token by token: the keys of the same document, from `window` tokens before up to the token itself."""
-    rows, first = [], 0
-    for length in lengths:
-        for t in range(first, first + length):
-            seen = range(max(first, t - window), t + 1)
-            heads = [weighted(q[t, h], [k[s, h] for s in seen], [v[s, h] for s in seen], scale)
-                     for h in range(q.size(1))]
-            rows.append(torch.stack(heads))
-        first += length
-    return torch.stack(rows)
-
-
-def slow_paired_attention(q, k, v, lengths, window, scale):
-    """Heads 2h and 2h+1 of token t stand at places 2t and 2t+1 and share their keys; the window counts
-    places."""
-    rows, first = [], 0
-    for length in lengths:
-        for t in range(first, first + length):
-            heads = []
-            for a in range(q.size(1)):
-                places = [(s, b) for s in range(first, t + 1) for b in (a // 2 * 2, a // 2 * 2 + 1)]
-                seen = [(s, b) for s, b in places if 0 <= (2 * t + a % 2) - (2 * s + b % 2) <= window]
-                heads.append(weighted(q[t, a], [k[i] for i in seen], [v[i] for i in seen], scale))
-            rows.append(torch.stack(heads))
-        first += length
-    return torch.stack(rows)
+def plain_attention(q, k, v, lengths, window, scale, paired=False):
+    """Every head by itself, or heads 2h and 2h + 1 as a pair. q, k, v: (T, H, d)."""
+    document = docs_of(lengths).ids
+    heads = [x.unbind(1) for x in (q, k, v)]
+    if paired:
+        partners = [(a, a + 1) for a in range(0, q.size(1), 2)]
+        y = attend_in_pairs(*heads, partners, document, window, scale)
+    else:
+        y = [attend(*one, document, window, scale) for one in zip(*heads)]
+    return torch.stack(y, 1)
 
 
 def values_and_gradients(attention, qkv, g):
@@ -100,15 +78,14 @@ def values_and_gradients(attention, qkv, g):
 @functools.cache
 def expected(case, paired):
     lengths, window = CASES[case]
-    slow = slow_paired_attention if paired else slow_attention
     inputs = leaves(sum(lengths), 4 if paired else 2)
-    return values_and_gradients(lambda q, k, v: slow(q, k, v, lengths, window, 0.7), *inputs)
+    return values_and_gradients(lambda *qkv: plain_attention(*qkv, lengths, window, 0.7, paired), *inputs)
 
 
 @pytest.mark.parametrize("case, paired", [
     *((case, False) for case in CASES), *((case, True) for case in PAIRED)])
 @pytest.mark.parametrize("name", HERE)
-def test_a_backend_equals_plain_loops_in_values_and_gradients(name, case, paired):
+def test_a_backend_equals_its_formula_in_values_and_gradients(name, case, paired):
     lengths, window = CASES[case]
     make, attend = HERE[name]
     docs = docs_of(lengths, capacity=12)
@@ -147,8 +124,8 @@ def test_a_wish_that_a_cpu_cannot_grant_is_refused(wish):
 
 def choose(monkeypatch, **candidates):
     """The choice among candidates, as on a GPU: name -> attention function."""
-    for name, attend in candidates.items():
-        monkeypatch.setitem(BACKENDS, name, (BACKENDS["masked"][0], attend))
+    for name, candidate in candidates.items():
+        monkeypatch.setitem(BACKENDS, name, (BACKENDS["masked"][0], candidate))
     return attention.first_correct(["varlen", "flex"], 8, 0.3, CPU, torch.float32)
 
 

@@ -74,7 +74,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_unusable_settings(folder, flag):
+def test_unusable_settings_are_refused_in_one_line(folder, flag):
     refused(run(folder, flag), 2, *FLAGS[flag])
     assert not (folder / "logs").exists()
 
@@ -94,7 +94,7 @@ SHARDS = {
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_unusable_shards(folder, name):
+def test_unusable_shards_are_refused_before_a_log_is_begun(folder, name):
     spoil, *parts = SHARDS[name]
     spoil(folder)
     refused(run(folder), 2, *parts)
@@ -124,7 +124,7 @@ CHECKPOINTS = {
     "no such file": (Path.unlink, [], "no such file"),
     "not a checkpoint": (lambda p: p.write_text("step:1/4\n"), [], "another kind of file"),
     "a folder": (make_folder, [], "another kind of file"),
-
+    "tensors of another program": (lambda p: torch.save([torch.ones(2)], p), [], "another kind of file"),
     "truncated": (lambda p: os.truncate(p, p.stat().st_size // 2), [], "damaged"),
     "without loader": (edit(lambda state: state.pop("loader")), [], "differs in loader"),
     "without a weight": (edit(lambda state: state["model"].pop("attn_qk")), [], "attn_qk"),
@@ -142,7 +142,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_unusable_checkpoints(folder, saved, name):
+def test_unusable_checkpoints_are_refused_in_one_line(folder, saved, name):
     spoil, args, *parts = CHECKPOINTS[name]
     path = folder / "state.pt"
     path.write_bytes(checkpoint_of(saved))
@@ -161,14 +161,14 @@ def test_a_checkpoint_goes_on_with_other_data_where_asked_to_and_a_seed_changes_
     assert result.err == "note: --seed has no effect on a resumed run; its weights come from the checkpoint\n"
 
 
-def test_a_log_folder_that_cannot_be_written(folder):
+def test_a_log_folder_that_cannot_be_written_is_refused(folder):
     (folder / "file").write_text("mine")
     result = run(folder, f"--log_dir={folder / 'file'}")
     refused(result, 2, "--log_dir: expected a folder to write to", "choose another one")
     assert (folder / "file").read_text() == "mine"
 
 
-def test_world_size_without_the_rest_of_torchruns_variables(folder, monkeypatch):
+def test_a_world_size_without_the_rest_of_torchruns_variables_is_refused(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -185,6 +185,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(saved):
     refused(bad, 1, "finite", "found nan", "lower")
     assert "ended after step" in bad.log.splitlines()[-1]
     assert before.items() <= contents(saved).items()
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(folder, monkeypatch):
+    monkeypatch.setattr(train_gpt.Run, "evaluate", lambda self: float("nan"))
+    refused(run(folder), 1, "step 0: expected a finite validation loss, found nan")
 
 
 class Full:

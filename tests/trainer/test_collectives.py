@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from tests.helpers.dist import run_ranks
-from tests.helpers.tiny import make_run
+from tests.helpers.tiny import THREE_LAYERS, make_run
 
-RANKS = 4
+RANKS = 2
 STOPPED_AT = 12  # late enough for a save, and for embedding and head to part
 CHANGES = dict(slices=RANKS, batch_tokens=(256, 384, 512), val_tokens=256, val_slice=32, val_every=5,
                save_every=4)
@@ -42,21 +42,22 @@ class Collectives(TorchDispatchMode):
 
 
 def stopped_run(rank: int, world: int, folder: str) -> list:
-    """What one rank issues from its start to its end; rank 3 gets a signal to stop in one of the steps."""
+    """What one rank issues from its start to its end; the last one gets a signal to stop in one of the
+    steps."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="here", MASTER_PORT="0")
     def nothing(*args, **kwargs):
         pass
 
     log = SimpleNamespace(run_id="run", write=nothing, train=nothing, validation=nothing)
     with Collectives() as collectives:
-        run = make_run(Path(folder), log_dir=folder, **CHANGES)
+        run = make_run(Path(folder), THREE_LAYERS, log_dir=folder, **CHANGES)
         for name in ("warm_up", "train_step", "evaluate", "save", "untie"):
             collectives.named(run, name)
         run.warm_up()
         count = run.update
 
         def update(step):
-            if step == STOPPED_AT and rank == 3:
+            if step == STOPPED_AT and rank == RANKS - 1:
                 run.stop.number = 15
             count(step)
 
@@ -69,7 +70,7 @@ def stopped_run(rank: int, world: int, folder: str) -> list:
 
 
 def test_ranks_issue_the_same_collectives_in_the_same_order(tmp_path):
-    make_run(tmp_path, **CHANGES)  # writes the shards
+    make_run(tmp_path, THREE_LAYERS, **CHANGES)  # writes the shards
     first, *others = run_ranks(RANKS, stopped_run, str(tmp_path))
     names = [name for name, _ in first]
     assert {"warm_up", "train_step", "untie", "evaluate", "save", "stopped"} <= {*names}

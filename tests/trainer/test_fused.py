@@ -1,4 +1,5 @@
 """Fused functions against their plain formulas, in values and gradients."""
+import dataclasses
 import math
 
 import pytest
@@ -86,6 +87,16 @@ def test_fused_functions_of_an_eager_cpu_and_of_a_gpu_leave_the_model_the_same(m
     assert found.keys() == expected.keys()
     for name, g in expected.items():
         assert (found[name] - g).norm() < 2e-5 * g.norm() + 1e-6 * whole, name
+
+
+def test_what_a_gpu_does_without_although_nobody_asked_for_that_is_told():
+    kernels = dataclasses.replace(Kernels.plain(torch.bfloat16, "flex"), device=torch.device("cuda"))
+    wishes = dict(attention="auto", fp8_head="auto", mlp_fp8="auto")
+    assert kernels.fallbacks(config(**wishes)) == [
+        "attention by flex, not by FlashAttention: asked for", "head in bfloat16, not in FP8: asked for",
+        "MLP in bfloat16, not in FP8: not asked for"]
+    assert kernels.fallbacks(config(attention="blocked", fp8_head="off", mlp_fp8="off")) == []
+    assert Kernels.plain().fallbacks(config(**wishes)) == []
 
 
 def test_batches_go_to_onednn_only_where_it_computes_in_fp32(monkeypatch):

@@ -11,19 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from data.files import ROOT
 from engine.kernels import keep_compiled
 from engine.log import SOURCES
-from tests.helpers.dist import ROOT
-from tests.helpers.runs import config, make_shards, run, start, step_lines
+from tests.helpers.runs import config, run, start, step_lines
 
 TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
 NUMBERS = {"val_loss": r"\d+\.\d{4}", "train_time": r"\d+ms", "step_avg": r"\d+\.\d\dms"}
 FLAGS = ["--seed=3", "--wandb=speed"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("log"))
 
 
 class FakeWandb:
@@ -126,6 +121,23 @@ def test_weights_and_biases_gets_settings_and_points(folder, result, wandb):
         assert {step: point[name] for step, point in wandb.points.items() if name in point} == losses
     assert {step for step, point in wandb.points.items() if "train_time_ms" in point} == set(result.val)
     assert wandb.exit_code == 0
+
+
+def test_weights_and_biases_learns_that_a_run_failed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    assert run(folder, *FLAGS, "--muon_lr=1e30", "--adam_lr=1e30").code == fake.exit_code == 1
+
+
+def test_weights_and_biases_out_of_reach_is_one_sentence(folder, monkeypatch):
+    def init(settings, **others):
+        assert settings["init_timeout"] == 20  # seconds; by itself it would try for more than a minute
+        raise FakeWandb.Error("no network\nat all")
+
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    fake.init = init
+    result = run(folder, *FLAGS)
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert "--wandb: expected to reach Weights & Biases, found: no network; run wandb login" in result.err
 
 
 def test_weights_and_biases_works_offline(folder, tmp_path):

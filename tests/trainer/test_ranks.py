@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data.errors import UsageError
 from engine.ranks import PATIENCE, Runtime
 from tests.helpers.dist import run_ranks
 
@@ -36,6 +37,14 @@ def test_ranks_wait_for_one_that_compiles_longer_than_the_libraries_would(tmp_pa
     interface = loopback.pop() if on_this_machine == 2 else None
     assert found == 2 * [(PATIENCE, said, 2.0, interface)]
     assert PATIENCE.total_seconds() == 2400
+
+
+def test_more_ranks_on_a_machine_than_it_has_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="expected at most 2 ranks .*, found 3; lower --nproc_per_node"):
+        Runtime()
 
 
 def test_one_rank_waits_for_nobody():

@@ -11,6 +11,7 @@ import torch
 import train_gpt
 from engine import clock as clock_module
 from engine.endings import StopSignal
+from tests.helpers.bits import same_bits
 from tests.helpers.dist import Ranks, run_ranks
 from tests.helpers.runs import config, make_shards, on_rank, run, step_lines
 
@@ -70,17 +71,6 @@ def load(path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def equal(a, b) -> bool:
-    """Bitwise equality of nested checkpoints."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Resuming
 
@@ -95,7 +85,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(folder, whole, step):
     assert resumed.val == losses_after(whole.val, step)
     lines = [line for line in step_lines(whole.log) if line[0] > step]
     assert step_lines(resumed.log) == lines  # with timers
-    assert equal(load(resumed.checkpoints[-1]), load(whole.checkpoints[-1]))
+    assert same_bits(load(resumed.checkpoints[-1]), load(whole.checkpoints[-1]))
     assert f"\nresumed: from {path} at step {step}; such a run is no record\n" in resumed.log
 
 
@@ -130,8 +120,10 @@ def test_the_latest_checkpoint_is_found_and_only_the_newest_ones_are_kept(tmp_pa
     make_shards(tmp_path)
     kept = run(tmp_path, "--train_steps=4", "--extension_steps=1", "--save_every=1", "--keep=2")
     assert [path.name for path in kept.checkpoints] == ["state_step000003.pt", "state_step000004.pt"]
+    later = kept.checkpoints[1].stat().st_mtime + 60  # the newest by its time, not by its name
+    os.utime(kept.checkpoints[0], (later, later))
     resumed = run(tmp_path, "--resume=latest", "--train-steps=6")  # a dash is as good as an underscore
-    assert resumed.code == 0 and sorted(resumed.train) == [5, 6]
+    assert resumed.code == 0 and sorted(resumed.train) == [4, 5, 6]
     missing = run(tmp_path / "elsewhere", "--resume=latest")
     assert missing.code == 2 and "expected a checkpoint in" in missing.err
 
@@ -192,7 +184,7 @@ def test_a_signal_saves_at_the_next_step_that_can_be_resumed(
     state, expected = load(path), load(checkpoint(whole, 6))
     for name in ("config", "rng"):  # when to save is one of the settings; other tests draw numbers, too
         del state[name], expected[name]
-    assert equal(state, expected)
+    assert same_bits(state, expected)
 
 
 def test_a_signal_in_a_validation_ends_it_before_the_next_batch_and_saves(folder, whole, monkeypatch):

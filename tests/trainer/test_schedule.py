@@ -58,7 +58,7 @@ def test_tying_ends_in_its_stage_after_moves_of_adam(delay):
 # Learning rate, momentum, weights of the multi-token loss
 
 
-def test_corners_of_the_learning_rate():
+def test_the_learning_rate_rises_stays_and_falls_as_it_is_set():
     rising = config(BARE, train_steps=50, warmup_steps=10, lr_mul=(2.0,), cooldown_frac=0.2)
     assert [learning_rate(rising, s) for s in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
     constant = config(BARE, train_steps=20, extension_steps=5, cooldown_frac=0.0, lr_mul=(1.5,))

@@ -11,15 +11,10 @@ from data.errors import UsageError
 from data.shards import open_shard
 from engine import attention
 from tests.helpers.dist import run_ranks
-from tests.helpers.runs import config, make_shards, on_rank, run, start, step_lines
+from tests.helpers.runs import config, on_rank, run, start, step_lines
 
 # Few rows of the bigram table would be too small for Adam to shard.
 OPTIONS = ["--save_final=1", "--adam_every=2", "--train_steps=8", "--bigram_rows=2048"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +85,12 @@ def test_world_sizes_that_do_not_share_the_batch_evenly_are_refused_with_the_val
             train_gpt.check_world_size(config(), world)
 
 
+def test_more_ranks_than_slices_are_told_what_that_changes(folder):
+    first, other = run_ranks(2, on_rank, folder, ["--slices=1", "--dry_run"])
+    assert (first.code, other.code, other.err) == (0, 0, "")
+    assert first.err.startswith("note: 2 ranks share 1 sequences per step, so each one is cut to a part")
+
+
 def torchrun(folder, *options: str):
     program = "-m", "torch.distributed.run", *options, "train_gpt.py"
     return start(folder, *OPTIONS, program=program, env={"OMP_NUM_THREADS": "1"})
@@ -148,15 +149,19 @@ def test_a_time_budget_decides_the_number_of_steps(folder, monkeypatch):
 
 
 def test_a_run_can_end_at_its_target(folder):
-    result = run(folder, "--target_loss=5.9", "--stop_at_target=1", "--val_every=2", "--train_steps=100",
-                 "--max_epochs=99")
+    result = run(folder, "--target_loss=5.9", "--stop_at_target=1", "--val_every=3", "--train_steps=100",
+                 "--max_epochs=99", "--save_every=2", "--save_final=1")
     *before, last = result.val
     assert result.code == 0 and last < 100
+    assert result.checkpoints[-1].name == f"state_step{last:06d}.pt" and last % 2  # by the target alone
     assert result.val[last] <= 5.9 and all(result.val[step] > 5.9 for step in before)
-    assert re.search(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
+    reached, = re.findall(rf"^reached: yes, at step {last} after \d+\.\d s of training$", result.out, re.M)
+    longer = "--stop_at_target=0", f"--train_steps={last + 4}", "--target_loss=5.9"
+    resumed = run(folder, f"--resume={result.checkpoints[-1]}", *longer)
+    assert resumed.code == 0 and reached in resumed.out.splitlines()
 
 
-def test_check_fails_where_a_token_sees_the_next_one_or_probabilities_do_not_sum_to_one(folder, monkeypatch):
+def test_check_fails_where_a_token_sees_the_next_one_or_none_or_sums_are_not_1(folder, monkeypatch):
     result = run(folder, "--check")
     assert (result.code, result.err, result.log) == (0, "", None)
     assert result.out.splitlines()[-1] == "check: passed"
@@ -170,5 +175,6 @@ def test_check_fails_where_a_token_sees_the_next_one_or_probabilities_do_not_sum
         patch.setitem(attention.BACKENDS, "masked", (leaky_mask, attention.masked_attention))
         result = run(folder, "--check", "--attention=masked")
         assert result.code == 1 and result.out.splitlines()[-1] == "check: failed"
-    monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: log_probs(*args) + 0.001)
-    assert run(folder, "--check").code == 1
+    for wrong in (lambda p: p + 0.001, lambda p: p.new_full(p.shape, -math.log(p.size(1)))):
+        monkeypatch.setattr(train_gpt.GPT, "log_probs", lambda *args: wrong(log_probs(*args)))
+        assert run(folder, "--check").code == 1

@@ -1,8 +1,9 @@
-"""What only a GPU can show, part by part: the head in FP8, Muon, Adam, collectives by NCCL, compiled
-gradients, a checkpoint.
+"""What only a GPU can show: kernels against their definitions, part by part, and the full model of track
+small taking correct steps.
 
     ./test.sh tests/gpu        or, with speed and memory and a page of results:   python -m bench.gpu
 """
+import math
 import re
 import subprocess
 import sys
@@ -16,15 +17,17 @@ if not torch.cuda.is_available():
 from engine.adam import Adam
 from bench.head import measure_head
 from bench.step import synthetic_shards
+from data.files import ROOT
 from data.loader import Loader
-from engine.attention import CANDIDATES, choose_backend, self_test
+from engine.attention import BACKENDS, CANDIDATES, choose_backend, self_test
 from engine.head_loss import choose_fp8
 from engine.host_table import HostTable
 from engine.mlp import choose_fused_mlp, self_test_error
 from muon import Muon
-from engine.log import ROOT
 from engine.ranks import Runtime
+from tests.helpers.bits import same_bits
 from tests.helpers.runs import make_shards, run
+from tests.helpers.tiny import docs_of
 from train_gpt import Config, Run
 
 DEVICE = torch.device("cuda")
@@ -49,6 +52,31 @@ def test_the_chosen_backend_is_the_first_that_passes_its_test():
     test = 128, 0.1, DEVICE, torch.bfloat16
     passed = [name.partition(" ")[0] for name in CANDIDATES if self_test(name, *test)[0]]
     assert choose_backend("auto", *test)[0] == [*passed, "blocked"][0]
+
+
+@pytest.mark.parametrize("window", [1, 128, 1000])
+@pytest.mark.parametrize("backend", ["varlen", "flex", "blocked"])
+def test_backend_equals_the_definition_in_values_and_gradients(backend, window):
+    T, H, d = 1000, 6, 128
+    torch.manual_seed(0)
+    docs = docs_of([1, 299, 1, 476, 223], capacity=16)
+    docs = docs._replace(starts=docs.starts.to(DEVICE), ids=docs.ids.to(DEVICE))
+    q, k, v, g = torch.randn(4, T, H, d, device=DEVICE).bfloat16().unbind()
+
+    def results(name, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        make, attend = BACKENDS[name]
+        y = attend(*leaves, make(docs, window), 0.1)
+        return [y, *torch.autograd.grad(y, leaves, g.to(dtype))]
+
+    for ours, exact in zip(results(backend, torch.bfloat16), results("masked", torch.float64)):
+        assert (ours.double() - exact).norm() / exact.norm() < 0.02  # a few bfloat16 roundings of 2^-9
+
+
+def test_fp8_head_follows_the_compute_capability(monkeypatch):
+    monkeypatch.delenv("DISABLE_FP8", raising=False)
+    use, reason = choose_fp8("auto", DEVICE)
+    assert use == (torch.cuda.get_device_capability() >= (8, 9)), reason
 
 
 def test_head_and_loss_are_those_of_fp32_up_to_the_precision_of_their_dtype():
@@ -144,11 +172,8 @@ def test_a_checkpoint_brings_back_all_of_a_run(tmp_path, monkeypatch):
     run.save(tmp_path / "state.pt")
     other.load("state.pt", torch.load(tmp_path / "state.pt", weights_only=True))
     assert other.step == 4
-    for (name, p), q in zip(run.model.named_parameters(), other.model.parameters()):
-        assert torch.equal(p, q), name
-    for a, b in zip(run.adam.full_state(), other.adam.full_state(), strict=True):
-        for key, x in a.items():
-            assert torch.equal(x, b[key]) if isinstance(x, torch.Tensor) else x == b[key]
+    assert same_bits(other.model.state_dict(), run.model.state_dict())
+    assert same_bits(other.adam.full_state(), run.adam.full_state())
     for r in (run, other):
         r.train_step()
     # Gradients of tables are summed up in any order.
@@ -187,3 +212,27 @@ def test_a_run_with_ngrams_in_host_memory_learns(tmp_path, monkeypatch):
     for _ in range(8):
         run.train_step()
     assert run.evaluate() < first and run.ngrams.rows.abs().sum() > 0
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_full_model_of_track_small_learns_which_tokens_occur(tmp_path, monkeypatch, compile):
+    """Of 50257 ids only 64 occur, so the loss falls far from ln 50304 within a few steps."""
+    cfg = Config.for_track("small", compile=compile, val_tokens=262_144)
+    synthetic_shards(cfg, tmp_path, 30_000_000, ids_used=64)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    cfg = Config.for_track("small", compile=compile, val_tokens=262_144, max_epochs=1000)
+    run = Run(cfg, Runtime())
+    assert sum(p.numel() for p in run.model.parameters()) > 600e6
+    assert run.model.attn_qk.dtype == torch.bfloat16
+    first = run.evaluate()
+    run.warm_up()
+    run.train_step()
+    torch.cuda.set_sync_debug_mode("error")  # a step may not make the host wait for the device
+    try:
+        for _ in range(11):
+            run.accumulate(run.loader.next(), run.step)
+            run.update(run.step)
+            run.step += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert abs(first - math.log(50304)) < 0.1 and run.evaluate() < first - 1 and run.muon.skipped == 0
