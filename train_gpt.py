@@ -846,7 +846,8 @@ class GPT(nn.Module):
         cfg = self.cfg
         T, D = h.shape
         H, d = cfg.num_heads, cfg.head_dim
-        long, paired = i in cfg.long_layers, i in cfg.paired_layers
+        # Numbers, as they are indices: torch.compile of torch 2.11 takes no bool for one.
+        long, paired = int(i in cfg.long_layers), int(i in cfg.paired_layers)
 
         # Normalized queries and keys (record 5): logits stay bounded, and one fixed softmax scale fits all
         # layers. Half of each head rotates (record 17); the other half can match content at any distance.

@@ -34,8 +34,8 @@ def on_one_machine() -> bool:
 
 
 def available() -> bool:
-    """Return whether all ranks are on one machine, and system and torch can do this."""
-    return on_one_machine() and hasattr(os, "memfd_create") and hasattr(dist, "all_gather_single")
+    """Return whether all ranks are on one machine, and its system can do this."""
+    return on_one_machine() and hasattr(os, "memfd_create")
 
 
 class Neighbour:
@@ -175,6 +175,11 @@ class SharedMemoryGroup(dist.ProcessGroup):
         places = output.split(output_sizes or len(output) // self.size())
         parts = input.split(input_sizes or len(input) // self.size())
         return self.launch(parts, places, functools.partial(lay_down, places))
+
+    # As torch calls them before 2.13.
+    _reduce_scatter_base = reduce_scatter_single
+    _allgather_base = all_gather_single
+    alltoall_base = all_to_all_single
 
     @torch.no_grad()
     def launch(self, parts, expected, use: Callable[[list[Tensor]], None]) -> Exchange:

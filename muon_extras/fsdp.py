@@ -395,7 +395,9 @@ class Gathered(Bucket):
                     G = torch.full_like(local(p), math.nan)
                 state = state_of(self.optimizer, p, stack.group)
                 kept = {"weights": p.full_tensor(), "gradient": like(p, G).full_tensor()}
-                self.whole[p] = kept | {name: x.full_tensor() for name, x in state.items()}
+                for name, x in state.items():
+                    kept[name] = x.full_tensor().contiguous()  # torch 2.11 returns gathered columns strided
+                self.whole[p] = kept
         return super().receive()
 
     def gradient(self, stack: Stack) -> Tensor:

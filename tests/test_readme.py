@@ -11,6 +11,7 @@ import torch
 
 import train_gpt
 from bench import docs
+from engine import TESTED_TORCH
 from records.__main__ import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,13 @@ def test_every_relative_link_and_every_file_it_names_exists(page):
 def test_every_room_stands_in_the_table():
     rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))} | {"docs"}
     assert rooms <= set(re.findall(r"^\| `(\w+)/` ", README, re.M)) | {"logs"}
+
+
+def test_the_versions_of_torch_it_names_are_those_of_the_doctor():
+    first, last = (".".join(map(str, version)) for version in TESTED_TORCH)
+    assert f"torch {first} to {last}" in README
+    pinned = re.search(r"^torch==(\d+)\.(\d+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    assert TESTED_TORCH[0] <= tuple(map(int, pinned.groups())) <= TESTED_TORCH[1]
 
 
 def test_track_table_is_the_presets():

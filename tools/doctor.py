@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from data.errors import RunError, UsageError, run_program
 from data.loader import Loader, Validation
+from engine import TESTED_TORCH
 from engine.endings import explain
 from engine.kernels import Kernels, choose_dtype, name_of, whole_graph, will_compile
 from engine.self_test import in_one_line, largest_error
@@ -35,6 +36,14 @@ LIMIT_S = 180.0  # of a child; FlexAttention and torch.compile make kernels firs
 
 # ------------------------------------------------------------------------------------------------------------
 # The pieces: each returns (mark, text) or raises
+
+
+def try_torch(cfg: Config, device: torch.device) -> tuple[str, str]:
+    first, last = (".".join(map(str, version)) for version in TESTED_TORCH)
+    text = f"{torch.__version__}; {first} to {last} are tested"
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    tested = TESTED_TORCH[0] <= version <= TESTED_TORCH[1]
+    return "ok" if tested else "note", text
 
 
 def try_device(cfg: Config, device: torch.device) -> tuple[str, str]:
@@ -136,6 +145,7 @@ def try_data(cfg: Config, device: torch.device) -> tuple[str, str]:
 
 
 PIECES = {  # name -> (function, what to change where it fails)
+    "torch": (try_torch, ""),
     "device": (try_device, "see whether nvidia-smi works; CUDA_VISIBLE_DEVICES= trains on the CPU"),
     "kernels": (try_kernels, "name an --attention (flex, blocked, masked), or --fp8_head=off"),
     "compile": (try_compile, "--compile=off trains the same without, slower"),

@@ -521,6 +521,7 @@ def test_odd_inputs_get_a_sentence(run, error, sentence):
     assert sentence in str(found.value)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="torch 2.11 cannot compile id() of a group")
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_the_whole_step_compiles_and_follows_the_schedules(kind):
     params, gradients = make([(12, 8), (8, 12)], steps=5)

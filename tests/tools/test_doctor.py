@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from data.errors import RunError
 from engine import endings
@@ -54,6 +55,25 @@ def test_what_is_wrong_fails_with_what_to_change(capsys, tmp_path, monkeypatch, 
     monkeypatch.setattr(torch, "compile", lambda f, **options: lambda x, w: 1.1 * f(x, w))
     mark, text = lines(capsys, tmp_path, *settings.split(), pieces=[piece])[piece]
     assert mark == "FAIL" and said in text
+
+
+def test_a_torch_that_nobody_tested_is_noted(monkeypatch):
+    expected = {"2.10.1": "note", "2.11.0+cu130": "ok", "2.14.1": "ok", "2.15.0a0+git": "note", "3.0": "note"}
+    for version, mark in expected.items():
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        found = doctor.try_torch(config(), torch.device("cpu"))
+        assert found == (mark, f"{version}; 2.11 to 2.14 are tested")
+
+
+@pytest.mark.parametrize("program", ["tools.doctor", "train_gpt"])
+def test_a_torch_that_is_too_old_ends_in_a_sentence(program):
+    child = python("-c", f"""
+import runpy, torch
+torch.__version__ = torch.torch_version.TorchVersion("2.6.0+cu124")
+runpy.run_module({program!r}, run_name="__main__")
+""")
+    said = "expected torch 2.7 or newer, found 2.6.0+cu124; install what requirements.txt pins\n"
+    assert (child.returncode, child.stdout, child.stderr) == (2, "", said)
 
 
 def test_a_gpu_is_named_and_an_old_one_told_of_bfloat16(monkeypatch):
@@ -129,7 +149,7 @@ def test_the_command_itself_reports_and_exits_with_the_finding(tmp_path):
     command = "-m", "tools.doctor", "--track=shakespeare", f"--log_dir={tmp_path / 'logs'}"
     result = python(*command, DATA_PATH=tmp_path, CUDA_VISIBLE_DEVICES="")
     marks = [line[:4].strip() for line in result.stdout.splitlines() if line[4:6] == "  "]
-    assert result.returncode == 1 and marks.count("FAIL") == 1 and marks.count("ok") == 6, result.stdout
+    assert result.returncode == 1 and marks.count("FAIL") == 1 and marks.count("ok") == 7, result.stdout
     assert result.stderr == ""
 
 

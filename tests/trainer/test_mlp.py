@@ -177,4 +177,4 @@ for T, D, M in ((200, 64, 304), (128, 192, 128)):
 
 
 def test_the_kernels_compute_their_definitions():
-    interpret(KERNELS)
+    interpret(KERNELS, loops=True)
