@@ -27,6 +27,7 @@ FEW = """
     --cache_layer=0 --paired_layers=0 --skip= --backout=off --smear=off --value_embed_layers=1
     --attn_gate_layers= --xsa_layers= --bigram_rows=0 --stages=1 --untie_stage=-1 --train_steps=8
     --extension_steps=2 --save_every=5 --batch_tokens=32768 --val_slice=8192 --val_tokens=8192
+    --max_doc_len=2048 --mtp_weights=1
 """.split()
 
 
@@ -57,6 +58,8 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
     assert "| inside the clock | 0 |" in child.stdout and "| in steps |" not in child.stdout
     assert "| 0 | 3 | 3 | 0 | 0 |\n| 1 | 1 | 1 | 1 | 1 |" in child.stdout  # steps with and without Adam
     assert "Resumed from steps 6." in child.stdout
+    warm_up = child.stdout.partition("| warm-up | ")[2].partition("\n")[0]
+    assert "1 GPT, 1 GPT backward" in warm_up  # of both stages, whose windows and softmax scales differ
 
     found = json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))
     assert (tmp_path / "few.md").read_text(encoding="utf-8") == page(found)
