@@ -132,7 +132,8 @@ def without_device(gpu: Gpu):
             stack.enter_context(mock.patch.object(module, "get_gpu_dram_gbps", lambda: 1000 * gpu.tb_s))
             stack.enter_context(mock.patch.object(module, "get_device_tflops", lambda dtype: gpu.tflops))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
-        stack.enter_context(inductor_config.patch(use_static_triton_launcher=False))
+        stack.enter_context(inductor_config.patch(
+            force_disable_caches=True, use_static_triton_launcher=False))
         yield
 
 

@@ -60,6 +60,7 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
     assert "Resumed from steps 6." in child.stdout
     warm_up = child.stdout.partition("| warm-up | ")[2].partition("\n")[0]
     assert "1 GPT, 1 GPT backward" in warm_up  # of both stages, whose windows and softmax scales differ
+    assert "not kept for a second start" not in child.stdout
 
     found = json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))
     assert (tmp_path / "few.md").read_text(encoding="utf-8") == page(found)
@@ -72,16 +73,20 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
         assert products == pytest.approx(6e-9 * 32_768 * plan.shapes_of(cfg).matmul_params(), rel=0.01)
 
 
-def test_a_number_that_a_step_reads_and_graphs_that_are_made_too_late_are_found():
+def test_a_number_that_a_step_reads_and_graphs_that_come_too_late_or_are_not_kept_are_found():
     """One graph in the second stage, which the warm-up left out, and one in a resumed run, by a number of
-    Adam's that is compiled in."""
+    Adam's that is compiled in. None of the model's is kept where torch may not keep autograd functions."""
     child = cross("""
     train_gpt.Run.set_rates = lambda run, step: torch.ones((), device='cuda').item()
     train_gpt.Config.graph_starts = property(lambda cfg: [0])
     load = train_gpt.Run.load_state
     train_gpt.Run.load_state = lambda run, state: (load(run, state), setattr(run.adam, 'eps', 1e-8))
+    from bench.cross import trace
+    trace.keep_compiled = lambda: setattr(torch._dynamo.config, 'recompile_limit', 64)
     """, "--batch_tokens=32768,65536")
     assert child.returncode == 1, child.stderr
     assert "| in steps | a number read at train_gpt.py:" in child.stdout
     row = child.stdout.partition("| inside the clock | ")[2].partition("\n")[0]
     assert "1 GPT, 1 GPT backward" in row and "adam_update_" in row
+    row = child.stdout.partition("| not kept for a second start | ")[2].partition("\n")[0]
+    assert row.startswith("2 | 2 GPT: ") and "autograd_function_apply" in row
