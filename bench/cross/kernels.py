@@ -31,7 +31,7 @@ from bench.cross.device import Chip
 from bench.cross.trace import Graph
 from tools.gpus import Gpu
 
-OPTIMIZERS = {"muon": "Muon", "adam": "Adam"}  # file -> part
+OPTIMIZERS = {"adam": "Adam", "muon": "Muon"}  # file -> part; Adam calls functions of muon.py
 TABLES = "bigram", "value_embeddings", "first_embedding"
 
 
@@ -192,8 +192,9 @@ def part_of(origin, kind: str) -> str:
     frames = re.findall(r'/(\w+)\.py", line \d+, in (\w+)', origin.meta.get("stack_trace") or "")
     files = {file for file, _ in frames}
     functions = {function for _, function in frames}
-    if files & set(OPTIMIZERS):
-        return OPTIMIZERS[(files & set(OPTIMIZERS)).pop()]
+    for file, optimizer in OPTIMIZERS.items():
+        if file in files:
+            return optimizer
     if "head_loss" in files:
         return "head and loss"
     if "mm" in kind and functions & {"attention", "layer_weights"}:

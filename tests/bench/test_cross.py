@@ -69,6 +69,7 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
         assert plan.step_bytes(cfg, torch.bfloat16, True, tokens)[0] == pytest.approx(kept, rel=0.25)
     for rows in launches(found):  # 6 FLOPs a weight and token
         parts = by_part(rows, GPUS["H100"])
+        assert "Adam" in parts and "Muon" not in parts  # though Adam calls functions of muon.py
         products = sum(parts[name]["gflop"] for name in ("projections", "MLP", "head and loss"))
         assert products == pytest.approx(6e-9 * 32_768 * plan.shapes_of(cfg).matmul_params(), rel=0.01)
 
