@@ -117,11 +117,10 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
 
 
 def gram_pays(m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether to iterate on the Gram matrix. On a CPU core it is 1.55 times as fast in fp32 at an aspect of 4
-    and 1.1 times at 2, in bf16 1.3 and 1.1 times. In bf16 the result is then off by 1 to 4 % instead of 1 to
-    2 %, where the polynomial itself leaves singular values 3 to 30 % off 1, and by more where values start
-    large, in small matrices and in those of rank 1 (20 %): small ones are left out, and other devices, where
-    it is not measured."""
+    """Whether to iterate on the Gram matrix: on a CPU core 1.1 times as fast at an aspect of 2, and at 4 1.55
+    times in fp32, 1.3 in bf16. In bf16 the result is then off by 1 to 4 % instead of 1 to 2 %, in small
+    matrices and those of rank 1 by 20 %: so not for small ones, nor on other devices, where it is not
+    measured."""
     fine = dtype != torch.bfloat16 or device.type == "cpu" and min(m, n) >= LARGE
     return fine and max(m, n) >= 2 * min(m, n)
 
@@ -154,15 +153,13 @@ BLOCK_ROWS = 256  # of a symmetric product of large matrices: fewer save more, b
 
 
 def on_a_cpu(x: Tensor) -> bool:
-    """Whether Python may look at values of x, which costs no wait there, and work on it in place: outside of
-    graphs."""
+    """Whether Python may look at values of x, which costs no wait there, and work on it in place."""
     return type(x) is Tensor and x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
 
 
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether the wide matrices of a stack are iterated one at a time, by the products below, as measured on
-    one and two cores: it pays for what is large, and in fp32 where oneDNN is there and a call is worth
-    its 10 us."""
+    """Whether wide matrices are iterated one at a time, by the products below: as measured on one and two
+    cores, it pays for large ones, and in fp32 where oneDNN is there and a call is worth its 10 us."""
     dtype = dtype or X.dtype
     if dtype not in (torch.float32, torch.bfloat16) or not on_a_cpu(X):
         return False
@@ -171,17 +168,15 @@ def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
     return X.size(-2) >= LARGE
 
 
-def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Return alpha A W^T + beta C of matrices on a CPU. W lies in memory without gaps: else oneDNN takes a
-    second."""
+def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha=1.0, beta=1.0) -> Tensor:
+    """Return alpha A W^T + beta C of matrices on a CPU. oneDNN takes a second if W has gaps in memory."""
     if ONEDNN is not None and A.dtype == torch.float32:
         D = ONEDNN(A, W, None, "none", [], "")
         return D if C is None else D.mul_(alpha).add_(C, alpha=beta)
     return A @ W.mT if C is None else torch.addmm(C, A, W.mT, alpha=alpha, beta=beta)
 
 
-def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0,
-                      beta: float = 1.0) -> Tensor:
+def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha=1.0, beta=1.0) -> Tensor:
     """Return alpha A B + beta C of stacks whose result is symmetric: a kernel with this signature needs to
     compute only half. This one does so for what is large on a CPU: blocks of rows up to the diagonal."""
     if len(A) > 1 or not one_by_one(A):
@@ -208,8 +203,7 @@ def apply_to(X: Tensor, P: Tensor, a: float) -> Tensor:
 def iterate(X: Tensor, segments: list[Sequence], symmetric: Callable) -> Tensor:
     """Take all steps on a wide stack. With R = X X^T one step multiplies X by a I + P, where P = b R + c R^2,
     and R by its square; all of these are polynomials in R and commute. So steps that share a Gram matrix need
-    X only at the end. Their product is kept as q I + Q, because in 16 bits the sum would lose the digits of
-    Q."""
+    X only at the end. Their product is kept as q I + Q: in 16 bits the sum would lose the digits of Q."""
     for segment in segments:
         R = symmetric(X, X.mT)
         for i, (a, b, c) in enumerate(segment):
@@ -283,10 +277,8 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     X = normalize(stack, dtype, safety, eps)
     gram = gram_pays(*X.shape[-2:], dtype, X.device) if gram is None else gram
     parts = segments(triples, gram, dtype)
-    if not one_by_one(X):
-        return iterate(X, parts, symmetric).reshape(G.shape)
-    results = [iterate(x, parts, symmetric)[0] for x in X.split(1)]
-    O = results[0] if len(X) == 1 else torch.stack(results)
+    results = [iterate(x, parts, symmetric) for x in X.split(1 if one_by_one(X) else len(X))]
+    O = results[0] if len(results) == 1 else torch.cat(results)
     return O.reshape(G.shape)
 
 
@@ -306,15 +298,15 @@ ADJUST_LR = {  # the factor on lr for an m x n matrix; weight decay never sees i
 def momentum_update(M: Tensor, G: Tensor, mu, nesterov: bool) -> tuple[Tensor, Tensor]:
     """Return (U, which of the B gradients are finite). M (B, m, n) fp32 moves in place where they are; G is
     read only. U is zero where G is zero throughout."""
-    norms = plain_norms(G)
-    plain = norms is not None  # spares three passes
-    size = norms if plain else largest(G).float()  # fp64 may be finite there only
-    ok = torch.isfinite(size)
+    size = plain_norms(G)
+    plain = size is not None  # spares three passes
+    if not plain:
+        size = largest(G).float()  # fp64 may be finite there only
+    ok = size.isfinite()
     G = G.float() if plain else torch.where(ok, G.float(), M)  # blending M with M leaves M as it is
     M.lerp_(G, 1 - mu)
     U = G.lerp(M, mu) if nesterov else M
-    U = U if plain else torch.where(size > 0, U, 0.0)
-    return U, ok.view(-1)
+    return U if plain else torch.where(size > 0, U, 0.0), ok.view(-1)
 
 
 def finite_only(O: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,9 +333,8 @@ def normalize_variance(O: Tensor, V: Tensor, ok: Tensor, beta2) -> Tensor:
 
 
 def decay_and_step(W: Tensor, O: Tensor, ok: Tensor, lr, decay, cautious: bool) -> None:
-    """W <- W - decay W - lr O in place; bf16 is rounded once, at the end. A matrix that is not ok keeps its
-    bits. W, O: (B, ...); ok: (B,) bool, or 0 and 1 as they come off the wire; decay is a fraction, already
-    times lr."""
+    """W <- W - decay W - lr O in place; bf16 is rounded once, at the end. A matrix that is not ok stays.
+    W, O: (B, ...); ok: (B,) bool, or 0 and 1 as they come off the wire; decay: already times lr."""
     X = W if W.dtype.itemsize >= 4 else W.float()
     O = O.to(X.dtype)
     ok = ok.to(X.dtype).view(-1, *[1] * (W.ndim - 1))
@@ -371,8 +362,7 @@ def join_halves(upper: Tensor, low: Tensor) -> Tensor:
 
 
 def upper_half(master: Tensor, low: Tensor) -> Tensor:
-    """Return the upper halves of fp32 numbers as bf16, truncated, and write the lower ones to the int16
-    `low`."""
+    """Return the upper halves of fp32 numbers as bf16, truncated; the lower ones go to the int16 `low`."""
     bits = master.view(torch.int32)
     low.copy_(bits.to(torch.int16))
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
@@ -402,6 +392,7 @@ class Stack:
     param: Tensor
     group: dict             # its settings
     whole: Sequence[int]    # shape of the parameter
+    bank: Sequence[int]     # the same as (matrices, all rows, columns ...)
     flatten: bool | None
     blocks: Sequence[int]   # rows of the blocks of a matrix
     number: int             # of the stack in what `cut` returns
@@ -421,17 +412,16 @@ class Stack:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def bank(self) -> tuple[int, ...]:
-        """The shape of the parameter as (matrices, all rows, columns ...)."""
-        return tuple(self.whole) if len(self.whole) == 3 and not self.flatten else (1, *self.whole)
+    def flops(self, dtype: torch.dtype) -> int:
+        """Count the operations that one of its matrices takes in a step."""
+        gram = gram_pays(self.m, self.n, dtype, self.param.device)
+        return newton_schulz_flops(self.m, self.n, self.group["ns_steps"], gram, dtype)
 
     def state_shape(self, name: str) -> tuple[int, ...]:
         return self.shape if name != "second_moment" else (len(self), max(self.m, self.n))
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the parameter's whole state: its own or (matrices, numbers) for
-        second_moment."""
+        """Return the shape of a parameter's whole state: its own, or (matrices, numbers) of variances."""
         if name != "second_moment":
             return tuple(self.whole)
         return self.bank[0], sum(max(m, self.n) for m in self.blocks)
@@ -445,8 +435,7 @@ class Stack:
 
     def of_state(self, name: str, x: Tensor) -> Tensor:
         """Return the view (B, m, n), or (B, numbers) for second_moment, in the whole state of a parameter."""
-        found = self.within(x, self.n) if name == "second_moment" else self.of(x)
-        return found.view(self.state_shape(name))
+        return self.within(x, self.n) if name == "second_moment" else self.of(x).view(self.shape)
 
 
 def stacks_of(p: Tensor, shape: Sequence[int], group: dict) -> list[Stack]:
@@ -456,7 +445,8 @@ def stacks_of(p: Tensor, shape: Sequence[int], group: dict) -> list[Stack]:
     blocks = group["split"] or (bank.size(1),)
     if isinstance(blocks, int):
         blocks = (bank.size(1) // blocks,) * blocks
-    return [Stack(p, group, shape, flatten, blocks, number, 0, len(stack), stack.size(1), stack[0, 0].numel())
+    return [Stack(p, group, shape, bank.shape, flatten, blocks, number, start=0, stop=len(stack),
+                  m=stack.size(1), n=stack[0, 0].numel())
             for number, stack in enumerate(cut(bank, blocks)) if len(stack)]
 
 
@@ -564,8 +554,9 @@ class Flight(NamedTuple):
         return self.result
 
 
-def copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second of each pair into the first: on a GPU, many by one kernel."""
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    """Copy the second of each pair, if there is one, into the first: on a GPU, many by one kernel."""
+    pairs = [pair for pair in pairs if pair[1] is not None]
     if pairs:
         torch._foreach_copy_(*map(list, zip(*pairs)))
 
@@ -591,8 +582,7 @@ def unpacked(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def world_and_rank(group) -> tuple[int, int]:
-    """Return the number of ranks of a process group and the place of this one; a process by itself is the
-    only rank."""
+    """Return the number of ranks of a process group and the place of this one; 1 and 0 without any."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1, 0
     return dist.get_world_size(group), dist.get_rank(group)
@@ -648,9 +638,9 @@ class Bucket:
         self.grad_dtype = torch.bfloat16 if low else torch.float32
 
     @staticmethod
-    def held_shape(p: Tensor) -> torch.Size:
-        """Return the shape of what has the units of p."""
-        return p.shape
+    def local(x: Tensor) -> Tensor:
+        """Return what this rank has of something that is shaped like a parameter."""
+        return x
 
     @staticmethod
     def stackable(stack: Stack) -> bool:
@@ -668,8 +658,7 @@ class Bucket:
         return (name, stack.number, stack.start) if self.divided else name
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
-        """Return (B, m, n), or (B, numbers) for second_moment, of the kinds of state that the group of a
-        stack asks for, each zero at first use."""
+        """Return each kind of state that its group asks for: (B, m, n), or (B, numbers); 0 at first use."""
         state = self.optimizer.state[stack.param]
         found = {}
         for name, dtype in state_kinds(stack.group).items():
@@ -684,43 +673,47 @@ class Bucket:
         """Return (B, m, n), often p.grad itself, or None."""
         p = stack.param
         where = self.optimizer._names[p]
-        if p.grad is None and p.is_meta:
+        if p.is_meta and p.grad is None:
             raise refusal("a parameter with values", "one on the meta device", "put the model's own into "
                           "param_groups: to_empty() has made others", where, RuntimeError)
-        if p.grad is not None and p.grad.layout != torch.strided:
+        if p.grad is None:
+            return None
+        if p.grad.layout != torch.strided:
             raise refusal("a dense gradient", p.grad.layout, "make the layer with sparse=False", where,
                           RuntimeError)
-        return None if p.grad is None else stack.of(p.grad).reshape(stack.shape)
+        return stack.of(self.local(p.grad)).reshape(stack.shape)
 
     def weights(self, stack: Stack) -> Tensor:
-        return stack.of(stack.param)
+        return stack.of(self.local(stack.param))
 
     def start(self) -> None:
         """With sync_grads: launch the sum of the gradients over ranks; each owner receives its own part."""
         if self.world_size == 1 or not self.optimizer.sync_grads or self.pending is not None:
             return
-        shapes = [[stack.shape for stack in stacks] for stacks in self.stacks]
-        size = self.world_size, max(sum(map(math.prod, mine)) for mine in shapes)
+        size = self.world_size, max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
         # Where a gradient is missing, NaN: so is the mean, and the owner skips it.
         packed = torch.full(size, math.nan, dtype=self.grad_dtype, device=self.device)
-        slots = [slot for part, mine in zip(packed, shapes) for slot in unpacked(part, mine)]
-        gradients = [self.gradient(stack) for stacks in self.stacks for stack in stacks]
-        copy_all([pair for pair in zip(slots, gradients) if pair[1] is not None])
+        copy_all((slot, self.gradient(stack)) for owner, part in enumerate(packed)
+                 for stack, slot in self.slots(part, owner).items())
         self.pending = sum_to_owners(packed, self.optimizer.replicate_state, self.group)
 
     def receive(self) -> dict[Stack, Tensor]:
-        """Return the gradients (B, m, n) of all whose state moves here, averaged over ranks with
-        sync_grads."""
-        kept = [self.stacks[self.rank]] if self.divided else self.stacks
+        """Return the gradients (B, m, n) of all whose state moves here, with sync_grads their means."""
+        owners = [self.rank] if self.divided else range(self.world_size)
         if self.pending is None:
-            found = {stack: self.gradient(stack) for stacks in kept for stack in stacks}
+            found = {stack: self.gradient(stack) for owner in owners for stack in self.stacks[owner]}
             return {stack: G for stack, G in found.items() if G is not None}
         mean = self.pending.wait().float().div_(self.world_size)
         self.pending = None
         found = {}
-        for stacks, part in zip(kept, mean.view(len(kept), -1)):
-            found |= zip(stacks, unpacked(part, [stack.shape for stack in stacks]))
+        for owner, part in zip(owners, mean.view(len(owners), -1)):
+            found |= self.slots(part, owner)
         return found
+
+    def slots(self, part: Tensor, owner: int) -> dict[Stack, Tensor]:
+        """Return the views (B, m, n) of what an owner receives or sends."""
+        stacks = self.stacks[owner]
+        return dict(zip(stacks, unpacked(part, [stack.shape for stack in stacks])))
 
     def update(self, gradients: dict[Stack, Tensor]) -> Results:
         """Move the momentum, and return the results of what I own."""
@@ -736,21 +729,20 @@ class Bucket:
     def orthogonalize(self, ahead: Results) -> Results:
         """Return {stack: (O (B, m, n), rounded as it travels; ok)} from {stack: (U, ok)}: one iteration for
         all matrices of a kind, the tall ones lying on their side, unless they are faster one by one."""
-        kinds = {}
-        for stack, (U, ok) in ahead.items():
-            U = U if U.size(1) <= U.size(2) else U.mT
+        kinds = collections.defaultdict(dict)
+        for stack, (U, _) in ahead.items():
+            U = U if stack.m <= stack.n else U.mT
+            how = [stack.group[key] for key in ("ns_steps", "ns_coefficients", "eps")]
             apart = self.optimizer.deterministic or one_by_one(U, self.dtype)
-            how = tuple(stack.group[key] for key in ("ns_steps", "ns_coefficients", "eps"))
-            kind = how, U.shape[1:], stack if apart else None
-            kinds.setdefault(kind, []).append((stack, U, ok))
+            kinds[(*how, U.shape[1:], stack if apart else None)][stack] = U
         results = {}
-        for ((steps, coefficients, eps), *_), members in kinds.items():
-            stacks, Us, oks = zip(*members)
-            U = Us[0] if len(Us) == 1 else torch.cat(Us)
+        for (steps, coefficients, eps, *_), Us in kinds.items():
+            U, *others = Us.values()
+            U = torch.cat([U, *others]) if others else U
             O = self.optimizer.call(orthogonalize, U, steps, coefficients, self.dtype, None,
                                     self.optimizer.symmetric, eps)
-            for stack, O, ok in zip(stacks, O.split([len(U) for U in Us]), oks):
-                O, ok = self.optimizer.call(finite_only, O, ok)
+            for stack, O in zip(Us, O.split([*map(len, Us)])):
+                O, ok = self.optimizer.call(finite_only, O, ahead[stack][1])
                 O = O if O.shape == stack.shape else O.mT.contiguous()
                 results[stack] = O.to(self.wire), ok
         return results
@@ -782,15 +774,19 @@ class Bucket:
             return
         length = max(sum(stack.numel + len(stack) for stack in stacks) for stacks in self.stacks)
         mine = torch.zeros(length, dtype=self.wire, device=self.device)  # where nothing follows, 0 is not ok
-        copy_all([pair for stack, *slots in self.contents(mine, self.rank)
-                  for pair in zip(slots, results.get(stack, ()))])
+        if self.divided:  # weights that travel do so as they are where nothing has moved them
+            masters = [stack for stack in self.stacks[self.rank] if stack.group["split_mantissa"]]
+            results = {stack: (self.weights(stack).view(stack.shape),) for stack in masters} | results
+        copy_all(pair for stack, slots in self.contents(mine, self.rank).items()
+                 for pair in zip(slots, results.get(stack, ())))
         self.sent = share_with_all(mine, self.world_size, self.group)
 
-    def contents(self, part: Tensor, owner: int) -> Iterable[tuple[Stack, Tensor, Tensor]]:
-        """Return (stack, what travels (B, m, n), ok (B,)) in the order in which an owner sends them."""
-        stacks = self.stacks[owner]
-        slots = unpacked(part, [stack.shape for stack in stacks] + [stack.shape[:1] for stack in stacks])
-        return zip(stacks, slots, slots[len(stacks):])
+    def contents(self, part: Tensor, owner: int) -> Results:
+        """Return the views of what an owner sends: all that travels, then all flags."""
+        values = self.slots(part, owner)
+        flags = part[sum(stack.numel for stack in values):]
+        oks = unpacked(flags, [stack.shape[:1] for stack in values])
+        return {stack: (value, ok) for (stack, value), ok in zip(values.items(), oks)}
 
     def arrived(self) -> Results:
         """Wait for the results of all ranks."""
@@ -800,23 +796,21 @@ class Bucket:
             return sent
         found = {}
         for owner, part in enumerate(sent.wait()):
-            found |= {stack: result for stack, *result in self.contents(part, owner)}
+            found |= self.contents(part, owner)
         return found
 
     def apply(self) -> Tensor:
         """Change the weights, on every rank with the same numbers. Returns how many matrices were skipped."""
         results = self.arrived() if self.divided else self.settled(self.arrived())
+        weights = []
         for stack, (value, ok) in results.items():
             W = self.weights(stack)
             value = value.reshape(W.shape)
             if stack.group["split_mantissa"]:
-                moves = ok.bool().view(-1, *[1] * (W.ndim - 1))
-                if W.is_contiguous():
-                    torch.where(moves, value.to(W.dtype), W, out=W)
-                else:  # torch.compile has no output that is not
-                    W.copy_(torch.where(moves, value, W))
+                weights.append((W, value))
             else:
                 self.optimizer.call(decay_and_step, W, value, ok, *self.optimizer.rates(stack))
+        copy_all(weights)
         moved = [ok for _, ok in results.values()]
         return self.num_matrices - (torch.cat(moved).sum(dtype=torch.int64) if moved else 0)
 
@@ -825,8 +819,7 @@ class Bucket:
 # Settings and parameters, checked when they are set or changed
 
 def plain(x):
-    """Return numpy's numbers as Python's and lists as tuples, so that settings compare and are saved; tensors
-    stay."""
+    """Return numpy's numbers as Python's and lists as tuples, which compare and are saved; tensors stay."""
     if type(x) in (int, float):  # also those that change, as torch.compile sees them
         return x
     if isinstance(x, Sequence) and not isinstance(x, str):
@@ -919,8 +912,7 @@ def check_parameter(name: str, p: Tensor, group: dict) -> None:
 
 @functools.cache
 def fuse(function: Callable) -> Callable:
-    """Compile once per shape. Numbers enter as tensors: a number would be compiled in, anew for every
-    value."""
+    """Compile once per shape. Numbers enter as tensors: else each value would be compiled in."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     fused = torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -1038,8 +1030,8 @@ class Muon(torch.optim.Optimizer):
         for number, group in enumerate(groups):
             known = self._checked.setdefault(number, {})
             for key in RULES:
-                if key not in group or group[key] is not known.get(key, known):
-                    value = group.get(key, self.defaults[key])
+                value = group.setdefault(key, self.defaults[key])
+                if value is not known.get(key, known):
                     group[key] = known[key] = checked(key, value, f" of group {number}")
 
     # --- the layout ---
@@ -1059,7 +1051,9 @@ class Muon(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             mine = [f"{name} of shape {tuple(p.shape)} in {p.dtype}"
                     for name, p in zip(names_in(group, i), group["params"]) if p in params]
-            lines += [*(f"{key} {group[key]} of group {i}" for key in RULES), *mine] if mine else []
+            if mine:
+                lines += [f"{key} {group[key]} of group {i}" for key in RULES]
+                lines += mine
         return lines
 
     def _follow(self, changed: bool) -> None:
@@ -1083,26 +1077,24 @@ class Muon(torch.optim.Optimizer):
 
     def _lay_out(self) -> None:
         """Place the units and cut them into buckets. What state there is stays with its parameter."""
+        self.consolidate_state_dict()
         self._check_settings(self.param_groups)
         names = {}
-        lanes = {}
+        lanes = collections.defaultdict(dict)
         for number, group in enumerate(self.param_groups):
             for name, p in zip(names_in(group, number), group["params"]):
                 if p in names:
                     raise refusal("each parameter once", "it again", "remove it here or there", name)
                 check_parameter(name, p, group)
                 names[p] = name
-                lanes.setdefault(self._lane(name, p, group), {})[p] = group
+                lanes[self._lane(name, p, group)][p] = group
         devices = sorted({str(p.device) for p in names})
         if len(devices) != 1:
             raise refusal("parameters, all on one device", ", ".join(devices) or "none",
                           "pass the hidden matrices, and build one optimizer per device")
-        dtypes = [self._agreed_dtype(everyone, members) for (*_, everyone), members in lanes.items()]
-        self.consolidate_state_dict()
-        self.buckets = []
-        self.placements = []
-        for ((kind, process_group, _), members), dtype in zip(lanes.items(), dtypes):
-            self._fill_buckets(kind, process_group, members, dtype)
+        filled = [self._fill_buckets(*lane, members) for lane, members in lanes.items()]
+        self.placements = [placement for placement, _ in filled]
+        self.buckets = [bucket for _, buckets in filled for bucket in buckets]
         self.buckets.sort(key=lambda bucket: bucket.alone)  # of these, ranks may have unlike numbers
         self._names = names
         self._forget()
@@ -1124,28 +1116,26 @@ class Muon(torch.optim.Optimizer):
             dtypes = set().union(*(theirs for theirs, _ in found))
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
-    def _fill_buckets(self, kind: type[Bucket], process_group, members: dict[Tensor, dict],
-                      dtype: torch.dtype) -> None:
+    def _fill_buckets(self, kind: type[Bucket], process_group, everyone: tuple,
+                      members: dict[Tensor, dict]) -> tuple[Placement, list[Bucket]]:
+        """Place what the parameters of a lane, {parameter: its group}, are made of."""
+        dtype = self._agreed_dtype(everyone, members)
         world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
         cap = max(1, int(self.bucket_mb * 1e6 / 4))
         matrices = []  # the stack of each
-        costs = []
         for p, group in members.items():
-            for stack in stacks_of(p, kind.held_shape(p), group):
-                gram = gram_pays(stack.m, stack.n, dtype, p.device)
-                flops = newton_schulz_flops(stack.m, stack.n, group["ns_steps"], gram, dtype)
+            for stack in stacks_of(p, kind.local(p).shape, group):
                 matrices += [stack] * len(stack)
-                costs += [flops] * len(stack)
-        placement = place_units(costs, [stack.m * stack.n for stack in matrices], world_size, cap)
-        self.placements.append(placement)
-
-        def together(stack: Stack) -> bool:
-            return kind.stackable(stack) and not self.deterministic
-
+        costs = [stack.flops(dtype) for stack in matrices]
+        sizes = [stack.m * stack.n for stack in matrices]
+        placement = place_units(costs, sizes, world_size, cap)
+        together = (lambda stack: False) if self.deterministic else kind.stackable
         given = collections.Counter()
-        for bucket in placement.buckets:
-            mine = [runs([matrices[u] for u in units], given, together) for units in bucket]
-            self.buckets.append(kind(self, process_group, rank, mine, dtype))
+        buckets = []
+        for ranks in placement.buckets:
+            stacks = [runs([matrices[u] for u in units], given, together) for units in ranks]
+            buckets.append(kind(self, process_group, rank, stacks, dtype))
+        return placement, buckets
 
     def call(self, function: Callable, *args):
         """Call a function of tensors, fused if compile says so."""
@@ -1159,35 +1149,40 @@ class Muon(torch.optim.Optimizer):
 
     # --- state: self.state holds it, whole or this rank's share ---
 
-    def _shared(self) -> Iterable[tuple[Bucket, Stack, str, bool]]:
-        """Return (bucket, stack, kind of state, whether it is mine) of all that its owner alone keeps."""
-        return [(bucket, stack, name, owner == bucket.rank) for bucket in self.buckets if bucket.divided
-                for owner, stacks in enumerate(bucket.stacks) for stack in stacks
-                for name in state_kinds(stack.group)]
+    def _shared(self) -> Iterable[tuple[Bucket, Stack, bool]]:
+        """Yield (bucket, stack, whether it is mine) of all whose owner alone keeps its state."""
+        for bucket in self.buckets:
+            for owner, stacks in enumerate(bucket.stacks if bucket.divided else ()):
+                for stack in stacks:
+                    yield bucket, stack, owner == bucket.rank
 
     def _keep_my_share(self) -> None:
         """Let go of the state of units that others own, which a load or a consolidation has left here."""
-        shares = {}
-        for bucket, stack, name, mine in self._shared() if self._whole else ():
-            share = shares.setdefault(stack.param, {})  # on every rank, or it would seem a fresh optimizer
-            whole = self.state[stack.param].get(name)
-            if mine and whole is not None:
-                share[bucket.key(stack, name)] = stack.of_state(name, whole).clone()
+        if not self._whole:
+            return
+        shares = collections.defaultdict(dict)
+        for bucket, stack, mine in self._shared():
+            share = shares[stack.param]  # on every rank, or it would seem a fresh optimizer
+            whole = self.state[stack.param]
+            for name in state_kinds(stack.group):
+                if mine and name in whole:
+                    share[bucket.key(stack, name)] = stack.of_state(name, whole[name]).clone()
         self.state.update(shares)
-        self._whole = self._whole and not shares
+        self._whole = not shares
 
     def consolidate_state_dict(self) -> None:
-        """Bring the state of all owners to all ranks, in full shape, until the next step. All ranks call
-        it."""
-        found = {}
-        for bucket, stack, name, mine in () if self._whole else self._shared():
-            state = found.setdefault(stack.param, {})
-            if name not in state:
-                dtype = state_kinds(stack.group)[name]
-                state[name] = torch.zeros(stack.whole_shape(name), dtype=dtype, device=bucket.device)
-            if mine:
-                stack.of_state(name, state[name]).copy_(bucket.state(stack)[name])
-        for x in [x for state in found.values() for x in state.values()]:
+        """Bring all state to all ranks, in full shape, until the next step. All ranks call it."""
+        if self._whole:
+            return
+        found = collections.defaultdict(dict)
+        for bucket, stack, mine in self._shared():
+            whole = found[stack.param]
+            for name, dtype in state_kinds(stack.group).items():
+                if name not in whole:
+                    whole[name] = torch.zeros(stack.whole_shape(name), dtype=dtype, device=bucket.device)
+            for name, x in bucket.state(stack).items() if mine else ():
+                stack.of_state(name, whole[name]).copy_(x)
+        for x in [x for whole in found.values() for x in whole.values()]:
             # As bytes, to which all but the owner add 0: no backend sends int16.
             dist.all_reduce(x.view(torch.uint8), group=self.process_group)
         self.state.update(found)
@@ -1196,7 +1191,7 @@ class Muon(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop the state of parameters that have left, and of those whose shape it no longer fits."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        for p in [p for p in self.state if p not in groups]:
+        for p in self.state.keys() - groups.keys():
             del self.state[p]
         for p, state in self.state.items() if self._whole else ():
             try:
@@ -1209,8 +1204,7 @@ class Muon(torch.optim.Optimizer):
                     state[name] = state[name].to(p.device)
 
     def _check_state(self, p: Tensor, state: dict, group: dict, kinds: Iterable[str] = ()) -> None:
-        """Raise where the state of a parameter has another shape than it needs, or lacks one of these
-        kinds."""
+        """Raise where the state of a parameter has not the shape that it needs, or lacks one of `kinds`."""
         for name in state_kinds(group):
             if name in state or name in kinds:
                 expected = stacks_of(p, p.shape, group)[0].whole_shape(name)
@@ -1227,8 +1221,7 @@ class Muon(torch.optim.Optimizer):
                           "state_dict()", error=RuntimeError)
 
     def state_dict(self) -> dict:
-        """Return torch's layout at any number of ranks: {parameter number: {"momentum_buffer": fp32 in full
-        shape}}. The state of DTensor parameters is DTensors."""
+        """Return torch's layout at any number of ranks, all in full shape; state of DTensors is DTensors."""
         self._expect_whole_state()
         self._forget()
         return super().state_dict()
@@ -1239,14 +1232,14 @@ class Muon(torch.optim.Optimizer):
         is refused has changed nothing."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+            state_dict = hook(self, state_dict) or state_dict
         self._check_settings(self.param_groups)
         saved = state_dict["state"]
         groups = copy.deepcopy(state_dict["param_groups"])
-        sizes = [[len(group["params"]) for group in each] for each in (self.param_groups, groups)]
-        if sizes[0] != sizes[1]:
-            raise refusal(f"groups of {sizes[0]} parameters", sizes[1], "load a checkpoint of this model")
+        expected = [len(group["params"]) for group in self.param_groups]
+        found = [len(group["params"]) for group in groups]
+        if found != expected:
+            raise refusal(f"groups of {expected} parameters", found, "load a checkpoint of this model")
         for number, (ours, group) in enumerate(zip(self.param_groups, groups)):
             expect_order(names_in(ours, number), group.get("param_names") or ())
             groups[number] = ours | group | {key: ours[key] for key in SHAPING}
@@ -1275,8 +1268,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def start(self) -> None:
-        """With sync_grads: begin to average the gradients of the first two buckets and return at once. step()
-        calls it too. All ranks call it alike."""
+        """Begin to average the first gradients, with sync_grads, and return at once. step() calls it too."""
         self._check_settings(self.param_groups)
         changed = self._what_shapes_it() != self._layout_of
         if all(bucket.pending is None for bucket in self.buckets):

@@ -137,7 +137,8 @@ class RotaryOfNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         y, factor, cos, sin, size = ctx.saved_tensors
-        along = (g.float() * y).mean(-1, keepdim=True) / size.square()
+        # Divided within the mean: with one more tensor to read after it, torch.compile would store `across`.
+        along = (g.float() * y / size.square()).mean(-1, keepdim=True)
         across = (g - along * y) * factor
         return rotary(across.type_as(g), cos, -sin), None, None, None
 

@@ -28,6 +28,7 @@ from muon import (
     Bucket,
     Flight,
     Muon,
+    Placement,
     Stack,
     as_bank,
     decay_and_step,
@@ -64,13 +65,13 @@ class FsdpMuon(Muon):
             raise refusal("a mesh with its ranks in order", mesh, "sort its ranks")
         return kind, ranks, everyone
 
-    def _fill_buckets(self, kind: type[Bucket], process_group, members: dict[Tensor, dict],
-                      dtype: torch.dtype) -> None:
+    def _fill_buckets(self, kind: type[Bucket], process_group, everyone: tuple,
+                      members: dict[Tensor, dict]) -> tuple[Placement, list[Bucket]]:
         if kind is Gathered:
             first = next(iter(members))
             warnings.warn(f"Muon: {len(members)} parameters, the first placed as {first.placements}, are "
                           "gathered whole on every rank, which is slow; shard them along one mesh dimension")
-        super()._fill_buckets(kind, process_group, members, dtype)
+        return super()._fill_buckets(kind, process_group, everyone, members)
 
     def _adopt(self, name: str, value: Tensor, dtype: torch.dtype, p: Tensor, group: dict) -> Tensor:
         if not isinstance(p, DTensor):
@@ -189,21 +190,15 @@ def chunk(size: int, parts: int, i: int) -> tuple[int, int]:
 class Whole(Bucket):
     """Every rank holds whole matrices or none: ordinary units of a world of one."""
     alone = True
-
-    @staticmethod
-    def held_shape(p: DTensor) -> torch.Size:
-        return p.to_local().shape
+    local = staticmethod(local)
 
     def state(self, stack: Stack) -> dict[str, Tensor]:
         found = state_of(self.optimizer, stack.param, stack.group)
         return {name: stack.of_state(name, x.to_local()) for name, x in found.items()}
 
     def gradient(self, stack: Stack) -> Tensor | None:
-        grad = local_gradient(stack.param)
-        return None if grad is None else stack.of(grad).reshape(stack.shape)
-
-    def weights(self, stack: Stack) -> Tensor:
-        return stack.of(stack.param.to_local())
+        local_gradient(stack.param)  # refuses one that is placed otherwise
+        return super().gradient(stack)
 
 
 class Exchanged(Bucket):

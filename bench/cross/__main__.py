@@ -3,8 +3,9 @@ GPU that is not there.
 
     python -m bench.cross [--gpu=H100] [--ranks=8] [--parts trace costs code] [--out=PATH] [--field=value ...]
 
-trace  a short run through every stage on tensors without memory: the graphs that it makes, and when; the
-       lines at which the host would wait for the device; memory in use, by stage
+trace  a short run through every stage on tensors without memory: the graphs that it makes, and when, and
+       those that torch's cache would not keep for a second start; the lines at which the host would wait
+       for the device; memory in use, by stage
 costs  what inductor makes of the graphs: the least time of a step by part, from the bytes and operations of
        its kernels; memory with what the graphs need inside
 code   the machine code of the last stage's kernels and the optimizers': registers, shared memory, spills
@@ -58,6 +59,8 @@ def seen(trace, cfg) -> dict:
     for graph in trace.graphs:
         timed = graph.phase.removeprefix("resumed: ") not in AROUND
         graphs.setdefault("inside the clock" if timed else graph.phase, Counter())[str(graph)] += 1
+    if trace.refused:
+        graphs["not kept for a second start"] = trace.refused
     waits = {"in steps": Counter(), "elsewhere": Counter()}
     for (phase, what, place), times in trace.waits.items():
         if phase != "start" and (what, place.split()[-1]) != ALLOWED:

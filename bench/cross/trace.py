@@ -14,7 +14,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch._functorch._aot_autograd import autograd_cache
 from torch._guards import TracingContext
+from torch._inductor.codecache import FxGraphCache
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -146,6 +148,7 @@ class Trace:
         self.saved = []  # steps of checkpoints
         self.seconds = Counter()  # phase -> CPU seconds of this process
         self.crowded = 0  # sequences with more documents than entries for them
+        self.refused = Counter()  # function and reason why torch's cache does not keep its graph -> graphs
         self.storages = {}
         self.pinned = {}
 
@@ -269,6 +272,9 @@ def recording(trace: Trace):
         graph = Graph(trace.compiling, trace.phase, gm, inputs, kwargs)
         number = len(trace.graphs)
         trace.graphs.append(graph)
+        _, found = FxGraphCache.prepare_key(gm, inputs, kwargs, [], remote=False)
+        if reason := found.get("cache_bypass_reason"):
+            trace.refused[f"{graph}: {reason}"] += 1
         trace.compiled(graph)
 
         def call(args):
@@ -289,6 +295,18 @@ def recording(trace: Trace):
         return compile_truly(function, backend=backend, **options)
 
     return compile
+
+
+def asking_cache(trace: Trace, make_key):
+    """Return torch's function that finds a graph's place in its cache; it notes why a graph has none."""
+    def key(*args):
+        try:
+            return make_key(*args)
+        except Exception as error:  # whatever torch then takes for a reason to compile
+            trace.refused[f"{trace.compiling}: {' '.join(str(error).split())}"] += 1
+            raise
+
+    return key
 
 
 class OnHost(TorchDispatchMode):
@@ -316,6 +334,7 @@ def pretending(trace: Trace):
     import torch._inductor.fx_passes.pad_mm as pad_mm
 
     compile = recording(trace)
+    cache_key = asking_cache(trace, autograd_cache.autograd_cache_key)
     folder = joint_graph.UniformValueConstantFolder
     make_tensor = torch.tensor
 
@@ -331,7 +350,8 @@ def pretending(trace: Trace):
         mock.patch.object(folder, "run", fold_on_host(folder.run)),
         mock.patch.object(fuse_attention, "_sfdp_init", lambda *args, **kwargs: None),  # it runs patterns
         mock.patch.object(pad_mm, "_should_pad", lambda *args, **kwargs: False),  # it times both
-        torch._inductor.config.patch(force_disable_caches=True, compile_threads=1),
+        mock.patch.object(autograd_cache, "autograd_cache_key", cache_key),
+        torch._inductor.config.patch(compile_threads=1),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

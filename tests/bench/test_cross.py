@@ -27,6 +27,7 @@ FEW = """
     --cache_layer=0 --paired_layers=0 --skip= --backout=off --smear=off --value_embed_layers=1
     --attn_gate_layers= --xsa_layers= --bigram_rows=0 --stages=1 --untie_stage=-1 --train_steps=8
     --extension_steps=2 --save_every=5 --batch_tokens=32768 --val_slice=8192 --val_tokens=8192
+    --max_doc_len=2048 --mtp_weights=1
 """.split()
 
 
@@ -57,6 +58,9 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
     assert "| inside the clock | 0 |" in child.stdout and "| in steps |" not in child.stdout
     assert "| 0 | 3 | 3 | 0 | 0 |\n| 1 | 1 | 1 | 1 | 1 |" in child.stdout  # steps with and without Adam
     assert "Resumed from steps 6." in child.stdout
+    warm_up = child.stdout.partition("| warm-up | ")[2].partition("\n")[0]
+    assert "1 GPT, 1 GPT backward" in warm_up  # of both stages, whose windows and softmax scales differ
+    assert "not kept for a second start" not in child.stdout
 
     found = json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))
     assert (tmp_path / "few.md").read_text(encoding="utf-8") == page(found)
@@ -65,20 +69,25 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
         assert plan.step_bytes(cfg, torch.bfloat16, True, tokens)[0] == pytest.approx(kept, rel=0.25)
     for rows in launches(found):  # 6 FLOPs a weight and token
         parts = by_part(rows, GPUS["H100"])
+        assert "Adam" in parts and "Muon" not in parts  # though Adam calls functions of muon.py
         products = sum(parts[name]["gflop"] for name in ("projections", "MLP", "head and loss"))
         assert products == pytest.approx(6e-9 * 32_768 * plan.shapes_of(cfg).matmul_params(), rel=0.01)
 
 
-def test_a_number_that_a_step_reads_and_graphs_that_are_made_too_late_are_found():
+def test_a_number_that_a_step_reads_and_graphs_that_come_too_late_or_are_not_kept_are_found():
     """One graph in the second stage, which the warm-up left out, and one in a resumed run, by a number of
-    Adam's that is compiled in."""
+    Adam's that is compiled in. None of the model's is kept where torch may not keep autograd functions."""
     child = cross("""
     train_gpt.Run.set_rates = lambda run, step: torch.ones((), device='cuda').item()
     train_gpt.Config.graph_starts = property(lambda cfg: [0])
     load = train_gpt.Run.load_state
     train_gpt.Run.load_state = lambda run, state: (load(run, state), setattr(run.adam, 'eps', 1e-8))
+    from bench.cross import trace
+    trace.keep_compiled = lambda: setattr(torch._dynamo.config, 'recompile_limit', 64)
     """, "--batch_tokens=32768,65536")
     assert child.returncode == 1, child.stderr
     assert "| in steps | a number read at train_gpt.py:" in child.stdout
     row = child.stdout.partition("| inside the clock | ")[2].partition("\n")[0]
     assert "1 GPT, 1 GPT backward" in row and "adam_update_" in row
+    row = child.stdout.partition("| not kept for a second start | ")[2].partition("\n")[0]
+    assert row.startswith("2 | 2 GPT: ") and "autograd_function_apply" in row
