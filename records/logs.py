@@ -495,3 +495,15 @@ class Body:
         if points and part.total is not None and points[-1].step != part.total:
             self.notes.setdefault("the run is incomplete",
                            f"last validation at step {points[-1].step} of {part.total}")
+        if (step := self.skipped_validation(part)) is not None:
+            self.notes.setdefault("a validation is missing", f"none at step {step}")
+
+    def skipped_validation(self, part: Part) -> int | None:
+        """Return the first step before a validation at which the settings ask for another one."""
+        every = whole(self.config.get("val_every")) or 0
+        due = None if "resumed" in self.facts else 0  # a resumed run begins anywhere
+        for point in part.points if every > 0 else ():
+            if due is not None and point.step > due:
+                return due
+            due = point.step - point.step % every + every
+        return None
