@@ -10,7 +10,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-from data.errors import RunError, UsageError
+from data.errors import RunError, UsageError, steady_streams
 
 # ------------------------------------------------------------------------------------------------------------
 # Signals
@@ -113,6 +113,7 @@ def report(main, argv: list[str], name: str = "train_gpt.py") -> int:
     name of the program.
     """
     code, message = 0, None
+    steady_streams()
     with StopSignal() as stop:
         try:
             code = main(argv, stop) or 0
@@ -151,7 +152,7 @@ def leave(code: int):
     """
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
-    with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+    with contextlib.suppress(OSError):  # nobody listens any more
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

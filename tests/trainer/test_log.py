@@ -194,6 +194,27 @@ def test_on_a_terminal_there_is_a_progress_bar(folder):
     assert len(step_lines(Path(first).read_text())) == 43  # the file has the training lines too
 
 
+def test_a_terminal_that_is_closed_does_not_end_a_run(folder):
+    import pty
+
+    main, side = pty.openpty()
+    known = set((folder / "logs").glob("*.txt"))
+    with start(folder, "--train_steps=40", "--max_epochs=9", stdin=side, stdout=side, stderr=side) as process:
+        os.close(side)
+        os.read(main, 1)
+        os.close(main)  # from here on whatever is written to it is an error
+        assert process.wait() == 0
+    path, = set((folder / "logs").glob("*.txt")) - known
+    assert step_lines(path.read_text())[-1][0] == 40
+
+
+def test_on_a_cpu_the_model_is_the_only_graph(tmp_path):
+    run = make_run(tmp_path, compile="on")
+    assert run.kernels.compiled and not run.muon.compile
+    assert run.adam.update is adam_update_in_pieces_
+    assert run.model.cross_entropy is summed_cross_entropy
+
+
 def test_compiled_graphs_are_kept_beside_the_sources_unless_a_folder_is_named(monkeypatch):
     import torch._functorch.config
 
