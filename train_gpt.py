@@ -65,7 +65,7 @@ from engine.settings import (
 from engine.token_factors import (
     CONNECTIONS, HIDDEN, SCALE, connection_starts, gate_outputs, gate_slots, gate_starts, small_network,
     weighted_sum)
-from muon import Muon
+from muon import Muon, gram_pays, newton_schulz_flops
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -578,7 +578,8 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.kernels = cfg, kernels
         self.linear = kernels.linear
-        self.cross_entropy = kernels.compile(summed_cross_entropy)
+        compiled_head = kernels.compile(summed_cross_entropy)
+        self.cross_entropy = compiled_head if kernels.own_kernels else summed_cross_entropy
         self.rope_tables = {}  # (stage, T) -> (scale, rope): a cache
         self.ngrams: HostTable | None = None  # set by whoever runs the model
         L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.padded_vocab
@@ -1081,6 +1082,8 @@ def loss_weights(cfg: Config, step: int) -> tuple[float, ...]:
 # ------------------------------------------------------------------------------------------------------------
 # Optimizers: one table says what moves each parameter
 
+NS_STEPS = 5  # of Muon's Newton-Schulz iteration
+
 
 class Row(NamedTuple):
     optimizer: str  # "muon": shared out over the ranks by matrix; "adam": large ones in equal parts
@@ -1141,6 +1144,23 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
         table.update({name: adamw for name in MATRICES})
         table["mlp_out"] = adamw._replace(lr=cfg.adamw_lr * cfg.adamw_out_lr_mul)
     return table
+
+
+def muon_shares(model: GPT, dtype: torch.dtype, device: torch.device) -> str:
+    """Say how large a part of a step's FLOPs is Muon's iteration in this dtype, for each size of a batch, and
+    the bound 5 D / tokens of it."""
+    cfg = model.cfg
+    muon = 0
+    if cfg.optimizer == "muon":
+        for count, m, n in (getattr(model, name).shape for name in MATRICES):
+            muon += count * newton_schulz_flops(m, n, NS_STEPS, gram_pays(m, n, dtype, device), dtype)
+
+    shares = []
+    for stage, step in enumerate(cfg.stage_starts):
+        tokens = cfg.at("batch_tokens", step)
+        part = muon / (muon + tokens * model.flops_per_token(stage))
+        shares.append(f"{part:.1%} at {tokens:,} tokens (bound {5 * cfg.model_dim / tokens:.1%})")
+    return ", ".join(dict.fromkeys(shares))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1204,14 +1224,14 @@ class Run:
             groups[row.optimizer].append(group)
 
         self.adam = self.muon = None  # after the warm-up: the old state goes before the new one comes
-        self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.compiled)
+        self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.own_kernels)
         if groups["muon"]:
             self.muon = Muon(
-                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype,
-                cautious=cfg.cautious,
-                flatten=False, normuon_beta2=cfg.normuon_beta2 or None,
+                groups["muon"], ns_coefficients=cfg.coefficients, ns_steps=NS_STEPS,
+                ns_dtype=kernels.ns_dtype, cautious=cfg.cautious, flatten=False,
+                normuon_beta2=cfg.normuon_beta2 or None,
                 split_mantissa=kernels.dtype == torch.bfloat16,
-                sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
+                sync_grads=True, compile=kernels.own_kernels, symmetric=kernels.symmetric)
 
     def make_host_table(self) -> HostTable:
         beta = optimizer_table(self.cfg)["ngram_table"].betas[1]
@@ -1244,14 +1264,10 @@ class Run:
             return []
         placement, = self.muon.placements
         matrices = sum(bucket.num_matrices for bucket in self.muon.buckets)
-        flops = sum(placement.loads)
-        shares = []
-        for stage, step in enumerate(self.cfg.stage_starts):
-            whole = flops + self.cfg.at("batch_tokens", step) * self.model.flops_per_token(stage)
-            shares.append(f"{flops / whole:.1%}")
+        shares = muon_shares(self.model, self.kernels.ns_dtype, self.rt.device)
         return [f"Muon: {matrices} matrices in {len(placement.buckets)} buckets over {self.rt.world} ranks, "
                 f"planned balance {placement.efficiency:.3f}",
-                f"Muon's share of the FLOPs of a step, by stage, as planned: {', '.join(shares)}"]
+                f"Muon's share of the FLOPs of a step, as planned: {shares}"]
 
     def host_table_facts(self) -> list[str]:
         if self.ngrams is None:

@@ -82,6 +82,11 @@ class Kernels:
 
     @property
     def own_kernels(self) -> bool:
+        """Whether a compiled model has kernels of ours, and optimizers are compiled as well.
+
+        On a CPU the model in training is the only graph: twenty more, of the optimizers and of validation,
+        made every start longer and no step faster.
+        """
         return self.compiled and self.device.type == "cuda"
 
     def make_mask(self, docs, window: int):

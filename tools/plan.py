@@ -18,10 +18,9 @@ from data.loader import shards_needed
 from engine.head_loss import HEAD_PIECE
 from engine.host_table import row_bytes
 from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of
-from muon import gram_pays, newton_schulz_flops
 from tools.gpus import GPUS, find_gpu
 from tools.traced import traced_runs
-from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, parse_config
+from train_gpt import GPT, MATRICES, TABLES, Config, muon_shares, optimizer_table, parse_config
 
 GIB = 2**30
 UTILIZATION = 0.4  # of the peak in bf16; assumed. Upstream's records reach 0.44 on an H100
@@ -205,28 +204,10 @@ def choices(cfg: Config, world: int) -> list[Config]:
 def training_flops(cfg: Config) -> int:
     """Return the FLOPs of the model over the schedule; recomputed layers count twice forward."""
     model = shapes_of(cfg)
-    flops = sum(cfg.at("batch_tokens", step) * model.flops_per_token(cfg.stage(step))
-                for step in range(cfg.train_steps))
+    flops = sum(count * cfg.at("batch_tokens", step) * model.flops_per_token(cfg.stage(step))
+                for step, count in cfg.steps_by_stage)
     again = 2 * sum(getattr(model, name).numel() for name in MATRICES)
     return flops + cfg.recompute * cfg.train_tokens * again
-
-
-def muon_flops(cfg: Config, device: torch.device) -> int:
-    """Return the FLOPs of one Muon step: Newton-Schulz of all matrices."""
-    dtype = choose_ns_dtype(cfg, device)
-    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, dtype, device), dtype)
-               for m, n in muon_matrices(cfg))
-
-
-def muon_shares(cfg: Config, device: torch.device) -> str:
-    """Say how large a part of the FLOPs of a step is Muon's, for each size of a batch, and the bound 5 D /
-    tokens of it."""
-    shares, muon = {}, muon_flops(cfg, device)
-    for stage, step in enumerate(cfg.stage_starts):
-        tokens = cfg.at("batch_tokens", step)
-        part = muon / (muon + tokens * shapes_of(cfg).flops_per_token(stage))
-        shares[tokens] = f"{part:.1%} at {tokens:,} tokens (bound {5 * cfg.model_dim / tokens:.1%})"
-    return ", ".join(shares.values())
 
 
 def column(cfg: Config, dtype: torch.dtype, compiled: bool, world: int, gib: float,
@@ -276,11 +257,12 @@ def show(cfg: Config, name: str, gib: float, tflops: float | None) -> None:
     source = "is counted by a formula"
     if compiled:
         source = "was traced for track small (bench/CROSS.md) and is scaled to other settings"
+    shares = muon_shares(shapes_of(cfg), choose_ns_dtype(cfg, device), device)
     print(f"""
 What a step needs besides {source}.
 tokens: {cfg.train_tokens:,} in training, {cfg.val_tokens:,} in each validation; data: {data_size(cfg)}
 a checkpoint: {checkpoint_bytes(cfg, dtype) / 1e9:.2f} GB
-Muon's share of the FLOPs of a step: {muon_shares(cfg, device)}
+Muon's share of the FLOPs of a step: {shares}
 The allowance is assumed. Minutes assume {UTILIZATION:.0%} of the peak, without compiling and validation.
 --recompute=on is the same training with each layer computed twice. More --slices are shorter sequences: more
 documents are cut, so it is not the same run. A smaller --val_slice cuts contexts: the loss is higher and does

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from engine.adam import adam_update_in_pieces_
+from engine.head_loss import summed_cross_entropy
 from engine.kernels import keep_compiled
 from engine.log import SOURCES
 from tests.helpers.dist import ROOT
 from tests.helpers.runs import config, make_shards, run, start, step_lines
+from tests.helpers.tiny import make_run
 
 TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
 NUMBERS = {"val_loss": r"\d+\.\d{4}", "train_time": r"\d+ms", "step_avg": r"\d+\.\d\dms"}
@@ -109,7 +112,7 @@ def test_the_header_tells_what_ran(folder, result):
         r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$",
         r"^seed: 3$",
         r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000$",
-        r"^Muon's share of the FLOPs of a step, by stage, as planned: \d+\.\d%",
+        r"^Muon's share of the FLOPs of a step, as planned: \d+\.\d% at 512 tokens",
         r"^Newton-Schulz of Muon: float32, symmetric products by torch, as always on a CPU$",
         r"^attention: blocked \(fastest on a CPU\)",
         r"^training data: 6,144 tokens from 2 shards, fingerprint [0-9a-f]{16}$",
