@@ -477,18 +477,30 @@ def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]
         if options.resume == "latest":
             options.resume = latest_checkpoint(changes.get("log_dir", Config.log_dir))
         state = read_checkpoint(options.resume, Config)
-        track = state["config"]["track"]
-        if changes.get("track", track) != track:
-            raise UsageError(f"--track: expected the checkpoint's track, {track}, found {changes['track']}; "
-                             "leave it out")
+        for name in ("track", "recipe"):  # only names by now: their settings come from the checkpoint
+            expected, found = state["config"][name], changes.get(name)
+            if found not in (None, expected):
+                raise UsageError(f"--{name}: expected the checkpoint's {name}, {expected}, found {found}; "
+                                 "leave it out")
         changes = {**state["config"], **changes}
     track = changes.pop("track", "small" if torch.cuda.is_available() else "shakespeare")
     return options, Config.for_track(track, **changes), state
 
 
+def show_settings(cfg: Config) -> list[str]:
+    """Return every setting as its flag."""
+    return [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
+
+
 def latest_checkpoint(log_dir: str) -> str:
     """Return the newest checkpoint of all runs whose logs lie in this folder."""
-    paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
+    def written(path: Path) -> tuple[int, str]:
+        try:
+            return path.stat().st_mtime_ns, path.name
+        except OSError:  # another run has just removed it
+            return 0, path.name
+
+    paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=written)
     if not paths:
         raise UsageError(f"--resume: expected a checkpoint in {log_dir}/*/, found none; give its path, or "
                          "another --log_dir")
@@ -1748,8 +1760,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
         del run  # its memory is needed
         run = Run(cfg, rt, stop)
     if options.dry_run:
-        settings = [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
-        return rt.print0("\n".join([*settings, *run.facts()]))
+        return rt.print0("\n".join([*show_settings(cfg), *run.facts()]))
     if state:  # before a warm-up that may take minutes
         run.check_checkpoint(options.resume, state, options.force_data)
     with rt.together(Log, cfg, rt) as log:

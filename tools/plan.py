@@ -280,9 +280,10 @@ ACTIONS = {
 }
 
 
-def main(argv: list[str]) -> None:
-    options, changes = parse_config(argv, __doc__, ACTIONS)
-    name, gib, tflops = options.gpu, options.gpu_gib, None
+def planned_machine(name: str | None = None, gib: float | None = None) -> tuple[str, float, float | None]:
+    """Return name, GiB and TFLOP/s in bf16 of a GPU of this name or with so much memory; without either of
+    the GPU that is here, or of the CPU, whose speed is not known."""
+    tflops = None
     if name is None and gib is None and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         gib = torch.cuda.get_device_properties(0).total_memory / GIB
@@ -294,8 +295,14 @@ def main(argv: list[str]) -> None:
                          "--gpu_gib=NUMBER")
     elif gib is None:
         name, gib = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return name or "some GPU", gib, tflops
+
+
+def main(argv: list[str]) -> None:
+    options, changes = parse_config(argv, __doc__, ACTIONS)
+    name, gib, tflops = planned_machine(options.gpu, options.gpu_gib)
     track = changes.pop("track", "shakespeare" if name == "CPU" else "small")
-    show(Config.for_track(track, **changes), name or "some GPU", gib, tflops)
+    show(Config.for_track(track, **changes), name, gib, tflops)
 
 
 if __name__ == "__main__":
