@@ -384,7 +384,13 @@ class Config:
 
     @property
     def train_tokens(self) -> int:
-        return sum(self.at("batch_tokens", step) for step in range(self.train_steps))
+        return sum(count * self.at("batch_tokens", step) for step, count in self.steps_by_stage)
+
+    @property
+    def steps_by_stage(self) -> list[tuple[int, int]]:
+        """First step of each stage and the number of its steps."""
+        ends = (*self.stage_starts[1:], self.train_steps)
+        return [(start, end - start) for start, end in zip(self.stage_starts, ends)]
 
 
 LAYER_SETTINGS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
@@ -1675,8 +1681,8 @@ def fit_time_budget(run: Run) -> Config:
         return dataclasses.replace(cfg, train_steps=steps)
 
     def seconds(steps: int) -> float:
-        planned = plan(steps)
-        return sum(stage_ms[planned.stage(step)] for step in range(steps)) / 1000
+        counts = [count for _, count in plan(steps).steps_by_stage]
+        return sum(ms * count for ms, count in zip(stage_ms, counts)) / 1000
 
     shortest = cfg.extension_steps + 1
     if seconds(shortest) > cfg.time_budget:

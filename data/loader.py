@@ -114,7 +114,8 @@ def find_shards(pattern: str) -> list[Path]:
     Raises ShardError.
     """
     where = data_root() / pattern
-    paths = [Path(path) for path in sorted(glob.glob(str(where)))]
+    literal = Path(glob.escape(str(data_root())))  # the folder's name may hold [ or *
+    paths = [Path(path) for path in sorted(glob.glob(str(literal / pattern)))]
     if not paths:
         maker = shards.MAKERS.get(str(Path(pattern).parent))
         advice = f"run python -m {maker} or set DATA_PATH" if maker else (
@@ -349,8 +350,8 @@ def shards_needed(cfg) -> int:
         return below(z - sigma) + length / mean * (1 - below(z))
 
     raw = 0.0
-    for step in range(cfg.train_steps):
-        raw += cfg.at("batch_tokens", step) / kept(cfg.at("max_doc_len", step))
+    for step, count in cfg.steps_by_stage:
+        raw += count * cfg.at("batch_tokens", step) / kept(cfg.at("max_doc_len", step))
     return math.ceil(1.1 * raw / 100e6)
 
 
