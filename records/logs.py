@@ -32,6 +32,10 @@ SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the pu
 POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
 
 
+COMPRESSED = b"\x1f\x8b", b"PK\3\4", b"(\xb5/\xfd"  # the first bytes of gzip, zip and zstd
+UNPACK = "the file is compressed: unpack it first"
+
+
 @dataclass(frozen=True)
 class ValPoint:
     step: int
@@ -229,7 +233,9 @@ def lines(file, digest, notes: dict[str, str]) -> Iterator[tuple[int, str]]:
     begins = True  # whether what is read next begins a line
     while text := file.readline(LINE_LIMIT):
         digest.update(text)
-        if b"\0" in text:
+        if not offset and text.startswith(COMPRESSED):
+            notes.setdefault(UNPACK, "")
+        elif b"\0" in text and UNPACK not in notes:
             notes.setdefault("the file is binary: it holds NUL bytes", "")
         ends = text.endswith(b"\n")
         short = len(text) < LINE_LIMIT
