@@ -17,6 +17,7 @@ import argparse
 import bisect
 import dataclasses
 import functools
+import gc
 import math
 import os
 import signal
@@ -30,6 +31,9 @@ from typing import NamedTuple
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+
+if __name__ == "__main__":
+    gc.disable()  # until all is imported: of what a module makes hardly anything is garbage
 
 # Growing segments instead of fixed blocks: stages change the sequence length, which would fragment a GPU's
 # memory.
@@ -1759,6 +1763,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
         rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a "
                   "part: other training than at fewer ranks", file=sys.stderr)
     run = Run(cfg, rt, stop)
+    gc.enable()
     if options.check:
         return check_model(run)
     if cfg.time_budget and not state:
