@@ -19,6 +19,7 @@ from tests.helpers.dist import ROOT
 from tests.helpers.runs import config, make_shards, run, start, step_lines
 from tests.helpers.tiny import make_run
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
 NUMBERS = {"val_loss": r"\d+\.\d{4}", "train_time": r"\d+ms", "step_avg": r"\d+\.\d\dms"}
 FLAGS = ["--seed=3", "--wandb=speed"]
