@@ -16,6 +16,7 @@ import argparse
 import bisect
 import dataclasses
 import functools
+import gc
 import math
 import os
 import signal
@@ -29,6 +30,9 @@ from typing import NamedTuple
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+
+if __name__ == "__main__":
+    gc.disable()  # until all is imported: of what a module makes hardly anything is garbage
 
 # Growing segments instead of fixed blocks: the lengths of stages would fragment a GPU's memory.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -63,7 +67,7 @@ from engine.settings import (
 from engine.token_factors import (
     CONNECTIONS, HIDDEN, SCALE, connection_starts, gate_outputs, gate_slots, gate_starts, small_network,
     weighted_sum)
-from muon import Muon
+from muon import Muon, gram_pays, newton_schulz_flops
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -347,7 +351,13 @@ class Config:
 
     @property
     def train_tokens(self) -> int:
-        return sum(self.at("batch_tokens", step) for step in range(self.train_steps))
+        return sum(count * self.at("batch_tokens", step) for step, count in self.steps_by_stage)
+
+    @property
+    def steps_by_stage(self) -> list[tuple[int, int]]:
+        """First step of each stage and the number of its steps."""
+        ends = (*self.stage_starts[1:], self.train_steps)
+        return [(start, end - start) for start, end in zip(self.stage_starts, ends)]
 
 
 LAYER_SETTINGS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
@@ -438,17 +448,29 @@ def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]
         if options.resume == "latest":
             options.resume = latest_checkpoint(changes.get("log_dir", Config.log_dir))
         state = read_checkpoint(options.resume, Config)
-        track = state["config"]["track"]
-        if changes.get("track", track) != track:
-            raise UsageError(f"--track: expected the checkpoint's track, {track}, found {changes['track']}; "
-                             "leave it out")
+        for name in ("track", "recipe"):  # only names by now: their settings come from the checkpoint
+            expected, found = state["config"][name], changes.get(name)
+            if found not in (None, expected):
+                raise UsageError(f"--{name}: expected the checkpoint's {name}, {expected}, found {found}; "
+                                 "leave it out")
         changes = {**state["config"], **changes}
     return options, Config.for_track(**changes), state
 
 
+def show_settings(cfg: Config) -> list[str]:
+    """Return every setting as its flag."""
+    return [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
+
+
 def latest_checkpoint(log_dir: str) -> str:
     """Return the newest checkpoint of all runs whose logs lie in this folder."""
-    paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
+    def written(path: Path) -> tuple[int, str]:
+        try:
+            return path.stat().st_mtime_ns, path.name
+        except OSError:  # another run has just removed it
+            return 0, path.name
+
+    paths = sorted(Path(log_dir).glob("*/state_step*.pt"), key=written)
     if not paths:
         raise UsageError(f"--resume: expected a checkpoint in {log_dir}/*/, found none; give its path, or "
                          "another --log_dir")
@@ -538,7 +560,8 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.kernels = cfg, kernels
         self.linear = kernels.linear
-        self.cross_entropy = kernels.compile(summed_cross_entropy)
+        compiled_head = kernels.compile(summed_cross_entropy)
+        self.cross_entropy = compiled_head if kernels.own_kernels else summed_cross_entropy
         self.rope_tables = {}  # (stage, T) -> (scale, rope): a cache
         self.ngrams: HostTable | None = None  # set by whoever runs the model
         L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.padded_vocab
@@ -1024,6 +1047,8 @@ def loss_weights(cfg: Config, step: int) -> tuple[float, ...]:
 # ------------------------------------------------------------------------------------------------------------
 # Optimizers: one table says what moves each parameter
 
+NS_STEPS = 5  # of Muon's Newton-Schulz iteration
+
 
 class Row(NamedTuple):
     optimizer: str  # "muon": shared out over the ranks by matrix; "adam": large ones in equal parts
@@ -1085,6 +1110,23 @@ def optimizer_table(cfg: Config) -> dict[str, Row]:
     return table
 
 
+def muon_shares(model: GPT, dtype: torch.dtype, device: torch.device) -> str:
+    """Say how large a part of a step's FLOPs is Muon's iteration in this dtype, for each size of a batch, and
+    the bound 5 D / tokens of it."""
+    cfg = model.cfg
+    muon = 0
+    if cfg.optimizer == "muon":
+        for count, m, n in (getattr(model, name).shape for name in MATRICES):
+            muon += count * newton_schulz_flops(m, n, NS_STEPS, gram_pays(m, n, dtype, device), dtype)
+
+    shares = []
+    for stage, step in enumerate(cfg.stage_starts):
+        tokens = cfg.at("batch_tokens", step)
+        part = muon / (muon + tokens * model.flops_per_token(stage))
+        shares.append(f"{part:.1%} at {tokens:,} tokens (bound {5 * cfg.model_dim / tokens:.1%})")
+    return ", ".join(dict.fromkeys(shares))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -1144,14 +1186,14 @@ class Run:
             groups[row.optimizer].append(group)
 
         self.adam = self.muon = None  # after the warm-up: the old state goes before the new one comes
-        self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.compiled)
+        self.adam = Adam(groups["adam"], cfg.adam_eps, cfg.cautious, rt.rank, rt.world, kernels.own_kernels)
         if groups["muon"]:
             self.muon = Muon(
-                groups["muon"], ns_coefficients=cfg.coefficients, ns_dtype=kernels.ns_dtype,
-                cautious=cfg.cautious,
-                flatten=False, normuon_beta2=cfg.normuon_beta2 or None,
+                groups["muon"], ns_coefficients=cfg.coefficients, ns_steps=NS_STEPS,
+                ns_dtype=kernels.ns_dtype, cautious=cfg.cautious, flatten=False,
+                normuon_beta2=cfg.normuon_beta2 or None,
                 split_mantissa=kernels.dtype == torch.bfloat16,
-                sync_grads=True, compile=kernels.compiled, symmetric=kernels.symmetric)
+                sync_grads=True, compile=kernels.own_kernels, symmetric=kernels.symmetric)
 
     def make_host_table(self) -> HostTable:
         beta = optimizer_table(self.cfg)["ngram_table"].betas[1]
@@ -1184,14 +1226,10 @@ class Run:
             return []
         placement, = self.muon.placements
         matrices = sum(bucket.num_matrices for bucket in self.muon.buckets)
-        flops = sum(placement.loads)
-        shares = []
-        for stage, step in enumerate(self.cfg.stage_starts):
-            whole = flops + self.cfg.at("batch_tokens", step) * self.model.flops_per_token(stage)
-            shares.append(f"{flops / whole:.1%}")
+        shares = muon_shares(self.model, self.kernels.ns_dtype, self.rt.device)
         return [f"Muon: {matrices} matrices in {len(placement.buckets)} buckets over {self.rt.world} ranks, "
                 f"planned balance {placement.efficiency:.3f}",
-                f"Muon's share of the FLOPs of a step, by stage, as planned: {', '.join(shares)}"]
+                f"Muon's share of the FLOPs of a step, as planned: {shares}"]
 
     def host_table_facts(self) -> list[str]:
         if self.ngrams is None:
@@ -1579,8 +1617,8 @@ def fit_time_budget(run: Run) -> Config:
         return dataclasses.replace(cfg, train_steps=steps)
 
     def seconds(steps: int) -> float:
-        lengths = np.diff([*plan(steps).stage_starts, steps])
-        return float(np.dot(lengths, stage_ms)) / 1000
+        counts = [count for _, count in plan(steps).steps_by_stage]
+        return sum(ms * count for ms, count in zip(stage_ms, counts)) / 1000
 
     shortest = cfg.extension_steps + 1
     if seconds(shortest) > cfg.time_budget:
@@ -1654,6 +1692,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
         rt.print0(f"note: {rt.world} ranks share {cfg.slices} sequences per step, so each one is cut to a "
                   "part: other training than at fewer ranks", file=sys.stderr)
     run = Run(cfg, rt, stop)
+    gc.enable()
     if options.check:
         return check_model(run)
     if cfg.time_budget and not state:
@@ -1661,8 +1700,7 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
         del run  # its memory is needed
         run = Run(cfg, rt, stop)
     if options.dry_run:
-        settings = [f"--{name}={show_value(value)}" for name, value in dataclasses.asdict(cfg).items()]
-        return rt.print0("\n".join([*settings, *run.facts()]))
+        return rt.print0("\n".join([*show_settings(cfg), *run.facts()]))
     if state:  # before a warm-up that may take minutes
         run.check_checkpoint(options.resume, state, options.force_data)
     with rt.together(Log, cfg, rt) as log:

@@ -40,10 +40,9 @@ from data.loader import find_shards
 from data.shards import ShardError, write_shard
 from engine.kernels import Kernels
 from engine.ranks import Runtime
-from tools import plan
 from tools.gpus import Gpu, find_gpu
 from tools.traced import traced_run
-from train_gpt import Config, Run, parse_config
+from train_gpt import Config, Run, muon_shares, parse_config
 
 STEPS = 10  # timed per stage, after two that are not
 PARTS = ("attention", "projections", "MLP", "head and loss", "tables", "elementwise", "gradient sums", "Muon",
@@ -307,7 +306,7 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
         world=rt.world, torch=torch.__version__, date=time.strftime("%Y-%m-%d"), track=cfg.track,
         attention=run.kernels.attention, fp8=run.kernels.fp8_head, compiled=run.kernels.compiled, data=data,
         warm_up_s=ready, steps=STEPS, tflops=gpu and gpu.tflops, rows=rows, peak_mib=peak_mib,
-        muon_flops=plan.muon_shares(cfg, rt.device))
+        muon_flops=muon_shares(run.model, run.kernels.ns_dtype, rt.device))
 
 
 def report(result: dict) -> str:

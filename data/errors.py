@@ -3,9 +3,12 @@
 They lie on the ground floor, because every room raises them.
 """
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk; a terminal that has gone away
 
 
 class UsageError(ValueError):
@@ -32,6 +35,22 @@ class CommandLine(argparse.ArgumentParser):
         raise UsageError(f"expected arguments as in {self.manual}, found: {message}; correct them")
 
 
+def steady_streams() -> None:
+    """Let no text be an error of standard output or error: what their encoding lacks becomes a question mark,
+    and where one is closed (2>&-) it goes nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def silence(stream) -> None:
+    """Send the rest of a stream nowhere, or Python would complain about it while it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: str = "",
                 requirements: str = "requirements.txt") -> int:
     """Call main(argv) and return the exit code; an error becomes one sentence on standard error.
@@ -41,6 +60,7 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: 
     before the sentence; `requirements` is the file that lists the packages.
     """
     prefix = f"{name}: " if name else ""
+    steady_streams()
     try:
         return main(argv) or 0
     except (UsageError, RunError) as error:
@@ -55,5 +75,12 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: 
         print(f"\n{prefix}interrupted{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
+        silence(sys.stdout)
         return 0
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        silence(sys.stdout)
+        print(f"{prefix}expected to write, found: {error.strerror}; free some space and start again",
+              file=sys.stderr)
+        return 1

@@ -65,7 +65,7 @@ def hub_errors(what: str):
     logging.set_verbosity_error()  # its warnings about retries would precede our one sentence
     try:
         yield
-    except FetchError:
+    except UsageError:
         raise
     except EntryNotFoundError as error:
         raise FetchError(f"expected {what} on the hub, found no such file there; ask for less, or correct "
@@ -77,6 +77,19 @@ def hub_errors(what: str):
         found = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FetchError(f"expected {what} from the hub, found \"{found}\"; connect to the network, or name "
                          "a mirror (HF_ENDPOINT), and start again: what is downloaded is kept") from error
+
+
+def lock(file, name: str) -> None:
+    """Hold a file until it is closed, once no other process does; at once where there are no locks."""
+    try:
+        import fcntl  # not on Windows
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another download of {name}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):  # some network file systems
+        pass
 
 
 def fetch_hub(repo: str, filename: str, path, check: Callable) -> str:
@@ -101,25 +114,40 @@ def fetch_hub(repo: str, filename: str, path, check: Callable) -> str:
         if len(sha256) != 64 or size is None:  # small files are stored in git and have a SHA-1 of git instead
             raise FetchError(f"expected the hub to give size and SHA-256 of {filename} of {repo}, found size "
                              f"{size} and \"{sha256}\"; it cannot be verified: check HF_ENDPOINT")
-        if path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256:
+
+        def is_there() -> bool:
+            return path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256
+
+        if is_there():
             return sha256
         # The hash in the name keeps a beginning from being continued with the end of another version.
         partial = path.with_name(f".{path.name}.{sha256[:12]}.partial")
         with open(partial, "ab") as file:
+            lock(file, path.name)
+            if is_there():  # now that the other download has ended
+                partial.unlink(missing_ok=True)
+                return sha256
+            file.seek(0, os.SEEK_END)  # or that one has ended early
             if file.tell() > size:
                 file.truncate(0)
             if file.tell() < size:
                 http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size,
                          displayed_filename=path.name)
+            file.flush()
             os.fsync(file.fileno())  # before the file gets its name, as in write_shard
-        found = sha256_of(partial)
-        if found != sha256:
-            partial.unlink()
-            raise FetchError(f"expected {filename} of {repo} with SHA-256 {sha256}, found {found}; the "
-                             "download was damaged and has been deleted, start again")
+            finish(partial, path, sha256, check)
+    return sha256
+
+
+def finish(partial: Path, path: Path, sha256: str, check: Callable) -> None:
+    """Give a whole download its name. Raises FetchError, or what check raises."""
+    found = sha256_of(partial)
+    if found != sha256:
+        partial.unlink()
+        raise FetchError(f"expected {path.name} with SHA-256 {sha256}, found {found}; the download was "
+                         "damaged and has been deleted, start again")
     check(partial)
     os.replace(partial, path)
-    return sha256
 
 
 def fetch_url(url: str, sha256: str, path, advice: str) -> None:

@@ -108,7 +108,8 @@ def find_shards(pattern: str) -> list[Path]:
     """Return the shards that match a pattern below DATA_PATH, in order, each one with a valid header. Raises
     ShardError."""
     where = data_root() / pattern
-    paths = [Path(path) for path in sorted(glob.glob(str(where)))]
+    literal = Path(glob.escape(str(data_root())))  # the folder's name may hold [ or *
+    paths = [Path(path) for path in sorted(glob.glob(str(literal / pattern)))]
     if not paths:
         maker = shards.MAKERS.get(str(Path(pattern).parent))
         advice = f"run python -m {maker} or set DATA_PATH" if maker else (
@@ -336,8 +337,9 @@ def shards_needed(cfg) -> int:
         z = math.log(length / MEDIAN_LENGTH) / LENGTH_SIGMA
         return below(z - LENGTH_SIGMA) + length / MEAN_LENGTH * (1 - below(z))
 
-    raw = sum(cfg.at("batch_tokens", step) / kept(cfg.at("max_doc_len", step))
-              for step in range(cfg.train_steps))
+    raw = 0.0
+    for step, count in cfg.steps_by_stage:
+        raw += count * cfg.at("batch_tokens", step) / kept(cfg.at("max_doc_len", step))
     return math.ceil(1.1 * raw / 100e6)
 
 

@@ -39,8 +39,11 @@ def read_checkpoint(path: str, settings: type) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # an unpickler fed with some other file raises anything
-        missing = isinstance(e, FileNotFoundError)
-        reason = "no such file" if missing else "another kind of file or a damaged one"
+        reason = "another kind of file or a damaged one"
+        if isinstance(e, OSError) and e.strerror:
+            reason = e.strerror[0].lower() + e.strerror[1:]
+        if isinstance(e, FileNotFoundError):
+            reason = "no such file"
         raise UsageError(f"{path}: expected a checkpoint of this program, found {reason}; give a "
                          "state_step*.pt that it wrote") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:

@@ -9,7 +9,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-from data.errors import RunError, UsageError
+from data.errors import RunError, UsageError, steady_streams
 
 # ------------------------------------------------------------------------------------------------------------
 # Signals
@@ -107,6 +107,7 @@ def report(main, argv: list[str], name: str = "train_gpt.py") -> int:
     """Return the exit code of main(argv, stop): 2 for a wrong command or input, 1 for a failed run. An error
     is printed here and nowhere else, by the first rank that meets one, after the program's name."""
     code, message = 0, None
+    steady_streams()
     with StopSignal() as stop:
         try:
             code = main(argv, stop) or 0
@@ -142,7 +143,7 @@ def leave(code: int):
     a tensor would now and then abort it ("terminate called without an active exception")."""
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
-    with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+    with contextlib.suppress(OSError):  # nobody listens any more
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

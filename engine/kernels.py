@@ -72,6 +72,11 @@ class Kernels:
 
     @property
     def own_kernels(self) -> bool:
+        """Whether a compiled model has kernels of ours, and optimizers are compiled as well.
+
+        On a CPU the model in training is the only graph: twenty more, of the optimizers and of validation,
+        made every start longer and no step faster.
+        """
         return self.compiled and self.device.type == "cuda"
 
     def make_mask(self, docs, window: int):
@@ -189,6 +194,7 @@ def keep_compiled() -> None:
     by its version, the GPU and the source of each graph, so that only what changed is compiled again."""
     import torch._dynamo.config
     import torch._functorch.config
+    import torch._inductor.compile_fx  # noqa: F401: here, as the rest of a start's imports
 
     if os.access(ROOT, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache/compile"))

@@ -56,8 +56,7 @@ class Log:
             reason = str(error).partition("\n")[0]
             with contextlib.suppress(RunError):  # a log that cannot grow cannot say so either
                 self.write(f"ended after step {self.step}: {reason}", show=kind is Stopped)
-        if self.bar is not None:
-            self.bar.close()
+        self.use_bar(lambda bar: bar.close())
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(error is not None))
         if self.file is not None:
@@ -74,10 +73,18 @@ class Log:
         except OSError as e:
             raise RunError(f"{self.path}: expected to write the log, found: {e.strerror}; free some space "
                            "and start again, or go on from a checkpoint: --resume=latest") from None
-        if show and self.bar is not None:
-            self.bar.write(line)
-        elif show:
+        if show and self.bar is None:
             say(line)
+        elif show:
+            self.use_bar(lambda bar: bar.write(line))
+
+    def use_bar(self, function):
+        """Call a function of the bar, if there is one; a terminal that was closed costs the bar alone."""
+        if self.bar is not None:
+            try:
+                function(self.bar)
+            except OSError:
+                self.bar = None
 
     def header(self, cfg, rt: Runtime, facts: list[str], sources: Sequence[str] = SOURCES):
         """Write sources, versions, hardware, settings, and the facts that only the run knows. A first source
@@ -98,10 +105,13 @@ class Log:
         self.note_loss(step, loss)
         line = f"step:{step}/{total} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         self.write(line, show=self.bar is None)
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
+
+        def advance(bar):
+            bar.update(step - bar.n)
             seen = "" if loss is None else f"loss {loss:.3f}, "
-            self.bar.set_postfix_str(f"{seen}{tokens_per_s:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{seen}{tokens_per_s:,.0f} tokens/s", refresh=False)
+
+        self.use_bar(advance)
 
     def note_loss(self, step: int, loss: float | None):
         """Write the mean of some training losses, on a line that no parser of step lines takes."""

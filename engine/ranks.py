@@ -118,12 +118,14 @@ class Hosts:
         return bool(flag)
 
 
-def say(*args, **kwargs) -> None:
-    """Print, unless nobody listens any more, as behind `| head`: a run goes on without its screen."""
+def say(*args, file=None) -> None:
+    """Print, unless nobody listens any more, as behind `| head`, on a terminal that was closed or a full
+    disk: a run goes on without its screen."""
     try:
-        print(*args, flush=True, **kwargs)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+        print(*args, file=file, flush=True)
+    except OSError:
+        if file is None:
+            sys.stdout = open(os.devnull, "w")
 
 
 def check_environment() -> None:

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,6 +107,8 @@ def parse_value(text: str, kind):
     if hasattr(kind, "__args__"):  # tuple[int, ...]
         element = kind.__args__[0]
         return tuple(element(part) for part in text.split(",") if part)
+    if kind is str and text.startswith("~/"):  # in --name=~/path the shell leaves it as it is
+        return os.path.expanduser(text)
     if kind is not bool:
         return kind(text)
     if text.lower() not in ("true", "false", "1", "0", "on", "off"):

@@ -6,7 +6,8 @@
 
 Fixed by the track: 524,288 tokens a step in the order of the files, in blocks of 1024 (data/blocks.py); the
 model; one forward and backward pass a step; the validation. Free, and what you edit: the first weights, the
-optimizer, its settings and schedules. A run must not decide anything by its own validation loss.
+optimizer, its settings and schedules. A run must not decide anything by its own validation loss. There are no
+checkpoints: a run that goes on from one does not count, and no optimizer that you try has to be saved.
 
 The track is public: https://github.com/KellerJordan/modded-nanogpt/tree/master/records/track_3_optimization.
 The numbers are those of its tuned baseline, result 36, which took 3,250 steps (n = 10) there. This file has

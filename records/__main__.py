@@ -51,12 +51,16 @@ def main(argv: list[str]) -> int:
     return code
 
 
+def refuse_without_docstrings(argv: list[str]):
+    raise UsageError("expected Python with docstrings, which are the manual, found none, as with -OO; unset "
+                     "PYTHONOPTIMIZE")
+
+
 def guarded(argv: list[str]) -> int:
     """main with its errors turned into an exit code and one sentence."""
-    return run_program(main, argv, "records", "records/requirements.txt")
+    program = main if sys.flags.optimize < 2 else refuse_without_docstrings
+    return run_program(program, argv, "records", "records/requirements.txt")
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Unicode gets question marks, no traceback
     sys.exit(guarded(sys.argv[1:]))

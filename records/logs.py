@@ -31,6 +31,10 @@ SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the pu
 POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
 
 
+COMPRESSED = b"\x1f\x8b", b"PK\3\4", b"(\xb5/\xfd"  # the first bytes of gzip, zip and zstd
+UNPACK = "the file is compressed: unpack it first"
+
+
 @dataclass(frozen=True)
 class ValPoint:
     step: int
@@ -228,7 +232,9 @@ def lines(file, digest, notes: dict[str, str]) -> Iterator[tuple[int, str]]:
     begins = True  # whether what is read next begins a line
     while text := file.readline(LINE_LIMIT):
         digest.update(text)
-        if b"\0" in text:
+        if not offset and text.startswith(COMPRESSED):
+            notes.setdefault(UNPACK, "")
+        elif b"\0" in text and UNPACK not in notes:
             notes.setdefault("the file is binary: it holds NUL bytes", "")
         ends = text.endswith(b"\n")
         short = len(text) < LINE_LIMIT
@@ -489,3 +495,15 @@ class Body:
         if points and part.total is not None and points[-1].step != part.total:
             self.notes.setdefault("the run is incomplete",
                            f"last validation at step {points[-1].step} of {part.total}")
+        if (step := self.skipped_validation(part)) is not None:
+            self.notes.setdefault("a validation is missing", f"none at step {step}")
+
+    def skipped_validation(self, part: Part) -> int | None:
+        """Return the first step before a validation at which the settings ask for another one."""
+        every = whole(self.config.get("val_every")) or 0
+        due = None if "resumed" in self.facts else 0  # a resumed run begins anywhere
+        for point in part.points if every > 0 else ():
+            if due is not None and point.step > due:
+                return due
+            due = point.step - point.step % every + every
+        return None

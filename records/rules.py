@@ -115,7 +115,7 @@ def same(runs: Iterable[RunFacts], value: Callable) -> tuple[str, str]:
 
 
 def intact_logs(s: Submission):
-    """Every log is whole, and its lines agree: nothing is cut or binary, no time falls or was typed in."""
+    """Every log is whole, its lines agree: nothing is cut, binary or missing, no time falls or is made up."""
     incomplete = "the run is incomplete"  # final-validation says that
     wrong = [f"{names([log])}: {problem}" for log in s.counted for problem in log.problems
              if not problem.startswith(incomplete)]

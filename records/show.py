@@ -10,7 +10,7 @@ from pydantic_core import to_json
 
 from data.errors import UsageError
 from records import logs, tracks
-from records.text import Grid, above_zero, nats, printable, seconds, short_name, shown, terminal
+from records.text import Grid, above_zero, listed, nats, printable, seconds, short_name, shown, terminal
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
 EXAMPLE = "python -m records show records/track_0_laptop/2026-11-24_TailAverage"
@@ -97,13 +97,36 @@ def facts_of(log: logs.LogFile) -> dict[str, str]:
     """What is known of a file and of all runs in it."""
     facts = {"file": printable(str(log.path)), "bytes": f"{log.size:,}", "SHA-256": log.sha256}
     if log.sources:
-        facts["source"] = ", ".join(f"{name} ({len(text.splitlines()):,} lines)"
-                                    for name, text in log.sources.items())
+        lines = {name: len(text.splitlines()) for name, text in log.sources.items()}
+        named = listed(f"{name} ({count:,} lines)" for name, count in lines.items())
+        facts["source"] = f"{named}, {sum(lines.values()):,} lines in all; --source NAME prints one"
     for run in log.runs[:1]:
-        facts |= {"its SHA-256": shown(run.source_sha256), "Python": shown(run.python),
-                  "CUDA": shown(run.cuda), "Triton": shown(run.triton),
-                  "peak memory": shown(run.peak_mib, "{:,} MiB")}
+        known = {
+            "its SHA-256": run.source_sha256,
+            "commit": run.commit,
+            "recipe": run.config.get("recipe"),
+            "training data": run.training_data,
+            "validation data": judged_on(run, tracks.only([log])),
+            "resumed": "from a checkpoint: such a run is no record" if run.resumed else None,
+            "Python": run.python,
+            "CUDA": run.cuda,
+            "Triton": run.triton,
+            "peak memory": run.peak_mib and f"{run.peak_mib:,} MiB",
+        }
+        facts |= {name: printable(str(value)) for name, value in known.items() if value}
     return facts
+
+
+def judged_on(run: logs.RunFacts, track: tracks.Track | None) -> str | None:
+    """Say on which tokens a run was judged, and whether they are its track's, where that is known."""
+    if run.validation_data is None:
+        return None
+    said = f"{shown(run.val_tokens, '{:,}')} tokens, SHA-256 {run.validation_data[:12]}..."
+    if track is None or track.val_sha256 is None:
+        return said
+    wanted = (track.val_tokens, track.val_sha256)
+    those = (run.val_tokens, run.validation_data) == wanted
+    return f"{said}, {'those' if those else 'other than those'} of track {track.name}"
 
 
 RUN_TITLES = ["run", "steps", "final loss", "time, s", "ms/step", "target", "reached, s", "at step", "seed",

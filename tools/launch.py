@@ -22,12 +22,16 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from data import shakespeare
+from data.cached_fineweb10B import shard_names
 from data.errors import UsageError, run_program
+from data.files import data_root
 from data.loader import shards_needed
 from data.shards import MAKERS
 from engine.endings import LOST_CONTACT
+from tools import plan
 from tools.machine import usable_cores
-from train_gpt import Config, configure, parse_config
+from train_gpt import Config, configure, parse_config, show_settings
 
 RANK_PROGRAM = ["-m", "tools.rank"]
 WORLD_SIZES = (1, 2, 4, 8)
@@ -61,6 +65,20 @@ def prepare_data(cfg: Config) -> int:
         return subprocess.run([sys.executable, "-m", maker, *arguments]).returncode
     except KeyboardInterrupt:  # the script has it too, and has said so
         return 128 + signal.SIGINT
+
+
+def show_without_data(cfg: Config) -> bool:
+    """Where files of the track's data are missing, say so, with the settings and the plan, which need none;
+    and return whether it is so."""
+    folder = data_root() / os.path.dirname(cfg.train_files)
+    names = shakespeare.SHA256 if cfg.track == "shakespeare" else shard_names(shards_needed(cfg))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        print("\n".join(show_settings(cfg)))
+        plan.show(cfg, *plan.planned_machine())
+        print(f"data: {len(missing)} of {len(names)} files are missing in {folder}; a run would download "
+              "them first, and --dry_run says more once they are there")
+    return bool(missing)
 
 
 def exit_code(failures: dict) -> int:
@@ -126,6 +144,8 @@ def main(args: list[str]) -> int:
     print(f"{num_gpus or 'no'} GPU, {cores} CPU core{'s' * (cores > 1)}: track {cfg.track}, ranks: {ranks}, "
           f"threads of each: {threads}", file=sys.stderr)
     own_data = options.resume or "train_files" in parse_config(args)[1]  # they lie somewhere already
+    if options.dry_run and not own_data and show_without_data(cfg):
+        return 0
     code = 0 if own_data else prepare_data(cfg)
     return code or torchrun(ranks, args)
 

@@ -19,10 +19,9 @@ from engine.adam import is_sharded
 from engine.head_loss import HEAD_PIECE
 from engine.host_table import row_bytes
 from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of, will_compile
-from muon import gram_pays, newton_schulz_flops
 from tools.gpus import GPUS, find_gpu
 from tools.traced import traced_runs
-from train_gpt import GPT, MATRICES, TABLES, Config, optimizer_table, parse_config
+from train_gpt import GPT, MATRICES, TABLES, Config, muon_shares, optimizer_table, parse_config
 
 GIB = 2**30
 UTILIZATION = 0.4  # of the peak in bf16; assumed. Upstream's records reach 0.44 on an H100
@@ -198,27 +197,10 @@ def choices(cfg: Config, world: int) -> list[Config]:
 def training_flops(cfg: Config) -> int:
     """Return the FLOPs of the model over the schedule; recomputed layers count twice forward."""
     model = shapes_of(cfg)
-    flops = sum(cfg.at("batch_tokens", step) * model.flops_per_token(cfg.stage(step))
-                for step in range(cfg.train_steps))
+    flops = sum(count * cfg.at("batch_tokens", step) * model.flops_per_token(cfg.stage(step))
+                for step, count in cfg.steps_by_stage)
     again = 2 * sum(getattr(model, name).numel() for name in MATRICES)
     return flops + cfg.recompute * cfg.train_tokens * again
-
-
-def muon_flops(cfg: Config, device: torch.device) -> int:
-    """Return the FLOPs of one Muon step: Newton-Schulz of all matrices."""
-    dtype = choose_ns_dtype(cfg, device)
-    return sum(newton_schulz_flops(m, n, 5, gram_pays(m, n, dtype, device), dtype)
-               for m, n in muon_matrices(cfg))
-
-
-def muon_shares(cfg: Config, device: torch.device) -> str:
-    """Say Muon's part of the FLOPs of a step for each size of a batch, and its bound 5 D / tokens."""
-    shares, muon = {}, muon_flops(cfg, device)
-    for stage, step in enumerate(cfg.stage_starts):
-        tokens = cfg.at("batch_tokens", step)
-        part = muon / (muon + tokens * shapes_of(cfg).flops_per_token(stage))
-        shares[tokens] = f"{part:.1%} at {tokens:,} tokens (bound {5 * cfg.model_dim / tokens:.1%})"
-    return ", ".join(shares.values())
 
 
 def column(cfg: Config, dtype: torch.dtype, compiled: bool, world: int, gib: float,
@@ -267,11 +249,12 @@ def show(cfg: Config, name: str, gib: float, tflops: float | None) -> None:
     source = "is counted by a formula"
     if compiled:
         source = "was traced for track small (bench/CROSS.md) and is scaled to other settings"
+    shares = muon_shares(shapes_of(cfg), choose_ns_dtype(cfg, device), device)
     print(f"""
 What a step needs besides {source}.
 tokens: {cfg.train_tokens:,} in training, {cfg.val_tokens:,} in each validation; data: {data_size(cfg)}
 a checkpoint: {checkpoint_bytes(cfg, dtype) / 1e9:.2f} GB
-Muon's share of the FLOPs of a step: {muon_shares(cfg, device)}
+Muon's share of the FLOPs of a step: {shares}
 The allowance is assumed. Minutes assume {UTILIZATION:.0%} of the peak, without compiling and validation.
 --recompute=on is the same training with each layer computed twice. More --slices are shorter sequences: more
 documents are cut, so it is not the same run. A smaller --val_slice cuts contexts: the loss is higher and does
@@ -289,9 +272,10 @@ ACTIONS = {
 }
 
 
-def main(argv: list[str]) -> None:
-    options, changes = parse_config(argv, __doc__, ACTIONS)
-    name, gib, tflops = options.gpu, options.gpu_gib, None
+def planned_machine(name: str | None = None, gib: float | None = None) -> tuple[str, float, float | None]:
+    """Return name, GiB and TFLOP/s in bf16 of a GPU of this name or with so much memory; without either of
+    the GPU that is here, or of the CPU, whose speed is not known."""
+    tflops = None
     if name is None and gib is None and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         gib = torch.cuda.get_device_properties(0).total_memory / GIB
@@ -303,8 +287,14 @@ def main(argv: list[str]) -> None:
                          "--gpu_gib=NUMBER")
     elif gib is None:
         name, gib = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    cfg = Config.for_track(**{"track": "shakespeare" if name == "CPU" else "small", **changes})
-    show(cfg, name or "some GPU", gib, tflops)
+    return name or "some GPU", gib, tflops
+
+
+def main(argv: list[str]) -> None:
+    options, changes = parse_config(argv, __doc__, ACTIONS)
+    name, gib, tflops = planned_machine(options.gpu, options.gpu_gib)
+    track = changes.pop("track", "shakespeare" if name == "CPU" else "small")
+    show(Config.for_track(track, **changes), name, gib, tflops)
 
 
 if __name__ == "__main__":

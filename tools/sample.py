@@ -63,7 +63,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character
     model, step = load(args.checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     encoding = encoding_for(model.cfg.bos_id)
     print(args.prompt, end="", flush=True)

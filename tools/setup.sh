@@ -2,6 +2,8 @@
 # Sourced by run.sh and test.sh, which have moved to the repository's root: finds a Python that has the pinned
 # requirements, or makes one in .venv. Runs on bash 3.2, the one macOS ships.
 
+unset PYTHONSAFEPATH  # with it Python does not look for modules in this folder, where ours are
+
 trap 'exit 130' INT  # or a Ctrl-C that pip answers with an error of its own would be reported as a failed install
 
 die() {  # die CODE MESSAGE...

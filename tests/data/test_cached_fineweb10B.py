@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from tests.helpers.fake_hub import serve
 
 from data import cached_fineweb10B
 from data.errors import run_program
+from data.files import ROOT
 from data.loader import shards_needed
 from train_gpt import Config
 
@@ -103,6 +107,25 @@ def test_what_is_not_whole_or_not_the_hubs_is_fetched_again_and_nothing_else(hub
     rc, out, err = run(tmp_path, hub.endpoint, 1, "--rehash")
     assert rc == 0 and f"sha256 {noted}\n" in out and "noted" not in out
     assert (folder / TRAIN1).read_bytes() == hub.bodies[TRAIN1]
+
+
+def test_a_download_waits_for_another_one_of_the_same_file(hub, tmp_path, folder):
+    fcntl = pytest.importorskip("fcntl")
+    folder.mkdir(parents=True)
+    partial = folder / f".{VAL}.{sha256(hub.bodies[VAL]).hexdigest()[:12]}.partial"
+    env = dict(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path), DATA_PATH=str(tmp_path))
+    command = [sys.executable, "data/cached_fineweb10B.py", "1"]
+    with open(partial, "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        second = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True)
+        assert second.stderr.readline() == f"waiting for another download of {VAL}\n"
+        other.write(hub.bodies[VAL])
+        other.flush()
+        partial.rename(folder / VAL)
+    out, err = second.communicate()
+    assert second.returncode == 0 and hub.gets(VAL) == 0 and hub.gets(TRAIN1) == 1, err
+    assert list(folder.glob(".*")) == []
 
 
 def test_a_damaged_transfer_is_refused_and_deleted(hub, tmp_path, folder):

@@ -236,7 +236,7 @@ def own(losses, times=None, seed: int = 0, every: int = 100, world_size: int = 2
     files = files or {"train_gpt.py": "# the trainer\n", "muon.py": "# the optimizer\n"}
     total = total or every * (len(losses) - 1)
     config = {"track": "shakespeare", "target_loss": 1.6, "seed": seed, "val_tokens": 262_144,
-              "train_steps": total,
+              "train_steps": total, "val_every": every,
               "extension_steps": 10, "stages": 3, "batch_tokens": [2048], "adam_every": 1, **settings}
     lines = [*embedded(files), LINE, "Running Python 3.11.7 (main) [GCC 12.2.0]",
              f"Running PyTorch {torch} compiled for CUDA None on {device} with world_size {world_size}",

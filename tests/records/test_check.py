@@ -56,6 +56,10 @@ DOCTORED = {
                             {"intact-logs"}),
     "times of two runs swapped": (swap_times, {"intact-logs"}),
     "final validation removed": (first_log(lambda t: last(t, r"^step:\d+/\d+ val_loss.*\n", "")), UNFINISHED),
+    "a validation in the middle removed": (
+        first_log(lambda t: replaced(t, r"^step:10/\d+ val_loss.*\n", "")), {"intact-logs"}),
+    "the first validation removed": (
+        first_log(lambda t: replaced(t, r"^step:0/\d+ val_loss.*\n", "")), {"intact-logs"}),
     "stopped early": (first_log(lambda t: replaced(t, r"^step:(16|17|18|19|20)/.*\n", "")), UNFINISHED),
     "cut inside a line": (first_log(lambda t: t[:-70]), {"intact-logs", *UNFINISHED}),
     "nan": (first_log(lambda t: last(t, r"val_loss:\S+", "val_loss:nan")),

@@ -40,6 +40,20 @@ def test_the_help_of_a_verb_explains_it_and_every_argument(verb, capsys):
     assert all(action.help for action in parser._actions)
 
 
+@pytest.mark.parametrize("how, code, said", [
+    (">&-", 0, ""), ("2>&-", 0, ""), (">/dev/full", 1, "records: expected to write, found: No space left")])
+def test_streams_that_are_closed_or_full(how, code, said):
+    command = f"{shlex.quote(sys.executable)} -m records show {MUON} {how}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_without_docstrings_there_is_one_sentence():
+    done = subprocess.run([sys.executable, "-OO", "-m", "records", "check", MUON], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "unset PYTHONOPTIMIZE" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder that looks like the repository, for examples that write; its run.sh ends at once."""

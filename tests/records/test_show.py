@@ -1,4 +1,5 @@
 """show: stable JSON, readable tables, broken files named."""
+import gzip
 import json
 import os
 import re
@@ -70,6 +71,21 @@ def test_one_log_is_shown_in_full(call):
         assert expected in words, expected
 
 
+def test_one_log_names_few_of_many_sources_what_it_was_judged_on_and_nothing_unknown(tmp_path, call):
+    files = {"train_gpt.py": "# the trainer\n", **{f"engine/part{k}.py": "x = 1\ny = 2\n" for k in range(9)}}
+    path = tmp_path / "a.txt"
+    path.write_text(own([5, 1], files=files, recipe="miniature"))
+    words = " ".join(call(path)[1].split())
+    assert "engine/part2.py (2 lines) and 6 more, 19 lines in all; --source NAME prints one" in words
+    assert "part3" not in words and "CUDA" not in words and "peak memory" not in words
+    assert "recipe miniature" in words and "262,144 tokens" in words and "those of track shakespeare" in words
+
+    path.write_text(own([5, 1], val_tokens=131_072).replace("attention:", "resumed: from a.pt\nattention:"))
+    words = " ".join(call(path)[1].split())
+    assert "131,072 tokens" in words and "other than those of track shakespeare" in words
+    assert "resumed from a checkpoint: such a run is no record" in words
+
+
 def test_broken_files_are_named_and_do_not_hide_the_others(tmp_path, call):
     make("E1").write(tmp_path / "good.txt")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 99)
@@ -81,6 +97,12 @@ def test_broken_files_are_named_and_do_not_hide_the_others(tmp_path, call):
         assert any(name in line and problem in line for line in out.splitlines()), name
     assert re.search(r"^ good.txt +\d+ +3\.\d{4} ", out, re.M)
     assert [len(log["runs"]) for log in json.loads(call(tmp_path, "--json")[1])] == [0, 0, 1, 1]
+
+
+def test_a_compressed_log_is_to_be_unpacked(tmp_path, call):
+    (tmp_path / "a.txt").write_bytes(gzip.compress(make("E1").text.encode()))
+    code, out, err = call(tmp_path / "a.txt")
+    assert (code, err) == (1, "") and "the file is compressed: unpack it first" in out and "NUL" not in out
 
 
 def test_hostile_names_and_texts_are_inert(tmp_path, call):

@@ -136,6 +136,24 @@ def test_nothing_is_prepared_for_shards_of_the_user_or_a_checkpoint(started, che
     assert len(started.runs) == 2
 
 
+def test_a_dry_run_downloads_nothing_and_says_what_a_run_would(started, tmp_path, capsys):
+    started.environ["DATA_PATH"] = str(tmp_path)
+    assert launch.main(["--track=small", "--dry-run", "--seed=7"]) == 0
+    assert started.scripts == started.runs == []
+    out = capsys.readouterr().out
+    needed = 1 + shards_needed(Config.for_track("small"))
+    folder = tmp_path / "data/fineweb10B"
+    assert "--train_steps=1480\n" in out and "--seed=7\n" in out and "plan: track small on CPU" in out
+    assert f"data: {needed} of {needed} files are missing in {folder}; a run would download them" in out
+
+    (tmp_path / "data/shakespeare").mkdir(parents=True)
+    for name in ("train", "val"):  # with data it is the trainer's turn, once they are looked at
+        assert launch.main(["--track=shakespeare", "--dry-run"]) == 0 and started.runs == []
+        (tmp_path / f"data/shakespeare/shakespeare_{name}_000000.bin").touch()
+    assert launch.main(["--track=shakespeare", "--dry-run"]) == 0
+    assert len(started.scripts) == len(started.runs) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Settings, once
 
@@ -144,6 +162,7 @@ REFUSED = {  # arguments -> the beginning of the one sentence
     ("--train_steps=0",): "--train_steps: expected a positive number, found 0",
     ("--resume=nope.pt",): "nope.pt: expected a checkpoint of this program, found no such file",
     ("--resume=CHECKPOINT", "--track=small"): "--track: expected the checkpoint's track, shakespeare, found ",
+    ("--resume=CHECKPOINT", "--recipe=miniature"): "--recipe: expected the checkpoint's recipe, base, found ",
 }
 
 

@@ -207,10 +207,25 @@ def test_every_choice_is_one_that_a_run_takes_and_trains_on_the_same_tokens():
 def test_a_machine_without_a_gpu_and_an_unknown_gpu(capsys):
     text = said(capsys, "--track=shakespeare", "--recipe=miniature")
     assert text.startswith("plan: track shakespeare on CPU") and "393,216 in training" in text
-    text = plan.muon_shares(Config.for_track("small"), torch.device("cuda"))
-    assert text.startswith("1.3% at 131,072 tokens (bound 2.9%)")
     assert run_program(plan.main, ["--gpu=Voodoo 2"]) == 2
     assert "--gpu: expected a name with one of B200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{}, dict(optimizer="adamw"), dict(dtype="bfloat16")], ids=str)
+def test_muons_share_is_one_number_in_plan_and_log_of_the_matrices_that_it_moves(tmp_path, capsys, changes):
+    run = make_run(tmp_path, **changes)
+    cfg = run.cfg
+    flops = sum(run.muon.placements[0].loads) if run.muon else 0
+    parts = []
+    for stage, step in enumerate(cfg.stage_starts):
+        tokens = cfg.at("batch_tokens", step)
+        part = flops / (flops + tokens * run.model.flops_per_token(stage))
+        parts.append(f"{part:.1%} at {tokens:,} tokens (bound {5 * cfg.model_dim / tokens:.1%})")
+    said = ", ".join(dict.fromkeys(parts))
+
+    plan.show(cfg, "CPU", 16.0, None)
+    assert f"Muon's share of the FLOPs of a step: {said}\n" in capsys.readouterr().out
+    assert not run.muon or f"Muon's share of the FLOPs of a step, as planned: {said}" in run.facts()
 
 
 def test_a_name_is_the_longest_that_is_known():

@@ -238,6 +238,11 @@ def test_scripts_start_from_any_shell(ready, shell, script):
     assert json.loads(done.out)[-len(AWKWARD):] == AWKWARD
 
 
+def test_a_python_that_looks_for_no_modules_in_this_folder_is_told_to(ready):
+    done = ready.run("run.sh", *AWKWARD, PYTHONSAFEPATH="1")
+    assert (done.code, done.err, json.loads(done.out)) == (0, "", AWKWARD)
+
+
 def test_run_sh_is_found_through_symbolic_links(ready, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "absolute").symlink_to(ready.path / "run.sh")

@@ -123,7 +123,7 @@ def make_folder(path):
 CHECKPOINTS = {
     "no such file": (Path.unlink, [], "no such file"),
     "not a checkpoint": (lambda p: p.write_text("step:1/4\n"), [], "another kind of file"),
-    "a folder": (make_folder, [], "another kind of file"),
+    "a folder": (make_folder, [], "is a directory"),
     "tensors of another program": (lambda p: torch.save([torch.ones(2)], p), [], "another kind of file"),
     "truncated": (lambda p: os.truncate(p, p.stat().st_size // 2), [], "damaged"),
     "without loader": (edit(lambda state: state.pop("loader")), [], "differs in loader"),
@@ -159,6 +159,17 @@ def test_a_checkpoint_goes_on_with_other_data_where_asked_to_and_a_seed_changes_
     result = run(folder, f"--resume={path}", "--train_steps=6", "--seed=5", "--force_data")
     assert result.code == 0 and max(result.val) == 6
     assert result.err == "note: --seed has no effect on a resumed run; its weights come from the checkpoint\n"
+
+
+def test_a_screen_that_is_full_closed_or_without_such_characters_ends_no_run(tmp_path):
+    folder = make_shards(tmp_path / "données [1]")  # nor does such a folder
+    with open("/dev/full", "w") as full:
+        with start(folder, *SHORT, stdout=full, preexec_fn=lambda: os.close(2)) as process:
+            assert process.wait() == 0
+    with start(folder, *SHORT, env={"PYTHONIOENCODING": "ascii"}) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "") and "donn?es [1]/logs/" in out
+    assert len(list(folder.glob("logs/*.txt"))) == 2
 
 
 def test_a_log_folder_that_cannot_be_written_is_refused(folder):

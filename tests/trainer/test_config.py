@@ -6,6 +6,7 @@ import re
 import pytest
 
 from data.errors import UsageError
+from data.loader import shards_needed
 from engine.settings import show_value
 from tests.helpers.tiny import config
 from train_gpt import TRACKS, Config, parse_config
@@ -28,6 +29,20 @@ def test_every_field_is_a_flag_that_reads_back_what_is_shown(track):
     ("--smear=on", {"smear": True}), ("--smear=1", {"smear": True}), ("--smear=False", {"smear": False})])
 def test_flags_read_common_words_and_change_nothing_else(flags, changes):
     assert parse_config(flags.split())[1] == changes
+
+
+def test_a_path_below_home_is_found_there(monkeypatch):
+    """In --name=~/path the shell leaves it as it is, and a folder with the name ~ would be made."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parse_config(["--log_dir=~/logs"])[1] == {"log_dir": "/home/somebody/logs"}
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_tokens_are_summed_up_by_stage_however_many_steps_there_are(track):
+    cfg = Config.for_track(track)
+    assert cfg.train_tokens == sum(cfg.at("batch_tokens", step) for step in range(cfg.train_steps))
+    endless = Config.for_track(track, train_steps=10**15)  # step by step it would take years
+    assert endless.train_tokens > 10**15 and shards_needed(endless) > 10**6
 
 
 def test_help_lists_every_field_with_its_meaning_and_default(capsys):

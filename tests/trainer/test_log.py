@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from data.files import ROOT
+from engine.adam import adam_update_in_pieces_
+from engine.head_loss import summed_cross_entropy
 from engine.kernels import keep_compiled
 from engine.log import SOURCES
 from tests.helpers.runs import config, run, start, step_lines
+from tests.helpers.tiny import make_run
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 TRAIN_KEYS, VAL_KEYS = ["train_time", "step_avg"], ["val_loss", "train_time", "step_avg"]
 NUMBERS = {"val_loss": r"\d+\.\d{4}", "train_time": r"\d+ms", "step_avg": r"\d+\.\d\dms"}
 FLAGS = ["--seed=3", "--wandb=speed"]
@@ -104,7 +108,7 @@ def test_the_header_tells_what_ran(folder, result):
         r"^commit: ([0-9a-f]{40}|unknown)( with changes)?$",
         r"^seed: 3$",
         r"^Muon: \d+ matrices in 1 buckets over 1 ranks, planned balance 1.000$",
-        r"^Muon's share of the FLOPs of a step, by stage, as planned: \d+\.\d%",
+        r"^Muon's share of the FLOPs of a step, as planned: \d+\.\d% at 512 tokens",
         r"^Newton-Schulz of Muon: float32, symmetric products by torch, as always on a CPU$",
         r"^attention: blocked \(fastest on a CPU\)",
         r"^training data: 6,144 tokens from 2 shards, fingerprint [0-9a-f]{16}$",
@@ -204,6 +208,27 @@ def test_on_a_terminal_there_is_a_progress_bar(folder):
     assert first.startswith(str(folder)) and last == f"log: {first}"
     assert [line.split()[0] for line in steps] == ["step:0/40", "step:20/40", "step:40/40"]
     assert len(step_lines(Path(first).read_text())) == 43  # the file has the training lines too
+
+
+def test_a_terminal_that_is_closed_does_not_end_a_run(folder):
+    import pty
+
+    main, side = pty.openpty()
+    known = set((folder / "logs").glob("*.txt"))
+    with start(folder, "--train_steps=40", "--max_epochs=9", stdin=side, stdout=side, stderr=side) as process:
+        os.close(side)
+        os.read(main, 1)
+        os.close(main)  # from here on whatever is written to it is an error
+        assert process.wait() == 0
+    path, = set((folder / "logs").glob("*.txt")) - known
+    assert step_lines(path.read_text())[-1][0] == 40
+
+
+def test_on_a_cpu_the_model_is_the_only_graph(tmp_path):
+    run = make_run(tmp_path, compile="on")
+    assert run.kernels.compiled and not run.muon.compile
+    assert run.adam.update is adam_update_in_pieces_
+    assert run.model.cross_entropy is summed_cross_entropy
 
 
 def test_compiled_graphs_are_kept_beside_the_sources_unless_a_folder_is_named(monkeypatch):

@@ -128,6 +128,16 @@ def test_the_latest_checkpoint_is_found_and_only_the_newest_ones_are_kept(tmp_pa
     assert missing.code == 2 and "expected a checkpoint in" in missing.err
 
 
+def test_the_latest_of_checkpoints_as_old_is_that_of_the_last_step_and_one_that_is_gone_is_none(tmp_path):
+    paths = [tmp_path / f"run/state_step{step:06d}.pt" for step in (9, 12, 15)]
+    paths[0].parent.mkdir()
+    for path in paths[:2]:
+        path.touch()
+        os.utime(path, (1e9, 1e9))
+    paths[2].symlink_to("gone")  # as one that another run removes meanwhile
+    assert train_gpt.latest_checkpoint(str(tmp_path)) == str(paths[1])
+
+
 def test_a_dry_run_says_what_would_run_and_leaves_nothing(tmp_path):
     result = run(make_shards(tmp_path), "--dry_run", "--seed=7")
     assert result.code == 0 and not (tmp_path / "logs").exists()
