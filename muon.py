@@ -776,7 +776,7 @@ class Bucket:
         mine = torch.zeros(length, dtype=self.wire, device=self.device)  # where nothing follows, 0 is not ok
         if self.divided:  # weights that travel do so as they are where nothing has moved them
             masters = [stack for stack in self.stacks[self.rank] if stack.group["split_mantissa"]]
-            results = {stack: (self.weights(stack).view(stack.shape),) for stack in masters} | results
+            results = {stack: (self.weights(stack).reshape(stack.shape),) for stack in masters} | results
         copy_all(pair for stack, slots in self.contents(mine, self.rank).items()
                  for pair in zip(slots, results.get(stack, ())))
         self.sent = share_with_all(mine, self.world_size, self.group)
