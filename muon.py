@@ -422,12 +422,6 @@ class Stack:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def in_parts(self, count: int) -> list["Stack"]:
-        """Return as many stacks, as equal as can be; at most one for each matrix."""
-        count = min(count, len(self))
-        bounds = [i * len(self) // count for i in range(count + 1)]
-        return [replace(self, start=start, stop=stop) for start, stop in zip(bounds, bounds[1:])]
-
     @property
     def bank(self) -> tuple[int, ...]:
         """The shape of the parameter as (matrices, all rows, columns ...)."""
@@ -537,6 +531,18 @@ def swap_one(costs: Sequence[int], mine: list[set[int]], loads: list[int]) -> bo
     loads[busiest] += b - a
     loads[rank] += a - b
     return True
+
+
+def runs(matrices: Iterable[Stack], given: collections.Counter, together: Callable) -> list[Stack]:
+    """Return the next matrices of every stack, as often as it occurs: in one run, as the matrices of a stack
+    are alike and what lies together needs no copy, or one by one. given: what was returned before, moves."""
+    found = []
+    for stack, count in collections.Counter(matrices).items():
+        length = count if together(stack) else 1
+        start = given[stack]
+        given[stack] += count
+        found += [replace(stack, start=i, stop=i + length) for i in range(start, start + count, length)]
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1123,19 +1129,23 @@ class Muon(torch.optim.Optimizer):
                       dtype: torch.dtype) -> None:
         world_size, rank = (1, 0) if kind.alone else world_and_rank(process_group)
         cap = max(1, int(self.bucket_mb * 1e6 / 4))
-        units = []
+        matrices = []  # the stack of each
+        costs = []
         for p, group in members.items():
             for stack in stacks_of(p, kind.held_shape(p), group):
-                apart = self.deterministic or not kind.stackable(stack)
-                units += stack.in_parts(len(stack) if apart else max(world_size, stack.numel // cap))
-        costs = []
-        for unit in units:
-            gram = gram_pays(unit.m, unit.n, dtype, unit.param.device)
-            flops = newton_schulz_flops(unit.m, unit.n, unit.group["ns_steps"], gram, dtype)
-            costs.append(len(unit) * flops)
-        self.placements.append(place_units(costs, [unit.numel for unit in units], world_size, cap))
-        for bucket in self.placements[-1].buckets:
-            mine = [[units[u] for u in ids] for ids in bucket]
+                gram = gram_pays(stack.m, stack.n, dtype, p.device)
+                flops = newton_schulz_flops(stack.m, stack.n, group["ns_steps"], gram, dtype)
+                matrices += [stack] * len(stack)
+                costs += [flops] * len(stack)
+        placement = place_units(costs, [stack.m * stack.n for stack in matrices], world_size, cap)
+        self.placements.append(placement)
+
+        def together(stack: Stack) -> bool:
+            return kind.stackable(stack) and not self.deterministic
+
+        given = collections.Counter()
+        for bucket in placement.buckets:
+            mine = [runs([matrices[u] for u in units], given, together) for units in bucket]
             self.buckets.append(kind(self, process_group, rank, mine, dtype))
 
     def call(self, function: Callable, *args):

@@ -9,14 +9,17 @@ import pickle
 import subprocess
 import sys
 import typing
+from collections import Counter
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import muon
+import train_gpt
 from muon import COEFFICIENTS, newton_schulz_flops, orthogonalize
-from muon import place_units, stacks_of
+from muon import place_units, runs, stacks_of
+from tools.plan import shapes_of
 
 Muon = functools.partial(muon.Muon, flatten=False)  # 3-D parameters are banks here
 FP32 = dict(rtol=1e-5, atol=1e-5)  # single precision through five Newton-Schulz steps; measured about 2e-6
@@ -581,15 +584,35 @@ def test_swaps_after_the_greedy_pass_balance_the_gram_form_too():
 @pytest.mark.parametrize("shape, settings", [((10, 3, 4), dict()), ((12, 4), dict(split=3)),
                                              ((10, 6, 4), dict(split=2)), ((2, 7, 4), dict(split=(3, 4)))])
 @pytest.mark.parametrize("count", [1, 3, 4, 100])
-def test_parts_of_a_stack_cover_every_matrix_once(shape, settings, count):
+def test_runs_cover_every_matrix_of_a_stack_once(shape, settings, count):
     x = torch.arange(math.prod(shape)).view(shape)
     group, = Muon([x.float()], **settings).param_groups
-    for stack in stacks_of(x, shape, group):
-        parts = stack.in_parts(count)
-        assert len(parts) == min(count, len(stack)) and max(map(len, parts)) - min(map(len, parts)) <= 1
-        assert torch.equal(torch.cat([part.of(x) for part in parts]), stack.of(x))
-    found = torch.cat([stack.of(x).flatten() for stack in stacks_of(x, shape, group)])
+    stacks = stacks_of(x, shape, group)
+    matrices = [stack for stack in stacks for _ in range(len(stack))]
+    for together in True, False:
+        given, found = Counter(), {stack.number: [] for stack in stacks}
+        for i in range(0, len(matrices), count):
+            for run in runs(matrices[i:i + count], given, lambda stack: together):
+                assert len(run) <= count and (together or len(run) == 1)
+                found[run.number].append(run.of(x))
+        for stack in stacks:
+            assert torch.equal(torch.cat(found[stack.number]), stack.of(x))
+            assert len(found[stack.number]) <= (len(stack) - 1) // count + 2 or not together
+    found = torch.cat([stack.of(x).flatten() for stack in stacks])
     assert sorted(found) == list(range(x.numel()))
+
+
+def test_eight_ranks_share_the_banks_of_track_small_evenly(monkeypatch):
+    monkeypatch.setattr(muon, "world_and_rank", lambda group: (8, 0))
+    monkeypatch.setattr(muon, "of_all_ranks", lambda fact, group: [fact])
+    model = shapes_of(train_gpt.Config.for_track("small"))
+    optimizer = Muon([getattr(model, name) for name in train_gpt.MATRICES], ns_dtype=torch.bfloat16)
+    placement, = optimizer.placements
+    held = [[sum(stack.numel for stack in mine) for mine in bucket.stacks] for bucket in optimizer.buckets]
+    sent = 8 * sum(map(max, held))
+    assert sent < 1.2 * sum(map(sum, held))  # padded by 15 %
+    assert placement.efficiency > 0.98       # 0.997
+    assert len(placement.buckets) == 3
 
 
 # --- in place of torch.optim.Muon ---
