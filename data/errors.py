@@ -3,12 +3,19 @@
 They lie on the ground floor, because every room raises them.
 """
 import argparse
+import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk; a terminal that has gone away
+ADVICE = {  # what the system refuses wherever one is -> what to do
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EIO: "see whether disk and terminal are still there",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 1024)",
+    errno.ENFILE: "close other programs",
+}
 
 
 class UsageError(ValueError):
@@ -48,7 +55,13 @@ def steady_streams() -> None:
 
 def silence(stream) -> None:
     """Send the rest of a stream nowhere, or Python would complain about it while it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with contextlib.suppress(OSError):  # no file can be opened any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def refused_by_system(error: OSError) -> str:
+    return (f"expected files to open and to write, found: {error.strerror}; {ADVICE[error.errno]} and start "
+            "again")
 
 
 def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: str = "",
@@ -78,9 +91,8 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str], name: 
         silence(sys.stdout)
         return 0
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in ADVICE:
             raise
         silence(sys.stdout)
-        print(f"{prefix}expected to write, found: {error.strerror}; free some space and start again",
-              file=sys.stderr)
+        print(f"{prefix}{refused_by_system(error)}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-from data.errors import RunError, UsageError, steady_streams
+from data.errors import ADVICE, RunError, UsageError, refused_by_system, steady_streams
 
 # ------------------------------------------------------------------------------------------------------------
 # Signals
@@ -117,6 +117,10 @@ def report(main, argv: list[str], name: str = "train_gpt.py") -> int:
             code, message = 2, str(e)
         except RunError as e:
             code, message = 1, str(e)
+        except OSError as e:
+            if e.errno not in ADVICE:
+                raise
+            code, message = 1, refused_by_system(e)
         except RuntimeError as e:
             code, message = 1, explain(e)
             if message is None:

@@ -172,6 +172,16 @@ def test_a_screen_that_is_full_closed_or_without_such_characters_ends_no_run(tmp
     assert len(list(folder.glob("logs/*.txt"))) == 2
 
 
+def test_too_few_open_files_are_one_sentence(capsys):
+    def main(argv, stop):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    assert report(main, []) == 1
+    assert capsys.readouterr().err == (
+        "train_gpt.py: expected files to open and to write, found: Too many open files; raise the limit of "
+        "open files (ulimit -n 1024) and start again\n")
+
+
 def test_a_log_folder_that_cannot_be_written_is_refused(folder):
     (folder / "file").write_text("mine")
     result = run(folder, f"--log_dir={folder / 'file'}")

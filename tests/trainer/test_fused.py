@@ -90,7 +90,9 @@ def test_fused_functions_of_an_eager_cpu_and_of_a_gpu_leave_the_model_the_same(m
 
 
 def test_what_a_gpu_does_without_although_nobody_asked_for_that_is_told():
-    kernels = dataclasses.replace(Kernels.plain(torch.bfloat16, "flex"), device=torch.device("cuda"))
+    reasons = dict(attention="asked for", fp8_head="asked for", mlp_fp8="not asked for")
+    kernels = dataclasses.replace(Kernels.plain(torch.bfloat16, "flex"), device=torch.device("cuda"),
+                                  reasons=reasons)
     wishes = dict(attention="auto", fp8_head="auto", mlp_fp8="auto")
     assert kernels.fallbacks(config(**wishes)) == [
         "attention by flex, not by FlashAttention: asked for", "head in bfloat16, not in FP8: asked for",
