@@ -165,7 +165,8 @@ def test_without_a_compiler_doctor_and_trainer_say_what_to_do(capsys, tmp_path, 
             "--attn_gate_layers=0 --xsa_layers=0")
     with torch._inductor.config.patch(force_disable_caches=True):
         result = run(make_shards(tmp_path), "--compile=on", *bare.split())
-    [line] = result.err.splitlines()
+    # torch 2.14 says beside it that it keeps the compiler's folder.
+    [line] = [said for said in result.err.splitlines() if "/_inductor/" not in said]
     assert result.code == 1 and "expected torch.compile to work here, found: InvalidCxxCompiler" in line
     assert "--compile=off" in line
 
