@@ -4,7 +4,7 @@ import sys
 import torch
 
 OLDEST_TORCH = 2, 7  # the first whose compiler has recompile_limit
-TESTED_TORCH = (2, 11), (2, 14)  # from the first to the last on which the suite has passed
+TESTED_TORCH = (2, 11), (2, 14)  # from the first to the last on which tests have passed
 
 if torch.__version__ < OLDEST_TORCH:  # said here, before modules ask it for what it lacks
     oldest = ".".join(map(str, OLDEST_TORCH))
