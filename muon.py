@@ -286,7 +286,7 @@ ADJUST_LR = {  # the factor on lr for an m x n matrix; weight decay never sees i
     None: lambda m, n: math.sqrt(max(1, m / n)),                 # as in torch: original
     "original": lambda m, n: math.sqrt(max(1, m / n)),           # Keller Jordan; torch calls it the same
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight: the root mean square is 0.2
-    "spectral": lambda m, n: math.sqrt(m / n),                   # unclamped: below 1 for wide matrices
+    "spectral_unclamped": lambda m, n: math.sqrt(m / n),         # torch 2.14; below 1 for wide matrices
     "identity": lambda m, n: 1.0,
 }
 

@@ -818,7 +818,7 @@ class GPT(nn.Module):
         e = self.kernels.lookup(index, self.bigram_embed)
         if not self.cfg.bigram_signs:
             return e
-        return self.kernels.signed(e, F.embedding((now ^ before) % NUM_SIGNS, self.signs))
+        return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
 
     def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
         """Return {layer: (T, D)}: for each of these layers a table that its values read (records 14 to

@@ -17,7 +17,7 @@ from engine.head_loss import choose_fp8
 from engine.mlp import GpuMlp, choose_fused_mlp, choose_mlp_fp8
 from engine.products import (
     CpuLinear, choose_bf16, choose_onednn, choose_symmetric, onednn_batches, plainly)
-from engine.tables import Lookup, SignedRows
+from engine.tables import Lookup
 from muon import symmetric_product
 
 
@@ -127,10 +127,6 @@ class Kernels:
     def lookup(self, index: Tensor, table: Tensor) -> Tensor:
         """(...) row numbers of a table (rows, D) to (..., D)."""
         return Lookup.apply(index, table) if self.own_kernels else F.embedding(index, table)
-
-    def signed(self, rows: Tensor, signs: Tensor) -> Tensor:
-        """Return rows times signs of -1 and 1, (T, D) each."""
-        return SignedRows.apply(rows, signs) if self.own_kernels else rows * signs.type_as(rows)
 
     def compile(self, function: Callable) -> Callable:
         return whole_graph(function) if self.compiled else function

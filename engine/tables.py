@@ -33,19 +33,3 @@ class Lookup(torch.autograd.Function):
     def backward(ctx, grad):
         index, = ctx.saved_tensors
         return None, table_gradient(grad.contiguous(), index, ctx.rows)
-
-
-class SignedRows(torch.autograd.Function):
-    """rows * signs, both (T, D), which torch.compile stores: it would multiply anew for each of many readers,
-    who then read rows and signs."""
-
-    @staticmethod
-    def forward(ctx, rows, signs):
-        ctx.save_for_backward(signs)
-        y = rows * signs.type_as(rows)
-        return y.as_strided(y.shape, y.stride())
-
-    @staticmethod
-    def backward(ctx, grad):
-        signs, = ctx.saved_tensors
-        return grad * signs.type_as(grad), None

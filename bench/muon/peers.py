@@ -119,7 +119,7 @@ def optimuon(module) -> Subject:
 
 
 def dion(module) -> Subject:
-    modes = {"spectral": "spectral_norm", "match_rms_adamw": "rms_norm", "identity": None}
+    modes = {"spectral_unclamped": "spectral_norm", "match_rms_adamw": "rms_norm", "identity": None}
 
     def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn, split=None, flatten=False,
              mesh=None):
@@ -128,7 +128,7 @@ def dion(module) -> Subject:
         return module.Muon(
             [group], mesh or world, lr=lr, mu=momentum, nesterov=nesterov, weight_decay=weight_decay,
             flatten=flatten, adjust_lr=one_of(modes, adjust_lr_fn))
-    return Subject("dion", make, "polar", "spectral")
+    return Subject("dion", make, "polar", "spectral_unclamped")
 
 
 SUBJECTS = {  # name -> (maker, its module)

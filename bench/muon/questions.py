@@ -40,7 +40,7 @@ SINGLE = 1e-4          # and of those in fp32
 ADJUST_LR = {
     "original": lambda m, n: math.sqrt(max(1, m / n)),
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
-    "spectral": lambda m, n: math.sqrt(m / n),
+    "spectral_unclamped": lambda m, n: math.sqrt(m / n),
     "identity": lambda m, n: 1.0,
 }
 

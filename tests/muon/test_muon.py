@@ -43,7 +43,7 @@ SCALES = {
     None: lambda m, n: math.sqrt(max(1, m / n)),
     "original": lambda m, n: math.sqrt(max(1, m / n)),
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
-    "spectral": lambda m, n: math.sqrt(m / n),
+    "spectral_unclamped": lambda m, n: math.sqrt(m / n),
     "identity": lambda m, n: 1,
 }
 
@@ -298,7 +298,7 @@ def blocks(x, sizes, flatten):
 @pytest.mark.parametrize("settings", [
     dict(), dict(normuon_beta2=0.9, weight_decay=0.1, cautious=True),
     dict(dtype=torch.bfloat16, split_mantissa=True, normuon_beta2=0.9, weight_decay=0.1,
-         adjust_lr_fn="spectral")], ids=str)
+         adjust_lr_fn="spectral_unclamped")], ids=str)
 def test_a_split_equals_separate_parameters_bit_for_bit(case, settings):
     shape, split, flatten, sizes = SPLITS[case]
     settings = dict(settings)

@@ -15,8 +15,7 @@ pytest.importorskip("expecttest")
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.Muon)
-NEWER = "spectral_unclamped"  # an adjust_lr_fn of torch 2.14 that ours does not have yet
-INPUTS = [given for given in INFO.optim_inputs_func("cpu") if given.kwargs.get("adjust_lr_fn") != NEWER]
+INPUTS = INFO.optim_inputs_func("cpu")
 ERRORS = INFO.optim_error_inputs_func("cpu", torch.float32)
 TORCH_DEFAULTS = dict(lr=1e-3, weight_decay=0.1, ns_coefficients=(3.4445, -4.7750, 2.0315), eps=1e-7)
 DIFFERENT = {  # an error input -> (the error of ours, its sentence), each with the reason

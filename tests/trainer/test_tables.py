@@ -1,9 +1,9 @@
-"""engine/tables.py against F.embedding and a product, and engine/transpose.py against x.t()."""
+"""engine/tables.py against F.embedding, and engine/transpose.py against x.t()."""
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.tables import Lookup, SignedRows
+from engine.tables import Lookup
 from engine.transpose import transposed
 from tests.helpers.triton import interpret
 
@@ -24,18 +24,6 @@ def test_rows_and_gradient_are_those_of_an_embedding_in_float64(shape, dtype):
     for lookup in (Lookup.apply, torch.compile(Lookup.apply, backend="aot_eager", fullgraph=True)):
         error = (gradient_of(lookup, table, index, weights).double() - exact).norm() / exact.norm()
         assert error < (1e-6 if dtype == torch.float32 else 2**-7)  # roundings of sums of about seven numbers
-
-
-def test_signed_rows_and_their_gradient_are_those_of_the_product():
-    generator = torch.Generator().manual_seed(0)
-    rows, weights = torch.randn(2, 11, 5, generator=generator).bfloat16()
-    rows.requires_grad_()
-    signs = torch.randint(0, 2, (11, 5), generator=generator, dtype=torch.int8) * 2 - 1
-    for signed in (SignedRows.apply, torch.compile(SignedRows.apply, backend="aot_eager", fullgraph=True)):
-        found = signed(rows, signs)
-        assert torch.equal(found, rows * signs) and found.dtype == rows.dtype
-        gradient, = torch.autograd.grad(found, rows, weights)
-        assert torch.equal(gradient, weights * signs)
 
 
 def test_transposed_is_a_transposed_copy():
