@@ -297,6 +297,7 @@ def scenarios_of_few(rank, world_size, optimizer):
         optimizer.consolidate_state_dict()
         found[kind] = weights, optimizer.skipped, optimizer.state_dict()["state"]
     found["frozen"] = [frozen(), frozen(sync_grads=True)]
+    found["channels last"] = [channels_last(rank), channels_last(rank, replicate_state=True)]
     found["bounded"] = {sync: bounded(rank, world_size, sync) for sync in (True, False)}
 
     # ranks that disagree
@@ -332,6 +333,23 @@ def frozen(**settings):
     weights, optimizer = train(shapes, gradients, dtype=torch.bfloat16, split_mantissa=True,
                                deterministic=True, **SETTINGS, **settings)
     return weights, optimizer.skipped
+
+
+def channels_last(rank=1, **settings):
+    """A run with masters of convolutions whose rows are no views in memory; rank 1 lacks a gradient at step 2.
+    Gradients are small whole numbers, whose sums bf16 holds."""
+    params, steps = make([(12, 4, 3, 3), (6, 2, 3, 3), (4, 8, 3, 3)], steps=STEPS, dtype=torch.bfloat16)
+    for p in params:
+        p.data = p.data.contiguous(memory_format=torch.channels_last)
+    optimizer = Muon(params, split_mantissa=True, deterministic=True, sync_grads=True, **SETTINGS, **settings)
+    for t, step in enumerate(steps):
+        gradients = [(64 * g).round() for g in step]
+        if t == 2 and rank == 1:
+            gradients[1] = None
+        feed(params, gradients)
+        optimizer.step()
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in params)
+    return digest([p.detach() for p in params]), optimizer.skipped
 
 
 def after_errors(rank, kind):
@@ -435,6 +453,13 @@ def test_without_a_gradient_anywhere_nothing_moves(world, W):
     for weights, number in [(expected, skipped), *(run for found in world(W) for run in found["frozen"])]:
         assert number == skipped and same(weights[0], start[0]) and same(weights[2], start[2])
     assert all(same(found["frozen"][0][0][1], expected[1]) for found in world(W))
+
+
+@pytest.mark.parametrize("W", FEW)
+def test_masters_of_convolutions_that_lie_channels_last(world, W):
+    expected = channels_last()
+    assert expected[1] == 1
+    assert all(run == expected for found in world(W) for run in found["channels last"])
 
 
 @pytest.mark.parametrize("W", WORLDS)
