@@ -789,6 +789,16 @@ def test_a_checkpoint_of_a_wrapped_model_or_without_names_loads(names):
     assert same(optimizer.state_dict()["state"][1]["momentum_buffer"], saved["state"][1]["momentum_buffer"])
 
 
+def test_the_bits_do_not_depend_on_how_a_gradient_lies_in_memory():
+    (p, q), ((G, _),) = make([(9, 16), (9, 16)], steps=1)
+    q.data.copy_(p.data)
+    p.grad = G
+    q.grad = G.mT.contiguous().mT
+    for each in (p, q):
+        Muon([each], deterministic=True).step()
+    assert same(p.detach(), q.detach())
+
+
 def test_a_fresh_state_loads_as_zeros_and_a_state_before_masters_keeps_what_it_has():
     params, gradients = make([(12, 8)], dtype=torch.bfloat16)
     optimizer = train(params, gradients)
