@@ -1038,11 +1038,11 @@ class Muon(torch.optim.Optimizer):
     # --- the layout ---
 
     def _what_shapes_it(self) -> list:
-        """Return what the layout depends on, to be compared at every step."""
+        """Return what the layout depends on, and what it checks, to be compared at every step."""
         facts = [world_and_rank(self.process_group)]
         for group in self.param_groups:
             params = [(id(p), p.shape, p.dtype, p.device) for p in group["params"]]
-            facts.append((id(group), params, [group[key] for key in SHAPING]))
+            facts.append((id(group), params, [group[key] for key in (*SHAPING, "split_mantissa")]))
         return facts
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
@@ -1248,6 +1248,7 @@ class Muon(torch.optim.Optimizer):
         kept = {}
         for ours, group in zip(self.param_groups, groups):
             for p, i in zip(ours["params"], group["params"]):
+                check_parameter(self._names.get(p, ""), p, group)
                 state = saved.get(i, {})
                 self._check_state(p, state, group, kinds)
                 if state:

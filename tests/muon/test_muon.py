@@ -799,6 +799,20 @@ def test_the_bits_do_not_depend_on_how_a_gradient_lies_in_memory():
     assert same(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_masters_asked_for_later_are_refused_for_what_is_not_bf16(loaded):
+    params, gradients = make([(12, 8)])
+    optimizer = train(params, gradients[:1])
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match="expected torch.bfloat16 for split_mantissa, found torch.float32"):
+        if loaded:
+            low, steps = make([(12, 8)], dtype=torch.bfloat16)
+            optimizer.load_state_dict(train(low, steps, split_mantissa=True).state_dict())
+        optimizer.param_groups[0]["split_mantissa"] = True
+        optimizer.step()
+    assert same(params[0].detach(), before)
+
+
 def test_a_fresh_state_loads_as_zeros_and_a_state_before_masters_keeps_what_it_has():
     params, gradients = make([(12, 8)], dtype=torch.bfloat16)
     optimizer = train(params, gradients)
