@@ -1248,12 +1248,15 @@ class Muon(torch.optim.Optimizer):
         kept = {}
         for ours, group in zip(self.param_groups, groups):
             for p, i in zip(ours["params"], group["params"]):
-                check_parameter(self._names.get(p, ""), p, group)
-                state = saved.get(i, {})
-                self._check_state(p, state, group, kinds)
+                name = self._names.get(p, "")
+                check_parameter(name, p, group)
+                state = saved.get(i)
                 if state:
-                    kept[p] = state | {name: self._adopt(name, state[name], dtype, p, group)
-                                       for name, dtype in state_kinds(group).items() if name in state}
+                    self._check_state(p, state, group, kinds)
+                    kept[p] = state | {kind: self._adopt(kind, state[kind], dtype, p, group)
+                                       for kind, dtype in state_kinds(group).items() if kind in state}
+                elif saved:  # torch saves nothing of a parameter that never had a gradient
+                    warnings.warn(f"Muon: {name} has no state in the checkpoint; it starts at zero")
         for ours, group in zip(self.param_groups, groups):
             ours.update(group, params=ours["params"])
         self.state = collections.defaultdict(dict, kept)
