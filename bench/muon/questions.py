@@ -127,19 +127,19 @@ def bitwise(S: Subject) -> dict:
     return dict(deterministic=True) if S.offers("deterministic") else {}
 
 
-def with_spectrum(m: int, n: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_spectrum(m: int, n: int, values: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return (U, V^T, the m x n matrix with these singular values), in fp64."""
-    torch.manual_seed(0)
-    U = torch.linalg.qr(torch.randn(m, len(values), dtype=torch.float64))[0]
-    V = torch.linalg.qr(torch.randn(n, len(values), dtype=torch.float64))[0]
+    generator = torch.Generator().manual_seed(seed)
+    U = torch.linalg.qr(torch.randn(m, len(values), generator=generator, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=torch.float64))[0]
     return U, V.mT, U @ values.double().diag() @ V.mT
 
 
-def mapped(values: Tensor, coefficients: str) -> Tensor:
-    """Return what five exact iterations make of these singular values, in fp64."""
+def mapped(values: Tensor, coefficients: str, steps: int = 5) -> Tensor:
+    """Return what exact iterations make of these singular values, in fp64."""
     safety, triples = COEFFICIENTS[coefficients]
     x = values.double() / (values.double().norm() * safety)
-    for i in range(5):
+    for i in range(steps):
         a, b, c = triples[min(i, len(triples) - 1)]
         x = a * x + b * x**3 + c * x**5
     return x

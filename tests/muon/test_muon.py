@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import muon
 import train_gpt
+from bench.muon.questions import ADJUST_LR, mapped, with_spectrum
 from muon import COEFFICIENTS, newton_schulz_flops, orthogonalize
 from muon import place_units, runs, stacks_of
 from tools.plan import shapes_of
@@ -31,21 +32,7 @@ def triples(name, steps):
     return safety, [rows[min(i, len(rows) - 1)] for i in range(steps)]
 
 
-def with_spectrum(values, m, n, seed=0):
-    """U S V^T in float64 with the given singular values, and U, V^T."""
-    generator = torch.Generator().manual_seed(seed)
-    U = torch.linalg.qr(torch.randn(m, len(values), generator=generator, dtype=torch.float64))[0]
-    V = torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=torch.float64))[0]
-    return U @ torch.diag(values.double()) @ V.T, U, V.T
-
-
-SCALES = {
-    None: lambda m, n: math.sqrt(max(1, m / n)),
-    "original": lambda m, n: math.sqrt(max(1, m / n)),
-    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
-    "spectral_unclamped": lambda m, n: math.sqrt(m / n),
-    "identity": lambda m, n: 1,
-}
+SCALES = {None: ADJUST_LR["original"]} | ADJUST_LR
 
 
 def oracle(W, gradients, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, ns_steps=5,
@@ -75,14 +62,10 @@ def flops(m, n, steps=5):
     return steps * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3)
 
 
-def mapped(G, name, steps):
+def iterated(G, name, steps):
     """What `steps` of a schedule make of G: the scalar polynomial on its singular values, in float64."""
     U, x, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-    safety, rows = triples(name, steps)
-    x = x / (x.norm() * safety)
-    for a, b, c in rows:
-        x = a * x + b * x**3 + c * x**5
-    return U @ torch.diag(x) @ Vh
+    return U @ mapped(x, name, steps).diag() @ Vh
 
 
 def matrices(x):
@@ -151,16 +134,16 @@ def test_every_singular_value_goes_through_the_polynomial(name, m, n, gram):
     many, the rounding of the input alone, times a slope at 0 of 1e4 and more, is larger than these
     tolerances."""
     for steps in range(1, 9):
-        G = with_spectrum(torch.logspace(-5 if steps <= 5 else -3, 0, min(m, n)), m, n)[0].float()
-        expected = mapped(G, name, steps)
+        G = with_spectrum(m, n, torch.logspace(-5 if steps <= 5 else -3, 0, min(m, n)))[2].float()
+        expected = iterated(G, name, steps)
         # Measured 1.1e-5
         close(orthogonalize(G, steps, name, torch.float32, gram), expected, rtol=0, atol=3e-5)
         if steps > 5:
             continue
-        G = with_spectrum(torch.logspace(-3, 0, min(m, n)), m, n)[0].float()
+        G = with_spectrum(m, n, torch.logspace(-3, 0, min(m, n)))[2].float()
         # Without the restarts: 1e-3 above and 0.5 here
         half = orthogonalize(G, steps, name, torch.float16, gram)
-        close(half, mapped(G, name, steps), rtol=0, atol=3e-2)  # measured 1.1e-2
+        close(half, iterated(G, name, steps), rtol=0, atol=3e-2)  # measured 1.1e-2
         assert half.dtype == torch.float16
 
 
@@ -188,8 +171,8 @@ def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, expecte
     torch.tensor([1.0] + [1e-2] * 383), torch.tensor([1.0] * 8 + [0.0] * 376)], ids=[
     "flat", "linear", "three decades", "1 over k", "one above all", "rank 8"])
 def test_the_gram_form_in_bf16_adds_little_to_the_rounding(name, spectrum):
-    G = with_spectrum(spectrum, 384, 1536)[0].float()
-    expected = mapped(G, name, 5)
+    G = with_spectrum(384, 1536, spectrum)[2].float()
+    expected = iterated(G, name, 5)
     standard, by_gram = ((orthogonalize(G, 5, name, torch.bfloat16, gram) - expected).norm() / expected.norm()
                          for gram in FORMS)
     assert by_gram < max(1.1 * standard, 0.08)  # measured 0.0055 to 0.043, or beside standard's 0.07 to 0.6
@@ -227,7 +210,7 @@ class OneTriangle:
 def test_a_symmetric_kernel_gets_exactly_the_symmetric_products(monkeypatch, steps, gram):
     """Of the optimizer, too, which hands it on."""
     monkeypatch.setattr(muon, "gram_pays", lambda *args: gram)
-    G = torch.stack([with_spectrum(torch.linspace(0.1, 1, 8), 8, 24, seed)[0].float() for seed in range(2)])
+    G = torch.stack([with_spectrum(8, 24, torch.linspace(0.1, 1, 8), seed)[2].float() for seed in range(2)])
     kernel = OneTriangle()
     p = torch.nn.Parameter(torch.zeros_like(G))
     train([p], [[G]], lr=1.0, symmetric=kernel, ns_steps=steps, ns_coefficients="quintic")
@@ -252,7 +235,7 @@ def test_five_steps_end_in_the_known_band(name, low, high):
 
 
 def test_more_steps_than_triples_repeat_the_last_and_fewer_use_the_first():
-    G, rows = with_spectrum(torch.linspace(0.1, 1, 8), 8, 12)[0].float(), COEFFICIENTS["quintic"][1]
+    G, rows = with_spectrum(8, 12, torch.linspace(0.1, 1, 8))[2].float(), COEFFICIENTS["quintic"][1]
     assert same(orthogonalize(G, 7, "quintic"), orthogonalize(G, 7, [*rows, rows[-1], rows[-1]]))
     assert same(orthogonalize(G, 2, "quintic"), orthogonalize(G, 2, rows[:2]))
 

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 import muon
+from bench.muon.questions import with_spectrum
 from muon import orthogonalize
 from tests.helpers.dist import run_ranks
-from tests.muon.test_muon import Muon, close, feed, make, mapped, same, save_and_load, with_spectrum
+from tests.muon.test_muon import Muon, close, feed, iterated, make, same, save_and_load
 
 SHAPES = [(12, 8), (8, 12), (10, 10)]
 REPLICATED = [
@@ -345,10 +346,10 @@ def test_an_iteration_that_overflows_is_skipped_and_counted(monkeypatch, reads):
 @pytest.mark.parametrize("scale", [1e-300, 1e-50, 1.0, 1e300])
 @pytest.mark.parametrize("gram", [False, True])
 def test_float64_is_exact_throughout(scale, gram):
-    G = with_spectrum(torch.logspace(-6, 0, 8, dtype=torch.float64), 8, 20)[0]
+    G = with_spectrum(8, 20, torch.logspace(-6, 0, 8, dtype=torch.float64))[2]
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 3e-5)):
         found = orthogonalize(G * scale, 5, "polar", dtype, gram)
-        close(found, mapped(G, "polar", 5), rtol=0, atol=tolerance)
+        close(found, iterated(G, "polar", 5), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (8, 5), (2, 4, 6)])
@@ -359,7 +360,7 @@ def test_gradients_flow_back_through_orthogonalize(shape, gram):
 
 
 def test_eps_shrinks_what_is_smaller_as_in_torch():
-    G = with_spectrum(torch.linspace(0.5, 1, 8), 8, 12)[0].float()
+    G = with_spectrum(8, 12, torch.linspace(0.5, 1, 8))[2].float()
     small = G / G.norm() * 1e-11
     triple, = muon.COEFFICIENTS["jordan"][1]
     theirs = torch.optim._muon._zeropower_via_newtonschulz(small, triple, 5, 1e-7).float()

@@ -336,7 +336,7 @@ def frozen(**settings):
 
 
 def channels_last(rank=1, **settings):
-    """A run with masters of convolutions whose rows are no views in memory; rank 1 lacks a gradient at step 2.
+    """A run with masters of convolutions whose rows are no views in memory; rank 1 lacks a gradient once.
     Gradients are small whole numbers, whose sums bf16 holds."""
     params, steps = make([(12, 4, 3, 3), (6, 2, 3, 3), (4, 8, 3, 3)], steps=STEPS, dtype=torch.bfloat16)
     for p in params:
