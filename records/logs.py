@@ -29,8 +29,6 @@ SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs
 LINE_LIMIT = 1 << 16  # bytes; no line as long is read (the longest that matters in the public logs has 587)
 SOURCE_LIMIT = 1 << 22  # bytes; no longer source is kept (the longest in the public logs has 187,761)
 POINT_LIMIT = 20_000  # validations kept of a file (the most in the public logs are 1,080)
-
-
 COMPRESSED = b"\x1f\x8b", b"PK\3\4", b"(\xb5/\xfd"  # the first bytes of gzip, zip and zstd
 UNPACK = "the file is compressed: unpack it first"
 

@@ -160,5 +160,5 @@ def power(n: int, margin: float, sd: float, alpha: float) -> float:
 
 
 def detectable(n: int, sd: float) -> float:
-    """The difference that the mean of n values shows in 8 cases of 10."""
+    """The difference that the mean of n values shows with the probability WANTED."""
     return sd * scipy.optimize.brentq(lambda margin: power(n, margin, 1.0, ALPHA) - WANTED, 0, 1e3)

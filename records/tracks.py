@@ -3,8 +3,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Regular expressions, to be searched in code without its comments. Such settings can buy a few seconds of run
-# time with half an hour of compilation, which the clock does not see.
+# Settings of the compiler that can buy a few seconds of run time with half an hour of compilation, which the
+# clock does not see: regular expressions, to be searched in code without its comments.
 COMPILE_FLAGS = (
     r"_inductor\.config\.(?!coordinate_descent_tuning\b)\w+",
     r"_inductor\s+import\s+config\b",
