@@ -449,14 +449,16 @@ def stacks_of(p: Tensor, shape: Sequence[int], group: dict) -> list[Stack]:
     return [stack for stack in stacks if len(stack)]
 
 
+KINDS = {  # kind of state -> (dtype, whether the settings of a group ask for it)
+    "momentum_buffer": (torch.float32, lambda group: True),
+    "second_moment": (torch.float32, lambda group: group["normuon_beta2"] is not None),
+    "mantissa": (torch.int16, lambda group: group["split_mantissa"]),
+}
+
+
 def state_kinds(group: dict) -> dict[str, torch.dtype]:
     """Return the state that a group's settings ask for."""
-    kinds = {"momentum_buffer": torch.float32}
-    if group["normuon_beta2"] is not None:
-        kinds["second_moment"] = torch.float32
-    if group["split_mantissa"]:
-        kinds["mantissa"] = torch.int16
-    return kinds
+    return {name: dtype for name, (dtype, asked_for) in KINDS.items() if asked_for(group)}
 
 
 class Placement(NamedTuple):
@@ -1038,11 +1040,11 @@ class Muon(torch.optim.Optimizer):
     # --- the layout ---
 
     def _what_shapes_it(self) -> list:
-        """Return what the layout depends on, and what it checks, to be compared at every step."""
+        """Return what the layout and its checks depend on, to be compared at every step."""
         facts = [world_and_rank(self.process_group)]
         for group in self.param_groups:
             params = [(id(p), p.shape, p.dtype, p.device) for p in group["params"]]
-            facts.append((id(group), params, [group[key] for key in (*SHAPING, "split_mantissa")]))
+            facts.append((id(group), params, [group[key] for key in SHAPING], [*state_kinds(group)]))
         return facts
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
@@ -1190,7 +1192,8 @@ class Muon(torch.optim.Optimizer):
         self._whole = True
 
     def _forget(self) -> None:
-        """Drop the state of parameters that have left, and of those whose shape it no longer fits."""
+        """Drop the state of parameters that have left, of those whose shape it no longer fits, and of kinds
+        that are no longer asked for: it would be old when they are again."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p in self.state.keys() - groups.keys():
             del self.state[p]
@@ -1200,7 +1203,10 @@ class Muon(torch.optim.Optimizer):
             except ValueError as error:
                 warnings.warn(f"{error}; it starts at zero")
                 state.clear()
-            for name in state.keys() & state_kinds(groups[p]).keys():
+            kinds = state_kinds(groups[p]).keys()
+            for name in state.keys() & (KINDS.keys() - kinds):
+                del state[name]
+            for name in state.keys() & kinds:
                 state[name] = state[name].to(p.device)
 
     def _check_state(self, p: Tensor, state: dict, group: dict, kinds: Iterable[str] = ()) -> None:

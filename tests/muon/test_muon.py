@@ -771,6 +771,21 @@ def test_a_checkpoint_of_a_wrapped_model_or_without_names_loads(names):
     assert same(optimizer.state_dict()["state"][1]["momentum_buffer"], saved["state"][1]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("name, on, off", [
+    ("second_moment", dict(normuon_beta2=0.9), dict(normuon_beta2=None)),
+    ("mantissa", dict(split_mantissa=True), dict(split_mantissa=False))])
+def test_state_that_is_no_longer_asked_for_is_dropped(name, on, off):
+    params, gradients = make([(12, 8)], dtype=torch.bfloat16)
+    optimizer = train(params, gradients[:2], **on)
+    optimizer.param_groups[0].update(off)
+    feed(params, gradients[2])
+    optimizer.step()
+    assert [*optimizer.state[params[0]]] == ["momentum_buffer"]
+    optimizer.param_groups[0].update(on)
+    optimizer.step()
+    assert optimizer.state[params[0]][name].any()
+
+
 def test_the_bits_do_not_depend_on_how_a_gradient_lies_in_memory():
     (p, q), ((G, _),) = make([(9, 16), (9, 16)], steps=1)
     q.data.copy_(p.data)

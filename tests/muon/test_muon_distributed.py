@@ -298,6 +298,7 @@ def scenarios_of_few(rank, world_size, optimizer):
         found[kind] = weights, optimizer.skipped, optimizer.state_dict()["state"]
     found["frozen"] = [frozen(), frozen(sync_grads=True)]
     found["channels last"] = [channels_last(rank), channels_last(rank, replicate_state=True)]
+    found["toggled"] = toggled()
     found["bounded"] = {sync: bounded(rank, world_size, sync) for sync in (True, False)}
 
     # ranks that disagree
@@ -350,6 +351,21 @@ def channels_last(rank=1, **settings):
         optimizer.step()
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in params)
     return digest([p.detach() for p in params]), optimizer.skipped
+
+
+def toggled():
+    """A run in which masters and variances are given up for a step: what is asked for anew begins at zero."""
+    shapes = CASES["a bank"]
+    params, gradients = make(shapes, steps=STEPS, dtype=torch.bfloat16)
+    optimizer = Muon(params, deterministic=True)
+    for t, step in enumerate(gradients):
+        on = t != 2
+        optimizer.param_groups[0].update(split_mantissa=on, normuon_beta2=0.9 if on else None)
+        feed(params, step)
+        optimizer.step()
+    optimizer.consolidate_state_dict()
+    state = optimizer.state_dict()["state"]
+    return digest([*(p.detach() for p in params), *(state[i]["mantissa"] for i in sorted(state))])
 
 
 def after_errors(rank, kind):
@@ -460,6 +476,11 @@ def test_masters_of_convolutions_that_lie_channels_last(world, W):
     expected = channels_last()
     assert expected[1] == 1
     assert all(run == expected for found in world(W) for run in found["channels last"])
+
+
+@pytest.mark.parametrize("W", FEW)
+def test_state_that_is_no_longer_asked_for_is_dropped_at_any_number_of_ranks(world, W):
+    assert {found["toggled"] for found in world(W)} == {toggled()}
 
 
 @pytest.mark.parametrize("W", WORLDS)
