@@ -111,8 +111,7 @@ def sharded_dims(p: DTensor) -> list[int]:
 
 
 def shard_axis(p: DTensor, flatten: bool | None) -> int:
-    """Return what shards of a parameter cut: -1 its bank of matrices, 0 rows, 1 columns, 2 and 3 within
-    columns."""
+    """Return what shards cut of a parameter: -1 its bank, 0 rows, 1 columns, 2 and 3 within columns."""
     dim = next(placement.dim for placement in p.placements if isinstance(placement, Shard))
     return dim - 1 if p.ndim == 3 and not flatten else dim
 
@@ -238,8 +237,7 @@ class Exchanged(Bucket):
         return len(stack) * (end - begin) * other_side
 
     def piece(self, stack: Stack, x: Tensor) -> Tensor:
-        """Return my piece (B, rows, ...) of each matrix in x, the local part of a tensor like the
-        parameter."""
+        """Return my piece (B, rows, ...) of each matrix in x, my part of a tensor like the parameter."""
         if self.axis(stack) == 1:
             return stack.of(x)
         matrices, rows, *_ = stack.bank

@@ -76,8 +76,7 @@ def from_folder(folder: Path, statement: schema.Statement) -> Submission:
 
 
 def members(folder: Path) -> list[Path]:
-    """The logs in a folder of a submission. Hidden files, such as those that macOS leaves behind, are
-    none."""
+    """The logs in a folder of a submission. Hidden files, as macOS leaves them behind, are none."""
     found = sorted(path for path in folder.glob("*") if not path.name.startswith(".")
                    and not path.is_symlink())
     for path in found:

@@ -292,8 +292,7 @@ class Part:
 
 
 def read_config(text: str) -> dict:
-    """The settings in a config line: plain values by name, and lists of them, as train_gpt.py writes. Raises
-    ValueError."""
+    """The settings in a config line of train_gpt.py: plain values and lists by name. Raises ValueError."""
     def plain(value) -> bool:
         number = isinstance(value, (bool, int, float))
         return value is None or number or isinstance(value, str) and value.isprintable()

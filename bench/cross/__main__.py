@@ -80,8 +80,7 @@ def seen(trace, cfg) -> dict:
 
 
 def warm_up_seconds(trace) -> dict[str, float]:
-    """Return CPU seconds of this machine in the warm-up: of inductor by kind of graph, and of all before
-    it."""
+    """Return CPU seconds of this machine in the warm-up: of inductor by kind of graph, and of all before."""
     found = Counter()
     for graph in trace.graphs:
         if graph.phase == "warm-up":

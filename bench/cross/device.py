@@ -117,8 +117,7 @@ def pretend(chip: Chip, gib: float, waited) -> None:
 
 
 def answer_for_compilers(torch) -> None:
-    """Give torch.compile the same answers: it took references to torch.cuda's functions when it was
-    imported."""
+    """Give torch.compile, which took references to torch.cuda's functions at its import, the same answers."""
     import torch._dynamo.device_interface as interfaces
     import torch._subclasses.fake_tensor as fake_tensor
 

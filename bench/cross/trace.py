@@ -93,8 +93,7 @@ class Graph:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of the outputs that are no inputs: of a forward graph, what it keeps for its backward
-        one."""
+        """Memory of the outputs that are no inputs: of a forward graph, what it keeps for the backward."""
         made = [x for x, source in zip(self.outputs, self.sources)
                 if isinstance(x, torch.Tensor) and source is None]
         sizes = {storage_of(x): x.untyped_storage().nbytes() for x in made}

@@ -95,8 +95,7 @@ def turn(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def weights_of(q: Tensor, k: Tensor, document: Tensor, window: int, scale: float) -> Tensor:
-    """Softmax weights (N, N) of one head over a sequence of N places: `window` places back, and the own
-    one."""
+    """Softmax weights (N, N) of one head over N places, of which each sees itself and `window` before it."""
     place = torch.arange(len(q))
     distance = place[:, None] - place[None, :]
     seen = (distance >= 0) & (distance <= window) & (document[:, None] == document[None, :])
@@ -109,8 +108,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, document: Tensor, window: int, scale
 
 
 def attend_in_pairs(q, k, v, partners: list[tuple], document, window: int, scale: float) -> list[Tensor]:
-    """Heads a and b of each pair stand at places 2t and 2t + 1 and share their keys; the window counts
-    places."""
+    """Heads a and b of a pair stand at places 2t and 2t + 1 and share keys; the window counts places."""
     y = [None] * len(q)
     for a, b in partners:
         woven = [torch.stack([x[a], x[b]], 1).flatten(0, 1) for x in (q, k, v)]
@@ -121,8 +119,7 @@ def attend_in_pairs(q, k, v, partners: list[tuple], document, window: int, scale
 
 
 def mixture(w_in: Tensor, w_out: Tensor, q, k, v, document, window: int, scale: float) -> list[Tensor]:
-    """What each head gains by what all heads read, of `window` tokens with the own one. w_in, w_out: (T,
-    H)."""
+    """What each head gains by what all read, of `window` tokens with the own one. w_in, w_out: (T, H)."""
     heads = range(len(q))
     A = sum(w_in[:, g, None] * weights_of(q[g], k[g], document, window - 1, scale) for g in heads)
     return [w_out[:, a, None] * (A @ v[a]) for a in heads]
@@ -186,15 +183,13 @@ def attention(P: dict, cfg, i: int, h: Tensor, rows: Tensor | None, document: Te
 
 
 def bigram_row(now: int, before: int, t: int, rows: int) -> int:
-    """As in C with 32-bit integers, then the remainder that is never negative; the first token has its
-    own."""
+    """As in C with 32-bit integers, then the remainder, never negative; the first token has its own row."""
     mixed = ctypes.c_int32(36313 * now).value ^ ctypes.c_int32(27191 * before).value
     return mixed % (rows - 1) if t else rows - 1
 
 
 def bigrams(P: dict, cfg, signs: Tensor, tokens: Tensor) -> Tensor:
-    """Return (T, D) embeddings of each token and the one before it, those of its n-grams in the first
-    channels."""
+    """Return (T, D) embeddings of each token and the one before; n-grams lie in the first channels."""
     ids, result = tokens.tolist(), []
     for t, now in enumerate(ids):
         before = ids[t - 1] if t else 0
