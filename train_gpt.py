@@ -248,7 +248,8 @@ class Config:
     @staticmethod
     def for_track(track: str | None = None, **changes) -> "Config":
         """Return the preset of a track (None: for this machine) and its recipe with some settings changed."""
-        track = track or ("small" if torch.cuda.is_available() else "shakespeare")
+        if track is None:
+            track = "small" if torch.cuda.is_available() else "shakespeare"
         if track not in TRACKS:
             raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {track!r}; choose one")
         recipe = changes.get("recipe", "base")
