@@ -446,6 +446,7 @@ def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]
     options, changes = parse_config(argv)
     state = None
     if options.resume:
+        options.resume = os.path.expanduser(options.resume)  # as parse_value does with settings
         if options.resume == "latest":
             options.resume = latest_checkpoint(changes.get("log_dir", Config.log_dir))
         state = read_checkpoint(options.resume, Config)

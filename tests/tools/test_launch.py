@@ -163,6 +163,7 @@ REFUSED = {  # arguments -> the beginning of the one sentence
     ("--trian_steps=5",): "expected a setting of --help, found '--trian_steps=5'; did you mean ",
     ("--train_steps=0",): "--train_steps: expected a positive number, found 0",
     ("--resume=nope.pt",): "nope.pt: expected a checkpoint of this program, found no such file",
+    ("--resume=~/nope.pt",): f"{Path.home()}/nope.pt: expected a checkpoint of this program, found no such ",
     ("--resume=CHECKPOINT", "--track=small"): "--track: expected the checkpoint's track, shakespeare, found ",
     ("--resume=CHECKPOINT", "--recipe=miniature"): "--recipe: expected the checkpoint's recipe, base, found ",
 }
