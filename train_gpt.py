@@ -32,7 +32,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 if __name__ == "__main__":
-    gc.disable()  # until all is imported: of what a module makes hardly anything is garbage
+    gc.disable()  # until the run is set up: of what imports make hardly anything is garbage
 
 # Growing segments instead of fixed blocks: the lengths of stages would fragment a GPU's memory.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -248,7 +248,8 @@ class Config:
     @staticmethod
     def for_track(track: str | None = None, **changes) -> "Config":
         """Return the preset of a track (None: for this machine) and its recipe with some settings changed."""
-        track = track or ("small" if torch.cuda.is_available() else "shakespeare")
+        if track is None:
+            track = "small" if torch.cuda.is_available() else "shakespeare"
         if track not in TRACKS:
             raise UsageError(f"--track: expected one of {', '.join(TRACKS)}, found {track!r}; choose one")
         recipe = changes.get("recipe", "base")
@@ -445,6 +446,7 @@ def configure(argv: list[str]) -> tuple[argparse.Namespace, Config, dict | None]
     options, changes = parse_config(argv)
     state = None
     if options.resume:
+        options.resume = os.path.expanduser(options.resume)  # as parse_value does with settings
         if options.resume == "latest":
             options.resume = latest_checkpoint(changes.get("log_dir", Config.log_dir))
         state = read_checkpoint(options.resume, Config)
@@ -667,8 +669,7 @@ class GPT(nn.Module):
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
-        # Matrices are cheaper to scale than activations (T, D), which the factors' gradients would read
-        # again.
+        # Scaled are matrices, not activations (T, D), which the factors' gradients would read once more.
         post_attn, post_mlp = self.post_factors()
         factors = torch.stack([self.attn_lambdas[:, 0], self.attn_lambdas[:, 1] * post_attn], 1)
         scaled = (self.attn_vo.view(-1, 2, D, D) * factors[..., None, None]).type_as(self.attn_vo)
@@ -821,8 +822,7 @@ class GPT(nn.Module):
         return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
 
     def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
-        """Return {layer: (T, D)}: for each of these layers a table that its values read (records 14 to
-        65)."""
+        """Return {layer: (T, D)} for the values of these layers, each of its own table (records 14 to 65)."""
         layers = self.cfg.value_embed_layers
         if not layers:
             return {}

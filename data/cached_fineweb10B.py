@@ -22,11 +22,16 @@ from data.shards import ShardError, num_tokens
 
 REPO = "kjj0/fineweb10B-gpt2"
 MANIFEST = "manifest.json"
+MOST_SHARDS = 103  # that the hub has, 10.2 B tokens
 DEFAULT_SHARDS = 6  # what data.loader.shards_needed computes for the track `small`
 
 
 def shard_names(num_train: int) -> list[str]:
-    """Return the files to fetch, validation first: without it there is nothing to evaluate on."""
+    """Return the files to fetch, validation first: without it there is nothing to evaluate on. Raises
+    UsageError for more than there are."""
+    if num_train > MOST_SHARDS:
+        raise UsageError(f"expected at most the {MOST_SHARDS} training shards that {REPO} has, found "
+                         f"{num_train:,} to be fetched; ask for less, or train fewer steps")
     return ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, num_train + 1)]
 
 

@@ -51,6 +51,18 @@ def steady_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+            if only_reads(stream):
+                silence(stream)
+
+
+def only_reads(stream) -> bool:
+    """Return whether a stream cannot be written to: bash opens its script in the place of one that is closed,
+    and leaves it open for the program that it becomes."""
+    try:
+        os.write(stream.fileno(), b"")
+    except OSError as error:
+        return error.errno == errno.EBADF
+    return False
 
 
 def silence(stream) -> None:

@@ -127,6 +127,8 @@ def fetch_hub(repo: str, filename: str, path, check: Callable) -> str:
             if is_there():  # now that the other download has ended
                 partial.unlink(missing_ok=True)
                 return sha256
+            if os.fstat(file.fileno()).st_nlink == 0:  # or that one was damaged, and has been deleted
+                return fetch_hub(repo, filename, path, check)
             file.seek(0, os.SEEK_END)  # or that one has ended early
             if file.tell() > size:
                 file.truncate(0)

@@ -141,7 +141,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="that encode (default: the cores, %(default)s)")
 
     args = parser.parse_args(argv)
-    args.val_tokens = args.val_tokens or (VAL_BYTES if args.bytes else VAL_TOKENS)
+    if args.val_tokens is None:
+        args.val_tokens = VAL_BYTES if args.bytes else VAL_TOKENS
     args.folder = data_root() / "data" / args.name
     for option in ("shard_tokens", "val_tokens", "threads"):
         value = getattr(args, option)

@@ -105,8 +105,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Return the shards that match a pattern below DATA_PATH, in order, each one with a valid header. Raises
-    ShardError."""
+    """Return the shards, with valid headers, that match a pattern below DATA_PATH. Raises ShardError."""
     where = data_root() / pattern
     literal = Path(glob.escape(str(data_root())))  # the folder's name may hold [ or *
     paths = [Path(path) for path in sorted(glob.glob(str(literal / pattern)))]

@@ -21,6 +21,9 @@ import re
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # as a script, Python looks for modules in data/ only
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from data.encoding import BYTE_BOS
 from data.errors import CommandLine, run_program
 from data.fetch import fetch_wheel

@@ -190,7 +190,7 @@ def keep_compiled() -> None:
     by its version, the GPU and the source of each graph, so that only what changed is compiled again."""
     import torch._dynamo.config
     import torch._functorch.config
-    import torch._inductor.compile_fx  # noqa: F401: here, as the rest of a start's imports
+    import torch._inductor.compile_fx  # noqa: F401 (here, as the rest of a start's imports)
 
     if os.access(ROOT, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache/compile"))

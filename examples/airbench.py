@@ -237,7 +237,7 @@ class AirbenchRun:
         self.optimizers = make_optimizers(self.net, cfg)
 
     def batches(self):
-        """Yield images and labels of every step; half are mirrored in even epochs, the others in odd."""
+        """Yield images and labels of every step; half of them are mirrored in even epochs, half in odd."""
         images, labels = self.train_set
         batch_size = self.cfg.batch_size
         mirrored = torch.rand(len(images), generator=self.random) < 0.5

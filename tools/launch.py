@@ -99,8 +99,7 @@ def exit_code(failures: dict) -> int:
     else:
         if codes and set(codes) == {LOST_CONTACT}:
             print(f"expected all ranks to go on, found that they lost contact; {advice}", file=sys.stderr)
-    # Where one rank says 2 and others only notice that it left, it is 2. Ranks ended by torchrun have over
-    # 128.
+    # Where one rank says 2 and others only notice that it left, it is 2. Torchrun ends ranks with over 128.
     return max((code for code in codes if code < LOST_CONTACT), default=1)
 
 

@@ -109,23 +109,40 @@ def test_what_is_not_whole_or_not_the_hubs_is_fetched_again_and_nothing_else(hub
     assert (folder / TRAIN1).read_bytes() == hub.bodies[TRAIN1]
 
 
-def test_a_download_waits_for_another_one_of_the_same_file(hub, tmp_path, folder):
+@contextlib.contextmanager
+def beside_another_download(hub, tmp_path, folder):
+    """Yield the partial file of a download of VAL, by name and open, and a list. A second download waits for
+    it; once the file is closed, that one's exit code and messages are in the list."""
     fcntl = pytest.importorskip("fcntl")
     folder.mkdir(parents=True)
     partial = folder / f".{VAL}.{sha256(hub.bodies[VAL]).hexdigest()[:12]}.partial"
     env = dict(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path), DATA_PATH=str(tmp_path))
     command = [sys.executable, "data/cached_fineweb10B.py", "1"]
-    with open(partial, "wb") as other:
+    ended = []
+    with open(partial, "wb", buffering=0) as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         second = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, text=True)
         assert second.stderr.readline() == f"waiting for another download of {VAL}\n"
+        yield partial, other, ended
+    _, err = second.communicate()
+    ended += second.returncode, err
+
+
+def test_a_download_waits_for_another_one_of_the_same_file(hub, tmp_path, folder):
+    with beside_another_download(hub, tmp_path, folder) as (partial, other, ended):
         other.write(hub.bodies[VAL])
-        other.flush()
         partial.rename(folder / VAL)
-    out, err = second.communicate()
-    assert second.returncode == 0 and hub.gets(VAL) == 0 and hub.gets(TRAIN1) == 1, err
+    assert ended[0] == 0 and hub.gets(VAL) == 0 and hub.gets(TRAIN1) == 1, ended
     assert list(folder.glob(".*")) == []
+
+
+def test_a_download_that_waited_for_a_damaged_one_begins_anew(hub, tmp_path, folder):
+    with beside_another_download(hub, tmp_path, folder) as (partial, other, ended):
+        other.write(bytes(len(hub.bodies[VAL])))
+        partial.unlink()
+    assert ended[0] == 0 and hub.gets(VAL) == 1, ended
+    assert (folder / VAL).read_bytes() == hub.bodies[VAL] and list(folder.glob(".*")) == []
 
 
 def test_a_damaged_transfer_is_refused_and_deleted(hub, tmp_path, folder):
@@ -160,6 +177,7 @@ def test_no_network_is_one_sentence(tmp_path, folder):
     (["1"], 2, "expected a folder to write to"),
     (["0"], 2, "expected N of at least 1, found 0"),
     (["many"], 2, "invalid int value"),
+    ([str(10**10)], 2, "expected at most the 103 training shards that"),
 ])
 def test_refusals_without_a_hub_are_one_sentence(tmp_path, monkeypatch, args, code, said):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))

@@ -233,6 +233,7 @@ def test_wrong_names_and_short_texts_are_refused(tmp_path, monkeypatch):
         "expected a name ending in": ["--bytes", "x.csv"],
         "expected more than the 262,145 tokens of the validation shard": ["--bytes", short],
         "expected --threads of at least 1, found 0": ["--threads=0", short],
+        "expected --val_tokens of at least 1, found 0": ["--val_tokens=0", short],
         "the following arguments are required: FILE": ["--bytes"],
     }
     for expected, args in refusals.items():

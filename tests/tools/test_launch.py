@@ -16,7 +16,7 @@ from tests.helpers.commands import python
 from tests.helpers.runs import launch as launch_tiny
 from tests.helpers.runs import make_shards
 
-from data.errors import run_program
+from data.errors import UsageError, run_program
 from data.files import ROOT
 from data.loader import shards_needed
 from data.shards import MAKERS
@@ -138,6 +138,8 @@ def test_nothing_is_prepared_for_shards_of_the_user_or_a_checkpoint(started, che
 
 def test_a_dry_run_downloads_nothing_and_says_what_a_run_would(started, tmp_path, capsys):
     started.environ["DATA_PATH"] = str(tmp_path)
+    with pytest.raises(UsageError, match="expected at most the 103 training shards .* train fewer steps"):
+        launch.main(["--track=small", "--dry-run", f"--train_steps={10**12}"])
     assert launch.main(["--track=small", "--dry-run", "--seed=7"]) == 0
     assert started.scripts == started.runs == []
     out = capsys.readouterr().out
@@ -161,6 +163,7 @@ REFUSED = {  # arguments -> the beginning of the one sentence
     ("--trian_steps=5",): "expected a setting of --help, found '--trian_steps=5'; did you mean ",
     ("--train_steps=0",): "--train_steps: expected a positive number, found 0",
     ("--resume=nope.pt",): "nope.pt: expected a checkpoint of this program, found no such file",
+    ("--resume=~/nope.pt",): f"{Path.home()}/nope.pt: expected a checkpoint of this program, found no such ",
     ("--resume=CHECKPOINT", "--track=small"): "--track: expected the checkpoint's track, shakespeare, found ",
     ("--resume=CHECKPOINT", "--recipe=miniature"): "--recipe: expected the checkpoint's recipe, base, found ",
 }

@@ -67,6 +67,7 @@ FLAGS = {
     "--window_long=1,b": ["--window_long", "'1,b'"],
     "--backout=perhaps": ["--backout", "'perhaps'"],
     "--track=large": ["--track: expected one of small, ", "shakespeare, found 'large'; choose one"],
+    "--track=": ["--track: expected one of small, ", "found ''"],
     "--batch_tokens=513": ["--batch_tokens: expected multiples of 8 slices"],
     "--seed=99999999999999999999": ["--seed: expected zero or more and less than 2^63"],
     "--train_steps=900": ["--train_steps: expected about"],  # more than the data last for
