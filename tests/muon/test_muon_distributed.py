@@ -297,7 +297,8 @@ def scenarios_of_few(rank, world_size, optimizer):
         optimizer.consolidate_state_dict()
         found[kind] = weights, optimizer.skipped, optimizer.state_dict()["state"]
     found["frozen"] = [frozen(), frozen(sync_grads=True)]
-    found["channels last"] = [channels_last(rank), channels_last(rank, replicate_state=True)]
+    found["channels last"] = [channels_last(rank, sync_grads=True), channels_last(),
+                              channels_last(rank, sync_grads=True, replicate_state=True)]
     found["toggled"] = toggled()
     found["bounded"] = {sync: bounded(rank, world_size, sync) for sync in (True, False)}
 
@@ -342,7 +343,7 @@ def channels_last(rank=1, **settings):
     params, steps = make([(12, 4, 3, 3), (6, 2, 3, 3), (4, 8, 3, 3)], steps=STEPS, dtype=torch.bfloat16)
     for p in params:
         p.data = p.data.contiguous(memory_format=torch.channels_last)
-    optimizer = Muon(params, split_mantissa=True, deterministic=True, sync_grads=True, **SETTINGS, **settings)
+    optimizer = Muon(params, split_mantissa=True, deterministic=True, **SETTINGS, **settings)
     for t, step in enumerate(steps):
         gradients = [(64 * g).round() for g in step]
         if t == 2 and rank == 1:
