@@ -669,7 +669,7 @@ class GPT(nn.Module):
         cfg, L, D = self.cfg, self.cfg.num_layers, self.cfg.model_dim
         nothing = [None] * L
         qk, vo = list(nothing), list(nothing)
-        # Scaled are matrices, not activations (T, D), which the factors' gradients would read once more.
+        # Factors scale matrices, not activations (T, D), which the factors' gradients would then read again.
         post_attn, post_mlp = self.post_factors()
         factors = torch.stack([self.attn_lambdas[:, 0], self.attn_lambdas[:, 1] * post_attn], 1)
         scaled = (self.attn_vo.view(-1, 2, D, D) * factors[..., None, None]).type_as(self.attn_vo)
@@ -822,7 +822,7 @@ class GPT(nn.Module):
         return e * F.embedding((now ^ before) % NUM_SIGNS, self.signs).type_as(e)
 
     def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
-        """Return {layer: (T, D)} for the values of these layers, each of its own table (records 14 to 65)."""
+        """Return {layer: (T, D)}, which its values read: each layer has a table (records 14 to 65)."""
         layers = self.cfg.value_embed_layers
         if not layers:
             return {}
