@@ -43,9 +43,11 @@ def band(group: RunGroup, by_time: bool) -> list[tuple[float, float, float, floa
 
 def figure(groups: list[RunGroup], target: float):
     """Mean losses against steps and seconds, each in a band from the lowest to the highest run. Losses before
-    a tenth of the training say little and would take most of the height: they are left out."""
+    a tenth of the training say little and would take most of the height: they are left out. All words stand
+    outside the curves."""
     from matplotlib.figure import Figure  # draws without pyplot and a screen; half a second to import
-    drawing = Figure(figsize=(11, 4.5), layout="constrained")
+    legend_rows = (len(groups) + 2) // 2  # groups and target, in two columns
+    drawing = Figure(figsize=(11, 4.5 + 0.25 * legend_rows), layout="constrained")
     axes = drawing.subplots(1, 2, sharey=True)
     for ax, by_time in zip(axes, (False, True)):
         bands = {k: rows for k, group in enumerate(groups) if (rows := band(group, by_time))}
@@ -55,14 +57,14 @@ def figure(groups: list[RunGroup], target: float):
             label = f" {groups[k].name} (n = {len(groups[k].runs)})".replace("$", r"\$")
             ax.plot(place, mean, marker=".", color=COLORS[k], linestyle="-" if k < 4 else "--", label=label)
             ax.fill_between(place, low, high, color=COLORS[k], alpha=0.2, linewidth=0)
-        ax.axhline(target, color=GREY, linewidth=1, linestyle=":")
-        ax.annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
+        ax.axhline(target, color=GREY, linewidth=1, linestyle=":", label=f"target {target:g}")
         ax.set_xlabel("training time, seconds" if by_time else "steps")
         ax.grid(alpha=0.3)
         if bands and not by_time:
             set_height(ax, [*bands.values()], target)
-            ax.legend(title="mean, and lowest to highest run")
     axes[0].set_ylabel("validation loss")
+    named = axes[0].get_legend_handles_labels()
+    drawing.legend(*named, loc="outside lower center", ncols=2, title="mean, and lowest to highest run")
     return drawing
 
 

@@ -197,7 +197,7 @@ def test_the_plot_shows_line_and_band_of_each_group_and_nothing_else(tmp_path, c
     code, out, err = compare(ADAMW, MUON, "--plot", tmp_path / "out.png")
     assert (code, err) == (0, "")
     pixels = matplotlib.image.imread(tmp_path / "out.png")[..., :3] * 255
-    assert pixels.shape == (675, 1650, 3)
+    assert pixels.shape == (750, 1650, 3)
     for k, color in enumerate(charts.COLORS):
         line = np.array([int(color[i:i + 2], 16) for i in (1, 3, 5)])
         of_line, of_band = ((abs(pixels - shade) < 2).all(axis=-1).sum()
@@ -217,6 +217,25 @@ def test_odd_curves_are_compared_and_drawn(tmp_path, compare, curves):
     code, out, err = compare(odd, good, make("A").write(tmp_path / "a.log"), "--plot", tmp_path / "out.svg")
     assert (code, err) == (0, "") and (tmp_path / "out.svg").stat().st_size > 5000
     assert compare(good, odd)[0] == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_no_label_lies_on_a_line(tmp_path, count):
+    """Nor on another label."""
+    folders = [write(tmp_path, f"{'a long name of a group':_<36}{k}", [([6, 3, 2 + k / 9], None)] * 2)
+               for k in range(count)]
+    found, _ = groups.find_groups(folders)
+    drawing = charts.figure(found, 1.6)
+    drawing.draw_without_rendering()
+    legend, = drawing.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == [f" {group.name} (n = 2)" for group in found] + ["target 1.6"]
+    page, words = drawing.bbox, legend.get_window_extent()
+    assert 0 <= words.x0 and 0 <= words.y0 and words.x1 <= page.width
+    for ax in drawing.axes:
+        assert not ax.texts and not words.overlaps(ax.get_tightbbox())
+    boxes = [text.get_window_extent() for text in legend.get_texts()]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_no_two_groups_are_drawn_in_one_colour(tmp_path, compare):

@@ -1,8 +1,11 @@
 """report: one page that holds what compare says, loads nothing, and runs nothing."""
 import base64
+import html
 import html.parser
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -156,6 +159,47 @@ def test_changes_of_sources_are_shown(make, tmp_path):
     assert '<span class="removed">-two</span>' in page.source
     assert '<span class="added">+2 &lt; 3</span>' in page.source
     assert "train_gpt.py: +2 −1 lines" in page.text and "muon.py: +" not in page.text
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MEASURE = """
+<iframe id=frame width=WIDTH height=800 style="border: 0" srcdoc="PAGE"></iframe>
+<script>
+window.onload = () => {
+    const page = document.getElementById("frame").contentDocument;
+    const rights = [...page.querySelectorAll("CHOSEN")].map(part => part.getBoundingClientRect().right);
+    document.title = `${page.documentElement.scrollWidth} ${rights.length} ${Math.ceil(Math.max(...rights))}`;
+};
+</script>
+"""
+
+
+def measured(folder: Path, page: str, width: int, chosen: str) -> tuple[int, int, int]:
+    """(width over which the page scrolls, number of the chosen parts, right end of the widest) in a browser
+    whose window is so wide."""
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    text = MEASURE.replace("WIDTH", str(width)).replace("CHOSEN", chosen).replace("PAGE", html.escape(page))
+    (folder / "frame.html").write_text(f"<!doctype html><title></title>{text}", encoding="utf-8")
+    done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                           f"--user-data-dir={folder / 'browser'}", folder / "frame.html"],
+                          capture_output=True, text=True)
+    return tuple(map(int, re.search("<title>(.*?)</title>", done.stdout)[1].split()))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.timeout(300)
+def test_the_page_fits_screen_phone_and_paper(make, hostile, tmp_path):
+    """On a phone tables scroll in their frame; on paper, where nothing does, they end before the edge."""
+    (tmp_path / "browser").mkdir()
+    page = make(*RESULTS, hostile).source
+    for width in (1280, 360):
+        scrolled, _, _ = measured(tmp_path, page, width, "table")
+        assert scrolled <= width
+    printed = page.replace("@media print", "@media all")
+    assert printed != page
+    for width in (1047, 979):  # of A4 and of US letter, on their sides, less 1 cm of margin
+        scrolled, parts, right = measured(tmp_path, printed, width, "th, td, pre span, img")
+        assert scrolled <= width and parts > 500 and right <= width
 
 
 @pytest.mark.parametrize("arguments, message", [
