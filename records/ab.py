@@ -129,14 +129,17 @@ def locked(out: Path):
 # One run
 
 class StopSignals:
-    """SIGINT and SIGTERM as KeyboardInterrupt, also where SIGINT was ignored, as in a job in the background.
-    While a child is started they are held back: it would be left alone at work."""
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    """SIGINT and SIGTERM as KeyboardInterrupt, also where SIGINT was ignored, as in a job in the background;
+    and SIGHUP unless it was, as under nohup. While a child is started they are held back: it would be left
+    alone at work."""
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self):
         self.holding = False
         self.came = False
-        self.before = {number: signal.signal(number, self.take) for number in self.NUMBERS}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [number for number in self.NUMBERS if number != signal.SIGHUP or not nohup]
+        self.before = {number: signal.signal(number, self.take) for number in numbers}
         return self
 
     def __exit__(self, *_):

@@ -181,6 +181,22 @@ def test_a_signal_that_was_ignored_at_the_start_is_obeyed(ignored):
     assert process.communicate(timeout=600) and process.returncode == 130 and nobody_is_at_work()
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed_ends_it_with_its_trainer_unless_it_runs_under_nohup(nohup):
+    Path("hold").touch()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        process = start(f"{FAKE} --wait=hold", runs=2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(Path("waiting").exists)
+    process.send_signal(signal.SIGHUP)
+    if nohup:
+        Path("hold").unlink()
+    assert process.communicate(timeout=600) and process.returncode == (0 if nohup else 130)
+    assert nobody_is_at_work() and len(files("out/[ab]/*")) == 4 * nohup
+
+
 def test_what_a_command_leaves_at_work_is_ended():
     """In the group of the command; the lock tells."""
     Path("hold").touch()
