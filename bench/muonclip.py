@@ -94,7 +94,9 @@ class Journal(NamedTuple):
 def commands() -> dict[str, list[str]]:
     """Return {name: command} of all runs."""
     program = "examples/kimi.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    # An address, because the name of this machine need not resolve.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+                "--nproc_per_node=2"]
     found = {trial.name: [sys.executable, program, *trial.options()] for trial in TRIALS}
     return found | {TWO_RANKS: [*torchrun, program, *ON_RANKS.options()]}
 
