@@ -18,6 +18,7 @@ not been run on a GPU.
 Legend: B images of a batch, C channels, H x W pixels.
 """
 import math
+import os
 import statistics
 import sys
 import time
@@ -27,6 +28,8 @@ from pathlib import Path
 if __name__ == "__main__":  # as a script, Python looks for modules in examples/ only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+# Idle OpenMP threads soon sleep: with two of them a step takes many times as long once another program works.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

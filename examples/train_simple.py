@@ -17,6 +17,7 @@ core of an AMD EPYC.
 Legend: B sequences, T tokens of each, C width, H heads, D channels of a head, V vocabulary.
 """
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from pathlib import Path
 if __name__ == "__main__":  # as a script, Python looks for modules in examples/ only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+# Idle OpenMP threads soon sleep: with two of them a step takes many times as long once another program works.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
