@@ -142,7 +142,11 @@ def main(args: list[str]) -> int:
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     print(f"{num_gpus or 'no'} GPU, {cores} CPU core{'s' * (cores > 1)}: track {cfg.track}, ranks: {ranks}, "
           f"threads of each: {threads}", file=sys.stderr)
-    own_data = options.resume or "train_files" in parse_config(args)[1]  # they lie somewhere already
+    _, given = parse_config(args)
+    if not options.resume and "seed" not in given:
+        print(f"note: without --seed every run has seed {cfg.seed}, and several are one run made again; give "
+              "each its own, such as --seed=1", file=sys.stderr)
+    own_data = options.resume or "train_files" in given  # they lie somewhere already
     if options.dry_run and not own_data and show_without_data(cfg):
         return 0
     code = 0 if own_data else prepare_data(cfg)

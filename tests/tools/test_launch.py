@@ -110,6 +110,15 @@ def test_hardware_decides_track_ranks_and_threads(started, capsys, gpus, args, t
         assert shards[0] < shards[1]
 
 
+def test_without_a_seed_it_says_that_runs_are_equal_before_several_are_made(started, checkpoint, capsys):
+    note = "note: without --seed every run has seed 0, and several are one run made again; give each its own"
+    for args, told in ([], True), (["--muon_lr=0.1"], True), (["--seed=0"], False):
+        assert launch.main(args) == 0
+        assert (note in capsys.readouterr().err) == told
+    assert launch.main([f"--resume={checkpoint}"]) == 0  # which has its seed
+    assert note not in capsys.readouterr().err
+
+
 def test_the_quota_of_a_container_limits_the_cores(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     monkeypatch.setattr(machine, "open", lambda path: (tmp_path / "cpu.max").open(), raising=False)
@@ -281,7 +290,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
 tell("up")
 time.sleep(600)
 """
-    process = start(tmp_path, trainer, hang_up=signal.SIG_IGN if nohup else signal.SIG_DFL)
+    process = start(tmp_path, trainer, "--seed=1", hang_up=signal.SIG_IGN if nohup else signal.SIG_DFL)
     wait_for(tmp_path, "up0", "up1")
     number = signal.SIGINT if nohup else signal.SIGHUP
     if nohup:
@@ -294,6 +303,19 @@ time.sleep(600)
     assert (process.returncode, out, len(err.splitlines())) == (128 + number, "", 1), err
     received = [(tmp_path / f"received{rank}").read_text() for rank in range(2)]
     assert received == [number.name] * 2
+
+
+@pytest.mark.parametrize("program", [
+    "train_gpt.py", "-m tools.sample", "-m bench.step", "-m bench.ablate", "-m bench.theory",
+    *(f"examples/{name}.py" for name in ("airbench", "kimi", "train_simple"))])
+def test_idle_threads_of_every_program_that_trains_soon_sleep(program, tmp_path):
+    """Torch's library of threads looks at the variable when it is loaded."""
+    (tmp_path / "torch.py").write_text(
+        "import os\nprint(os.environ['GOMP_SPINCOUNT'], flush=True)\nos._exit(0)\n")
+    variables = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, *program.split()], cwd=ROOT, text=True, capture_output=True,
+                          env=variables | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (0, "1000\n"), done.stderr
 
 
 def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):

@@ -190,9 +190,10 @@ def test_a_log_folder_that_cannot_be_written_is_refused(folder):
     assert (folder / "file").read_text() == "mine"
 
 
-def test_a_world_size_without_the_rest_of_torchruns_variables_is_refused(folder, monkeypatch):
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_a_world_size_without_the_rest_of_torchruns_variables_is_refused(folder, monkeypatch, rank):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", rank)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     refused(run(folder), 2, "torchrun's variables", "found no MASTER_ADDR", "unset WORLD_SIZE")
 
