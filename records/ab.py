@@ -27,7 +27,7 @@ from records import logs
 from records.experiment import PLAN, ROLES, Experiment, Pair, read_experiment
 from records.logs import LogFile
 from records.text import seconds
-from tools.children import kill_group
+from tools.children import StopSignals, kill_group
 
 HELP = "run candidate and baseline in turn on this machine, then the paired verdict"
 EXAMPLE = "python -m records ab --a './run.sh --muon_lr=0.02' --b ./run.sh --runs 8 --out logs/ab_muon_lr"
@@ -127,40 +127,6 @@ def locked(out: Path):
 
 
 # One run
-
-class StopSignals:
-    """SIGINT and SIGTERM as KeyboardInterrupt, also where SIGINT was ignored, as in a job in the background;
-    and SIGHUP unless it was, as under nohup. While a child is started they are held back: it would be left
-    alone at work."""
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __enter__(self):
-        self.holding = False
-        self.came = False
-        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        numbers = [number for number in self.NUMBERS if number != signal.SIGHUP or not nohup]
-        self.before = {number: signal.signal(number, self.take) for number in numbers}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def take(self, *_):
-        self.came = True
-        if not self.holding:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held_back(self):
-        self.holding = True
-        try:
-            yield
-        finally:
-            self.holding = False
-        if self.came:
-            raise KeyboardInterrupt
-
 
 def words(command: str, seed: int) -> list[str]:
     """The command with its seed, in words."""
