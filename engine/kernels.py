@@ -188,12 +188,13 @@ def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
 def keep_compiled() -> None:
     """Let compiled graphs outlive the run and the machine's next start. torch keeps them in one folder, apart
     by its version, the GPU and the source of each graph, so that only what changed is compiled again."""
-    import torch._dynamo.config
-    import torch._functorch.config
-    import torch._inductor.compile_fx  # noqa: F401 (here, as the rest of a start's imports)
-
     if os.access(ROOT, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache/compile"))
+
+    import torch._dynamo.config
+    import torch._functorch.config
+    import torch._inductor.compile_fx  # noqa: F401 (after the folder, which it would choose itself)
+
     torch._dynamo.config.recompile_limit = 64  # stages differ in shapes and windows: a graph for each
     keep_ours = "autograd_cache_allow_custom_autograd_functions"  # the head's loss is one
     if hasattr(torch._functorch.config, keep_ours):

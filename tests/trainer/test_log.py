@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
 import types
 import uuid
@@ -243,3 +244,11 @@ def test_compiled_graphs_are_kept_beside_the_sources_unless_a_folder_is_named(mo
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     keep_compiled()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_a_process_that_compiles_nothing_before_keeps_its_graphs_beside_the_sources():
+    program = ("from engine.kernels import keep_compiled; keep_compiled(); "
+               "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())")
+    env = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert found.stdout == f"{ROOT / '.cache/compile'}\n", found.stderr
