@@ -54,12 +54,13 @@ from engine.attention import BACKENDS, PAIRINGS, pair, paired_docs, unpair
 from engine.checkpoint import read_checkpoint, write_checkpoint
 from engine.clock import Clock, Startup
 from engine.endings import Stopped, StopSignal, leave, report
-from engine.head_loss import HEAD_PIECE, HeadLoss, softcap, summed_cross_entropy
+from engine.head_loss import HEAD_PIECE, HeadLoss, sampled_head_loss, softcap, summed_cross_entropy
 from engine.head_mixing import mix_heads, mixing_mask
 from engine.host_table import HostTable, row_bytes
 from engine.kernels import Kernels
 from engine.log import Log
 from engine.ranks import Runtime
+from engine.sampled_softmax import Sample, draw_sample
 from engine.sampling import next_log_probs, sample_text
 from engine.settings import (
     ALL_POSITIVE, POSITIVE, SEED, ZERO_OR_MORE, Rule, between, check_rules, one_of, parse_settings, require,
@@ -83,6 +84,8 @@ RISING = Rule("0 and then rising layers, or nothing",
               lambda xs: xs == () or (xs[0] == 0 and all(a < b for a, b in zip(xs, xs[1:]))))
 ORDERS = Rule("rising numbers from 2 to 8",
               lambda xs: len(xs) > 0 and 1 < xs[0] and xs[-1] < 9 and list(xs) == sorted(set(xs)))
+PART_OF_VOCABULARY = Rule("multiples of 128, 0 among them",
+                          lambda xs: len(xs) > 0 and all(x >= 0 and x % 128 == 0 for x in xs))
 SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 2 and xs[0] < xs[1]))
 
 
@@ -132,6 +135,9 @@ class Config:
     prefix_weight: float = setting(
         0.0, "loss weight of the longest token that the next one begins with; fades out in the second stage",
         ZERO_OR_MORE)
+    head_rows: tuple[int, ...] = setting(
+        (0,), "tokens over which the training loss sums its softmax, by stage, half of them drawn; 0: all",
+        PART_OF_VOCABULARY)
     untie_stage: int = setting(2, "stage at which embedding and head part; 0 never tied, -1 always tied")
     untie_delay: int = setting(1, "moves of Adam in that stage before they do", ZERO_OR_MORE)
 
@@ -274,6 +280,10 @@ class Config:
         check("batch_tokens", f"multiples of {self.slices} slices", even)
         fewer = self.extension_steps < self.train_steps
         check("extension_steps", f"fewer than train_steps, {self.train_steps}", fewer)
+        part = all(rows < self.vocab_size for rows in self.head_rows)
+        check("head_rows", f"fewer than vocab_size, {self.vocab_size}, or 0 for all", part)
+        own = not any(self.head_rows) or not self.pack_tokens
+        check("head_rows", "0 with pack_tokens, as each slice draws tokens of its own", own)
         check("untie_stage", f"-1 to {self.stages - 1}", -1 <= self.untie_stage < self.stages)
 
         # Shapes
@@ -518,6 +528,7 @@ class Context(NamedTuple):
     prefixes: bool  # whether the loss has a part for prefixes of the targets
     slices: int = 1  # equal parts of the sequence; the first token of each has none before it
     ngrams: Tensor | None = None  # (T, d) embedding of the n-grams, from host memory
+    sample: Sample | None = None  # tokens that the training loss sums over; None: all
 
 
 class LayerWeights(NamedTuple):
@@ -704,6 +715,9 @@ class GPT(nn.Module):
         x = self.trunk(tokens, ctx)
         fp8, onednn = self.kernels.fp8_head, self.kernels.onednn
         prefixes = self.prefixes[targets] if ctx.prefixes else None
+        if ctx.sample is not None:
+            return sampled_head_loss(x, self.head, targets, loss_weights, self.cfg.softcap, ctx.sample,
+                                     self.kernels.lookup, fp8, onednn, prefixes, ctx.slices)
         return HeadLoss.apply(x, self.head, targets, loss_weights, self.cfg.softcap, HEAD_PIECE, fp8, onednn,
                               prefixes, ctx.slices)
 
@@ -986,11 +1000,14 @@ class GPT(nn.Module):
     def flops_per_token(self, stage: int) -> int:
         """Return training FLOPs: 6 per weight, 12 D per visible key and attention layer, in full windows.
         Paired heads, half as many at twice the places, cost the same. Mixing heads is one more attention."""
+        weights = self.matmul_params()
+        if rows := self.cfg.by_stage("head_rows", stage):
+            weights -= (self.cfg.padded_vocab - rows) * self.cfg.model_dim
         keys = self.cfg.mix_window
         for i in self.attn_layers:
             window = "window_long" if i in self.cfg.long_layers else "window_short"
             keys += self.cfg.by_stage(window, stage) + 1  # and the token itself
-        return 6 * self.matmul_params() + 12 * self.cfg.model_dim * keys
+        return 6 * weights + 12 * self.cfg.model_dim * keys
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1214,6 +1231,7 @@ class Run:
             *self.kernels.facts(),
             *self.muon_facts(),
             *self.host_table_facts(),
+            *self.sample_facts(),
             f"parameters: {parameters:,}, {model.matmul_params():,} in matrix products, "
             f"MFLOP per token by stage: {', '.join(flops)}",
             f"training data: {cfg.train_tokens:,} tokens from {len(self.loader.paths)} shards, "
@@ -1237,6 +1255,14 @@ class Run:
         rows, gib = self.cfg.ngram_rows, self.cfg.ngram_rows * row_bytes(self.cfg) / 2**30
         return [f"n-grams: {rows:,} rows of {self.cfg.head_dim} numbers, {gib:.2f} GiB of host memory over "
                 f"{self.rt.world} ranks"]
+
+    def sample_facts(self) -> list[str]:
+        cfg = self.cfg
+        if not any(cfg.head_rows):
+            return []
+        rows = ", ".join(str(cfg.at("head_rows", step) or "all") for step in cfg.stage_starts)
+        return [f"training loss: summed over {rows} of {cfg.vocab_size} tokens by stage; over a part of them "
+                "it is an estimate, on average too low"]
 
     # A step
 
@@ -1279,10 +1305,22 @@ class Run:
             inputs, targets, docs = to_device(batch, device)
             if self.ngrams is not None:
                 ngrams = self.ngrams.embed(i)
-            loss = self.forward(inputs, targets, self.model.context(docs, step, ngrams=ngrams), weights)
+            ctx = self.model.context(docs, step, ngrams=ngrams)._replace(sample=self.draw(step, i))
+            loss = self.forward(inputs, targets, ctx, weights)
             (loss * share).backward()
             total = total + loss.detach()
         return total
+
+    def draw(self, step: int, i: int) -> Sample | None:
+        """Return the tokens that the loss of this rank's i-th slice sums over, each slice others; None: all.
+
+        They follow from step and slice, so that neither the number of ranks nor a resumed run changes them.
+        """
+        rows = self.cfg.at("head_rows", step)
+        if not rows:
+            return None
+        key = self.cfg.seed, step, self.loader.slices_of_rank.start + i
+        return draw_sample(self.cfg.padded_vocab, rows, key, self.rt.device)
 
     def update(self, step: int):
         """Move the weights and clear the gradients; Adam moves every cfg.adam_every steps only."""
@@ -1715,8 +1753,8 @@ def main(argv: list[str], stop: StopSignal) -> int | None:
         if state:
             run.load(options.resume, state)
             if cfg.seed != state["config"]["seed"]:
-                rt.print0("note: --seed has no effect on a resumed run; its weights come from the checkpoint",
-                          file=sys.stderr)
+                rt.print0("note: --seed has no effect on the weights of a resumed run, which come from the "
+                          "checkpoint", file=sys.stderr)
         stop.can_save = cfg.save_every > 0 or cfg.save_final
         train(run, log)
         show_results(run, log)

@@ -1,12 +1,17 @@
-"""Head and loss in one: a third of the model's matrix work, its largest activation; in FP8 where that works.
+"""Head and loss in one: a third of the model's matrix work, its largest activation; in FP8 where that works,
+and over a sample of the vocabulary where that is asked for.
 
 Shapes: T tokens of one packed sequence, D model width, V vocabulary (padded), K targets of a position.
 """
+import math
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.fp8 import fp8_product, fp8_where_it_works, to_fp8
+from engine.sampled_softmax import Sample, sampled_loss_and_gradient
 from engine.self_test import largest_error
 from engine.transpose import transposed
 from muon import product
@@ -31,21 +36,41 @@ def multi_token_loss(logits: Tensor, targets: Tensor, weights: Tensor,
     logits: (T, V), targets: (T,), weights: (K,). Targets past the end are left out. The same logits serve all
     K, so no head is added. prefixes: (T,) one more target of each position, or -1, with the last weight.
     """
-    T = len(targets)
     log_z = torch.logsumexp(logits.float(), -1)
     loss = logits.new_zeros((), dtype=torch.float32)
-    if prefixes is not None:
-        prefix_weight = weights[-1]
-        weights = weights[:-1]
-        known = prefixes >= 0
-        chosen = logits[known].gather(1, prefixes[known, None])
+    for weight, known, wanted in parts_of_loss(targets, weights, prefixes):
+        chosen = logits[known].gather(1, wanted[:, None])
         cross_entropy = log_z[known] - chosen[:, 0].float()
-        loss = loss + prefix_weight * cross_entropy.sum()
+        loss = loss + weight * cross_entropy.sum()
+    return loss
 
+
+def parts_of_loss(targets: Tensor, weights: Tensor, prefixes: Tensor | None) -> Iterator[tuple]:
+    """Yield (weight, positions, their targets) of prefixes, of the next token, of the second next, ..."""
+    if prefixes is not None:
+        known = prefixes >= 0
+        yield weights[-1], known, prefixes[known]
+        weights = weights[:-1]
     for k, weight in enumerate(weights.unbind()):
-        known = slice(T - k)  # positions whose k-th next token is in the sequence
-        chosen = logits[known].gather(1, targets[k:, None])
-        cross_entropy = log_z[known] - chosen[:, 0].float()
+        yield weight, slice(len(targets) - k), targets[k:]  # whose k-th next token is in the sequence
+
+
+def sampled_loss(logits: Tensor, targets: Tensor, weights: Tensor, sample: Sample,
+                 prefixes: Tensor | None = None) -> Tensor:
+    """Return multi_token_loss with exp(z_y) + sum of w_j exp(z_j) over the j != y of a sample in place of the
+    sum over all tokens, whose mean over samples it is. y: the target.
+
+    Source: importance sampling as in arXiv 1412.2007. Its logarithm is too low by about half the relative
+    variance of the sum.
+    """
+    absent = torch.full_like(logits[0], -math.inf)
+    log_counts = absent.index_copy(0, sample.ids, sample.log_weights.type_as(logits))
+    loss = logits.new_zeros(())
+    for weight, known, wanted in parts_of_loss(targets, weights, prefixes):
+        target = wanted[:, None]
+        counts = log_counts.expand(len(target), -1).scatter(1, target, 0.0)  # once, drawn or not
+        log_z = torch.logsumexp(logits[known] + counts, -1)
+        cross_entropy = log_z - logits[known].gather(1, target)[:, 0]
         loss = loss + weight * cross_entropy.sum()
     return loss
 
@@ -68,23 +93,14 @@ class HeadLoss(torch.autograd.Function):
     The logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and
     what is kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in
     FP8, see to_fp8; onednn: products in fp32 by oneDNN. prefixes: as in multi_token_loss. slices: equal parts
-    of the sequence, whose losses are added up.
+    of the sequence, whose losses are added up. own, ids, log_weights: of sampled_head_loss; head is then that
+    of the sample.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False, prefixes=None, slices=1):
-        T, K = len(x), len(weights) - (prefixes is not None)
-        padded = F.pad(targets, (0, K - 1), value=-1)
-        ahead = padded.unfold(0, K, 1)  # (T, K): the next token, the second next, ...
-        length = T // slices
-        t = torch.arange(T, device=x.device)[:, None] % length
-        exists = t + torch.arange(K, device=x.device) < length
-        token_weights = weights[:K] * exists
-        if prefixes is not None:
-            column = prefixes[:, None]
-            ahead = torch.cat([ahead, column], 1)
-            token_weights = torch.cat([token_weights, weights[K:] * (column >= 0)], 1)
-
+    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False, prefixes=None, slices=1,
+                own=None, ids=None, log_weights=None):
+        ahead, token_weights = targets_ahead(targets, weights, prefixes, slices)
         if fp8:
             slope = cap[0] / cap[2] / 4 if cap else 1.0  # the steepest of the softcap
             products = Fp8Products(head, slope * weights.sum())
@@ -94,26 +110,70 @@ class HeadLoss(torch.autograd.Function):
         loss = 0.0
         dx = []
         dhead = 0.0
+        down = []
         before = ()  # gradients of the last piece
-        for first in range(0, T, size):
-            rows = slice(first, min(first + size, T))
+        for first in range(0, len(x), size):
+            rows = slice(first, min(first + size, len(x)))
             logits = products.logits(x[rows])
             piece_weights = computed_after(before, token_weights[rows])
-            piece, g = loss_and_gradient(logits, ahead[rows], piece_weights, cap)
+            if own is None:
+                piece, g = loss_and_gradient(logits, ahead[rows], piece_weights, cap)
+            else:
+                sample = Sample(ids, log_weights)
+                piece, g, down_piece = sampled_loss_and_gradient(
+                    logits, own[rows], sample, ahead[rows], piece_weights, cap)
+                down.append(down_piece)
             loss = loss + piece
             before = dx_piece, dhead_piece = products.gradients(g.to(x.dtype), x[rows])
             dx.append(dx_piece)
             dhead = dhead + dhead_piece
         dx = torch.cat(dx).to(x.dtype)
-        ctx.save_for_backward(dx, dhead.to(head.dtype))
+        ctx.save_for_backward(dx, dhead.to(head.dtype), *([torch.cat(down)] if down else []))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dhead = ctx.saved_tensors
+        dx, dhead, *down = ctx.saved_tensors
         dx = dx * grad.to(dx.dtype)
         dhead = dhead * grad.to(dhead.dtype)
-        return dx, dhead, *[None] * 8
+        down = down[0] * grad if down else None
+        return dx, dhead, *[None] * 8, down, None, None
+
+
+def targets_ahead(targets: Tensor, weights: Tensor, prefixes: Tensor | None,
+                  slices: int) -> tuple[Tensor, Tensor]:
+    """Return the targets of each position and their weights, both (T, K); weight 0, and perhaps id -1, where
+    there is none. prefixes, slices: as in HeadLoss."""
+    T, K = len(targets), len(weights) - (prefixes is not None)
+    padded = F.pad(targets, (0, K - 1), value=-1)
+    ahead = padded.unfold(0, K, 1)  # (T, K): the next token, the second next, ...
+    length = T // slices
+    t = torch.arange(T, device=targets.device)[:, None] % length
+    exists = t + torch.arange(K, device=targets.device) < length
+    token_weights = weights[:K] * exists
+    if prefixes is not None:
+        column = prefixes[:, None]
+        ahead = torch.cat([ahead, column], 1)
+        token_weights = torch.cat([token_weights, weights[K:] * (column >= 0)], 1)
+    return ahead, token_weights
+
+
+def sampled_head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: tuple[float, ...],
+                      sample: Sample, lookup: Callable, fp8: bool = False, onednn: bool = False,
+                      prefixes: Tensor | None = None, slices: int = 1) -> Tensor:
+    """Return sampled_loss(softcap(x @ head.T)), where only rows of the sample meet every token.
+
+    One lookup(index, table) brings them and the row of each target, so that all their gradients are summed in
+    one table. The other arguments are those of HeadLoss.
+    """
+    ahead, _ = targets_ahead(targets, weights, prefixes, slices)
+    R = len(sample.ids)
+    index = torch.cat([sample.ids, ahead.clamp(min=0).flatten()])
+    rows, wanted = lookup(index, head).split([R, ahead.numel()])
+    wanted = wanted.view(*ahead.shape, -1)
+    own = (x[:, None].float() * wanted.float()).sum(-1)  # (T, K) logits of the targets
+    size = HEAD_PIECE * len(head) // R  # as many logits at a time as without a sample
+    return HeadLoss.apply(x, rows, targets, weights, cap, size, fp8, onednn, prefixes, slices, own, *sample)
 
 
 def computed_after(before: tuple[Tensor, ...], x: Tensor) -> Tensor:

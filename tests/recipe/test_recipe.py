@@ -56,7 +56,7 @@ SETTINGS = {
     "cooldown_frac": Row(0.6, "TrainingSchedule(cooldown_frac=)"),
     "lr_floor": Row(0.15, "TrainingSchedule.get_lr"),
     "mtp_weights": Row((1.0, 0.5, 0.25), "TRAINING_STAGES: mtp_weights_start and _end"),
-    "prefix_weight": Row(0.0, OURS_ALONE),
+    "prefix_weight": Row(0.0, OURS_ALONE), "head_rows": Row((0,), OURS_ALONE),
     "untie_stage": Row(2, "TrainingSchedule(split_embed_stage=)"),
     "untie_delay": Row(1, "TrainingSchedule.split_step: after Adam's first step of the stage"),
     # Model

@@ -159,7 +159,8 @@ def test_a_checkpoint_goes_on_with_other_data_where_asked_to_and_a_seed_changes_
     assert (result.code, result.log) == (2, None)  # before a warm-up, which compiles for minutes on a GPU
     result = run(folder, f"--resume={path}", "--train_steps=6", "--seed=5", "--force_data")
     assert result.code == 0 and max(result.val) == 6
-    assert result.err == "note: --seed has no effect on a resumed run; its weights come from the checkpoint\n"
+    told = "note: --seed has no effect on the weights of a resumed run, which come from the checkpoint\n"
+    assert result.err == told
 
 
 def test_a_screen_that_is_full_closed_or_without_such_characters_ends_no_run(tmp_path):

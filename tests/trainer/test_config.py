@@ -88,6 +88,7 @@ OTHERS = {  # name -> values that are refused, of a reason of their own
     "adamw_betas": [(0.9, 1.0)],
     "cooldown_frac": [1.1],
     "rope_fraction": [-0.1],
+    "head_rows": [(), (0, -128), (1,), (127,), (384,)],  # of 257 tokens
     "untie_stage": [3, -2],
     "normuon_beta2": [1.0],
     "optimizer": ["sgd"],
@@ -129,6 +130,7 @@ def test_an_impossible_setting_is_refused_by_name_with_what_was_found(name, valu
     (dict(gate_networks=(0,), mix_window=4, paired_layers=(5,)), "mix_window"),
     (dict(model_dim=24, paired_layers=(1,)), "paired_layers"),  # an odd number of heads
     (dict(ngram_rows=50, bigram_rows=0), "ngram_rows"),
+    (dict(head_rows=(0, 128), pack_tokens=64), "head_rows"),
 ], ids=str)
 def test_settings_that_do_not_go_together_are_refused(changes, refused):
     with pytest.raises(UsageError, match=f"--{refused}: expected "):

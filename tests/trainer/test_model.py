@@ -8,6 +8,7 @@ import torch
 
 from data.loader import join, make_batch
 from engine.kernels import Kernels
+from engine.sampled_softmax import draw_sample
 from tests.helpers.plain_model import as_records, bigram_row, logits, loss
 from tests.helpers.tiny import BARE, THREE_LAYERS, build, config, context, docs_of, make_run
 from train_gpt import GPT, MATRICES, TABLES
@@ -309,6 +310,7 @@ SWITCHES = {
     "no rotation": dict(rope_fraction=0.0),
     "n-grams": dict(ngram_rows=60),
     "always tied": dict(untie_stage=-1),
+    "sampled softmax": dict(head_rows=(128, 0)),
     "plain Muon": dict(normuon_beta2=0.0),
     "AdamW": dict(optimizer="adamw"),
     "plain decay": dict(cautious=False),
@@ -352,6 +354,7 @@ def test_every_parameter_is_in_exactly_one_optimizer_group(folder, optimizer, by
     ("masked", "eager", 1, False, (1.0,), {}),
     ("blocked", "aot_eager", 0, True, (1.0, 0.5), dict(ngram_rows=60)),
     ("blocked", "aot_eager", 0, True, (1.0, 0.25), dict(RECORD_89, prefix_weight=0.25, recompute=True)),
+    ("blocked", "aot_eager", 0, True, (1.0, 0.5), dict(head_rows=(128,))),
 ])
 def test_training_and_evaluation_compile_without_graph_break(
         backend, compiler, stage, tied, weights, techniques):
@@ -359,6 +362,8 @@ def test_training_and_evaluation_compile_without_graph_break(
     model, sequence = build(cfg, backend=backend), tokens_of(cfg)
     tokens, targets = sequence[:-1], sequence[1:]
     ctx = context(model, docs_of(LENGTHS), stage, tied)
+    if any(cfg.head_rows):
+        ctx = ctx._replace(sample=draw_sample(cfg.padded_vocab, 128, (0,), torch.device("cpu")))
 
     def results(forward, evaluate):
         model.zero_grad()
