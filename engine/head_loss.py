@@ -98,7 +98,8 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, size, fp8=False, onednn=False, prefixes=None, slices=1,
+    def forward(ctx, x, head, targets, weights, cap, size,
+                fp8=False, onednn=False, prefixes=None, slices=1,
                 own=None, ids=None, log_weights=None):
         ahead, token_weights = targets_ahead(targets, weights, prefixes, slices)
         if fp8:
@@ -128,7 +129,10 @@ class HeadLoss(torch.autograd.Function):
             dx.append(dx_piece)
             dhead = dhead + dhead_piece
         dx = torch.cat(dx).to(x.dtype)
-        ctx.save_for_backward(dx, dhead.to(head.dtype), *([torch.cat(down)] if down else []))
+        gradients = [dx, dhead.to(head.dtype)]
+        if down:
+            gradients.append(torch.cat(down))
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
@@ -137,14 +141,16 @@ class HeadLoss(torch.autograd.Function):
         dx = dx * grad.to(dx.dtype)
         dhead = dhead * grad.to(dhead.dtype)
         down = down[0] * grad if down else None
-        return dx, dhead, *[None] * 8, down, None, None
+        of_options = [None] * 8
+        return dx, dhead, *of_options, down, None, None
 
 
 def targets_ahead(targets: Tensor, weights: Tensor, prefixes: Tensor | None,
                   slices: int) -> tuple[Tensor, Tensor]:
     """Return the targets of each position and their weights, both (T, K); weight 0, and perhaps id -1, where
     there is none. prefixes, slices: as in HeadLoss."""
-    T, K = len(targets), len(weights) - (prefixes is not None)
+    T = len(targets)
+    K = len(weights) - (prefixes is not None)
     padded = F.pad(targets, (0, K - 1), value=-1)
     ahead = padded.unfold(0, K, 1)  # (T, K): the next token, the second next, ...
     length = T // slices
@@ -153,8 +159,9 @@ def targets_ahead(targets: Tensor, weights: Tensor, prefixes: Tensor | None,
     token_weights = weights[:K] * exists
     if prefixes is not None:
         column = prefixes[:, None]
+        column_weights = weights[K:] * (column >= 0)
         ahead = torch.cat([ahead, column], 1)
-        token_weights = torch.cat([token_weights, weights[K:] * (column >= 0)], 1)
+        token_weights = torch.cat([token_weights, column_weights], 1)
     return ahead, token_weights
 
 
@@ -170,8 +177,10 @@ def sampled_head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
     R = len(sample.ids)
     index = torch.cat([sample.ids, ahead.clamp(min=0).flatten()])
     rows, wanted = lookup(index, head).split([R, ahead.numel()])
+
     wanted = wanted.view(*ahead.shape, -1)
-    own = (x[:, None].float() * wanted.float()).sum(-1)  # (T, K) logits of the targets
+    products = x[:, None].float() * wanted.float()
+    own = products.sum(-1)  # (T, K) logits of the targets
     size = HEAD_PIECE * len(head) // R  # as many logits at a time as without a sample
     return HeadLoss.apply(x, rows, targets, weights, cap, size, fp8, onednn, prefixes, slices, own, *sample)
 
