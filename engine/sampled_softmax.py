@@ -51,23 +51,19 @@ def sampled_loss_and_gradient(logits: Tensor, own: Tensor, sample: Sample, ahead
     z, slope = capped(logits, cap)
     z_own, slope_own = capped(own, cap)
     z = z + sample.log_weights
-    largest = torch.maximum(z.amax(-1, keepdim=True), z_own.amax(-1, keepdim=True))
-    e = torch.exp(z - largest)
-    e_own = torch.exp(z_own - largest)
 
     loss = 0.0
     g = 0.0
     g_own = []
     for k, weight in enumerate(weights.unbind(1)):
         is_target = sample.ids == ahead[:, k, None]
-        others = torch.where(is_target, 0.0, e)
-        rest = others.sum(-1)
-        total = rest + e_own[:, k]
-        log_total = torch.log(total) + largest[:, 0]
+        others = torch.where(is_target, -math.inf, z)
+        log_rest = torch.logsumexp(others, -1)
+        log_total = torch.logaddexp(log_rest, z_own[:, k])
         loss = loss + (weight * (log_total - z_own[:, k])).sum()
-        share = weight / total
-        g = g + others * share[:, None]
-        g_own.append(-share * rest)
+        # Not by the exponentials that the sum has seen: torch.compile would store them.
+        g = g + weight[:, None] * torch.exp(others - log_total[:, None])
+        g_own.append(-weight * torch.exp(log_rest - log_total))
     g_own = torch.stack(g_own, 1)
     return loss, g * slope, g_own * slope_own
 
