@@ -128,9 +128,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("files", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet")
-    add("--bytes", action="store_true", help="its bytes as tokens, instead of GPT-2's")
+    add("--bytes", action="store_true", help="take bytes as tokens, instead of GPT-2's")
     add("--name", default="mine",
-        help="of the shards, and of their folder in data/ under $DATA_PATH (default: %(default)s)")
+        help="name of the shards, and of their folder in data/ under $DATA_PATH (default: %(default)s)")
     add("--field", default="text", help="where .jsonl and .parquet hold the text (default: %(default)s)")
     add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
         help="tokens per shard (default: %(default)s)")
@@ -138,7 +138,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help=f"tokens in shard 0, for validation (default: what a track evaluates, {VAL_TOKENS}, or "
              f"{VAL_BYTES} of bytes)")
     add("--threads", type=int, default=cores, metavar="N",
-        help="that encode (default: the cores, %(default)s)")
+        help="threads that encode (default: the cores, %(default)s)")
 
     args = parser.parse_args(argv)
     if args.val_tokens is None:

@@ -95,7 +95,7 @@ class Convolution(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """With a short memory, because the training is short, and a bias only."""
+    """Batch normalization with a short memory, as the training is short, and with a bias but no gain."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-12, momentum=0.4)

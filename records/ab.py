@@ -41,7 +41,7 @@ def add_arguments(parser):
     parser.add_argument("--runs", required=True, type=int, metavar="N",
                         help="pairs of runs, 2 or more; see plan")
     parser.add_argument("--out", type=Path, default=Path("logs/ab"), metavar="FOLDER",
-                        help="where all of it goes (logs/ab)")
+                        help="folder of plan, logs and output (logs/ab)")
     parser.add_argument("--limit", type=float, default=240, metavar="MINUTES",
                         help="end a run that takes longer (240)")
 

@@ -253,7 +253,7 @@ def readme(s: Submission, record: dict, verdicts: list[Verdict], note: str) -> s
 
 
 def loss(value: float | None) -> str:
-    """As logs print it: 4 decimals, or more where there are more."""
+    """A loss as logs print it: with 4 decimals, or more where there are more."""
     return "nan" if value is None else max(f"{value:.4f}", f"{value:.9f}".rstrip("0"), key=len)
 
 

@@ -43,7 +43,7 @@ def local_records(track: Track) -> list[tuple[schema.Statement, dict]]:
     for path in sorted((ROOT / track.folder).glob(f"*/{schema.FILE}")):  # names begin with the date
         statement = schema.read(path)
         found.append((statement, pack.describe(check.from_folder(path.parent, statement), statement)))
-    # Of one day the slower comes first: a record is faster than the one before it.
+    # On one day the slower comes first: a record is faster than the one before it.
     return sorted(found, key=lambda one: (one[0].date, -(one[1]["runs"]["time_ms_mean"] or 0)))
 
 

@@ -183,7 +183,7 @@ def attention(P: dict, cfg, i: int, h: Tensor, rows: Tensor | None, document: Te
 
 
 def bigram_row(now: int, before: int, t: int, rows: int) -> int:
-    """As in C with 32-bit integers, then the remainder, never negative; the first token has its own row."""
+    """Hash with 32-bit integers, as C does; no remainder is negative, and the first token has its own row."""
     mixed = ctypes.c_int32(36313 * now).value ^ ctypes.c_int32(27191 * before).value
     return mixed % (rows - 1) if t else rows - 1
 
