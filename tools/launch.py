@@ -27,10 +27,10 @@ from data.cached_fineweb10B import shard_names
 from data.errors import UsageError, run_program
 from data.files import data_root
 from data.loader import shards_needed
+from data.machine import usable_cores
 from data.shards import MAKERS
 from engine.endings import LOST_CONTACT
 from tools import plan
-from tools.machine import usable_cores
 from train_gpt import Config, configure, parse_config, show_settings
 
 RANK_PROGRAM = ["-m", "tools.rank"]

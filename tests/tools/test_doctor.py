@@ -86,8 +86,7 @@ def test_a_gpu_is_named_and_an_old_one_told_of_bfloat16(monkeypatch):
 
 
 def test_a_gpu_that_only_its_driver_sees_is_named(capsys, tmp_path, monkeypatch):
-    seen = type("Result", (), {"stdout": "GPU 0: Some GPU\n"})
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: seen)
+    monkeypatch.setattr(doctor, "output", lambda *command: "GPU 0: Some GPU")
     mark, text = lines(capsys, tmp_path, pieces=["device"])["device"]
     assert mark == "note" and text.endswith("nvidia-smi sees GPU 0: Some GPU: install a torch for its driver")
 

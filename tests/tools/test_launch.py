@@ -16,12 +16,13 @@ from tests.helpers.commands import python
 from tests.helpers.runs import launch as launch_tiny
 from tests.helpers.runs import make_shards
 
+from data import machine
 from data.errors import UsageError, run_program
 from data.files import ROOT
 from data.loader import shards_needed
 from data.shards import MAKERS
 from engine.checkpoint import ENTRIES, write_checkpoint
-from tools import launch, machine
+from tools import launch
 from train_gpt import Config
 
 
