@@ -49,12 +49,6 @@ def test_streams_that_are_closed_or_full(how, code, said):
     assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
-def test_without_docstrings_there_is_one_sentence():
-    done = subprocess.run([sys.executable, "-OO", "-m", "records", "check", MUON], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and "unset PYTHONOPTIMIZE" in done.stderr and done.stderr.count("\n") == 1
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder that looks like the repository, for examples that write; its run.sh ends at once."""
