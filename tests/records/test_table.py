@@ -21,7 +21,7 @@ def record(figures=(), **changes) -> tuple[schema.Statement, dict]:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A records/ folder of its own, with an introduction and the marks."""
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "RECORDS", tmp_path)
     monkeypatch.setattr(table, "PAGE", tmp_path / "README.md")
     table.PAGE.write_text(f"# Mine\n\n{table.BEGIN}\nold\n{table.END}\n\nAfter.\n")
     return tmp_path
