@@ -84,6 +84,8 @@ RISING = Rule("0 and then rising layers, or nothing",
 ORDERS = Rule("rising numbers from 2 to 8",
               lambda xs: len(xs) > 0 and 1 < xs[0] and xs[-1] < 9 and list(xs) == sorted(set(xs)))
 SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 2 and xs[0] < xs[1]))
+LAYER_SETTINGS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
+                  "attn_gate_layers", "xsa_layers", "skip", "gate_networks")
 
 
 @dataclass(frozen=True)
@@ -360,9 +362,6 @@ class Config:
         ends = (*self.stage_starts[1:], self.train_steps)
         return [(start, end - start) for start, end in zip(self.stage_starts, ends)]
 
-
-LAYER_SETTINGS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
-                  "attn_gate_layers", "xsa_layers", "skip", "gate_networks")
 
 TRACKS: dict[str, dict] = {
     "small": {},
