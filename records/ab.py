@@ -277,7 +277,7 @@ def conclude(out: Path, experiment: Experiment):
 
 
 def sentences(times: list[list[float]], losses: list[list[float]]):
-    """What the paired tests say of A minus B; times are in seconds."""
+    """Yield what the paired tests say of A minus B; times are in seconds."""
     from records import statistics
     for name, values, digits, below, above in (("Seconds", times, ".2f", "A is faster", "A is slower"),
                                                ("Loss", losses, ".5f", "A ends lower", "A ends higher")):

@@ -26,8 +26,8 @@ SETTINGS = {
 
 
 def band(group: RunGroup, by_time: bool) -> list[tuple[float, float, float, float]]:
-    """(place, mean, lowest and highest loss) at each step that half of the runs or more have. The place is a
-    step, or the mean of the seconds."""
+    """Return (place, mean, lowest and highest loss) at each step that half of the runs or more have. The
+    place is a step, or the mean of the seconds."""
     at = defaultdict(list)
     for run in group.runs:
         for point in run.val_points:

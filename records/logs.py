@@ -352,7 +352,7 @@ class Body:
         return self
 
     def is_just_before(self, offset: int) -> bool:
-        """Whether the last separator is the line before."""
+        """Return whether the last separator is the line before."""
         return self.separator is not None and offset - self.separator <= len(SEPARATOR) + 2
 
     def restarted(self, separator: int) -> "Body":

@@ -160,7 +160,7 @@ def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
 
 
 def compose(s: Submission, statement: Statement, note: str) -> tuple[list[Verdict], dict[str, bytes]]:
-    """What belongs into a folder beside its logs: the verdicts on them, and its files by name."""
+    """Return what belongs into a folder beside its logs: the verdicts on them, and its files by name."""
     record = describe(s, statement)
     verdicts = judge(s)
     return verdicts, {schema.FILE: to_json(record, indent=2) + b"\n",

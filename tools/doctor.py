@@ -1,4 +1,4 @@
-"""Whether a run can start on this machine, found out by trying what it would use.
+"""Find out whether a run can start on this machine, by trying what it would use.
 
     python -m tools.doctor [--track=NAME] [--field=value ...]
 

@@ -68,7 +68,7 @@ def prepare_data(cfg: Config) -> int:
 
 
 def show_without_data(cfg: Config) -> bool:
-    """Where files of the track's data are missing, say so, with the settings and the plan, which need none;
+    """Say where files of the track's data are missing, with the settings and the plan, which need none;
     and return whether it is so."""
     folder = data_root() / os.path.dirname(cfg.train_files)
     names = shakespeare.SHA256 if cfg.track == "shakespeare" else shard_names(shards_needed(cfg))

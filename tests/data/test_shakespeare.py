@@ -102,7 +102,7 @@ def wheel():
 
 @pytest.fixture(scope="module")
 def made(wheel, tmp_path_factory):
-    """What the script printed, and the folder it filled."""
+    """Return what the script printed, and the folder it filled."""
     folder = tmp_path_factory.mktemp("made")
     done = python("-m", "data.shakespeare", DATA_PATH=folder)
     assert done.returncode == 0, done.stderr

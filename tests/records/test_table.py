@@ -10,7 +10,7 @@ from records.tracks import TRACKS
 
 
 def record(figures=(), **changes) -> tuple[schema.Statement, dict]:
-    """What is said of a record, and what its logs say."""
+    """Return what is said of a record, and what its logs say."""
     said = dict(version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record",
                 why_no_record=None, description="Muon", contributors=["Ada"], step=None, planned_runs=None,
                 baseline_record=None, waivers={})

@@ -28,7 +28,7 @@ from train_gpt import Config
 
 @pytest.fixture
 def started(monkeypatch) -> SimpleNamespace:
-    """What launch.main would start on a machine of `gpus` GPUs and 6 cores; data scripts end with
+    """Yield what launch.main would start on a machine of `gpus` GPUs and 6 cores; data scripts end with
     `data_code`."""
     seen = SimpleNamespace(gpus=0, data_code=0, scripts=[], runs=[], environ={})
 
@@ -357,7 +357,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_at_work_and_a_checkpoint(tmp_p
 
 
 def is_at_work(pid: str) -> bool:
-    """Whether a process is neither gone nor a zombie that nobody has waited for."""
+    """Return whether a process is neither gone nor a zombie that nobody has waited for."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
