@@ -43,8 +43,7 @@ def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
         command += [f"--requirement={pinned}", f"--dest={folder}"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         wheels = [file.read_bytes() for file in Path(folder).glob("*.whl")]
-    # Asked of the child: to look for pip in this process would make setuptools, which compilers import, fail
-    # here.
+    # The child tells: looking for pip in this process would let setuptools, which compilers import, fail.
     if "No module named pip" in done.stderr:
         raise FetchError(f"expected pip in {sys.executable} to fetch {requirement}, found none; run "
                          f"`{sys.executable} -m ensurepip` and start again")
