@@ -234,6 +234,20 @@ def test_five_steps_end_in_the_known_band(name, low, high):
     assert abs(x.min() - low) < 6e-4 and abs(x.max() - high) < 6e-4
 
 
+def test_an_iteration_in_fp32_stays_so_under_autocast():
+    G = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
+    (p, q), _ = make([(16, 24)] * 2, steps=0)
+    q.data.copy_(p.data)
+    optimizer, other = (Muon([each], ns_dtype=torch.float32) for each in (p, q))
+    feed([p, q], [G[0], G[0]])
+    expected = orthogonalize(G, dtype=torch.float32)
+    optimizer.step()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(orthogonalize(G, dtype=torch.float32), expected)
+        other.step()
+    assert same(p.detach(), q.detach())
+
+
 def test_more_steps_than_triples_repeat_the_last_and_fewer_use_the_first():
     G, rows = with_spectrum(8, 12, torch.linspace(0.1, 1, 8))[2].float(), COEFFICIENTS["quintic"][1]
     assert same(orthogonalize(G, 7, "quintic"), orthogonalize(G, 7, [*rows, rows[-1], rows[-1]]))
