@@ -1251,7 +1251,7 @@ class Muon(torch.optim.Optimizer):
             expect_order(names_in(ours, number), group.get("param_names") or ())
             groups[number] = ours | group | {key: ours[key] for key in SHAPING}
         self._check_settings(groups)
-        kinds = set().union(*saved.values())
+        kinds = {"momentum_buffer"}.union(*saved.values())
         kept = {}
         for ours, group in zip(self.param_groups, groups):
             for p, i in zip(ours["params"], group["params"]):

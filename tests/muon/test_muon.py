@@ -741,12 +741,18 @@ def regrouped(**entries):
     (without(1, "momentum_buffer"), "w1: expected a momentum_buffer of .*, found none; load the whole state"),
     (without(0, "second_moment"), "w0: expected a second_moment of shape .*, found none"),
     (without(2, "mantissa"), "w2: expected a mantissa of shape .*, found none"),
+def of_another_optimizer(saved):
+    for i, state in saved["state"].items():
+        saved["state"][i] = dict(exp_avg=state["momentum_buffer"], step=torch.ones(()))
+
+
     (spoilt(2, mantissa=torch.zeros(4, 4)), r"w2: expected a mantissa of shape \(8, 12\), found \(4, 4\)"),
     (spoilt(0, second_moment=torch.zeros(1, 8)), "w0: expected a second_moment of shape"),
     (spoilt(2, momentum_buffer=torch.zeros(12, 8)),
      r"w2: expected a momentum_buffer of shape \(8, 12\), found \(12, 8\)"),
     (lambda saved: saved["param_groups"].append(dict(saved["param_groups"][0], params=[3])),
      r"expected groups of \[3\] parameters, found \[3, 1\]; load a checkpoint of this model"),
+    (of_another_optimizer, "w0: expected a momentum_buffer of .*, found none; load the whole state"),
     (lambda saved: saved["param_groups"][0]["params"].pop(), r"expected groups of \[3\] .*, found \[2\]"),
     (regrouped(param_names=["w0", "w2", "w1"]), "expected w1, found w2 in its place; build the optimizer"),
     (regrouped(momentum=2.0), "momentum of group 0: expected 0 <= momentum < 1, found 2.0")])
