@@ -1225,13 +1225,15 @@ class Muon(torch.optim.Optimizer):
         if not self._whole:
             raise refusal("the state of all ranks", "this rank's share only",
                           "call consolidate_state_dict() on every rank after the last step, and then "
-                          "state_dict()", error=RuntimeError)
+                          "state_dict(), or build the optimizer with replicate_state=True",
+                          error=RuntimeError)
 
     def state_dict(self) -> dict:
         """Return torch's layout at any number of ranks, all in full shape; state of DTensors is DTensors."""
-        self._expect_whole_state()
         self._forget()
-        return super().state_dict()
+        found = super().state_dict()
+        self._expect_whole_state()  # now, as its pre-hooks may have consolidated it
+        return found
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon.

@@ -30,6 +30,8 @@ def on_a_rank(rank, W):
              "loaded": loaded_after_start()}
     if W > 1:
         found["alone"] = changes(rank, alike=False)
+        found["option alone"] = options_changed(rank, alike=False)
+        found["saved"] = saved_through_a_hook()
         found["removed"] = removed_after_start()
         found["copies"] = copies()
         found["meta"] = meta_on_ranks()
@@ -202,6 +204,62 @@ def test_parameters_may_come_to_stand_for_other_matrices_at_any_number_of_ranks(
         for after_steps, expected in zip(found["reshaped"], ranks(1)[0]["reshaped"]):
             for theirs, ours, change in zip(after_steps, expected, RESHAPES):
                 assert len(theirs) == len(ours) and all(map(same, theirs, ours)), change
+
+
+def options_changed(rank, alike=True):
+    """Weights, and the state of step 3, where state is replicated at steps 2 and 3 and the iteration is bf16
+    at 3; or what is said if rank 1 alone changes an option."""
+    params, gradients = make([*SHAPES, (3, 8, 6)], steps=5)
+    optimizer = Muon(params, deterministic=True, normuon_beta2=0.9, bucket_mb=1e-9)
+    found = []
+    for t, step in enumerate(gradients):
+        if alike or rank == 1:
+            optimizer.replicate_state = 2 <= t < 4
+            optimizer.ns_dtype = torch.bfloat16 if t == 3 else None
+        try:
+            after(optimizer, params, [step])
+        except ValueError as error:
+            return str(error)
+        if t == 3:
+            found = [x.clone() for p in params for _, x in sorted(optimizer.state[p].items())]
+    return [p.detach() for p in params] + found
+
+
+def test_options_may_change_between_steps_alike_on_all_ranks():
+    expected = ranks(1)[0]["options"]
+    assert len(expected) == 3 * 4
+    for found in ranks(2):
+        assert len(found["options"]) == len(expected) and all(map(same, found["options"], expected))
+        assert found["option alone"].startswith(
+            "Muon: expected the same parameters and settings on all ranks, found replicate_state False on "
+            "rank 0 and replicate_state True on rank 1")
+
+
+def test_an_option_set_later_counts():
+    params, gradients = make(SHAPES)
+    optimizer = Muon(params)
+    after(optimizer, params, gradients[:1])
+    optimizer.ns_dtype = torch.bfloat16
+    after(optimizer, params, gradients[1:])
+    assert {bucket.dtype for bucket in optimizer.buckets} == {torch.bfloat16}
+
+
+def saved_through_a_hook():
+    """The momenta in a state_dict for which a hook of torch's consolidates."""
+    params, gradients = make(SHAPES)
+    optimizer = Muon(params, deterministic=True)
+    optimizer.register_state_dict_pre_hook(lambda optimizer: optimizer.consolidate_state_dict())
+    after(optimizer, params, gradients)
+    state = optimizer.state_dict()["state"]
+    return [state[i]["momentum_buffer"] for i in sorted(state)]
+
+
+def test_a_hook_may_consolidate_what_is_saved():
+    params, gradients = make(SHAPES)
+    optimizer = Muon(params, deterministic=True)
+    after(optimizer, params, gradients)
+    for found in ranks(2):
+        assert all(map(same, found["saved"], [optimizer.state[p]["momentum_buffer"] for p in params]))
 
 
 def removed_after_start():
