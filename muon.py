@@ -627,6 +627,7 @@ class Bucket:
         self.group = group
         self.rank = rank
         self.world_size = len(stacks)
+        self.divided = self.world_size > 1 and not optimizer.replicate_state  # owners alone keep the state
         self.dtype = dtype  # of the iteration
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
         self.pending = self.sent = None
@@ -646,11 +647,6 @@ class Bucket:
     def stackable(stack: Stack) -> bool:
         """Whether its matrices may be computed together."""
         return True
-
-    @property
-    def divided(self) -> bool:
-        """Whether owners alone keep the state."""
-        return self.world_size > 1 and not self.optimizer.replicate_state
 
     def key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
         """Return where optimizer.state[p] holds a kind of state: the whole under its name, an owner's share
@@ -695,7 +691,7 @@ class Bucket:
         packed = torch.full(size, math.nan, dtype=self.grad_dtype, device=self.device)
         copy_all((slot, self.gradient(stack)) for owner, part in enumerate(packed)
                  for stack, slot in self.slots(part, owner).items())
-        self.pending = sum_to_owners(packed, self.optimizer.replicate_state, self.group)
+        self.pending = sum_to_owners(packed, not self.divided, self.group)
 
     def receive(self) -> dict[Stack, Tensor]:
         """Return the gradients (B, m, n) of all whose state moves here, with sync_grads their means."""
@@ -860,9 +856,12 @@ RULES = {  # setting of a group -> (what is expected, test)
     "split": ("None, a number of equal blocks, or the rows of each block", is_split),
     "flatten": ("None, True or False", lambda x: x is None or isinstance(x, bool)),
 }
-OPTIONS = {  # the same for settings of the optimizer
+OPTIONS = {  # the same for settings of the optimizer; where one changes, all is laid out anew
     "ns_dtype": (f"one of {NS_DTYPES}", lambda x: x in NS_DTYPES),
+    "sync_grads": SWITCH,
+    "replicate_state": SWITCH,
     "bucket_mb": ("a number above 0", lambda x: 0 < x < math.inf),
+    "deterministic": SWITCH,
 }
 SHAPING = "split", "flatten"  # settings that say what the matrices are
 
@@ -969,11 +968,11 @@ class Muon(torch.optim.Optimizer):
         if isinstance(params, torch.nn.Module):
             raise refusal("parameters", "a module",
                           "pass model.parameters(), or what split_params(model) proposes", error=TypeError)
-        self.ns_dtype = checked("ns_dtype", ns_dtype)
+        self.ns_dtype = ns_dtype
         self.process_group = process_group
         self.sync_grads = sync_grads
         self.replicate_state = replicate_state
-        self.bucket_mb = checked("bucket_mb", bucket_mb)
+        self.bucket_mb = bucket_mb
         self.deterministic = deterministic
         self.compile = compile
         self.symmetric = symmetric
@@ -1040,9 +1039,12 @@ class Muon(torch.optim.Optimizer):
 
     # --- the layout ---
 
+    def _options(self) -> list:
+        return [getattr(self, key) for key in OPTIONS]
+
     def _what_shapes_it(self) -> list:
         """Return what the layout and its checks depend on, to be compared at every step."""
-        facts = [world_and_rank(self.process_group)]
+        facts = [world_and_rank(self.process_group), *self._options()]
         for group in self.param_groups:
             params = [(id(p), p.shape, p.dtype, p.device) for p in group["params"]]
             facts.append((id(group), params, [group[key] for key in SHAPING], [*state_kinds(group)]))
@@ -1050,8 +1052,7 @@ class Muon(torch.optim.Optimizer):
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
         """Return what ranks that share the work on these parameters must have alike."""
-        lines = [f"{key} {getattr(self, key)}" for key in
-                 ("ns_dtype", "sync_grads", "replicate_state", "bucket_mb", "deterministic")]
+        lines = [f"{key} {value}" for key, value in zip(OPTIONS, self._options())]
         for i, group in enumerate(self.param_groups):
             mine = [f"{name} of shape {tuple(p.shape)} in {p.dtype}"
                     for name, p in zip(names_in(group, i), group["params"]) if p in params]
@@ -1083,6 +1084,8 @@ class Muon(torch.optim.Optimizer):
         """Place the units and cut them into buckets. What state there is stays with its parameter."""
         self.consolidate_state_dict()
         self._check_settings(self.param_groups)
+        for key, value in zip(OPTIONS, self._options()):
+            setattr(self, key, checked(key, value))
         names = {}
         lanes = collections.defaultdict(dict)
         for number, group in enumerate(self.param_groups):

@@ -511,7 +511,10 @@ BAD = {
     "flatten": ["yes"],
     "split": [0, True, 2.0, [], (4, 0), (2.0, 2), "ab", (4, -4, 4)],
 }
-BAD_OPTIONS = {"ns_dtype": [torch.float64, "fp16"], "bucket_mb": [0, -1, math.inf, "many", None]}
+BAD_OPTIONS = {
+    "ns_dtype": [torch.float64, "fp16"], "bucket_mb": [0, -1, math.inf, "many", None],
+    "sync_grads": ["no", 2, None], "replicate_state": ["yes", 2], "deterministic": [None, "1"],
+}
 
 
 @pytest.mark.parametrize("setting", BAD)
@@ -528,8 +531,13 @@ def test_a_setting_out_of_range_is_refused_by_name(setting):
 @pytest.mark.parametrize("option", BAD_OPTIONS)
 def test_an_option_out_of_range_is_refused_by_name(option):
     for value in BAD_OPTIONS[option]:
-        with pytest.raises(ValueError, match=f"Muon: {option}: expected .*, found .*; change it"):
+        said = f"Muon: {option}: expected .*, found .*; change it"
+        with pytest.raises(ValueError, match=said):
             Muon([torch.nn.Parameter(torch.zeros(4, 4))], **{option: value})
+        optimizer = Muon([torch.nn.Parameter(torch.zeros(4, 4))])
+        setattr(optimizer, option, value)
+        with pytest.raises(ValueError, match=said):
+            optimizer.step()
     with pytest.raises(ValueError, match="expected parameters, all on one device, found none"):
         Muon([dict(params=[])])
 
@@ -733,26 +741,26 @@ def without(i, name):
     return lambda saved: saved["state"][i].pop(name)
 
 
+def of_another_optimizer(saved):
+    for i, state in saved["state"].items():
+        saved["state"][i] = dict(exp_avg=state["momentum_buffer"], step=torch.ones(()))
+
+
 def regrouped(**entries):
     return lambda saved: saved["param_groups"][0].update(entries)
 
 
 @pytest.mark.parametrize("spoil, sentence", [
     (without(1, "momentum_buffer"), "w1: expected a momentum_buffer of .*, found none; load the whole state"),
+    (of_another_optimizer, "w0: expected a momentum_buffer of .*, found none; load the whole state"),
     (without(0, "second_moment"), "w0: expected a second_moment of shape .*, found none"),
     (without(2, "mantissa"), "w2: expected a mantissa of shape .*, found none"),
-def of_another_optimizer(saved):
-    for i, state in saved["state"].items():
-        saved["state"][i] = dict(exp_avg=state["momentum_buffer"], step=torch.ones(()))
-
-
     (spoilt(2, mantissa=torch.zeros(4, 4)), r"w2: expected a mantissa of shape \(8, 12\), found \(4, 4\)"),
     (spoilt(0, second_moment=torch.zeros(1, 8)), "w0: expected a second_moment of shape"),
     (spoilt(2, momentum_buffer=torch.zeros(12, 8)),
      r"w2: expected a momentum_buffer of shape \(8, 12\), found \(12, 8\)"),
     (lambda saved: saved["param_groups"].append(dict(saved["param_groups"][0], params=[3])),
      r"expected groups of \[3\] parameters, found \[3, 1\]; load a checkpoint of this model"),
-    (of_another_optimizer, "w0: expected a momentum_buffer of .*, found none; load the whole state"),
     (lambda saved: saved["param_groups"][0]["params"].pop(), r"expected groups of \[3\] .*, found \[2\]"),
     (regrouped(param_names=["w0", "w2", "w1"]), "expected w1, found w2 in its place; build the optimizer"),
     (regrouped(momentum=2.0), "momentum of group 0: expected 0 <= momentum < 1, found 2.0")])

@@ -27,7 +27,7 @@ def on_a_rank(rank, W):
     muon.has_bf16_units = lambda: False
     found = {"changes": changes(rank), "reshaped": [reshaped(steps_before) for steps_before in (0, 2)],
              "replicated": [replicated(settings) for settings in REPLICATED],
-             "loaded": loaded_after_start()}
+             "loaded": loaded_after_start(), "options": options_changed(rank)}
     if W > 1:
         found["alone"] = changes(rank, alike=False)
         found["option alone"] = options_changed(rank, alike=False)
