@@ -927,7 +927,8 @@ def fuse(function: Callable) -> Callable:
 class Muon(torch.optim.Optimizer):
     """Muon over the ranks of `process_group` (default: all ranks; one process needs no torch.distributed).
 
-    Settings of a group, which may change between steps; the first eight are named as in torch.optim.Muon:
+    All settings may change between steps, on all ranks alike.
+    Those of a group, of which the first eight are named as in torch.optim.Muon:
         lr                a number or a 0-D tensor
         weight_decay, momentum, nesterov
         ns_coefficients   a name in COEFFICIENTS, one (a, b, c), or one per step
@@ -936,7 +937,7 @@ class Muon(torch.optim.Optimizer):
         normuon_beta2     memory of NorMuon's variance; None: off
         split_mantissa    the owner of a bf16 parameter keeps 16 more bits, so that weights are fp32 in truth;
                           bf16 weights travel, not updates
-    Settings of a group that say what its matrices are:
+    Those of a group that say what its matrices are:
         split             a matrix is that many blocks of rows, or blocks of these rows: query, key and
                           value, or heads, each orthogonalized and scaled by itself
         flatten           a 3-D parameter is one matrix (o, i k), as a 1-D convolution; False: a bank
