@@ -3,6 +3,7 @@ odd inputs."""
 import copy
 import functools
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -581,19 +582,24 @@ def test_odd_inputs_get_a_sentence(run, error, sentence):
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 12), reason="torch 2.11 cannot compile id() of a group")
-@pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_the_whole_step_compiles_and_follows_the_schedules(kind):
+@pytest.mark.parametrize(
+    "kind, backend", [(float, "eager"), (torch.tensor, "eager"), (torch.tensor, "inductor")])
+def test_the_whole_step_compiles_and_follows_the_schedules(kind, backend):
+    """Of wide banks Inductor makes no code for a CPU in torch 2.13 and 2.14: its issue 196570."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    torch._dynamo.reset()
     params, gradients = make([(12, 8), (8, 12)], steps=5)
     plain, _ = make([(12, 8), (8, 12)])
     optimizer, reference = Muon(params, lr=kind(0.02), weight_decay=0.1), Muon(plain, weight_decay=0.1)
     feed(params, gradients[0])
     optimizer.step()
-    compiled = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=backend)
     for t, step in enumerate(gradients):
         feed(params, step)
         feed(plain, step)
         for each in (optimizer, reference):
-            if t:
+            if t and backend == "eager":  # each value is compiled in
                 each.param_groups[0].update(momentum=0.8 + t / 50, weight_decay=0.1 * t)
         reference.param_groups[0]["lr"] = 0.02 / (t + 1)
         if kind is float:
