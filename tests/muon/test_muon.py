@@ -150,7 +150,7 @@ def test_every_singular_value_goes_through_the_polynomial(name, m, n, gram):
 @pytest.mark.parametrize("m, n, dtype, expected", [
     (16, 32, torch.float32, True), (32, 16, torch.float32, True), (16, 31, torch.float32, False),
     (16, 16, torch.float32, False), (16, 64, torch.float16, True), (16, 64, torch.bfloat16, False),
-    (384, 768, torch.bfloat16, True), (384, 767, torch.bfloat16, False)])
+    (256, 512, torch.bfloat16, True), (256, 511, torch.bfloat16, False), (255, 512, torch.bfloat16, False)])
 def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, expected):
     used = []
 
@@ -167,15 +167,16 @@ def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, expecte
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
 @pytest.mark.parametrize("spectrum", [
-    torch.ones(384), torch.linspace(0.1, 1, 384), torch.logspace(-3, 0, 384), 1 / torch.arange(1.0, 385),
-    torch.tensor([1.0] + [1e-2] * 383), torch.tensor([1.0] * 8 + [0.0] * 376)], ids=[
+    torch.ones(256), torch.linspace(0.1, 1, 256), torch.logspace(-3, 0, 256), 1 / torch.arange(1.0, 257),
+    torch.tensor([1.0] + [1e-2] * 255), torch.tensor([1.0] * 8 + [0.0] * 248)], ids=[
     "flat", "linear", "three decades", "1 over k", "one above all", "rank 8"])
 def test_the_gram_form_in_bf16_adds_little_to_the_rounding(name, spectrum):
-    G = with_spectrum(384, 1536, spectrum)[2].float()
+    """In the smallest matrices that take it."""
+    G = with_spectrum(256, 1024, spectrum)[2].float()
     expected = iterated(G, name, 5)
     standard, by_gram = ((orthogonalize(G, 5, name, torch.bfloat16, gram) - expected).norm() / expected.norm()
                          for gram in FORMS)
-    assert by_gram < max(1.1 * standard, 0.08)  # measured 0.0055 to 0.043, or beside standard's 0.07 to 0.6
+    assert by_gram < max(1.1 * standard, 0.08)  # measured 0.007 to 0.06, or beside standard's 0.09 to 0.8
 
 
 @pytest.mark.parametrize("steps", range(1, 10))
