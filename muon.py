@@ -160,13 +160,14 @@ def on_a_cpu(x: Tensor) -> bool:
 
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether wide matrices are iterated one at a time, by the products below: as measured on one and two
-    cores, it pays for large ones, and in fp32 where oneDNN is there and a call is worth its 10 us."""
+    cores, it pays for large ones, in bf16 later than in fp32, and in fp32 where oneDNN is there and a call
+    is worth its 10 us."""
     dtype = dtype or X.dtype
     if dtype not in (torch.float32, torch.bfloat16) or not on_a_cpu(X):
         return False
     if dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16:
         return True
-    return X.size(-2) >= LARGE
+    return X.size(-2) >= (512 if dtype == torch.bfloat16 else LARGE)
 
 
 def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha=1.0, beta=1.0) -> Tensor:
