@@ -5,7 +5,9 @@ import functools
 import inspect
 import io
 import math
+import os
 import pickle
+import platform
 import subprocess
 import sys
 import typing
@@ -941,6 +943,27 @@ def test_a_step_needs_no_value_of_any_tensor_and_so_never_waits_for_the_device(m
         feed(params, map(torch.empty_like, params))
         optimizer.step()
     assert all(optimizer.state[p]["momentum_buffer"].is_meta for p in params)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the allocator of glibc")
+def test_a_step_reuses_the_memory_of_the_one_before():
+    """In a program that has freed nothing large yet: the pages that a step gets anew, which were 900."""
+    code = """if True:
+        import resource
+        import torch
+        from muon import Muon
+        torch.set_num_threads(1)
+        params = [torch.ones(shape) for shape in [(384, 128), (128, 128), (512, 128), (128, 512)] * 2]
+        for p in params:
+            p.grad = torch.eye(*p.shape)
+        optimizer = Muon(params, ns_dtype=torch.bfloat16)
+        faults = []
+        for _ in range(4):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            optimizer.step()
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        assert faults[-1] < 100, faults"""
+    subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(muon.__file__), check=True)
 
 
 def test_nothing_but_torch_and_the_standard_library_is_imported_and_a_copy_works_in_a_package(tmp_path):
