@@ -285,7 +285,8 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     X = normalize(stack, dtype, safety, eps)
     gram = gram_pays(*X.shape[-2:], dtype, X.device) if gram is None else gram
     parts = segments(triples, gram, dtype)
-    with torch.autocast("cpu" if X.is_meta else X.device.type, enabled=False):  # dtype is as was asked
+    device = X.device.type if torch.amp.is_autocast_available(X.device.type) else "cpu"
+    with torch.autocast(device, enabled=False):  # dtype is as was asked
         results = [iterate(x, parts, symmetric) for x in X.split(1 if one_by_one(X) else len(X))]
     O = results[0] if len(results) == 1 else torch.cat(results)
     return O.reshape(G.shape)
