@@ -118,10 +118,10 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
 
 def gram_pays(m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether to iterate on the Gram matrix: on a CPU core 1.1 times as fast at an aspect of 2, and at 4 1.55
-    times in fp32, 1.3 in bf16. In bf16 the result is then off by 1 to 4 % instead of 1 to 2 %, in small
+    times in fp32, 1.25 in bf16. In bf16 the result is then off by 1 to 5 % instead of 1 to 2 %, in small
     matrices and those of rank 1 by 20 %: so not for small ones, nor on other devices, where it is not
     measured."""
-    fine = dtype != torch.bfloat16 or device.type == "cpu" and min(m, n) >= LARGE
+    fine = dtype != torch.bfloat16 or device.type == "cpu" and min(m, n) >= 256
     return fine and max(m, n) >= 2 * min(m, n)
 
 
@@ -158,15 +158,23 @@ def on_a_cpu(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees, up to 64 MB, as it does once a program has freed anything of 31 MB:
+    see M_MMAP_THRESHOLD in mallopt(3). Else the next step meets each page as a new one, which takes a third
+    of its time for matrices of 128 to 256 rows."""
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")  # never touched, so that it costs nothing
+
+
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether wide matrices are iterated one at a time, by the products below: as measured on one and two
-    cores, it pays for large ones, and in fp32 where oneDNN is there and a call is worth its 10 us."""
+    cores, it pays for large ones, in bf16 later than in fp32, and in fp32 where oneDNN is there and a call
+    is worth its 10 us."""
     dtype = dtype or X.dtype
     if dtype not in (torch.float32, torch.bfloat16) or not on_a_cpu(X):
         return False
     if dtype == torch.float32 and ONEDNN is not None and X[0].numel() >= 2**16:
         return True
-    return X.size(-2) >= LARGE
+    return X.size(-2) >= (512 if dtype == torch.bfloat16 else LARGE)
 
 
 def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha=1.0, beta=1.0) -> Tensor:
@@ -180,14 +188,17 @@ def product(A: Tensor, W: Tensor, C: Tensor | None = None, alpha=1.0, beta=1.0) 
 def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, alpha=1.0, beta=1.0) -> Tensor:
     """Return alpha A B + beta C of stacks whose result is symmetric: a kernel with this signature needs to
     compute only half. This one does so for what is large on a CPU: blocks of rows up to the diagonal."""
-    if len(A) > 1 or not one_by_one(A):
+    # A stack of one in bf16 takes twice as long as its matrix.
+    alone = len(A) == 1 and (one_by_one(A) or A.dtype == torch.bfloat16 and on_a_cpu(A))
+    if not alone:
         return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
     s = A.size(1)
-    rows = BLOCK_ROWS if s >= LARGE else s
     W = B[0].mT.contiguous() if A.dtype == torch.float32 else B[0].mT
+    if s < LARGE:
+        return product(A[0], W, None if C is None else C[0], alpha, beta)[None]
     out = A.new_empty(s, s)
-    for i in range(0, s, rows):
-        j = i + rows
+    for i in range(0, s, BLOCK_ROWS):
+        j = i + BLOCK_ROWS
         above = None if C is None else C[0, i:j, :j]
         out[i:j, :j] = product(A[0, i:j], W[:j], above, alpha, beta)
         out[:i, i:j] = out[i:j, :i].mT
@@ -230,7 +241,7 @@ def plain_norms(G: Tensor) -> Tensor | None:
     if not on_a_cpu(G):
         return None
     norms = G.norm(dim=(-2, -1), keepdim=True).float()
-    return norms if bool(((norms > 1e-15) & (norms < 1e15)).all()) else None
+    return norms if all(1e-15 < norm < 1e15 for norm in norms.flatten().tolist()) else None
 
 
 def normalize(G: Tensor, dtype: torch.dtype, safety: float, eps: float) -> Tensor:
@@ -239,8 +250,9 @@ def normalize(G: Tensor, dtype: torch.dtype, safety: float, eps: float) -> Tenso
     norms = plain_norms(G) if dtype == torch.bfloat16 and G.dtype == torch.float32 else None
     if norms is not None:  # one pass over few bytes; bf16 has the range of fp32
         X = G.to(dtype)
-        for x, norm in zip(X, norms.view(-1)):
-            x.mul_(1 / (norm.clamp(min=eps) * safety))
+        scales = 1 / (norms.view(-1).clamp(min=eps) * safety)
+        for x, scale in zip(X, scales):
+            x.mul_(scale)
         return X
     X = G.to(torch.promote_types(torch.promote_types(G.dtype, dtype), torch.float32))
     X = X.contiguous() if one_by_one(X, dtype) else X
@@ -273,7 +285,9 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     X = normalize(stack, dtype, safety, eps)
     gram = gram_pays(*X.shape[-2:], dtype, X.device) if gram is None else gram
     parts = segments(triples, gram, dtype)
-    results = [iterate(x, parts, symmetric) for x in X.split(1 if one_by_one(X) else len(X))]
+    device = X.device.type if torch.amp.is_autocast_available(X.device.type) else "cpu"
+    with torch.autocast(device, enabled=False):  # dtype is as was asked
+        results = [iterate(x, parts, symmetric) for x in X.split(1 if one_by_one(X) else len(X))]
     O = results[0] if len(results) == 1 else torch.cat(results)
     return O.reshape(G.shape)
 
@@ -626,6 +640,7 @@ class Bucket:
         self.group = group
         self.rank = rank
         self.world_size = len(stacks)
+        self.divided = self.world_size > 1 and not optimizer.replicate_state  # owners alone keep the state
         self.dtype = dtype  # of the iteration
         self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
         self.pending = self.sent = None
@@ -645,11 +660,6 @@ class Bucket:
     def stackable(stack: Stack) -> bool:
         """Whether its matrices may be computed together."""
         return True
-
-    @property
-    def divided(self) -> bool:
-        """Whether owners alone keep the state."""
-        return self.world_size > 1 and not self.optimizer.replicate_state
 
     def key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
         """Return where optimizer.state[p] holds a kind of state: the whole under its name, an owner's share
@@ -694,7 +704,7 @@ class Bucket:
         packed = torch.full(size, math.nan, dtype=self.grad_dtype, device=self.device)
         copy_all((slot, self.gradient(stack)) for owner, part in enumerate(packed)
                  for stack, slot in self.slots(part, owner).items())
-        self.pending = sum_to_owners(packed, self.optimizer.replicate_state, self.group)
+        self.pending = sum_to_owners(packed, not self.divided, self.group)
 
     def receive(self) -> dict[Stack, Tensor]:
         """Return the gradients (B, m, n) of all whose state moves here, with sync_grads their means."""
@@ -743,8 +753,9 @@ class Bucket:
             U = torch.cat([U, *others]) if others else U
             O = self.optimizer.call(orthogonalize, U, steps, coefficients, self.dtype, None,
                                     self.optimizer.symmetric, eps)
-            for stack, O in zip(Us, O.split([*map(len, Us)])):
-                O, ok = self.optimizer.call(finite_only, O, ahead[stack][1])
+            O, ok = self.optimizer.call(finite_only, O, torch.cat([ahead[stack][1] for stack in Us]))
+            sizes = [*map(len, Us)]
+            for stack, O, ok in zip(Us, O.split(sizes), ok.split(sizes)):
                 O = O if O.shape == stack.shape else O.mT.contiguous()
                 results[stack] = O.to(self.wire), ok
         return results
@@ -859,9 +870,12 @@ RULES = {  # setting of a group -> (what is expected, test)
     "split": ("None, a number of equal blocks, or the rows of each block", is_split),
     "flatten": ("None, True or False", lambda x: x is None or isinstance(x, bool)),
 }
-OPTIONS = {  # the same for settings of the optimizer
+OPTIONS = {  # the same for settings of the optimizer; where one changes, all is laid out anew
     "ns_dtype": (f"one of {NS_DTYPES}", lambda x: x in NS_DTYPES),
+    "sync_grads": SWITCH,
+    "replicate_state": SWITCH,
     "bucket_mb": ("a number above 0", lambda x: 0 < x < math.inf),
+    "deterministic": SWITCH,
 }
 SHAPING = "split", "flatten"  # settings that say what the matrices are
 
@@ -927,7 +941,8 @@ def fuse(function: Callable) -> Callable:
 class Muon(torch.optim.Optimizer):
     """Muon over the ranks of `process_group` (default: all ranks; one process needs no torch.distributed).
 
-    Settings of a group, which may change between steps; the first eight are named as in torch.optim.Muon:
+    All settings may change between steps, on all ranks alike.
+    Those of a group, of which the first eight are named as in torch.optim.Muon:
         lr                a number or a 0-D tensor
         weight_decay, momentum, nesterov
         ns_coefficients   a name in COEFFICIENTS, one (a, b, c), or one per step
@@ -936,7 +951,7 @@ class Muon(torch.optim.Optimizer):
         normuon_beta2     memory of NorMuon's variance; None: off
         split_mantissa    the owner of a bf16 parameter keeps 16 more bits, so that weights are fp32 in truth;
                           bf16 weights travel, not updates
-    Settings of a group that say what its matrices are:
+    Those of a group that say what its matrices are:
         split             a matrix is that many blocks of rows, or blocks of these rows: query, key and
                           value, or heads, each orthogonalized and scaled by itself
         flatten           a 3-D parameter is one matrix (o, i k), as a 1-D convolution; False: a bank
@@ -968,11 +983,11 @@ class Muon(torch.optim.Optimizer):
         if isinstance(params, torch.nn.Module):
             raise refusal("parameters", "a module",
                           "pass model.parameters(), or what split_params(model) proposes", error=TypeError)
-        self.ns_dtype = checked("ns_dtype", ns_dtype)
+        self.ns_dtype = ns_dtype
         self.process_group = process_group
         self.sync_grads = sync_grads
         self.replicate_state = replicate_state
-        self.bucket_mb = checked("bucket_mb", bucket_mb)
+        self.bucket_mb = bucket_mb
         self.deterministic = deterministic
         self.compile = compile
         self.symmetric = symmetric
@@ -1039,9 +1054,12 @@ class Muon(torch.optim.Optimizer):
 
     # --- the layout ---
 
+    def _options(self) -> list:
+        return [getattr(self, key) for key in OPTIONS]
+
     def _what_shapes_it(self) -> list:
         """Return what the layout and its checks depend on, to be compared at every step."""
-        facts = [world_and_rank(self.process_group)]
+        facts = [world_and_rank(self.process_group), *self._options()]
         for group in self.param_groups:
             params = [(id(p), p.shape, p.dtype, p.device) for p in group["params"]]
             facts.append((id(group), params, [group[key] for key in SHAPING], [*state_kinds(group)]))
@@ -1049,8 +1067,7 @@ class Muon(torch.optim.Optimizer):
 
     def _facts(self, params: Iterable[Tensor]) -> list[str]:
         """Return what ranks that share the work on these parameters must have alike."""
-        lines = [f"{key} {getattr(self, key)}" for key in
-                 ("ns_dtype", "sync_grads", "replicate_state", "bucket_mb", "deterministic")]
+        lines = [f"{key} {value}" for key, value in zip(OPTIONS, self._options())]
         for i, group in enumerate(self.param_groups):
             mine = [f"{name} of shape {tuple(p.shape)} in {p.dtype}"
                     for name, p in zip(names_in(group, i), group["params"]) if p in params]
@@ -1082,6 +1099,8 @@ class Muon(torch.optim.Optimizer):
         """Place the units and cut them into buckets. What state there is stays with its parameter."""
         self.consolidate_state_dict()
         self._check_settings(self.param_groups)
+        for key, value in zip(OPTIONS, self._options()):
+            setattr(self, key, checked(key, value))
         names = {}
         lanes = collections.defaultdict(dict)
         for number, group in enumerate(self.param_groups):
@@ -1095,6 +1114,8 @@ class Muon(torch.optim.Optimizer):
         if len(devices) != 1:
             raise refusal("parameters, all on one device", ", ".join(devices) or "none",
                           "pass the hidden matrices, and build one optimizer per device")
+        if devices == ["cpu"]:
+            keep_freed_memory()
         filled = [self._fill_buckets(*lane, members) for lane, members in lanes.items()]
         self.placements = [placement for placement, _ in filled]
         self.buckets = [bucket for _, buckets in filled for bucket in buckets]
@@ -1224,13 +1245,15 @@ class Muon(torch.optim.Optimizer):
         if not self._whole:
             raise refusal("the state of all ranks", "this rank's share only",
                           "call consolidate_state_dict() on every rank after the last step, and then "
-                          "state_dict()", error=RuntimeError)
+                          "state_dict(), or build the optimizer with replicate_state=True",
+                          error=RuntimeError)
 
     def state_dict(self) -> dict:
         """Return torch's layout at any number of ranks, all in full shape; state of DTensors is DTensors."""
-        self._expect_whole_state()
         self._forget()
-        return super().state_dict()
+        found = super().state_dict()
+        self._expect_whole_state()  # now, as its pre-hooks may have consolidated it
+        return found
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon.
@@ -1250,7 +1273,7 @@ class Muon(torch.optim.Optimizer):
             expect_order(names_in(ours, number), group.get("param_names") or ())
             groups[number] = ours | group | {key: ours[key] for key in SHAPING}
         self._check_settings(groups)
-        kinds = set().union(*saved.values())
+        kinds = {"momentum_buffer"}.union(*saved.values())
         kept = {}
         for ours, group in zip(self.param_groups, groups):
             for p, i in zip(ours["params"], group["params"]):

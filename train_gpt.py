@@ -87,6 +87,8 @@ ORDERS = Rule("rising numbers from 2 to 8",
 PART_OF_VOCABULARY = Rule("multiples of 128, 0 among them",
                           lambda xs: len(xs) > 0 and all(x >= 0 and x % 128 == 0 for x in xs))
 SKIP = Rule("two rising layers, or nothing", lambda xs: xs == () or (len(xs) == 2 and xs[0] < xs[1]))
+LAYER_SETTINGS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
+                  "attn_gate_layers", "xsa_layers", "skip", "gate_networks")
 
 
 @dataclass(frozen=True)
@@ -370,9 +372,6 @@ class Config:
         ends = (*self.stage_starts[1:], self.train_steps)
         return [(start, end - start) for start, end in zip(self.stage_starts, ends)]
 
-
-LAYER_SETTINGS = ("long_layers", "no_attn_layers", "paired_layers", "late_attn_layers", "value_embed_layers",
-                  "attn_gate_layers", "xsa_layers", "skip", "gate_networks")
 
 TRACKS: dict[str, dict] = {
     "small": {},

@@ -55,14 +55,14 @@ TRIALS = 4 * 2 + len(MOMENTA)  # of each optimizer
 DRAWS = 10_000  # of seeds, for an interval
 
 
-class Rates(NamedTuple):
-    """What the search looks for."""
+class SearchedSettings(NamedTuple):
+    """The settings that the search looks for."""
     lr: float
     head_lr: float
     momentum: float
 
 
-LABELS = "stage", "optimizer", *Rates._fields, "epochs", "seed"  # of a run
+LABELS = "stage", "optimizer", *SearchedSettings._fields, "epochs", "seed"  # of a run
 
 
 def plan() -> dict:
@@ -93,22 +93,22 @@ def read_results(path: Path) -> list[dict]:
 # Which runs
 
 
-def tuned(optimizer: str, rows: list[dict]) -> Rates:
+def tuned(optimizer: str, rows: list[dict]) -> SearchedSettings:
     """Return the best trial of the search so far."""
     found = [row for row in rows if row["stage"] == "search" and row["optimizer"] == optimizer]
     best = max(found, key=lambda row: row["accuracy"])
-    return Rates(best["lr"], best["head_lr"], best["momentum"])
+    return SearchedSettings(best["lr"], best["head_lr"], best["momentum"])
 
 
 def schedule(optimizer: str, rows: list[dict]) -> Iterator[dict]:
     """Yield the labels of all runs of an optimizer. Each must be among the rows before the next one is asked
     for, which may follow from it."""
-    def search(rates: Rates) -> dict:
-        return dict(stage="search", optimizer=optimizer, **rates._asdict(), epochs=SEARCH_EPOCHS,
+    def search(settings: SearchedSettings) -> dict:
+        return dict(stage="search", optimizer=optimizer, **settings._asdict(), epochs=SEARCH_EPOCHS,
                     seed=SEARCH_SEED)
 
     for lr, head_lr in itertools.product(*GRID[optimizer]):
-        yield search(Rates(lr, head_lr, MOMENTUM))
+        yield search(SearchedSettings(lr, head_lr, MOMENTUM))
     best = tuned(optimizer, rows)
     for momentum in MOMENTA:
         yield search(best._replace(momentum=momentum))

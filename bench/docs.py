@@ -73,7 +73,7 @@ def settings_line(line: str) -> str:
 
 
 def worth_line(line: str, rows: dict[str, re.Match]) -> str:
-    """What bench/ABLATION.md measured for the rows that a line quotes."""
+    """Return what bench/ABLATION.md measured for the rows that a line quotes."""
     entries = []
     for name in re.findall(r'"([^"]+)"', line):
         if name not in rows:
@@ -127,7 +127,7 @@ def seconds_to(loss: float, folder: Path) -> list[float]:
 
 
 def facts() -> dict[str, str]:
-    """What README.md and docs/results.md say in sentences, by what it is about."""
+    """Return what README.md and docs/results.md say in sentences, by what it is about."""
     seconds = {name: ends_of(folder)[1] for name, folder in GROUPS.items()}
     mean = {name: statistics.mean(of_runs) for name, of_runs in seconds.items()}
     target = Config.for_track("shakespeare").target_loss
@@ -147,7 +147,7 @@ def facts() -> dict[str, str]:
 
 
 def wanted() -> dict[Path, str]:
-    """What every file should hold."""
+    """Return what every file should hold."""
     target = Config.for_track("shakespeare").target_loss
     files = {TECHNIQUES: techniques(TECHNIQUES.read_text(encoding="utf-8")),
              RESULTS: with_tables(RESULTS, "python -m bench.docs", runs_table())}

@@ -162,7 +162,7 @@ def svg_text(figure: Figure, title: str, salt: str) -> str:
 
 
 def drawn_data(figure: Figure) -> dict[str, list[tuple[float, float]]]:
-    """What a figure shows: the points of each line by its label."""
+    """Return what a figure shows: the points of each line by its label."""
     drawn = {}
     for axes in figure.axes:
         for line in axes.lines:

@@ -53,7 +53,6 @@ LR, BETA, STEPS = 0.02, 0.95, 1000  # where not said
 BATCHES = 1, 4, 16, 64, 256
 RATES = 0.005, 0.01, 0.02, 0.04, 0.08
 NEVER = math.inf  # batch without noise
-SLACK = 1e-4  # relative, of fp32 and of the iteration's end
 DECAY = 0.5
 SEED = 0  # of problem and noise
 

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import hashlib
 import http.client
-import importlib.util
 import io
 import os
 import subprocess
@@ -33,9 +32,6 @@ class FetchError(UsageError):
 def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
     """Download the wheel of `requirement` ("name==version") whose hash is sha256, and return it opened, in
     memory. Nothing is installed or executed and no file stays on disk. Raises FetchError."""
-    if importlib.util.find_spec("pip") is None:
-        raise FetchError(f"expected pip in {sys.executable} to fetch {requirement}, found none; run "
-                         f"`{sys.executable} -m ensurepip` and start again")
     with tempfile.TemporaryDirectory(prefix="fetch-") as folder:
         pinned = Path(folder, "pinned.txt")
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -47,6 +43,10 @@ def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
         command += [f"--requirement={pinned}", f"--dest={folder}"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         wheels = [file.read_bytes() for file in Path(folder).glob("*.whl")]
+    # The child tells: looking for pip in this process would let setuptools, which compilers import, fail.
+    if "No module named pip" in done.stderr:
+        raise FetchError(f"expected pip in {sys.executable} to fetch {requirement}, found none; run "
+                         f"`{sys.executable} -m ensurepip` and start again")
     # pip has checked the hash already; here it holds even where pip's configuration loosens that.
     if done.returncode or len(wheels) != 1 or hashlib.sha256(wheels[0]).hexdigest() != sha256:
         lines = done.stderr.splitlines() or [f"exit {done.returncode}, {len(wheels)} files"]

@@ -15,7 +15,6 @@ The same text gives the same bytes for any number of threads, because their resu
 the text. Memory is bounded by a few MiB of text per thread, the longest line or row and one shard.
 """
 import argparse
-import os
 import sys
 import time
 from collections import deque
@@ -31,6 +30,7 @@ if __name__ == "__main__":  # as a script, Python looks for modules in data/ onl
 from data.encoding import ByteEncoding, gpt2_encoding
 from data.errors import CommandLine, UsageError, run_program
 from data.files import data_root, sha256_of
+from data.machine import usable_cores
 from data.shards import write_shard
 from data.texts import check_names, read_texts
 
@@ -126,19 +126,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Return the arguments, val_tokens with its default, and the folder to write to."""
     parser = CommandLine(__doc__, "python data/fineweb.py")
     add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("files", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet")
-    add("--bytes", action="store_true", help="its bytes as tokens, instead of GPT-2's")
+    add("--bytes", action="store_true", help="take bytes as tokens, instead of GPT-2's")
     add("--name", default="mine",
-        help="of the shards, and of their folder in data/ under $DATA_PATH (default: %(default)s)")
+        help="name of the shards, and of their folder in data/ under $DATA_PATH (default: %(default)s)")
     add("--field", default="text", help="where .jsonl and .parquet hold the text (default: %(default)s)")
     add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
         help="tokens per shard (default: %(default)s)")
     add("--val_tokens", type=int, metavar="N",
         help=f"tokens in shard 0, for validation (default: what a track evaluates, {VAL_TOKENS}, or "
              f"{VAL_BYTES} of bytes)")
-    add("--threads", type=int, default=cores, metavar="N",
-        help="that encode (default: the cores, %(default)s)")
+    add("--threads", type=int, default=usable_cores(), metavar="N",
+        help="threads that encode (default: the cores, %(default)s)")
 
     args = parser.parse_args(argv)
     if args.val_tokens is None:

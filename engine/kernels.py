@@ -72,7 +72,7 @@ class Kernels:
 
     @property
     def own_kernels(self) -> bool:
-        """Whether a compiled model has kernels of ours, and optimizers are compiled as well.
+        """Return whether a compiled model has kernels of ours, and optimizers are compiled as well.
 
         On a CPU the model in training is the only graph: twenty more, of the optimizers and of validation,
         made every start longer and no step faster.
@@ -125,7 +125,7 @@ class Kernels:
         return onednn_batches() if self.onednn else contextlib.nullcontext()
 
     def lookup(self, index: Tensor, table: Tensor) -> Tensor:
-        """(...) row numbers of a table (rows, D) to (..., D)."""
+        """Take rows of a table (rows, D) by their numbers (...) to (..., D)."""
         return Lookup.apply(index, table) if self.own_kernels else F.embedding(index, table)
 
     def compile(self, function: Callable) -> Callable:

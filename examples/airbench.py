@@ -55,18 +55,18 @@ SMALLEST = 9  # pixels of a side that three halvings leave one of
 @dataclass(frozen=True)
 class AirbenchSettings:
     data: str = setting("fashion", "fashion, cifar10, or a folder with files as MNIST's")
-    optimizer: str = setting("muon", "of the filters", one_of(*RATES))
-    width: str = setting("small", "of the network", one_of(*WIDTHS))
+    optimizer: str = setting("muon", "optimizer of the filters", one_of(*RATES))
+    width: str = setting("small", "width of the network", one_of(*WIDTHS))
     epochs: float = setting(1.0, "passes over the training images; the rate ends at zero", POSITIVE)
     batch_size: int = setting(500, "images of a step", POSITIVE)
-    lr: float = setting(0.0, "of the filters; 0: as in RATES", ZERO_OR_MORE)
-    head_lr: float = setting(0.0, "of the head; 0: as in RATES", ZERO_OR_MORE)
-    momentum: float = setting(0.0, "of the filters' optimizer, AdamW's first beta; 0: as in RATES",
+    lr: float = setting(0.0, "learning rate of the filters; 0: as in RATES", ZERO_OR_MORE)
+    head_lr: float = setting(0.0, "learning rate of the head; 0: as in RATES", ZERO_OR_MORE)
+    momentum: float = setting(0.0, "momentum of the filters, AdamW's first beta; 0: as in RATES",
                               between(0.0, 0.999))
     shift: int = setting(0, "pixels by which images move at random", between(0, 4))
-    views: int = setting(1, "of a test image: 1; 2 with its mirror image; 6 moved by a pixel, too",
+    views: int = setting(1, "views of a test image: 1; 2 with its mirror image; 6 moved by a pixel, too",
                          Rule("1, 2 or 6", lambda x: x in (1, 2, 6)))
-    seed: int = setting(0, "of the first run", SEED)
+    seed: int = setting(0, "seed of the first run", SEED)
     seeds: int = setting(3, "runs, each with a seed of its own", POSITIVE)
     device: str = setting("", "such as cuda or cpu; nothing: a GPU where there is one")
 
@@ -95,7 +95,7 @@ class Convolution(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """With a short memory, because the training is short, and a bias only."""
+    """Batch normalization with a short memory, as the training is short, and with a bias but no gain."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-12, momentum=0.4)

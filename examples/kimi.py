@@ -61,12 +61,12 @@ PRINT_EVERY = 10
 
 @dataclass(frozen=True)
 class KimiSettings:
-    optimizer: str = setting("muon", "of the hidden matrices", one_of("muon", "adamw"))
-    lr: float = setting(0.01, "the highest rate, of both optimizers", POSITIVE)
+    optimizer: str = setting("muon", "optimizer of the hidden matrices", one_of("muon", "adamw"))
+    lr: float = setting(0.01, "highest learning rate of both optimizers", POSITIVE)
     clip: float = setting(15.0, "tau, the largest logit; 0: no clip", ZERO_OR_MORE)
     steps: int = setting(200, "optimizer steps", POSITIVE)
-    micro_batches: int = setting(2, f"of {SEQUENCES} x {T} tokens, in a step of all ranks", POSITIVE)
-    seed: int = setting(0, "of the first weights and of the batches", SEED)
+    micro_batches: int = setting(2, f"batches of {SEQUENCES} x {T} tokens in a step of all ranks", POSITIVE)
+    seed: int = setting(0, "seed of the first weights and of the batches", SEED)
 
     def __post_init__(self):
         check_rules(self)

@@ -50,11 +50,11 @@ class SimpleSettings:
     """The defaults are the track's; MINIATURE changes what a CPU needs smaller."""
     track: str = setting("optimization", "optimization, or a miniature of it for CPUs",
                          one_of("optimization", "miniature"))
-    optimizer: str = setting("muon", "of the matrices inside the blocks", one_of("muon", "adamw"))
+    optimizer: str = setting("muon", "optimizer of the matrices inside the blocks", one_of("muon", "adamw"))
     train_steps: int = setting(3250, "optimizer steps", POSITIVE)
-    seed: int = setting(0, "of the first weights", SEED)
+    seed: int = setting(0, "seed of the first weights", SEED)
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "shards below DATA_PATH, read in order")
-    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "likewise")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, likewise")
     batch_tokens: int = setting(524_288, "tokens of a step, over all ranks", POSITIVE)
     seq_len: int = setting(1024, "tokens of a block", POSITIVE)
     micro_blocks: int = setting(64, "most blocks of a forward pass", POSITIVE)

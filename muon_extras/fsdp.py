@@ -202,10 +202,10 @@ class Whole(Bucket):
 
 class Exchanged(Bucket):
     """Pieces of a unit lie on all ranks, and `cut` tells which is whose; its stack is with its owner."""
-    divided = False  # of its state each rank has the part that its weights need
 
     def __init__(self, *args):
         super().__init__(*args)
+        self.divided = False  # of its state each rank has the part that its weights need
         self.numels = {(stack, rank): self.numel(stack, rank)
                        for stacks in self.stacks for stack in stacks for rank in range(self.world_size)}
 

@@ -51,15 +51,9 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def refuse_without_docstrings(argv: list[str]):
-    raise UsageError("expected Python with docstrings, which are the manual, found none, as with -OO; unset "
-                     "PYTHONOPTIMIZE")
-
-
 def guarded(argv: list[str]) -> int:
-    """main with its errors turned into an exit code and one sentence."""
-    program = main if sys.flags.optimize < 2 else refuse_without_docstrings
-    return run_program(program, argv, "records", "records/requirements.txt")
+    """Call main with its errors turned into an exit code and one sentence."""
+    return run_program(main, argv, "records", "records/requirements.txt")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def add_arguments(parser):
     parser.add_argument("--runs", required=True, type=int, metavar="N",
                         help="pairs of runs, 2 or more; see plan")
     parser.add_argument("--out", type=Path, default=Path("logs/ab"), metavar="FOLDER",
-                        help="where all of it goes (logs/ab)")
+                        help="folder of plan, logs and output (logs/ab)")
     parser.add_argument("--limit", type=float, default=240, metavar="MINUTES",
                         help="end a run that takes longer (240)")
 
@@ -277,7 +277,7 @@ def conclude(out: Path, experiment: Experiment):
 
 
 def sentences(times: list[list[float]], losses: list[list[float]]):
-    """What the paired tests say of A minus B; times are in seconds."""
+    """Yield what the paired tests say of A minus B; times are in seconds."""
     from records import statistics
     for name, values, digits, below, above in (("Seconds", times, ".2f", "A is faster", "A is slower"),
                                                ("Loss", losses, ".5f", "A ends lower", "A ends higher")):

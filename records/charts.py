@@ -26,8 +26,8 @@ SETTINGS = {
 
 
 def band(group: RunGroup, by_time: bool) -> list[tuple[float, float, float, float]]:
-    """(place, mean, lowest and highest loss) at each step that half of the runs or more have. The place is a
-    step, or the mean of the seconds."""
+    """Return (place, mean, lowest and highest loss) at each step that half of the runs or more have. The
+    place is a step, or the mean of the seconds."""
     at = defaultdict(list)
     for run in group.runs:
         for point in run.val_points:
@@ -53,7 +53,7 @@ def figure(groups: list[RunGroup], target: float):
         bands = {k: rows for k, group in enumerate(groups) if (rows := band(group, by_time))}
         for k, rows in bands.items():
             place, mean, low, high = zip(*rows)
-            # Of a name no formula is made, and none is left out for its first letter.
+            # No name becomes a formula, and none is left out for its first letter.
             label = f" {groups[k].name} (n = {len(groups[k].runs)})".replace("$", r"\$")
             ax.plot(place, mean, marker=".", color=COLORS[k], linestyle="-" if k < 4 else "--", label=label)
             ax.fill_between(place, low, high, color=COLORS[k], alpha=0.2, linewidth=0)

@@ -29,7 +29,7 @@ __doc__ = __doc__.format(rules="\n".join(f"  {name:<21} {rule.__doc__}" for name
 
 
 def add_claim_arguments(parser):
-    """What a person says of the runs; the same for check and pack."""
+    """Add what a person says of the runs; the same for check and pack."""
     parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH",
                         help="the record before, run on this machine")
     parser.add_argument("--track", choices=TRACKS, help="default: as the logs say")

@@ -209,7 +209,7 @@ def public_group(track: Track | None, number: int) -> RunGroup:
 
 
 def beside(public: RunGroup, group: RunGroup) -> str:
-    """How far the mean loss of a group is from that of a public record, at the validations within both."""
+    """Say how far the mean loss of a group is from that of a public record at the validations of both."""
     steps = shared_steps(group)[1:]
     means = [np.mean([losses_at(steps, run) for run in side.runs], axis=0)
              for side in (group, public)] if steps else ([], [])

@@ -3,8 +3,8 @@ import difflib
 from collections import Counter
 from dataclasses import dataclass
 
-# of a file; difflib's time grows with the cube of the lines where somebody wants it to, and is a second here
-# (the longest source in the public logs has 3,500)
+# Lines of a file. difflib's time can be made to grow with their cube, and is a second here; the longest
+# source in the public logs has 3,500.
 MOST_LINES = 4000
 
 
@@ -17,9 +17,13 @@ class Difference:
 
 
 def differences(before: dict[str, str], after: dict[str, str]) -> list[Difference]:
-    """Of each file that is not the same in both; a file that is missing counts as empty."""
-    return [difference(file, before.get(file, ""), after.get(file, "")) for file in sorted(before | after)
-            if before.get(file, "") != after.get(file, "")]
+    """Return the difference of each file that is not the same in both; a missing file counts as empty."""
+    found = []
+    for file in sorted(before | after):
+        old, new = before.get(file, ""), after.get(file, "")
+        if old != new:
+            found.append(difference(file, old, new))
+    return found
 
 
 def summed(changes: list[Difference]) -> str:

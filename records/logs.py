@@ -60,7 +60,7 @@ class RunFacts:
     val_tokens: int | None = None  # tokens of a validation
     # total time / steps of the last validation, whatever the log calls its average
     step_avg_ms: float | None = None
-    # of the embedded source, all files of it; of a single file it is the file's own
+    # hash of the embedded source, all files of it; a single file has its own
     source_sha256: str | None = None
     commit: str | None = None
     training_data: str | None = None  # fingerprint of the shards
@@ -99,7 +99,7 @@ class RunFacts:
         return self._first_crossing(loss, lambda point: point.train_time_ms)
 
     def steps_to(self, loss: float) -> float | None:
-        """As time_to, in steps."""
+        """The step at which time_to has its time."""
         return self._first_crossing(loss, lambda point: point.step)
 
     def _first_crossing(self, loss, x) -> float | None:
@@ -225,7 +225,7 @@ def opened(path: Path):
 
 
 def lines(file, digest, notes: dict[str, str]) -> Iterator[tuple[int, str]]:
-    """(offset, line) of each line that matters. Of a longer line only its beginning is ever in memory."""
+    """Yield (offset, line) of each line that matters; only the beginning of a long one is ever in memory."""
     offset = 0
     begins = True  # whether what is read next begins a line
     while text := file.readline(LINE_LIMIT):
@@ -352,7 +352,7 @@ class Body:
         return self
 
     def is_just_before(self, offset: int) -> bool:
-        """Whether the last separator is the line before."""
+        """Return whether the last separator is the line before."""
         return self.separator is not None and offset - self.separator <= len(SEPARATOR) + 2
 
     def restarted(self, separator: int) -> "Body":

@@ -160,7 +160,7 @@ def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
 
 
 def compose(s: Submission, statement: Statement, note: str) -> tuple[list[Verdict], dict[str, bytes]]:
-    """What belongs into a folder beside its logs: the verdicts on them, and its files by name."""
+    """Return what belongs into a folder beside its logs: the verdicts on them, and its files by name."""
     record = describe(s, statement)
     verdicts = judge(s)
     return verdicts, {schema.FILE: to_json(record, indent=2) + b"\n",
@@ -253,7 +253,7 @@ def readme(s: Submission, record: dict, verdicts: list[Verdict], note: str) -> s
 
 
 def loss(value: float | None) -> str:
-    """As logs print it: 4 decimals, or more where there are more."""
+    """A loss as logs print it: with 4 decimals, or more where there are more."""
     return "nan" if value is None else max(f"{value:.4f}", f"{value:.9f}".rstrip("0"), key=len)
 
 

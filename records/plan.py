@@ -33,7 +33,7 @@ def fewest(least: int, chance, difference: float) -> int:
 
 def add_arguments(parser):
     parser.add_argument("--margin", type=above_zero,
-                        help="by how much the true mean loss is below the target")
+                        help="distance of the true mean loss below the target")
     parser.add_argument("--sd", type=above_zero,
                         help="standard deviation of the loss between runs (default: the track's)")
     parser.add_argument("--gap", type=above_zero,

@@ -24,7 +24,7 @@ def runs_of(logs: Iterable[LogFile]) -> list[RunFacts]:
 
 
 def changed_settings(before: dict, after: dict) -> list[tuple]:
-    """(name, before, after) of the settings that change what is trained."""
+    """Return (name, before, after) of the settings that change what is trained."""
     return [(name, before.get(name), after.get(name)) for name in {**before, **after}
             if name not in NOT_TRAINING and before.get(name) != after.get(name)]
 
@@ -94,7 +94,7 @@ def judged(wrong: Iterable[str], good: str) -> tuple[str, str]:
 
 
 def same(runs: Iterable[RunFacts], value: Callable) -> tuple[str, str]:
-    """Whether a fact is the same in all.
+    """Judge whether a fact is the same in all.
 
     Evidence: each value with those that have it, the largest group first.
     """
@@ -230,13 +230,13 @@ def distinct_curves(s: Submission):
 
 
 def are_pair(a: RunFacts, b: RunFacts) -> bool:
-    """Whether both have the same seed and other times."""
+    """Return whether both have the same seed and other times."""
     times_of_a, times_of_b = ([point.train_time_ms for point in run.val_points] for run in (a, b))
     return a.seed is not None and a.seed == b.seed and times_of_a != times_of_b
 
 
 def curve(run: RunFacts) -> frozenset:
-    """(step, loss) after step 0; with its time where it is a single one, which can be equal by chance."""
+    """Return (step, loss) after step 0; a single one, which can be equal by chance, with its time."""
     points = [point for point in run.val_points if point.step > 0]
     found = {(point.step, point.val_loss) for point in points}
     if len(points) == 1:
@@ -341,7 +341,7 @@ def judge(s: Submission) -> list[Verdict]:
 
 
 def can_be_waived(name: str, s: Submission) -> bool:
-    """Whether a reason counts: for the loss rule one that begins with a kind of change that the track
+    """Return whether a reason counts: for the loss rule one that begins with a kind of change that the track
     exempts, for speed only where there is no baseline to measure it by."""
     if name == "loss-rule":
         return s.waivers.get(name, "").startswith(s.track.waived_for)
@@ -352,8 +352,7 @@ def can_be_waived(name: str, s: Submission) -> bool:
 
 def doubts(groups: dict[str, list[LogFile]], track: Track | None = None,
            step: int | None = None) -> Iterable[str]:
-    """What makes a comparison of groups doubtful: rules that do not hold in a group, or not in all together.
-    """
+    """Yield what makes a comparison of groups doubtful: rules broken in a group, or by all together."""
     for name, members in groups.items():
         for rule in AMONG_RUNS:
             verdict, evidence = rule(Submission(track, members, step=step))

@@ -69,7 +69,7 @@ class Statement(BaseModel):
 
 
 def read(path: Path) -> Statement:
-    """What a person says in a record.json. UsageError, naming what is wrong first, where it is not one."""
+    """Return what a person says in a record.json. UsageError names what is wrong first."""
     try:
         with open(path, "rb") as file:
             text = file.read(SIZE_LIMIT + 1)

@@ -94,7 +94,7 @@ def print_facts(found: list[logs.LogFile], target: float | None):
 
 
 def facts_of(log: logs.LogFile) -> dict[str, str]:
-    """What is known of a file and of all runs in it."""
+    """Return what is known of a file and of all runs in it."""
     facts = {"file": printable(str(log.path)), "bytes": f"{log.size:,}", "SHA-256": log.sha256}
     if log.sources:
         lines = {name: len(text.splitlines()) for name, text in log.sources.items()}

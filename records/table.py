@@ -15,8 +15,8 @@ from records.tracks import TRACKS, Track
 HELP = "the tables of records in records/README.md, from data"
 EXAMPLE = "python -m records table --check"
 
-ROOT = Path(__file__).parent
-PAGE = ROOT / "README.md"
+RECORDS = Path(__file__).parent
+PAGE = RECORDS / "README.md"
 BEGIN, END = "<!-- Tables: written by python -m records table. -->", "<!-- End of the tables. -->"
 
 
@@ -40,10 +40,10 @@ def history_rows(track: Track) -> list[tuple[history.HistoryRow, Decimal | None]
 def local_records(track: Track) -> list[tuple[schema.Statement, dict]]:
     """The records in the folders of a track, by date, as said and as the logs say."""
     found = []
-    for path in sorted((ROOT / track.folder).glob(f"*/{schema.FILE}")):  # names begin with the date
+    for path in sorted((RECORDS / track.folder).glob(f"*/{schema.FILE}")):  # names begin with the date
         statement = schema.read(path)
         found.append((statement, pack.describe(check.from_folder(path.parent, statement), statement)))
-    # Of one day the slower comes first: a record is faster than the one before it.
+    # On one day the slower comes first: a record is faster than the one before it.
     return sorted(found, key=lambda one: (one[0].date, -(one[1]["runs"]["time_ms_mean"] or 0)))
 
 

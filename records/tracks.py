@@ -27,11 +27,11 @@ class Track:
     # step whose loss counts: "last" of each run, or "stated" by the claim, the same in all runs
     claim_step: str
     val_tokens: int  # tokens of the validation set that are evaluated
-    # of these tokens, as our logs print it; None where no log of ours has shown it yet
+    # SHA-256 of these tokens, as our logs print it; None where no log of ours has shown it yet
     val_sha256: str | None
     banned_flags: tuple[str, ...]  # regular expressions, for code without comments
     loss_sd: float  # usual standard deviation of the loss between runs, to plan with
-    program: str = "train_gpt.py"  # that trains by its rules here
+    program: str = "train_gpt.py"  # what trains by its rules here
     fixed: dict = field(default_factory=dict)  # settings that it leaves nobody free to change
 
 

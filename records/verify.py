@@ -51,8 +51,8 @@ def run(args) -> int:
 
 
 def examine(folder: Path, submissions: dict[Path, Submission]) -> Iterable[tuple[Path, str, str]]:
-    """(path, kind, evidence) of what is wrong in the folder of a record, which joins the submissions. Kinds:
-    altered, record-file, folder-name, link, and the rules of check."""
+    """Yield (path, kind, evidence) of what is wrong in the folder of a record, which joins the submissions.
+    Kinds: altered, record-file, folder-name, link, and the rules of check."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():

@@ -1,4 +1,4 @@
-"""Whether a run can start on this machine, found out by trying what it would use.
+"""Find out whether a run can start on this machine, by trying what it would use.
 
     python -m tools.doctor [--track=NAME] [--field=value ...]
 
@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +24,7 @@ from data.loader import Loader, Validation
 from engine import TESTED_TORCH
 from engine.endings import explain
 from engine.kernels import Kernels, choose_dtype, name_of, whole_graph, will_compile
+from engine.log import output
 from engine.self_test import in_one_line, largest_error
 from tools.children import ending, run_limited
 from tools.plan import GIB, checkpoint_bytes, static_bytes
@@ -57,10 +57,7 @@ def try_device(cfg: Config, device: torch.device) -> tuple[str, str]:
         return "ok", text
     why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
     text = f"CPU ({why}), {name_of(dtype)}"
-    try:
-        seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        seen = ""
+    seen = output("nvidia-smi", "-L")
     if "GPU" in seen:
         return "note", f"{text}; nvidia-smi sees {seen.splitlines()[0]}: install a torch for its driver"
     if cfg.track != "shakespeare":
@@ -78,7 +75,7 @@ def small_function(x, w):
     return F.relu(x @ w).square().float().mean()
 
 
-def outputs(function, leaves: torch.Tensor) -> list[torch.Tensor]:
+def value_and_gradients(function, leaves: torch.Tensor) -> list[torch.Tensor]:
     leaves = [leaf.requires_grad_() for leaf in leaves.unbind()]
     y = function(*leaves)
     return [z.detach().cpu() for z in (y, *torch.autograd.grad(y, leaves))]
@@ -89,10 +86,11 @@ def try_compile(cfg: Config, device: torch.device) -> tuple[str, str]:
     if not will_compile(cfg, device):
         return "ok", "the run is eager"
     x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    there = x.to(device, choose_dtype(cfg.dtype, device))
     # A kernel from the cache would hide that the compiler is gone.
     with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
-        found = outputs(whole_graph(small_function), x.to(device, choose_dtype(cfg.dtype, device)))
-    error = largest_error(found, outputs(small_function, x.double()))
+        found = value_and_gradients(whole_graph(small_function), there)
+    error = largest_error(found, value_and_gradients(small_function, x.double()))
     if not error < 0.02:  # some roundings of bfloat16
         raise RunError(f"a small function and its gradients have an error of {error:.1e}")
     return "ok", f"compiled, forward and backward with an error of {error:.0e}"

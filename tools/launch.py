@@ -27,10 +27,10 @@ from data.cached_fineweb10B import shard_names
 from data.errors import UsageError, run_program
 from data.files import data_root
 from data.loader import shards_needed
+from data.machine import usable_cores
 from data.shards import MAKERS
 from engine.endings import LOST_CONTACT
 from tools import plan
-from tools.machine import usable_cores
 from train_gpt import Config, configure, parse_config, show_settings
 
 RANK_PROGRAM = ["-m", "tools.rank"]
@@ -68,7 +68,7 @@ def prepare_data(cfg: Config) -> int:
 
 
 def show_without_data(cfg: Config) -> bool:
-    """Where files of the track's data are missing, say so, with the settings and the plan, which need none;
+    """Say where files of the track's data are missing, with the settings and the plan, which need none;
     and return whether it is so."""
     folder = data_root() / os.path.dirname(cfg.train_files)
     names = shakespeare.SHA256 if cfg.track == "shakespeare" else shard_names(shards_needed(cfg))

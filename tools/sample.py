@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--tokens", type=int, default=500, metavar="N", help="most tokens to add (default: %(default)s)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest (default: %(default)s)")
     add("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: from all (default)")
-    add("--seed", type=int, default=0, metavar="S", help="of the draws (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the draws (default: %(default)s)")
     args = parser.parse_args(argv)
     for name in ("tokens", "temperature", "top_k", "seed"):
         value = getattr(args, name)

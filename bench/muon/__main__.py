@@ -28,8 +28,8 @@ from bench.muon.tables import tables
 from bench.page import count
 from data.errors import run_program
 from data.files import written_whole
+from data.machine import usable_cores
 from tools.children import run_limited
-from tools.machine import usable_cores
 
 PARTS = "questions", "accuracy", "costs", "worlds", "times", "hidden"
 LIMIT_S = 30  # after which a forked process counts as hung

@@ -120,7 +120,7 @@ def test_what_does_not_reach_the_loss_is_said_and_not_fitted():
 
 
 def test_a_best_factor_that_is_the_largest_tried_is_not_called_inside():
-    """By seed 0 it is factor 1, by all seeds 2."""
+    """Seed 0 alone finds factor 1, all seeds together factor 2."""
     rows = rows_of(CELL, 100.0)
     for row in rows:
         if row["factor"] == 2 and row["seed"]:

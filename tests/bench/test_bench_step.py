@@ -108,7 +108,7 @@ def test_without_shards_a_run_reads_synthetic_ones(tmp_path, monkeypatch):
 
 
 def test_costs_by_part_are_those_of_the_traced_run_with_the_same_settings():
-    """And of none where a setting of the model or another number of ranks differs."""
+    """There are none where a setting of the model or the number of ranks differs."""
     cfg = Config.for_track("small")
     chosen = SimpleNamespace(compiled=True, fp8_head=True)
     h100 = GPUS["H100"]

@@ -31,7 +31,7 @@ def one(request):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_and_its_plots_show_the_committed_results(name, monkeypatch):
-    """After a change of either: python -m bench.NAME table RESULTS --page=bench/NAME.md."""
+    """Run python -m bench.NAME table RESULTS --page=bench/NAME.md after a change of either."""
     monkeypatch.chdir(ROOT)
     measured = PAGES[name]
     page = Path(f"bench/{name}.md").read_text(encoding="utf-8")

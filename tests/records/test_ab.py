@@ -147,7 +147,7 @@ def test_killed_in_mid_run_it_loses_that_run_only(kill):
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_signal_while_a_trainer_is_started_leaves_none_alone_at_work(kill, moment, monkeypatch):
-    """As late as there is a child of which nobody but Popen knows yet."""
+    """The signal comes when there is a child of which nobody but Popen knows yet."""
     Path("hold").touch()
     popen = subprocess.Popen
 
@@ -198,7 +198,7 @@ def test_a_terminal_that_is_closed_ends_it_with_its_trainer_unless_it_runs_under
 
 
 def test_what_a_command_leaves_at_work_is_ended():
-    """In the group of the command; the lock tells."""
+    """What is left stands in the process group of the command; the lock tells whether it is at work."""
     Path("hold").touch()
     run(a=f"sh -c '{FAKE} --seed=1{{seed}} --wait=hold >/dev/null & exec {FAKE} --seed={{seed}}'")
     assert nobody_is_at_work()

@@ -49,12 +49,6 @@ def test_streams_that_are_closed_or_full(how, code, said):
     assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
-def test_without_docstrings_there_is_one_sentence():
-    done = subprocess.run([sys.executable, "-OO", "-m", "records", "check", MUON], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and "unset PYTHONOPTIMIZE" in done.stderr and done.stderr.count("\n") == 1
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder that looks like the repository, for examples that write; its run.sh ends at once."""
@@ -93,7 +87,7 @@ def test_a_wrong_command_is_answered_in_one_sentence(arguments, sentence, record
 
 
 def test_a_missing_package_is_named(records, at_root, monkeypatch):
-    """As of somebody who has installed nothing."""
+    """The import fails as it does for somebody who has installed nothing."""
     monkeypatch.setitem(sys.modules, "rich.console", None)
     code, out, err = records("show", TRACK)
     assert (code, out) == (2, "") and err.startswith("records: expected the Python package rich")
@@ -102,7 +96,7 @@ def test_a_missing_package_is_named(records, at_root, monkeypatch):
 
 
 def test_a_reader_that_has_seen_enough_and_a_terminal_without_unicode():
-    """As programs of their own."""
+    """Both run as programs of their own."""
     program = f"{shlex.quote(sys.executable)} -m records"
     for command in (f"{program} show --json {TRACK} | head -n 1",
                     f"PYTHONIOENCODING=ascii {program} compare {ADAMW} {MUON}"):

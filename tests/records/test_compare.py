@@ -63,8 +63,7 @@ def test_tables_and_speed_ups_follow_from_the_curves(tmp_path, compare):
                                  f"{np.std([250, 200 + 70 / 2.2], ddof=1):.1f}")
 
 
-def test_the_ratio_of_the_readme_is_that_of_the_committed_logs(compare):
-    """The ratio of the README, and what it rests on."""
+def test_committed_logs_give_ratios_and_what_they_rest_on(compare):
     code, out, err = compare(ADAMW, MUON)
     assert (code, err) == (0, "") and "warning" not in out
     assert "speed-up in time of the whole run: 1.861 (95 %: 1.780 to 1.946)" in out

@@ -67,7 +67,7 @@ def mutated(rng: random.Random, originals: list[bytes]) -> bytes:
 
 
 def check(log: logs.LogFile, data: bytes):
-    """What holds of every log, and what the verbs do with it first."""
+    """Check what holds of every log, and what the verbs do with it first."""
     assert log.size == len(data)
     assert sum(len(run.val_points) for run in log.runs) <= data.count(b"\n") + 1
     for run in log.runs:

@@ -8,9 +8,8 @@ from records import history
 
 
 def test_row_counts_are_those_of_the_sources():
-    rows = {name: len(history.read(name)) for name in ("records.csv", "finals.csv", "finals_other.csv",
-                                                       "curves.csv")}
-    assert [*rows.values()] == [155, 1281, 460, 8354]
+    rows = {name: len(history.read(name)) for name in ("records.csv", "finals.csv", "curves.csv")}
+    assert [*rows.values()] == [155, 1281, 8354]
     text = (history.FOLDER / "README.md").read_text()
     assert all(f"| `{name}` |" in text and f"| {count:,} |" in text for name, count in rows.items())
     assert sum(path.stat().st_size for path in history.FOLDER.iterdir()) < 1_000_000

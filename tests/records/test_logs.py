@@ -47,7 +47,7 @@ def test_what_went_into_a_log_comes_out(tmp_path, variant):
 
 
 def test_our_committed_logs_are_read_as_they_are_written(tmp_path):
-    """Against a plain reading of the same text."""
+    """A plain reading of the same text is the oracle."""
     paths = logs.find([ROOT / ADAMW, ROOT / MUON, ROOT / YARDSTICK])
     assert len(paths) == 17
     for path in paths:

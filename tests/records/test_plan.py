@@ -32,7 +32,7 @@ def test_runs_for_a_margin_are_the_published_ones(runs, margin, expected):
 
 @pytest.mark.parametrize("gap, sd", [(0.3, 0.07), (0.3, 0.2), (0.1, 0.07)])
 def test_runs_for_a_time_gap_are_as_few_as_have_the_power(runs, gap, sd):
-    """By the two-sample t-test: simulated, for scipy has no power of its own."""
+    """The power of the two-sample t-test is simulated, as scipy has no function for it."""
     n = runs("--gap", gap, "--time-sd", sd)
     rng = np.random.default_rng(0)
     shown = []

@@ -175,8 +175,8 @@ window.onload = () => {
 
 
 def measured(folder: Path, page: str, width: int, chosen: str) -> tuple[int, int, int]:
-    """(width over which the page scrolls, number of the chosen parts, right end of the widest) in a browser
-    whose window is so wide."""
+    """Return (width over which the page scrolls, number of the chosen parts, right end of the widest) in
+    a browser whose window is so wide."""
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     text = MEASURE.replace("WIDTH", str(width)).replace("CHOSEN", chosen).replace("PAGE", html.escape(page))
     (folder / "frame.html").write_text(f"<!doctype html><title></title>{text}", encoding="utf-8")

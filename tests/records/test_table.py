@@ -10,7 +10,7 @@ from records.tracks import TRACKS
 
 
 def record(figures=(), **changes) -> tuple[schema.Statement, dict]:
-    """What is said of a record, and what its logs say."""
+    """Return what is said of a record, and what its logs say."""
     said = dict(version=1, track="shakespeare", name="Muon", date="2026-11-22", kind="record",
                 why_no_record=None, description="Muon", contributors=["Ada"], step=None, planned_runs=None,
                 baseline_record=None, waivers={})
@@ -21,7 +21,7 @@ def record(figures=(), **changes) -> tuple[schema.Statement, dict]:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A records/ folder of its own, with an introduction and the marks."""
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "RECORDS", tmp_path)
     monkeypatch.setattr(table, "PAGE", tmp_path / "README.md")
     table.PAGE.write_text(f"# Mine\n\n{table.BEGIN}\nold\n{table.END}\n\nAfter.\n")
     return tmp_path

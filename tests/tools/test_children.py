@@ -40,7 +40,7 @@ def test_a_signal_that_ends_a_program_ends_its_child(pipe, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_child_is_started_ends_it(pipe, number, monkeypatch):
-    """As late as there is a child of which nobody but Popen knows yet."""
+    """The signal comes when there is a child of which nobody but Popen knows yet."""
     reader, writer = pipe
     popen = subprocess.Popen
 

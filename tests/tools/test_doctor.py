@@ -86,8 +86,7 @@ def test_a_gpu_is_named_and_an_old_one_told_of_bfloat16(monkeypatch):
 
 
 def test_a_gpu_that_only_its_driver_sees_is_named(capsys, tmp_path, monkeypatch):
-    seen = type("Result", (), {"stdout": "GPU 0: Some GPU\n"})
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: seen)
+    monkeypatch.setattr(doctor, "output", lambda *command: "GPU 0: Some GPU")
     mark, text = lines(capsys, tmp_path, pieces=["device"])["device"]
     assert mark == "note" and text.endswith("nvidia-smi sees GPU 0: Some GPU: install a torch for its driver")
 
@@ -157,13 +156,15 @@ def test_the_command_itself_reports_and_exits_with_the_finding(tmp_path):
 # No compiler, no memory: a sentence instead of a traceback
 
 
-def test_without_a_compiler_doctor_and_trainer_say_what_to_do(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
-    mark, text = lines(capsys, tmp_path, "--compile=on", pieces=["compile"])["compile"]
+def test_without_a_compiler_doctor_and_trainer_say_what_to_do(capsys, tmp_path):
+    # Not by monkeypatch, which deletes the option of torch afterwards.
+    nowhere = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
+    with torch._inductor.config.patch(nowhere):
+        mark, text = lines(capsys, tmp_path, "--compile=on", pieces=["compile"])["compile"]
     assert mark == "FAIL" and "No working C++ compiler" in text and "--compile=off" in text
     bare = ("--num_layers=1 --long_layers=0 --cache_layer=0 --skip= --value_embed_layers= "
             "--attn_gate_layers=0 --xsa_layers=0")
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with torch._inductor.config.patch(nowhere):
         result = run(make_shards(tmp_path), "--compile=on", *bare.split())
     # torch 2.14 says beside it that it keeps the compiler's folder.
     [line] = [said for said in result.err.splitlines() if "/_inductor/" not in said]

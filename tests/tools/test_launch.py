@@ -16,18 +16,19 @@ from tests.helpers.commands import python
 from tests.helpers.runs import launch as launch_tiny
 from tests.helpers.runs import make_shards
 
+from data import machine
 from data.errors import UsageError, run_program
 from data.files import ROOT
 from data.loader import shards_needed
 from data.shards import MAKERS
 from engine.checkpoint import ENTRIES, write_checkpoint
-from tools import launch, machine
+from tools import launch
 from train_gpt import Config
 
 
 @pytest.fixture
 def started(monkeypatch) -> SimpleNamespace:
-    """What launch.main would start on a machine of `gpus` GPUs and 6 cores; data scripts end with
+    """Yield what launch.main would start on a machine of `gpus` GPUs and 6 cores; data scripts end with
     `data_code`."""
     seen = SimpleNamespace(gpus=0, data_code=0, scripts=[], runs=[], environ={})
 
@@ -356,7 +357,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_at_work_and_a_checkpoint(tmp_p
 
 
 def is_at_work(pid: str) -> bool:
-    """Whether a process is neither gone nor a zombie that nobody has waited for."""
+    """Return whether a process is neither gone nor a zombie that nobody has waited for."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

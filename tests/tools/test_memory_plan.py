@@ -107,7 +107,7 @@ DEEP = dict(num_layers=14, mlp_ratio=4, model_dim=64, head_dim=32)
     (BARE, 512),
 ], ids=["small", "deep", "record 89", "n-grams", "wide mixing", "bare"])
 def test_the_formula_lies_a_little_above_what_a_real_eager_pass_keeps(base, T):
-    """In fp32 up to 40 %: the formula is made for bf16, whose norms keep an fp32 copy."""
+    """The bound is 40 % in fp32: the formula is made for bf16, whose norms keep an fp32 copy."""
     cfg = config(base)
     real = kept_by_a_real_pass(cfg, T)
     assert real <= plan.step_bytes(cfg, torch.float32, False, T)[0] <= 1.4 * real

@@ -252,7 +252,7 @@ def test_run_sh_is_found_through_symbolic_links(ready, tmp_path_factory):
 
 
 def test_a_checkout_with_autocrlf_starts_and_keeps_its_logs(tmp_path):
-    """As of git for Windows, whose files a Linux there then uses."""
+    """Git for Windows makes such a checkout, whose files a Linux there then uses."""
     git = ["git", "-C", str(ROOT), "-c", "core.autocrlf=true"]
     listed = subprocess.run([*git, "ls-files", "-s", "*.sh", "records/*/runs/*.txt"], capture_output=True,
                             text=True)

@@ -42,7 +42,7 @@ class Collectives(TorchDispatchMode):
 
 
 def stopped_run(rank: int, world: int, folder: str) -> list:
-    """What one rank issues from its start to its end; the last one gets a signal to stop in one of the
+    """Return what one rank issues from its start to its end; the last one gets a signal to stop in one of the
     steps."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="here", MASTER_PORT="0")
     def nothing(*args, **kwargs):

@@ -179,8 +179,8 @@ def test_a_run_is_that_with_the_table_on_the_device_to_the_last_bit(folder, chan
 
 @pytest.mark.parametrize("world, changes", [(2, dict(adam_every=1)), (3, dict(adam_every=2))], ids=str)
 def test_several_ranks_are_those_with_the_table_on_the_device_and_one_rank(folder, world, changes):
-    """Each rank has other slices. To the last bit where the table is elsewhere only, and within the 2e-5 of
-    test_train.py where sums are in another order."""
+    """Each rank has other slices. Results agree to the last bit where only the table is elsewhere, and within
+    the 2e-5 of test_train.py where sums are in another order."""
     host, device = (run_ranks(world, trained, folder, kind, changes) for kind in (HostTable, DeviceTable))
     assert same_bits(host[0], device[0])
     assert [one["train"] for one in host] == [host[0]["train"]] * world

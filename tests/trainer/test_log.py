@@ -160,7 +160,7 @@ def test_weights_and_biases_works_offline(folder, tmp_path):
 
 
 def test_in_a_pipe_there_are_plain_lines_and_no_chatter(folder):
-    """As a user starts it. Standard error stays empty: no warning of a library gets through."""
+    """A user starts it so. Standard error stays empty: no warning of a library gets through."""
     with start(folder, "--sample_tokens=20", env={"PYTHONWARNINGS": "default"}) as process:
         out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
@@ -188,7 +188,7 @@ def read_terminal(fd: int) -> str:
 
 
 def test_on_a_terminal_there_is_a_progress_bar(folder):
-    """With loss, tokens per second and time left; the validations stay as lines above it."""
+    """It shows loss, tokens per second and time left; the validations stay as lines above it."""
     import fcntl
     import pty
     import struct

@@ -14,8 +14,8 @@ from tests.helpers.dist import run_ranks
 
 
 def made_by_a_run(rank: int, world: int, folder: str, on_this_machine: int) -> tuple:
-    """What gloo was told of time-outs, what the log says of it, that the ranks have found each other, and the
-    interface that gloo was told to take."""
+    """Return what gloo was told of time-outs, what the log says of it, that the ranks have found each
+    other, and the interface that gloo was told to take."""
     dist.barrier()
     dist.destroy_process_group()  # that of the test
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="here", MASTER_PORT="0")

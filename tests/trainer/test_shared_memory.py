@@ -108,7 +108,7 @@ def test_memory_is_used_again():
 
 
 def one_is_killed(rank: int, world: int, under_way: bool) -> str | None:
-    """What the others are told, once it is gone or while they wait for it."""
+    """Return what the others are told, once it is gone or while they wait for it."""
     share_memory(rank)
     dist.all_reduce(torch.ones(3))
     if under_way:
