@@ -947,11 +947,12 @@ class GPT(nn.Module):
             v = v + weights.value.view(heads)
         return v
 
-    def context(self, docs: Docs, step: int, final: bool = False, ngrams: Tensor | None = None) -> Context:
+    def context(self, docs: Docs, step: int, final: bool = False, ngrams: Tensor | None = None,
+                sample: Sample | None = None) -> Context:
         """Return masks, rotary tables and scale of the stage of a step.
 
         final: with the longer window of the final validation, which costs training nothing (record 33).
-        ngrams: (T, d) embedding of the n-grams, with cfg.ngram_rows.
+        ngrams: (T, d) embedding of the n-grams, with cfg.ngram_rows. sample: of Run.draw, in training.
         """
         cfg, stage = self.cfg, self.cfg.stage(step)
         scale, rope = self.rotary_tables(stage, docs)
@@ -966,7 +967,8 @@ class GPT(nn.Module):
         masks = [[mask(long, paired) for paired in (False, True)] for long in (False, True)]
         mixing = mixing_mask(docs, cfg.mix_window) if cfg.mix_window else None
         prefixes = prefix_weight(cfg, step) > 0
-        return Context(masks, rope, scale, self.table(cfg.tied(step)), mixing, prefixes, docs.slices, ngrams)
+        table = self.table(cfg.tied(step))
+        return Context(masks, rope, scale, table, mixing, prefixes, docs.slices, ngrams, sample)
 
     def table(self, tied: bool) -> Tensor:
         """Return the embedding as a view, so that torch.compile sees no difference to the head."""
@@ -1304,7 +1306,7 @@ class Run:
             inputs, targets, docs = to_device(batch, device)
             if self.ngrams is not None:
                 ngrams = self.ngrams.embed(i)
-            ctx = self.model.context(docs, step, ngrams=ngrams)._replace(sample=self.draw(step, i))
+            ctx = self.model.context(docs, step, ngrams=ngrams, sample=self.draw(step, i))
             loss = self.forward(inputs, targets, ctx, weights)
             (loss * share).backward()
             total = total + loss.detach()
