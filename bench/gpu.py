@@ -7,6 +7,7 @@ names, anew after every part. A part is a child with a time limit; one that fail
 reported and the next one begins. Without a GPU, or with --cpu, the same parts run at reduced size on track
 shakespeare: that tries this script, and says nothing about a GPU.
 """
+import importlib.util
 import json
 import math
 import os
@@ -99,6 +100,8 @@ class Parts:
         return dict(text=text, planned_mib=1024 * float(planned[1]))
 
     def tests(self, limit_s: float) -> dict:
+        if importlib.util.find_spec("pytest") is None:
+            raise Failed("expected pytest, found none; pip install -r requirements-dev.txt and start again")
         command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu")
         text = self.call(limit_s, *command, codes=(0, 1, 5))
         return dict(text=text, summary=text.strip().splitlines()[-1].strip("= "))

@@ -1,6 +1,6 @@
 """bench.gpu, tried without a GPU at a tiny size: its files, its table, and what becomes of a part that
 fails or hangs."""
-import importlib
+import importlib.util
 import json
 
 import pytest
@@ -53,6 +53,12 @@ def test_a_part_that_hangs_or_fails_says_so_and_one_without_time_is_not_begun(tm
     with pytest.raises(gpu.Failed, match="ended with exit code 3: no such thing"):
         parts.call(60, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)")
     assert parts.run("doctor", 4.0)["why"] == "not begun: no time left"
+
+
+def test_without_pytest_the_part_of_the_tests_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = gpu.Parts(True, [], tmp_path).run("tests", 30)
+    assert "pip install -r requirements-dev.txt" in found["why"] and "text" not in found
 
 
 def result_of(**parts) -> dict:
