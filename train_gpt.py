@@ -144,7 +144,7 @@ class Config:
     untie_delay: int = setting(1, "moves of Adam in that stage before they do", ZERO_OR_MORE)
 
     # Model
-    num_layers: int = setting(11, "layers L", POSITIVE)
+    num_layers: int = setting(11, "layers L", between(1, 1000))
     model_dim: int = setting(768, "width D of the residual stream", POSITIVE)
     head_dim: int = setting(128, "width d of one head; D/d heads", POSITIVE)
     mlp_ratio: int = setting(4, "hidden width of the MLP in units of D", POSITIVE)

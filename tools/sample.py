@@ -23,9 +23,9 @@ from engine.sampling import next_log_probs, sample_text
 def load(path: str, device: torch.device) -> tuple[GPT, int]:
     """Return the model of a checkpoint, in fp32, and its step. Raises UsageError."""
     state = read_checkpoint(path, Config)
-    with torch.device(device):
-        model = GPT(Config(**state["config"]), dataclasses.replace(Kernels.plain(), device=device))
     try:
+        with torch.device(device):  # there may be no memory for the size that a file claims
+            model = GPT(Config(**state["config"]), dataclasses.replace(Kernels.plain(), device=device))
         weights = {name: w.float() if w.is_floating_point() else w for name, w in state["model"].items()}
         model.load_state_dict(weights)
         if model.cfg.ngram_rows:

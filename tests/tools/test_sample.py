@@ -114,3 +114,14 @@ def test_refusals_are_one_sentence(finished, capsys, args):
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1
     assert captured.err.startswith("sample.py: ") and REFUSED[args] in captured.err
+
+
+@pytest.mark.parametrize("change", ({"model_dim": 2**32}, {"num_layers": 1000}, {"bigram_rows": 2**50},
+                                    {"model_dim": 64}, {"ngram_rows": 2**50}), ids=str)
+def test_a_checkpoint_that_claims_another_size_is_refused(finished, capsys, tmp_path, change):
+    state = torch.load(finished.checkpoints[-1], weights_only=True)
+    state["config"].update(change)
+    torch.save(state, tmp_path / "claims.pt")
+    assert run_program(sample.main, [str(tmp_path / "claims.pt")], "sample.py") == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "expected the weights of its own settings" in captured.err
