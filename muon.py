@@ -158,7 +158,7 @@ def on_a_cpu(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
 
 
-def keep_freed_memory() -> None:
+def raise_mmap_threshold() -> None:
     """Let glibc keep what a step frees, up to 64 MB, as it does once a program has freed anything of 31 MB:
     see M_MMAP_THRESHOLD in mallopt(3). Else the next step meets each page as a new one, which takes a third
     of its time for matrices of 128 to 256 rows."""
@@ -1115,7 +1115,7 @@ class Muon(torch.optim.Optimizer):
             raise refusal("parameters, all on one device", ", ".join(devices) or "none",
                           "pass the hidden matrices, and build one optimizer per device")
         if devices == ["cpu"]:
-            keep_freed_memory()
+            raise_mmap_threshold()
         filled = [self._fill_buckets(*lane, members) for lane, members in lanes.items()]
         self.placements = [placement for placement, _ in filled]
         self.buckets = [bucket for _, buckets in filled for bucket in buckets]

@@ -1,4 +1,4 @@
-"""Epochs that Muon, SGD and AdamW need to 90 % on Fashion-MNIST: examples/airbench.py, each tuned alike.
+"""Epochs that Muon, SGD and AdamW need to 90 % on Fashion-MNIST: examples/convnet.py, each tuned alike.
 
     python -m bench.airbench run OUT.jsonl                            train what OUT.jsonl lacks
     python -m bench.airbench table OUT.jsonl [--page=bench/AIRBENCH.md]    the tables, or page and pictures
@@ -34,8 +34,8 @@ from bench.page import OPTIMIZER_NAMES as NAMES
 from bench.page import grid
 from bench.pictures import Theme, finish, two_plots
 from data.errors import UsageError, run_program
-from examples.airbench import AirbenchSettings, normalized, run_once
-from examples.images import ImageSet, Labelled, load
+from examples.convnet import AirbenchSettings, run_once, standardized
+from examples.images import ImageSet, Labelled, load_images
 from records.compare import spread
 
 TARGET = 0.90
@@ -100,7 +100,7 @@ def tuned(optimizer: str, rows: list[dict]) -> SearchedSettings:
     return SearchedSettings(best["lr"], best["head_lr"], best["momentum"])
 
 
-def schedule(optimizer: str, rows: list[dict]) -> Iterator[dict]:
+def runs_in_order(optimizer: str, rows: list[dict]) -> Iterator[dict]:
     """Yield the labels of all runs of an optimizer. Each must be among the rows before the next one is asked
     for, which may follow from it."""
     def search(settings: SearchedSettings) -> dict:
@@ -124,7 +124,7 @@ def next_run(rows: list[dict], optimizers: Iterable[str] = tuple(GRID)) -> dict 
     """Return the labels of the next run of these optimizers that is missing; None when all is done."""
     done = {tuple(row[name] for name in LABELS) for row in rows}
     for optimizer in optimizers:
-        for labels in schedule(optimizer, rows):
+        for labels in runs_in_order(optimizer, rows):
             if tuple(labels.values()) not in done:
                 return labels
     return None
@@ -146,8 +146,8 @@ def run_all(options) -> None:
     torch.set_num_threads(1)  # a second thread gains little on images so small
     path = options.out
     rows = read_results(path)
-    images = load("fashion")
-    data = dict(search=normalized(search_split(images)), final=normalized(images))
+    images = load_images("fashion")
+    data = dict(search=standardized(search_split(images)), final=standardized(images))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         trials.append(path, dict(plan=plan(), torch=torch.__version__))

@@ -232,7 +232,7 @@ def mean_steps(steps: list[float]) -> float:
     return math.exp(np.mean(np.log(steps)))
 
 
-def steps_of(curve: dict[int, dict]) -> list[float]:
+def mean_steps_by_batch(curve: dict[int, dict]) -> list[float]:
     """Return the mean steps of each batch of a curve."""
     return [mean_steps(best_steps(factors)[1]) for factors in curve.values()]
 
@@ -309,7 +309,7 @@ def ratio_rows(found: dict) -> list[list]:
     muon, adamw = found.get(("muon", BETA), {}), found.get(("adamw", 0.9), {})
     lines = []
     for batch in sorted({*muon} & {*adamw}):
-        few, many = steps_of({"muon": muon[batch], "adamw": adamw[batch]})
+        few, many = mean_steps_by_batch({"muon": muon[batch], "adamw": adamw[batch]})
         lines.append([batch, f"{few:.0f}", f"{many:.0f}", f"{many / few:.2f}"])
     return lines
 
@@ -321,7 +321,7 @@ def fit_rows(found: dict) -> list[list]:
         if len(curve) < 3:
             lines.append([*name, "no fit: fewer than three batches", "", "", "", ""])
             continue
-        steps = steps_of(curve)
+        steps = mean_steps_by_batch(curve)
         least, critical, misfit = fit_critical([*curve], steps)
         power, power_misfit = fit_power([*curve], steps)
         smallest, tokens = f"{least:.0f}", f"{critical:.0f}"
@@ -360,7 +360,7 @@ def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
     dashes = iter(((1, 1.5), (), (5, 2)))
     batches = sorted({batch for curve in found.values() for batch in curve})
     for (optimizer, beta), curve in sorted(found.items()):
-        steps = steps_of(curve)
+        steps = mean_steps_by_batch(curve)
         shown = dict(color=theme.colors[optimizer], linewidth=3, marker="o")
         if (optimizer, beta) in (("muon", BETA), ("adamw", 0.9)):
             left.plot([*curve], steps, label=NAMES[optimizer], **shown)

@@ -49,12 +49,12 @@ ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<n>\d+) \| [\d.]+ \| (?P<loss>[^|]+
 # docs/techniques.md
 
 
-def shown(value) -> str:
+def shown_value(value) -> str:
     """A setting's value in as few words as a page needs."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return ",".join(map(shown, value)) or "none"
+        return ",".join(map(shown_value, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -65,7 +65,7 @@ def settings_line(line: str) -> str:
     for name in names:
         if not hasattr(Config, name):
             raise UsageError(f"{TECHNIQUES}: expected settings of Config, found {name!r}; correct {line!r}")
-        values = {preset: shown(getattr(cfg, name)) for preset, cfg in PRESETS.items()}
+        values = {preset: shown_value(getattr(cfg, name)) for preset, cfg in PRESETS.items()}
         default = values["small"]
         others = [f"`{preset}` {value}" for preset, value in values.items() if value != default]
         entries.append(f"`{name}` {default}" + (f" ({', '.join(others)})" if others else ""))

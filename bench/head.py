@@ -10,7 +10,7 @@ import torch
 from data.errors import run_program
 from engine.fused import norm
 from engine.head_loss import HEAD_PIECE, HeadLoss
-from engine.self_test import milliseconds, relative_error
+from engine.self_test import relative_error, timed_ms
 from train_gpt import Config, configure, mtp_weights
 
 
@@ -45,7 +45,7 @@ def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float
     for name, fp8 in (("bf16", False), ("fp8", True)):
         call = make(torch.bfloat16, fp8, compiled=device.type == "cuda")
         loss, dx, dw = map(relative_error, call(), exact)
-        result[name] = dict(loss=loss, dx=dx, dw=dw, ms=milliseconds(call, device, times=4))
+        result[name] = dict(loss=loss, dx=dx, dw=dw, ms=timed_ms(call, device, times=4))
     return result
 
 

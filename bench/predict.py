@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from bench.cross.costs import ACHIEVED, SHEET, Rates, by_part, costliest, milliseconds, step_ms
-from bench.cross.page import launches
+from bench.cross.figures import launches
 from bench.page import grid
 from data.errors import UsageError, run_program
 from data.files import written_whole

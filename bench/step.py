@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 import train_gpt
 from bench.cross.costs import by_part
-from bench.cross.page import launches
+from bench.cross.figures import launches
 from bench.documents import document_lengths
 from bench.page import grid
 from data.errors import run_program
@@ -309,7 +309,7 @@ def measure(cfg: Config, rt: Runtime, data: str) -> dict:
         muon_flops=muon_shares(run.model, run.kernels.ns_dtype, rt.device))
 
 
-def report(result: dict) -> str:
+def page(result: dict) -> str:
     """Return what is printed: the stages, the parts, and Muon's share of both kinds of cost."""
     rows, mib = result["rows"], result["peak_mib"]
     memory = f", peak memory {mib:,} MiB" if mib else ""
@@ -370,7 +370,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(cfg, rt, ensure_shards(cfg, Path(folder), tokens))
     if rt.rank == 0:
-        print(report(result), end="")
+        print(page(result), end="")
         if os.environ.get("OUT"):
             Path(os.environ["OUT"], "bench_step.json").write_text(json.dumps(result, indent=1))
     return 0

@@ -113,7 +113,7 @@ def spectral(X: Tensor) -> float:
 # Measured and bound
 
 
-def follow(problem: Quadratic, case: Case, decay: float = 0.0) -> tuple[list[float], float]:
+def descend(problem: Quadratic, case: Case, decay: float = 0.0) -> tuple[list[float], float]:
     """Run Muon from zero. Return (|G|_* before each step, largest |W| in the spectral norm)."""
     W = torch.nn.Parameter(torch.zeros(ROWS, COLUMNS))
     optimizer = Muon([W], lr=case.lr, momentum=case.beta, weight_decay=decay, nesterov=False,
@@ -153,7 +153,7 @@ def measure() -> dict:
     rows = []
     for case in CASES:
         problem = Quadratic(SEED)
-        norms, _ = follow(problem, case)
+        norms, _ = descend(problem, case)
         rows.append(dict(case._asdict(), batch=0 if case.batch == NEVER else case.batch,
                          measured=statistics.mean(norms), bound=bound(problem, case),
                          stationary=statistics.mean(norms[len(norms) // 2:])))
@@ -161,7 +161,7 @@ def measure() -> dict:
     for name in ITERATIONS:
         problem = Quadratic(SEED)
         problem.minimum *= 100 / DECAY  # far outside, so that Muon pushes against the ball
-        ball[name] = follow(problem, Case(beta=0.0, iteration=name), DECAY)[1] * DECAY
+        ball[name] = descend(problem, Case(beta=0.0, iteration=name), DECAY)[1] * DECAY
     return dict(seed=SEED, lr=LR, decay=DECAY, L=problem.L, sigma=problem.sigma, rows=rows, ball=ball)
 
 

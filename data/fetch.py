@@ -137,11 +137,11 @@ def fetch_hub(repo: str, filename: str, path, check: Callable) -> str:
                          displayed_filename=path.name)
             file.flush()
             os.fsync(file.fileno())  # before the file gets its name, as in write_shard
-            finish(partial, path, sha256, check)
+            accept_download(partial, path, sha256, check)
     return sha256
 
 
-def finish(partial: Path, path: Path, sha256: str, check: Callable) -> None:
+def accept_download(partial: Path, path: Path, sha256: str, check: Callable) -> None:
     """Give a whole download its name. Raises FetchError, or what check raises."""
     found = sha256_of(partial)
     if found != sha256:

@@ -37,7 +37,7 @@ def read_texts(paths, field: str = "text") -> Iterator[tuple[bool, str]]:
     for path in map(Path, paths):
         try:
             if path.suffix == ".txt":
-                yield from parts_of(line for _, line in lines_of(path))
+                yield from bounded_parts(line for _, line in lines_of(path))
                 continue
             rows = json_values(path, field) if path.suffix == ".jsonl" else parquet_values(path, field)
             for where, text in rows:
@@ -45,13 +45,13 @@ def read_texts(paths, field: str = "text") -> Iterator[tuple[bool, str]]:
                     found = "nothing" if text is None else type(text).__name__
                     raise UsageError(f"{path}, {where}: expected text in \"{field}\", found {found}; correct "
                                      "or remove it, or name another field with --field")
-                yield from parts_of([HALF.sub("\ufffd", text)])
+                yield from bounded_parts([HALF.sub("\ufffd", text)])
         except OSError as error:
             raise UsageError(f"{path}: expected a readable file, found \"{error.strerror or error}\"; "
                              "correct the name or its permissions") from error
 
 
-def parts_of(document: Iterable[str]) -> Iterator[tuple[bool, str]]:
+def bounded_parts(document: Iterable[str]) -> Iterator[tuple[bool, str]]:
     """Yield a document, given in chunks of any size, in parts of at most LONGEST characters. They are cut
     where no token changes, unless there is no such place."""
     begins, rest = True, ""

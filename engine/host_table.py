@@ -33,7 +33,7 @@ from torch import Tensor
 from data.errors import UsageError
 from data.loader import Batch
 from engine.ranks import Hosts
-from engine.tables import table_gradient
+from engine.lookup import table_gradient
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd
 

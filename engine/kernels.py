@@ -17,7 +17,7 @@ from engine.head_loss import choose_fp8
 from engine.mlp import GpuMlp, choose_fused_mlp, choose_mlp_fp8
 from engine.products import (
     CpuLinear, choose_bf16, choose_onednn, choose_symmetric, onednn_batches, plainly)
-from engine.tables import Lookup
+from engine.lookup import Lookup
 from muon import symmetric_product
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.fp8 import fp8_product, fp8_where_it_works, to_fp8
 from engine.fused import squared_relu_mlp
-from engine.self_test import in_one_line, largest_error, milliseconds
+from engine.self_test import in_one_line, largest_error, timed_ms
 
 mlp_kernels = None
 if torch.cuda.is_available():  # elsewhere Triton's import would only make each start longer
@@ -171,4 +171,4 @@ def race(fp8: bool, device: torch.device, D: int, M: int) -> tuple[float, float]
         hidden.copy_(fp8_product(x8, x_scale, w, w_scale) if fp8 else F.linear(x, w_in))
         torch.mul(F.linear(g, w_out.t()), hidden, out=hidden)
 
-    return milliseconds(fused_products, device), milliseconds(plain_products, device)
+    return timed_ms(fused_products, device), timed_ms(plain_products, device)

@@ -23,7 +23,7 @@ def in_one_line(e: Exception) -> str:
     return f"{type(e).__name__}: {text[0]}"
 
 
-def milliseconds(call, device: torch.device, times: int = 20) -> float:
+def timed_ms(call, device: torch.device, times: int = 20) -> float:
     """Return the time of a call, the least of three means over some calls after the first ones."""
     for _ in range(3):
         call()

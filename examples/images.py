@@ -1,8 +1,8 @@
 """Small images of ten classes as tensors: Fashion-MNIST, CIFAR-10, or files of your own.
 
-    load("fashion")   Debian's package dataset-fashion-mnist where it is installed, else its authors' files
-    load("cifar10")   the official archive, in its binary version: the other one is pickled
-    load("FOLDER")    four files with the names and in the format of MNIST
+    load_images("fashion")   Debian's package dataset-fashion-mnist if installed, else its authors' files
+    load_images("cifar10")   the official archive, in its binary version: the other one is pickled
+    load_images("FOLDER")    four files with the names and in the format of MNIST
 
 What is fetched is checked by SHA-256 and kept under data/ (or $DATA_PATH). Nothing that is read is executed.
 """
@@ -51,7 +51,7 @@ class ImageSet(NamedTuple):
     test: Labelled
 
 
-def load(source: str) -> ImageSet:
+def load_images(source: str) -> ImageSet:
     """Return the images of "fashion", "cifar10" or a folder. Raises UsageError."""
     if source == "cifar10":
         return load_cifar(data_root() / "data/cifar10" / Path(CIFAR_URL).name)

@@ -408,7 +408,7 @@ class Gathered(Bucket):
         for p, kept in self.whole.items():
             for name, x in [("weights", p), *self.optimizer.state[p].items()]:
                 if name in kept:
-                    local(x).copy_(part_of(kept[name], x))
+                    local(x).copy_(local_part(kept[name], x))
         self.whole = {}
         return skipped
 
@@ -419,7 +419,7 @@ def like(p: DTensor, x: Tensor) -> DTensor:
     return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, **shape)
 
 
-def part_of(whole: Tensor, x: DTensor) -> Tensor:
+def local_part(whole: Tensor, x: DTensor) -> Tensor:
     """Return the local part of what every rank holds whole, placed as x is."""
     everywhere = [Replicate()] * x.device_mesh.ndim
     placed = DTensor.from_local(whole, x.device_mesh, everywhere, run_check=False)

@@ -114,8 +114,8 @@ def qk_clip_(
     bf16 weights: it is less than one step of bf16."""
     heads = heads or len(s_max)
     kv_heads = kv_heads or heads
-    wq = listed(wq)
-    wk = listed(wk)
+    wq = as_list(wq)
+    wk = as_list(wk)
     expect(
         "qk_clip_",
         ("s_max with one number per head", s_max.shape == (heads,), tuple(s_max.shape)),
@@ -155,8 +155,8 @@ def mla_qk_clip_(
     values), ...), of each head the rows of k^C, then those of its values, if they are in the same matrix.
     DeepSeek-V3's q_b_proj and kv_b_proj are laid out so. nope, rope: rows of q^C and q^R."""
     heads = len(s_max)
-    wq = listed(wq)
-    wkv = listed(wkv)
+    wq = as_list(wq)
+    wkv = as_list(wkv)
     rows = heads * (nope + rope)
     expect(
         "mla_qk_clip_",
@@ -200,7 +200,7 @@ def scale_rows_(w: Tensor, factors: Tensor) -> None:
     w.copy_(w.to(torch.promote_types(w.dtype, torch.float32)) * factors)
 
 
-def listed(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def as_list(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [weights] if isinstance(weights, Tensor) else list(weights)
 
 

@@ -9,6 +9,7 @@ VERBS = {  # in the order of the manual
     "run and judge": ("plan", "ab", "check"),
     "submit and review": ("pack", "verify", "table"),
 }
+OTHER_NAMES = {"plan": "sample_size"}  # modules that are not called as their verbs are
 
 MANUAL = """usage: python -m records VERB [ARGUMENTS]
 
@@ -26,11 +27,16 @@ exit codes:
 """
 
 
+def module_of(verb: str):
+    """Import the module of a verb alone, as some load scipy and matplotlib."""
+    return importlib.import_module(f"records.{OTHER_NAMES.get(verb, verb)}")
+
+
 def manual() -> str:
     lines = []
     for title, verbs in VERBS.items():
         lines.append(f"{title}:")
-        lines += [f"  {verb:<10} {importlib.import_module(f'records.{verb}').HELP}" for verb in verbs]
+        lines += [f"  {verb:<10} {module_of(verb).HELP}" for verb in verbs]
         lines.append("")
     return MANUAL.format(about=__doc__, verbs="\n".join(lines))
 
@@ -43,7 +49,7 @@ def main(argv: list[str]) -> int:
     known = [verb for verbs in VERBS.values() for verb in verbs]
     if verb not in known:
         raise UsageError(f"expected a verb ({', '.join(known)}), found {verb!r}; see python -m records -h")
-    module = importlib.import_module(f"records.{verb}")  # that one alone: some load scipy and matplotlib
+    module = module_of(verb)
     parser = CommandLine(module.__doc__, f"python -m records {verb}", epilog=f"example: {module.EXAMPLE}")
     module.add_arguments(parser)
     code = module.run(parser.parse_args(argv[1:]))

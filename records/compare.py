@@ -165,14 +165,14 @@ def gains(first: RunGroup, group: RunGroup, target: float, step: int | None):
     """Sentences about what a group gains over the first one, and by what it may do so."""
     after, before = (Submission(None, side.logs, step=step) for side in (group, first))
     losses = statistics.welch(after.losses(after.runs), before.losses(before.runs))
-    yield f"loss: {difference(losses, '+.5f')}"
+    yield f"loss: {in_words(losses, '+.5f')}"
     yield speed_up(f"steps to {target:g}", first, group, lambda run: run.steps_to(target))
     verdict, _ = rules.same_hardware(Submission(None, group.logs, first.logs))
     if verdict == rules.FAIL:
         yield "times are not compared: they are of different hardware"
     else:
         times = [rules.seconds_of(map(side.point, side.runs)) for side in (after, before)]
-        yield f"seconds: {difference(statistics.welch(*times), '+.2f')}"
+        yield f"seconds: {in_words(statistics.welch(*times), '+.2f')}"
         yield speed_up(f"time to {target:g}", first, group, lambda run: run.time_to(target))
         yield f"speed-up in time of the whole run: {statistics.ratio(statistics.welch, *times[::-1]):.3f}"
     if first.sources and group.sources:
@@ -183,7 +183,7 @@ def gains(first: RunGroup, group: RunGroup, target: float, step: int | None):
         yield "settings: " + (", ".join(changes) or "the same")
 
 
-def difference(found: statistics.Estimate, form: str) -> str:
+def in_words(found: statistics.Estimate, form: str) -> str:
     p = "" if found.why else f", below 0 with p = {found.p:.3g} (Welch's test)"
     return f"{found:{form}}{p}"
 

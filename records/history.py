@@ -47,7 +47,7 @@ def read(name: str) -> tuple[dict[str, str], ...]:
         return tuple(csv.DictReader(file))
 
 
-def number(cell: str, kind=int):
+def parsed(cell: str, kind=int):
     """A number, None of an empty cell."""
     return kind(cell) if cell else None
 
@@ -57,8 +57,8 @@ def records() -> tuple[HistoryRow, ...]:
     return tuple(HistoryRow(**row | {
         "number": int(row["number"]),
         "minutes_or_steps": Decimal(row["minutes_or_steps"]),
-        "date": number(row["date"], datetime.date.fromisoformat),
-        "pr": number(row["pr"]),
+        "date": parsed(row["date"], datetime.date.fromisoformat),
+        "pr": parsed(row["pr"]),
         "contributors": tuple(row["contributors"].split(";")),
     }) for row in read("records.csv"))
 
@@ -74,7 +74,7 @@ def as_log(track: str, record: int) -> LogFile:
     points = {}
     for row in read("curves.csv"):
         if (row["track"], row["number"]) == of_record:
-            point = ValPoint(int(row["step"]), float(row["val_loss"]), number(row["train_time_ms"], float))
+            point = ValPoint(int(row["step"]), float(row["val_loss"]), parsed(row["train_time_ms"], float))
             points.setdefault(row["run_id"], []).append(point)
     finals = {row["run_id"]: row for row in read("finals.csv") if (row["track"], row["number"]) == of_record}
     runs = tuple(public_run(finals[run_id], curve) for run_id, curve in points.items())
@@ -82,7 +82,7 @@ def as_log(track: str, record: int) -> LogFile:
 
 
 def public_run(final: dict[str, str], points: list[ValPoint]) -> RunFacts:
-    total, last = number(final["total_steps"]), points[-1]
+    total, last = parsed(final["total_steps"]), points[-1]
     return RunFacts(
         run_id=final["run_id"],
         val_points=tuple(points),
@@ -90,7 +90,7 @@ def public_run(final: dict[str, str], points: list[ValPoint]) -> RunFacts:
         complete=last.step == total,
         torch=final["torch_version"] or None,
         gpu_name=final["gpu_name"] or None,
-        num_gpus=number(final["n_gpus"]),
-        world_size=number(final["world_size"]),
+        num_gpus=parsed(final["n_gpus"]),
+        world_size=parsed(final["world_size"]),
         step_avg_ms=last.train_time_ms and last.train_time_ms / last.step,
     )

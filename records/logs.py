@@ -307,7 +307,7 @@ def read_config(text: str) -> dict:
     return config
 
 
-def whole(value) -> int | None:
+def whole_number(value) -> int | None:
     """A setting, where it is a whole number of sane size."""
     return value if type(value) is int and abs(value) < 10**18 else None
 
@@ -474,10 +474,10 @@ class Body:
             gpu_name=device or next(iter(self.gpus.values()), None),
             num_gpus=len(self.gpus) or (0 if on_cpu else world_size),
             world_size=world_size,
-            seed=part.seed if part.seed is not None else whole(config.get("seed")),
+            seed=part.seed if part.seed is not None else whole_number(config.get("seed")),
             peak_mib=int(facts["peak_mib"]) if "peak_mib" in facts else None,
             config=config,
-            val_tokens=whole(config.get("val_tokens")),
+            val_tokens=whole_number(config.get("val_tokens")),
             step_avg_ms=points[-1].train_time_ms / points[-1].step
             if points and points[-1].step and points[-1].train_time_ms is not None else None,
             source_sha256=source_sha256,
@@ -497,7 +497,7 @@ class Body:
 
     def skipped_validation(self, part: Part) -> int | None:
         """Return the first step before a validation at which the settings ask for another one."""
-        every = whole(self.config.get("val_every")) or 0
+        every = whole_number(self.config.get("val_every")) or 0
         due = None if "resumed" in self.facts else 0  # a resumed run begins anywhere
         for point in part.points if every > 0 else ():
             if due is not None and point.step > due:

@@ -232,8 +232,8 @@ def readme(s: Submission, record: dict, verdicts: list[Verdict], note: str) -> s
                                      undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      autoescape=False)
-    environment.filters |= {"escaped": markdown, "loss": loss, "seconds": seconds, "short": short_name,
-                            "setting": shown_setting}
+    environment.filters |= {"escaped": markdown, "loss": exact_loss, "seconds": exact_seconds,
+                            "short": short_name, "setting": shown_setting}
     first, before = ([*runs, None][0] for runs in (s.runs, s.baseline_runs))
     elsewhere = record["baseline_record"]
     return environment.get_template("record.md").render(
@@ -252,12 +252,12 @@ def readme(s: Submission, record: dict, verdicts: list[Verdict], note: str) -> s
     )
 
 
-def loss(value: float | None) -> str:
+def exact_loss(value: float | None) -> str:
     """A loss as logs print it: with 4 decimals, or more where there are more."""
     return "nan" if value is None else max(f"{value:.4f}", f"{value:.9f}".rstrip("0"), key=len)
 
 
-def seconds(ms: float | None) -> str:
+def exact_seconds(ms: float | None) -> str:
     return "nan" if ms is None else f"{ms / 1000:.3f}"
 
 

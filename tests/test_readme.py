@@ -12,7 +12,7 @@ import torch
 import train_gpt
 from bench import docs
 from engine import TESTED_TORCH
-from records.__main__ import VERBS
+from records.__main__ import VERBS, module_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path: path.read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def test_every_command_is_one_that_its_program_takes(words):
         source = Path(found.origin)
         if module == "records" and arguments:
             assert arguments[0] in {verb for verbs in VERBS.values() for verb in verbs}
-            source = ROOT / "records" / f"{arguments[0]}.py"
+            source = Path(module_of(arguments[0]).__file__)
             for name in ("--a", "--b"):  # commands of their own
                 if name in arguments:
                     check_settings(shlex.split(arguments[arguments.index(name) + 1])[1:])

@@ -20,7 +20,7 @@ from engine.kernels import Kernels
 from engine.sampling import next_log_probs, sample_text
 
 
-def load(path: str, device: torch.device) -> tuple[GPT, int]:
+def load_model(path: str, device: torch.device) -> tuple[GPT, int]:
     """Return the model of a checkpoint, in fp32, and its step. Raises UsageError."""
     state = read_checkpoint(path, Config)
     try:
@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    model, step = load(args.checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model, step = load_model(args.checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     encoding = encoding_for(model.cfg.bos_id)
     print(args.prompt, end="", flush=True)
     draws = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed)

@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from bench.cross import device
-from bench.cross.page import page, write
+from bench.cross.figures import page, write
 from data.errors import UsageError, run_program
 from tools.gpus import find_gpu
 
@@ -136,13 +136,13 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
     import torch
     import triton
 
-    from bench.cross import kernels, launches
+    from bench.cross import inductor, launches
     from bench.cross.short import short_run
     from bench.cross.trace import Trace, whole_schedule
 
     trace = Trace()
     waits.append(trace.wait)
-    compiler = kernels.Compiler(chip, gpu)
+    compiler = inductor.Compiler(chip, gpu)
     if args.parts != ["trace"]:
         trace.compiled = compiler
     cfg = short_run(flags)
@@ -170,7 +170,7 @@ def measure(args, flags: list[str], chip: device.Chip) -> dict:
     if "code" in args.parts:
         last = [graph for graph in trace.graphs if graph.name == "GPT" and graph.phase == "warm-up"][-2:]
         sources = compiler.sources_of(lambda graph: graph.name != "GPT" or graph in last)
-        rows, failed = kernels.all_machine_code(compiler, sources)
+        rows, failed = inductor.all_machine_code(compiler, sources)
         result["code"] = summary(rows, failed, len(sources))
     return json.loads(json.dumps(result))  # as it will be read: plain lists and names
 

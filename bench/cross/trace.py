@@ -86,8 +86,8 @@ class Graph:
         given = {storage_of(x): i for i, x in enumerate(self.expected) if isinstance(x, torch.Tensor)}
         self.sources = [given.get(storage_of(x)) if isinstance(x, torch.Tensor) else None
                         for x in self.outputs]  # which input an output is, or looks into
-        self.kernels = []  # set by bench.cross.kernels
-        # At its worst moment, beside what lives when it is called; set by bench.cross.kernels.
+        self.kernels = []  # set by bench.cross.inductor
+        # At its worst moment, beside what lives when it is called; set by bench.cross.inductor.
         self.extra_bytes = 0
         self.seconds = 0.0  # CPU seconds that inductor took
 
@@ -364,7 +364,7 @@ def pretending(trace: Trace):
 
 
 @contextlib.contextmanager
-def one_of(ranks: int):
+def first_of(ranks: int):
     """Be the first of some ranks, of which the others answer at once and send nothing."""
     if ranks == 1:
         yield
@@ -458,7 +458,7 @@ def whole_schedule(trace: Trace, cfg: Config, backend: str, fp8: bool, ranks: in
     share_entries = loader.share_entries
     keeps = mock.patch.object(train_gpt, "write_checkpoint", keep)
     counts = mock.patch.object(loader, "share_entries", counted)
-    with one_of(ranks), pretending(trace), keeps, counts:
+    with first_of(ranks), pretending(trace), keeps, counts:
         run = make_run(cfg, backend, fp8)
         follow(trace, run)
         run.warm_up()

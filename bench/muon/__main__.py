@@ -21,10 +21,10 @@ import torch
 
 from bench.measurement import Measurement, read_json
 from bench.muon import speed
-from bench.muon.peers import SUBJECTS, load_all
+from bench.muon.peers import SUBJECTS, load_subjects
 from bench.muon.processes import ChildFailed, NotPosed, Refused, isolated
 from bench.muon.questions import GPT2_BLOCK, QUESTIONS, judge
-from bench.muon.tables import tables
+from bench.muon.markdown import tables
 from bench.page import count
 from data.errors import run_program
 from data.files import written_whole
@@ -91,7 +91,7 @@ def times_without_bf16_units(options) -> list[dict]:
 def measure(options) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = usable_cores()
-    subjects, missing = load_all(options.subjects)
+    subjects, missing = load_subjects(options.subjects)
     result = dict(
         machine=dict(device=processor(), torch=torch.__version__, python=platform.python_version(),
                      date=time.strftime("%Y-%m-%d"), threads=threads, reps=options.reps),

@@ -47,7 +47,7 @@ class Subject:
             raise Refused(first_line(error)) from error
 
 
-def one_of(table: dict, adjust_lr_fn: str):
+def own_name(table: dict, adjust_lr_fn: str):
     """Translate the name of an lr adjustment into an implementation's own."""
     if adjust_lr_fn not in table:
         raise NotPosed(f"it has no adjust_lr_fn {adjust_lr_fn}")
@@ -68,7 +68,7 @@ def torch_muon(optim) -> Subject:
 
     def make(params, lr, momentum, nesterov, weight_decay, adjust_lr_fn):
         return optim.Muon(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                          ns_coefficients=JORDAN, adjust_lr_fn=one_of(modes, adjust_lr_fn))
+                          ns_coefficients=JORDAN, adjust_lr_fn=own_name(modes, adjust_lr_fn))
     return Subject("torch.optim.Muon", make, version=torch.__version__)
 
 
@@ -86,7 +86,7 @@ def gram_newton_schulz(module) -> Subject:
         with contextlib.redirect_stdout(io.StringIO()):  # it reports the restarts that it chose
             return module.Muon(
                 [group], lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                adjust_lr=one_of(modes, adjust_lr_fn), ns_coefficients=[JORDAN] * 5, ns_use_kernels=kernels)
+                adjust_lr=own_name(modes, adjust_lr_fn), ns_coefficients=[JORDAN] * 5, ns_use_kernels=kernels)
     return Subject("gram-newton-schulz", make)
 
 
@@ -112,7 +112,7 @@ def optimuon(module) -> Subject:
         cuts = dict(ns_split_fn=lambda x: list(x.split(split)), ns_recombine_fn=torch.cat) if split else {}
         return module.Muon(
             params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-            adjust_lr=one_of(modes, adjust_lr_fn), ns_coefficients=JORDAN, ns_norm_scale=1.0,
+            adjust_lr=own_name(modes, adjust_lr_fn), ns_coefficients=JORDAN, ns_norm_scale=1.0,
             ns_dtype=ns_dtype, normuon=False, cautious_wd=False, gram_ns=False,
             distributed=dist.is_initialized(), **cuts)
     return Subject("optimuon", make, variants=({}, dict(ns_dtype=torch.float32)))
@@ -127,7 +127,7 @@ def dion(module) -> Subject:
         world = dist.group.WORLD if dist.is_initialized() else None
         return module.Muon(
             [group], mesh or world, lr=lr, mu=momentum, nesterov=nesterov, weight_decay=weight_decay,
-            flatten=flatten, adjust_lr=one_of(modes, adjust_lr_fn))
+            flatten=flatten, adjust_lr=own_name(modes, adjust_lr_fn))
     return Subject("dion", make, "polar", "spectral_unclamped")
 
 
@@ -142,7 +142,7 @@ SUBJECTS = {  # name -> (maker, its module)
 }
 
 
-def load(name: str) -> Subject:
+def load_subject(name: str) -> Subject:
     """Import a subject; whatever it raises says why it cannot run here."""
     maker, module = SUBJECTS[name]
     if name == "muon-optimizer":
@@ -158,13 +158,13 @@ def load(name: str) -> Subject:
     return subject
 
 
-def load_all(names) -> tuple[dict[str, Subject], dict[str, str]]:
+def load_subjects(names) -> tuple[dict[str, Subject], dict[str, str]]:
     """Return (subjects by name, why the others are missing)."""
     subjects = {}
     missing = {}
     for name in names:
         try:
-            subjects[name] = load(name)
+            subjects[name] = load_subject(name)
         except Exception as error:  # whatever a foreign package raises on import
             missing[name] = first_line(error)
     return subjects, missing

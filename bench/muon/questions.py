@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.muon.peers import Subject, load
+from bench.muon.peers import Subject, load_subject
 from bench.muon.processes import ChildFailed, NotPosed, Refused, Traffic, first_line, isolated, ranks
 from muon import COEFFICIENTS
 
@@ -305,7 +305,7 @@ def fp32_momentum(S):
 @question("5d", "takes a checkpoint of torch.optim.Muon")
 def from_torch(S):
     theirs = weights(SHAPES)
-    optimizer = load("torch.optim.Muon")(theirs)
+    optimizer = load_subject("torch.optim.Muon")(theirs)
     advance(optimizer, theirs, gradients(SHAPES, 3))
     params = [Parameter(p.detach().clone()) for p in theirs]
     mine = S(params)

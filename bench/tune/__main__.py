@@ -13,14 +13,14 @@ import sys
 
 from bench import trials
 from bench.measurement import Measurement
-from bench.tune import page, training
+from bench.tune import analysis, training
 from bench.tune.results import read
 from data.errors import run_program
 
 MEASUREMENT = Measurement(
     "tune", "Muon and AdamW with equal tuning", __doc__, "OUT",
-    {"run": training.run_search, "final": training.run_final, "reuse": training.run_reuse}, read, page.tables,
-    page.draw, trials.add_workers)
+    {"run": training.run_search, "final": training.run_final, "reuse": training.run_reuse}, read,
+    analysis.tables, analysis.draw, trials.add_workers)
 
 if __name__ == "__main__":
     sys.exit(run_program(MEASUREMENT.main, sys.argv[1:], "bench.tune"))

@@ -8,7 +8,7 @@ from bench.tune.search import OPTIMIZERS, Search, read_search
 from data.errors import UsageError
 
 
-class Results:
+class SearchResults:
     """What a folder holds of a search."""
 
     def __init__(self, folder: Path, search: Search):
@@ -78,7 +78,7 @@ class Results:
         return [row["loss"] for row in self.of("final") if row["group"] == group]
 
 
-def read(folder: Path) -> Results:
+def read(folder: Path) -> SearchResults:
     """Return what a folder holds of the committed search, which makes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Results(folder, read_search())
+    return SearchResults(folder, read_search())

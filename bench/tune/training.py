@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from bench import pictures, trials
-from bench.tune.results import Results, read
+from bench.tune.results import SearchResults, read
 from bench.tune.search import OPTIMIZERS
 from data.errors import RunError
 from data.files import ROOT, data_root
@@ -34,7 +34,7 @@ def run_search(options) -> None:
         results.rows += trials.run_all(jobs, trials.train, options.workers, results.path)
 
 
-def missing_jobs(results: Results, optimizer: str, rung: int) -> list[trials.Job]:
+def missing_jobs(results: SearchResults, optimizer: str, rung: int) -> list[trials.Job]:
     search = results.search
     steps = results.rungs(optimizer)[rung]
     done = results.losses(optimizer, steps)

@@ -10,7 +10,7 @@ from bench.airbench import GRID, LENGTHS, SEEDS, TARGET, TRIALS
 from bench.airbench import compared, epochs_to, finished, next_run, read_results, tuned
 from data.errors import UsageError
 from data.files import ROOT
-from examples.airbench import RATES
+from examples.convnet import RATES
 from tests.helpers.pictures import made_up
 
 COMMITTED = ROOT / "bench/results/2026-11-28_airbench/airbench.jsonl"
@@ -106,7 +106,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return dict(accuracy=accuracy, seconds=0.0)
 
-    for name, value in dict(load=lambda source: images, HELD_OUT=100, run_once=run_or_stop).items():
+    for name, value in dict(load_images=lambda source: images, HELD_OUT=100, run_once=run_or_stop).items():
         monkeypatch.setattr(airbench, name, value)
     monkeypatch.setattr(airbench.torch, "set_num_threads", lambda n: None)
     path = tmp_path / "new/out.jsonl"

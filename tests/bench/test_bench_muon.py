@@ -10,10 +10,10 @@ import torch
 import muon
 from bench.muon import speed
 from bench.muon.__main__ import MEASUREMENT
-from bench.muon.peers import SUBJECTS, Subject, load, load_all
+from bench.muon.markdown import tables
+from bench.muon.peers import SUBJECTS, Subject, load_subject, load_subjects
 from bench.muon.processes import ChildFailed, isolated, ranks
 from bench.muon.questions import GPT2_BLOCK, QUESTIONS, judge
-from bench.muon.tables import tables
 from muon import newton_schulz_flops, orthogonalize
 from data.errors import UsageError
 from data.files import ROOT
@@ -25,7 +25,7 @@ torch.set_num_threads(1)  # a pool of threads survives no fork
 
 @pytest.mark.parametrize("number", QUESTIONS, ids=lambda number: f"{number}, {QUESTIONS[number][0]}")
 def test_muon_passes(number):
-    assert judge(load("muon.py"), number, limit_s=600) == ("pass", "")
+    assert judge(load_subject("muon.py"), number, limit_s=600) == ("pass", "")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_the_verdict_follows_from_the_behaviour(fault, number, expected):
 
 
 def test_torch_refuses_a_convolution_by_a_sentence_that_is_kept():
-    outcome, why = judge(load("torch.optim.Muon"), "13a")
+    outcome, why = judge(load_subject("torch.optim.Muon"), "13a")
     assert outcome == "refused" and why.startswith("ValueError: Muon only supports 2D")
 
 
@@ -100,13 +100,14 @@ def test_counted_flops_are_those_of_the_formula(monkeypatch, gram):
     monkeypatch.setattr(muon, "gram_pays", lambda *args: gram)
     shapes = [(m // 16, n // 16) for m, n in GPT2_BLOCK]
     settings = dict(ns_dtype=torch.float32)
-    found = isolated(100, lambda: speed.costs(0, load("muon.py"), settings, shapes))
+    found = isolated(100, lambda: speed.costs(0, load_subject("muon.py"), settings, shapes))
     assert found["flops"] == sum(newton_schulz_flops(m, n, 5, gram, torch.float32) for m, n in shapes)
     assert found["sent"] == 0 and found["peak"] >= 0
 
 
 def test_traffic_and_balance_of_two_ranks_are_those_of_the_model():
-    rows = speed.worlds({"muon.py": load("muon.py")}, blocks=2, scale=32, limit_s=600, world_sizes=(1, 2))
+    subjects = {"muon.py": load_subject("muon.py")}
+    rows = speed.worlds(subjects, blocks=2, scale=32, limit_s=600, world_sizes=(1, 2))
     assert [row["world"] for row in rows] == [1, 2] * 3
     work = 2 * sum(newton_schulz_flops(m, n, 5, False, torch.float32) for m, n in GPT2_BLOCK)
     for row in rows:
@@ -136,7 +137,7 @@ print(resident_peak(hold))
 
 def test_accuracy_is_measured_against_fp64():
     settings = dict(ns_dtype=torch.float32, ns_coefficients="jordan")
-    found = isolated(100, speed.accuracy, load("muon.py"), settings, 16, 32)
+    found = isolated(100, speed.accuracy, load_subject("muon.py"), settings, 16, 32)
     assert found["error"] < 1e-4 and 0.1 < found["polar"] < 0.3 and 0.6 < found["low"] < found["high"] < 1.21
     assert list(found["by_size"]) == [-100, -33, 33, 100] and max(found["by_size"].values()) < 1e-5
 
@@ -147,7 +148,7 @@ def test_accuracy_is_measured_against_fp64():
 
 def test_what_is_missing_is_named_and_skipped(monkeypatch):
     monkeypatch.setitem(SUBJECTS, "heavyball", (SUBJECTS["heavyball"][0], "no_such_module"))
-    subjects, missing = load_all(["torch.optim.Muon", "heavyball"])
+    subjects, missing = load_subjects(["torch.optim.Muon", "heavyball"])
     assert list(subjects) == ["torch.optim.Muon"]
     assert missing == {"heavyball": "ModuleNotFoundError: No module named 'no_such_module'"}
 

@@ -10,7 +10,7 @@ import torch
 from bench import predict
 from bench.cross.costs import ACHIEVED, SHEET, Launch, Rates, by_part, milliseconds, step_ms
 from bench.cross.launches import alike, as_listed, together
-from bench.cross.page import launches, page
+from bench.cross.figures import launches, page
 from bench.cross.short import SHORT
 from bench.cross.trace import sent_bytes
 from tools.gpus import GPUS

@@ -79,7 +79,7 @@ def test_kernels_go_to_the_part_that_launched_them_or_by_their_names():
     assert step.busy_us([(5, 6), (1, 3), (2, 4)]) == 4
 
 
-def test_report_prints_parts_and_muons_share(tmp_path, monkeypatch):
+def test_the_page_shows_parts_and_muons_share(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "STEPS", 2)
     run = make_run(tmp_path, BARE, slices=1, stages=1, mtp_weights=(1.0,))
     monkeypatch.setattr(step, "Run", lambda cfg, rt: run)
@@ -89,7 +89,7 @@ def test_report_prints_parts_and_muons_share(tmp_path, monkeypatch):
         parts = {p["part"]: p for p in row["parts"]}
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["parts"][-1]["part"] == step.WALL
         assert 0 < parts["MLP"]["ms"] < parts[step.WALL]["ms"]
-    text = step.report(result)
+    text = step.page(result)
     lines = text.splitlines()
     assert sum(line.startswith("| 1 | MLP |") for line in lines) == 1
     assert {line.count("|") for line in lines if line.startswith("| 1 | ")} == {7, 9}

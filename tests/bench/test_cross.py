@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.cross.costs import by_part
-from bench.cross.page import launches, page
+from bench.cross.figures import launches, page
 from data.files import ROOT
 from tools import plan
 from tools.gpus import GPUS

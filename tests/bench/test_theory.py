@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import theory
-from bench.theory import BATCHES, EXACT, NEVER, Case, Quadratic, bound, follow
+from bench.theory import BATCHES, EXACT, NEVER, Case, Quadratic, bound, descend
 from data.files import ROOT
 
 RESULTS = ROOT / "bench/results/2026-11-28_theory/theory.json"
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def ratio(case: Case, seed: int = 0) -> float:
     problem = Quadratic(seed)
-    norms, _ = follow(problem, case)
+    norms, _ = descend(problem, case)
     return statistics.mean(norms) / bound(problem, case)
 
 
@@ -49,7 +49,7 @@ def test_decay_keeps_the_weights_in_their_ball():
     for iteration, limit in ((EXACT, 1 + SLACK), ("polar", 1.15)):
         problem = Quadratic(0)
         problem.minimum *= 200
-        _, largest = follow(problem, Case(steps=300, lr=0.05, beta=0.0, iteration=iteration), decay=0.5)
+        _, largest = descend(problem, Case(steps=300, lr=0.05, beta=0.0, iteration=iteration), decay=0.5)
         assert 0.99 < largest * 0.5 <= limit
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from bench import trials
 from bench.tune import __main__ as tune
-from bench.tune import page, results, training
+from bench.tune import analysis, results, training
 from bench.tune.search import OPTIMIZERS, QUANTITIES, read_search, value_at
 from data.errors import RunError, run_program
 from muon import ADJUST_LR
@@ -130,23 +130,24 @@ def test_trials_halve_diverged_ones_stay_behind_and_a_search_goes_on(tmp_path, s
 def test_the_expected_best_is_the_mean_over_all_draws():
     losses = [3.0, 1.0, 2.5, 7.0, 1.5]
     for k in range(1, 6):
-        assert page.expected_best(losses, k) == pytest.approx(np.mean([*map(min, combinations(losses, k))]))
+        exact = np.mean([*map(min, combinations(losses, k))])
+        assert analysis.expected_best(losses, k) == pytest.approx(exact)
 
 
 def test_the_ratio_is_read_off_a_line_in_logarithms_and_never_beyond_it():
-    assert page.steps_ratio(1.6, (440, 880), (1.7, 1.5)) == pytest.approx(2 ** 0.5)
-    assert page.steps_ratio(1.5, (440, 880), (1.7, 1.5)) == pytest.approx(2)
-    assert page.steps_ratio(1.7, (440, 880), (1.7, 1.5)) == pytest.approx(1)
-    assert page.steps_ratio(1.49, (440, 880), (1.7, 1.5)) == math.inf
-    assert page.steps_ratio(1.71, (440, 880), (1.7, 1.5)) == 0
-    assert page.shown_ratio(math.inf, 2) == "more than 2.00"
+    assert analysis.steps_ratio(1.6, (440, 880), (1.7, 1.5)) == pytest.approx(2 ** 0.5)
+    assert analysis.steps_ratio(1.5, (440, 880), (1.7, 1.5)) == pytest.approx(2)
+    assert analysis.steps_ratio(1.7, (440, 880), (1.7, 1.5)) == pytest.approx(1)
+    assert analysis.steps_ratio(1.49, (440, 880), (1.7, 1.5)) == math.inf
+    assert analysis.steps_ratio(1.71, (440, 880), (1.7, 1.5)) == 0
+    assert analysis.shown_ratio(math.inf, 2) == "more than 2.00"
 
 
 def test_rank_correlation_counts_what_both_rungs_have():
     before = {0: 1.0, 1: 2.0, 2: 3.0, 3: math.nan, 4: 4.0}
-    assert page.rank_correlation(before, {0: 5.0, 1: 6.0, 2: 7.0, 3: 1.0}) == pytest.approx(1)
-    assert page.rank_correlation(before, {0: 7.0, 1: 6.0, 2: 5.0}) == pytest.approx(-1)
-    assert math.isnan(page.rank_correlation(before, {0: 5.0, 1: 6.0}))
+    assert analysis.rank_correlation(before, {0: 5.0, 1: 6.0, 2: 7.0, 3: 1.0}) == pytest.approx(1)
+    assert analysis.rank_correlation(before, {0: 7.0, 1: 6.0, 2: 5.0}) == pytest.approx(-1)
+    assert math.isnan(analysis.rank_correlation(before, {0: 5.0, 1: 6.0}))
 
 
 def test_the_tables_of_a_whole_search(tmp_path, monkeypatch, small):
@@ -154,7 +155,7 @@ def test_the_tables_of_a_whole_search(tmp_path, monkeypatch, small):
     monkeypatch.setattr(training, "REUSE_SEEDS", 3)
     monkeypatch.setattr(training, "train_with_log", lambda settings, seed, steps, folder:
                         (1.5 + 10 / steps - 0.2 * ("muon" in folder.name) + 0.001 * (seed % 3), 0.1 * steps))
-    monkeypatch.setattr(page, "compare", SimpleNamespace(examine=lambda args: SimpleNamespace(
+    monkeypatch.setattr(analysis, "compare", SimpleNamespace(examine=lambda args: SimpleNamespace(
         summary=SimpleNamespace(titles=["group"], rows=[[path] for path in args.paths]), against=[])))
     out = tmp_path / "out"
     for verb in ("run", "final", "reuse"):
@@ -162,7 +163,7 @@ def test_the_tables_of_a_whole_search(tmp_path, monkeypatch, small):
         rows = len(results.read(out).rows)
         tune.MEASUREMENT.main([verb, str(out)])
         assert len(results.read(out).rows) == rows  # nothing was left to do
-    text = page.tables(results.read(out))
+    text = analysis.tables(results.read(out))
     assert "| Muon | 10 | 8 of 8 | 2 | 2.5000 | 2.5300 |  |" in text
     assert "| AdamW | 80 | 2 of 2 | 0 | 1.6250 | 1.6300 | nan |" in text
     # AdamW ends at 1.75, a fifth of the way from Muon's 1.8 at 20 steps to 1.55 at 40; 1.55 is beyond 1.625.
@@ -180,10 +181,10 @@ def test_winners_of_half_and_twice_the_length_lie_around_the_other_optimizer(tmp
     for group, losses in {"muon_40": (1.60, 1.62), "muon_20": (1.80, 1.82), "adamw_40": (1.70, 1.72)}.items():
         for seed, loss in enumerate(losses):
             found.rows.append(dict(kind="final", group=group, seed=seed, steps=40, loss=loss, seconds=4.0))
-    ratio, low, high, *lengths = page.ratio_interval(found, "adamw", "muon")
+    ratio, low, high, *lengths = analysis.ratio_interval(found, "adamw", "muon")
     assert (ratio, lengths) == (pytest.approx(2**0.5), [20, 40]) and low < ratio < high
-    assert page.ratio_interval(found, "muon", "adamw") is None  # no seeds at 80 steps
-    assert "AdamW needs 1.41 times as many" in page.ratio_text(found)
+    assert analysis.ratio_interval(found, "muon", "adamw") is None  # no seeds at 80 steps
+    assert "AdamW needs 1.41 times as many" in analysis.ratio_text(found)
     found.rows = [row for row in found.rows if row["steps"] != 80]  # the longest are not there yet
     assert [*found.winners()] == ["muon_40", "adamw_40", "muon_20"]
 

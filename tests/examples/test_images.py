@@ -11,7 +11,7 @@ import pytest
 from data.errors import UsageError
 from data.fetch import FetchError, fetch_url
 from examples import images
-from examples.images import DEBIAN, FASHION, load, read_cifar
+from examples.images import DEBIAN, FASHION, load_images, read_cifar
 from tests.helpers.pictures import cifar_archive, cifar_records, idx, patterns, write_mnist
 
 IMAGES, LABELS, *_ = FASHION
@@ -34,7 +34,7 @@ def served(tmp_path_factory):
 
 def test_files_as_mnists_are_read_as_they_were_written(tmp_path):
     pixels, labels = patterns(300, 0)
-    found = load(str(write_mnist(tmp_path)))
+    found = load_images(str(write_mnist(tmp_path)))
     assert found.train.images.shape == (300, 1, 28, 28) and len(found.test.labels) == 100
     assert (found.train.images[:, 0].numpy() == pixels).all() and (found.train.labels.numpy() == labels).all()
 
@@ -66,15 +66,15 @@ GOOD = idx(patterns(300, 0)[0])
 def test_a_damaged_file_is_refused_in_a_sentence(tmp_path, name, content, message):
     (write_mnist(tmp_path) / name).write_bytes(content)
     with pytest.raises(UsageError, match="expected .*found .*; ") as error:
-        load(str(tmp_path))
+        load_images(str(tmp_path))
     assert message in str(error.value) and name in str(error.value)
 
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UsageError, match="expected fashion, cifar10 or a folder, found 'fasion'"):
-        load("fasion")
+        load_images("fasion")
     with pytest.raises(UsageError, match=IMAGES):
-        load(str(tmp_path))
+        load_images(str(tmp_path))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -122,13 +122,13 @@ def test_without_network_the_package_of_debian_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(images, "FASHION_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     with pytest.raises(UsageError, match="install Debian's package dataset-fashion-mnist"):
-        load("fashion")
+        load_images("fashion")
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_the_package_of_debian_holds_fashion_mnist():
     for name, sha256 in FASHION.items():
         assert hashlib.sha256((DEBIAN / name).read_bytes()).hexdigest() == sha256
-    train, test = load("fashion")
+    train, test = load_images("fashion")
     assert train.images.shape == (60_000, 1, 28, 28) and test.images.shape == (10_000, 1, 28, 28)
     assert train.labels.bincount().tolist() == [6000] * 10

@@ -1,7 +1,6 @@
 """The command line: a manual, help of each verb, each example as it stands, exit codes, errors that
 fit in one sentence."""
 import argparse
-import importlib
 import shlex
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 from tests.helpers.committed import ADAMW, MUON, TRACK
 
 from data.files import ROOT
-from records.__main__ import VERBS, guarded
+from records.__main__ import VERBS, guarded, module_of
 
 ALL = [verb for verbs in VERBS.values() for verb in verbs]
 
@@ -20,7 +19,7 @@ def test_the_manual_lists_every_verb_and_exit_code(capsys):
     assert guarded(["--help"]) == 0
     out = capsys.readouterr().out
     for verb in ALL:
-        module = importlib.import_module(f"records.{verb}")
+        module = module_of(verb)
         assert f"\n  {verb:<10} {module.HELP}\n" in out and "\n" not in module.HELP
     assert all(f"\n  {code}  " in out for code in (0, 1, 2))
     assert guarded([]) == 2 and capsys.readouterr().out == out
@@ -29,7 +28,7 @@ def test_the_manual_lists_every_verb_and_exit_code(capsys):
 @pytest.mark.parametrize("verb", ALL)
 def test_the_help_of_a_verb_explains_it_and_every_argument(verb, capsys):
     """It tells what the verb does, every argument with a meaning, and an example."""
-    module = importlib.import_module(f"records.{verb}")
+    module = module_of(verb)
     with pytest.raises(SystemExit) as end:
         guarded([verb, "--help"])
     out = capsys.readouterr().out
@@ -64,7 +63,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("verb", ALL)
 def test_the_example_of_a_verb_works_as_it_stands(verb, folder, records, monkeypatch):
     monkeypatch.chdir(folder)
-    python, dash_m, package, *arguments = shlex.split(importlib.import_module(f"records.{verb}").EXAMPLE)
+    python, dash_m, package, *arguments = shlex.split(module_of(verb).EXAMPLE)
     assert (python, dash_m, package) == ("python", "-m", "records")
     code, out, err = records(*arguments)
     assert out and (code, err) == (0, "")

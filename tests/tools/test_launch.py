@@ -308,7 +308,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("program", [
     "train_gpt.py", "-m tools.sample", "-m bench.step", "-m bench.ablate", "-m bench.theory",
-    *(f"examples/{name}.py" for name in ("airbench", "kimi", "train_simple"))])
+    *(f"examples/{name}.py" for name in ("convnet", "kimi", "train_simple"))])
 def test_idle_threads_of_every_program_that_trains_soon_sleep(program, tmp_path):
     """Torch's library of threads looks at the variable when it is loaded."""
     (tmp_path / "torch.py").write_text(

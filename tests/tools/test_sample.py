@@ -48,7 +48,7 @@ def test_the_same_seed_draws_the_same_text(finished, capsys):
 def test_log_probabilities_are_those_of_the_validation_after_that_step(finished, which, final):
     """The mean of the log probabilities that sampling sees, over a document, is the loss that evaluation
     computes there: with the window and the tying of that step."""
-    model, step = sample.load(str(finished.checkpoints[which]), torch.device("cpu"))
+    model, step = sample.load_model(str(finished.checkpoints[which]), torch.device("cpu"))
     cfg = model.cfg
     tokens = [BOS, *(97 + (3 * i * i + i) % 26 for i in range(60))]  # longer than the window
     log_probs = next_log_probs(model, step)

@@ -8,7 +8,7 @@ import torch
 from engine import head_loss
 from engine.head_loss import multi_token_loss, sampled_head_loss, sampled_loss, softcap
 from engine.sampled_softmax import Sample, draw_sample, sampled_loss_and_gradient
-from engine.tables import Lookup
+from engine.lookup import Lookup
 from muon import ONEDNN
 from tests.helpers.bits import same_bits
 from tests.helpers.dist import run_ranks

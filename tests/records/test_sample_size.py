@@ -1,4 +1,4 @@
-"""records.plan against published figures, against scipy's normal approximation, and by hand."""
+"""`records plan` against published figures, against scipy's normal approximation, and by hand."""
 import math
 import re
 

@@ -1,9 +1,9 @@
-"""engine/tables.py against F.embedding, and engine/transpose.py against x.t()."""
+"""engine/lookup.py against F.embedding, and engine/transpose.py against x.t()."""
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.tables import Lookup
+from engine.lookup import Lookup
 from engine.transpose import transposed
 from tests.helpers.triton import interpret
 

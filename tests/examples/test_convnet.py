@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from data.errors import UsageError
-from examples import airbench
-from examples.airbench import AirbenchRun, AirbenchSettings
-from examples.airbench import fix_norms, normalized, run_once, whitening_filters
-from examples.images import DEBIAN, ImageSet, Labelled, load
+from examples import convnet
+from examples.convnet import AirbenchRun, AirbenchSettings
+from examples.convnet import fix_norms, run_once, standardized, whitening_filters
+from examples.images import DEBIAN, ImageSet, Labelled, load_images
 from muon import Muon, orthogonalize
 from tests.helpers.pictures import made_up, patterns, write_mnist
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return normalized(made_up(tmp_path_factory.mktemp("pictures")))
+    return standardized(made_up(tmp_path_factory.mktemp("pictures")))
 
 
 def settings(**changes) -> AirbenchSettings:
@@ -27,13 +27,13 @@ def settings(**changes) -> AirbenchSettings:
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
 def test_each_optimizer_learns_ten_patterns_and_the_program_says_so(tmp_path, capsys, optimizer):
-    airbench.main([f"--data={write_mnist(tmp_path)}", "--batch_size=50", "--seeds=2", "--epochs=2",
+    convnet.main([f"--data={write_mnist(tmp_path)}", "--batch_size=50", "--seeds=2", "--epochs=2",
                    f"--optimizer={optimizer}"])
     out = capsys.readouterr().out
     seeds = re.findall(rf"^{optimizer}, seed [01]: (\d+\.\d\d) % after 2 epochs, \d+\.\d s$", out, re.M)
     assert len(seeds) == 2 and min(map(float, seeds)) > 50  # 10 is guessing
     assert re.search(rf"^{optimizer}: \d+\.\d\d ± \d+\.\d\d % \(n = 2\)$", out, re.M)
-    airbench.main([f"--data={tmp_path}", "--batch_size=50", "--seeds=1", "--optimizer=sgd", "--lr=1e30"])
+    convnet.main([f"--data={tmp_path}", "--batch_size=50", "--seeds=1", "--optimizer=sgd", "--lr=1e30"])
     assert capsys.readouterr().out.endswith("sgd: 0.00 % (n = 1)\n")  # a divergence is a result
 
 
@@ -127,7 +127,7 @@ def test_six_views_are_weighed_as_upstream(pictures):
 def test_bad_input_is_a_sentence(tmp_path, flags, message):
     data = [] if flags[0].startswith("--data") else [f"--data={write_mnist(tmp_path)}"]
     with pytest.raises(UsageError, match="(?s)expected .*found .*") as error:
-        airbench.main([*data, *flags])
+        convnet.main([*data, *flags])
     assert message in str(error.value)
 
 
@@ -135,15 +135,15 @@ def test_images_that_three_halvings_would_leave_empty_are_refused():
     pixels, labels = patterns(60, 0, size=8)
     tiny = Labelled(torch.tensor(pixels)[:, None], torch.tensor(labels).long())
     with pytest.raises(UsageError, match="expected images of 9 x 9 pixels or more, found 8 x 8"):
-        normalized(ImageSet(tiny, tiny))
+        standardized(ImageSet(tiny, tiny))
     pixels, labels = patterns(60, 0, size=9)
     small = Labelled(torch.tensor(pixels)[:, None], torch.tensor(labels).long())
-    assert 0 <= run_once(settings(epochs=1.0), normalized(ImageSet(small, small)), 0)["accuracy"] <= 1
+    assert 0 <= run_once(settings(epochs=1.0), standardized(ImageSet(small, small)), 0)["accuracy"] <= 1
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_muon_reads_clothes(monkeypatch):
-    images = load("fashion")
+    images = load_images("fashion")
     part = images._replace(test=type(images.test)(*(each[:2000] for each in images.test)))
-    result = run_once(AirbenchSettings(epochs=0.25), normalized(part), 0)
+    result = run_once(AirbenchSettings(epochs=0.25), standardized(part), 0)
     assert result["accuracy"] > 0.8, result

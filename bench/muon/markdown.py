@@ -9,7 +9,7 @@ def number(x: float | None, digits: int = 3) -> str:
     return "-" if x is None else f"{x:.{digits}g}"
 
 
-def spread(seconds: list[float] | None) -> str:
+def median_and_range(seconds: list[float] | None) -> str:
     """Return median, least and most in milliseconds."""
     if not seconds:
         return "-"
@@ -23,7 +23,7 @@ def reasons(rows: list[dict], *keys: str) -> str:
     return "\n".join(f"- {', '.join(str(row[key]) for key in keys)}: {row['why']}" for row in failed)
 
 
-def names(rows: list[dict], key: str) -> list:
+def distinct(rows: list[dict], key: str) -> list:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
@@ -38,7 +38,7 @@ def summary(result: dict) -> str:
     timed, costs, digits = (by_subject(rows[part]) for part in ("times", "costs", "accuracy"))
     theirs = timed.get("torch.optim.Muon", {}).get("seconds")
     lines = []
-    for name in names([row for part in rows.values() for row in part], "subject"):
+    for name in distinct([row for part in rows.values() for row in part], "subject"):
         seconds = timed.get(name, {}).get("seconds")
         cost = costs.get(name, {})
         gflop = cost["flops"] / 1e9 if "flops" in cost else None
@@ -46,7 +46,7 @@ def summary(result: dict) -> str:
         verdicts = [row["outcome"] for row in rows["questions"] if row["subject"] == name]
         posed = len(verdicts) - verdicts.count("-")
         lines.append([
-            name, spread(seconds), len(seconds or ()), number(ratio), number(gflop, 4),
+            name, median_and_range(seconds), len(seconds or ()), number(ratio), number(gflop, 4),
             number(cost.get("kept")), number(cost.get("peak")), number(digits.get(name, {}).get("error"), 2),
             f"{verdicts.count('pass')} of {posed}" if verdicts else "-"])
     first = rows["times"][0]["shapes"] if rows["times"] else "nothing yet"
@@ -58,13 +58,13 @@ def summary(result: dict) -> str:
 
 
 def times_table(rows: list[dict]) -> str:
-    columns = names(rows, "shapes")
+    columns = distinct(rows, "shapes")
     cells = {}
     for row in rows:
         refused = "refused" if row.get("why", "").startswith("Refused") else "fails"
-        cells[row["subject"], row["shapes"]] = spread(row["seconds"]) if row["seconds"] else refused
+        cells[row["subject"], row["shapes"]] = median_and_range(row["seconds"]) if row["seconds"] else refused
     lines = []
-    for name in names(rows, "subject"):
+    for name in distinct(rows, "subject"):
         lines.append([name, *(cells.get((name, shapes), "-") for shapes in columns)])
     header = ["ms/step, median (min-max)", *columns]
     return f"{grid(header, lines)}\n\n{reasons(rows, 'subject', 'shapes')}"
@@ -100,10 +100,10 @@ def accuracy_table(rows: list[dict]) -> str:
 
 
 def questions_table(rows: list[dict]) -> str:
-    subjects = names(rows, "subject")
+    subjects = distinct(rows, "subject")
     cells = {(row["number"], row["subject"]): row["outcome"].replace("fail", "**fail**") for row in rows}
     lines = []
-    for key in names(rows, "number"):
+    for key in distinct(rows, "number"):
         lines.append([key, QUESTIONS[key][0], *(cells[key, subject] for subject in subjects)])
     failed = [row for row in rows if row["outcome"] != "-"]
     return f"{grid(['', 'question', *subjects], lines)}\n\n{reasons(failed, 'number', 'subject')}"

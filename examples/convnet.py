@@ -1,8 +1,8 @@
 """Muon, SGD or AdamW for the filters of a small convolutional network: the airbench of CIFAR-10.
 
-    python examples/airbench.py                                     Fashion-MNIST, a minute on one CPU core
-    python examples/airbench.py --optimizer=sgd --epochs=1.5        one of the others, trained longer
-    python examples/airbench.py --data=cifar10 --width=full --batch_size=2000 --epochs=8 --shift=2 \\
+    python examples/convnet.py                                      Fashion-MNIST, a minute on one CPU core
+    python examples/convnet.py --optimizer=sgd --epochs=1.5         one of the others, trained longer
+    python examples/convnet.py --data=cifar10 --width=full --batch_size=2000 --epochs=8 --shift=2 \\
         --lr=0.24 --momentum=0.6 --head_lr=0.67 --views=6           as airbench94_muon.py, meant for a GPU
 
 Muon is used here as in a project of your own: the file is imported, the filters go to it, all else to another
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from data.errors import UsageError, run_program
 from engine.settings import POSITIVE, SEED, ZERO_OR_MORE, Rule, between, one_of, setting
 from engine.settings import check_rules, parse_settings
-from examples.images import CLASSES, ImageSet, Labelled, load
+from examples.images import CLASSES, ImageSet, Labelled, load_images
 from muon import Muon
 
 WIDTHS = {"small": (16, 48, 64), "full": (64, 256, 256)}  # channels of the three groups
@@ -201,7 +201,7 @@ def device_of(name: str) -> torch.device:
                          f"({found}); choose another") from None
 
 
-def normalized(images: ImageSet, device: str = "") -> ImageSet:
+def standardized(images: ImageSet, device: str = "") -> ImageSet:
     """Return the images with mean 0 and variance 1 in the training set, on the device (default: a GPU where
     there is one), in bf16 with channels last: together six times as fast on a CPU as plain fp32."""
     place = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -224,7 +224,7 @@ class AirbenchRun:
     """One training and its test."""
 
     def __init__(self, cfg: AirbenchSettings, images: ImageSet, seed: int):
-        """images: as `normalized` returns them."""
+        """images: as `standardized` returns them."""
         self.cfg = cfg
         self.train_set, self.test_set = images
         self.device = self.train_set.images.device
@@ -319,7 +319,7 @@ def run_once(cfg: AirbenchSettings, images: ImageSet, seed: int) -> dict:
 def main(argv: list[str]) -> None:
     _, changes = parse_settings(AirbenchSettings, argv, __doc__, {})
     cfg = AirbenchSettings(**changes)
-    images = normalized(load(cfg.data), cfg.device)
+    images = standardized(load_images(cfg.data), cfg.device)
     accuracies = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         result = run_once(cfg, images, seed)
@@ -331,4 +331,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:], "airbench.py"))
+    sys.exit(run_program(main, sys.argv[1:], "convnet.py"))

@@ -12,7 +12,7 @@ from bench import trials
 from bench.page import OPTIMIZER_NAMES as NAMES
 from bench.page import grid
 from bench.pictures import Theme, finish, two_plots
-from bench.tune.results import Results
+from bench.tune.results import SearchResults
 from bench.tune.search import OPTIMIZERS, QUANTITIES, TRACK
 from bench.tune.training import FACTORS
 from data.errors import UsageError
@@ -35,14 +35,14 @@ def expected_best(losses, k: int) -> float:
     return float(np.dot(ranked, chances))
 
 
-def band(losses, k: int) -> tuple[float, float]:
+def best_interval(losses, k: int) -> tuple[float, float]:
     """Return an interval of 95 % of that expectation, by a bootstrap over the trials."""
     rng = np.random.default_rng(0)
     found = [expected_best(rng.choice(losses, len(losses)), k) for _ in range(DRAWS)]
     return tuple(np.percentile(found, (2.5, 97.5)))
 
 
-def first_rung(results: Results, optimizer: str) -> list[float]:
+def first_rung(results: SearchResults, optimizer: str) -> list[float]:
     """Return the losses of all trials after the first rung, diverged ones as the loss of a guess."""
     found = results.losses(optimizer, results.search.rungs[0]).values()
     return [min(loss, WORST) if math.isfinite(loss) else WORST for loss in found]
@@ -73,7 +73,7 @@ def steps_ratio(target: float, steps: tuple[int, int], losses: tuple[float, floa
     return trials.crossing(1, short, steps[1] / steps[0], long, target)
 
 
-def ratio_interval(results: Results, fixed: str, moving: str) -> tuple | None:
+def ratio_interval(results: SearchResults, fixed: str, moving: str) -> tuple | None:
     """Return AdamW's steps over Muon's to the loss of the last rung's winner of `fixed`, the ends of its 95 %
     interval by a bootstrap over the fresh seeds, and the two lengths of `moving` around that loss."""
     lengths = results.lengths(moving)
@@ -98,7 +98,7 @@ def ratio_interval(results: Results, fixed: str, moving: str) -> tuple | None:
 # The page
 
 
-def rung_table(results: Results) -> str:
+def rung_table(results: SearchResults) -> str:
     lines = []
     for optimizer in OPTIMIZERS:
         before = None
@@ -118,7 +118,7 @@ def rung_table(results: Results) -> str:
                  "rank correlation with the rung before"], lines)
 
 
-def winners_table(results: Results) -> str:
+def winners_table(results: SearchResults) -> str:
     """Return the searched quantities of the winners beside their ranges, as far as there are winners."""
     found = {}
     for optimizer, steps, trial in results.winners().values():
@@ -141,20 +141,20 @@ def range_of(rule: dict) -> str:
     return f"{low:g} to {high:g}" + (f", or 0 ({rule['zero']:.0%})" if rule.get("zero") else "")
 
 
-def best_table(results: Results) -> str:
+def best_table(results: SearchResults) -> str:
     sizes = [k for k in (1, 2, 4, 8, 16, 32) if k <= results.search.trials]
     lines = []
     for optimizer in OPTIMIZERS:
         losses = first_rung(results, optimizer)
         cells = []
         for k in (k for k in sizes if k <= len(losses)):
-            low, high = band(losses, k)
+            low, high = best_interval(losses, k)
             cells.append(f"{expected_best(losses, k):.3f} ({low:.3f} to {high:.3f})")
         lines.append([f"{NAMES[optimizer]}, {len(losses)} trials", *cells, *[""] * (len(sizes) - len(cells))])
     return grid(["best after so many trials", *sizes], lines)
 
 
-def final_text(results: Results) -> str:
+def final_text(results: SearchResults) -> str:
     """Return what `records compare` says of the fresh seeds, and the ratio of steps and of time."""
     folders = [str(results.folder / group) for group in results.winners() if results.final_losses(group)]
     if len(folders) < 2:
@@ -169,7 +169,7 @@ def final_text(results: Results) -> str:
     return "\n\n".join([*parts, ratio_text(results)])
 
 
-def ratio_text(results: Results) -> str:
+def ratio_text(results: SearchResults) -> str:
     """Say how many times as many steps AdamW needs, at the losses where each of both ends."""
     last = results.search.rungs[-1]
     lines = []
@@ -186,7 +186,7 @@ def ratio_text(results: Results) -> str:
             "the steps between them.")
     if not lines:
         return "The ratio of steps needs two fresh seeds or more of each winner."
-    speed = statistics.mean(step_ms(results, "adamw")) / statistics.mean(step_ms(results, "muon"))
+    speed = statistics.mean(ms_per_step(results, "adamw")) / statistics.mean(ms_per_step(results, "muon"))
     return "\n".join([*lines, f"- A step of AdamW took {speed:.3f} of the time of one of Muon."])
 
 
@@ -197,13 +197,13 @@ def shown_ratio(ratio: float, largest: float) -> str:
     return f"{ratio:.2f}" if math.isfinite(ratio) else f"more than {largest:.2f}"
 
 
-def step_ms(results: Results, optimizer: str) -> list[float]:
+def ms_per_step(results: SearchResults, optimizer: str) -> list[float]:
     """Return the mean milliseconds of a step of each fresh seed of this optimizer."""
     return [1000 * row["seconds"] / row["steps"] for row in results.of("final")
             if row["group"].startswith(optimizer)]
 
 
-def reuse_table(results: Results) -> str:
+def reuse_table(results: SearchResults) -> str:
     rows = results.of("reuse")
     if not rows:
         return "Not run yet: `python -m bench.tune reuse`."
@@ -215,7 +215,7 @@ def reuse_table(results: Results) -> str:
     return grid(["rate, in units of AdamW's winner", "n", "final losses", "mean"], lines)
 
 
-def tables(results: Results) -> str:
+def tables(results: SearchResults) -> str:
     """Return the tables. Raises UsageError where an optimizer has no trials."""
     rungs = results.search.rungs
     if not all(results.losses(optimizer, rungs[0]) for optimizer in OPTIMIZERS):
@@ -233,7 +233,7 @@ def tables(results: Results) -> str:
 # The picture
 
 
-def draw(results: Results, theme: Theme, figure: Figure) -> None:
+def draw(results: SearchResults, theme: Theme, figure: Figure) -> None:
     """Left, the expected best of k trials after the first rung; right, the losses of every rung."""
     first = results.search.rungs[0]
     titles = "expected best loss of k trials", "losses of all rungs"
@@ -250,12 +250,12 @@ def draw(results: Results, theme: Theme, figure: Figure) -> None:
 
 def draw_best(axes: Axes, color: str, name: str, losses: list[float]) -> None:
     sizes = range(1, len(losses) + 1)
-    bands = [band(losses, k) for k in sizes]
+    bands = [best_interval(losses, k) for k in sizes]
     axes.fill_between(sizes, *zip(*bands), color=color, alpha=0.22, linewidth=0)
     axes.plot(sizes, [expected_best(losses, k) for k in sizes], color=color, linewidth=3, label=name)
 
 
-def draw_rungs(axes: Axes, color: str, name: str, results: Results, optimizer: str) -> None:
+def draw_rungs(axes: Axes, color: str, name: str, results: SearchResults, optimizer: str) -> None:
     points = [(steps, loss) for steps in results.rungs(optimizer)
               for loss in results.losses(optimizer, steps).values() if math.isfinite(loss)]
     best = {steps: min(loss for at, loss in points if at == steps) for steps, _ in points}
