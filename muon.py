@@ -44,7 +44,7 @@ from torch import Tensor
 
 
 def refusal(expected: str, found, remedy: str, where: str = "", error: type = ValueError) -> Exception:
-    """The sentence that an error says, to be raised by the caller."""
+    """Return an error with its sentence, for the caller to raise."""
     return error(f"Muon: {where + ': ' if where else ''}expected {expected}, found {found}; {remedy}")
 
 
@@ -102,8 +102,9 @@ WITHOUT_BF16_UNITS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX51
 
 
 def has_bf16_units() -> bool:
-    """Whether bf16 matrices are multiplied in hardware here: Intel AMX or AVX-512 BF16, and a oneDNN that may
-    use it. Without, a product in bf16 takes 3 times as long as in fp32, on AVX2 alone 12 times."""
+    """Return whether this processor multiplies bf16 matrices in hardware (Intel AMX or AVX-512 BF16) and
+    oneDNN may use it. Otherwise a product in bf16 takes 3 times as long as in fp32, with AVX2 alone 12
+    times."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
     if not torch.backends.mkldnn.is_available() or limit.upper() in WITHOUT_BF16_UNITS:
         return False
@@ -117,10 +118,10 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
 
 
 def gram_pays(m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether to iterate on the Gram matrix: on a CPU core 1.1 times as fast at an aspect of 2, and at 4 1.55
-    times in fp32, 1.25 in bf16. In bf16 the result is then off by 1 to 5 % instead of 1 to 2 %, in small
-    matrices and those of rank 1 by 20 %: so not for small ones, nor on other devices, where it is not
-    measured."""
+    """Return whether to iterate on the Gram matrix. On a CPU core that is 1.1 times as fast for matrices
+    twice as long as wide; four times as long, 1.55 times in fp32 and 1.25 times in bf16. In bf16 it raises
+    the error of the result from 1 to 2 % to 1 to 5 %, and to 20 % in small matrices and those of rank 1. So
+    small ones do without, and so do other devices, on which nobody has measured it."""
     fine = dtype != torch.bfloat16 or device.type == "cpu" and min(m, n) >= 256
     return fine and max(m, n) >= 2 * min(m, n)
 
@@ -154,21 +155,22 @@ BLOCK_ROWS = 256  # of a symmetric product of large matrices: fewer save more, b
 
 
 def on_a_cpu(x: Tensor) -> bool:
-    """Whether Python may look at values of x, which costs no wait there, and work on it in place."""
+    """Return whether x lies on a CPU, where Python can look at its values without waiting, and may be changed
+    in place."""
     return type(x) is Tensor and x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
 
 
 def raise_mmap_threshold() -> None:
-    """Let glibc keep what a step frees, up to 64 MB, as it does once a program has freed anything of 31 MB:
-    see M_MMAP_THRESHOLD in mallopt(3). Else the next step meets each page as a new one, which takes a third
-    of its time for matrices of 128 to 256 rows."""
+    """Let glibc keep up to 64 MB of what a step frees, as it does in a program that has once freed 31 MB in
+    one piece: see M_MMAP_THRESHOLD in mallopt(3). Otherwise the next step gets every page anew, which takes a
+    third of its time for matrices of 128 to 256 rows."""
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")  # never touched, so that it costs nothing
 
 
 def one_by_one(X: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether wide matrices are iterated one at a time, by the products below: as measured on one and two
-    cores, it pays for large ones, in bf16 later than in fp32, and in fp32 where oneDNN is there and a call
-    is worth its 10 us."""
+    """Return whether to iterate wide matrices one at a time, by the products below. Measured on one and two
+    cores, that pays for large ones, in bf16 later than in fp32; in fp32 also for smaller ones where oneDNN is
+    there and a call is worth its 10 us."""
     dtype = dtype or X.dtype
     if dtype not in (torch.float32, torch.bfloat16) or not on_a_cpu(X):
         return False
@@ -397,16 +399,16 @@ def cut(bank: Tensor, blocks: Sequence[int], n: int = 0) -> Sequence[Tensor]:
 
 @dataclass(eq=False)
 class Stack:
-    """Matrices (B, m, n) of one parameter that have one owner and are computed together. All is as it was
-    laid out: state that is there must still be found when the parameter has changed."""
+    """Matrices (B, m, n) of one parameter that have one owner and are computed together. All fields stay as
+    they were at the layout, so that the state of a parameter is still found after it has changed."""
     param: Tensor
     group: dict             # its settings
     whole: Sequence[int]    # shape of the parameter
     bank: Sequence[int]     # the same as (matrices, all rows, columns ...)
     flatten: bool | None
     blocks: Sequence[int]   # rows of the blocks of a matrix
-    number: int             # of the stack in what `cut` returns
-    start: int              # first matrix in that
+    number: int             # place of the stack in what `cut` returns
+    start: int              # its first matrix there
     stop: int               # the one after its last
     m: int
     n: int
@@ -481,7 +483,7 @@ class Placement(NamedTuple):
 
     @property
     def efficiency(self) -> float:
-        """Mean load over the busiest rank's: 1 is perfect balance."""
+        """Return the mean load over that of the busiest rank: 1 is perfect balance."""
         mean = sum(self.loads) / len(self.loads)
         return mean / max(self.loads) if mean else 1.0
 
@@ -602,7 +604,7 @@ def world_and_rank(group) -> tuple[int, int]:
 
 
 def of_all_ranks(fact, group) -> list:
-    """Return what each rank says."""
+    """Return this fact of all ranks, in their order."""
     found = [fact] * world_and_rank(group)[0]
     if len(found) > 1:
         dist.all_gather_object(found, fact, group=group)
@@ -610,7 +612,8 @@ def of_all_ranks(fact, group) -> list:
 
 
 def expect_agreement(found: list[list[str]]) -> None:
-    """Ranks that disagree would hang or mix up their matrices: raise on all, naming the first difference."""
+    """Raise on all ranks, naming the first difference, if they disagree: they would hang or mix up their
+    matrices."""
     for rank, theirs in enumerate(found):
         for a, b in zip_longest(found[0], theirs, fillvalue="nothing"):
             if a != b:
@@ -642,7 +645,7 @@ class Bucket:
         self.world_size = len(stacks)
         self.divided = self.world_size > 1 and not optimizer.replicate_state  # owners alone keep the state
         self.dtype = dtype  # of the iteration
-        self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # of updates as ranks receive them
+        self.wire = dtype if dtype == torch.float32 else torch.bfloat16  # dtype in which updates travel
         self.pending = self.sent = None
         self.stacks = stacks
         self.num_matrices = sum(len(stack) for mine in stacks for stack in mine)
@@ -658,7 +661,7 @@ class Bucket:
 
     @staticmethod
     def stackable(stack: Stack) -> bool:
-        """Whether its matrices may be computed together."""
+        """Return whether the matrices of a stack may be computed together."""
         return True
 
     def key(self, stack: Stack, name: str) -> str | tuple[str, int, int]:
@@ -696,7 +699,7 @@ class Bucket:
         return stack.of(self.local(stack.param))
 
     def start(self) -> None:
-        """With sync_grads: launch the sum of the gradients over ranks; each owner receives its own part."""
+        """Launch the sum of the gradients over ranks, with sync_grads; each owner receives its own part."""
         if self.world_size == 1 or not self.optimizer.sync_grads or self.pending is not None:
             return
         size = self.world_size, max(sum(stack.numel for stack in stacks) for stacks in self.stacks)
@@ -901,7 +904,7 @@ def names_in(group: dict, number: int) -> list[str]:
 
 
 def expect_order(ours: Sequence[str], theirs: Sequence[str]) -> None:
-    """Refuse the names of a checkpoint in another order; other names may be the same model, wrapped."""
+    """Raise if a checkpoint has our names in another order. Others may name the same model, wrapped."""
     for name, other in zip(ours, theirs):
         if other != name and other in ours:
             raise refusal(name, f"{other} in its place",
@@ -909,7 +912,7 @@ def expect_order(ours: Sequence[str], theirs: Sequence[str]) -> None:
 
 
 def check_parameter(name: str, p: Tensor, group: dict) -> None:
-    """Say what Muon cannot take, and why."""
+    """Raise where Muon cannot take a parameter, and say why."""
     if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
         raise refusal("a parameter with a shape", "a lazy one", "run one batch through the model first", name)
     expect_matrices(name, p)
@@ -1044,7 +1047,7 @@ class Muon(torch.optim.Optimizer):
                 raise
 
     def _check_settings(self, groups: list[dict]) -> None:
-        """Check what was set since the last step; to see that nothing was takes microseconds."""
+        """Check what has been set since the last step; to see that nothing has takes microseconds."""
         for number, group in enumerate(groups):
             known = self._checked.setdefault(number, {})
             for key in RULES:
@@ -1077,8 +1080,8 @@ class Muon(torch.optim.Optimizer):
         return lines
 
     def _follow(self, changed: bool) -> None:
-        """Lay out anew if parameters, or what they are made of, have changed since the last step. Where they
-        have on some ranks only, raise: these would wait for the others. A rank on which all is as before
+        """Lay out anew if parameters, or what they are made of, have changed since the last step. Raise if
+        that is so on some ranks only, which would wait for the others. A rank on which nothing has changed
         does not wait for a GPU's answer."""
         params = {p for group in self.param_groups for p in group["params"]}
         device = next((p.device for p in params), None)
@@ -1096,7 +1099,7 @@ class Muon(torch.optim.Optimizer):
             self._lay_out()
 
     def _lay_out(self) -> None:
-        """Place the units and cut them into buckets. What state there is stays with its parameter."""
+        """Place the units and cut them into buckets. Existing state stays with its parameter."""
         self.consolidate_state_dict()
         self._check_settings(self.param_groups)
         for key, value in zip(OPTIONS, self._options()):
@@ -1214,7 +1217,7 @@ class Muon(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop the state of parameters that have left, of those whose shape it no longer fits, and of kinds
-        that are no longer asked for: it would be old when they are again."""
+        that are no longer asked for: it would be out of date when they are asked for again."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p in self.state.keys() - groups.keys():
             del self.state[p]
@@ -1231,7 +1234,7 @@ class Muon(torch.optim.Optimizer):
                 state[name] = state[name].to(p.device)
 
     def _check_state(self, p: Tensor, state: dict, group: dict, kinds: Iterable[str] = ()) -> None:
-        """Raise where the state of a parameter has not the shape that it needs, or lacks one of `kinds`."""
+        """Raise if the state of a parameter has another shape than it needs, or lacks one of `kinds`."""
         for name in state_kinds(group):
             if name in state or name in kinds:
                 expected = stacks_of(p, p.shape, group)[0].whole_shape(name)
@@ -1256,9 +1259,9 @@ class Muon(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load the whole, on every rank, from state_dict() at any number of ranks or from torch.optim.Muon.
-        Hooks run as torch runs them; its own way would round fp32 state to the dtype of the parameter. What
-        is refused has changed nothing."""
+        """Load the whole state, on every rank, from state_dict() at any number of ranks or from
+        torch.optim.Muon. Hooks run as torch runs them; its own method would round fp32 state to the dtype of
+        the parameter. A load that is refused changes nothing."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict

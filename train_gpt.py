@@ -732,7 +732,7 @@ class GPT(nn.Module):
         return torch.log_softmax(softcap(logits, self.cfg.softcap), -1)
 
     def trunk(self, tokens: Tensor, ctx: Context) -> Tensor:
-        """(T,) tokens to the (T, D) normalized final stream."""
+        """Map (T,) tokens to the (T, D) normalized final stream."""
         cfg = self.cfg
         layers = self.layer_weights()
         x0 = self.first_embedding(tokens, ctx)
@@ -802,7 +802,7 @@ class GPT(nn.Module):
         return x + weighted_sum(mu[3:6], streams)
 
     def first_embedding(self, tokens: Tensor, ctx: Context) -> Tensor:
-        """(T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
+        """Map (T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
         x = self.kernels.lookup(tokens, ctx.table)
 
         # Smear (record 34): a little of the previous token's embedding, which layer 0 need not look up.
@@ -1409,7 +1409,7 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether all ranks know of a signal to stop, and no gradient is half summed up."""
+        """Return whether all ranks know of a signal to stop, and no gradient is half summed up."""
         whole = self.step % self.cfg.adam_every == 0 or self.step == self.cfg.train_steps
         return self.stop_agreed and whole
 

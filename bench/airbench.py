@@ -278,7 +278,7 @@ def tables(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
-    """Plot the accuracy against the length, and that of the search against the rate of the filters."""
+    """Draw the accuracy against the length, and that of the search against the rate of the filters."""
     left, right = two_plots(figure, theme, ("test accuracy, %", "search: held-out accuracy, %"),
                             ("epochs", "rate of the filters / the best one"))
     for optimizer, color in zip(finished(rows), theme.colors["ranks"]):

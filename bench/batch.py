@@ -61,7 +61,7 @@ ENTRIES = "optimizer", "beta", "batch", "factor", "seed", "target", "steps", "en
 
 
 class Cell(NamedTuple):
-    """What gets a rate of its own."""
+    """A combination of settings that gets a learning rate of its own."""
     optimizer: str
     beta: float
     batch: int
@@ -353,7 +353,7 @@ def tables(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], theme: Theme, figure: Figure) -> None:
-    """Left, steps against the batch of both optimizers; right, of the momenta of Muon."""
+    """Draw steps against the batch: of both optimizers on the left, of Muon's momenta on the right."""
     found = curves(rows)
     titles = f"steps to {rows[0]['target']:g}", "Muon's, by its momentum"
     left, right = two_plots(figure, theme, titles, ("tokens a batch", "tokens a batch"))

@@ -50,7 +50,7 @@ ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<n>\d+) \| [\d.]+ \| (?P<loss>[^|]+
 
 
 def shown_value(value) -> str:
-    """A setting's value in as few words as a page needs."""
+    """Return a setting's value as a page says it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):

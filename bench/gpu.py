@@ -43,7 +43,7 @@ SHORT = ["--train_steps=24", "--extension_steps=6"]  # a run with every stage, f
 
 
 class Failed(Exception):
-    """A part has no result, for the reason given."""
+    """Says why a part has no result."""
 
 
 def config(flags: list[str]) -> Config:
@@ -55,7 +55,8 @@ def config(flags: list[str]) -> Config:
 
 
 class Parts:
-    """The parts by name: what a child did within its limit, for the settings `flags` of the trainer."""
+    """A method for each part: it runs a child within a time limit, with the settings `flags` of the
+    trainer."""
 
     def __init__(self, cpu: bool, flags: list[str], scratch: Path):
         self.cpu, self.flags, self.scratch = cpu, flags, scratch
@@ -78,7 +79,7 @@ class Parts:
         return dict(text=self.call(limit_s, "-m", "tools.doctor", *self.flags, codes=(0, 1)))
 
     def start(self, limit_s: float) -> dict:
-        """From the launch to the first timed step, as the trainer's own log has it."""
+        """Return the seconds from launch to first timed step, which the trainer's log says."""
         more = [*SHORT, f"--val_tokens={config(self.flags).val_slice}", f"--log_dir={self.scratch}/logs"]
         out = self.call(limit_s, "train_gpt.py", *self.flags, *more)
         log = Path(re.search(r"^log: (.*)$", out, re.M)[1]).read_text(encoding="utf-8")
@@ -94,7 +95,7 @@ class Parts:
         return dict(text=text, **json.loads(text))
 
     def memory(self, limit_s: float) -> dict:
-        """The fullest moment of a training step that tools.plan expects, its allowance left out."""
+        """Return what tools.plan expects at the fullest moment of a training step, without its allowance."""
         text = self.call(limit_s, "-m", "tools.plan", *self.flags)
         planned = re.search(r"^needed: training +([\d.]+)", text, re.M)
         return dict(text=text, planned_mib=1024 * float(planned[1]))

@@ -198,7 +198,7 @@ def tables(found: dict[str, Journal]) -> str:
 
 
 def draw(found: dict[str, Journal], theme: Theme, figure: Figure) -> None:
-    """Largest logits against the step, and validation loss against the rate."""
+    """Draw the largest logits against the step, and the validation loss against the rate."""
     left, right = two_plots(figure, theme, ("largest attention logit", "validation loss"),
                             ("step", "learning rate"))
     for settings, color in zip(COMPARED[:4], ("nanogpt", "target", "adamw", "muon")):

@@ -58,7 +58,7 @@ class CurvePoint(NamedTuple):
 
 
 def nanogpt_run(path: Path) -> list[tuple[int, float, float]]:
-    """[(step, training seconds, validation loss)] of a log of nanoGPT with our timer."""
+    """Return [(step, training seconds, validation loss)] from a log of nanoGPT with our timer."""
     found = NANOGPT_LINE.findall(path.read_text(encoding="utf-8"))
     if not found:
         raise UsageError(f"{path}: expected lines like 'step 250: val loss 2.4592 (whole validation set), "
@@ -67,19 +67,19 @@ def nanogpt_run(path: Path) -> list[tuple[int, float, float]]:
 
 
 def own_run(path: Path) -> list[tuple[int, float, float]]:
-    """The same of a log of train_gpt.py."""
+    """Return the same from a log of train_gpt.py."""
     points = logs.read(path).runs[0].val_points
     return [(point.step, point.train_time_ms / 1000, point.val_loss) for point in points]
 
 
 def runs_of(folder: Path) -> list[list[tuple[int, float, float]]]:
-    """The runs of a folder of logs: nanoGPT's, where it is called so, or ours."""
+    """Return the runs of a folder of logs: nanoGPT's if the folder is called so, else ours."""
     read = nanogpt_run if folder.name == "nanogpt" else own_run
     return [read(path) for path in sorted(folder.glob("*.txt"))]
 
 
 def curve(group: str) -> list[CurvePoint]:
-    """Means and extremes over the runs of a group, validation by validation, but for the one before the first
+    """Return means and extremes over the runs of a group at each validation but the one before the first
     step: a straight line from there would say nothing about the way."""
     points = []
     for together in list(zip(*runs_of(RUNS / group), strict=True))[1:]:
@@ -122,7 +122,7 @@ def figure_of_loss(theme: Theme, target: float) -> Figure:
 
 
 def plain_axes(axes: Axes, theme: Theme) -> None:
-    """Leave of the frame its lower side, and faint lines across."""
+    """Leave only the lower side of the frame, and faint lines across."""
     axes.grid(axis="y", color=theme.faint, alpha=0.25, linewidth=1)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -224,7 +224,7 @@ def columns(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
 
 
 def draw(found: dict, theme: Theme, figure: Figure) -> None:
-    """Measured mean gradients below their bounds, against the batch and against the rate."""
+    """Draw measured mean gradients below their bounds, against the batch and against the rate."""
     titles = "mean |G| in the nuclear norm", "the same at b = 16"
     axes = two_plots(figure, theme, titles, ("batch b", "learning rate"))
     for axis, rows, name in zip(axes, (by_batch(found), by_rate(found)), ("batch", "lr")):

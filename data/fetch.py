@@ -26,7 +26,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROF
 
 
 class FetchError(UsageError):
-    """Something could not be fetched; the message says what, why, and what to do next."""
+    """Says what could not be fetched, why, and what to do next."""
 
 
 def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:

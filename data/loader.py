@@ -332,7 +332,7 @@ def shards_needed(cfg) -> int:
     below = statistics.NormalDist().cdf
 
     def kept(length: int) -> float:
-        """Part of all tokens that is left of documents cut to a length."""
+        """Return the part of all tokens that is left of documents cut to a length."""
         z = math.log(length / MEDIAN_LENGTH) / LENGTH_SIGMA
         return below(z - LENGTH_SIGMA) + length / MEAN_LENGTH * (1 - below(z))
 

@@ -35,7 +35,7 @@ def masked_attention(q, k, v, mask, scale):
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """(T, H, d) to (1, H, T, d)."""
+    """Map (T, H, d) to (1, H, T, d)."""
     return x.transpose(0, 1)[None]
 
 
@@ -60,7 +60,7 @@ def blocked_mask(docs: Docs, window: int, block: int = 0) -> Tensor:
 
 
 def in_blocks(x: Tensor, mask: Tensor, before: int) -> Tensor:
-    """(T, H, width) to (N, H, before + W, width): a mask's blocks, each after `before` earlier tokens."""
+    """Map (T, H, width) to (N, H, before + W, width), a mask's blocks, each after `before` earlier tokens."""
     N, _, W, _ = mask.shape
     padded = F.pad(x, (0, 0, 0, 0, before, N * W - len(x)))
     return padded.unfold(0, before + W, W).permute(0, 1, 3, 2)
@@ -155,8 +155,8 @@ PAIRINGS = "halves", "neighbours"
 
 
 def pair(x: Tensor, kind: str) -> Tensor:
-    """(T, H, d) to (2 T, H/2, d): two heads of a token become two positions of one head. kind: which two, h
-    and h + H/2 (halves) or 2h and 2h + 1 (neighbours)."""
+    """Map (T, H, d) to (2 T, H/2, d): two heads of a token become two positions of one head. kind: which two,
+    h and h + H/2 (halves) or 2h and 2h + 1 (neighbours)."""
     T, H, d = x.shape
     if kind == "neighbours":
         x = x.view(T, H // 2, 2, d).transpose(1, 2)
@@ -164,7 +164,7 @@ def pair(x: Tensor, kind: str) -> Tensor:
 
 
 def unpair(y: Tensor, kind: str) -> Tensor:
-    """(2 T, H/2, d) back to (T, H, d)."""
+    """Map (2 T, H/2, d) back to (T, H, d)."""
     T2, H2, d = y.shape
     if kind == "neighbours":
         y = y.view(T2 // 2, 2, H2, d).transpose(1, 2)

@@ -93,7 +93,7 @@ def through_norm(g: Tensor, y: Tensor, factor: Tensor) -> Tensor:
 
 
 class RmsNorm(torch.autograd.Function):
-    """norm in a third of the time."""
+    """The same as norm, in a third of the time."""
 
     @staticmethod
     def forward(ctx, x):
@@ -233,7 +233,7 @@ class BlockProducts(torch.autograd.Function):
 
 
 def rows_by_head(x: Tensor, length: int, before: int) -> Tensor:
-    """(T, H, d) to (before + H length, d): each head's rows in one piece, zeros before all and after T."""
+    """Map (T, H, d) to (before + H length, d): each head in one piece, zeros before all and after T."""
     T, H, d = x.shape
     rows = x.new_empty(before + H * length, d)
     rows[:before] = 0
@@ -244,13 +244,13 @@ def rows_by_head(x: Tensor, length: int, before: int) -> Tensor:
 
 
 def windows(rows: Tensor, W: int) -> Tensor:
-    """(W + B W, d) to B overlapping windows (B, 2 W, d)."""
+    """Map (W + B W, d) to B overlapping windows (B, 2 W, d)."""
     d = rows.size(1)
     return rows.as_strided((len(rows) // W - 1, 2 * W, d), (W * d, d, 1))
 
 
 def fold(x: Tensor) -> Tensor:
-    """(B, 2 W, d) gradients of windows to (B, W, d) of the rows that overlap in them."""
+    """Map (B, 2 W, d) gradients of windows to (B, W, d) of the rows that overlap in them."""
     W = x.size(1) // 2
     total = x[:, W:]
     total[:-1] += x[1:, :W]
@@ -258,6 +258,6 @@ def fold(x: Tensor) -> Tensor:
 
 
 def by_token(x: Tensor, H: int, T: int) -> Tensor:
-    """(H N, W, d) blocks to (T, H, d)."""
+    """Map (H N, W, d) blocks to (T, H, d)."""
     by_head = x.reshape(H, -1, x.size(-1))
     return by_head[:, :T].transpose(0, 1)

@@ -19,7 +19,7 @@ from engine.attention import blocked_mask, in_blocks
 
 
 def mixing_mask(docs: Docs, window: int) -> Tensor:
-    """(N, 1, W, 2 W) bool: which of the last `window` tokens, itself included, a token reads."""
+    """Return (N, 1, W, 2 W) bool: which of the last `window` tokens, itself included, a token reads."""
     return blocked_mask(docs, window - 1, block=window)
 
 

@@ -86,7 +86,7 @@ class Kernels:
         return BACKENDS[self.attention][1](q, k, v, mask, scale)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(..., n) by (m, n) to (..., m)."""
+        """Multiply (..., n) by the transpose of (m, n) to (..., m)."""
         if self.bf16:
             return CpuLinear.apply(x, weight, torch.bfloat16)
         return CpuLinear.apply(x, weight) if self.onednn else F.linear(x, weight)

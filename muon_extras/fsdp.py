@@ -173,8 +173,8 @@ def signs_of_life(G: Tensor | None, count: int, device: torch.device) -> Tensor:
 
 
 def finite(U: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (U with zeros for each of the B matrices that does not move, which are finite). alive (B,): the
-    sum of all signs of life."""
+    """Return U, with zeros for each of the B matrices that does not move, and which of them are finite. alive
+    (B,): the sum of all signs of life."""
     alive = alive.view(-1, 1, 1)
     ok = torch.isfinite(largest(U) + alive)
     return torch.where(ok & (alive > 0), U, 0), ok.view(-1)
@@ -187,7 +187,7 @@ def chunk(size: int, parts: int, i: int) -> tuple[int, int]:
 
 
 class Whole(Bucket):
-    """Every rank holds whole matrices or none: ordinary units of a world of one."""
+    """A bucket of matrices that lie whole on one rank each: to that rank they are units in a world of one."""
     alone = True
     local = staticmethod(local)
 
@@ -201,7 +201,7 @@ class Whole(Bucket):
 
 
 class Exchanged(Bucket):
-    """Pieces of a unit lie on all ranks, and `cut` tells which is whose; its stack is with its owner."""
+    """A bucket of units whose pieces lie on all ranks; `cut` says which rank has which rows or columns."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -266,7 +266,7 @@ class Exchanged(Bucket):
         return sizes
 
     def exchange(self, parts: list[Tensor], back: bool) -> Flight:
-        """Launch the way of pieces to the owners, or back from them; parts: in the order of ranks."""
+        """Launch the transfer of pieces to their owners, or back from them. parts: in the order of ranks."""
         ranks = range(self.world_size)
         given = [sum(self.packet(self.rank, rank, back)) for rank in ranks]
         taken = [sum(self.packet(owner, self.rank, back)) for owner in ranks]
@@ -374,8 +374,8 @@ class Exchanged(Bucket):
 
 
 class Gathered(Bucket):
-    """For placements without a way of their own: every rank gathers gradient, state and weights of each
-    parameter, computes everything, and keeps its part."""
+    """A bucket for all other placements: every rank gathers gradient, state and weights of each parameter,
+    computes everything, and keeps its part."""
     alone = True
 
     def receive(self) -> dict[Stack, Tensor]:

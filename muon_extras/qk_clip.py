@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 @torch.no_grad()
 def max_logits(q: Tensor, k: Tensor, scale: float, block: int = 1024) -> Tensor:
-    """(heads,) fp32: the largest causal attention logit scale q_i . k_j, j <= i, per head, over the batch. q:
+    """Return (heads,) fp32, the largest causal attention logit scale q_i . k_j, j <= i, of the batch. q:
     (..., heads, T, d); k: (..., kv_heads, T, d), each shared by heads / kv_heads consecutive heads. Memory:
     block x T logits per head. It costs a second product of queries and keys, and knows no mask but the causal
     one: with packed documents or windows take the log-sum-exp, see `LogitMeter.add_lse`."""
@@ -147,9 +147,9 @@ def mla_qk_clip_(
     tau: float = 100.0,
     alpha: float = 0.5,
 ) -> Tensor:
-    """`qk_clip_` for multi-head latent attention, whose logits are q^C . k^C + q^R . k^R per head, the rotary
-    key k^R being one for all heads. Per head q^C is scaled by gamma^alpha, k^C by gamma^(1 - alpha) and q^R
-    by gamma; k^R and the values stay as they are.
+    """Do what `qk_clip_` does for multi-head latent attention, whose logits are q^C . k^C + q^R . k^R per
+    head with one rotary key k^R for all heads. Per head q^C is scaled by gamma^alpha, k^C by gamma^(1 -
+    alpha) and q^R by gamma; k^R and the values stay as they are.
 
     wq: (heads (nope + rope), ...), of each head the rows of q^C, then those of q^R. wkv: (heads (nope +
     values), ...), of each head the rows of k^C, then those of its values, if they are in the same matrix.

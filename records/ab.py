@@ -142,7 +142,7 @@ def words(command: str, seed: int) -> list[str]:
 
 def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: float, lock,
             stop: StopSignals):
-    """Run one command and put its log in place. UsageError if it fails, with nothing left but its output."""
+    """Run one command and put its log in place. UsageError if it fails; only its output is then left."""
     argv = words(command, seed)
     before = len(list((out / "output").glob(f"{number:03d}_{arm}_*")))
     output = out / "output" / f"{number:03d}_{arm}_{before + 1}.txt"
@@ -171,7 +171,7 @@ def perform(out: Path, arm: str, number: int, command: str, seed: int, limit: fl
 
 
 def what_is_wrong(out: Path, arm: str, number: int, seed: int, path: Path | None) -> str:
-    """Why the log that a command wrote is not that of the run in its pair; "" where it is."""
+    """Say why the log that a command wrote is not that of the run in its pair; "" where it is."""
     if path is None:
         return "no line with the path of a log that it wrote"
     found = logs.read(path).runs
@@ -192,8 +192,8 @@ def what_is_wrong(out: Path, arm: str, number: int, seed: int, path: Path | None
 
 
 def execute(argv: list[str], output: Path, limit: float, lock, stop: StopSignals) -> int:
-    """Exit code of the command, whose output goes to a file; limit in seconds. Nothing that it started is
-    left at work."""
+    """Return the exit code of a command, whose output goes to a file. limit: in seconds. Nothing that it
+    started is left at work."""
     process = None
     try:
         with open(output, "wb") as file, stop.held_back():

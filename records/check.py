@@ -29,7 +29,7 @@ __doc__ = __doc__.format(rules="\n".join(f"  {name:<21} {rule.__doc__}" for name
 
 
 def add_claim_arguments(parser):
-    """Add what a person says of the runs; the same for check and pack."""
+    """Add the arguments for what a person says of the runs, which check and pack share."""
     parser.add_argument("--baseline", nargs="+", default=[], metavar="PATH",
                         help="the record before, run on this machine")
     parser.add_argument("--track", choices=TRACKS, help="default: as the logs say")
@@ -109,7 +109,7 @@ def from_arguments(args) -> Submission:
 
 
 def waivers(texts: list[str]) -> dict[str, str]:
-    """RULE=REASON arguments."""
+    """Return {rule: reason} from RULE=REASON arguments. Raises UsageError."""
     found = dict(text.partition("=")[::2] for text in texts)
     for rule, reason in found.items():
         if rule not in WAIVABLE:

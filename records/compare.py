@@ -43,7 +43,7 @@ class Comparison:
 
 
 def add_group_arguments(parser):
-    """The same for compare and report."""
+    """Add the arguments that compare and report share."""
     parser.add_argument("paths", nargs="+", metavar="PATH",
                         help="a log, or a folder of logs or of such folders")
     parser.add_argument("--track", choices=TRACKS, help="default: that of the first log")
@@ -103,7 +103,7 @@ def examine(args) -> Comparison:
 
 
 def spread(values: list, form: str, factor: float = 1) -> str:
-    """Mean ± standard deviation of those that are known."""
+    """Return mean ± standard deviation of the values that are known."""
     mean, sd = statistics.mean_sd([factor * value for value in values if value is not None])
     return "-" if mean is None else f"{mean:{form}}" if sd is None else f"{mean:{form}} ± {sd:{form}}"
 
@@ -162,7 +162,7 @@ def losses_at(steps: list[int], run: RunFacts) -> list[float]:
 # One group against another
 
 def gains(first: RunGroup, group: RunGroup, target: float, step: int | None):
-    """Sentences about what a group gains over the first one, and by what it may do so."""
+    """Yield sentences about what a group gains over the first one, and by what it may do so."""
     after, before = (Submission(None, side.logs, step=step) for side in (group, first))
     losses = statistics.welch(after.losses(after.runs), before.losses(before.runs))
     yield f"loss: {in_words(losses, '+.5f')}"

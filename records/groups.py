@@ -22,7 +22,7 @@ class RunGroup(NamedTuple):
 
     @property
     def runs(self) -> list[RunFacts]:
-        """Those with a validation."""
+        """The runs with a validation."""
         return [run for log in self.logs for run in log.runs if run.val_points]
 
     @property
@@ -32,8 +32,8 @@ class RunGroup(NamedTuple):
 
 
 def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[str]]:
-    """Groups in the order of the paths, and for each file without a run why it is left out. UsageError where
-    there is no group."""
+    """Return groups in the order of the paths, and for each file without a run why it is left out. UsageError
+    where there is no group."""
     members, left_out, seen = {}, [], set()
     for path in map(Path, paths):
         for file in sorted(logs.find([path]), key=folder_before_subfolders):

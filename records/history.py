@@ -48,7 +48,7 @@ def read(name: str) -> tuple[dict[str, str], ...]:
 
 
 def parsed(cell: str, kind=int):
-    """A number, None of an empty cell."""
+    """Return what a cell says, as a number or of another kind; None where it is empty."""
     return kind(cell) if cell else None
 
 

@@ -217,7 +217,7 @@ def read(path) -> LogFile:
 
 
 def opened(path: Path):
-    """A file for reading. A pipe is refused, for it might never end."""
+    """Open a file for reading. A pipe is refused, for it might never end."""
     if path.is_file():
         return open(path, "rb")
     kind = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() else "nothing there"
@@ -308,7 +308,7 @@ def read_config(text: str) -> dict:
 
 
 def whole_number(value) -> int | None:
-    """A setting, where it is a whole number of sane size."""
+    """Return a setting that is a whole number of sane size, else None."""
     return value if type(value) is int and abs(value) < 10**18 else None
 
 
@@ -400,7 +400,7 @@ class Body:
             self.hold_to_clock(line, step, ms, values.get("step_avg", "").removesuffix("ms"))
 
     def hold_to_clock(self, line: str, step: int, ms: float, average: str):
-        """A time that was typed in, or moved here from another log, rarely fits its neighbours.
+        """Note a time that does not fit its neighbours, as one that was typed in or copied hardly ever does.
 
         Early public trainers began their clock anew after 10 steps, and some print averages since the last
         validation: of their logs only the times of validations are looked at.

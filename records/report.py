@@ -66,14 +66,15 @@ def page(found: compare.Comparison) -> str:
 
 
 def chart(groups: list[RunGroup], target: float) -> str:
-    """The address of a picture that holds all of it; no script in a picture runs."""
+    """Return the chart as a data address, in which no script runs."""
     picture = io.BytesIO()
     charts.save(groups[:len(charts.COLORS)], target, picture, "svg")
     return "data:image/svg+xml;base64," + base64.b64encode(picture.getvalue()).decode()
 
 
 def run_grid(groups: list[RunGroup], target: float) -> tuple[Grid, str]:
-    """All runs that count, with the oddities of their logs."""
+    """Return a table of all runs that count, with the oddities of their logs, and what they have in
+    common."""
     rows = [[group.name, *show.run_row(short_name(run.run_id), run, target), (run.source_sha256 or "")[:8],
              "; ".join(log.problems)]
             for group in groups for log in group.logs for run in log.runs if run.val_points]

@@ -56,7 +56,7 @@ class Submission:
         return run.end if self.step is None else run.at(self.step)
 
     def losses(self, runs: Iterable[RunFacts]) -> list[float]:
-        """Their losses at the validation that counts, nan where there is none."""
+        """The losses of runs at the validation that counts, nan where there is none."""
         return [math.nan if point is None else point.val_loss for point in map(self.point, runs)]
 
     def loss_test(self) -> statistics.RuleResult:
@@ -331,7 +331,7 @@ WAIVABLE = {name for name, rule in RULES.items() if rule.__doc__.startswith("*")
 
 
 def judge(s: Submission) -> list[Verdict]:
-    """Every rule on a submission; a failure is waived where a person gave a reason that counts."""
+    """Judge a submission by every rule; a failure is waived where a person gave a reason that counts."""
     found = []
     for name, rule in RULES.items():
         verdict, evidence = rule(s)

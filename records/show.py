@@ -53,7 +53,7 @@ def target_of(log: logs.LogFile) -> float:
 
 
 def as_json(log: logs.LogFile, target: float) -> dict:
-    """Facts by names that do not change."""
+    """Return the facts of a log under names that do not change."""
     return {
         "path": printable(str(log.path)),
         "runs": [asdict(run) | {

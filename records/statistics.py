@@ -20,8 +20,8 @@ SMALLEST_SPREAD = 1e-12  # in units, and relative to the values; below, there is
 
 
 def unfit(values: Sequence[float], at_least: int = 2, what: str = "values") -> str:
-    """Why the mean of these values cannot be judged, or "" if it can. A spread is needed wherever two values
-    are: runs that all print the same number do not tell how much runs differ."""
+    """Say why the mean of these values cannot be judged, or return "" if it can. Two values or more must have
+    a spread: runs that all print the same number do not tell how much runs differ."""
     wild = [value for value in values if not abs(value) < LARGEST]  # nan, too
     if wild:
         return f"{len(wild)} of {len(values)} {what} not finite: {wild[0]}"
@@ -107,7 +107,7 @@ class Estimate:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """The mean with a two-sided t interval; p as of the mean of differences."""
+    """The mean with a two-sided t interval. p: that of a mean of differences below 0."""
     if why := unfit(values):
         return Estimate(mean_sd(values)[0], why=why)
     mean = float(np.mean(values))

@@ -72,7 +72,8 @@ def public_table(track: Track, rows: list[tuple]) -> list[str]:
 
 
 def local_table(records: list[tuple[schema.Statement, dict]]) -> list[str]:
-    """Gain: mean training time of the baseline on the same machine less that of the runs."""
+    """Return the table of our records. Gain: mean training time of the baseline on the same machine less that
+    of the runs."""
     lines = ["| date | minutes | validation loss | n | steps | gain on the same machine | record | "
              "contributors |",
              "|-|-:|-|-:|-:|-|-|-|"]

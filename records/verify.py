@@ -102,7 +102,7 @@ def content_of(path: Path | None, limit: int) -> bytes:
 
 
 def runs_twice(submissions: dict[Path, Submission]) -> Iterable[tuple[Path, str, str]]:
-    """Runs of one record that are those of another."""
+    """Yield the runs of one record that are those of another, too."""
     folders_of = defaultdict(set)
     for folder, s in submissions.items():
         for run in s.runs:

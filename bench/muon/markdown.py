@@ -1,4 +1,4 @@
-"""From the results of bench.muon to Markdown."""
+"""The results of bench.muon as Markdown."""
 import statistics
 
 from bench.muon.questions import QUESTIONS

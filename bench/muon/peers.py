@@ -1,4 +1,4 @@
-"""Whom bench.muon asks: a maker for each implementation, behind settings with torch.optim.Muon's names.
+"""The implementations that bench.muon compares, each made from settings with torch.optim.Muon's names.
 
 A setting that an implementation lacks and that would change its result raises NotPosed: the question cannot
 be put to it. Nothing but public interfaces is used.

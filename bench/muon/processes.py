@@ -20,11 +20,11 @@ FORK = multiprocessing.get_context("fork")  # a subject is imported once, and a 
 
 
 class NotPosed(Exception):
-    """The question cannot be put through the public interface."""
+    """Says why a question cannot be put through the public interface."""
 
 
 class Refused(Exception):
-    """The optimizer turned the parameters or settings away when it was built."""
+    """Says why the optimizer turned the parameters or settings away when it was built."""
 
 
 class ChildFailed(Exception):

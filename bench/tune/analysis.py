@@ -1,4 +1,4 @@
-"""Tables and plot of a search and of the fresh seeds of its winners."""
+"""What a search and the fresh seeds of its winners say: estimates with intervals, tables, and a plot."""
 import math
 import statistics
 from types import SimpleNamespace
@@ -234,7 +234,7 @@ def tables(results: SearchResults) -> str:
 
 
 def draw(results: SearchResults, theme: Theme, figure: Figure) -> None:
-    """Left, the expected best of k trials after the first rung; right, the losses of every rung."""
+    """Draw the expected best of k trials after the first rung, left, and the losses of every rung, right."""
     first = results.search.rungs[0]
     titles = "expected best loss of k trials", "losses of all rungs"
     left, right = two_plots(figure, theme, titles, (f"k trials of {first} steps", "steps of the schedule"))

@@ -116,7 +116,8 @@ def test_traffic_and_balance_of_two_ranks_are_those_of_the_model():
 
 
 def test_memory_counts_what_a_function_holds_at_once():
-    """In a fresh process: what other tests of this one have freed may not have gone back to the system."""
+    """Asked in a fresh process: what other tests of this one have freed may not have gone back to the
+    system."""
     program = """
 import ctypes
 import torch

@@ -121,7 +121,7 @@ def test_more_ranks_than_slices_share_the_batch_in_shorter_sequences():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_position_continues_exactly(variant):
-    """Everywhere: in the middle of a shard, where a shard ends, and where an epoch ends."""
+    """It does so everywhere: in the middle of a shard, where a shard ends, and where an epoch ends."""
     cfg = staged(VARIANTS[variant])
     loader, states, batches = Loader(cfg, 0, 2, False), [], []
     for _ in range(cfg.train_steps):

@@ -216,7 +216,7 @@ def test_a_run_with_ngrams_in_host_memory_learns(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_full_model_of_track_small_learns_which_tokens_occur(tmp_path, monkeypatch, compile):
-    """Of 50257 ids only 64 occur, so the loss falls far from ln 50304 within a few steps."""
+    """Only 64 of 50257 ids occur, so the loss falls far from ln 50304 within a few steps."""
     cfg = Config.for_track("small", compile=compile, val_tokens=262_144)
     synthetic_shards(cfg, tmp_path, 30_000_000, ids_used=64)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))

@@ -60,7 +60,7 @@ def oracle(W, gradients, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True
 
 
 def flops(m, n, steps=5):
-    """MUON.md 3.1, standard form."""
+    """Return the FLOPs of the standard form, by formula 3.1 of MUON.md."""
     return steps * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3)
 
 
@@ -173,7 +173,7 @@ def test_the_form_is_chosen_by_shape_and_dtype(monkeypatch, m, n, dtype, expecte
     torch.tensor([1.0] + [1e-2] * 255), torch.tensor([1.0] * 8 + [0.0] * 248)], ids=[
     "flat", "linear", "three decades", "1 over k", "one above all", "rank 8"])
 def test_the_gram_form_in_bf16_adds_little_to_the_rounding(name, spectrum):
-    """In the smallest matrices that take it."""
+    """Looked at in the smallest matrices that take it."""
     G = with_spectrum(256, 1024, spectrum)[2].float()
     expected = iterated(G, name, 5)
     standard, by_gram = ((orthogonalize(G, 5, name, torch.bfloat16, gram) - expected).norm() / expected.norm()
@@ -211,7 +211,7 @@ class OneTriangle:
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 6, 8])
 @pytest.mark.parametrize("gram", FORMS)
 def test_a_symmetric_kernel_gets_exactly_the_symmetric_products(monkeypatch, steps, gram):
-    """Of the optimizer, too, which hands it on."""
+    """The optimizer hands it on, and does so, too."""
     monkeypatch.setattr(muon, "gram_pays", lambda *args: gram)
     G = torch.stack([with_spectrum(8, 24, torch.linspace(0.1, 1, 8), seed)[2].float() for seed in range(2)])
     kernel = OneTriangle()
@@ -333,7 +333,7 @@ def test_a_split_equals_separate_parameters_bit_for_bit(case, settings):
 
 
 def test_matrices_of_one_kind_share_an_iteration_and_agree_with_one_by_one(monkeypatch):
-    """Tall and wide, of banks, and the blocks of a split."""
+    """Tall and wide matrices, those of banks, and the blocks of a split."""
     given = [(12, 20), (20, 12), (3, 20, 12), (12, 12), (36, 20)]
     (*params, fused), gradients = make(given, steps=2)
     (*others, single), _ = make(given)
@@ -931,7 +931,7 @@ def test_compiled_functions_agree_and_schedules_do_not_recompile(monkeypatch):
     dict(), dict(split_mantissa=True, dtype=torch.bfloat16), dict(ns_dtype=torch.bfloat16),
     dict(deterministic=True, nesterov=False)], ids=str)
 def test_a_step_needs_no_value_of_any_tensor_and_so_never_waits_for_the_device(monkeypatch, settings):
-    """On the meta device there is none to be read, by Python or by torch; to print one is to read it."""
+    """On the meta device there is no value to be read, by Python or by torch; to print one is to read it."""
     settings = dict(settings)
     dtype = settings.pop("dtype", torch.float32)
     params = [torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)) for shape in SHAPES]
@@ -947,7 +947,7 @@ def test_a_step_needs_no_value_of_any_tensor_and_so_never_waits_for_the_device(m
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the allocator of glibc")
 def test_a_step_reuses_the_memory_of_the_one_before():
-    """In a program that has freed nothing large yet: the pages that a step gets anew, which were 900."""
+    """Count the pages that a step gets anew in a program that has freed nothing large yet: they were 900."""
     code = """if True:
         import resource
         import torch

@@ -24,7 +24,7 @@ REPLICATED = [
 
 
 def on_a_rank(rank, W):
-    """What the tests below look at, of 1 and of 2 ranks; each world is started once."""
+    """Return what the tests below look at, on 1 and on 2 ranks; each world is started once."""
     muon.has_bf16_units = lambda: False
     found = {"changes": changes(rank), "reshaped": [reshaped(steps_before) for steps_before in (0, 2)],
              "replicated": [replicated(settings) for settings in REPLICATED],
@@ -585,7 +585,8 @@ def test_odd_inputs_get_a_sentence(run, error, sentence):
 @pytest.mark.parametrize(
     "kind, backend", [(float, "eager"), (torch.tensor, "eager"), (torch.tensor, "inductor")])
 def test_the_whole_step_compiles_and_follows_the_schedules(kind, backend):
-    """Of wide banks Inductor makes no code for a CPU in torch 2.13 and 2.14: its issue 196570."""
+    """Wide banks are left out: Inductor of torch 2.13 and 2.14 makes no code for them on a CPU, issue
+    196570."""
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("no C++ compiler")
     torch._dynamo.reset()

@@ -77,12 +77,12 @@ MISSING, NAN = ("fewer rows than ranks", "tall")
 
 
 def placed(x, mesh, *placements):
-    """Of x, the same on all ranks, a DTensor; without communication."""
+    """Return x, the same on all ranks, as a DTensor; without communication."""
     return distribute_tensor(x, mesh, placements, src_data_rank=None)
 
 
 def whole(x):
-    """Of a tensor or DTensor; gloo sends no int16."""
+    """Return a tensor or a DTensor in full; gloo sends no int16."""
     return muon_fsdp.whole(x.detach())
 
 
@@ -253,7 +253,8 @@ def skipped_in_a_bank(rank, mesh):
 
 
 def gathered(rank, W, mesh, ranks_of_two):
-    """Placements without a way of their own: ({what: (weights, momentum, skipped)}, warnings)."""
+    """Run placements without a kind of bucket of their own: ({what: (weights, momentum, skipped)},
+    warnings)."""
     found, messages = {}, []
 
     def run(name, shapes, lay, **settings):
@@ -594,7 +595,7 @@ def test_traffic_is_two_all_to_alls_of_the_shards(world, W):
 
 @pytest.mark.parametrize("W", FEW)
 def test_slow_ranks_change_nothing_and_no_more_than_two_exchanges_fly(world, W):
-    """The results of the bucket before and the next one's gradients."""
+    """These are the results of the bucket before and the gradients of the next one."""
     for found in world(W):
         _, _, equal, most, buckets = found["traffic"]
         assert equal and buckets == 2 and most == 2

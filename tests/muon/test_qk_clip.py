@@ -26,7 +26,7 @@ def random(*shape, seed=0):
 # --- the largest logits ---
 
 def direct(q, k, scale):
-    """Per head of q (..., heads, T, d), one pair after the other."""
+    """Return the largest logit of each head of q (..., heads, T, d), one pair after the other."""
     q, k = q.reshape(-1, *q.shape[-3:]).double(), k.reshape(-1, *k.shape[-3:]).double()
     group = q.size(1) // k.size(1)
     return torch.tensor([max((scale * q[b, h, i] @ k[b, h // group, j]).item() for b in range(q.size(0))

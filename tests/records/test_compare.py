@@ -220,7 +220,7 @@ def test_odd_curves_are_compared_and_drawn(tmp_path, compare, curves):
 
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_no_label_lies_on_a_line(tmp_path, count):
-    """Nor on another label."""
+    """No label lies on another one either."""
     folders = [write(tmp_path, f"{'a long name of a group':_<36}{k}", [([6, 3, 2 + k / 9], None)] * 2)
                for k in range(count)]
     found, _ = groups.find_groups(folders)

@@ -133,7 +133,7 @@ def test_bad_paths_and_targets_are_refused_in_one_sentence(call, arguments, sent
 
 
 def test_no_heavy_library_is_loaded():
-    """Nor another verb."""
+    """No other verb is loaded either."""
     heavy = {"torch", "numpy", "scipy", "matplotlib", "pydantic", "jinja2", "records.compare"}
     program = (f"import sys; from records.__main__ import guarded; guarded(sys.argv[1:]); print({heavy} & "
                "set(sys.modules), file=sys.stderr)")
