@@ -686,8 +686,8 @@ class Bucket:
         p = stack.param
         where = self.optimizer._names[p]
         if p.is_meta and p.grad is None:
-            raise refusal("a parameter with values", "one on the meta device", "put the model's own into "
-                          "param_groups: to_empty() has made others", where, RuntimeError)
+            raise refusal("a parameter with values", "one on the meta device", "put the new parameters "
+                          "that to_empty() has made into param_groups", where, RuntimeError)
         if p.grad is None:
             return None
         if p.grad.layout != torch.strided:
@@ -1109,7 +1109,7 @@ class Muon(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             for name, p in zip(names_in(group, number), group["params"]):
                 if p in names:
-                    raise refusal("each parameter once", "it again", "remove it here or there", name)
+                    raise refusal("each parameter once", "it twice", "remove it from a group", name)
                 check_parameter(name, p, group)
                 names[p] = name
                 lanes[self._lane(name, p, group)][p] = group

@@ -193,7 +193,8 @@ def table(rows: list[dict]) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=count, default=240, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=count, default=4, help="runs of each variant, with the same seeds")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants (default: all)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME",
+                        help="variants to train (default: all)")
     trials.add_workers(parser)
 
 

@@ -122,7 +122,8 @@ def seconds_to(loss: float, folder: Path) -> list[float]:
     """Training seconds to this loss of each run of train_gpt.py, on straight lines between validations."""
     found = [logs.read(path).runs[0].time_to(loss) for path in sorted(folder.glob("*.txt"))]
     if None in found:  # a mean of the others would flatter them
-        raise UsageError(f"{folder}: expected runs that all reach {loss}, found one that does not")
+        raise UsageError(f"{folder}: expected runs that all reach {loss}, found one that does not; name "
+                         "others in GROUPS of bench/docs.py")
     return [ms / 1000 for ms in found]
 
 
@@ -159,7 +160,7 @@ def wanted() -> dict[Path, str]:
 
 def main(argv: list[str]) -> int:
     parser = CommandLine(__doc__, "python -m bench.docs")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="write nothing, and say what is out of date")
     options = parser.parse_args(argv)
     stale = [(path, text) for path, text in wanted().items()
              if not path.exists() or path.read_text(encoding="utf-8") != text]

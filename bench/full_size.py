@@ -75,8 +75,8 @@ def page(log: str, seconds: float, peak_gb: float) -> str:
 
 def main(argv: list[str]) -> int:
     parser = CommandLine(__doc__, "python -m bench.full_size")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder of full_size.md")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder to write full_size.md to")
     args, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

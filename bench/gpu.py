@@ -226,9 +226,10 @@ def describe_machine(cpu: bool) -> dict:
 
 def main(argv: list[str]) -> int:
     parser = CommandLine(__doc__, "python -m bench.gpu")
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--only", nargs="+", choices=LIMITS_S, default=list(LIMITS_S), help="these parts")
-    parser.add_argument("--cpu", action="store_true", help="reduced size, without a GPU")
+    parser.add_argument("--out", type=Path, help="folder to write the results to")
+    parser.add_argument("--only", nargs="+", choices=LIMITS_S, default=list(LIMITS_S),
+                        help="parts to run (default: all)")
+    parser.add_argument("--cpu", action="store_true", help="run at reduced size, without a GPU")
     args, flags = parser.parse_known_args(argv)
     cpu = args.cpu or not torch.cuda.is_available()
     flags = [f"--track={'shakespeare' if cpu else 'small'}", "--max_epochs=1000", *flags]

@@ -227,7 +227,7 @@ def page() -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.partition("\n")[0])
-    parser.add_argument("--page", type=Path, help="write the page")
+    parser.add_argument("--page", type=Path, help="page to write")
     args = parser.parse_args(argv)
     text = page()
     if args.page:

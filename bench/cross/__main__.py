@@ -45,11 +45,12 @@ def parse(argv: list[str]):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(device.CHIPS)}")
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--parts", nargs="+", choices=("trace", "costs", "code"), default=["trace"])
+    parser.add_argument("--ranks", type=int, default=8, help="ranks, of which one is traced (default: 8)")
+    parser.add_argument("--parts", nargs="+", choices=("trace", "costs", "code"), default=["trace"],
+                        help="what to find out (default: trace)")
     parser.add_argument("--backend", default="varlen", help="attention that a self-test is assumed to choose")
     parser.add_argument("--fp8", choices=("on", "off"), help="head in FP8; on where the GPU has it")
-    parser.add_argument("--out", type=Path, help="writes PATH.json, the figures, and PATH.md, their page")
+    parser.add_argument("--out", type=Path, help="write PATH.json, the figures, and PATH.md, their page")
     return parser.parse_known_args(argv)
 
 

@@ -132,8 +132,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, known, default in (
             ("only", PARTS, parts), ("subjects", SUBJECTS, SUBJECTS), ("questions", QUESTIONS, QUESTIONS)):
         parser.add_argument(f"--{name}", nargs="+", choices=known, default=[*default], metavar="NAME",
-                            help=f"of {', '.join(known)}")
-    parser.add_argument("--peers", help="folder that other implementations were installed to")
+                            help=f"some of {', '.join(known)}")
+    parser.add_argument("--peers", help="folder into which other implementations were installed")
     parser.add_argument("--blocks", type=count, default=12 if cuda else 1,
                         help="of GPT-2's 12; the other sets shrink alike")
     parser.add_argument("--reps", type=count, default=5, help="timed steps per subject")

@@ -77,7 +77,8 @@ def train_with_log(settings: list[str], seed: int, steps: int, folder: Path) -> 
         child = run_limited(command, limit, cwd=place, env=env)
         written = list(Path(place).glob("logs/*.txt"))
         if child.returncode or not written:
-            raise RunError(f"a fresh seed of a winner {ending(child, limit)}; run the same command again")
+            raise RunError(f"expected a fresh seed of a winner to train to its end, but it "
+                           f"{ending(child, limit)}; run the same command again")
         facts = pictures.own_run(written[0])
         folder.mkdir(parents=True, exist_ok=True)
         shutil.move(written[0], folder / written[0].name)

@@ -242,5 +242,5 @@ def test_a_fresh_seed_leaves_its_log(tmp_path, monkeypatch):
     text = log.read_text()
     assert f"step:12/12 val_loss:{loss:.4f}" in text and seconds > 0
     assert '"log_dir": "logs"' in text
-    with pytest.raises(RunError, match="a fresh seed of a winner ended with exit code 2"):
+    with pytest.raises(RunError, match="to train to its end, but it ended with exit code 2"):
         training.train_with_log(["--train_steps=0"], 1000, 12, tmp_path / "muon_0")

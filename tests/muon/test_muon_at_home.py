@@ -524,7 +524,7 @@ def test_parameters_left_on_meta_are_named_when_the_step_finds_no_gradient():
     optimizer = Muon(model.named_parameters())
     model.to_empty(device="cpu")
     model(torch.randn(3, 6)).sum().backward()
-    said = "^Muon: weight: expected a parameter with values, found one on the meta device; put the model's"
+    said = "^Muon: weight: expected a parameter with values, found one on the meta device; put the new"
     with pytest.raises(RuntimeError, match=said):
         optimizer.step()
 
@@ -565,7 +565,7 @@ def bank():
      "expected parameters, found a module; pass model.parameters(), or what split"),
     (lambda: Muon(nn.Sequential(nn.Linear(3, 4))), TypeError, "expected parameters, found a module"),
     (lambda: Muon([WEIGHT, WEIGHT]), ValueError,
-     "parameter 1 of group 0: expected each parameter once, found it again"),
+     "parameter 1 of group 0: expected each parameter once, found it twice"),
     (lambda: Muon([("w", WEIGHT)], split_mantissa=True), ValueError,
      "w: expected torch.bfloat16 for split_mantissa, found torch.float32"),
     (lazy, ValueError,
