@@ -1155,6 +1155,11 @@ MODEL_SETTINGS = (  # what a checkpoint's weights depend on
     "backout", "inject_x0", "mudd", "gate_networks", "mix_window")
 
 
+def is_averaged(cfg: Config, name: str) -> bool:
+    """Return whether a parameter has an average over the end of the schedule."""
+    return cfg.ema_of == "all" or name in ("head", "embed")
+
+
 class Run:
     """All state of a training run: weights, optimizers, loader position, step, clock, random state. What else
     the schedules need (windows, rotary tables, scales, tying) follows from the step."""
@@ -1377,8 +1382,7 @@ class Run:
             return
         if left % EMA_EVERY:
             return
-        weights = {name: p for name, p in self.model.named_parameters()
-                   if cfg.ema_of == "all" or name in ("head", "embed")}
+        weights = {name: p for name, p in self.model.named_parameters() if is_averaged(cfg, name)}
         if self.ema is None:
             self.ema = {name: p.float().clone() for name, p in weights.items()}
         for name, p in weights.items():

@@ -132,8 +132,7 @@ def speed(cfg: Config, step: dict) -> tuple[float, float | None]:
     """Return (tokens per second, part of the peak) over the whole schedule; FLOPs are those of the kernels
     that bench.cross found, None where it has not traced these settings."""
     seconds = tokens = gflop = 0.0
-    for row in step["rows"]:
-        steps = sum(cfg.stage(s) == row["stage"] for s in range(cfg.train_steps))
+    for row, (_, steps) in zip(step["rows"], cfg.steps_by_stage):
         seconds += steps * row["ms"] / 1000
         tokens += steps * row["tokens"]
         gflop += steps * (row["parts"][-1]["costs"] or {}).get("gflop", 0.0)

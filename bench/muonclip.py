@@ -163,7 +163,7 @@ def tables(found: dict[str, Journal]) -> str:
     rows = []
     for settings in COMPARED:
         runs = group(found, settings)
-        settled = range(SETTLED // 10, len(runs[0].steps))
+        settled = [k for k, step in enumerate(runs[0].steps) if step > SETTLED]
         rows.append([
             title(settings), len(runs), spread([run.val_loss for run in runs], ".4f"),
             extremes([run.settled_logit() for run in runs]),

@@ -2,7 +2,6 @@
 
     python -m bench.predict [--page bench/PREDICTION.md]
 """
-import argparse
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -11,7 +10,7 @@ from pathlib import Path
 from bench.cross.costs import ACHIEVED, SHEET, Rates, by_part, costliest, milliseconds, step_ms
 from bench.cross.figures import launches
 from bench.page import grid
-from data.errors import UsageError, run_program
+from data.errors import CommandLine, UsageError, run_program
 from data.files import written_whole
 from tools.gpus import GPUS
 from tools.traced import FOLDER, traced_run
@@ -48,8 +47,7 @@ class Recipe:
 
     def __init__(self, name: str, ranks: int = 8):
         self.cfg = Config.for_track("small", recipe=name)
-        ends = (*self.cfg.stage_starts[1:], self.cfg.train_steps)
-        self.steps = [end - first for first, end in zip(self.cfg.stage_starts, ends)]
+        self.steps = [count for _, count in self.cfg.steps_by_stage]
         run = traced_run(self.cfg, ranks, fp8=True)
         if run is None:
             raise UsageError(f"{FOLDER}: expected a run of {ranks} ranks with the settings of {name}, "
@@ -226,7 +224,7 @@ def page() -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.partition("\n")[0])
+    parser = CommandLine(__doc__, "python -m bench.predict")
     parser.add_argument("--page", type=Path, help="page to write")
     args = parser.parse_args(argv)
     text = page()

@@ -280,8 +280,7 @@ class Loader:
     def check_supply(self):
         """Refuse a schedule that the shards cannot feed, judged by the first steps of each stage."""
         cfg = self.cfg
-        lengths = np.diff([*cfg.stage_starts, cfg.train_steps])
-        needed = sum(raw * length for (raw, _), length in zip(self.tried, lengths))
+        needed = sum(raw * count for (raw, _), (_, count) in zip(self.tried, cfg.steps_by_stage))
         found = sum(map(shards.num_tokens, self.paths)) * cfg.max_epochs
         if needed > found:
             raise shards.ShardError(
@@ -291,10 +290,7 @@ class Loader:
 
     def try_stages(self) -> list[tuple[float, int]]:
         """Return what try_steps() says of the first steps of each stage."""
-        cfg = self.cfg
-        ends = (*cfg.stage_starts[1:], cfg.train_steps)
-        stages = zip(cfg.stage_starts, ends)
-        return [self.try_steps(first, min(20, end - first)) for first, end in stages]
+        return [self.try_steps(first, min(20, count)) for first, count in self.cfg.steps_by_stage]
 
     def try_steps(self, first: int, count: int) -> tuple[float, int]:
         """Pack `count` steps from the first shard's beginning. Return the tokens that a step uses up and the

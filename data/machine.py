@@ -15,3 +15,8 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         pass
     return cores
+
+
+def memory_bytes() -> int:
+    """Return the memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -23,13 +23,14 @@ import jinja2
 from pydantic_core import to_json
 
 from data.errors import RunError, UsageError
+from data.files import sha256_of
 from records import check, logs, schema
 from records.logs import LogFile, RunFacts
 from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
 from records.rules import Submission, Verdict, changed_settings, judge, runs_of, seconds_of
 from records.schema import Statement
 from records.statistics import mean_sd
-from records.text import markdown, short_name
+from records.text import TEMPLATES, markdown, short_name
 
 HELP = "build the folder of a submission from logs and a note"
 EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --logs "
@@ -39,7 +40,6 @@ EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --lo
 NOTE_BEGIN = "<!-- A note, which its author may edit. The numbers outside it come from the logs. -->"
 NOTE_END = "<!-- End of the note. -->"
 NOTE_LIMIT = 1 << 18  # bytes
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def add_arguments(parser):
@@ -154,7 +154,7 @@ def record_of(baseline: list[LogFile], track_folder: Path) -> str | None:
                          if re.fullmatch(schema.FOLDER_NAME, path.name)):
         files = check.members(folder / "runs")
         if files and len(files) == len(baseline):
-            if {hashlib.sha256(file.read_bytes()).hexdigest() for file in files} == wanted:
+            if set(map(sha256_of, files)) == wanted:
                 return folder.name
     return None
 

@@ -13,13 +13,12 @@ from data.errors import UsageError
 from records import charts, compare, show
 from records.difference import differences
 from records.groups import RunGroup
-from records.text import Grid, printable, short_name
+from records.text import TEMPLATES, Grid, printable, short_name
 
 HELP = "what compare says as one page, with charts, all runs and the changes of their sources"
 EXAMPLE = ("python -m records report records/track_0_laptop/2026-11-22_AdamW "
            "records/track_0_laptop/2026-11-22_Muon -o logs/report.html")
 
-TEMPLATES = Path(__file__).parent / "templates"
 DIFF_LIMIT = 400  # lines shown of the difference of a file
 
 

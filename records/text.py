@@ -5,7 +5,9 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+TEMPLATES = Path(__file__).parent / "templates"
 UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 CELL_OF_NUMBERS = re.compile(r"[-+]?[\d,.]+( ± [\d,.]+| of [\d,]+)?|-|\.\.\.|nan|inf")
 

@@ -7,7 +7,6 @@ where the run cannot start, with what to change. A child process tries piece aft
 process or hangs, that is its finding, and another child goes on behind it.
 """
 import json
-import os
 import platform
 import shutil
 import sys
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 from data.errors import RunError, UsageError, run_program
 from data.loader import Loader, Validation
+from data.machine import memory_bytes
 from engine import TESTED_TORCH
 from engine.endings import explain
 from engine.kernels import Kernels, choose_dtype, name_of, whole_graph, will_compile
@@ -111,7 +111,7 @@ def try_memory(cfg: Config, device: torch.device) -> tuple[str, str]:
         free, total = torch.cuda.mem_get_info()
         there = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     else:
-        free = total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = total = memory_bytes()
         there = f"{total / GIB:.1f} GiB in all"
     need = sum(static_bytes(cfg, choose_dtype(cfg.dtype, device), 1).values())
     text = (f"{there}; weights, gradients and optimizer take {need / GIB:.2f}, for the rest see python -m "

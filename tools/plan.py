@@ -7,7 +7,7 @@ parameters. What a compiled step needs besides was found by bench.cross in the g
 scaled to other settings by a formula. No GPU has confirmed either yet.
 """
 import functools
-import os
+import inspect
 import sys
 from dataclasses import replace
 
@@ -15,17 +15,21 @@ import torch
 
 from data.errors import UsageError, run_program
 from data.loader import shards_needed
+from data.machine import memory_bytes
 from engine.adam import is_sharded
 from engine.head_loss import HEAD_PIECE
 from engine.host_table import row_bytes
 from engine.kernels import Kernels, choose_dtype, choose_ns_dtype, name_of, will_compile
+from muon import Muon
 from tools.gpus import GPUS, find_gpu
 from tools.traced import traced_runs
-from train_gpt import GPT, MATRICES, TABLES, Config, muon_shares, optimizer_table, parse_config
+from train_gpt import GPT, MATRICES, TABLES, Config
+from train_gpt import is_averaged, muon_shares, optimizer_table, parse_config
 
 GIB = 2**30
 UTILIZATION = 0.4  # of the peak in bf16; assumed. Upstream's records reach 0.44 on an H100
-BUCKET = 4 * 2**20  # weights that Muon sends or receives at a time, of each rank
+# Weights of each rank that Muon sends or receives at a time, as its bucket_mb says for fp32.
+BUCKET = int(inspect.signature(Muon).parameters["bucket_mb"].default * 1e6 / 4)
 DOCS_PER_SLICE = 4  # a shorter packed sequence would cut too many of its documents
 
 
@@ -55,7 +59,7 @@ def static_bytes(cfg: Config, dtype: torch.dtype, world: int) -> dict[str, int]:
     weights = adam = travelling = averaged = 0
     for name, p in shapes_of(cfg).named_parameters():
         low = split and name in MATRICES + TABLES
-        averaged += p.numel() * (cfg.ema_of == "all" or name in ("head", "embed"))
+        averaged += p.numel() * is_averaged(cfg, name)
         weights += p.numel() * (2 if low else 4)
         if table[name].optimizer == "adam":
             sharded = is_sharded(p, world)
@@ -286,7 +290,7 @@ def planned_machine(name: str | None = None, gib: float | None = None) -> tuple[
         raise UsageError(f"--gpu: expected a name with one of {', '.join(GPUS)}, found {name!r}; add "
                          "--gpu_gib=NUMBER")
     elif gib is None:
-        name, gib = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        name, gib = "CPU", memory_bytes() / GIB
     return name or "some GPU", gib, tflops
 
 

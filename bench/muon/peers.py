@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from bench.muon.processes import NotPosed, Refused, first_line
+from muon import COEFFICIENTS
 from muon_extras.fsdp import FsdpMuon
 
-JORDAN = (3.4445, -4.7750, 2.0315)
+_, (JORDAN,) = COEFFICIENTS["jordan"]
 
 
 @dataclass

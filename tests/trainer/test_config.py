@@ -8,6 +8,7 @@ import pytest
 from data.errors import UsageError
 from data.loader import shards_needed
 from engine.settings import show_value
+from records import tracks
 from tests.helpers.tiny import config
 from train_gpt import TRACKS, Config, parse_config
 
@@ -156,3 +157,9 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones(track, recipe, known):
 def test_the_vocabulary_is_padded_to_a_multiple_of_128():
     sizes = [config(vocab_size=v, bos_id=0).padded_vocab for v in (61, 128, 129, 50_257)]
     assert sizes == [128, 128, 256, 50_304]
+
+
+@pytest.mark.parametrize("name", TRACKS)
+def test_records_are_judged_by_what_the_trainer_aims_at(name):
+    track, cfg = tracks.TRACKS[name], Config.for_track(name)
+    assert (track.target, track.val_tokens) == (cfg.target_loss, cfg.val_tokens)

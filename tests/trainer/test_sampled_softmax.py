@@ -7,13 +7,14 @@ import torch
 
 from engine import head_loss
 from engine.head_loss import multi_token_loss, sampled_head_loss, sampled_loss, softcap
-from engine.sampled_softmax import Sample, draw_sample, sampled_loss_and_gradient
 from engine.lookup import Lookup
+from engine.sampled_softmax import Sample, draw_sample, sampled_loss_and_gradient
 from muon import ONEDNN
 from tests.helpers.bits import same_bits
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import on_rank, run
 from tests.helpers.tiny import BARE, THREE_LAYERS, build, config, context, docs_of, make_run
+from tests.trainer.test_head import assert_near, compiled
 
 CPU = torch.device("cpu")
 CAP = 23.0, 5.0, 7.5
@@ -29,11 +30,6 @@ def example(dtype=torch.float32, scale=1.0):
     x = (scale * torch.randn(T, D, generator=generator)).to(dtype).requires_grad_()
     head = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
     return x, head, torch.randint(0, V, (T,), generator=generator)
-
-
-def assert_near(found, expected, relative):
-    for ours, exact in zip(found, expected, strict=True):
-        assert ours.shape == exact.shape and (ours - exact).norm() < relative * exact.norm()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,11 +90,6 @@ def test_the_mean_of_the_sum_over_samples_is_the_sum():
 
 def lookup(index, table):
     return torch.nn.functional.embedding(index, table)
-
-
-def compiled(function):
-    torch._dynamo.reset()
-    return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
 def both(x, head, targets, weights, cap, prefixes=None, sample=SAMPLE, apply=sampled_head_loss, rows=lookup,
