@@ -714,7 +714,7 @@ class Bucket:
         owners = [self.rank] if self.divided else range(self.world_size)
         if self.pending is None:
             found = {stack: self.gradient(stack) for owner in owners for stack in self.stacks[owner]}
-            # In one layout, as they arrive: on that depend the last bits of products.
+            # In the layout in which they arrive from other ranks: the last bits of products depend on it.
             return {stack: G.contiguous() for stack, G in found.items() if G is not None}
         mean = self.pending.wait().float().div_(self.world_size)
         self.pending = None

@@ -147,7 +147,7 @@ def example(T: int, D: int, M: int, device: torch.device) -> list[Tensor]:
     return [leaf.bfloat16() for leaf in leaves]
 
 
-# Of a slice in the last stage of track small. Their products take longer than the host needs to launch them.
+# Tokens of a slice in the last stage of track small, whose products take longer than the host to launch them.
 RACE_TOKENS = 49_152
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from data.errors import RunError, UsageError
 from engine import shared_memory
 
-# That a rank waits for the others in a collective; NCCL's own 10 minutes would end a run of several machines
-# of which some have compiled graphs of an earlier run and others compile them during the warm-up.
+# How long a rank waits for the others in a collective. NCCL's own 10 minutes would end a run of several
+# machines, some of which find graphs of an earlier run compiled while others compile them in the warm-up.
 PATIENCE = timedelta(minutes=40)
 
 

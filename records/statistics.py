@@ -74,7 +74,7 @@ def z_rule(losses: Sequence[float], target: float, sigma: float, needed: float) 
     mean, _ = mean_sd(losses)
     score = (target - mean) * n ** 0.5
     p = float(scipy.stats.norm.sf(score / sigma))
-    # For decimal figures: 3.28 - 3.276 is a hair off 0.004 in binary.
+    # Less a hair, by which 3.28 - 3.276 is off 0.004 in binary.
     said = (f"({target} - {mean:.5f}) sqrt({n}) = {score:.5f}, needed >= {needed} (p = {p:.3g} at an assumed "
             f"sd of {sigma})")
     return RuleResult(score >= needed - 1e-9, p, said)

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 import torch
-# On macOS it says that ranks cannot write to files, which ours do not.
+# On macOS it warns that the output of ranks cannot go to files, where ours does not go.
 logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").setLevel(logging.ERROR)
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException

@@ -60,7 +60,7 @@ def oracle(W, gradients, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True
 
 
 def flops(m, n, steps=5):
-    """Return the FLOPs of the standard form, by formula 3.1 of MUON.md."""
+    """Return the FLOPs of the standard form: two products along the long side and one of squares a step."""
     return steps * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3)
 
 

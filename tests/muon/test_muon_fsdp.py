@@ -584,7 +584,7 @@ def test_gathering_is_announced_at_construction_and_refuses_masters(world, W):
 @pytest.mark.parametrize("W", FEW)
 def test_traffic_is_two_all_to_alls_of_the_shards(world, W):
     """Out and back 2 f (N / W) 2 bytes, f = (W - 1) / W, in bf16, and a flag per unit each way. With N = 84.9
-    M and W = 8 this is 37.2 MB (MUON.md 3.3). NorMuon's V, 60 numbers in fp32 per unit, goes from its owner
+    M and W = 8 this is 37.2 MB. NorMuon's V, 60 numbers in fp32 per unit, goes from its owner
     to all others."""
     N, mine = 2 * W * 60 * 16, 2  # units of each rank
     for found in world(W):
