@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, record_function
 import train_gpt
 from bench.cross.costs import by_part
 from bench.cross.figures import launches
-from bench.documents import document_lengths
+from bench.packing import document_lengths
 from bench.page import grid
 from data.errors import run_program
 from data.loader import find_shards

@@ -2,7 +2,7 @@
 what ranks send each other."""
 from collections import defaultdict
 
-from bench import documents
+from bench import packing
 from bench.cross.costs import Launch
 from bench.cross.trace import Trace
 from train_gpt import Config
@@ -84,8 +84,8 @@ def stage_launches(trace: Trace, cfg: Config, stage: int, ranks: int) -> list[La
 
     # inductor knows no documents.
     sequences = max(cfg.slices, ranks)
-    docs = documents.synthetic(cfg, first, sequences)[: sequences // ranks]
-    keys = documents.keys_seen(cfg, docs, stage)
+    docs = packing.synthetic(cfg, first, sequences)[: sequences // ranks]
+    keys = packing.keys_seen(cfg, docs, stage)
     return with_attention(mean_step(trace, cfg, first), 12 * cfg.model_dim * keys)
 
 

@@ -3,7 +3,7 @@ packs them."""
 import numpy as np
 import pytest
 
-from bench import documents
+from bench import packing
 from engine.attention import masked_mask, paired_docs
 from tests.helpers.tiny import BARE, SMALL, build, config, docs_of, make_run
 
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_visible_keys_are_those_of_the_mask(window):
     lengths = [1, 3, 40, 21, 2]
     docs = docs_of(lengths)
-    assert documents.visible(np.array(lengths), window) == masked_mask(docs, window).sum()
-    assert documents.visible(2 * np.array(lengths), window) == masked_mask(paired_docs(docs), window).sum()
+    assert packing.visible(np.array(lengths), window) == masked_mask(docs, window).sum()
+    assert packing.visible(2 * np.array(lengths), window) == masked_mask(paired_docs(docs), window).sum()
 
 
 @pytest.mark.parametrize("base", [SMALL, BARE], ids=["all", "bare"])
@@ -31,9 +31,9 @@ def test_keys_of_a_model_are_those_of_its_layers_masks(base, stage):
         window = windows[min(stage, len(windows) - 1)]
         paired = i in cfg.paired_layers
         keys += int(masked_mask(paired_docs(docs) if paired else docs, window).sum()) // (1 + paired)
-    assert documents.keys_seen(cfg, [np.array(lengths)], stage) == keys
+    assert packing.keys_seen(cfg, [np.array(lengths)], stage) == keys
     longer = config(base, mix_window=2, gate_networks=(0,)) if base is SMALL else cfg
-    more = documents.keys_seen(longer, [np.array(lengths)], stage) - keys
+    more = packing.keys_seen(longer, [np.array(lengths)], stage) - keys
     assert more == (2 * sum(lengths) - len(lengths) if base is SMALL else 0)  # itself and one before
 
 
@@ -43,7 +43,7 @@ def test_packing_is_the_loaders(tmp_path):
     cfg, T = run.cfg, run.cfg.batch_tokens[0] // run.cfg.slices
     batches = run.loader.next()
     expected = [np.diff(b.docs.starts[b.docs.starts < T].numpy(), append=T) for b in batches]
-    found = documents.packed(lengths, cfg.max_doc_len[0], T + 1, cfg.slices)
+    found = packing.packed(lengths, cfg.max_doc_len[0], T + 1, cfg.slices)
     for mine, theirs in zip(found, expected, strict=True):  # the token after the last is a target only
         mine[-1] -= 1
         assert mine[mine > 0].tolist() == theirs.tolist()
