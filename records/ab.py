@@ -25,8 +25,8 @@ from data.errors import UsageError
 from data.files import written_whole
 from records import logs
 from records.experiment import PLAN, ROLES, Experiment, Pair, read_experiment
+from records.formatting import seconds
 from records.logs import LogFile
-from records.text import seconds
 from tools.children import StopSignals, kill_group
 
 HELP = "run candidate and baseline in turn on this machine, then the paired verdict"

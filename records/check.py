@@ -16,8 +16,8 @@ from pathlib import Path
 from data.errors import UsageError
 from records import logs, schema
 from records.experiment import read_experiment
+from records.formatting import Grid, terminal
 from records.rules import FAIL, NOT_APPLICABLE, PASS, RULES, WAIVABLE, WAIVED, Submission, Verdict, judge
-from records.text import Grid, terminal
 from records.tracks import TRACKS, only
 
 HELP = "every rule of a track on a submission, with the evidence"

@@ -17,10 +17,10 @@ import numpy as np
 from data.errors import UsageError
 from records import charts, history, rules, statistics
 from records.difference import differences, summed
+from records.formatting import Grid, above_zero, printable, terminal
 from records.groups import RunGroup, find_groups
 from records.logs import RunFacts
 from records.rules import Submission
-from records.text import Grid, above_zero, printable, terminal
 from records.tracks import TRACKS, Track, only
 
 HELP = "groups of runs side by side: loss rule, speed-up, loss by step, changes of settings and source"

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from data.errors import UsageError
 from records import logs
 from records.experiment import ROLES, role_of
+from records.formatting import short_name
 from records.logs import LogFile, RunFacts
-from records.text import short_name
 
 NAME_LIMIT = 40  # characters of the name of a group
 

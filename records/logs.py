@@ -22,7 +22,7 @@ from pathlib import Path
 
 from data.errors import UsageError
 from records.experiment import ROLES, read_experiment
-from records.text import printable
+from records.formatting import printable
 
 RECORD_FILE = "record.json"  # what the folder of a record claims; its logs are in runs/
 SUFFIXES = {".txt", ".log", ".out", ".stdout"}  # of files that may be logs

@@ -25,12 +25,12 @@ from pydantic_core import to_json
 from data.errors import RunError, UsageError
 from data.files import sha256_of
 from records import check, logs, schema
+from records.formatting import TEMPLATES, markdown, short_name
 from records.logs import LogFile, RunFacts
 from records.rules import FAIL, NOT_APPLICABLE, NOT_TRAINING, PASS
 from records.rules import Submission, Verdict, changed_settings, judge, runs_of, seconds_of
 from records.schema import Statement
 from records.statistics import mean_sd
-from records.text import TEMPLATES, markdown, short_name
 
 HELP = "build the folder of a submission from logs and a note"
 EXAMPLE = ("python -m records pack --dry-run --name Again --date 2026-11-25 --logs "

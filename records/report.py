@@ -12,8 +12,8 @@ from markupsafe import Markup
 from data.errors import UsageError
 from records import charts, compare, show
 from records.difference import differences
+from records.formatting import TEMPLATES, Grid, printable, short_name
 from records.groups import RunGroup
-from records.text import TEMPLATES, Grid, printable, short_name
 
 HELP = "what compare says as one page, with charts, all runs and the changes of their sources"
 EXAMPLE = ("python -m records report records/track_0_laptop/2026-11-22_AdamW "

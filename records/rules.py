@@ -9,8 +9,8 @@ from itertools import combinations
 
 from records import statistics
 from records.difference import differences, summed
+from records.formatting import listed, printable, short_name
 from records.logs import LogFile, RunFacts, ValPoint
-from records.text import listed, printable, short_name
 from records.tracks import Track
 
 PASS, FAIL, WAIVED, NOT_APPLICABLE = "pass", "fail", "waived", "n/a"

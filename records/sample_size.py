@@ -8,8 +8,8 @@ from functools import partial
 import scipy
 
 from data.errors import UsageError
+from records.formatting import above_zero
 from records.statistics import WANTED, power, t_power
-from records.text import above_zero
 from records.tracks import TRACKS
 
 HELP = "runs that a margin in loss or a gap in time needs"

@@ -10,7 +10,7 @@ from pydantic_core import to_json
 
 from data.errors import UsageError
 from records import logs, tracks
-from records.text import Grid, above_zero, listed, nats, printable, seconds, short_name, shown, terminal
+from records.formatting import Grid, above_zero, listed, nats, printable, seconds, short_name, shown, terminal
 
 HELP = "facts of any log: losses, times, versions, hardware, hashes, time to the target"
 EXAMPLE = "python -m records show records/track_0_laptop/2026-11-24_TailAverage"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.errors import UsageError
 from records import check, history, pack, schema
-from records.text import markdown
+from records.formatting import markdown
 from records.tracks import TRACKS, Track
 
 HELP = "the tables of records in records/README.md, from data"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from data.errors import UsageError
 from records import check, pack, schema
+from records.formatting import printable
 from records.rules import FAIL, Submission, curve
-from records.text import printable
 
 HELP = "what a reviewer runs: a record, or a whole archive, against its logs"
 EXAMPLE = "python -m records verify records/track_0_laptop"
