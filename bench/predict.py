@@ -127,11 +127,10 @@ def predicted(recipe: Recipe) -> float:
 
 
 def stage_rows(recipe: Recipe) -> list[list]:
-    rows, first = [], 0
-    for n, found in zip(recipe.steps, recipe.launches):
+    rows = []
+    for (first, n), found in zip(recipe.cfg.steps_by_stage, recipe.launches):
         times = [f"{step_ms(found, H100, rates):.1f}" for rates in (SHEET, ACHIEVED)]
         rows.append([f"{first} to {first + n}", f"{recipe.cfg.at('batch_tokens', first):,}", *times])
-        first += n
     return rows
 
 

@@ -159,7 +159,8 @@ class Loader:
         self.slices_of_rank = range(first, behind)
         self.shard_opener = ThreadPoolExecutor(1)
         self.preparer = ThreadPoolExecutor(1)
-        self.tried = self.try_stages()
+        # By stage: the tokens that one of its first steps uses up, and the most documents of a sequence.
+        self.tried = [self.try_steps(first, min(20, count)) for first, count in cfg.steps_by_stage]
         self.check_supply()
         self.opened.clear()  # the clock pays for opening the first shard
         self.load_state_dict(dict(step=0, epoch=0, shard=0, doc=0))
@@ -287,10 +288,6 @@ class Loader:
                 f"--train_steps: expected about {needed:,.0f} tokens in the training shards for "
                 f"{cfg.train_steps} steps, found {found:,} in {len(self.paths)} shards times "
                 f"{cfg.max_epochs} epochs; get more shards, raise --max_epochs or lower --train_steps")
-
-    def try_stages(self) -> list[tuple[float, int]]:
-        """Return what try_steps() says of the first steps of each stage."""
-        return [self.try_steps(first, min(20, count)) for first, count in self.cfg.steps_by_stage]
 
     def try_steps(self, first: int, count: int) -> tuple[float, int]:
         """Pack `count` steps from the first shard's beginning. Return the tokens that a step uses up and the

@@ -15,6 +15,7 @@ no driver. Exit code 1 if something is compiled while the clock runs, or a step 
 need not. bench/CROSS.md says what was found, what is assumed, and what cannot be known this way.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from bench.cross import device
 from bench.cross.figures import page, write
-from data.errors import CommandLine, UsageError, run_program
+from data.errors import UsageError, run_program
 from tools.gpus import find_gpu
 
 SHORT_DOCUMENT = 100  # tokens
@@ -37,14 +38,18 @@ ALLOWED = "synchronize", "read_stats"  # waits for a step that ended two steps a
 
 
 def parse(argv: list[str]):
-    parser = CommandLine(__doc__, "python -m bench.cross")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cross",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(device.CHIPS)}")
-    parser.add_argument("--ranks", type=int, default=8, help="ranks, of which one is traced (default: 8)")
-    parser.add_argument("--parts", nargs="+", choices=("trace", "costs", "code"), default=["trace"],
-                        help="what to find out (default: trace)")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", choices=("trace", "costs", "code"), default=["trace"])
     parser.add_argument("--backend", default="varlen", help="attention that a self-test is assumed to choose")
     parser.add_argument("--fp8", choices=("on", "off"), help="head in FP8; on where the GPU has it")
-    parser.add_argument("--out", type=Path, help="write PATH.json, the figures, and PATH.md, their page")
+    parser.add_argument("--out", type=Path, help="writes PATH.json, the figures, and PATH.md, their page")
     return parser.parse_known_args(argv)
 
 

@@ -141,7 +141,7 @@ def product_of(inner, kind: str, origins: list):
     """Return the graph's node of a product that a kernel of this kind computes; None if it is none."""
     if "mm" not in kind:
         return None
-    # Inductor knows no node of an operation with several outputs.
+    # Of an operation with several outputs inductor knows no node.
     named = [one for one in origins if "mm" in one.name and re.sub(r"_\d+$", "", one.name) in kind]
     return inner.get_origin_node() or next(iter(named), None)
 
