@@ -138,7 +138,7 @@ def time_all(options) -> None:
 # The table
 
 
-def differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[float]], float, int]:
+def loss_differences(losses: dict[str, dict[int, float]]) -> tuple[dict[str, list[float]], float, int]:
     """Return (variant -> its loss minus the trainer's at each seed that both have, standard deviation of such
     a difference around its variant's mean, degrees of freedom).
 
@@ -167,7 +167,7 @@ def table(rows: list[dict]) -> str:
     if not (losses[BASE] and losses[FEWER] and losses[MORE]):
         raise UsageError(f"expected runs of {BASE!r}, {FEWER!r} and {MORE!r}, found too few; see "
                          "`python -m bench.ablate run`")
-    pairs, sd, free = differences(losses)
+    pairs, sd, free = loss_differences(losses)
     more = {name: statistics.mean(ds) if ds else math.nan for name, ds in pairs.items()}
     slope = (more[MORE] - more[FEWER]) / (steps[MORE] - steps[FEWER])
     lines = {}

@@ -147,7 +147,7 @@ def extremes(values: list[float], digits: int = 1) -> str:
     return " to ".join(ends)
 
 
-def difference(found: dict[str, Journal], a: tuple, b: tuple) -> list[float]:
+def loss_differences(found: dict[str, Journal], a: tuple, b: tuple) -> list[float]:
     """Return the differences in validation loss, a minus b, of runs with the same seed."""
     pairs = [(Trial(*a, seed).name, Trial(*b, seed).name) for seed in SEEDS]
     return [found[x].val_loss - found[y].val_loss for x, y in pairs if x in found and y in found]
@@ -175,7 +175,7 @@ def tables(found: dict[str, Journal]) -> str:
     sane, clipped, high, held, adamw = COMPARED
     pairs = []
     for a, b in ((clipped, sane), (held, high), (clipped, adamw)):
-        differences = difference(found, a, b)
+        differences = loss_differences(found, a, b)
         pairs.append([f"{title(a)}, minus {title(b)}", len(differences), spread(differences, ".4f"),
                       extremes(differences, 4)])
     rates = [[NAMES[trial.optimizer], trial.lr, f"{found[trial.name].val_loss:.4f}",

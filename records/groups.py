@@ -48,7 +48,7 @@ def find_groups(paths: list[str]) -> tuple[list[RunGroup], list[str]]:
     if not members:
         raise UsageError(f"{paths[0]}: expected logs with validations, found none; check the path")
     common = os.path.commonpath([os.path.dirname(place) for place in members])
-    return [RunGroup(name_of(place, common), found) for place, found in members.items()], left_out
+    return [RunGroup(group_name(place, common), found) for place, found in members.items()], left_out
 
 
 def folder_before_subfolders(file: Path) -> tuple[Path, Path]:
@@ -60,7 +60,7 @@ def folder_before_subfolders(file: Path) -> tuple[Path, Path]:
     return folder, file
 
 
-def name_of(place: str, common: str) -> str:
+def group_name(place: str, common: str) -> str:
     """A short name for a folder or a file below a common folder."""
     name = os.path.relpath(place, common)
     if os.path.isfile(place):
