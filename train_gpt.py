@@ -350,6 +350,10 @@ class Config:
         """Return whether embedding and head are one matrix at this step."""
         return step < self.untie_step
 
+    def has_parted(self, step: int) -> bool:
+        """Return whether embedding and head have parted in a step before this one."""
+        return step > self.untie_step
+
     @property
     def untie_step(self) -> float:
         """First step with an embedding apart from the head."""
@@ -1518,6 +1522,11 @@ class Run:
         if state["step"] > cfg.train_steps:
             raise UsageError(f"--train_steps: expected at least the {state['step']} steps of {path}, found "
                              f"{cfg.train_steps}; raise it")
+        saved = Config(**state["config"])
+        if saved.has_parted(state["step"]) and not cfg.has_parted(state["step"]):
+            raise UsageError(f"--untie_stage: expected embedding and head apart, as they are in {path} since "
+                             f"step {saved.untie_step}, found a schedule in which they are one until step "
+                             f"{cfg.untie_step}; give --untie_stage=0")
         if state["data"] != self.loader.fingerprint and not force_data:
             raise UsageError(f"{path}: expected the training data of its run, fingerprint {state['data']}, "
                              f"found {self.loader.fingerprint}; set --train_files, or go on with other data: "
@@ -1533,6 +1542,8 @@ class Run:
                              f"others ({found}); leave out settings that were not changed before, such as "
                              "--optimizer or --dtype") from None
         self.step = self.resumed_at = state["step"]
+        if self.cfg.has_parted(self.step) and not Config(**state["config"]).has_parted(self.step):
+            self.untie()  # another schedule has done so by now
         self.clock.ms = state["train_ms"]
         self.reached = state["reached"]
 

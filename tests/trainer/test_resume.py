@@ -116,9 +116,29 @@ def test_another_world_size_resumes_with_the_same_losses(folder, whole):
     assert resumed.val == pytest.approx(val, abs=2e-5)
 
 
+def test_under_another_schedule_embedding_and_head_part_where_they_should_have(folder, whole):
+    """The run of 12 steps parts them in step 6, one of 8 steps in step 4."""
+    shorter = "--train_steps=8"
+    assert (config(*SAVING).untie_step, config(*SAVING, shorter).untie_step) == (6, 4)
+    resumed = run(folder, f"--resume={checkpoint(whole, 6)}", shorter, "--val_every=1")
+    assert (resumed.code, resumed.err) == (0, "")
+    assert resumed.train[7] == whole.train[7]  # both read the head's rows, in the embedding
+    model = load(resumed.checkpoints[-1])["model"]
+    assert not torch.equal(model["embed"], model["head"])
+    assert (model["embed"] - model["head"]).norm() < 0.3 * model["head"].norm()
+
+
+def test_what_has_parted_cannot_become_one_again(folder, whole):
+    refused = run(folder, f"--resume={checkpoint(whole, 8)}", "--train_steps=24")
+    assert refused.code == 2 and "since step 6" in refused.err and "--untie_stage=0" in refused.err
+    resumed = run(folder, f"--resume={checkpoint(whole, 8)}", "--train_steps=24", "--untie_stage=0")
+    assert resumed.code == 0 and sorted(resumed.train) == list(range(9, 25))
+
+
 def test_the_latest_checkpoint_is_found_and_only_the_newest_ones_are_kept(tmp_path):
     make_shards(tmp_path)
-    kept = run(tmp_path, "--train_steps=4", "--extension_steps=1", "--save_every=1", "--keep=2")
+    given = "--train_steps=4", "--extension_steps=1", "--untie_stage=0"
+    kept = run(tmp_path, *given, "--save_every=1", "--keep=2")
     assert [path.name for path in kept.checkpoints] == ["state_step000003.pt", "state_step000004.pt"]
     later = kept.checkpoints[1].stat().st_mtime + 60  # the newest by its time, not by its name
     os.utime(kept.checkpoints[0], (later, later))
