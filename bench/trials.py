@@ -16,7 +16,7 @@ import torch
 
 from bench.page import count
 from data.errors import RunError, UsageError
-from engine.log import output
+from data.machine import output
 from engine.ranks import Runtime
 from train_gpt import Config, Run, parse_config
 

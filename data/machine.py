@@ -1,5 +1,8 @@
-"""What the machine gives to this process."""
+"""What the machine gives to this process, and says of itself."""
 import os
+import subprocess
+
+from data.files import ROOT
 
 
 def usable_cores() -> int:
@@ -20,3 +23,12 @@ def usable_cores() -> int:
 def memory_bytes() -> int:
     """Return the memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def output(*command: str) -> str:
+    """Return what a command prints, "" where it does not work."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()

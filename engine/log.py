@@ -3,7 +3,6 @@ import contextlib
 import dataclasses
 import json
 import platform
-import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 
 from data.errors import RunError, UsageError
 from data.files import ROOT
+from data.machine import output
 from engine.endings import Stopped
 from engine.ranks import Runtime, say
 
@@ -179,12 +179,3 @@ def macos_processor() -> str:
 def commit_fact() -> str:
     changed = " with changes" if output("git", "status", "--porcelain") else ""
     return f"commit: {output('git', 'rev-parse', 'HEAD') or 'unknown'}{changed}"
-
-
-def output(*command: str) -> str:
-    """Return what a command prints, "" where it does not work."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()

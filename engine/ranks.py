@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import RunError, UsageError
+from data.machine import output
 from engine import shared_memory
 
 # How long a rank waits for the others in a collective. NCCL's own 10 minutes would end a run of several
@@ -31,6 +32,7 @@ class Runtime:
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         else:
+            check_driver()
             self.device = torch.device("cpu")
             keep_freed_memory()
 
@@ -147,6 +149,27 @@ def keep_gloo_at_home() -> None:
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     if names:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
+def unseen_gpu() -> str | None:
+    """Return the first GPU that the driver lists although torch finds none, unless that was asked for."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    listed = output("nvidia-smi", "-L")
+    return listed.splitlines()[0] if listed.startswith("GPU") else None
+
+
+def check_driver() -> None:
+    """Raise UsageError where a run would take the CPU beside a GPU that its torch cannot use."""
+    gpu = unseen_gpu()
+    if gpu is None:
+        return
+    build = "built without CUDA"
+    if torch.version.cuda is not None:
+        build = f"built for CUDA {torch.version.cuda}, for which the driver may be too old"
+    raise UsageError(f"expected torch to find the GPU that nvidia-smi lists ({gpu}), found none: torch "
+                     f"{torch.__version__} is {build}; update the driver or install a torch for it, or train "
+                     "on the CPU: CUDA_VISIBLE_DEVICES= ./run.sh")
 
 
 def check_gpus(ranks: int) -> None:

@@ -24,7 +24,7 @@ from data.machine import memory_bytes
 from engine import TESTED_TORCH
 from engine.endings import explain
 from engine.kernels import Kernels, choose_dtype, name_of, whole_graph, will_compile
-from engine.log import output
+from engine.ranks import check_driver
 from engine.self_test import in_one_line, largest_error
 from tools.children import ending, run_limited
 from tools.plan import GIB, checkpoint_bytes, static_bytes
@@ -57,9 +57,7 @@ def try_device(cfg: Config, device: torch.device) -> tuple[str, str]:
         return "ok", text
     why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
     text = f"CPU ({why}), {name_of(dtype)}"
-    seen = output("nvidia-smi", "-L")
-    if "GPU" in seen:
-        return "note", f"{text}; nvidia-smi sees {seen.splitlines()[0]}: install a torch for its driver"
+    check_driver()
     if cfg.track != "shakespeare":
         return "note", f"{text}; this track would take weeks here: leave out --track"
     return "ok", text
@@ -144,7 +142,7 @@ def try_data(cfg: Config, device: torch.device) -> tuple[str, str]:
 
 PIECES = {  # name -> (function, what to change where it fails)
     "torch": (try_torch, ""),
-    "device": (try_device, "see whether nvidia-smi works; CUDA_VISIBLE_DEVICES= trains on the CPU"),
+    "device": (try_device, "see whether nvidia-smi works"),
     "kernels": (try_kernels, "name an --attention (flex, blocked, masked), or --fp8_head=off"),
     "compile": (try_compile, "--compile=off trains the same without, slower"),
     "ranks": (try_ranks, "NPROC=1 ./run.sh does without"),

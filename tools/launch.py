@@ -30,6 +30,7 @@ from data.loader import shards_needed
 from data.machine import usable_cores
 from data.shards import MAKERS
 from engine.endings import LOST_CONTACT
+from engine.ranks import check_driver
 from tools import plan
 from train_gpt import Config, configure, parse_config, show_settings
 
@@ -135,6 +136,7 @@ def main(args: list[str]) -> int:
     # Settings and checkpoint are looked at once, here: of several ranks that meet an error, torchrun may end
     # the one that speaks for all before it has spoken.
     options, cfg, _ = configure(args)
+    check_driver()
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = usable_cores()
     ranks = choose_ranks(num_gpus, cores, os.environ.get("NPROC", ""))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from data.errors import RunError
-from engine import endings
+from data.errors import RunError, UsageError
+from engine import endings, ranks
 from engine.endings import explain
 from tests.helpers.commands import python
 from tests.helpers.runs import config, make_shards, run
@@ -85,10 +85,15 @@ def test_a_gpu_is_named_and_an_old_one_told_of_bfloat16(monkeypatch):
     assert mark == "note" and text.endswith("bfloat16 is only emulated before 8.0: use --dtype=float32")
 
 
-def test_a_gpu_that_only_its_driver_sees_is_named(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "output", lambda *command: "GPU 0: Some GPU")
-    mark, text = lines(capsys, tmp_path, pieces=["device"])["device"]
-    assert mark == "note" and text.endswith("nvidia-smi sees GPU 0: Some GPU: install a torch for its driver")
+@pytest.mark.parametrize("build, why", [(None, "built without CUDA"), ("13.0", "driver may be too old")])
+def test_a_gpu_that_only_its_driver_sees_is_named(monkeypatch, build, why):
+    monkeypatch.setattr(ranks, "output", lambda *command: "GPU 0: Some GPU\nGPU 1: Some GPU")
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UsageError, match=f"lists .GPU 0: Some GPU.*{why}"):
+        doctor.try_device(config(), torch.device("cpu"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU was asked for
+    assert doctor.try_device(config(), torch.device("cpu"))[0] == "ok"
 
 
 def test_memory_that_others_have_taken_is_told(monkeypatch):

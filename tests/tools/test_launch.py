@@ -38,6 +38,7 @@ def started(monkeypatch) -> SimpleNamespace:
 
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: seen.gpus > 0)
     monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: seen.gpus)
+    monkeypatch.setattr(launch, "check_driver", lambda: None)
     monkeypatch.setattr(launch, "usable_cores", lambda: 6)
     monkeypatch.setattr(launch.os, "environ", seen.environ)
     monkeypatch.setattr(launch.subprocess, "run", script)
@@ -118,6 +119,17 @@ def test_without_a_seed_it_says_that_runs_are_equal_before_several_are_made(star
         assert (note in capsys.readouterr().err) == told
     assert launch.main([f"--resume={checkpoint}"]) == 0  # which has its seed
     assert note not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["tools.launch", "train_gpt"])
+def test_a_gpu_that_torch_cannot_use_ends_the_run_instead_of_leaving_it_to_the_cpu(tmp_path, program):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'GPU 0: Some H100 (UUID: 1)'\n")
+    driver.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0"}
+    child = python("-m", program, "--track=shakespeare", **env)
+    assert (child.returncode, child.stdout, len(child.stderr.splitlines())) == (2, "", 1)
+    assert "lists (GPU 0: Some H100" in child.stderr and "CUDA_VISIBLE_DEVICES= ./run.sh" in child.stderr
 
 
 def test_the_quota_of_a_container_limits_the_cores(monkeypatch, tmp_path):
