@@ -1014,6 +1014,7 @@ class Muon(torch.optim.Optimizer):
         self._names = {}    # of parameters
         self._checked = {}  # number of a group -> its settings when they were checked
         self._layout_of = None
+        self._unlike = None  # what said, at the last layout, that ranks hold unlike weights
 
     def __getstate__(self) -> dict:
         self._expect_whole_state()
@@ -1126,6 +1127,26 @@ class Muon(torch.optim.Optimizer):
         self._names = names
         self._forget()
         self._layout_of = self._what_shapes_it()
+        self._unlike = self._unlike_weights()
+
+    def _unlike_weights(self) -> str | None:
+        """Return where ranks that share the work hold other weights. A sum over the bits stands for them."""
+        shared = {p: name for p, name in self._names.items() if not (hasattr(p, "device_mesh") or p.is_meta)}
+        if not shared or world_and_rank(self.process_group)[0] == 1:
+            return None
+        sums = [p.detach().contiguous().view(torch.int16).sum(dtype=torch.int64) for p in shared]
+        found = of_all_ranks(torch.stack(sums).tolist(), self.process_group)
+        unlike = ((name, rank) for k, name in enumerate(shared.values())
+                  for rank, theirs in enumerate(found) if theirs[k] != found[0][k])
+        return next((f"others in {name} on rank {rank}" for name, rank in unlike), None)
+
+    def _expect_like_weights(self) -> None:
+        """Raise where ranks still hold unlike weights: DDP may have made them alike since the layout."""
+        self._unlike = self._unlike and self._unlike_weights()
+        if self._unlike:
+            raise refusal("the same weights on all ranks", self._unlike,
+                          "copy those of one rank to the others, or pass a process_group of ranks that hold "
+                          "the same", error=RuntimeError)
 
     def _lane(self, name: str, p: Tensor, group: dict) -> tuple[type[Bucket], object, tuple]:
         """Return (kind of bucket, its process group, all process groups whose ranks compute alike)."""
@@ -1309,6 +1330,7 @@ class Muon(torch.optim.Optimizer):
         changed = self._what_shapes_it() != self._layout_of
         if all(bucket.pending is None for bucket in self.buckets):
             self._follow(changed)
+            self._expect_like_weights()
         elif changed:
             raise refusal("the parameters that start() found", "others",
                           "change them before start() or after step()", error=RuntimeError)

@@ -36,6 +36,7 @@ def on_a_rank(rank, W):
         found["removed"] = removed_after_start()
         found["copies"] = copies()
         found["meta"] = meta_on_ranks()
+        found["own weights"] = weights_of_ones_own(rank)
         muon.has_bf16_units = lambda: rank == 0
         found["unlike"] = unlike_processors()
     return found
@@ -170,6 +171,38 @@ def test_a_change_on_one_rank_is_refused_by_all_and_named():
     for said in zip(*(found["alone"] for found in ranks(2))):
         assert said[0] == said[1]
         assert "expected the same parameters and settings on all ranks, found " in said[0]
+
+
+EXACT = dict(ns_dtype=torch.float32, deterministic=True)  # the same bits at any number of ranks
+
+
+def weights_of_ones_own(rank):
+    """Return what a step says where each rank has drawn its own weights, those that it leaves, and weights
+    after steps with one rank's copied to both, then by ranks apart."""
+    params, gradients = make([(12, 8), (8, 12)])
+    with torch.no_grad():
+        params[1].add_(rank)
+    before = [p.detach().clone() for p in params]
+    optimizer = Muon(params, **EXACT)
+    with pytest.raises(RuntimeError) as refused:
+        after(optimizer, params, gradients)
+    kept = all(map(same, params, before)) and not optimizer.state
+    groups = [dist.new_group([other]) for other in range(dist.get_world_size())]  # by all ranks, of each
+    apart = [nn.Parameter(p.detach().clone()) for p in params]
+    apart = after(Muon(apart, process_group=groups[rank], **EXACT), apart, gradients)
+    dist.broadcast(params[1].data, 0)
+    return str(refused.value), kept, after(optimizer, params, gradients), apart
+
+
+def test_ranks_with_weights_of_their_own_are_told_so_and_lose_nothing():
+    for rank, (said, kept, shared, apart) in enumerate(found["own weights"] for found in ranks(2)):
+        assert kept and "the same weights on all ranks, found others in parameter 1 of group 0" in said
+        params, gradients = make([(12, 8), (8, 12)])
+        assert all(map(same, after(Muon(params, **EXACT), params, gradients), shared))
+        params, gradients = make([(12, 8), (8, 12)])
+        with torch.no_grad():
+            params[1].add_(rank)
+        assert all(map(same, after(Muon(params, **EXACT), params, gradients), apart))
 
 
 RESHAPES = {
