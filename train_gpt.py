@@ -1180,7 +1180,7 @@ class Run:
         self.encoding = rt.together(encoding_for, cfg.bos_id) if cfg.prefix_weight else None
         self.startup.mark("data")
 
-        self.kernels = Kernels.choose(cfg, rt.device)
+        self.kernels = Kernels.choose(cfg, rt.device).agreed(rt.everywhere)
         self.startup.mark("choice of kernels")
 
         with torch.device(rt.device):
@@ -1590,6 +1590,8 @@ def train(run: Run, log: Log):
     tried_at = run.step
     path = None  # of the newest checkpoint; None: it could not be written
 
+    gc.collect()
+    gc.freeze()  # a collection in mid run need not look at what the warm-up has left, 300,000 objects
     clock.start()
     run.fill_prefixes()
     while True:

@@ -1,5 +1,6 @@
 """What this device can do: one object that is chosen once and used by the trainer, its log and the doctor."""
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,6 +65,15 @@ class Kernels:
             fused=device.type == "cpu" and dtype == torch.float32 and not compiled,
             reasons={name: reason for name, (_, reason) in choices.items()},
             **{name: chosen for name, (chosen, _) in choices.items()})
+
+    def agreed(self, everywhere: Callable[[bool], bool]) -> "Kernels":
+        """Return these kernels as all ranks will use them. What a race decides, which near a tie may end
+        otherwise on each of them, is used where it was faster everywhere."""
+        fused_mlp = everywhere(self.fused_mlp)
+        reasons = self.reasons
+        if fused_mlp != self.fused_mlp:
+            reasons = reasons | {"fused_mlp": f"not on another rank; here {reasons['fused_mlp']}"}
+        return dataclasses.replace(self, fused_mlp=fused_mlp, reasons=reasons)
 
     @staticmethod
     def plain(dtype: torch.dtype = torch.float32, attention: str = "masked") -> "Kernels":

@@ -20,19 +20,21 @@ PATIENCE = timedelta(minutes=40)
 
 
 class Runtime:
-    """Rank, world size and device of this process, as torchrun's variables say; without them it is alone."""
+    """Rank, world size and device of this process, as torchrun's variables say; without them it is alone.
+    cpu: whether to leave GPUs alone."""
 
-    def __init__(self):
+    def __init__(self, cpu: bool = False):
         check_environment()
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not cpu:
             check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         else:
-            check_driver()
+            if not cpu:
+                check_driver()
             self.device = torch.device("cpu")
             keep_freed_memory()
 
@@ -65,6 +67,13 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def everywhere(self, fact: bool) -> bool:
+        """Return whether something holds on every rank."""
+        facts = [fact] * self.world
+        if self.world > 1:
+            dist.all_gather_object(facts, fact)
+        return all(facts)
 
     def together(self, function, *args):
         """Call the function on every rank; a UsageError or RunError of one is raised on all of them."""

@@ -296,7 +296,7 @@ def train(s: KimiSettings, rt: Runtime, text: Tensor, val: Tensor) -> None:
 def main(argv: list[str], stop: StopSignal | None = None) -> None:
     _, changes = parse_settings(KimiSettings, argv, __doc__, {})
     s = KimiSettings(**changes)
-    rt = Runtime()
+    rt = Runtime(cpu=True)
     require(s, "micro_batches", f"a multiple of the {rt.world} ranks", s.micro_batches % rt.world == 0)
     folder = rt.together(shakespeare.ensure)
     text, val = (torch.from_numpy(open_shard(folder / name).astype("int16"))

@@ -26,7 +26,8 @@ def made_by_a_run(rank: int, world: int, folder: str, on_this_machine: int) -> t
     with mock.patch.object(dist, "init_process_group", init):
         rt = Runtime()
     told = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    return told, rt.facts(), rt.sum(torch.ones(())).item(), os.environ.get("GLOO_SOCKET_IFNAME")
+    facts = rt.everywhere(True), rt.everywhere(rank == 0)
+    return told, rt.facts(), rt.sum(torch.ones(())).item(), os.environ.get("GLOO_SOCKET_IFNAME"), facts
 
 
 @pytest.mark.parametrize("on_this_machine, backend", [(1, "gloo"), (2, "shared_memory")])
@@ -35,7 +36,7 @@ def test_ranks_wait_for_one_that_compiles_longer_than_the_libraries_would(tmp_pa
     found = run_ranks(2, made_by_a_run, str(tmp_path), on_this_machine)
     loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
     interface = loopback.pop() if on_this_machine == 2 else None
-    assert found == 2 * [(PATIENCE, said, 2.0, interface)]
+    assert found == 2 * [(PATIENCE, said, 2.0, interface, (True, False))]
     assert PATIENCE.total_seconds() == 2400
 
 
@@ -48,4 +49,10 @@ def test_more_ranks_on_a_machine_than_it_has_gpus_are_refused(monkeypatch):
 
 
 def test_one_rank_waits_for_nobody():
-    assert Runtime().facts() == []
+    rt = Runtime()
+    assert rt.facts() == [] and rt.everywhere(True) and not rt.everywhere(False)
+
+
+def test_a_program_for_cpus_leaves_gpus_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Runtime(cpu=True).device == torch.device("cpu")
