@@ -943,9 +943,11 @@ def fuse(function: Callable) -> Callable:
 
 class Muon(torch.optim.Optimizer):
     """Muon over the ranks of `process_group` (default: all ranks; one process needs no torch.distributed).
+    They are replicas, which hold the same weights: stages of a pipeline or parts of tensors need a group each.
 
     All settings may change between steps, on all ranks alike.
-    Those of a group, of which the first eight are named as in torch.optim.Muon:
+    Those of a group, of which the first eight are named as in torch.optim.Muon, whose defaults are others (lr
+    0.001, weight_decay 0.1, its own coefficients, eps 1e-7):
         lr                a number or a 0-D tensor
         weight_decay, momentum, nesterov
         ns_coefficients   a name in COEFFICIENTS, one (a, b, c), or one per step
@@ -963,7 +965,8 @@ class Muon(torch.optim.Optimizer):
                           alike on all ranks. Gradients of low rank (LoRA) lose their digits in bf16: ask for
                           torch.float32. What is gathered is fp32 for fp32, else bf16
         sync_grads        gradients differ per rank and the optimizer averages them, in bf16 for a bucket of
-                          bf16 parameters, else in fp32; without it they are equal already, as DDP leaves them
+                          bf16 parameters, else in fp32; without it they are equal already, as DDP leaves
+                          them, and as clip_grad_norm_ must find them to clip their mean
         replicate_state   all ranks keep all state, not its owner alone: each can save and load by itself
         bucket_mb         fp32 megabytes per rank and bucket, which also bounds the working memory: two
                           exchanges are in flight at most

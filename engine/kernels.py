@@ -166,6 +166,8 @@ class Kernels:
         notes = []
         if cfg.attention == "auto" and self.attention != "varlen":
             notes.append(f"attention by {self.attention}, not by FlashAttention: {why['attention']}")
+        elif why["attention"].startswith("varlen:") and torch.cuda.get_device_capability()[0] in (9, 10):
+            notes.append("attention by FlashAttention 2; what requirements-gpu.txt brings is tried first")
         if cfg.fp8_head == "auto" and not self.fp8_head:
             notes.append(f"head in {name_of(self.dtype)}, not in FP8: {why['fp8_head']}")
         if cfg.mlp_fp8 == "auto" and not self.mlp_fp8:

@@ -7,6 +7,7 @@ ROUTERS = {"router", "gate", "gating"}  # a Linear of this name that narrows cho
 ENTRYWISE = "bias", "a_log"  # ends of the names of what is added or multiplied entry by entry, per expert too
 POSITIONS = "pos_emb", "position", "pos_enc", "wpe"
 CONV1D = nn.Conv1d, nn.ConvTranspose1d
+HIDDEN_ASPECT = 8  # hidden matrices are seldom longer; tables and outputs that are bare parameters are
 
 
 def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[dict], list[tuple[str, Tensor]]]:
@@ -28,7 +29,7 @@ def split_params(model: nn.Module, verbose: bool = True) -> tuple[list[dict], li
         if not p.requires_grad:
             continue
         why = reason(name, p, tables, outputs, routers)
-        note = why or ("flatten" if p in conv1d else "")
+        note = why or ("flatten" if p in conv1d else doubt(p))
         kind = rest if why else flat if p in conv1d else hidden
         kind.append((name, p))
         if verbose:
@@ -54,6 +55,13 @@ def reason(name: str, p: Tensor, tables: set, outputs: set, routers: set) -> str
     if p in routers:
         return "router"
     return "head" if p in outputs else ""
+
+
+def doubt(p: Tensor) -> str:
+    """Ask back about a matrix for Muon that looks like none of the hidden ones."""
+    m, n = p.shape[-2:]
+    long = p.ndim < 4 and max(m, n) > HIDDEN_ASPECT * min(m, n)
+    return "very long: an embedding or an output? Then give it to AdamW" if long else ""
 
 
 def output_weights(model: nn.Module) -> set[Tensor]:

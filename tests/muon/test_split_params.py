@@ -112,3 +112,11 @@ def test_outputs_go_to_adamw_whatever_they_are_called(name, capsys):
     model[name] = nn.Linear(6, 3, bias=False)
     assert names(split_params(model)) == [["inner.weight", "body.0.fc.weight"], [f"{name}.weight"]]
     assert f"AdamW  {name}.weight  (3, 6)  head" in capsys.readouterr().out
+
+
+def test_a_bare_parameter_that_is_longer_than_hidden_ones_is_asked_about(capsys):
+    model = Block(16)
+    model.unembed = nn.Parameter(torch.ones(16, 200))
+    assert "unembed" in names(split_params(model))[0]  # its name says nothing that is known
+    asked = [line for line in capsys.readouterr().out.splitlines() if "embedding or an output?" in line]
+    assert len(asked) == 1 and asked[0].startswith("Muon   unembed  (16, 200)  very long")

@@ -89,7 +89,8 @@ def test_fused_functions_of_an_eager_cpu_and_of_a_gpu_leave_the_model_the_same(m
         assert (found[name] - g).norm() < 2e-5 * g.norm() + 1e-6 * whole, name
 
 
-def test_what_a_gpu_does_without_although_nobody_asked_for_that_is_told():
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9)])
+def test_what_a_gpu_does_without_although_nobody_asked_for_that_is_told(monkeypatch, capability):
     reasons = dict(attention="asked for", fp8_head="asked for", mlp_fp8="not asked for")
     kernels = dataclasses.replace(Kernels.plain(torch.bfloat16, "flex"), device=torch.device("cuda"),
                                   reasons=reasons)
@@ -98,6 +99,13 @@ def test_what_a_gpu_does_without_although_nobody_asked_for_that_is_told():
         "attention by flex, not by FlashAttention: asked for", "head in bfloat16, not in FP8: asked for",
         "MLP in bfloat16, not in FP8: not asked for"]
     assert kernels.fallbacks(config(attention="blocked", fp8_head="off", mlp_fp8="off")) == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for reason in ("varlen: self-test error 1.0e-03; varlen FA4: ...", "varlen FA4: self-test error 1.0e-03"):
+        found = dataclasses.replace(kernels, attention="varlen", reasons=reasons | {"attention": reason})
+        notes = found.fallbacks(config(attention="auto", fp8_head="off", mlp_fp8="off"))
+        older = capability[0] == 9 and "FA4: self-test" not in reason
+        said = "attention by FlashAttention 2; what requirements-gpu.txt brings is tried first"
+        assert notes == ([said] if older else [])
     assert Kernels.plain().fallbacks(config(**wishes)) == []
 
 
