@@ -137,6 +137,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def test_more_ranks_than_share_the_micro_batches_are_refused(monkeypatch):
-    monkeypatch.setattr(kimi, "Runtime", lambda: SimpleNamespace(world=3))
+    monkeypatch.setattr(kimi, "Runtime", lambda cpu: SimpleNamespace(world=3))
     with pytest.raises(UsageError, match="micro_batches: expected a multiple of the 3 ranks, found 2"):
         kimi.main([])

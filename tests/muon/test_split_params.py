@@ -116,7 +116,7 @@ def test_outputs_go_to_adamw_whatever_they_are_called(name, capsys):
 
 def test_a_bare_parameter_that_is_longer_than_hidden_ones_is_asked_about(capsys):
     model = Block(16)
-    model.unembed = nn.Parameter(torch.ones(16, 200))
-    assert "unembed" in names(split_params(model))[0]  # its name says nothing that is known
+    model.W_U = nn.Parameter(torch.ones(16, 200))
+    assert "W_U" in names(split_params(model))[0]  # its name says nothing that is known
     asked = [line for line in capsys.readouterr().out.splitlines() if "embedding or an output?" in line]
-    assert len(asked) == 1 and asked[0].startswith("Muon   unembed  (16, 200)  very long")
+    assert len(asked) == 1 and asked[0].startswith("Muon   W_U  (16, 200)  very long")

@@ -4,6 +4,7 @@ It also gives what macOS has: spawn as the way to start processes, 256 open file
 rest of torch stays that of Linux; what its own modules do on macOS cannot be tried here.
 """
 import builtins
+import functools
 import io
 import os
 import resource
@@ -31,7 +32,7 @@ def without_linux_folders(function):
             raise FileNotFoundError(2, "No such file or directory", os.fspath(path))
         return function(path, *args, **options)
 
-    return call
+    return functools.partial(call)  # no method where a class takes it up, as pathlib's does in Python 3.10
 
 
 class NoOnednn:
