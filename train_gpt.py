@@ -797,13 +797,15 @@ class GPT(nn.Module):
     def connect(self, x: Tensor, first: Tensor, cached: Tensor, layers: list[LayerWeights]) -> Tensor:
         """Return the stream into the last layer, mixed with earlier ones, and set its factors (record 81)."""
         mu = self.connections(0, x)
+        to_values, to_input = mu[:3], mu[3:6]
+        low_gate, high_gate, resid_attn, post_attn, x0, bigram, resid_mlp, post_mlp = mu[6:]
         streams = [first, cached, x]
         H = self.cfg.num_heads
-        halves = mu[6].expand(-1, H // 2), mu[7].expand(-1, H - H // 2)
+        halves = low_gate.expand(-1, H // 2), high_gate.expand(-1, H - H // 2)
         layers[-1] = layers[-1]._replace(
-            value=weighted_sum(mu[:3], streams), value_gate=torch.cat(halves, 1),
-            resid=(mu[8], mu[12]), post=(mu[9], mu[13]), x0=mu[10], bigram=mu[11])
-        return x + weighted_sum(mu[3:6], streams)
+            value=weighted_sum(to_values, streams), value_gate=torch.cat(halves, 1),
+            resid=(resid_attn, resid_mlp), post=(post_attn, post_mlp), x0=x0, bigram=bigram)
+        return x + weighted_sum(to_input, streams)
 
     def first_embedding(self, tokens: Tensor, ctx: Context) -> Tensor:
         """Map (T,) tokens to (T, D). Embedding and head are one matrix until they part (record 53)."""
