@@ -28,6 +28,7 @@ Sources: Muon, https://kellerjordan.github.io/posts/muon/; decay and RMS matchin
 https://github.com/Dao-AILab/gram-newton-schulz.
 """
 import collections
+import contextlib
 import copy
 import functools
 import math
@@ -287,8 +288,11 @@ def orthogonalize(G: Tensor, steps: int = 5, ns_coefficients: str | Sequence = "
     X = normalize(stack, dtype, safety, eps)
     gram = gram_pays(*X.shape[-2:], dtype, X.device) if gram is None else gram
     parts = segments(triples, gram, dtype)
-    device = X.device.type if torch.amp.is_autocast_available(X.device.type) else "cpu"
-    with torch.autocast(device, enabled=False):  # dtype is as was asked
+    as_asked = contextlib.nullcontext()
+    if not X.is_meta and torch.is_autocast_enabled(X.device.type):
+        # Only then: torch's cache takes no compiled graph that switches autocast.
+        as_asked = torch.autocast(X.device.type, enabled=False)
+    with as_asked:
         results = [iterate(x, parts, symmetric) for x in X.split(1 if one_by_one(X) else len(X))]
     O = results[0] if len(results) == 1 else torch.cat(results)
     return O.reshape(G.shape)

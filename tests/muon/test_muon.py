@@ -251,6 +251,23 @@ def test_an_iteration_in_fp32_stays_so_under_autocast():
     assert same(p.detach(), q.detach())
 
 
+def test_a_compiled_iteration_switches_autocast_only_where_it_is_on():
+    """torch's cache keeps no graph that does, and a second start would compile it again."""
+    G = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
+    expected = orthogonalize(G, dtype=torch.float32)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+    compiled = torch.compile(orthogonalize, backend=keep, fullgraph=True)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert same(compiled(G, dtype=torch.float32), expected)
+    switching = [any("autocast" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    assert switching == [False, True]
+
+
 def test_more_steps_than_triples_repeat_the_last_and_fewer_use_the_first():
     G, rows = with_spectrum(8, 12, torch.linspace(0.1, 1, 8))[2].float(), COEFFICIENTS["quintic"][1]
     assert same(orthogonalize(G, 7, "quintic"), orthogonalize(G, 7, [*rows, rows[-1], rows[-1]]))
