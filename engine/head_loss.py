@@ -181,7 +181,7 @@ def sampled_head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
     wanted = wanted.view(*ahead.shape, -1)
     products = x[:, None].float() * wanted.float()
     own = products.sum(-1)  # (T, K) logits of the targets
-    size = HEAD_PIECE * len(head) // R  # as many logits at a time as without a sample
+    size = HEAD_PIECE * (len(head) // R)  # no more logits at a time than without a sample
     return HeadLoss.apply(x, rows, targets, weights, cap, size, fp8, onednn, prefixes, slices, own, *sample)
 
 

@@ -111,7 +111,7 @@ def test_the_sampled_loss_in_one_pass_equals_its_definition_eager_and_compiled(
         assert_near(*both(*example(), weights, cap, prefixes, sample), 1e-5)  # fp32
     if ONEDNN is not None:
         assert_near(*both(*example(), weights, cap, prefixes, onednn=True), 1e-5)
-    monkeypatch.setattr(head_loss, "HEAD_PIECE", 5)  # 11 tokens at a time
+    monkeypatch.setattr(head_loss, "HEAD_PIECE", 5)  # 10 tokens at a time
     assert_near(*both(*example(), weights, cap, prefixes), 1e-5)
     apply = compiled(sampled_head_loss)
     assert_near(*both(*example(), weights, cap, prefixes, apply=apply, rows=Lookup.apply), 1e-5)
@@ -161,6 +161,25 @@ def test_fp8_gradients_are_near_the_exact_ones_and_within_their_bound(scale, cap
         certain, torch.zeros(64, 2), SAMPLE, torch.zeros(64, 2, dtype=torch.int64), torch.ones(64, 2), cap)
     slope = cap[0] / cap[2] / 4 if cap else 1.0
     assert g.abs().max() <= 2 * slope and (cap or g.max() > 1.9)
+
+
+@pytest.mark.parametrize("rows", [128, 384, 640])
+def test_pieces_have_the_lengths_that_products_in_fp8_ask_for_on_a_gpu(rows, monkeypatch):
+    """It multiplies along multiples of 16 only."""
+    multiply, shapes = torch._scaled_mm, []
+
+    def watched(a, b, *args, **kwargs):
+        shapes.append((a.shape, b.shape))
+        return multiply(a, b, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
+    monkeypatch.setattr(head_loss, "HEAD_PIECE", 16)
+    generator = torch.Generator().manual_seed(0)
+    x, head = (torch.randn(n, 32, generator=generator).to(torch.bfloat16) for n in (208, 1024))
+    sample = draw_sample(1024, rows, (0,), CPU)
+    sampled_head_loss(x, head, torch.arange(208), torch.ones(1), CAP, sample, lookup, fp8=True)
+    assert len(shapes) == 3 * math.ceil(208 / (16 * (1024 // rows)))  # products of each piece
+    assert all(n % 16 == 0 for pair in shapes for shape in pair for n in shape)
 
 
 @pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "compiled"])
