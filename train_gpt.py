@@ -54,7 +54,7 @@ from engine.attention import BACKENDS, PAIRINGS, pair, paired_docs, unpair
 from engine.checkpoint import read_checkpoint, write_checkpoint
 from engine.clock import Clock, Startup
 from engine.endings import Stopped, StopSignal, leave, report
-from engine.head_loss import HEAD_PIECE, HeadLoss, sampled_head_loss, softcap, summed_cross_entropy
+from engine.head_loss import HEAD_PIECE, head_loss, softcap, summed_cross_entropy
 from engine.head_mixing import mix_heads, mixing_mask
 from engine.host_table import HostTable, row_bytes
 from engine.kernels import Kernels
@@ -718,11 +718,8 @@ class GPT(nn.Module):
         x = self.trunk(tokens, ctx)
         fp8, onednn = self.kernels.fp8_head, self.kernels.onednn
         prefixes = self.prefixes[targets] if ctx.prefixes else None
-        if ctx.sample is not None:
-            return sampled_head_loss(x, self.head, targets, loss_weights, self.cfg.softcap, ctx.sample,
-                                     self.kernels.lookup, fp8, onednn, prefixes, ctx.slices)
-        return HeadLoss.apply(x, self.head, targets, loss_weights, self.cfg.softcap, HEAD_PIECE, fp8, onednn,
-                              prefixes, ctx.slices)
+        return head_loss(x, self.head, targets, loss_weights, self.cfg.softcap, HEAD_PIECE, fp8, onednn,
+                         prefixes, ctx.slices, ctx.sample, self.kernels.lookup)
 
     def evaluate(self, tokens: Tensor, targets: Tensor, ctx: Context) -> Tensor:
         """Return the sum of the T cross entropies of the next token, in fp32."""

@@ -9,8 +9,8 @@ import torch
 
 from data.errors import run_program
 from engine.fused import norm
-from engine.head_loss import HEAD_PIECE, HeadLoss
-from engine.self_test import relative_error, timed_ms
+from engine.head_loss import HEAD_PIECE, head_loss
+from engine.self_test import milliseconds, relative_error
 from train_gpt import Config, configure, mtp_weights
 
 
@@ -27,7 +27,7 @@ def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float
         leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in (x, head)]
 
         def loss():
-            return HeadLoss.apply(*leaves, targets, weights, cfg.softcap, HEAD_PIECE, fp8)
+            return head_loss(*leaves, targets, weights, cfg.softcap, HEAD_PIECE, fp8)
 
         forward = loss
         if compiled:

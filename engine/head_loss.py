@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.fp8 import fp8_product, fp8_where_it_works, to_fp8
-from engine.sampled_softmax import Sample, sampled_loss_and_gradient
+from engine.sampled_softmax import Sample, capped, sampled_loss_and_gradient
 from engine.self_test import largest_error
 from engine.transpose import transposed
 from muon import product
@@ -87,24 +87,45 @@ def summed_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, cap: tuple[fl
 HEAD_PIECE = 8192  # tokens whose logits lie in memory at a time; all 49152 of a slice of track small: 5 GB
 
 
+def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: tuple[float, ...],
+              size: int = HEAD_PIECE, fp8: bool = False, onednn: bool = False, prefixes: Tensor | None = None,
+              slices: int = 1, sample: Sample | None = None, lookup: Callable = F.embedding) -> Tensor:
+    """Return multi_token_loss(softcap(x @ head.T)), or with a sample sampled_loss of these logits.
+
+    x: (T, D), head: (V, D). size: tokens whose logits over all rows are made at a time. fp8: products in FP8,
+    see to_fp8; onednn: products in fp32 by oneDNN. prefixes: as in multi_token_loss. slices: equal parts of
+    the sequence, whose losses are added up. Only rows of a sample meet every token: one lookup(index, head)
+    brings them and the row of each target, so that all their gradients are summed in one table.
+    """
+    ahead, token_weights = targets_ahead(targets, weights, prefixes, slices)
+    most = weights.sum()  # of a token
+    if sample is None:
+        return HeadLoss.apply(x, head, ahead, token_weights, most, cap, size, fp8, onednn)
+
+    R = len(sample.ids)
+    size *= len(head) // R  # no more logits at a time than without a sample
+    index = torch.cat([sample.ids, ahead.clamp(min=0).flatten()])
+    rows, wanted = lookup(index, head).split([R, ahead.numel()])
+    wanted = wanted.view(*ahead.shape, -1)
+    products = x[:, None].float() * wanted.float()
+    own = products.sum(-1)  # (T, K) logits of the targets
+    return HeadLoss.apply(x, rows, ahead, token_weights, most, cap, size, fp8, onednn, own, *sample)
+
+
 class HeadLoss(torch.autograd.Function):
-    """multi_token_loss(softcap(x @ head.T)) with its gradients in the same pass, `size` tokens at a time.
+    """head_loss with its gradients in the same pass, `size` tokens at a time.
 
     The logits of a piece are read twice and forgotten (in fp32 they need not be stored once compiled), and
-    what is kept for the backward pass is as large as x and head. x: (T, D), head: (V, D). fp8: products in
-    FP8, see to_fp8; onednn: products in fp32 by oneDNN. prefixes: as in multi_token_loss. slices: equal parts
-    of the sequence, whose losses are added up. own, ids, log_weights: of sampled_head_loss; head is then that
-    of the sample.
+    what is kept for the backward pass is as large as x and head. ahead, weights: of targets_ahead; most: the
+    largest sum of a token's weights. With a sample head has its rows alone, and own the targets' logits.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, size,
-                fp8=False, onednn=False, prefixes=None, slices=1,
+    def forward(ctx, x, head, ahead, weights, most, cap, size, fp8, onednn,
                 own=None, ids=None, log_weights=None):
-        ahead, token_weights = targets_ahead(targets, weights, prefixes, slices)
         if fp8:
             slope = cap[0] / cap[2] / 4 if cap else 1.0  # the steepest of the softcap
-            products = Fp8Products(head, slope * weights.sum())
+            products = Fp8Products(head, slope * most)
         else:
             products = PlainProducts(head, onednn)
 
@@ -116,7 +137,7 @@ class HeadLoss(torch.autograd.Function):
         for first in range(0, len(x), size):
             rows = slice(first, min(first + size, len(x)))
             logits = products.logits(x[rows])
-            piece_weights = computed_after(before, token_weights[rows])
+            piece_weights = computed_after(before, weights[rows])
             if own is None:
                 piece, g = loss_and_gradient(logits, ahead[rows], piece_weights, cap)
             else:
@@ -141,14 +162,14 @@ class HeadLoss(torch.autograd.Function):
         dx = dx * grad.to(dx.dtype)
         dhead = dhead * grad.to(dhead.dtype)
         down = down[0] * grad if down else None
-        of_options = [None] * 8
+        of_options = [None] * 7
         return dx, dhead, *of_options, down, None, None
 
 
 def targets_ahead(targets: Tensor, weights: Tensor, prefixes: Tensor | None,
                   slices: int) -> tuple[Tensor, Tensor]:
     """Return the targets of each position and their weights, both (T, K); weight 0, and perhaps id -1, where
-    there is none. prefixes, slices: as in HeadLoss."""
+    there is none. prefixes, slices: as in head_loss."""
     T = len(targets)
     K = len(weights) - (prefixes is not None)
     padded = F.pad(targets, (0, K - 1), value=-1)
@@ -163,26 +184,6 @@ def targets_ahead(targets: Tensor, weights: Tensor, prefixes: Tensor | None,
         ahead = torch.cat([ahead, column], 1)
         token_weights = torch.cat([token_weights, column_weights], 1)
     return ahead, token_weights
-
-
-def sampled_head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: tuple[float, ...],
-                      sample: Sample, lookup: Callable, fp8: bool = False, onednn: bool = False,
-                      prefixes: Tensor | None = None, slices: int = 1) -> Tensor:
-    """Return sampled_loss(softcap(x @ head.T)), where only rows of the sample meet every token.
-
-    One lookup(index, table) brings them and the row of each target, so that all their gradients are summed in
-    one table. The other arguments are those of HeadLoss.
-    """
-    ahead, _ = targets_ahead(targets, weights, prefixes, slices)
-    R = len(sample.ids)
-    index = torch.cat([sample.ids, ahead.clamp(min=0).flatten()])
-    rows, wanted = lookup(index, head).split([R, ahead.numel()])
-
-    wanted = wanted.view(*ahead.shape, -1)
-    products = x[:, None].float() * wanted.float()
-    own = products.sum(-1)  # (T, K) logits of the targets
-    size = HEAD_PIECE * (len(head) // R)  # no more logits at a time than without a sample
-    return HeadLoss.apply(x, rows, targets, weights, cap, size, fp8, onednn, prefixes, slices, own, *sample)
 
 
 def computed_after(before: tuple[Tensor, ...], x: Tensor) -> Tensor:
@@ -202,11 +203,9 @@ def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tu
     """Return the summed loss of some tokens and its gradient of their logits (tokens, V), both fp32.
 
     logits: (tokens, V) before the cap; ahead, weights: (tokens, K) targets and their weights, 0 for none. The
-    gradient of the capped z is sum(w) softmax(z) - w at each target, the cap's own slope A / C s (1 - s).
+    gradient of the capped z is sum(w) softmax(z) - w at each target.
     """
-    A, B, C = cap or (1.0, 0.0, 1.0)
-    s = torch.sigmoid((logits.float() + B) / C) if cap else logits.float()
-    z = A * s
+    z, slope = capped(logits, cap)
     log_z = torch.logsumexp(z, -1, keepdim=True)
     total = weights.sum(-1, keepdim=True)
     g = (z - log_z).exp_().mul_(total)
@@ -224,7 +223,7 @@ def loss_and_gradient(logits: Tensor, ahead: Tensor, weights: Tensor, cap) -> tu
         loss = (weights * (log_z - chosen)).sum()
         g.scatter_add_(1, ahead.clamp(min=0), -weights)
     if cap:
-        g = g.mul_((1 - s).mul_(s).mul_(A / C))
+        g = g.mul_(slope)
     return loss, g
 
 
@@ -271,7 +270,7 @@ class Fp8Products:
 
 
 def choose_fp8(wish: str, device: torch.device) -> tuple[bool, str]:
-    """Return whether HeadLoss uses FP8, and the reason. It must come near the exact gradients."""
+    """Return whether head_loss uses FP8, and the reason. It must come near the exact gradients."""
     return fp8_where_it_works("fp8_head", wish, device, lambda: tested(device))
 
 
@@ -285,7 +284,7 @@ def tested(device: torch.device) -> tuple[bool, str]:
     weights = torch.ones(2, device=device)
 
     def gradients(fp8: bool):
-        loss = HeadLoss.apply(x, head, targets, weights, (23.0, 5.0, 7.5), 32, fp8)
+        loss = head_loss(x, head, targets, weights, (23.0, 5.0, 7.5), 32, fp8)
         return torch.autograd.grad(loss, (x, head))
 
     error = largest_error(gradients(True), gradients(False))

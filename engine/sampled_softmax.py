@@ -69,10 +69,9 @@ def sampled_loss_and_gradient(logits: Tensor, own: Tensor, sample: Sample, ahead
 
 
 def capped(logits: Tensor, cap: tuple[float, ...]) -> tuple[Tensor, Tensor | float]:
-    """Return the softcap of logits, fp32, and its slope."""
+    """Return the softcap of logits, fp32, and its slope A / C s (1 - s)."""
     if not cap:
         return logits.float(), 1.0
     A, B, C = cap
     s = torch.sigmoid((logits.float() + B) / C)
-    z = A * s
-    return z, z * (1 - s) / C
+    return A * s, (1 - s).mul_(s).mul_(A / C)

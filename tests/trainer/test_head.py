@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data.errors import UsageError
 from engine import mlp, products
 from engine.fp8 import to_fp8
-from engine.head_loss import HeadLoss, choose_fp8, multi_token_loss, softcap
+from engine.head_loss import choose_fp8, head_loss, multi_token_loss, softcap
 from engine.mlp import choose_mlp_fp8
 from engine.products import CpuLinear, choose_bf16, choose_onednn
 from muon import ONEDNN, has_bf16_units
@@ -45,7 +45,7 @@ def compiled(function):
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
-def both(x, head, targets, weights, cap, size, fp8=False, onednn=False, apply=HeadLoss.apply, prefixes=None):
+def both(x, head, targets, weights, cap, size, fp8=False, onednn=False, apply=head_loss, prefixes=None):
     """(loss, its gradients of x and head) in one pass and by the definition, of which twice the loss is
     used."""
     weights = torch.tensor(weights)
@@ -68,8 +68,7 @@ assert 2 <= (PREFIXES < 0).sum() <= 15
     ((1.0,), None), ((1.0, 0.5, 0.25), None), ((0.7, 0.0), None), ((1.0, 0.25), PREFIXES),
     ((1.0, 0.5, 0.25, 0.125), PREFIXES)])
 def test_head_and_loss_in_one_equal_their_definition_eager_and_compiled(cap, weights, prefixes):
-    for size, apply in (
-            *((size, HeadLoss.apply) for size in (1, 10, 37, 100)), (15, compiled(HeadLoss.apply))):
+    for size, apply in (*((size, head_loss) for size in (1, 10, 37, 100)), (15, compiled(head_loss))):
         found, exact = both(*example(), weights, cap, size, apply=apply, prefixes=prefixes)
         assert_near(found, exact, 1e-5)  # fp32
     if ONEDNN is not None:
@@ -151,7 +150,7 @@ def test_a_confident_prediction_keeps_its_small_gradient_in_bfloat16():
 @pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "compiled"])
 def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass(wrap):
     (x, head, targets), kept = example(T=64, V=200), []
-    apply = wrap(HeadLoss.apply)
+    apply = wrap(head_loss)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         apply(x, head, targets, torch.ones(2), CAP, 16)
     assert sum(kept) == x.numel() + head.numel()

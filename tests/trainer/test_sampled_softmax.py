@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 
-from engine import head_loss
-from engine.head_loss import multi_token_loss, sampled_head_loss, sampled_loss, softcap
-from engine.lookup import Lookup
+from engine.head_loss import head_loss, multi_token_loss, sampled_loss, softcap
 from engine.sampled_softmax import Sample, draw_sample, sampled_loss_and_gradient
 from muon import ONEDNN
 from tests.helpers.bits import same_bits
@@ -88,16 +86,16 @@ def test_the_mean_of_the_sum_over_samples_is_the_sum():
 # Head and loss in one
 
 
-def lookup(index, table):
-    return torch.nn.functional.embedding(index, table)
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
-def both(x, head, targets, weights, cap, prefixes=None, sample=SAMPLE, apply=sampled_head_loss, rows=lookup,
-         **options):
+def both(x, head, targets, weights, cap, prefixes=None, sample=SAMPLE, apply=head_loss, **options):
     """(loss, its gradients of x and head) in one pass and by the definition in float64, of which twice the
     loss is used."""
     weights = torch.tensor(weights)
-    ours = apply(x, head, targets, weights, cap, sample, rows, prefixes=prefixes, **options)
+    ours = apply(x, head, targets, weights, cap, prefixes=prefixes, sample=sample, **options)
     logits = softcap(x.double() @ head.double().t(), cap)
     exact = sampled_loss(logits, targets, weights, sample, prefixes)
     return [(loss, *torch.autograd.grad(2 * loss, (x, head))) for loss in (ours, exact)]
@@ -106,23 +104,22 @@ def both(x, head, targets, weights, cap, prefixes=None, sample=SAMPLE, apply=sam
 @pytest.mark.parametrize("cap", [(), CAP])
 @pytest.mark.parametrize("weights, prefixes", PARTS)
 def test_the_sampled_loss_in_one_pass_equals_its_definition_eager_and_compiled(
-        cap, weights, prefixes, monkeypatch):
+        cap, weights, prefixes):
     for sample in (SAMPLE, WHOLE):
         assert_near(*both(*example(), weights, cap, prefixes, sample), 1e-5)  # fp32
     if ONEDNN is not None:
         assert_near(*both(*example(), weights, cap, prefixes, onednn=True), 1e-5)
-    monkeypatch.setattr(head_loss, "HEAD_PIECE", 5)  # 10 tokens at a time
-    assert_near(*both(*example(), weights, cap, prefixes), 1e-5)
-    apply = compiled(sampled_head_loss)
-    assert_near(*both(*example(), weights, cap, prefixes, apply=apply, rows=Lookup.apply), 1e-5)
+    assert_near(*both(*example(), weights, cap, prefixes, size=5), 1e-5)  # 10 tokens at a time
+    apply = compiled(head_loss)
+    assert_near(*both(*example(), weights, cap, prefixes, size=5, apply=apply, lookup=Lookup.apply), 1e-5)
 
 
 def test_slices_are_apart():
     x, head, targets = example()
     x, targets = x[:36], targets[:36]
     weights = torch.tensor([1.0, 0.5])
-    joined = sampled_head_loss(x, head, targets, weights, CAP, SAMPLE, lookup, slices=2)
-    halves = [sampled_head_loss(x[part], head, targets[part], weights, CAP, SAMPLE, lookup)
+    joined = head_loss(x, head, targets, weights, CAP, slices=2, sample=SAMPLE)
+    halves = [head_loss(x[part], head, targets[part], weights, CAP, sample=SAMPLE)
               for part in (slice(18), slice(18, 36))]
     torch.testing.assert_close(joined, sum(halves))
 
@@ -173,11 +170,10 @@ def test_pieces_have_the_lengths_that_products_in_fp8_ask_for_on_a_gpu(rows, mon
         return multiply(a, b, *args, **kwargs)
 
     monkeypatch.setattr(torch, "_scaled_mm", watched)
-    monkeypatch.setattr(head_loss, "HEAD_PIECE", 16)
     generator = torch.Generator().manual_seed(0)
     x, head = (torch.randn(n, 32, generator=generator).to(torch.bfloat16) for n in (208, 1024))
     sample = draw_sample(1024, rows, (0,), CPU)
-    sampled_head_loss(x, head, torch.arange(208), torch.ones(1), CAP, sample, lookup, fp8=True)
+    head_loss(x, head, torch.arange(208), torch.ones(1), CAP, 16, fp8=True, sample=sample)
     assert len(shapes) == 3 * math.ceil(208 / (16 * (1024 // rows)))  # products of each piece
     assert all(n % 16 == 0 for pair in shapes for shape in pair for n in shape)
 
@@ -188,9 +184,9 @@ def test_nothing_as_large_as_the_sample_s_logits_is_kept_for_the_backward_pass(w
     x = torch.randn(256, D, generator=generator).requires_grad_()
     head = torch.randn(V, D, generator=generator).requires_grad_()
     targets, kept = torch.randint(0, V, (256,), generator=generator), []
-    apply = wrap(sampled_head_loss)
+    apply = wrap(head_loss)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        apply(x, head, targets, torch.ones(1), CAP, SAMPLE, lookup)
+        apply(x, head, targets, torch.ones(1), CAP, sample=SAMPLE)
     streams = 3 * x.numel() + 128 * D  # x, its gradient, rows of the targets, gradient of the sample's rows
     assert sum(kept) <= streams + 4 * 256 + 256 * 128 // 10
 
