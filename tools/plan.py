@@ -103,9 +103,9 @@ def mixing_streams(cfg: Config) -> int:
     return 8 + 8 * cfg.mix_window // cfg.head_dim if cfg.mix_window else 0
 
 
-def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
+def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int, rows: int = 0) -> tuple[int, int]:
     """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence of a
-    model that is not compiled.
+    model that is not compiled. rows: of the head, over which its loss sums; 0: all.
 
     Kept are activations of width D: so many of each attention, of each MLP and of the model's ends, two of
     each technique. The worst moment is the head's, whose logits exist in several formats at once.
@@ -114,7 +114,8 @@ def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int,
     extras = cfg.value_embed_layers + cfg.xsa_layers + cfg.attn_gate_layers + cfg.paired_layers
     streams = 12 * layers + (4 + 2 * cfg.mlp_ratio) * cfg.num_layers + 2 * len(extras) + 12
     streams += 13 * cfg.mudd + bool(cfg.ngram_rows) + mixing_streams(cfg)
-    worst = 24 * min(tokens, HEAD_PIECE) * cfg.padded_vocab
+    rows = rows or cfg.padded_vocab
+    worst = 24 * min(tokens, HEAD_PIECE * (cfg.padded_vocab // rows)) * rows
     stream = tokens * cfg.model_dim * dtype.itemsize
     if cfg.recompute:  # the input of each layer stays, and of one layer at a time everything
         worst = max(worst, 2 * streams // cfg.num_layers * stream)
@@ -124,10 +125,11 @@ def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int) -> tuple[int,
     return streams * stream + scaled, worst
 
 
-def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int) -> tuple[int, int]:
+def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int,
+               rows: int = 0) -> tuple[int, int]:
     """Return (bytes kept for the backward pass, bytes more at the worst moment) of one packed sequence. Of a
     compiled model it is what bench.cross found in the most similar graph, scaled as eager models are."""
-    mine = eager_step_bytes(cfg, dtype, tokens)
+    mine = eager_step_bytes(cfg, dtype, tokens, rows)
     if not compiled:
         return mine
     like, run = min(traced_runs().values(), key=lambda traced: unlike(traced[0], cfg))
@@ -167,8 +169,9 @@ def needs(cfg: Config, dtype: torch.dtype, compiled: bool, world: int) -> dict[s
     still = sum(found.values()) - travelling
     copied = found["copy of the weights in warm-up"] = found["weights"]
     sequences = max(cfg.slices, world)
-    passes = [step_bytes(cfg, dtype, compiled, tokens // sequences) for tokens in cfg.batch_tokens]
-    kept, more = max(passes, key=sum)
+    sizes = {(cfg.at("batch_tokens", step) // sequences, cfg.at("head_rows", step))
+             for step in cfg.stage_starts}
+    kept, more = max((step_bytes(cfg, dtype, compiled, *size) for size in sizes), key=sum)
     found["kept for backward"] = kept
     found["more at the worst moment"] = more
     found["needed: training"] = still + copied + max(kept + more, travelling)

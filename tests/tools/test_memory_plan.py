@@ -1,5 +1,6 @@
 """tools.plan counts from shapes and by a formula: its bytes against those of a real run, its settings
 against the trainer."""
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,10 +9,12 @@ import torch
 
 import muon
 from data.errors import run_program
+from data.files import ROOT
+from engine.sampled_softmax import draw_sample
 from tests.helpers.tiny import BARE, SMALL, build, config, context, docs_of, make_run
 from tools import plan
 from tools.gpus import GPUS, find_gpu
-from tools.traced import traced_runs
+from tools.traced import settings_of, traced_runs
 from train_gpt import EMA_EVERY, Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
@@ -80,6 +83,8 @@ def kept_by_a_real_pass(cfg: Config, T: int) -> int:
     """Bytes that a forward pass on the CPU keeps, in tensors of their own; not weights, not masks."""
     model = build(cfg, perturb=False, backend="blocked").train()
     ctx = context(model, docs_of([T // 4] * 4), stage=2)
+    if rows := cfg.by_stage("head_rows", 2):
+        ctx = ctx._replace(sample=draw_sample(cfg.padded_vocab, rows, (0,), torch.device("cpu")))
     masks = [m for row in ctx.masks for m in row if m is not None]
     ignored = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *masks]}
     found = {}
@@ -105,7 +110,8 @@ DEEP = dict(num_layers=14, mlp_ratio=4, model_dim=64, head_dim=32)
     (SMALL | dict(ngram_rows=60), 768),
     (SMALL | RECORD_89 | dict(mix_window=64), 768),
     (BARE, 512),
-], ids=["small", "deep", "record 89", "n-grams", "wide mixing", "bare"])
+    (SMALL | dict(head_rows=(128,)), 768),
+], ids=["small", "deep", "record 89", "n-grams", "wide mixing", "bare", "sampled softmax"])
 def test_the_formula_lies_a_little_above_what_a_real_eager_pass_keeps(base, T):
     """The bound is 40 % in fp32: the formula is made for bf16, whose norms keep an fp32 copy."""
     cfg = config(base)
@@ -123,6 +129,26 @@ def test_a_traced_run_is_planned_as_it_was_found(name):
     peaks = {phase: gib for phase, (gib, _) in run["peak_gib"].items()}
     assert planned["needed: training"] / plan.GIB == pytest.approx(max(peaks.values()), rel=0.1)
     assert planned["needed: validation"] / plan.GIB == pytest.approx(peaks["validation"], rel=0.1)
+
+
+def test_a_loss_over_a_sample_is_planned_as_it_was_found_and_takes_fewer_minutes():
+    """By the trace of a run over all rows: its formula is scaled by the logits at a time."""
+    path = ROOT / "bench/results/2026-11-29_sampled_softmax/H100-8-sampled.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    cfg = settings_of(run["flags"])
+    for _, tokens, *found in run["passes"]:
+        planned = plan.step_bytes(cfg, torch.bfloat16, True, tokens, 8192)
+        assert planned[0] == pytest.approx(found[0], rel=0.02)
+        assert planned[1] == pytest.approx(found[1], rel=0.35)  # 0.4 GiB at most
+    needed = plan.needs(cfg, torch.bfloat16, True, run["ranks"])["needed: training"] / plan.GIB
+    assert needed == pytest.approx(max(gib for gib, _ in run["peak_gib"].values()), rel=0.1)
+
+    short = replace(cfg, batch_tokens=(131_072,))  # all logits of the sample are fewer than those of a piece
+    over = {rows: plan.needs(replace(short, head_rows=rows), torch.bfloat16, True, 8)
+            for rows in ((0,), (8192,), (8192, 8192, 8192, 0))}
+    assert over[8192, 8192, 8192, 0] == over[0,]  # the last stage is the fullest
+    assert over[8192,]["needed: training"] < over[0,]["needed: training"] - plan.GIB / 2
+    assert plan.training_flops(cfg) < 0.75 * plan.training_flops(replace(cfg, head_rows=(0,)))
 
 
 def test_bytes_of_a_compiled_model_are_scaled_as_those_of_an_eager_one():
