@@ -10,7 +10,9 @@ import torch
 from data.errors import run_program
 from engine.fused import norm
 from engine.head_loss import HEAD_PIECE, head_loss
+from engine.sampled_softmax import draw_sample
 from engine.self_test import milliseconds, relative_error
+from engine.tables import Lookup
 from train_gpt import Config, configure, mtp_weights
 
 
@@ -22,12 +24,15 @@ def measure_head(cfg: Config, device: torch.device) -> dict[str, dict[str, float
     x = norm(torch.randn(T, cfg.model_dim, device=device))
     head = cfg.head_std * torch.randn(cfg.padded_vocab, cfg.model_dim, device=device)
     weights = torch.tensor(mtp_weights(cfg, 0), device=device)
+    rows = cfg.at("head_rows", 0)
+    sample = draw_sample(cfg.padded_vocab, rows, (0,), device) if rows else None
 
     def make(dtype: torch.dtype, fp8: bool, compiled: bool):
         leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in (x, head)]
 
         def loss():
-            return head_loss(*leaves, targets, weights, cfg.softcap, HEAD_PIECE, fp8)
+            return head_loss(*leaves, targets, weights, cfg.softcap, HEAD_PIECE, fp8,
+                             sample=sample, lookup=Lookup.apply)
 
         forward = loss
         if compiled:
