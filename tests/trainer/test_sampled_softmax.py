@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.head_loss import head_loss, multi_token_loss, sampled_loss, softcap
+from engine.kernels import Kernels
 from engine.sampled_softmax import Sample, draw_sample, sampled_loss_and_gradient
 from muon import ONEDNN
 from tests.helpers.bits import same_bits
@@ -249,7 +250,33 @@ def test_other_seeds_other_slices_and_other_steps_draw_other_samples(folder):
     one, other = (make_run(folder, THREE_LAYERS, head_rows=(128,), seed=seed) for seed in (0, 1))
     draws = [one.draw(0, 0), one.draw(0, 1), one.draw(1, 0), other.draw(0, 0)]
     assert len({tuple(ids.tolist()) for ids, _ in draws}) == 4
+    ids = torch.cat([one.draw(step, 0).ids for step in range(40)])
+    assert ids.max() == 383  # padding is drawn as well
+
+
+def test_rows_are_those_of_the_stage_in_draws_and_flops(folder):
+    run = make_run(folder, THREE_LAYERS, head_rows=(128, 0, 256))
+    starts = run.cfg.stage_starts
+    last = *(start - 1 for start in starts[1:]), run.cfg.train_steps - 1
+    for steps in (starts, last):
+        samples = [run.draw(step, 0) for step in steps]
+        assert [sample and len(sample.ids) for sample in samples] == [128, None, 256, 256]
     whole = make_run(folder, THREE_LAYERS)
-    assert whole.draw(0, 0) is None
-    shares = [run.model.flops_per_token(0) for run in (one, whole)]
-    assert shares[1] - shares[0] == 6 * (384 - 128) * 32
+    saved = [whole.model.flops_per_token(stage) - run.model.flops_per_token(stage) for stage in range(4)]
+    assert saved == [6 * rows * 32 for rows in (384 - 128, 0, 384 - 256, 384 - 256)]
+
+
+def test_rows_of_the_head_are_looked_up_as_those_of_other_tables(monkeypatch):
+    """On a GPU torch.compile's own gradient of them would take an fp32 buffer as large as the table."""
+    model = build(config(BARE))
+    lookups = []
+
+    def watched(self, index, table):
+        lookups.append(table)
+        return torch.nn.functional.embedding(index, table)
+
+    monkeypatch.setattr(Kernels, "lookup", watched)
+    ctx = context(model, docs_of([20, 12]))._replace(sample=draw_sample(384, 128, (0,), CPU))
+    tokens = torch.arange(33)
+    model(tokens[:-1], tokens[1:], ctx, torch.ones(1))
+    assert lookups[-1] is model.head
