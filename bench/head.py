@@ -10,9 +10,9 @@ import torch
 from data.errors import run_program
 from engine.fused import norm
 from engine.head_loss import HEAD_PIECE, head_loss
+from engine.lookup import Lookup
 from engine.sampled_softmax import draw_sample
-from engine.self_test import milliseconds, relative_error
-from engine.tables import Lookup
+from engine.self_test import relative_error, timed_ms
 from train_gpt import Config, configure, mtp_weights
 
 

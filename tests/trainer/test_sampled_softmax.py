@@ -7,6 +7,7 @@ import torch
 
 from engine.head_loss import head_loss, multi_token_loss, sampled_loss, softcap
 from engine.kernels import Kernels
+from engine.lookup import Lookup
 from engine.sampled_softmax import Sample, draw_sample, sampled_loss_and_gradient
 from muon import ONEDNN
 from tests.helpers.bits import same_bits
@@ -85,11 +86,6 @@ def test_the_mean_of_the_sum_over_samples_is_the_sum():
 
 # ------------------------------------------------------------------------------------------------------------
 # Head and loss in one
-
-
-def compiled(function):
-    torch._dynamo.reset()
-    return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
 def both(x, head, targets, weights, cap, prefixes=None, sample=SAMPLE, apply=head_loss, **options):
