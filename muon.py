@@ -947,7 +947,7 @@ def fuse(function: Callable) -> Callable:
 
 class Muon(torch.optim.Optimizer):
     """Muon over the ranks of `process_group` (default: all ranks; one process needs no torch.distributed).
-    They are replicas, which hold the same weights: stages of a pipeline or parts of tensors need a group each.
+    They are replicas, which hold the same weights: pipeline stages or parts of tensors need a group each.
 
     All settings may change between steps, on all ranks alike.
     Those of a group, of which the first eight are named as in torch.optim.Muon, whose defaults are others (lr
