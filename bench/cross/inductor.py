@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.cross.device import Chip
+from bench.cross.touched import bytes_touched
 from bench.cross.trace import Graph
 from tools.gpus import Gpu
 
@@ -163,7 +164,7 @@ def kernel_of(node) -> Kernel | None:
     if own is not None:
         origins = [own]  # the others belong to the kernels that made its inputs
     part = most_telling({part_of(origin, kind) for origin in origins})
-    moved = node.get_read_write_buffers_sizes()
+    moved = bytes_touched(node)
     if kind == "UserDefinedTritonKernel":  # inductor counts what is only written as read too
         moved = sum(size_of(x) for x in inner.inputs)
     elif moved == 0:
