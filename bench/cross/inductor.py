@@ -99,7 +99,7 @@ class Compiler:
 
         def codegen(lowering):
             code = generate(lowering)
-            graph.kernels = [row for node in lowering.scheduler.nodes if (row := kernel_of(node))]
+            graph.kernels = [row for node in lowering.scheduler.nodes for row in kernels_of(node)]
             graph.extra_bytes = extra_bytes(lowering)
             return code
 
@@ -175,6 +175,20 @@ def kernel_of(node) -> Kernel | None:
         flops = 0
     names = {re.sub(r"_\d+$", "", origin.name) for origin in origins if origin.op == "call_function"}
     return Kernel(kind, part, " ".join(sorted(names))[:80], moved, flops, "scaled_mm" in kind)
+
+
+def kernels_of(node) -> list[Kernel]:
+    """Return the kernels of a scheduler's node: two where torch copies what it adds to a product to where it
+    writes the product, as it does with all but a row."""
+    kernel = kernel_of(node)
+    if kernel is None:
+        return []
+    if "addmm" in kernel.kind or "baddbmm" in kernel.kind:
+        added = node.node.inputs[0]
+        if len(added.get_size()) == len(node.node.get_size()):
+            copy = kernel._replace(kind="copy", name=f"copy {kernel.name}", bytes=2 * size_of(added), flops=0)
+            return [copy, kernel]
+    return [kernel]
 
 
 def size_of(buffer) -> int:
