@@ -816,7 +816,7 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(seen, self.smear_gate.type_as(x)))
             mixed = now + self.smear_lambda.type_as(x) * gate * before
             x = torch.cat([x[:, :1], mixed], 1).flatten(0, 1)
-        return self.kernels.norm(x)
+        return self.kernels.stored_gradient(self.kernels.norm(x))
 
     def bigram(self, tokens: Tensor, slices: int = 1) -> Tensor:
         """Return the (T, D) embedding of each token and the one before it, hashed to a row of one table.
@@ -851,12 +851,14 @@ class GPT(nn.Module):
         cfg = self.cfg
         if i in self.attn_layers:
             # Late attention (record 77) reads the cached stream: what later MLPs write cannot blur its keys.
-            source = cached if i in cfg.late_attn_layers else x
-            value_embed = inputs.values.get(i)
-            added = self.attention(self.kernels.norm(source), i, weights, value_embed, ctx)
+            if i in cfg.late_attn_layers:
+                h, factor, stream = self.kernels.norm(cached), weights.resid[0], x
+            else:
+                h, factor, stream = self.kernels.norm_and_term(x, weights.resid[0])
+            added = self.attention(h, i, weights, inputs.values.get(i), ctx)
             if weights.post is not None:
                 added = weights.post[0] * added
-            factors, streams = [weights.resid[0]], [x]
+            factors, streams = [factor], [stream]
             # The first embeddings again (record 9): no layer has to carry them along.
             if weights.x0 is not None:
                 factors.append(weights.x0)
@@ -874,10 +876,11 @@ class GPT(nn.Module):
                 gate = 2 * torch.sigmoid(F.linear(seen, self.skip_gate.type_as(x)))
             x = x + torch.sigmoid(self.skip_lambda.type_as(x)) * gate * early
 
-        added = self.kernels.mlp(self.kernels.norm(x), weights.mlp_in, weights.mlp_out)
+        h, factor, stream = self.kernels.norm_and_term(x, weights.resid[1])
+        added = self.kernels.mlp(h, weights.mlp_in, weights.mlp_out)
         if weights.post is not None:
             added = weights.post[1] * added
-        return self.kernels.residual(added, [weights.resid[1]], [x])
+        return self.kernels.residual(added, [factor], [stream])
 
     def attention(self, h: Tensor, i: int, weights: LayerWeights, value_embed: Tensor | None,
                   ctx: Context) -> Tensor:
@@ -893,11 +896,12 @@ class GPT(nn.Module):
         qk = self.linear(h, weights.qk).view(T, 2, H, d)
         q, k = self.kernels.queries_and_keys(qk, *ctx.rope[paired], ctx.scale)
         scale = 1.0 if isinstance(ctx.scale, Tensor) else ctx.scale
-        v = self.values(h, i, weights, value_embed)
+        v = self.kernels.stored_gradient(self.values(h, i, weights, value_embed))
 
         # Partial key offset (record 49): half of each key comes from the token before, so that one layer can
         # find what followed the last time.
         if cfg.key_offset and long:
+            k = self.kernels.stored_gradient(k)
             second = k[..., d // 2 :].unflatten(0, (ctx.slices, -1))
             shifted = torch.cat([second[:, :1], second[:, :-1]], 1).flatten(0, 1)
             k = torch.cat([k[..., : d // 2], shifted], -1)
@@ -927,6 +931,7 @@ class GPT(nn.Module):
         if i in cfg.xsa_layers:
             strength = self.xsa_alphas[cfg.xsa_layers.index(i)] if weights.xsa is None else weights.xsa
             alpha = torch.tanh(strength).type_as(y)[..., None]
+            v = self.kernels.stored_gradient(v)
             along = (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - alpha * along * v
         return self.linear(y.reshape(T, D), weights.vo[1])

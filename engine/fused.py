@@ -106,6 +106,29 @@ class RmsNorm(torch.autograd.Function):
         return through_norm(g, *ctx.saved_tensors)
 
 
+class NormAndScaled(torch.autograd.Function):
+    """norm(x) and factor * x of x (T, D), of which only the norm and a number a token are kept: the norm
+    divided by that number is x, for which the factor's gradient asks. factor: a scalar, or (T, 1) in the type
+    of x."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        square = x.float().square().mean(-1, keepdim=True)
+        size = torch.rsqrt(square + torch.finfo(torch.float32).eps)
+        y = (x * size).type_as(x)
+        ctx.save_for_backward(y, size, factor)
+        return y, factor * x
+
+    @staticmethod
+    def backward(ctx, g_norm, g_scaled):
+        y, size, factor = ctx.saved_tensors
+        along = (g_norm.float() * y).mean(-1, keepdim=True)
+        across = (g_norm - along * y) * size
+        x = (y / size).type_as(y)
+        of_factor = (g_scaled * x).sum_to_size(factor.shape).type_as(factor)
+        return across.type_as(x) + factor * g_scaled, of_factor
+
+
 class NormAndRotary(torch.autograd.Function):
     """rotary(norm(x)) in a third of the time. A rotation keeps lengths and angles, so that the gradient goes
     through the norm as if the norm came last, and is rotated back then."""
@@ -141,6 +164,19 @@ class RotaryOfNorm(torch.autograd.Function):
         along = (g.float() * y / size.square()).mean(-1, keepdim=True)
         across = (g - along * y) * factor
         return rotary(across.type_as(g), cos, -sin), None, None, None
+
+
+class StoredGradient(torch.autograd.Function):
+    """x, whose gradient is stored where it is computed. torch.compile would compute it anew, of several
+    tensors, in each kernel that reads it: one that adds another gradient of x, or a norm's backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.as_strided(g.shape, g.stride())
 
 
 # ------------------------------------------------------------------------------------------------------------

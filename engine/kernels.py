@@ -12,8 +12,8 @@ from torch import Tensor
 from data.files import ROOT
 from engine.attention import BACKENDS, choose_backend
 from engine.fused import (
-    NormAndRotary, RmsNorm, RotaryOfNorm, SquaredReluMlp, norm, residual, residual_sum, rotary,
-    squared_relu_mlp)
+    NormAndRotary, NormAndScaled, RmsNorm, RotaryOfNorm, SquaredReluMlp, StoredGradient, norm, residual,
+    residual_sum, rotary, squared_relu_mlp)
 from engine.head_loss import choose_fp8
 from engine.mlp import GpuMlp, choose_fused_mlp, choose_mlp_fp8
 from engine.products import (
@@ -104,6 +104,13 @@ class Kernels:
     def norm(self, x: Tensor) -> Tensor:
         return RmsNorm.apply(x) if self.fused else norm(x)
 
+    def norm_and_term(self, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+        """Return norm(x), and a factor and a stream whose product is that of the given ones."""
+        if self.own_kernels:
+            y, scaled = NormAndScaled.apply(x, factor)
+            return y, 1.0, scaled
+        return self.norm(x), factor, x
+
     def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor, scale) -> tuple[Tensor, Tensor]:
         """Return rotary(norm(x)) of queries and of keys, each (T, H, d), the queries times the scale where it
         is a tensor. x: (T, 2, H, d)."""
@@ -127,8 +134,9 @@ class Kernels:
 
     def residual(self, added, factors, streams) -> Tensor:
         """Return added, (T, D), and the sum of factor times stream. factors: scalars, or (T, 1)."""
-        scalars = all(factor.ndim == 0 for factor in factors)
-        return (residual if self.fused and scalars else residual_sum)(added, factors, streams)
+        if self.fused and all(factor.ndim == 0 for factor in factors):
+            return residual(added, factors, streams)
+        return residual_sum(added, factors, streams)
 
     def batches(self):
         """Return the context in which many small products are fastest."""
@@ -137,6 +145,10 @@ class Kernels:
     def lookup(self, index: Tensor, table: Tensor) -> Tensor:
         """Take rows of a table (rows, D) by their numbers (...) to (..., D)."""
         return Lookup.apply(index, table) if self.own_kernels else F.embedding(index, table)
+
+    def stored_gradient(self, x: Tensor) -> Tensor:
+        """Return x, whose gradient a compiled model stores where it is computed: see StoredGradient."""
+        return StoredGradient.apply(x) if self.own_kernels else x
 
     def compile(self, function: Callable) -> Callable:
         return whole_graph(function) if self.compiled else function

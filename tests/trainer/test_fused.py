@@ -7,8 +7,8 @@ import torch
 
 from engine import products
 from engine.fused import (
-    NormAndRotary, RmsNorm, RotaryOfNorm, SquaredReluMlp, norm, residual, residual_sum, rotary,
-    squared_relu_mlp)
+    NormAndRotary, NormAndScaled, RmsNorm, RotaryOfNorm, SquaredReluMlp, StoredGradient, norm, residual,
+    residual_sum, rotary, squared_relu_mlp)
 from engine.kernels import Kernels
 from muon import ONEDNN
 from tests.helpers.tiny import build, config, context, docs_of
@@ -46,6 +46,19 @@ def test_the_mlp_equals_its_formula_and_keeps_the_type(leaf, dtype, onednn, tole
 @pytest.mark.parametrize("shape", [(7, 6), (5, 2, 3, 8)])
 def test_the_norm_equals_its_formula(shape):
     assert_same(RmsNorm.apply, norm, leaves(shape), 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (7, 1)])
+def test_norm_and_scaled_equal_their_formulas_whether_one_factor_or_one_a_token(shape):
+    def both(x, factor):  # in one tensor, so that each has its own gradient
+        return torch.cat([norm(x), factor * x])
+
+    assert_same(lambda x, factor: torch.cat(NormAndScaled.apply(x, factor)), both,
+                leaves((7, 6), shape, dtype=torch.float32), 1e-6)
+
+
+def test_a_stored_gradient_is_the_gradient():
+    assert_same(StoredGradient.apply, lambda x: x.clone(), leaves((7, 6)), 0.0)
 
 
 @pytest.mark.parametrize("fused, shape, dtype, tolerance", [
