@@ -62,11 +62,12 @@ def number(expression) -> int:
 
 def part_of_loop(dep, item: int, turns: int) -> Part | None:
     """Return the part that a loop of a fused kernel meets; None where places in memory are no sums of
-    strides. Rows that are looked up count as different ones: as many as all turns of the loop ask for."""
+    strides. Rows that are looked up count as different ones: as many as all turns of the loop ask for. What a
+    mask leaves out, as in a torch.cat, counts too."""
     if not isinstance(dep, MemoryDep):
         return None
     names, sizes = dep.var_names, [number(n) for n in dep.size]
-    index = sympy.expand(dep.index)
+    index = sympy.expand(dep.index, identity=True)
     strides = [index.coeff(name) for name in names]
     rest = index - sum(stride * name for stride, name in zip(strides, names))
     if not all(stride.is_Integer and stride >= 0 for stride in strides) or rest.free_symbols & set(names):

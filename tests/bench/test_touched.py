@@ -3,6 +3,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor.scheduler import Scheduler
 
 from bench.cross.touched import bytes_of, bytes_touched, part_of
@@ -52,6 +53,14 @@ def test_of_a_table_only_the_rows_that_are_looked_up_count_but_never_more_than_t
 def test_one_of_several_stacked_tensors_counts_as_itself():
     stacked = torch.randn(5, T, D)
     assert touched(lambda x: (x[2] * x[2]).sum(1), stacked) == [T * D * 4 + 4 * T]
+
+
+def test_what_is_put_beside_each_other_counts_with_what_its_masks_leave_out():
+    """The loop of torch.cat goes over 12 channels in both: 48 bytes from 0, and from 24 bytes before."""
+    x, stacked = torch.randn(T, D), torch.randn(5, T, D)
+    with inductor_config.patch(force_pointwise_cat=True):  # as on a GPU
+        found = touched(lambda x, y: torch.cat([x[:, :6], y[2, :, :6]], 1), x, stacked)
+    assert found == [2 * 32 * T + 2 * 32 * T + 12 * T * 4]
 
 
 def test_a_product_reads_sectors_of_the_channels_that_it_is_given():
