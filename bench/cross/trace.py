@@ -464,6 +464,7 @@ def whole_schedule(trace: Trace, cfg: Config, backend: str, fp8: bool, ranks: in
         run.warm_up()
         train_gpt.train(run, SilentLog())
         del run
+        gc.unfreeze()  # what train() froze: else this run would lie in memory beside the next
         gc.collect()
 
         checkpoints = list(saved)

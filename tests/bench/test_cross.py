@@ -64,6 +64,8 @@ def test_the_trainer_compiles_all_in_its_warm_up_and_never_waits_in_a_step(tmp_p
 
     found = json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))
     assert (tmp_path / "few.md").read_text(encoding="utf-8") == page(found)
+    peaks = found["peak_gib"]
+    assert peaks["resumed: warm-up"] == peaks["warm-up"]  # the first run is gone when the second begins
     cfg = settings_of(found["flags"])
     for _, tokens, kept, _ in found["passes"]:  # as planned by what a larger model keeps
         assert plan.step_bytes(cfg, torch.bfloat16, True, tokens)[0] == pytest.approx(kept, rel=0.25)
