@@ -120,9 +120,11 @@ def eager_step_bytes(cfg: Config, dtype: torch.dtype, tokens: int, rows: int = 0
     if cfg.recompute:  # the input of each layer stays, and of one layer at a time everything
         worst = max(worst, 2 * streams // cfg.num_layers * stream)
         streams = cfg.num_layers + len(cfg.value_embed_layers) + 12
-    # and the matrices that are scaled by learned factors: values and outputs of attention, outputs of the MLP
-    scaled = (2 * layers + cfg.mlp_ratio * cfg.num_layers) * cfg.model_dim**2 * dtype.itemsize
-    return streams * stream + scaled, worst
+    # and, whatever the tokens, the matrices that are scaled by learned factors (values and outputs of
+    # attention, outputs of the MLP), and the gradient of the head, which is made together with its loss
+    scaled = (2 * layers + cfg.mlp_ratio * cfg.num_layers) * cfg.model_dim**2
+    matrices = (scaled + rows * cfg.model_dim) * dtype.itemsize
+    return streams * stream + matrices, worst
 
 
 def step_bytes(cfg: Config, dtype: torch.dtype, compiled: bool, tokens: int,
