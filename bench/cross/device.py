@@ -41,7 +41,8 @@ def library() -> Path:
     if [*(torch_folder / "lib").glob("libtorch_cuda.*")]:
         raise UsageError("expected a libtorch for CPUs, whose place for CUDA is free, found libtorch_cuda "
                          "beside it; install torch's build for CPUs into an environment of its own")
-    key = hashlib.sha256(source.read_bytes() + (torch_folder / "version.py").read_bytes()).hexdigest()[:16]
+    made_of = source.read_bytes() + (torch_folder / "version.py").read_bytes() + bytes(torch_folder)
+    key = hashlib.sha256(made_of).hexdigest()[:16]
     built = ROOT / f".cache/cross/device-{key}.so"
     if built.exists():
         return built
